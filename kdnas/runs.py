@@ -1,0 +1,118 @@
+"""Every path of a run, and the one way to write a file: beside its target, then renamed."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdnas.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+class Run:
+    """The folder ``<root>/<name>/`` of one study.
+
+    A stage is done when its last file is there: ``best_student.yaml`` (search), ``full_kd/result.json``,
+    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all.
+
+    Args:
+        root: the folder of all runs, normally ``lightning_logs``.
+        name: letters, digits, ``_``, ``-`` and ``.``; at most 100; no path.
+
+    Raises:
+        UserError: the name is not such a name, or the folder cannot be written.
+    """
+
+    def __init__(self, root: str | Path, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"The run name {name!r} is not valid: use letters, digits, '_', '-' and '.' (at most 100, not first '.')."
+            )
+        self.name = name
+        self.root = Path(root)
+        self.folder = self.root / name
+        self.config = self.folder / "config.yaml"
+        self.text = self.folder / "text"
+        self.study_db = self.folder / "study.db"
+        self.trials_csv = self.folder / "trials.csv"
+        self.best_student = self.folder / "best_student.yaml"
+        self.full_kd = self.folder / "full_kd"
+        self.glue = self.folder / "glue"
+        self.student = self.folder / "student"
+        self.report = self.folder / "report.html"
+
+    def trial(self, number: int) -> Path:
+        """The folder of a trial: ``trial_0007``."""
+        return self.folder / f"trial_{number:04d}"
+
+    def check_writable(self) -> None:
+        """Fail now, not after training, where nothing can be written. Leaves nothing behind.
+
+        Raises:
+            UserError: the folder, or the nearest parent that exists, takes no new file.
+        """
+        place = self.folder
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {str(self.folder)!r} ({error.strerror} at {str(place)!r}): "
+                "choose another folder with --root, or change its permissions."
+            ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part.
+
+    The temporary file lies beside its target (a rename works within one file system only) and is synced before it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_text`` of indented JSON. NaN and infinity are refused: JSON has neither."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value that ``write_json`` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears whole: fill the one that is yielded, and it is renamed to ``path`` at the end.
+
+    An exception removes it. A folder that is there already is replaced only then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
