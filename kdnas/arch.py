@@ -22,7 +22,7 @@ class StudentArch:
         hidden_act: activation of the feed-forward part, a name of transformers (``gelu``, ``relu``, ...).
 
     Raises:
-        UserError: a size below 1, or heads that do not divide the width.
+        UserError: a size below 1, heads that do not divide the width, or an activation that is no name.
     """
 
     num_hidden_layers: int
@@ -36,6 +36,8 @@ class StudentArch:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1.")
+        if not isinstance(self.hidden_act, str):
+            raise UserError(f"hidden_act is {self.hidden_act!r}: give the name of an activation, such as gelu.")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads: "

@@ -12,16 +12,16 @@ class CandidateFailed(RuntimeError):
     """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: object, choices: Iterable[str]) -> str:
     """A hint for a name that does not exist.
 
     Args:
-        name: what was written.
+        name: what was written; not always text, where it comes from YAML.
         choices: the names that there are.
 
     Returns:
         ``" Did you mean 'x'?"`` where one is close, else ``" Choose from: a, b, c."``.
     """
     names = sorted(choices)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."

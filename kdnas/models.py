@@ -5,8 +5,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         UserError: there is none.
     """
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"A teacher of the family {config.model_type!r} is not supported.{nearest(config.model_type, FAMILIES)}"
-        )
-    return FAMILIES[config.model_type]
+    return _family(config.model_type)
+
+
+def _family(model_type: Any) -> Family:
+    if model_type not in FAMILIES:
+        raise UserError(f"A teacher of the family {model_type!r} is not supported.{nearest(model_type, FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def max_length(config: PreTrainedConfig) -> int:
@@ -100,7 +104,8 @@ class Teacher:
         """The encoder without pooler: float32, eval mode, frozen.
 
         Raises:
-            UserError: weights cannot be read, or lack a tensor (transformers would only warn, and start it at random).
+            UserError: weights cannot be read, or lack a tensor or have it in another shape than the config says
+                (transformers would start it at random).
         """
         try:
             model, info = AutoModel.from_pretrained(
@@ -108,21 +113,28 @@ class Teacher:
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart below: transformers' own error names no tensor
                 add_pooling_layer=False,
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
             raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {_first_line(error)}.") from error
-        if info["missing_keys"]:
+        wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if wrong:
             raise UserError(
-                f"The weights of the teacher {self.name!r} lack {sorted(info['missing_keys'])[0]!r} "
-                f"(and {len(info['missing_keys']) - 1} more): take a whole checkpoint."
+                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, or have it in another shape than "
+                f"config.json says (and {len(wrong) - 1} more): take a whole checkpoint."
             )
         model.requires_grad_(False)
         return model.eval()
 
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The encoder of ``load()``, read once and shared: do not change it."""
+        return self.load()
+
     def weights_sha256(self) -> str:
         """The hash of all parameters by name, shape and value: the same for every place that it is loaded from."""
-        return state_sha256(self.load().state_dict())
+        return state_sha256(self.model.state_dict())
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -130,7 +142,7 @@ def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else bytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,37 +154,46 @@ def find_teacher(name: str) -> Teacher:
 
     Raises:
         UserError: there is no such checkpoint, it is a decoder or of another family, it has no tokenizer or no mask
-            token, or its weights are cut off.
+            token, its tokenizer is another model's, or its weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
-    folder = Path(source)
-    if folder.is_dir():
-        _check_folder(name, folder)
-    elif folder.is_absolute() or source.startswith(".") or source.count("/") > 1 or not source:
+    local = os.path.isdir(source)
+    if local:
+        _check_folder(name, Path(source))
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken config raises anything
+        if local:
+            raise UserError(f"The teacher {name!r} has a bad config.json: {_first_line(error)}.") from error
         raise UserError(
             f"The teacher {name!r} was not found, here or on the hub ({_first_line(error)}): "
             f"give a folder, a hub name that can be reached, or {QUICKSTART!r}."
         ) from error
-    if getattr(config, "is_decoder", False) or any("CausalLM" in a or "LMHead" in a for a in config.architectures or ()):
+    heads = config.architectures or ()
+    if getattr(config, "is_decoder", False) or any("CausalLM" in head or "LMHead" in head for head in heads):
         raise UserError(
             f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({', '.join(FAMILIES)})."
         )
     family_of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {_first_line(error)}.") from error
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"The tokenizer of {name!r} has {len(tokenizer)} tokens, and the model only {config.vocab_size}: "
+            "take the tokenizer that belongs to it."
+        )
     return Teacher(name, source, config, tokenizer)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
 
 
 def _quickstart_folder() -> str:
@@ -197,11 +218,13 @@ def _check_folder(name: str, folder: Path) -> None:
         raise UserError(f"The teacher {name!r} has no readable config.json: {_first_line(error)}.") from error
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
+    _family(config.get("model_type"))
     tokenizers = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
     if not any((folder / file).is_file() for file in tokenizers):
         raise UserError(f"The teacher {name!r} has no tokenizer: put {tokenizers[0]} into {str(folder)!r}.")
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights and not (folder / "pytorch_model.bin").is_file():
+    pickled = folder / "pytorch_model.bin"
+    if not weights and not pickled.is_file():
         raise UserError(f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}.")
     for path in weights:
         try:
@@ -209,6 +232,13 @@ def _check_folder(name: str, folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{str(path)!r} is truncated or no safetensors file ({_first_line(error)}).") from error
+    if not weights:
+        try:
+            torch.load(pickled, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(pickled))
+        except Exception as error:  # cut off at any byte, the unpickler raises anything
+            raise UserError(
+                f"{str(pickled)!r} is truncated or holds more than tensors: save it again as model.safetensors."
+            ) from error
 
 
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
@@ -236,7 +266,7 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Encoder and classification head with random weights: the graph that users deploy (``num_labels=1``: regression)."""
+    """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)

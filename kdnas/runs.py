@@ -32,7 +32,7 @@ class Run:
     def __init__(self, root: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"The run name {name!r} is not valid: use letters, digits, '_', '-' and '.' (at most 100, not first '.')."
+                f"The run name {name!r} is not valid: use letters, digits, '_', '-' and '.' (at most 100, no dot first)."
             )
         self.name = name
         self.root = Path(root)
@@ -58,9 +58,9 @@ class Run:
             UserError: the folder, or the nearest parent that exists, takes no new file.
         """
         place = self.folder
-        while not place.exists() and place != place.parent:
-            place = place.parent
         try:
+            while not place.exists():
+                place = place.parent
             with tempfile.TemporaryFile(dir=place):
                 pass
         except OSError as error:
@@ -103,7 +103,7 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears whole: fill the one that is yielded, and it is renamed to ``path`` at the end.
 
-    An exception removes it. A folder that is there already is replaced only then.
+    An exception removes it. A folder that is there already is put aside only then, and never seen half deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -111,8 +111,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o755)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,0 +1,32 @@
+PYTHON ?= python3.11
+ARGS ?=
+ENV := .venv/.complete
+
+.PHONY: help quickstart test lint bench
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+quickstart: $(ENV) ## The whole job on a real teacher and real text, into lightning_logs/quickstart/
+	@.venv/bin/kdnas run --config configs/quickstart.yaml $(ARGS)
+
+test: $(ENV) ## The test suite; ARGS="tests/test_arch.py -k yaml" runs a part of it
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: $(ENV) ## Style, format and types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+bench: $(ENV) ## Every benchmark in benchmarks/
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do .venv/bin/python $$file $(ARGS); done
+
+# Written last, so that an interrupted installation is done again.
+$(ENV): requirements.txt setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "Installing requirements.txt into .venv (once, one to ten minutes, at least 2.2 GB) ..."
+	@$(PYTHON) -m venv --clear .venv
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

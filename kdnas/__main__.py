@@ -1,0 +1,5 @@
+"""``python -m kdnas``."""
+
+from kdnas.cli import main
+
+raise SystemExit(main())

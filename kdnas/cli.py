@@ -1,0 +1,143 @@
+"""The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kdnas import __version__
+from kdnas.errors import CandidateFailed, UserError, nearest
+
+USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
+
+  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report
+  kdnas search  --teacher DIR --text FILE           the search alone
+  kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
+
+`kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: command and options; those of the process by default.
+
+    Returns:
+        The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 130 after Ctrl-C.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        print(f"kdnas: {error}", file=sys.stderr)
+        return 2
+    except CandidateFailed as error:
+        print(f"kdnas: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("kdnas: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quieten() -> None:
+    """Keep the libraries' chatter from hiding our own lines; after they were imported, for they set their own levels."""
+    from optuna.exceptions import ExperimentalWarning
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("kdnas").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "optuna"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# The parser cannot write default objects as YAML, so it is told their class paths.
+_OBJECTS = {
+    "recipe.mapping": {"class_path": "kdnas.distill.layer_map.LastAndSkip"},
+    "recipe.start": {"class_path": "kdnas.student_init.FromTeacher"},
+}
+
+
+def _run(args: Sequence[str]) -> None:
+    from kdnas.pipeline import RunConfig, run
+
+    _quieten()
+    run(_config(RunConfig, "run", args))
+
+
+def _search(args: Sequence[str]) -> None:
+    from kdnas.pipeline import SearchConfig, search
+
+    _quieten()
+    search(_config(SearchConfig, "search", args))
+
+
+def _fit(args: Sequence[str]) -> None:
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    from kdnas.data.datamodule import KDDataModule
+    from kdnas.distill.module import HiddenStateDistillModule
+
+    class FitCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("model.teacher", "data.tokenizer")
+            parser.set_defaults({f"model.{name}": value for name, value in _OBJECTS.items()})
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise _in_one_line(error, self._subcommand_parsers["fit"]) from error
+
+    FitCLI(HiddenStateDistillModule, KDDataModule, args=["fit", *args], parser_kwargs={"exit_on_error": False})
+
+
+def _config(config_class: type[Any], command: str, args: Sequence[str]) -> Any:
+    """A config from YAML and options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
+    parser.add_class_arguments(config_class)
+    parser.set_defaults(_OBJECTS)
+    try:
+        options = vars(parser.instantiate(parser.parse_args(list(args))))
+    except ArgumentError as error:
+        raise _in_one_line(error, parser) from error
+    options.pop("config")
+    return config_class(**options)
+
+
+def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
+    """What the parser says, with the nearest name where it does not know one."""
+    message = " ".join(str(error).split())
+    unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
+    hint = ""
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", message)
+        prefix = f"{group[1]}." if group else ""
+        names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
+        hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
+    return UserError(message.rstrip(".") + "." + hint)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "search": _search, "fit": _fit}

@@ -1,0 +1,386 @@
+"""Text sources: parquet, JSON lines, CSV, plain text, a folder, the hub, or the docstrings of installed packages."""
+
+import ast
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
+
+from kdnas.errors import UserError
+from kdnas.runs import new_folder
+
+QUICKSTART = "quickstart"
+# Installed with kdnas[quickstart], each with at least 1,300 paragraphs of prose, and what else each is called in text.
+PACKAGES = {
+    "matplotlib": ("mpl", "plt", "pyplot", "pylab"),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "scipy": ("sp",),
+    "sklearn": ("scikit-learn", "scikit learn", "scikits", "scikit"),
+    "sqlalchemy": ("sa",),
+    "sympy": ("sym",),
+}
+_SKIPPED = {
+    "_vendor",
+    "_vendored",
+    "conftest",
+    "examples",
+    "extern",
+    "externals",
+    "test",
+    "testing",
+    "tests",
+    "vendored",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Distinct rows of text, split into two sides that share none.
+
+    Args:
+        train: rows to learn from, in the order of the source.
+        held_out: rows that nothing is trained on.
+        dropped: rows left out by rule: ``empty`` (null, missing or only space) and ``duplicate`` (seen before).
+    """
+
+    train: list[str]
+    held_out: list[str]
+    dropped: dict[str, int]
+
+    def sha256(self) -> str:
+        """Fingerprint of the rows, their order and their split."""
+        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
+
+
+def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0.05, seed: int = 0) -> Corpus:
+    """Read rows of text and split them into training and held-out rows.
+
+    A column ``split`` with the values ``train`` and ``held_out`` decides where it is filled. All other rows are drawn
+    by a hash of seed and text, so that neither their order nor other rows matter; each side gets at least one.
+
+    Args:
+        text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or ``.txt`` (one row a line)
+            file, a folder of such files, or the ``owner/name`` of a data set on the Hugging Face hub (its train split).
+        column: the column that holds the text; a ``.txt`` file has but one.
+        held_out_fraction: share of the rows to hold out, between 0 and 1.
+        seed: another seed holds out other rows.
+
+    Raises:
+        UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column, holds a value that is no
+            text or a character that no text holds, or has fewer than two usable rows.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
+    dropped = {"empty": 0, "duplicate": 0}
+    splits: dict[str, str | None] = {}
+    for row, split in _rows(text, column):
+        if row is None or not row.strip():
+            dropped["empty"] += 1
+        elif row in splits:
+            dropped["duplicate"] += 1
+        else:
+            splits[row] = split or None
+    if len(splits) < 2:
+        found = "only one usable row" if splits else "no usable rows"
+        raise UserError(f"{text!r} has {found} ({dropped}): give at least two distinct rows of text.")
+    given = set(splits.values())
+    shares = {row: _share(f"{seed}\n{row}") for row, split in splits.items() if split is None}
+    fewest, most = int("held_out" not in given), len(shares) - int("train" not in given)
+    if fewest > most:
+        raise UserError(
+            f"All rows of {text!r} have the split {given.pop()!r}: give 'train' and 'held_out', or neither."
+        )
+    num_drawn = sum(share < held_out_fraction for share in shares.values())
+    held_out = set(sorted(shares, key=shares.__getitem__)[: min(max(num_drawn, fewest), most)])
+    held_out.update(row for row, split in splits.items() if split == "held_out")
+    return Corpus([row for row in splits if row not in held_out], [row for row in splits if row in held_out], dropped)
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def _rows(text: str, column: str) -> Iterator[tuple[str | None, str | None]]:
+    kinds = ", ".join(_READERS)
+    suffix = Path(text).suffix.lower()
+    if os.path.isfile(text):
+        if suffix not in _READERS:
+            raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
+        files = [Path(text)]
+    elif text and os.path.isdir(text):
+        paths = sorted(path for path in Path(text).iterdir() if path.is_file() and not path.name.startswith("."))
+        files = [path for path in paths if path.suffix.lower() in _READERS]
+        if not files:
+            raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
+    elif suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        yield from _checked(text, _hub(text, column), column)
+        return
+    else:
+        raise UserError(
+            f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name)."
+        )
+    for path in files:
+        yield from _checked(str(path), _READERS[path.suffix.lower()](path, column), column)
+
+
+def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[tuple[str | None, str | None]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            if column not in row:
+                columns = ", ".join(map(repr, row)) or "none"
+                raise UserError(
+                    f"{name!r} has no column {column!r} (row {number}): choose from its columns, {columns}."
+                )
+            value, split = row[column], row.get("split")
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, row {number}: give text."
+                )
+            if value and (found := _FORBIDDEN.search(value)):
+                raise UserError(
+                    f"{name!r} has the character {found[0]!r} in row {number}: no text holds it, remove it."
+                )
+            if split not in (None, "", "train", "held_out"):
+                raise UserError(f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'.")
+            yield value, split
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8.") from error
+    except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{name!r} cannot be read at row {number + 1} ({reason}): is it cut off, or another format?"
+        ) from error
+
+
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs: JSON can spell both
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            yield line.decode("utf-8" if number else "utf-8-sig")
+
+
+def _txt(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    return ({column: line.rstrip("\r\n")} for line in _lines(path))
+
+
+def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    for line in _lines(path):
+        row = json.loads(line) if line.strip() else {column: None}
+        if not isinstance(row, dict):
+            raise ValueError(f"{type(row).__name__}, not an object with columns")
+        yield row
+
+
+def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    limit = csv.field_size_limit(2**31 - 1)  # a row may be longer than the module's 131,072 characters
+    try:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
+            if None in row:
+                raise ValueError("more fields than the header: a delimiter inside a text needs quotes")
+            yield row
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    if path.stat().st_size:
+        with pq.ParquetFile(path) as file:
+            names = _wanted(file.schema_arrow.names, column)
+            for batch in file.iter_batches(columns=names):
+                for values in zip(*batch.columns, strict=True):
+                    yield {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+
+
+def _hub(name: str, column: str) -> Iterator[dict[str, Any]]:
+    import datasets
+    from huggingface_hub import HfApi, is_offline_mode
+
+    try:
+        if not is_offline_mode():
+            HfApi().dataset_info(name, timeout=5)  # fails at once without a network; load_dataset tries for 23 s
+        rows = datasets.load_dataset(name, split="train")  # knows no remote code since 4.0
+    except Exception as error:  # the HTTP client's own errors among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The text {name!r} was not found, here or on the hub ({reason}): give a file, a folder, "
+            "or a hub data set that can be reached (HF_HUB_OFFLINE=1 for one in the cache)."
+        ) from error
+    yield from rows.select_columns(_wanted(rows.column_names, column))
+
+
+def _wanted(names: list[str], column: str) -> list[str]:
+    """The columns to read; all, where the one asked for is missing: the message lists them."""
+    return [name for name in names if name in (column, "split")] if column in names else names
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".txt": _txt,
+}
+
+
+def build_quickstart_text(folder: Path, *, rows_per_package: int = 1000) -> Path:
+    """Write English that is on the machine already: the prose in the docstrings of installed packages.
+
+    Sources are parsed, never imported. Whole modules are held out, with 12 % of the rows, and no two rows are equal
+    without regard to case, marks, digits and names of packages. Beside the text lies a labelled task in GLUE's layout:
+    ``task/train.parquet`` and ``task/validation.parquet`` ask which package a paragraph comes from, with the names of
+    packages replaced. A folder that has all three files is left as it is.
+
+    Args:
+        folder: appears whole, with ``text.parquet`` (columns text, package, module, split) and ``task/``.
+        rows_per_package: how many rows to take from each of the packages, at least 2.
+
+    Returns:
+        The path of ``text.parquet``; ``load_corpus`` reads it with its split.
+
+    Raises:
+        UserError: a package is not installed, or there are too few rows to split.
+    """
+    text, *task = (folder / name for name in ("text.parquet", "task/train.parquet", "task/validation.parquet"))
+    if text.exists() and all(path.exists() for path in task):
+        return text
+    if rows_per_package < 2:
+        raise UserError(f"rows_per_package is {rows_per_package}: give at least 2, so that one row can be held out.")
+    roots = {package: _root(package) for package in PACKAGES}
+    aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len, reverse=True)
+    # A package's name counts within a word too (NumpyVersion), an alias does not ("append" has no pd in it).
+    name = re.compile(rf"{'|'.join(PACKAGES)}|(?<![a-z])(?:{'|'.join(aliases)})(?![a-z])", re.IGNORECASE)
+    seen: set[str] = set()
+
+    def is_new(paragraph: str) -> bool:
+        letters = re.sub(r"[^a-z]", "", name.sub("", paragraph).lower())
+        if letters in seen:
+            return False
+        seen.add(letters)
+        return True
+
+    rows: list[dict[str, str]] = []
+    for package, root in track(roots.items(), "Reading docstrings", console=Console(stderr=True), transient=True):
+        rows += _package_rows(package, root, rows_per_package, is_new)
+    rows.sort(key=lambda row: _share(row["text"]))
+    with new_folder(folder) as new:
+        (new / "task").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), new / text.name)
+        for path, split in zip(task, ("train", "held_out"), strict=True):
+            examples = [(name.sub("package", row["text"]), row["package"]) for row in rows if row["split"] == split]
+            pq.write_table(_balanced(examples), new / "task" / path.name)
+    return text
+
+
+def _root(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The package {package!r} is not installed: pip install 'kdnas[quickstart]'.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _package_rows(package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]) -> list[dict[str, str]]:
+    """Rows of one package: its modules in the order of their hashes, the first of them held out."""
+    num_held_out = max(1, round(0.12 * num_rows))
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not _SKIPPED.intersection(parts):
+            modules[".".join((package, *parts)).removesuffix(".__init__")] = path
+    rows: list[dict[str, str]] = []
+    for module in sorted(modules, key=_share):
+        if len(rows) == num_rows:
+            break
+        split, end = ("held_out", num_held_out) if len(rows) < num_held_out else ("train", num_rows)
+        most = min(end - len(rows), num_rows // 33 + 1)  # no module is more than 3 % of its package's rows
+        new = filter(is_new, _paragraphs(modules[module]))
+        rows += [dict(text=text, package=package, module=module, split=split) for text in islice(new, most)]
+    return rows
+
+
+def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
+    """As many examples of each label as of the rarest; the labels' names lie where ``datasets`` looks for them."""
+    labels = sorted(PACKAGES)
+    by_label = [[sentence for sentence, package in examples if package == label] for label in labels]
+    smallest = min(map(len, by_label))
+    rows = [(sentences[i], label) for i in range(smallest) for label, sentences in enumerate(by_label)]
+    features = {
+        "sentence": {"dtype": "string", "_type": "Value"},
+        "label": {"names": labels, "_type": "ClassLabel"},
+    }
+    schema = pa.schema(
+        {"sentence": pa.string(), "label": pa.int64()}, {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    return pa.Table.from_pylist([dict(sentence=sentence, label=label) for sentence, label in rows], schema)
+
+
+# A paragraph with a line that starts like this is no prose: code, doctest, table, list, field, directive, parameter.
+_MARKUP = re.compile(r"^(?:\s|>>>|\.\.|\*\s|[-+#|=~^\[<]|:(?!\S+:`)|\d+[.)]\s|\S+ : )", re.MULTILINE)
+_HEADING = re.compile(r"^.+\n[-=~^*]{3,} *$", re.MULTILINE)
+# Code, links and roles keep their text; marks of references, prefixes of private names (_orm.Session), emphasis and the
+# second colon before code go.
+_INLINE = (
+    (re.compile(r"``"), ""),
+    (re.compile(r"(?::[\w:+-]+:)?`([^`<]*?)\s*(?:<[^`]*>)?`_*"), r"\1"),
+    (re.compile(r"(?<=\])_|(?<![^\s(\"'])[.~]*_?(?=[^\W_])|[`~]"), ""),
+    (re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])"), r"\2"),
+    (re.compile(r"::$"), ":"),
+)
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """Paragraphs of English prose, 60 to 400 characters and at least 8 words each, in the docstrings of a module."""
+    try:
+        with warnings.catch_warnings():  # of invalid escapes, in sources that are not ours to mend
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for docstring in _docstrings(tree):
+        for paragraph in re.split(r"\n\s*\n", _HEADING.sub("\n", docstring)):
+            if _MARKUP.search(paragraph.strip("\n")):
+                continue
+            text = " ".join(paragraph.split())
+            for pattern, replacement in _INLINE:
+                text = pattern.sub(replacement, text)
+            if len(text) > 400:
+                text = text[: max(text.rfind(mark, 0, 400) for mark in (". ", "! ", "? ")) + 1]
+            num_letters = sum(character.isalpha() or character == " " for character in text)
+            if (
+                len(text) >= 60
+                and len(text.split()) >= 8
+                and text[0].isupper()
+                and text[-1] in ".!?:"
+                and num_letters >= 0.9 * len(text)
+                and not {"\\", "$"}.intersection(text)
+            ):
+                yield text
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+    for child in getattr(node, "body", ()):
+        yield from _docstrings(child)

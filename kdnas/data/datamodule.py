@@ -1,0 +1,312 @@
+"""Text as masked token batches: a candidate's 30 % of the rows, all of them, and held-out rows that are in neither."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypedDict
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.masking import IntArray, Masker
+from kdnas.errors import UserError
+from kdnas.models import find_teacher, max_length
+
+Split = Literal["mini", "full"]
+
+
+class Batch(TypedDict):
+    """B rows of similar length, padded to T tokens.
+
+    ``input_ids`` (B, T), masked; ``attention_mask`` (B, T), 1 on real tokens; ``sample_ids`` (B,); ``variant`` (),
+    the number of the rows' masks. N, the number of real tokens, is ``attention_mask.sum()``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    sample_ids: Tensor
+    variant: Tensor
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How text becomes batches.
+
+    Args:
+        column: name of the text column (parquet, jsonl, csv, hub).
+        held_out_fraction: share of the rows that no student ever trains on; candidates are scored on them.
+        mini_fraction: share of the training rows that a candidate of the search sees.
+        max_length: longer rows are cut, in tokens; with the special tokens.
+        batch_tokens: rows times longest row of a batch is at most this.
+        mask_probability: share of tokens that is masked, 0 to 1.
+        num_mask_variants: how many different masks a row has; epoch e takes number ``e % num_mask_variants``.
+        seed: of the split, the masks and the order.
+        num_workers: processes that make batches.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    column: str = "text"
+    held_out_fraction: float = 0.05
+    mini_fraction: float = 0.3
+    max_length: int = 128
+    batch_tokens: int = 4096
+    mask_probability: float = 0.15
+    num_mask_variants: int = 1
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mini_fraction < 1:
+            raise UserError(f"mini_fraction is {self.mini_fraction}: give a share above 0 and below 1, such as 0.3.")
+        if not 0 < self.held_out_fraction < 1:
+            raise UserError(f"held_out_fraction is {self.held_out_fraction}: give a share above 0 and below 1.")
+        if not 0 <= self.mask_probability <= 1:
+            raise UserError(f"mask_probability is {self.mask_probability}: give a share between 0 and 1.")
+        for name, least in (("max_length", 4), ("num_mask_variants", 1), ("seed", 0), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
+        if self.batch_tokens < self.max_length:
+            raise UserError(f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit.")
+
+
+class TokenRows(Dataset[Batch]):
+    """All rows as one array of token ids; a batch is asked for as (variant, sample ids).
+
+    Args:
+        rows: token ids of each row, special tokens included.
+        masker: makes the masks.
+        pad_token_id: id of the padding token.
+    """
+
+    def __init__(self, rows: list[list[int]], masker: Masker, pad_token_id: int) -> None:
+        self.lengths: IntArray = np.array([len(row) for row in rows], dtype=np.int64)
+        self.offsets: IntArray = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.pad_token_id = pad_token_id
+        self._tokens = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
+        self._masker = masker
+        self._masked: dict[int, IntArray] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def masked(self, variant: int) -> IntArray:
+        """The masked token ids of all rows, one after the other; made once a variant."""
+        if variant not in self._masked:
+            rows = np.split(self._tokens, self.offsets[1:-1])
+            masked = [self._masker(row, sample_id, variant) for sample_id, row in enumerate(rows)]
+            self._masked[variant] = np.concatenate(masked).astype(np.int32)
+        return self._masked[variant]
+
+    def sha256(self, num_variants: int) -> str:
+        """The hash of every input that a model will see: text, tokenizer, cut, masks and order are all in it."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for variant in range(num_variants):
+            digest.update(self.masked(variant).tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: tuple[int, IntArray]) -> Batch:
+        variant, sample_ids = index
+        masked, lengths = self.masked(variant), self.lengths[sample_ids]
+        input_ids = np.full((len(sample_ids), lengths.max()), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.arange(lengths.max()) < lengths[:, None]
+        input_ids[attention_mask] = np.concatenate([masked[self.offsets[i] : self.offsets[i + 1]] for i in sample_ids])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
+            "sample_ids": torch.from_numpy(np.asarray(sample_ids, dtype=np.int64)),
+            "variant": torch.tensor(variant),
+        }
+
+
+class LengthGroupedBatches(DistributedSampler[Any]):
+    """Batches of rows of similar length within a budget of tokens, each rank its own; yields (variant, sample ids).
+
+    A DistributedSampler, so that Lightning neither replaces it nor forgets to tell it the epoch.
+
+    Args:
+        lengths: length of every row of the dataset, in tokens.
+        sample_ids: the rows to go through, each once an epoch over all ranks.
+        batch_tokens: rows times longest row of a batch is at most this.
+        shuffle: another order each epoch, and masks by epoch; else sorted by length with masks number 0.
+        num_variants: number of masks a row has.
+        seed: of the order.
+        rank: this process.
+        num_ranks: number of processes.
+    """
+
+    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix rows.
+    BATCHES_A_PIECE = 50
+
+    def __init__(
+        self,
+        lengths: IntArray,
+        sample_ids: IntArray,
+        batch_tokens: int,
+        *,
+        shuffle: bool,
+        num_variants: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.lengths, self.sample_ids, self.batch_tokens = lengths, sample_ids, batch_tokens
+        self.shuffle, self.num_variants, self.seed = shuffle, num_variants, seed
+        self.rank, self.num_ranks = rank, num_ranks
+        self.epoch = 0
+
+    @cached_property
+    def _sorted_batches(self) -> list[IntArray]:
+        return self._cut(self.sample_ids[np.argsort(self.lengths[self.sample_ids], kind="stable")])
+
+    def _cut(self, rows: IntArray) -> list[IntArray]:
+        """Cut rows, sorted by length, so that rows times the longest stays within the budget."""
+        batches, start = [], 0
+        for end, length in enumerate(self.lengths[rows]):
+            if (end - start + 1) * length > self.batch_tokens and end > start:
+                batches.append(rows[start:end])
+                start = end
+        batches.append(rows[start:])
+        return batches
+
+    def batches(self) -> list[IntArray]:
+        """The batches of this epoch, over all ranks; their number is a multiple of the number of ranks."""
+        if not self.shuffle:
+            return self._sorted_batches
+        generator = np.random.default_rng([self.seed, self.epoch])
+        rows = generator.permutation(self.sample_ids)
+        tokens_a_piece = self.BATCHES_A_PIECE * self.batch_tokens
+        pieces = np.cumsum(self.lengths[rows]) // tokens_a_piece
+        batches = []
+        for piece in np.split(rows, np.flatnonzero(np.diff(pieces)) + 1):
+            batches += self._cut(piece[np.argsort(self.lengths[piece], kind="stable")])
+        # DDP waits for every rank at every step: halve the largest batches until all ranks have as many.
+        while len(batches) % self.num_ranks:
+            batches.sort(key=len)
+            largest = batches.pop()
+            if len(largest) < 2:
+                raise UserError(
+                    f"{len(self.sample_ids)} training rows cannot be shared by {self.num_ranks} processes: use fewer."
+                )
+            batches += [largest[::2], largest[1::2]]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[tuple[int, IntArray]]:
+        variant = self.epoch % self.num_variants if self.shuffle else 0
+        for batch in self.batches()[self.rank :: self.num_ranks]:
+            yield variant, batch
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.batches()) - self.rank) / self.num_ranks)
+
+
+class KDDataModule(pl.LightningDataModule):
+    """Masked batches for distillation: 30 % of the training rows (``mini``) or all of them (``full``).
+
+    Args:
+        tokenizer: the teacher whose tokenizer to use: a folder, a hub name, or ``quickstart``.
+        text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
+        settings: how text becomes batches.
+        split: which training rows; the held-out rows are the same for both.
+    """
+
+    def __init__(
+        self, tokenizer: str, text: str | Corpus, settings: DataSettings = DataSettings(), split: Split = "full"
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
+        self.corpus: Corpus | None = text if isinstance(text, Corpus) else None
+        self.rows: TokenRows | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split and tokenise, once.
+
+        Raises:
+            UserError: the text or the tokenizer cannot be used, or ``max_length`` is more than the teacher takes.
+        """
+        if self.rows is not None:
+            return
+        teacher = find_teacher(self.tokenizer)
+        settings = self.settings
+        if settings.max_length > max_length(teacher.config):
+            raise UserError(
+                f"max_length is {settings.max_length}: the teacher {self.tokenizer!r} takes at most "
+                f"{max_length(teacher.config)} tokens."
+            )
+        if self.corpus is None:
+            self.corpus = load_corpus(
+                str(self.text),
+                column=settings.column,
+                held_out_fraction=settings.held_out_fraction,
+                seed=settings.seed,
+            )
+        tokenizer = teacher.tokenizer
+        encoded = tokenizer(
+            self.corpus.train + self.corpus.held_out, truncation=True, max_length=settings.max_length, verbose=False
+        )
+        assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None
+        masker = Masker(
+            tokenizer.mask_token_id,
+            len(tokenizer),
+            tokenizer.all_special_ids,
+            settings.mask_probability,
+            settings.seed,
+        )
+        self.rows = TokenRows(encoded["input_ids"], masker, tokenizer.pad_token_id)
+
+    def select(self, split: Split) -> "KDDataModule":
+        """The same rows and masks with another split of the training rows; nothing is read or tokenised again."""
+        other = copy.copy(self)
+        other.split = split
+        return other
+
+    def train_ids(self) -> IntArray:
+        """Sample ids of the training rows of this split. Those of ``mini`` are a seeded draw from those of ``full``."""
+        assert self.corpus is not None
+        num_rows = len(self.corpus.train)
+        if self.split == "full":
+            return np.arange(num_rows)
+        order = np.random.default_rng(self.settings.seed).permutation(num_rows)
+        return np.sort(order[: max(1, round(self.settings.mini_fraction * num_rows))])
+
+    def held_out_ids(self) -> IntArray:
+        """Sample ids of the held-out rows, in no split."""
+        assert self.corpus is not None
+        return np.arange(len(self.corpus.train), len(self.corpus.train) + len(self.corpus.held_out))
+
+    def loader(self, sample_ids: IntArray, *, shuffle: bool) -> DataLoader[Batch]:
+        """Batches of these rows, this process's share of them."""
+        assert self.rows is not None, "call setup() first"
+        settings = self.settings
+        sampler = LengthGroupedBatches(
+            self.rows.lengths,
+            sample_ids,
+            settings.batch_tokens,
+            shuffle=shuffle,
+            num_variants=settings.num_mask_variants,
+            seed=settings.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            num_ranks=self.trainer.world_size if self.trainer else 1,
+        )
+        # batch_size=None: the sampler gives whole batches, and the rows are gathered in one go.
+        return DataLoader(
+            self.rows,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=settings.num_workers,
+            persistent_workers=settings.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self.loader(self.train_ids(), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.loader(self.held_out_ids(), shuffle=False)

@@ -1,0 +1,169 @@
+"""The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
+
+A cache is a folder of shards. A shard holds the states of some rows, rows sorted by length: an array (L, T, H) of
+float16 for L layers and T real tokens. A shard's name holds the hash of its bytes, so a whole shard is known by itself:
+one that is missing, cut or damaged is computed again, and there is no index that could disagree. The folder's name is
+the hash of everything that the states depend on.
+"""
+
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from rich.progress import track
+from torch import Tensor
+
+from kdnas.data.datamodule import Batch, TokenRows
+from kdnas.data.masking import IntArray
+from kdnas.errors import UserError
+
+# float16: storing costs 4e-8 of the states' variance, bfloat16 3e-6, at the same size.
+DTYPE = np.dtype(np.float16)
+FORMAT = 1
+SHARD_BYTES = 64 << 20
+# Pages that were read count as memory of this process until they are given back (the file cache keeps them).
+RELEASE_BYTES = 128 << 20
+
+
+def cache_key(teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_variants: int) -> str:
+    """The hash of all that the states depend on: weights, inputs (text, tokenizer, cut, masks), layers and format."""
+    parts = [FORMAT, DTYPE.name, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+class StateCache:
+    """States of every row and mask variant.
+
+    Args:
+        folder: ``<teacher_states>/<cache_key>``.
+        rows: the rows whose states are stored.
+        layers: the stored teacher layers, ascending.
+        hidden_size: H, width of the teacher.
+        num_variants: mask variants a row has.
+    """
+
+    def __init__(
+        self, folder: Path, rows: TokenRows, layers: Sequence[int], hidden_size: int, num_variants: int
+    ) -> None:
+        self.folder, self.rows, self.layers = folder, rows, list(layers)
+        self.hidden_size, self.num_variants = hidden_size, num_variants
+        self._bytes_a_token = len(self.layers) * hidden_size * DTYPE.itemsize
+        order = np.argsort(rows.lengths, kind="stable")
+        pieces = (np.cumsum(rows.lengths[order]) - 1) * self._bytes_a_token // SHARD_BYTES
+        self._shard_rows: list[IntArray] = np.split(order, np.flatnonzero(np.diff(pieces)) + 1)
+        self._shard_of: IntArray = np.empty(len(rows), dtype=np.int64)
+        self._start: IntArray = np.empty(len(rows), dtype=np.int64)
+        for shard, row_ids in enumerate(self._shard_rows):
+            self._shard_of[row_ids] = shard
+            self._start[row_ids] = np.cumsum(rows.lengths[row_ids]) - rows.lengths[row_ids]
+        self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
+        self._names: list[str] = []
+        self._bytes_read = 0
+
+    def num_bytes(self) -> int:
+        """Size of the whole cache on disk."""
+        return int(self.rows.lengths.sum()) * self._bytes_a_token * self.num_variants
+
+    def build(self, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> None:
+        """Compute the shards that are missing or damaged, and open the cache. One process builds, others wait for it.
+
+        Args:
+            teacher: gives the states (N, H) of each stored layer for a batch.
+            batch_tokens: padded tokens of a batch.
+
+        Raises:
+            UserError: the disk has too little room; nothing was written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "lock"):
+            for leftover in self.folder.glob(".*.partial"):
+                leftover.unlink()
+            names = [[self._find(variant, i) for i in range(len(self._shard_rows))] for variant in self._variants()]
+            missing = [(v, i) for v in self._variants() for i, name in enumerate(names[v]) if name is None]
+            self._check_room(sum(self._num_tokens(i) * self._bytes_a_token for _, i in missing))
+            for variant, shard in track(
+                missing, "teacher states", transient=True, disable=len(missing) < 2, show_speed=False
+            ):
+                names[variant][shard] = self._write(variant, shard, teacher, batch_tokens)
+            self._names = [name for variant in names for name in variant if name is not None]
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """The stored states of a batch's real tokens: for each layer a tensor (N, H), float16 on the CPU."""
+        variant = int(batch["variant"])
+        sample_ids = batch["sample_ids"].cpu().numpy()
+        lengths = self.rows.lengths[sample_ids]
+        ends = np.cumsum(lengths)
+        states = np.empty((len(self.layers), int(ends[-1]), self.hidden_size), dtype=DTYPE)
+        for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
+            shard = self._open(variant, int(self._shard_of[sample_id]))
+            start = self._start[sample_id]
+            states[:, end - length : end] = shard[:, start : start + length]
+        self._bytes_read += states.nbytes
+        if self._bytes_read > RELEASE_BYTES:
+            self._bytes_read = 0
+            for mapped, _ in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+        return list(torch.from_numpy(states))
+
+    def _variants(self) -> range:
+        return range(self.num_variants)
+
+    def _num_tokens(self, shard: int) -> int:
+        return int(self.rows.lengths[self._shard_rows[shard]].sum())
+
+    def _prefix(self, variant: int, shard: int) -> str:
+        return f"variant{variant:02d}_{shard:05d}"
+
+    def _find(self, variant: int, shard: int) -> str | None:
+        """The name of a finished, undamaged shard; a damaged one is removed."""
+        for path in self.folder.glob(f"{self._prefix(variant, shard)}.*.bin"):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == path.name.split(".")[1]:
+                    return path.name
+            path.unlink()
+        return None
+
+    def _write(self, variant: int, shard: int, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> str:
+        row_ids = self._shard_rows[shard]
+        states = np.empty((len(self.layers), self._num_tokens(shard), self.hidden_size), dtype=DTYPE)
+        position = 0
+        rows_a_batch = max(1, batch_tokens // int(self.rows.lengths[row_ids].max()))
+        for start in range(0, len(row_ids), rows_a_batch):
+            per_layer = teacher(self.rows[variant, row_ids[start : start + rows_a_batch]])
+            num_tokens = len(per_layer[0])
+            for layer, layer_states in enumerate(per_layer):
+                states[layer, position : position + num_tokens] = layer_states.to("cpu", torch.float16).numpy()
+            position += num_tokens
+        name = f"{self._prefix(variant, shard)}.{hashlib.sha256(states.data).hexdigest()}.bin"
+        # Plain writes, not a writable map: a full disk is then an error that can be caught, not a SIGBUS.
+        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(states.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+        return name
+
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"The teacher's states need {needed:,} bytes in {str(self.folder.parent)!r}, {free:,} are free: "
+                "make room, give another folder, or lower the disk budget so that the teacher runs live."
+            )
+
+    def _open(self, variant: int, shard: int) -> np.ndarray:
+        name = self._names[variant * len(self._shard_rows) + shard]
+        if name not in self._maps:
+            with (self.folder / name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            shape = (len(self.layers), self._num_tokens(shard), self.hidden_size)
+            self._maps[name] = mapped, np.frombuffer(mapped, dtype=DTYPE).reshape(shape)
+        return self._maps[name][1]

@@ -1,0 +1,183 @@
+"""The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.distill.cache import StateCache, cache_key
+from kdnas.distill.losses import ridge_map
+from kdnas.errors import UserError
+from kdnas.models import Teacher
+from kdnas.runs import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+# Enough for a map of 769 x 768 numbers; a few seconds of a 6-layer teacher on two cores.
+STATS_TOKENS = 30_000
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the errors on one teacher layer are measured against; means over tokens and dimensions.
+
+    Args:
+        variance: of the layer's states on training rows.
+        held_out_variance: the same on held-out rows.
+        held_out_mse_context_free: error, on held-out rows, of the best linear map from the teacher's embedding output
+            (layer 0 of ``hidden_states``) to this layer, fitted on training rows.
+    """
+
+    variance: float
+    held_out_variance: float
+    held_out_mse_context_free: float
+
+
+@dataclass(frozen=True)
+class StatesSettings:
+    """Where the teacher's states are kept.
+
+    Args:
+        folder: the states of all teachers and texts, one folder each; safe to delete.
+        max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
+    """
+
+    folder: str = "lightning_logs/teacher_states"
+    max_gb: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.max_gb < 0:
+            raise UserError(f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live).")
+
+
+class LiveTeacher:
+    """Runs the teacher for every batch.
+
+    Args:
+        model: the teacher's encoder, frozen, in eval mode.
+        layers: which layers to give.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        self.model, self.layers = model, list(layers)
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """States of a batch's real tokens: for each layer a tensor (N, H), on the batch's device."""
+        return [states for layer, states in self.hidden_states(batch).items() if layer >= 0]
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
+    def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
+        """As ``__call__``, by layer, with the embedding output as layer -1."""
+        device = batch["input_ids"].device
+        mask = batch["attention_mask"]
+        model: Any = self.model.to(device)  # type: ignore[arg-type]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = model(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+        return {layer: output.hidden_states[layer + 1][mask.bool()] for layer in [-1, *self.layers]}
+
+
+class TeacherStates:
+    """What a student learns from, wherever it comes from.
+
+    Args:
+        source: gives, for a batch, the states (N, H) of each layer.
+        layers: the teacher layers that it gives.
+        hidden_size: H.
+        stats: of each layer.
+    """
+
+    def __init__(
+        self, source: StateCache | LiveTeacher, layers: Sequence[int], hidden_size: int, stats: dict[int, LayerStats]
+    ) -> None:
+        self.source, self.layers, self.hidden_size, self.stats = source, list(layers), hidden_size, stats
+
+    def __call__(self, batch: Batch) -> dict[int, Tensor]:
+        """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device."""
+        device = batch["input_ids"].device
+        return {layer: states.to(device) for layer, states in zip(self.layers, self.source(batch), strict=True)}
+
+
+def open_states(
+    teacher: Teacher,
+    data: KDDataModule,
+    layers: Iterable[int],
+    settings: StatesSettings = StatesSettings(),
+    device: str = "cpu",
+) -> TeacherStates:
+    """The states of these layers for all rows of the data, computed now if no cache of them is there.
+
+    Args:
+        teacher: whose states.
+        data: set up; the rows and masks.
+        layers: teacher layers, from 0.
+        settings: where, and how much of the disk.
+        device: where the teacher runs while the cache is built.
+
+    Raises:
+        UserError: the disk has too little room for a cache within the budget.
+    """
+    assert data.rows is not None, "call data.setup() first"
+    wanted = sorted(set(layers))
+    num_variants = data.settings.num_mask_variants
+    folder = Path(settings.folder) / cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants)
+    hidden_size = teacher.config.hidden_size
+    live = LiveTeacher(teacher.model, wanted)
+    cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants)
+    source: StateCache | LiveTeacher = cache
+    if cache.num_bytes() > settings.max_gb * 1e9:
+        source = live
+        log.info(
+            "The teacher runs live: its states would take %.1f GB, the budget is %.1f GB.",
+            cache.num_bytes() / 1e9,
+            settings.max_gb,
+        )
+    else:
+        log.info("Teacher states: %.2f GB in %s", cache.num_bytes() / 1e9, folder)
+        cache.build(lambda batch: live(_to(batch, device)), batch_tokens=data.settings.batch_tokens)
+    return TeacherStates(source, wanted, hidden_size, _load_stats(folder / "stats.json", live, data, device))
+
+
+def _to(batch: Batch, device: str) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
+
+
+def _load_stats(path: Path, live: LiveTeacher, data: KDDataModule, device: str) -> dict[int, LayerStats]:
+    if not path.exists():
+        measured = measure_stats(live, data, device)
+        write_json(path, {str(layer): asdict(stats) for layer, stats in measured.items()})
+    return {int(layer): LayerStats(**stats) for layer, stats in read_json(path).items()}
+
+
+def measure_stats(live: LiveTeacher, data: KDDataModule, device: str = "cpu") -> dict[int, LayerStats]:
+    """Variance of each layer, and the error of the best context-free predictor of it.
+
+    Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
+    """
+    train, held_out = (
+        _sample_states(live, data, ids, device) for ids in (data.select("full").train_ids(), data.held_out_ids())
+    )
+    stats = {}
+    for layer in live.layers:
+        weight = ridge_map(train[-1], train[layer])
+        predicted = held_out[-1].double() @ weight[:-1] + weight[-1]
+        stats[layer] = LayerStats(
+            variance=float(train[layer].var(0, correction=0).mean()),
+            held_out_variance=float(held_out[layer].var(0, correction=0).mean()),
+            held_out_mse_context_free=float((predicted - held_out[layer]).square().mean()),
+        )
+    return stats
+
+
+def _sample_states(live: LiveTeacher, data: KDDataModule, sample_ids: np.ndarray, device: str) -> dict[int, Tensor]:
+    assert data.rows is not None
+    chosen = np.random.default_rng(0).permutation(sample_ids)
+    chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), STATS_TOKENS) + 1]
+    batches = [live.hidden_states(_to(batch, device)) for batch in data.loader(chosen, shuffle=False)]
+    return {layer: torch.cat([states[layer].float().cpu() for states in batches]) for layer in [-1, *live.layers]}

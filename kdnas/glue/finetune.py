@@ -1,0 +1,245 @@
+"""Fine-tuning of a classifier on a task, and the score that it ends with."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.glue.tasks import GLUEDataModule, LoadedTask, Task, make_metrics
+from kdnas.models import max_length, num_parameters
+from kdnas.runs import new_folder, read_json, write_json
+
+Precision = Literal["bf16-mixed", "32-true"]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a classifier is fine-tuned; the same for teacher and student.
+
+    Args:
+        num_epochs: passes over the training rows; the score is the one after the last.
+        learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line.
+        batch_size: rows a step.
+        max_length: longer rows are cut, in tokens; with the special tokens.
+        warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and below 1.
+        weight_decay: AdamW's, on matrices only (no bias, no layer norm).
+        seed: of dropout and of the order of the rows.
+        precision: Lightning's name of the arithmetic.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    num_epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    max_length: int = 128
+    warmup_share: float = 0.06
+    weight_decay: float = 0.0
+    seed: int = 0
+    precision: Precision = "bf16-mixed"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_epochs", 1), ("batch_size", 1), ("max_length", 8), ("seed", 0), ("weight_decay", 0)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5.")
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
+        if self.precision not in get_args(Precision):
+            raise UserError(f"precision is {self.precision!r}.{nearest(self.precision, get_args(Precision))}")
+
+
+class GLUEModule(pl.LightningModule):
+    """A classifier in training: cross entropy, or mean squared error where the task is a regression.
+
+    Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, their mean.
+
+    Args:
+        classifier: transformers' model for sequence classification with ``task.num_labels`` outputs.
+        task: what is predicted and how it is scored.
+        settings: how it is trained.
+    """
+
+    def __init__(
+        self, classifier: PreTrainedModel, task: Task, settings: FinetuneSettings = FinetuneSettings()
+    ) -> None:
+        super().__init__()
+        assert classifier.config.num_labels == task.num_labels
+        self.classifier, self.task, self.settings = classifier, task, settings
+        self.metrics = make_metrics(task)
+
+    def on_fit_start(self) -> None:
+        """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
+        self.train()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
+        logits = self.classifier(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        return logits.squeeze(-1) if self.task.num_labels == 1 else logits
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        loss = F.mse_loss(outputs, labels.float()) if self.task.num_labels == 1 else F.cross_entropy(outputs, labels)
+        if not loss.isfinite():
+            raise CandidateFailed(
+                f"The loss of {self.task.name!r} is {loss.item()} at step {self.global_step}: lower the learning rate."
+            )
+        return loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            CandidateFailed: it is not finite.
+        """
+        loss = self._loss(self(batch), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the metrics.
+
+        Raises:
+            CandidateFailed: its loss is not finite.
+        """
+        outputs, labels = self(batch), batch["labels"]
+        self.log("val/loss", self._loss(outputs, labels), batch_size=len(labels), sync_dist=True)
+        self.metrics.update(outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all rows, and their mean."""
+        values = {name: float(value) for name, value in self.metrics.compute().items()}
+        self.metrics.reset()
+        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        self.log("val/score", sum(values.values()) / len(values), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
+        parameters = list(self.classifier.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, fused=True)
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(self.settings.warmup_share * num_steps), num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm, which Lightning refuses for a fused optimizer in mixed precision: bfloat16 has no scaler."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+class _History(pl.Callback):
+    """The score after each epoch."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.rows.append({"epoch": trainer.current_epoch, "score": float(trainer.callback_metrics["val/score"])})
+
+
+def evaluate_glue(
+    classifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LoadedTask,
+    settings: FinetuneSettings,
+    *,
+    folder: Path,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Fine-tune a classifier on a task, score it and save it.
+
+    The score is the one after the last epoch. The best epoch's would be tuned on the rows that it is reported for.
+
+    Args:
+        classifier: its weights are trained in place; it comes back in eval mode, on the CPU.
+        tokenizer: the classifier's.
+        task: the task with its rows.
+        settings: how it is trained.
+        folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last, ``result.json``.
+            Where that is there already, nothing is trained and it is returned.
+        accelerator: Lightning's name of the kind of device; one device is used.
+        progress: show a progress bar.
+
+    Returns:
+        ``task``, ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations), ``num_parameters``, ``megabytes``
+        (of the weights on disk, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score), ``settings``.
+
+    Raises:
+        UserError: the model takes fewer than ``settings.max_length`` tokens.
+        CandidateFailed: a loss is not finite.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    if (folder / "result.json").is_file():
+        return dict(read_json(folder / "result.json"))
+    if settings.max_length > max_length(classifier.config):
+        raise UserError(
+            f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
+        )
+    start = time.perf_counter()
+    for unfinished in folder.glob("events.out.tfevents.*"):
+        unfinished.unlink()  # of an interrupted run: TensorBoard would draw both curves as one
+    if task.task.label_names:
+        classifier.config.id2label = dict(enumerate(task.task.label_names))
+        classifier.config.label2id = {name: label for label, name in enumerate(task.task.label_names)}
+    history = _History()
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=settings.num_epochs,
+        precision=settings.precision,
+        gradient_clip_val=1.0,
+        logger=TensorBoardLogger(save_dir=folder.parent, name="", version=folder.name),
+        callbacks=[history, *([RichProgressBar()] if progress else [])],
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+    )
+    data = GLUEDataModule(
+        task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        try:
+            trainer.fit(GLUEModule(classifier, task.task, settings), data)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with an exit
+                raise KeyboardInterrupt from error
+            raise
+    classifier.eval()
+    with new_folder(folder / "model") as model:
+        classifier.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    result = {
+        "task": task.task.name,
+        "score": history.rows[-1]["score"],
+        "metrics": {name: float(trainer.callback_metrics[f"val/{name}"]) for name in task.task.metrics},
+        "num_parameters": num_parameters(classifier),
+        "megabytes": (folder / "model" / "model.safetensors").stat().st_size / 1e6,
+        "seconds": time.perf_counter() - start,
+        "history": history.rows,
+        "settings": asdict(settings),
+    }
+    write_json(folder / "result.json", result)
+    return result

@@ -1,0 +1,91 @@
+"""What happens around a candidate's fit: refuse, prune, measure, reward, show."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.errors import CandidateFailed
+from kdnas.latency import ArchLatency, LatencyMeter
+from kdnas.nas.reward import reward
+
+
+class FailOnNonFiniteLoss(pl.Callback):
+    """Ends a fit whose loss is NaN or infinite: no later step can mend it."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise CandidateFailed(f"the training loss is {loss} at step {trainer.global_step}")
+
+
+class PruneByHeldOutLoss(pl.Callback):
+    """Reports ``1 - loss`` on held-out rows after each epoch, and ends the fit where the study's pruner says so.
+
+    Args:
+        trial: the candidate's trial.
+    """
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        epoch, loss = trainer.current_epoch, float(trainer.callback_metrics["val_loss"])
+        self.trial.report(1 - loss, step=epoch)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned(f"pruned after epoch {epoch}: held-out loss {loss:.4f}")
+
+
+class LatencyAfterFit(pl.Callback):
+    """Measures the student beside its teacher when the fit is over; the meter remembers what the budget gate measured.
+
+    Args:
+        meter: measures, on its own device (Lightning has moved the module to the CPU by then).
+    """
+
+    def __init__(self, meter: LatencyMeter) -> None:
+        self.meter = meter
+        self.latency: ArchLatency | None = None
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, HiddenStateDistillModule)
+        self.latency = self.meter.measure(pl_module.arch)
+
+
+class RewardAfterFit(pl.Callback):
+    """Computes the reward from held-out loss and latency, and logs both with the arch to TensorBoard's HPARAMS.
+
+    Args:
+        latency: the callback before this one.
+        alpha: of the reward.
+        beta: of the reward.
+    """
+
+    def __init__(self, latency: LatencyAfterFit, alpha: float, beta: float) -> None:
+        self.latency, self.alpha, self.beta = latency, alpha, beta
+        self.reward = math.nan
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, HiddenStateDistillModule) and self.latency.latency is not None
+        measured = self.latency.latency
+        last = pl_module.history[-1]
+        self.reward = reward(
+            last["loss"], measured.student.median_ms, measured.teacher.median_ms, self.alpha, self.beta
+        )
+        if isinstance(trainer.logger, TensorBoardLogger):
+            metrics = {
+                "hp/reward": self.reward,
+                "hp/loss": last["loss"],
+                "hp/contextual_share": last["contextual_share"],
+                "hp/latency_ms": measured.student.median_ms,
+                "hp/speedup": measured.speedup,
+            }
+            trainer.logger.log_hyperparams(pl_module.arch.to_dict(), metrics)
+            trainer.logger.save()

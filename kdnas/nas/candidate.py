@@ -1,0 +1,132 @@
+"""One candidate: budget gate, module, Trainer, fit, latency, reward."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import optuna
+import torch
+from rich.progress import Progress
+
+from kdnas.arch import StudentArch
+from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.teacher import TeacherStates
+from kdnas.errors import UserError
+from kdnas.latency import ArchLatency, LatencyMeter
+from kdnas.models import Teacher
+from kdnas.nas.callbacks import (
+    FailOnNonFiniteLoss,
+    LatencyAfterFit,
+    PruneByHeldOutLoss,
+    RewardAfterFit,
+)
+from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A hard limit beside the reward; checked before a candidate is trained, for latency does not depend on weights.
+
+    Args:
+        speedup: at least so many times as fast as the teacher.
+        latency_ms: at most so many milliseconds.
+
+    Raises:
+        UserError: a limit is not above 0.
+    """
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("speedup", "latency_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"The budget {name} is {value}: give a number above 0.")
+
+    def violation(self, latency: ArchLatency) -> tuple[float, str]:
+        """How far a student is beyond the limits, relative to them (0 or less: within), and the reason in words."""
+        found = [(0.0, "")]
+        if self.speedup is not None:
+            excess = self.speedup / latency.speedup - 1
+            found.append((excess, f"{latency.speedup:.2f}x as fast as the teacher, {self.speedup:g}x is asked for"))
+        if self.latency_ms is not None:
+            excess = latency.student.median_ms / self.latency_ms - 1
+            found.append((excess, f"{latency.student.median_ms:.3f} ms, {self.latency_ms:g} ms is asked for"))
+        return max(found)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """``evaluate(trial, arch) -> reward``: what the search calls for each candidate.
+
+    Args:
+        teacher: found by ``find_teacher``.
+        states: the teacher's states, shared by all candidates.
+        data: the data module; a candidate sees its ``mini`` split.
+        recipe: how to distil.
+        meter: measures latency.
+        budget: hard limits.
+        trainer: the Trainer's settings.
+        num_epochs: of the mini-KD.
+        alpha: of the reward.
+        beta: of the reward.
+        seed: every candidate starts from the same, whatever was trained before it.
+        folder: gives the folder of a trial number.
+        progress: a live display, or None.
+    """
+
+    teacher: Teacher
+    states: TeacherStates
+    data: KDDataModule
+    recipe: Recipe
+    meter: LatencyMeter
+    budget: Budget
+    trainer: TrainerSettings
+    num_epochs: int
+    alpha: float
+    beta: float
+    seed: int
+    folder: Callable[[int], Path]
+    progress: Progress | None = None
+
+    def __call__(self, trial: optuna.Trial, arch: StudentArch) -> float:
+        started = time.monotonic()
+        self._gate(trial, self.meter.measure(arch))
+        latency = LatencyAfterFit(self.meter)
+        rewarded = RewardAfterFit(latency, self.alpha, self.beta)
+        callbacks: list[pl.Callback] = [FailOnNonFiniteLoss(), PruneByHeldOutLoss(trial), latency, rewarded]
+        if self.progress:
+            callbacks.append(FitProgress(self.progress, f"trial {trial.number}: {arch}"))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
+            module.states = self.states
+            trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
+            fit(trainer, module, self.data.select("mini"))
+        for name in ("loss", "r2", "contextual_share", "raw_mse"):
+            trial.set_user_attr(name, module.history[-1][name])
+        trial.set_user_attr("history", module.history)
+        trial.set_user_attr("reward", rewarded.reward)
+        trial.set_user_attr("seconds", time.monotonic() - started)
+        return rewarded.reward
+
+    def _gate(self, trial: optuna.Trial, latency: ArchLatency) -> None:
+        """Write down the latency; refuse what breaks the budget, before anything is trained."""
+        for name, value in (
+            ("num_parameters", latency.num_parameters),
+            ("latency_ms", latency.student.median_ms),
+            ("latency_iqr_ms", latency.student.iqr_ms),
+            ("teacher_latency_ms", latency.teacher.median_ms),
+            ("teacher_latency_iqr_ms", latency.teacher.iqr_ms),
+            ("speedup", latency.speedup),
+        ):
+            trial.set_user_attr(name, value)
+        violation, reason = self.budget.violation(latency)
+        trial.set_constraint("budget", violation)
+        if violation > 0:
+            trial.set_user_attr("refused", reason)
+            raise optuna.TrialPruned(reason)

@@ -1,0 +1,47 @@
+"""The reward that ranks candidates."""
+
+import math
+
+from kdnas.errors import UserError
+
+
+def reward(
+    loss: float, latency_student: float, latency_teacher: float, alpha: float = -0.06, beta: float = 0.6
+) -> float:
+    """``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
+
+    A lower loss or a lower latency never lowers it. Where ``loss > 1`` the first factor is negative and the bare
+    formula would prefer the slower model, so the second factor is inverted there.
+
+    ``beta`` is a factor common to all candidates (``beta ** -alpha``): it cannot change a ranking. ``alpha`` trades: at
+    -0.06, half the latency is worth 4.2 % of ``1 - loss``.
+
+    Args:
+        loss: held-out error of the student; 0 is perfect.
+        latency_student: any unit, above 0.
+        latency_teacher: the same unit, above 0.
+        alpha: 0 or less; 0 ranks by loss alone.
+        beta: above 0; the latency, as a share of the teacher's, at which the second factor is 1.
+
+    Returns:
+        A finite number; higher is better.
+
+    Raises:
+        UserError: a value is out of its range or not finite.
+
+    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge Transfer in
+        Language Models"; the form is MnasNet's (Tan et al. 2019, equation 2). The original's code has beta = 0.6 ** 6.
+    """
+    if not math.isfinite(loss):
+        raise UserError(f"loss is {loss}: a reward needs a finite one.")
+    for name, value in (
+        ("latency_student", latency_student),
+        ("latency_teacher", latency_teacher),
+        ("beta", beta),
+    ):
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}: give a number above 0.")
+    if not -math.inf < alpha <= 0:
+        raise UserError(f"alpha is {alpha}: give 0 or less, or a slower student would be worth more.")
+    factor = (latency_student / (beta * latency_teacher)) ** alpha
+    return (1 - loss) * factor if loss <= 1 else (1 - loss) / factor

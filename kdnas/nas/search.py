@@ -1,0 +1,223 @@
+"""The one search loop. It is handed ``evaluate``, and knows nothing of models."""
+
+import hashlib
+import logging
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
+from kdnas.arch import StudentArch
+from kdnas.errors import CandidateFailed, UserError
+from kdnas.nas.sampler import PerTrialSeed
+from kdnas.nas.space import SearchSpace
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[optuna.Trial, StudentArch], float]
+
+# Minutes, not seconds: with a short grace a live but slow worker is declared dead.
+HEARTBEAT_SECONDS = 60
+GRACE_SECONDS = 600
+# So many failures before the first success are no bad luck: the search stops and says why.
+MOST_FAILURES = 5
+
+
+def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int = 0) -> optuna.Study:
+    """Create a study, or go on with it.
+
+    Args:
+        storage: SQLAlchemy URL of the database.
+        name: of the study.
+        identity: everything that a trial's value depends on, as plain JSON; kept in the study.
+        seed: of the sampler.
+
+    Raises:
+        UserError: the study is there and its identity differs (each difference is shown).
+    """
+    retry: Any = RetryHeartbeatStaleTrialCallback(max_retry=1)
+    backend = RDBStorage(
+        storage,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+        heartbeat_stale_trial_callback=retry,
+    )
+    sampler = PerTrialSeed(lambda s: optuna.samplers.TPESampler(seed=s, n_startup_trials=5), seed)
+    study = optuna.create_study(
+        storage=backend, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True
+    )
+    known = study.user_attrs.get("identity")
+    if known is None:
+        study.set_user_attr("identity", dict(identity))
+    else:
+        refuse_difference(name, known, identity)
+    _bury_dead(study)
+    return study
+
+
+def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on under a name that stands for something else.
+
+    Raises:
+        UserError: with every key that differs, what is known and what is asked for, and a new name.
+    """
+    differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
+        raise UserError(
+            f"The run {name!r} was made with other settings ({shown}): "
+            f"go back to them, or give a new name, such as --name {name}-2."
+        )
+
+
+def _bury_dead(study: optuna.Study) -> None:
+    """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
+        if host == platform.node() and pid is not None and not _is_alive(pid):
+            log.info("Trial %d died with its process; it is tried again.", trial.number)
+            study.tell(trial.number, state=TrialState.FAIL)
+            if "retry_of" not in trial.user_attrs:
+                study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # a number that was used again: this process has no trial yet
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def trained(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained to their end."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if "twin_of" not in trial.user_attrs]
+
+
+def search(
+    evaluate: Evaluate,
+    space: SearchSpace,
+    study: optuna.Study,
+    n_trials: int,
+    callbacks: Sequence[Callable[[optuna.Study, FrozenTrial], None]] = (),
+) -> FrozenTrial:
+    """Propose, evaluate, tell, until ``n_trials`` distinct candidates are trained in all, or the space has no more.
+
+    An architecture that the study knows is answered from its record, and an unseen one is put next in the queue. A
+    candidate that raises is a failed trial with its reason; the search goes on.
+
+    Args:
+        evaluate: the reward of an architecture. May raise ``optuna.TrialPruned``; ``trial.set_constraint`` for budgets.
+        space: what may be proposed.
+        study: from ``open_study``; direction maximize.
+        n_trials: a total over all starts and workers.
+        callbacks: called after each trial, as Optuna's.
+
+    Returns:
+        The best feasible trial.
+
+    Raises:
+        UserError: ``n_trials`` is below 1, or no candidate meets the constraints.
+        CandidateFailed: the first candidates all failed, with the last reason.
+    """
+    if n_trials < 1:
+        raise UserError(f"n_trials is {n_trials}: give at least 1.")
+
+    def objective(trial: optuna.Trial) -> float:
+        arch = space.suggest(trial)
+        trial.set_user_attr("arch", arch.to_dict())
+        trial.set_user_attr("host", platform.node())
+        trial.set_user_attr("pid", os.getpid())
+        twin = _find_twin(study, arch)
+        if twin is not None:
+            _queue_unseen(study, space, trial.number)
+            return _answer(trial, twin)
+        try:
+            value = evaluate(trial, arch)
+            if not math.isfinite(value):
+                raise CandidateFailed(f"the reward is {value}")
+            return value
+        except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr("failed", "interrupted; tried again")
+            study.enqueue_trial(trial.params)
+            raise
+        except Exception as error:  # whatever a candidate dies of, the search goes on
+            reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+            trial.set_user_attr("failed", reason)
+            log.warning("Trial %d failed: %s", trial.number, reason)
+            raise CandidateFailed(reason) from error
+
+    def is_over() -> bool:
+        seen = {StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)}
+        return len(trained(study)) >= n_trials or len(seen) >= len(space) or _only_fails(study)
+
+    def stop_when_over(study: optuna.Study, trial: FrozenTrial) -> None:
+        if is_over():
+            study.stop()
+
+    if not is_over():
+        study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
+    if _only_fails(study):
+        raise CandidateFailed(f"All candidates failed; the last one: {_settled(study)[-1].user_attrs['failed']}")
+    if not trained(study):
+        raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
+    return study.best_trial
+
+
+def _settled(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [
+        trial
+        for trial in finished
+        if trial.state != TrialState.FAIL or not trial.user_attrs.get("failed", "interrupted").startswith("interrupted")
+    ]
+
+
+def _only_fails(study: optuna.Study) -> bool:
+    fails = [trial for trial in _settled(study) if trial.state == TrialState.FAIL]
+    return len(fails) >= MOST_FAILURES and not trained(study)
+
+
+def _find_twin(study: optuna.Study, arch: StudentArch) -> FrozenTrial | None:
+    for trial in _settled(study):
+        if trial.user_attrs["arch"] == arch.to_dict() and "twin_of" not in trial.user_attrs:
+            return trial
+    return None
+
+
+def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
+    """End a trial as its twin ended."""
+    for name, value in twin.user_attrs.items():
+        if name not in ("host", "pid", "seconds", "retry_of"):
+            trial.set_user_attr(name, value)
+    trial.set_user_attr("twin_of", twin.number)
+    for name, violation in twin.constraints.items():
+        trial.set_constraint(name, violation)
+    if twin.state == TrialState.PRUNED:
+        raise optuna.TrialPruned(f"as trial {twin.number}")
+    if twin.state == TrialState.FAIL:
+        raise CandidateFailed(twin.user_attrs["failed"])
+    assert twin.value is not None
+    return twin.value
+
+
+def _queue_unseen(study: optuna.Study, space: SearchSpace, number: int) -> None:
+    """Put an architecture that the study does not know next in the queue, the same one for the same trial number."""
+    seen = [trial.user_attrs["arch"] for trial in _settled(study)]
+    unseen = [arch for arch in space if arch.to_dict() not in seen]
+    if unseen:
+        draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
+        study.enqueue_trial(unseen[draw % len(unseen)].to_dict())

@@ -1,0 +1,73 @@
+"""The search space, derived from the teacher's config alone."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from transformers import PreTrainedConfig
+
+from kdnas.arch import StudentArch
+from kdnas.errors import UserError
+
+MIN_HEAD_SIZE = 16
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Choices for the five fields of a student; every combination is a valid student.
+
+    Args:
+        choices: field of ``StudentArch`` -> its values.
+    """
+
+    choices: Mapping[str, list[Any]]
+
+    @classmethod
+    def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
+        """Students no larger than the teacher in any dimension.
+
+        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8 eighths of the teacher's
+        that all head counts divide with at least 16 a head. Heads: divisors of the teacher's heads down to a quarter.
+        Intermediate: a quarter, a half and all of the teacher's. Activation: the teacher's, and ReLU.
+
+        Raises:
+            UserError: the teacher is too narrow for a head of 16.
+        """
+        width, heads = config.hidden_size, config.num_attention_heads
+        divisors = [h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE]
+        if not divisors:
+            raise UserError(f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}.")
+        most_heads = divisors[-1]
+        depths = [*range(1, 7), 8, 10, 12, *range(16, config.num_hidden_layers + 1, 4)]
+        widths = [width * eighths // 8 for eighths in (2, 3, 4, 6, 8) if width * eighths % 8 == 0]
+        return cls(
+            {
+                "num_hidden_layers": [depth for depth in depths if depth <= config.num_hidden_layers],
+                "num_attention_heads": [h for h in divisors if most_heads % h == 0 and 4 * h >= most_heads],
+                "hidden_size": [w for w in widths if w % most_heads == 0 and w // most_heads >= MIN_HEAD_SIZE],
+                "intermediate_size": sorted({max(1, config.intermediate_size // part) for part in (4, 2, 1)}),
+                "hidden_act": list(dict.fromkeys([config.hidden_act, "relu"])),
+            }
+        )
+
+    def __len__(self) -> int:
+        """The number of students."""
+        size = 1
+        for values in self.choices.values():
+            size *= len(values)
+        return size
+
+    def __iter__(self) -> Iterator[StudentArch]:
+        """Every student, the smallest first."""
+        for values in itertools.product(*self.choices.values()):
+            yield StudentArch(**dict(zip(self.choices, values, strict=True)))
+
+    def suggest(self, trial: optuna.Trial) -> StudentArch:
+        """The student that a trial proposes; each field is suggested once, under its own name."""
+        return StudentArch(**{name: trial.suggest_categorical(name, values) for name, values in self.choices.items()})
+
+    def smallest(self) -> StudentArch:
+        """The fastest student: the least of every size."""
+        return next(iter(self))

@@ -1,0 +1,429 @@
+"""The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from kdnas.arch import StudentArch
+from kdnas.data.corpus import QUICKSTART, build_quickstart_text
+from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
+from kdnas.errors import UserError
+from kdnas.export import export_student
+from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
+from kdnas.glue.tasks import LoadedTask, load_task
+from kdnas.latency import LatencyMeter, LatencySettings, measure_latency
+from kdnas.models import Teacher, build_classifier, find_teacher, load_classifier, num_parameters, student_config
+from kdnas.nas.candidate import Budget, Evaluator
+from kdnas.nas.reward import reward
+from kdnas.nas.search import open_study, refuse_difference, trained
+from kdnas.nas.search import search as search_loop
+from kdnas.nas.space import SearchSpace
+from kdnas.report import result_table, trials_frame, write_report
+from kdnas.runs import Run, new_folder, read_json, write_json, write_text
+from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How many candidates, how long each, and what makes a good one.
+
+    Args:
+        n_trials: distinct candidates to train in all.
+        num_epochs: of each candidate's mini-KD.
+        budget: hard limits that a student must keep.
+        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.
+        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a ranking.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    n_trials: int = 20
+    num_epochs: int = 2
+    budget: Budget = field(default_factory=Budget)
+    alpha: float = -0.06
+    beta: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("n_trials", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
+        reward(0.0, 1.0, 1.0, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class FullKDSettings:
+    """The last distillation, of the best student on all training rows.
+
+    Args:
+        num_epochs: passes over the rows.
+    """
+
+    num_epochs: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What ``kdnas search`` is asked for.
+
+    Args:
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from the package index).
+        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart`` (prose of the
+            installed packages).
+        name: of the run; the same name again goes on where it was stopped.
+        root: the folder of all runs.
+        seed: of the split, the masks, the search and the weights.
+        data: how text becomes batches; its seed is ``seed``.
+        recipe: how students are distilled.
+        search: how many candidates, and the budget.
+        latency: how latency is measured.
+        states: where the teacher's states are kept.
+        trainer: device and precision.
+    """
+
+    teacher: str
+    text: str
+    name: str = "kdnas"
+    root: str = "lightning_logs"
+    seed: int = 0
+    data: DataSettings = field(default_factory=DataSettings)
+    recipe: Recipe = field(default_factory=Recipe)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    states: StatesSettings = field(default_factory=StatesSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(SearchConfig):
+    """What ``kdnas run`` is asked for: a search, and what follows it.
+
+    Args:
+        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in GLUE's layout, a
+            GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the encoder is exported.
+        full_kd: the last distillation.
+        finetune: how teacher and student are fine-tuned; its seed is ``seed``.
+    """
+
+    task: str | None = None
+    full_kd: FullKDSettings = field(default_factory=FullKDSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+def as_plain(value: Any) -> Any:
+    """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
+    return {"class_path": path} | ({"init_args": arguments} if arguments else {})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all stages share once the user's input is known to be good."""
+
+    config: SearchConfig
+    run: Run
+    console: Console
+    teacher: Teacher
+    data: KDDataModule
+    task: LoadedTask | None
+    space: SearchSpace
+    meter: LatencyMeter
+    study: optuna.Study
+
+    def states(self) -> TeacherStates:
+        """Of every layer that a student of the space can ask for, so that all share one cache."""
+        num_layers = self.teacher.config.num_hidden_layers
+        depths = self.space.choices["num_hidden_layers"]
+        layers = {layer for d in depths for pair in self.config.recipe.mapping(d, num_layers) for layer in pair}
+        accelerator = self.config.trainer.accelerator
+        device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+        return open_states(self.teacher, self.data, layers, self.config.states, device)
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=self.console, transient=True)
+
+
+def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
+    """Find the best student within the budget, into ``<root>/<name>/``.
+
+    Returns:
+        The best student, as in ``best_student.yaml``.
+
+    Raises:
+        UserError: anything that the user can mend, before anything is trained.
+    """
+    job = _prepare(config, console or Console())
+    best = _search(job)
+    job.console.print(f"Best student: {best}, in {job.run.best_student}")
+    return best
+
+
+def run(config: RunConfig, console: Console | None = None) -> None:
+    """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
+
+    The same call again goes on where it was stopped; a finished run answers with its table and changes nothing.
+
+    Raises:
+        UserError: anything that the user can mend, before anything is trained.
+    """
+    console = console or Console()
+    run = Run(config.root, config.name)
+    if run.report.exists():
+        _refuse_other_config(run, config)
+        console.print(f"The run {run.name!r} is finished; nothing is done again.")
+    else:
+        job = _prepare(config, console)
+        best = _search(job)
+        _full_kd(job, config.full_kd, best)
+        if job.task is not None:
+            _finetune(job, config.finetune, job.task, best)
+        _export(job, best)
+        write_report(run, job.study)
+    if (run.glue / "results.json").exists():
+        console.print(result_table(read_json(run.glue / "results.json")))
+    console.print(
+        f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
+    )
+    console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+
+
+def _refuse_other_config(run: Run, config: SearchConfig) -> None:
+    """A name stands for one config; only a search may be prolonged."""
+    if not run.config.exists():
+        return
+    known, asked = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), _flat(as_plain(config))
+    shared = known.keys() & asked.keys() - {"root"}
+    if not isinstance(config, RunConfig):
+        shared -= {"search.n_trials"}
+    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
+
+
+def _prepare(config: SearchConfig, console: Console) -> _Job:
+    """Look at everything that the user gave, cheapest first, before anything is written or trained."""
+    run = Run(config.root, config.name)
+    _refuse_other_config(run, config)
+    run.check_writable()
+    teacher = find_teacher(config.teacher)
+    space = SearchSpace.from_teacher(teacher.config)
+    meter = LatencyMeter(teacher.config, config.latency)
+    text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
+    if QUICKSTART in (text, task_source):
+        path = build_quickstart_text(run.text)
+        text = str(path) if text == QUICKSTART else text
+        task_source = str(run.text / "task") if task_source == QUICKSTART else task_source
+    task = load_task(task_source) if task_source else None
+    data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
+    data.setup()
+    assert data.rows is not None and data.corpus is not None
+    fastest = meter.measure(space.smallest())
+    violation, reason = config.search.budget.violation(fastest)
+    if violation > 0:
+        raise UserError(f"No student meets the budget: the fastest possible, {space.smallest()}, is {reason}.")
+    identity = _flat(
+        {
+            "teacher": teacher.weights_sha256(),
+            "text": data.rows.sha256(data.settings.num_mask_variants),
+            "space": {name: list(values) for name, values in space.choices.items()},
+            **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
+        }
+    )
+    identity.pop("search.n_trials")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(f"sqlite:///{run.study_db}", run.name, identity, config.seed)
+    if isinstance(config, RunConfig) or not run.config.exists():
+        write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
+    console.print(
+        f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
+        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out.  "
+        f"Space: {len(space)} students.",
+        highlight=False,
+    )
+    return _Job(config, run, console, teacher, data, task, space, meter, study)
+
+
+def _search(job: _Job) -> StudentArch:
+    settings, run, study = job.config.search, job.run, job.study
+    num_done = len(trained(study))
+    if run.best_student.exists() and num_done >= settings.n_trials:
+        job.console.print(f"Search: {num_done} candidates are done.")
+        return StudentArch.from_yaml(run.best_student)
+    if num_done:
+        job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
+    with job.progress() as progress:
+        bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
+
+        def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            progress.update(bar, completed=len(trained(study)))
+            job.console.print(_line(trial), highlight=False)
+            write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
+
+        evaluate = Evaluator(
+            teacher=job.teacher,
+            states=job.states(),
+            data=job.data,
+            recipe=job.config.recipe,
+            meter=job.meter,
+            budget=settings.budget,
+            trainer=job.config.trainer,
+            num_epochs=settings.num_epochs,
+            alpha=settings.alpha,
+            beta=settings.beta,
+            seed=job.config.seed,
+            folder=run.trial,
+            progress=progress,
+        )
+        best = search_loop(evaluate, job.space, study, settings.n_trials, [show])
+    arch = StudentArch.from_dict(best.user_attrs["arch"])
+    arch.to_yaml(run.best_student)
+    return arch
+
+
+def _line(trial: optuna.trial.FrozenTrial) -> str:
+    """One line for a trial that ended."""
+    attrs = trial.user_attrs
+    head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
+    if "twin_of" in attrs:
+        return f"{head}known from trial {attrs['twin_of']}"
+    if "refused" in attrs or "failed" in attrs:
+        return head + ("refused, " + attrs["refused"] if "refused" in attrs else "failed, " + attrs["failed"])
+    if trial.value is None:
+        return head + "pruned"
+    return (
+        f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
+        f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
+    )
+
+
+def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
+    folder = job.run.full_kd
+    if (folder / "result.json").exists():
+        job.console.print("Full KD: done.")
+        return
+    started = time.monotonic()
+    checkpoints = folder / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    if last.exists():
+        job.console.print("Full KD: going on after the last whole epoch.")
+    with job.progress() as progress, torch.random.fork_rng():
+        torch.manual_seed(job.config.seed)
+        module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
+        module.states = job.states()
+        keep_last = ModelCheckpoint(checkpoints, save_last=True, save_top_k=0, enable_version_counter=False)
+        callbacks = [keep_last, FitProgress(progress, "full KD")]
+        trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks)
+        data = job.data.select("full")
+        fit(trainer, module, data, ckpt_path=last if last.exists() else None)
+    with new_folder(folder / "encoder") as encoder:
+        module.student.save_pretrained(encoder)
+        job.teacher.tokenizer.save_pretrained(encoder)
+    final = {name: module.history[-1][name] for name in ("loss", "r2", "contextual_share", "raw_mse")}
+    write_json(
+        folder / "result.json",
+        {
+            "arch": arch.to_dict(),
+            "num_parameters": num_parameters(module.student),
+            **final,
+            "seconds": time.monotonic() - started,
+            "num_rows": len(data.train_ids()),
+            "num_epochs": settings.num_epochs,
+            "history": module.history,
+        },
+    )
+    shutil.rmtree(checkpoints)
+    job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}.")
+
+
+def _finetune(job: _Job, settings: FinetuneSettings, task: LoadedTask, arch: StudentArch) -> None:
+    """Fine-tune teacher, student and a randomly started student of the same shape, all with the same settings."""
+    folder = job.run.glue
+    if (folder / "results.json").exists():
+        job.console.print("Fine-tuning: done.")
+        return
+    num_labels = task.task.num_labels
+    config = student_config(job.teacher.config, arch)
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
+        "teacher": lambda: load_classifier(job.teacher.source, num_labels),
+        "student": lambda: load_classifier(job.run.full_kd / "encoder", num_labels),
+        "random": lambda: build_classifier(config, num_labels),
+    }
+    rows = {}
+    for role, make in makers.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(job.config.seed)
+            classifier = make()
+        rows[role] = evaluate_glue(
+            classifier,
+            job.teacher.tokenizer,
+            task,
+            dataclasses.replace(settings, seed=job.config.seed),
+            folder=folder / role,
+        )
+        job.console.print(f"Fine-tuning: {role} {rows[role]['score']:.3f} on {task.task.name}.")
+    models = [load_classifier(folder / role / "model", num_labels) for role in rows]
+    latencies = dict(zip(rows, measure_latency(models, job.config.latency), strict=True))
+    for role, row in rows.items():
+        row["latency_ms"], row["latency_iqr_ms"] = latencies[role].median_ms, latencies[role].iqr_ms
+        row["speedup"] = latencies["teacher"].median_ms / latencies[role].median_ms
+        row["share_kept"] = row["score"] / rows["teacher"]["score"] if rows["teacher"]["score"] > 0 else None
+    about = {
+        "name": task.task.name,
+        "metric": " + ".join(task.task.metrics),
+        "num_labels": num_labels,
+        "num_train": len(task.train["label"]),
+        "num_validation": len(task.validation["label"]),
+    }
+    write_json(folder / "results.json", {"task": about, "models": rows})
+
+
+def _export(job: _Job, arch: StudentArch) -> None:
+    if job.run.student.exists():
+        job.console.print("Export: done.")
+        return
+    is_classifier = job.task is not None
+    source = job.run.glue / "student" / "model" if is_classifier else job.run.full_kd / "encoder"
+    card: dict[str, Any] = {"name": job.run.name, "teacher": job.teacher.name, "sections": {}}
+    if is_classifier:
+        results = read_json(job.run.glue / "results.json")
+        row = results["models"]["student"]
+        card["sections"]["Scores"] = {
+            f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
+            "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
+        }
+        latency = job.config.latency
+        card["sections"]["Latency"] = {
+            f"{latency.device}, batch {latency.batch_size} x {latency.length}": f"{row['latency_ms']:.2f} ms",
+            "faster than its teacher": f"{row['speedup']:.1f}x",
+        }
+    card["sections"]["Shape"] = {name: str(value) for name, value in arch.to_dict().items()}
+    parity = export_student(source, job.run.student, card=card)
+    job.console.print(f"Export: ONNX equals torch to {parity['max_abs_difference']:.1e}.")

@@ -1,0 +1,132 @@
+"""How a Trainer is made and run here: one device, TensorBoard, a shared progress bar, an honest Ctrl-C."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.progress import Progress, TaskID
+
+from kdnas.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The Trainer of a candidate, of full KD and of fine-tuning; one device each.
+
+    Args:
+        accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
+        devices: number of devices; only 1.
+        strategy: Lightning's; only ``auto``.
+        precision: Lightning's; bf16-mixed makes a step about twice as fast, also on CPUs.
+        gradient_clip_val: largest norm of the gradient.
+
+    Raises:
+        UserError: several devices or processes: every rank of DDP would be a search of its own.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self) -> None:
+        remedy = "run more workers on one study, or use DDP in `kdnas fit`."
+        if self.devices != 1:
+            raise UserError(f"devices is {self.devices}: a candidate trains on one device; {remedy}")
+        if self.strategy != "auto":
+            raise UserError(f"strategy is {self.strategy!r}: a candidate trains in one process; {remedy}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {remedy}")
+
+
+def make_trainer(
+    settings: TrainerSettings, folder: Path, num_epochs: int, callbacks: Sequence[pl.Callback] = ()
+) -> pl.Trainer:
+    """A Trainer that logs to TensorBoard in ``folder``; checkpoints and progress are callbacks, if any."""
+    callbacks = list(callbacks)
+    for unfinished in folder.glob("events.out.tfevents.*"):
+        unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
+        gradient_clip_val=settings.gradient_clip_val,
+        max_epochs=num_epochs,
+        logger=TensorBoardLogger(folder.parent, name="", version=folder.name),
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
+    """``trainer.fit`` whose Ctrl-C is a KeyboardInterrupt; Lightning makes it a SystemExit, unknown to Optuna."""
+    try:
+        with warnings.catch_warnings():
+            # Batches are gathered in microseconds; workers would cost more than they bring.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(module, datamodule=data, **options)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+
+
+class ClipFusedGradients(pl.LightningModule):
+    """Clips the norm of the gradients where Lightning refuses to: a fused optimizer in mixed precision.
+
+    bfloat16 has no gradient scaler, so there is nothing to undo before the norm is taken.
+    """
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients together."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+class FitProgress(pl.Callback):
+    """Shows the steps of a fit, with the time that is left, in a bar that others share.
+
+    Args:
+        progress: the live display.
+        description: what is being fitted.
+    """
+
+    def __init__(self, progress: Progress, description: str) -> None:
+        self.progress, self.description = progress, description
+        self.task: TaskID | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.task = self.progress.add_task(
+            self.description, total=int(trainer.estimated_stepping_batches), completed=trainer.global_step
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

@@ -1,0 +1,228 @@
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import make_rows, save_teacher
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from kdnas.arch import StudentArch
+from kdnas.errors import UserError
+from kdnas.export import ParityError, export_student
+from kdnas.models import build_classifier, build_student, max_length, student_config
+
+ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "model.onnx", "README.md"}
+HOSTILE = 'a: "b" | c\n---\n# [d](http://e) <f> `g'
+CARD = {
+    "name": HOSTILE,
+    "teacher": HOSTILE,
+    "base_model": HOSTILE,
+    "sections": {"Shape": ARCH.to_dict(), "Scores": {"accuracy": 0.8125, HOSTILE: HOSTILE}},
+}
+PLAIN = {"name": "tiny", "teacher": "a tiny teacher", "sections": {}}
+
+
+def save_classifier(teacher: Path, folder: Path) -> Path:
+    torch.manual_seed(1)
+    build_classifier(student_config(AutoConfig.from_pretrained(teacher), ARCH), num_labels=3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(any_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, float]]:
+    """A three-label student of each family: its folder, the export of it, and what ``export_student`` returned."""
+    root = tmp_path_factory.mktemp(any_teacher.name)
+    source = save_classifier(any_teacher, root / "source")
+    return source, root / "student", export_student(source, root / "student", card=CARD)
+
+
+@pytest.fixture
+def source(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """A small classifier to break."""
+    return save_classifier(tiny_teacher, tmp_path / "source")
+
+
+def batches(folder: Path, form: str) -> list[dict]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = (["paper"], [" ".join(["river"] * 100)], make_rows(5, seed=3))
+    return [dict(tokenizer(text, padding=True, truncation=True, return_tensors=form)) for text in texts]
+
+
+def test_the_folder_holds_the_model_twice_with_tokenizer_and_card(classifier):
+    _, folder, report = classifier
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    assert report == {
+        "max_abs_difference": report["max_abs_difference"],
+        "onnx_megabytes": (folder / "model.onnx").stat().st_size / 1e6,
+        "safetensors_megabytes": (folder / "model.safetensors").stat().st_size / 1e6,
+        "opset": onnx.load(folder / "model.onnx").opset_import[0].version,
+    }
+    assert 0 <= report["max_abs_difference"] <= 1e-4
+    assert {path.name for path in folder.parent.iterdir()} == {"source", "student"}
+
+
+def test_the_onnx_graph_gives_the_logits_of_the_source(classifier):
+    source, folder, _ = classifier
+    model = AutoModelForSequenceClassification.from_pretrained(source)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [node.name for node in session.get_inputs()] == ["input_ids", "attention_mask"]
+    assert [node.shape for node in session.get_inputs()] == [["batch", "length"]] * 2
+    assert [(node.name, node.shape) for node in session.get_outputs()] == [("logits", ["batch", 3])]
+    lengths = []
+    for torch_batch, batch in zip(batches(folder, "pt"), batches(folder, "np"), strict=True):
+        (found,) = session.run(["logits"], batch)
+        np.testing.assert_allclose(found, model(**torch_batch).logits.detach(), atol=1e-5)
+        lengths.append(batch["input_ids"].shape[1])
+    assert lengths[:2] == [3, max_length(model.config)]
+    assert np.ptp(found, axis=0).min() > 1e-3  # the rows of a batch differ, so the comparison says something
+
+
+def test_the_torch_model_of_the_export_is_the_source(classifier):
+    source, folder, _ = classifier
+    expected, found = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_the_card_is_valid_and_nothing_from_outside_breaks_it(classifier):
+    _, folder, report = classifier
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["knowledge-distillation", "neural-architecture-search", "kdnas", "onnx"],
+        "base_model": HOSTILE,
+    }
+    plain = r'a: "b" \| c --- \# \[d\](http://e) \<f\> \`g'
+    assert f"\n# {plain}\n" in text
+    assert f"Its teacher: {plain}." in text
+    assert f"\n| {plain} | {plain} |\n" in text
+    assert "\n| accuracy | 0.8125 |\n" in text
+    assert "\n| hidden_size | 32 |\n" in text
+    assert f"opset {report['opset']}" in text
+    assert not re.search(r"(?<!\\)\]\(", ModelCard(text).text)
+    assert str(folder.parent) not in text
+
+
+def test_the_card_code_runs_where_kdnas_is_not(tiny_teacher: Path, tmp_path: Path):
+    folder = tmp_path / "student"
+    export_student(save_classifier(tiny_teacher, tmp_path / "source"), folder, card=PLAIN)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert [len(block.splitlines()) for block in blocks] == [5, 5]
+    plain = "from transformers import AutoModel; print(type(AutoModel.from_pretrained('.')).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(["import sys; sys.modules['kdnas'] = None", *blocks, plain])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    from_torch, from_onnx, name = done.stdout.splitlines()
+    numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", line)] for line in (from_torch, from_onnx)]
+    assert len(numbers[0]) == 2 + 1
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
+    assert name == "BertModel"
+
+
+def test_an_encoder_gives_its_hidden_states_and_has_no_pooler(tiny_teacher: Path, tmp_path: Path):
+    torch.manual_seed(2)
+    student = build_student(AutoConfig.from_pretrained(tiny_teacher), ARCH).eval()
+    student.save_pretrained(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "source")
+    folder = tmp_path / "student"
+    export_student(tmp_path / "source", folder, card=PLAIN)
+    assert load_file(folder / "model.safetensors").keys() == student.state_dict().keys()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [node.name for node in session.get_inputs()] == tokenizer.model_input_names
+    assert [node.name for node in session.get_outputs()] == ["last_hidden_state"]
+    reloaded = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    for torch_batch, batch in zip(batches(folder, "pt"), batches(folder, "np"), strict=True):
+        torch_batch["token_type_ids"][:, 2:] = 1
+        batch["token_type_ids"][:, 2:] = 1
+        (found,) = session.run(None, batch)
+        real = batch["attention_mask"].astype(bool)
+        for model in (student, reloaded):
+            expected = model(**torch_batch).last_hidden_state.detach().numpy()
+            np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
+    front = ModelCard((folder / "README.md").read_text()).data.to_dict()
+    assert front["pipeline_tag"] == "feature-extraction" and "base_model" not in front
+
+
+@pytest.mark.parametrize("off", [0.5, math.nan])
+def test_a_graph_that_disagrees_leaves_the_old_folder_as_it_was(source: Path, tmp_path: Path, monkeypatch, off):
+    class Off(onnxruntime.InferenceSession):
+        def run(self, names, batch):
+            error = off if batch["input_ids"].shape[0] == 8 else 0.0
+            return [value + error for value in super().run(names, batch)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(ParityError, match=f"logits differs from torch's by {off} at batch x length 8 x 16; 0.0001 is"):
+        export_student(source, folder, card=PLAIN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "student"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+def test_the_exporter_keeps_its_internals_to_itself(source: Path, tmp_path: Path, capfd, monkeypatch):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    monkeypatch.setattr(logger, "handlers", [handler])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        export_student(source, tmp_path / "student", card=PLAIN)
+    assert capfd.readouterr().out == ""
+    assert records == [] and logger.level == before
+    assert [str(warning.message) for warning in warned] == []
+
+
+def remove_tokenizer(source: Path) -> None:
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+
+
+def cut_weights(source: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_head(source: Path) -> None:
+    config = (source / "config.json").read_text()
+    save_teacher(source, hidden_size=32, num_hidden_layers=1, intermediate_size=64)
+    (source / "config.json").write_text(config)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (remove_tokenizer, "has no tokenizer"),
+        (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
+        (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
+        (shutil.rmtree, "."),
+    ],
+)
+def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(source: Path, tmp_path: Path, spoil, reason):
+    spoil(source)
+    with pytest.raises(UserError, match=f"Cannot export {re.escape(repr(str(source)))}: .*({reason})"):
+        export_student(source, tmp_path / "student", card=PLAIN)
+    assert not (tmp_path / "student").exists()

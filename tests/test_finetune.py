@@ -1,0 +1,354 @@
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_rows, make_tokenizer, save_teacher
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kdnas.errors import CandidateFailed, UserError
+from kdnas.glue import finetune
+from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.glue.tasks import GLUEDataModule, LoadedTask, load_task
+from kdnas.models import load_classifier, num_parameters
+
+SETTINGS = FinetuneSettings(num_epochs=2, learning_rate=1e-3, batch_size=16, max_length=32, precision="32-true")
+
+
+def write_learnable(folder: Path, num_rows: int = 64, kind: str = "single") -> LoadedTask:
+    """A task that its first word decides: ``river`` or ``stone``."""
+    folder.mkdir()
+    for seed, split in enumerate(("train", "validation")):
+        label = [row % 2 for row in range(num_rows)]
+        texts = make_rows(num_rows, seed=seed, longest=10)
+        texts = [f"{('river', 'stone')[i]} {text}" for i, text in zip(label, texts, strict=True)]
+        columns = {"sentence": texts}
+        if kind != "single":
+            columns = {"sentence1": texts, "sentence2": make_rows(num_rows, seed=seed + 2, longest=10)}
+        if kind == "regression":
+            label = [4.5 * i for i in label]
+        pq.write_table(pa.table({**columns, "label": label}), folder / f"{split}.parquet")
+    return load_task(str(folder))
+
+
+@pytest.fixture
+def task(tmp_path) -> LoadedTask:
+    return write_learnable(tmp_path / "words")
+
+
+def classifier(teacher: Path, num_labels: int = 2):
+    torch.manual_seed(0)
+    return load_classifier(teacher, num_labels)
+
+
+def evaluate(model, task: LoadedTask, folder: Path, settings: FinetuneSettings = SETTINGS) -> dict:
+    return evaluate_glue(model, make_tokenizer(), task, settings, folder=folder, accelerator="cpu", progress=False)
+
+
+def trainer(*callbacks: pl.Callback, **arguments) -> pl.Trainer:
+    defaults = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    defaults |= dict(enable_model_summary=False, num_sanity_val_steps=0)
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
+
+
+def data_module(task: LoadedTask) -> GLUEDataModule:
+    return GLUEDataModule(task, make_tokenizer(), batch_size=16, max_length=32)
+
+
+def test_a_result_has_everything_and_is_written_last(tiny_teacher, task, tmp_path):
+    model = classifier(tiny_teacher)
+    result = evaluate(model, task, tmp_path / "run" / "teacher")
+    folder = tmp_path / "run" / "teacher"
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert list(result) == "task score metrics num_parameters megabytes seconds history settings".split()
+    assert result["task"] == "words"
+    assert result["metrics"] == {"accuracy": result["score"]}
+    assert [row["epoch"] for row in result["history"]] == [0, 1]
+    assert result["num_parameters"] == num_parameters(model)
+    assert result["megabytes"] * 1e6 == (folder / "model" / "model.safetensors").stat().st_size
+    assert result["seconds"] > 0
+    assert FinetuneSettings(**result["settings"]) == SETTINGS
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert not list(folder.rglob("*.ckpt")) and not model.training
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_task_is_learned(any_teacher, task, tmp_path, precision):
+    settings = FinetuneSettings(num_epochs=4, learning_rate=2e-3, batch_size=8, max_length=32, precision=precision)
+    assert evaluate(classifier(any_teacher), task, tmp_path / "run", settings)["score"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "name, kind, num_labels, metrics",
+    [("mrpc", "pair", 2, ["accuracy", "f1"]), ("stsb", "regression", 1, ["pearson", "spearman"])],
+)
+def test_pairs_and_regressions_are_learned_and_scored_by_the_mean_of_their_metrics(
+    tiny_teacher, tmp_path, name, kind, num_labels, metrics
+):
+    task = write_learnable(tmp_path / name, kind=kind)
+    settings = FinetuneSettings(num_epochs=4, learning_rate=1e-3, batch_size=8, max_length=32)
+    result = evaluate(classifier(tiny_teacher, num_labels), task, tmp_path / "run", settings)
+    assert list(result["metrics"]) == metrics
+    assert result["score"] == pytest.approx(sum(result["metrics"].values()) / 2)
+    assert result["score"] > 0.8
+
+
+def test_the_saved_folder_loads_without_kdnas_and_scores_the_same(tiny_teacher, tmp_path):
+    task = write_learnable(tmp_path / "rte", kind="pair")
+    result = evaluate(classifier(tiny_teacher), task, tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    rows = task.validation
+    inputs = tokenizer(rows["sentence1"], rows["sentence2"], padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        right = model(**inputs).logits.argmax(-1) == torch.tensor(rows["label"])
+    assert right.float().mean().item() == pytest.approx(result["score"], abs=1e-6)
+    assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+    assert model.config.label2id == {"entailment": 0, "not_entailment": 1}
+
+
+def test_a_finished_fine_tuning_is_answered_from_the_record(tiny_teacher, task, tmp_path):
+    first = evaluate(classifier(tiny_teacher), task, tmp_path / "run")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    model = classifier(tiny_teacher)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert evaluate(model, task, tmp_path / "run") == first
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_the_score_is_the_last_epochs_not_the_best(tiny_teacher, task, tmp_path, monkeypatch):
+    class Worsening(GLUEModule):
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            self.log("val/score", 0.75 - 0.5 * self.current_epoch)
+
+    monkeypatch.setattr(finetune, "GLUEModule", Worsening)
+    result = evaluate(classifier(tiny_teacher), task, tmp_path / "run")
+    assert result["history"] == [{"epoch": 0, "score": 0.75}, {"epoch": 1, "score": 0.25}]
+    assert result["score"] == 0.25
+
+
+def test_a_seed_decides_all_and_the_callers_random_numbers_are_left_alone(tiny_teacher, task, tmp_path):
+    def weights(name: str, seed: int) -> torch.Tensor:
+        model = classifier(tiny_teacher)
+        settings = FinetuneSettings(num_epochs=1, learning_rate=1e-3, max_length=32, seed=seed)
+        evaluate(model, task, tmp_path / name, settings)
+        return model.classifier.weight.detach()
+
+    torch.manual_seed(5)
+    classifier(tiny_teacher)
+    state = torch.get_rng_state()
+    first = weights("a", seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(7)
+    assert torch.equal(first, weights("b", seed=3))
+    assert not torch.equal(first, weights("c", seed=4))
+
+
+class Modes(pl.Callback):
+    """Whether dropout is on, at every step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[bool]] = {"train": [], "val": []}
+
+    def _note(self, name: str, module: pl.LightningModule) -> None:
+        self.seen[name] += [part.training for part in module.modules() if isinstance(part, nn.Dropout)]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._note("train", pl_module)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        self._note("val", pl_module)
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(tiny_teacher, task):
+    modes = Modes()
+    module = GLUEModule(classifier(tiny_teacher).eval(), task.task, SETTINGS)
+    # With the sanity check, whose eval mode must not stay.
+    trainer(modes, max_epochs=2, num_sanity_val_steps=1).fit(module, data_module(task))
+    assert len(modes.seen["train"]) > 8 and all(modes.seen["train"])
+    assert len(modes.seen["val"]) > 8 and not any(modes.seen["val"])
+
+
+class Steps(pl.Callback):
+    """Learning rate, loss, rows and gradient norms of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.rows: list[list[list[int]]] = []
+        self.norms: list[float] = []
+        self.clipped: list[float] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.rows.append(batch["input_ids"].tolist())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.norms.append(self._norm(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.clipped.append(self._norm(pl_module))
+
+    @staticmethod
+    def _norm(module: nn.Module) -> float:
+        return float(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+
+
+def test_the_loss_falls_and_the_learning_rate_rises_and_falls_by_step(tiny_teacher, task):
+    steps = Steps()
+    settings = FinetuneSettings(learning_rate=1e-3, warmup_share=0.25)
+    trainer(steps, max_epochs=5).fit(GLUEModule(classifier(tiny_teacher), task.task, settings), data_module(task))
+    assert len(steps.losses) == 20
+    assert sum(steps.losses[-4:]) < 0.5 * sum(steps.losses[:4])
+    rise, fall = [i / 5 for i in range(5)], [(20 - i) / 15 for i in range(5, 20)]
+    assert steps.rates == pytest.approx([1e-3 * share for share in rise + fall])
+
+
+def test_each_epoch_has_another_order(tiny_teacher, task):
+    steps = Steps()
+    trainer(steps, max_epochs=2).fit(GLUEModule(classifier(tiny_teacher), task.task, SETTINGS), data_module(task))
+    assert steps.rows[:4] != steps.rows[4:]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_by_norm_in_every_precision(tiny_teacher, task, precision):
+    steps = Steps()
+    module = GLUEModule(classifier(tiny_teacher), task.task, SETTINGS)
+    trainer(steps, max_epochs=1, gradient_clip_val=0.01, precision=precision).fit(module, data_module(task))
+    assert min(steps.norms) > 0.02
+    assert steps.clipped == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+def test_evaluation_clips_gradients_to_a_norm_of_1(tiny_teacher, task, tmp_path, monkeypatch):
+    clips = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clips.append(norm))
+    evaluate(classifier(tiny_teacher), task, tmp_path / "run")
+    assert clips == [1.0] * 8
+
+
+def test_weight_decay_is_on_matrices_only(tiny_teacher, task):
+    model = classifier(tiny_teacher)
+    module = GLUEModule(model, task.task, FinetuneSettings(weight_decay=0.1))
+    fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(module, data_module(task))
+    decay = {id(p): group["weight_decay"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1), name
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_losses_and_metrics_are_those_computed_by_hand(tiny_teacher, tmp_path, num_labels):
+    name, kind = ("stsb", "regression") if num_labels == 1 else ("mrpc", "pair")
+    task = write_learnable(tmp_path / name, num_rows=22, kind=kind)
+    model = classifier(tiny_teacher, num_labels)
+    (logged,) = trainer().validate(GLUEModule(model, task.task), data_module(task), verbose=False)
+    rows = task.validation
+    labels = torch.tensor(rows["label"])
+    with torch.no_grad():
+        logits = model(
+            **make_tokenizer()(rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt")
+        ).logits
+    if num_labels == 1:
+        expected = ((logits[:, 0] - labels) ** 2).mean()
+        assert set(logged) == {"val/loss", "val/pearson", "val/spearman", "val/score"}
+    else:
+        expected = -(logits[range(22), labels] - logits.logsumexp(1)).mean()
+        assert set(logged) == {"val/loss", "val/accuracy", "val/f1", "val/score"}
+        assert logged["val/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert logged["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_progress_is_shown_when_asked_for(tiny_teacher, task, tmp_path, capsys):
+    evaluate(classifier(tiny_teacher), task, tmp_path / "quiet")
+    assert "Epoch" not in capsys.readouterr().out
+    evaluate_glue(
+        classifier(tiny_teacher), make_tokenizer(), task, SETTINGS, folder=tmp_path / "run", accelerator="cpu"
+    )
+    assert "Epoch 1/1" in capsys.readouterr().out
+
+
+def raise_at_call(model: nn.Module, number: int, error: BaseException) -> torch.utils.hooks.RemovableHandle:
+    calls = []
+
+    def hook(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+
+    return model.register_forward_pre_hook(hook)
+
+
+def test_ctrl_c_surfaces_and_the_next_call_starts_afresh(tiny_teacher, task, tmp_path):
+    model = classifier(tiny_teacher)
+    raise_at_call(model, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, task, tmp_path / "run")
+    assert not {path.name for path in (tmp_path / "run").iterdir()} & {"result.json", "model"}
+    evaluate(classifier(tiny_teacher), task, tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_another_exit_stays_an_exit(tiny_teacher, task, tmp_path):
+    model = classifier(tiny_teacher)
+    raise_at_call(model, 6, SystemExit(143))
+    with pytest.raises(SystemExit, match="143"):
+        evaluate(model, task, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_fails_with_its_reason(tiny_teacher, task, tmp_path):
+    model = classifier(tiny_teacher)
+    nn.init.constant_(model.classifier.weight, float("nan"))
+    with pytest.raises(CandidateFailed, match="The loss of 'words' is nan at step 0"):
+        evaluate(model, task, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_in_validation_alone_fails_too(tiny_teacher, task, tmp_path):
+    def spoil(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        return output if module.training else output * float("inf")
+
+    model = classifier(tiny_teacher)
+    model.classifier.register_forward_hook(spoil)
+    with pytest.raises(CandidateFailed, match="The loss of 'words' is (nan|inf) at step 4"):
+        evaluate(model, task, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_epochs", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", 1.0),
+        ("learning_rate", float("nan")),
+        ("batch_size", 0),
+        ("max_length", 7),
+        ("warmup_share", -0.1),
+        ("warmup_share", 1.0),
+        ("weight_decay", -0.01),
+        ("weight_decay", float("nan")),
+        ("seed", -1),
+        ("precision", "bf16"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value!r}"):
+        FinetuneSettings(**{name: value})
+
+
+def test_the_least_settings_are_taken():
+    FinetuneSettings(num_epochs=1, batch_size=1, max_length=8, warmup_share=0.0, weight_decay=0.0, seed=0)
+
+
+def test_more_tokens_than_the_model_takes_are_refused_at_the_start(tmp_path, task):
+    model = classifier(save_teacher(tmp_path / "teacher"))
+    with pytest.raises(UserError, match="max_length is 128: this model takes at most 40 tokens"):
+        evaluate(model, task, tmp_path / "run", FinetuneSettings())
+    assert not (tmp_path / "run").exists()

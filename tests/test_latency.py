@@ -1,0 +1,255 @@
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, BertConfig
+
+import kdnas.latency
+from kdnas.arch import StudentArch
+from kdnas.errors import CandidateFailed, UserError
+from kdnas.latency import ArchLatency, Latency, LatencyMeter, LatencySettings, measure_latency
+from kdnas.models import build_classifier, max_length, num_parameters, student_config
+
+ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+FAST = LatencySettings(length=8, min_seconds=0.01)
+CONFIG = BertConfig(vocab_size=9, pad_token_id=3, max_position_embeddings=40)
+
+
+class Probe(nn.Module):
+    """Does some work, and hands what it sees to ``look``."""
+
+    def __init__(self, look=lambda module, batch: None, repeats: int = 1) -> None:
+        super().__init__()
+        self.config = CONFIG
+        self.linear = nn.Linear(128, 128)
+        self.frozen = nn.Dropout().eval()
+        self.look = look
+        self.repeats = repeats
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        self.look(self, batch)
+        hidden = torch.ones(64, 128)
+        for _ in range(self.repeats):
+            hidden = self.linear(hidden)
+        return hidden
+
+
+class Elsewhere(Probe):
+    """Comes from another device, without a GPU: its weight is on ``meta``, and can be given a value."""
+
+    def __init__(self, look=lambda module, batch: None) -> None:
+        super().__init__(look)
+        self.to("meta")
+
+    def to(self, device: str | torch.device) -> "Elsewhere":
+        self.linear.weight = nn.Parameter(torch.ones(128, 128, device=device))
+        self.linear.bias = None
+        return self
+
+
+@pytest.fixture
+def one_thread():
+    """The threads of torch, back afterwards also where a test fails."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_more_work_takes_longer_whatever_the_order():
+    light, heavy = measure_latency([Probe(), Probe(repeats=50)], FAST)
+    heavy_again, light_again = measure_latency([Probe(repeats=50), Probe()], FAST)
+    assert light.median_ms * 5 < heavy.median_ms
+    assert light_again.median_ms * 5 < heavy_again.median_ms
+    for latency in (light, heavy):
+        assert latency.median_ms > 0 and latency.iqr_ms >= 0 and latency.num_runs >= 3
+
+
+def test_time_is_in_milliseconds(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(
+        kdnas.latency,
+        "Timer",
+        lambda *args, **kwargs: torch.utils.benchmark.Timer(*args, timer=lambda: 0.25 * next(ticks), **kwargs),
+    )
+    (latency,) = measure_latency([Probe()], FAST)
+    assert latency == Latency(median_ms=250.0, iqr_ms=0.0, num_runs=3)
+
+
+def test_models_take_turns_in_several_rounds():
+    seen: list[str] = []
+    first = Probe(lambda *_: seen.append("first"))
+    second = Probe(lambda *_: seen.append("second"))
+    measure_latency([first, second], FAST)
+    turns = [name for name, _ in itertools.groupby(seen)]
+    assert turns == ["first", "second"] * (len(turns) // 2)
+    assert len(turns) >= 2 * (1 + 3)
+
+
+def test_a_slow_model_gets_three_rounds_and_not_ten():
+    runs: list[int] = []
+    measure_latency([Probe(lambda *_: runs.append(1), repeats=100)], LatencySettings(length=8, min_seconds=1e-6))
+    assert len(runs) == 2 * (1 + 3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_model_sees_the_batch_and_the_mode_that_were_asked_for():
+    seen = []
+
+    def look(module, batch):
+        modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads())
+        seen.append((batch, modes, [part.training for part in module.modules()], module.linear.weight.device.type))
+
+    torch.set_num_threads(1)
+    with torch.autocast("cpu"):
+        measure_latency([Elsewhere(look)], LatencySettings(batch_size=3, length=17, num_threads=2, min_seconds=1e-6))
+    batch, modes, training, device = seen[0]
+    assert modes == (True, False, 2)
+    assert training == [False, False, False]
+    assert device == "cpu"
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["attention_mask"].equal(torch.ones(3, 17, dtype=torch.long))
+    assert set(batch["input_ids"].unique().tolist()) == set(range(9)) - {3}
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_come_back_in_the_mode_and_on_the_device_they_came_in(fails):
+    def look(module, batch):
+        if fails:
+            raise FloatingPointError("in forward")
+
+    model, away = Probe(look), Elsewhere(look)
+    away.eval()
+    if fails:
+        with pytest.raises(FloatingPointError):
+            measure_latency([model, away], FAST)
+    else:
+        measure_latency([model, away], FAST)
+    assert (model.training, model.linear.training, model.frozen.training) == (True, True, False)
+    assert not any(part.training for part in away.modules())
+    assert model.linear.weight.device.type == "cpu"
+    assert away.linear.weight.device.type == "meta"
+    assert not away.linear.weight.is_inference()  # else it could never be trained again
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_can_be_measured_on_a_gpu_and_trained_afterwards():
+    model = build_classifier(CONFIG)
+    settings = LatencySettings(device="cuda", length=8, min_seconds=0.01)
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model.device.type))
+    measure_latency([model], settings)
+    assert set(seen) == {"cuda"}
+    assert model.device.type == "cpu" and model.training
+    model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("length", 1),
+        ("length", 8.5),
+        ("num_threads", 0),
+        ("min_seconds", 0),
+        ("min_seconds", math.nan),
+        ("min_seconds", math.inf),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} of latency is {value!r}"):
+        LatencySettings(**{name: value})
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "warp", ""])
+def test_a_device_that_torch_does_not_see_is_refused(device):
+    with pytest.raises(UserError, match=f"torch sees no device {device!r}"):
+        LatencySettings(device=device)
+
+
+def test_without_a_gpu_cuda_is_refused_and_the_devices_are_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(UserError, match="torch sees no device 'cuda' for latency. Choose from: cpu."):
+        LatencySettings(device="cuda")
+
+
+def test_every_visible_gpu_has_a_name(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert LatencySettings(device="cuda").device == "cuda"
+    assert LatencySettings(device="cuda:1").device == "cuda:1"
+    with pytest.raises(UserError, match=r"'cuda:2'.*Did you mean 'cuda:\d'"):
+        LatencySettings(device="cuda:2")
+
+
+def test_a_batch_longer_than_the_model_is_refused_with_both_numbers(any_teacher: Path):
+    config = AutoConfig.from_pretrained(any_teacher)
+    longest = max_length(config)
+    settings = LatencySettings(length=longest + 1)
+    with pytest.raises(UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"):
+        measure_latency([build_classifier(config)], settings)
+    with pytest.raises(UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"):
+        LatencyMeter(config, settings)
+
+
+def test_the_meter_measures_every_family_at_its_longest(any_teacher: Path):
+    config = AutoConfig.from_pretrained(any_teacher)
+    measured = LatencyMeter(config, LatencySettings(length=max_length(config), min_seconds=0.01)).measure(ARCH)
+    assert measured.num_parameters == num_parameters(build_classifier(student_config(config, ARCH)))
+    assert measured.student.median_ms > 0 and measured.teacher.median_ms > 0
+
+
+def test_the_meter_measures_the_deployed_graphs_once(tiny_teacher: Path, monkeypatch):
+    calls = []
+
+    def fake(models, settings):
+        calls.append(models)
+        return [Latency(2.0, 0.1, 10), Latency(5.0, 0.2, 20)]
+
+    monkeypatch.setattr(kdnas.latency, "measure_latency", fake)
+    config = AutoConfig.from_pretrained(tiny_teacher)
+    meter = LatencyMeter(config, FAST)
+    first = meter.measure(ARCH)
+    assert meter.measure(StudentArch(**ARCH.to_dict())) is first
+    assert (first.student.median_ms, first.teacher.median_ms, first.speedup) == (2.0, 5.0, 2.5)
+    other = StudentArch(2, 2, 32, 64)
+    meter.measure(other)
+    assert len(calls) == 2
+    (student, teacher), (other_student, same_teacher) = calls
+    assert same_teacher is teacher
+    for model, layers, width in ((student, 1, 32), (other_student, 2, 32), (teacher, 4, 64)):
+        assert type(model).__name__ == "BertForSequenceClassification"
+        assert (len(model.bert.encoder.layer), model.config.hidden_size) == (layers, width)
+
+
+def test_a_remembered_value_is_not_measured(tiny_teacher: Path, monkeypatch):
+    monkeypatch.setattr(kdnas.latency, "measure_latency", None)
+    meter = LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), FAST)
+    value = ArchLatency(Latency(1.0, 0.0, 1), Latency(4.0, 0.0, 1), 7)
+    meter.remember(ARCH, value)
+    assert meter.measure(ARCH) is value
+
+
+def test_measuring_does_not_change_what_is_drawn_next(tiny_teacher: Path):
+    meter = LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), FAST)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    meter.measure(ARCH)
+    assert torch.rand(3).equal(expected)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("median", [math.nan, math.inf, 0.0, -1.0])
+def test_a_median_that_is_no_time_fails_the_candidate(tiny_teacher: Path, monkeypatch, role, median):
+    latencies = {"student": Latency(2.0, 0.1, 10), "teacher": Latency(5.0, 0.2, 20)} | {role: Latency(median, 0.0, 1)}
+    monkeypatch.setattr(kdnas.latency, "measure_latency", lambda models, settings: list(latencies.values()))
+    meter = LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), FAST)
+    for _ in range(2):  # a failure is not remembered
+        with pytest.raises(CandidateFailed, match=f"The {role}'s latency .* is {median} ms"):
+            meter.measure(ARCH)

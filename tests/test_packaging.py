@@ -1,0 +1,133 @@
+"""What is declared, what is locked, and what is imported agree."""
+
+import ast
+import configparser
+import importlib.metadata
+import pkgutil
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import kdnas
+
+ROOT = Path(__file__).parents[1]
+# Needed, though not imported by name: Lightning's logger, and torch's exporter.
+NOT_IMPORTED = {"tensorboard", "onnxscript"}
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(text: str) -> list[Requirement]:
+    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def install_requires() -> list[Requirement]:
+    return requirements(setup_cfg()["options"]["install_requires"])
+
+
+def everything_declared() -> list[Requirement]:
+    extras = setup_cfg()["options.extras_require"].values()
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    return [*install_requires(), *(r for extra in extras for r in requirements(extra)), *map(Requirement, build)]
+
+
+def locked() -> dict[str, Version]:
+    lines = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    return {canonicalize_name(line.name): Version(str(line.specifier).removeprefix("==")) for line in lines}
+
+
+def third_party(files: Iterable[Path]) -> set[str]:
+    """The distributions that files import, in functions too."""
+    names = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add((node.module or "").partition(".")[0])
+    distributions = importlib.metadata.packages_distributions()
+    names -= {*sys.stdlib_module_names, "kdnas", "conftest"}
+    return {canonicalize_name(distributions[name][0]) for name in names}
+
+
+def unmet(declared: Iterable[Requirement], lock: dict[str, Version]) -> list[str]:
+    return [
+        str(requirement)
+        for requirement in declared
+        if (version := lock.get(canonicalize_name(requirement.name))) is None or version not in requirement.specifier
+    ]
+
+
+def test_the_console_command_is_a_function():
+    (command,) = setup_cfg()["options.entry_points"]["console_scripts"].split("\n")[1:]
+    name, _, target = command.partition(" = ")
+    assert name == "kdnas"
+    assert callable(pkgutil.resolve_name(target))
+
+
+def test_every_third_party_import_is_declared_and_every_dependency_is_used():
+    used = third_party((ROOT / "kdnas").rglob("*.py")) | NOT_IMPORTED
+    assert used == {canonicalize_name(requirement.name) for requirement in install_requires()}
+
+
+def test_every_third_party_import_of_the_tests_is_declared():
+    used = third_party((ROOT / "tests").rglob("*.py"))
+    assert used - {canonicalize_name(requirement.name) for requirement in everything_declared()} == set()
+
+
+def test_third_party_imports_are_found_in_functions_and_by_distribution(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text("import os\nimport yaml.nodes\nfrom kdnas import runs\ndef f():\n    from sklearn.svm import SVC\n")
+    assert third_party([file]) == {"pyyaml", "scikit-learn"}
+
+
+def test_the_lock_satisfies_every_declared_range():
+    assert unmet(everything_declared(), locked()) == []
+    assert len(everything_declared()) > len(install_requires()) > 10
+
+
+def test_a_lock_outside_a_range_is_found():
+    assert unmet([Requirement("a<2"), Requirement("B_b>=1")], {"a": Version("2"), "b-b": Version("1")}) == ["a<2"]
+    assert unmet([Requirement("a<2")], {}) == ["a<2"]
+
+
+def test_the_lock_names_exact_public_versions_only():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    assert lines == sorted(lines, key=lambda line: line.partition("==")[0].lower())
+    assert "torch==2.13.0" in lines
+
+
+def test_every_dependency_is_explained_to_contributors():
+    rows = re.findall(r"^\| (\w[\w, -]*) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    explained = {canonicalize_name(name) for row in rows for name in row.split(", ")} - {"package"}
+    assert explained == {canonicalize_name(r.name) for r in everything_declared()} - {"setuptools"}
+
+
+def test_files_that_are_not_python_are_shipped():
+    globs = [glob.strip() for glob in setup_cfg()["options.package_data"]["kdnas"].split(",")]
+    names = [path.relative_to(ROOT / "kdnas").as_posix() for path in (ROOT / "kdnas").rglob("*") if path.is_file()]
+    others = [name for name in names if not name.endswith((".py", ".pyc"))]
+    assert "py.typed" in others
+    assert [name for name in others if not any(fnmatch(f"/{name}", f"*{glob.lstrip('*')}") for glob in globs)] == []
+
+
+def test_the_version_has_an_entry_in_the_changelog():
+    assert f"\n## [{kdnas.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md"])
+def test_the_papers_are_there(name):
+    assert (ROOT / name).stat().st_size > 100

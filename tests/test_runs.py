@@ -1,0 +1,160 @@
+"""Run folders, files that appear whole, and the two kinds of error."""
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.runs import Run, new_folder, read_json, write_json, write_text
+
+
+@pytest.mark.parametrize("name", ["quickstart", "a", "7", "_x", "a.b-c_D", "x" * 100])
+def test_plain_names_are_valid(name):
+    assert Run("logs", name).folder == Path("logs") / name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "a\n", "é", "a\\b", "x" * 101])
+def test_names_that_are_no_plain_names_are_refused(name):
+    with pytest.raises(UserError) as caught:
+        Run("logs", name)
+    assert repr(name) in str(caught.value)
+
+
+def test_making_a_run_touches_no_disk(tmp_path):
+    run = Run(tmp_path / "logs", "a")
+    run.check_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_artefacts_have_their_promised_names():
+    run = Run("logs", "quickstart")
+    names = [run.config, run.study_db, run.trials_csv, run.best_student, run.full_kd, run.glue, run.student, run.report]
+    assert [str(path.relative_to("logs/quickstart")) for path in names] == [
+        "config.yaml",
+        "study.db",
+        "trials.csv",
+        "best_student.yaml",
+        "full_kd",
+        "glue",
+        "student",
+        "report.html",
+    ]
+    assert [run.trial(number).name for number in (7, 12345)] == ["trial_0007", "trial_12345"]
+
+
+def test_a_folder_that_is_a_file_is_refused_with_its_name(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match=r"logs/a' \(Not a directory"):
+        Run(tmp_path / "logs", "a").check_writable()
+
+
+def test_a_folder_that_nobody_can_write_to_is_refused_with_the_reason():
+    with pytest.raises(UserError, match=r"Cannot write to '/proc/kdnas/a'.*at '/proc'"):
+        Run("/proc/kdnas", "a").check_writable()
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_a_folder_without_permission_is_refused(mode):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as parent:  # not tmp_path, which another user cannot even reach
+        os.chmod(parent, mode)
+        try:
+            if user == 0:  # permissions do not bind root
+                os.seteuid(65534)
+            with pytest.raises(UserError, match=f"Cannot write to '{parent}/logs/a' .Permission denied"):
+                Run(f"{parent}/logs", "a").check_writable()
+        finally:
+            os.seteuid(user)
+
+
+def test_text_is_written_whole_with_its_parents_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    write_text(path, "één\n")
+    write_text(path, "two\n")
+    assert path.read_text(encoding="utf-8") == "two\n"
+    assert [child.name for child in path.parent.iterdir()] == ["b.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [child.name for child in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_comes_back_as_it_was_written(tmp_path):
+    value = {"loss": 0.1, "history": [{"epoch": 0}], "name": "é", "none": None}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_refuses_what_json_has_not(value, tmp_path):
+    with pytest.raises(ValueError, match="Out of range float values"):
+        write_json(tmp_path / "a.json", {"loss": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_appears_at_the_end_only(tmp_path):
+    target = tmp_path / "runs" / "student"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert [child.name for child in target.parent.iterdir()] == ["student"]
+    assert (target / "a").read_text() == "1"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
+    target = tmp_path / "student"
+    target.mkdir()
+    (target / "old").write_text("1")
+    with new_folder(target) as folder:
+        (folder / "new").write_text("2")
+        assert (target / "old").exists()
+    assert [child.name for child in target.iterdir()] == ["new"]
+    assert [child.name for child in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_new_folder_that_fails_leaves_the_old_one_and_nothing_else(error, tmp_path):
+    target = tmp_path / "student"
+    target.mkdir()
+    (target / "old").write_text("1")
+    with pytest.raises(error), new_folder(target) as folder:
+        (folder / "half").write_text("2")
+        raise error
+    assert [child.name for child in target.iterdir()] == ["old"]
+    assert [child.name for child in tmp_path.iterdir()] == ["student"]
+
+
+def test_user_errors_are_value_errors_and_failed_candidates_are_not():
+    assert issubclass(UserError, ValueError)
+    assert not issubclass(CandidateFailed, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("hidden_sice", " Did you mean 'hidden_size'?"),
+        ("xyz", " Choose from: heads, hidden_size."),
+        (None, " Choose from: heads, hidden_size."),
+        (7, " Choose from: heads, hidden_size."),
+    ],
+)
+def test_the_nearest_name_is_offered_else_all_of_them(name, hint):
+    assert nearest(name, ["hidden_size", "heads"]) == hint
