@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from kdnas.errors import UserError, nearest
+from kdnas.errors import UserError, first_line, nearest
 from kdnas.runs import write_text
 
 
@@ -84,7 +84,7 @@ class StudentArch:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"Cannot read the architecture {str(path)!r}: {str(error).splitlines()[0]}.") from error
+            raise UserError(f"Cannot read the architecture {str(path)!r}: {first_line(error)}.") from error
         if not isinstance(values, dict):
             raise UserError(f"{str(path)!r} holds no architecture: it must map field names to values.")
         return cls.from_dict(values)

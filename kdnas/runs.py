@@ -32,7 +32,7 @@ class Run:
     def __init__(self, root: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"The run name {name!r} is not valid: use letters, digits, '_', '-' and '.' (at most 100, no dot first)."
+                f"The run name {name!r} is not valid: use letters, digits, '_', '-', '.' (at most 100, no '.' first)."
             )
         self.name = name
         self.root = Path(root)
@@ -110,6 +110,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o755)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             os.replace(path, old)

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AlbertConfig, AutoModel, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
+torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
+
 WORDS = (
     "the a of to and in is it that was for on with as by at from this an or be are not have had which their one all "
     "model layer token student teacher search small fast deep wide head loss data text row batch step learn test run "

@@ -243,12 +243,16 @@ def test_a_fraction_outside_zero_and_one_is_refused(text_file, fraction):
 
 
 def test_the_limit_of_the_csv_module_is_given_back(tmp_path):
-    limit = csv.field_size_limit()
-    load_corpus(str(write(tmp_path / "rows.csv", ROWS)))
-    (tmp_path / "bad.csv").write_text("text\none\ntwo, three\n")
-    with pytest.raises(UserError, match="bad.csv"):
-        load_corpus(str(tmp_path / "bad.csv"))
-    assert csv.field_size_limit() == limit
+    before = csv.field_size_limit(1234)
+    try:
+        load_corpus(str(write(tmp_path / "rows.csv", ROWS)))
+        assert csv.field_size_limit() == 1234
+        (tmp_path / "bad.csv").write_text("text\none\ntwo, three\n")
+        with pytest.raises(UserError, match="bad.csv"):
+            load_corpus(str(tmp_path / "bad.csv"))
+        assert csv.field_size_limit() == 1234
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_the_share_of_held_out_rows_is_as_asked(tmp_path):
@@ -390,6 +394,9 @@ def test_the_text_has_so_many_rows_of_each_package_and_holds_out_whole_modules(f
         sides.setdefault(row["module"], set()).add(row["split"])
         assert re.fullmatch(rf"{row['package']}\.part\d\.module\d+", row["module"])
     assert all(len(side) == 1 for side in sides.values())
+    modules = sorted(module for module in sides if module.startswith("zalpha"))
+    held_out = [module for module in modules if sides[module] == {"held_out"}]
+    assert held_out != modules[: len(held_out)], "not the first by name, which would be one part of the package"
     assert max(Counter(row["module"] for row in rows).values()) == 3
     assert {row["text"] for row in rows} <= set(PROSE)
     assert not {"zalpha", "zbeta"} & set(sys.modules)
@@ -445,6 +452,7 @@ def test_only_prose_is_taken(fake_packages, tmp_path):
         "This paragraph is plain English prose, with enough words in it to be of use.",
         "See the class orm.Session and the page about it, which is as important as all that [1]:",
         "A value of __all__ can be bold, and a name like orm.Session has lost its prefix.",
+        "A heading that stands right above a paragraph of prose, as it does here, is no part of it.",
     )
     source = '''
 def f():
@@ -459,6 +467,10 @@ def f():
         This is indented and therefore code, even though it reads as if it were English prose.
 
     A value of ``__all__`` can be bold, and a name like :ref:`_orm.Session` has lost its prefix.
+
+    Notes
+    -----
+    A heading that stands right above a paragraph of prose, as it does here, is no part of it.
 
     >>> this_is("a doctest, not prose, but it is long enough to be taken for some of it anyway.")
 
@@ -501,12 +513,20 @@ def f():
     assert sorted(pq.read_table(path)["text"].to_pylist()) == sorted(prose)
 
 
+def test_the_module_of_a_row_is_named_as_it_is_imported(fake_packages, tmp_path):
+    add_module(fake_packages, f'"""{PROSE[0]}"""')
+    (fake_packages / "zalpha" / "__init__.py").write_text(f'"""{PROSE[1]}"""')
+    (fake_packages / "zalpha" / "part0" / "__init__.py").write_text(f'"""{PROSE[2]}"""')
+    rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400)).to_pylist()
+    assert sorted(row["module"] for row in rows) == ["zalpha", "zalpha.only", "zalpha.part0"]
+
+
 def test_long_paragraphs_are_cut_at_a_sentence(fake_packages, tmp_path):
     sentence = "This sentence is one of many that make up a paragraph which is too long. "
     letters_only = "Nothing in this paragraph ends a sentence " + "and it goes on " * 40 + "for ever."
     add_module(fake_packages, f'"""{sentence * 10}\n\n{letters_only}"""')
-    rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400))["text"].to_pylist()
-    assert rows == [(sentence * 5).strip()]
+    rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400)).to_pylist()
+    assert [row["text"] for row in rows] == [(sentence * 5).strip()]
 
 
 def test_no_two_rows_are_equal_but_for_case_marks_digits_and_names(fake_packages, tmp_path):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line
 from kdnas.runs import new_folder
 
 QUICKSTART = "quickstart"
@@ -123,7 +123,7 @@ def _rows(text: str, column: str) -> Iterator[tuple[str | None, str | None]]:
         if suffix not in _READERS:
             raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
         files = [Path(text)]
-    elif text and os.path.isdir(text):
+    elif os.path.isdir(text):
         paths = sorted(path for path in Path(text).iterdir() if path.is_file() and not path.name.startswith("."))
         files = [path for path in paths if path.suffix.lower() in _READERS]
         if not files:
@@ -165,9 +165,8 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
     except UnicodeDecodeError as error:
         raise UserError(f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8.") from error
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"{name!r} cannot be read at row {number + 1} ({reason}): is it cut off, or another format?"
+            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): is it cut off, or another format?"
         ) from error
 
 
@@ -222,9 +221,8 @@ def _hub(name: str, column: str) -> Iterator[dict[str, Any]]:
             HfApi().dataset_info(name, timeout=5)  # fails at once without a network; load_dataset tries for 23 s
         rows = datasets.load_dataset(name, split="train")  # knows no remote code since 4.0
     except Exception as error:  # the HTTP client's own errors among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"The text {name!r} was not found, here or on the hub ({reason}): give a file, a folder, "
+            f"The text {name!r} was not found, here or on the hub ({first_line(error)}): give a file, a folder, "
             "or a hub data set that can be reached (HF_HUB_OFFLINE=1 for one in the cache)."
         ) from error
     yield from rows.select_columns(_wanted(rows.column_names, column))

@@ -1,24 +1,22 @@
 """Fine-tuning of a classifier on a task, and the score that it ends with."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, UserError
 from kdnas.glue.tasks import GLUEDataModule, LoadedTask, Task, make_metrics
 from kdnas.models import max_length, num_parameters
 from kdnas.runs import new_folder, read_json, write_json
-
-Precision = Literal["bf16-mixed", "32-true"]
+from kdnas.training import ClipFusedGradients, TrainerSettings, fit, make_trainer
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class FinetuneSettings:
         warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and below 1.
         weight_decay: AdamW's, on matrices only (no bias, no layer norm).
         seed: of dropout and of the order of the rows.
-        precision: Lightning's name of the arithmetic.
 
     Raises:
         UserError: a value is out of its range.
@@ -46,7 +43,6 @@ class FinetuneSettings:
     warmup_share: float = 0.06
     weight_decay: float = 0.0
     seed: int = 0
-    precision: Precision = "bf16-mixed"
 
     def __post_init__(self) -> None:
         for name, least in (("num_epochs", 1), ("batch_size", 1), ("max_length", 8), ("seed", 0), ("weight_decay", 0)):
@@ -56,11 +52,9 @@ class FinetuneSettings:
             raise UserError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5.")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
-        if self.precision not in get_args(Precision):
-            raise UserError(f"precision is {self.precision!r}.{nearest(self.precision, get_args(Precision))}")
 
 
-class GLUEModule(pl.LightningModule):
+class GLUEModule(ClipFusedGradients):
     """A classifier in training: cross entropy, or mean squared error where the task is a regression.
 
     Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, their mean.
@@ -135,16 +129,6 @@ class GLUEModule(pl.LightningModule):
         schedule = get_linear_schedule_with_warmup(optimizer, round(self.settings.warmup_share * num_steps), num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the norm, which Lightning refuses for a fused optimizer in mixed precision: bfloat16 has no scaler."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
 
 class _History(pl.Callback):
     """The score after each epoch."""
@@ -163,8 +147,8 @@ def evaluate_glue(
     settings: FinetuneSettings,
     *,
     folder: Path,
-    accelerator: str = "auto",
-    progress: bool = True,
+    trainer_settings: TrainerSettings = TrainerSettings(),
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
@@ -177,8 +161,8 @@ def evaluate_glue(
         settings: how it is trained.
         folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last, ``result.json``.
             Where that is there already, nothing is trained and it is returned.
-        accelerator: Lightning's name of the kind of device; one device is used.
-        progress: show a progress bar.
+        trainer_settings: device and precision.
+        callbacks: more of Lightning's callbacks, such as a progress bar.
 
     Returns:
         ``task``, ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations), ``num_parameters``, ``megabytes``
@@ -196,37 +180,17 @@ def evaluate_glue(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
         )
     start = time.perf_counter()
-    for unfinished in folder.glob("events.out.tfevents.*"):
-        unfinished.unlink()  # of an interrupted run: TensorBoard would draw both curves as one
     if task.task.label_names:
         classifier.config.id2label = dict(enumerate(task.task.label_names))
         classifier.config.label2id = {name: label for label, name in enumerate(task.task.label_names)}
     history = _History()
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_epochs=settings.num_epochs,
-        precision=settings.precision,
-        gradient_clip_val=1.0,
-        logger=TensorBoardLogger(save_dir=folder.parent, name="", version=folder.name),
-        callbacks=[history, *([RichProgressBar()] if progress else [])],
-        log_every_n_steps=10,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
     data = GLUEDataModule(
         task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
     )
+    trainer = make_trainer(trainer_settings, folder, settings.num_epochs, [history, *callbacks])
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        try:
-            trainer.fit(GLUEModule(classifier, task.task, settings), data)
-        except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C with an exit
-                raise KeyboardInterrupt from error
-            raise
+        fit(trainer, GLUEModule(classifier, task.task, settings), data)
     classifier.eval()
     with new_folder(folder / "model") as model:
         classifier.save_pretrained(model)

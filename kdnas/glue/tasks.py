@@ -21,7 +21,7 @@ from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, M
 from torchmetrics.utilities import dim_zero_cat
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from kdnas.errors import UserError, nearest
+from kdnas.errors import UserError, first_line, nearest
 
 Columns = dict[str, list[Any]]
 
@@ -201,11 +201,7 @@ def _read(path: Path) -> pa.Table:
             f"The task's file {str(path)!r} is missing: a task has train.parquet and validation.parquet."
         ) from error
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{str(path)!r} is no parquet file that can be read ({_first_line(error)}).") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"{str(path)!r} is no parquet file that can be read ({first_line(error)}).") from error
 
 
 def _task_of_folder(name: str, train: pa.Table) -> Task:
@@ -225,7 +221,7 @@ def _download(task: Task) -> tuple[pa.Table, pa.Table]:
         splits = load_dataset("nyu-mll/glue", task.name).with_format("arrow")
     except Exception as error:  # a hub that fails raises anything
         raise UserError(
-            f"The task {task.name!r} cannot be loaded from the hub ({_first_line(error)}): "
+            f"The task {task.name!r} cannot be loaded from the hub ({first_line(error)}): "
             "give a folder with train.parquet and validation.parquet."
         ) from error
     return splits["train"][:], splits[task.validation][:]

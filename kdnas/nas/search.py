@@ -10,7 +10,9 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import Study as Study
+from optuna.trial import FrozenTrial as FrozenTrial
+from optuna.trial import TrialState
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
@@ -28,7 +30,7 @@ GRACE_SECONDS = 600
 MOST_FAILURES = 5
 
 
-def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int = 0) -> optuna.Study:
+def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int = 0) -> Study:
     """Create a study, or go on with it.
 
     Args:
@@ -75,7 +77,7 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def _bury_dead(study: optuna.Study) -> None:
+def _bury_dead(study: Study) -> None:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
@@ -98,7 +100,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def trained(study: optuna.Study) -> list[FrozenTrial]:
+def trained(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that were trained to their end."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [trial for trial in trials if "twin_of" not in trial.user_attrs]
@@ -107,9 +109,9 @@ def trained(study: optuna.Study) -> list[FrozenTrial]:
 def search(
     evaluate: Evaluate,
     space: SearchSpace,
-    study: optuna.Study,
+    study: Study,
     n_trials: int,
-    callbacks: Sequence[Callable[[optuna.Study, FrozenTrial], None]] = (),
+    callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
 ) -> FrozenTrial:
     """Propose, evaluate, tell, until ``n_trials`` distinct candidates are trained in all, or the space has no more.
 
@@ -163,7 +165,7 @@ def search(
         seen = {StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)}
         return len(trained(study)) >= n_trials or len(seen) >= len(space) or _only_fails(study)
 
-    def stop_when_over(study: optuna.Study, trial: FrozenTrial) -> None:
+    def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
             study.stop()
 
@@ -176,7 +178,7 @@ def search(
     return study.best_trial
 
 
-def _settled(study: optuna.Study) -> list[FrozenTrial]:
+def _settled(study: Study) -> list[FrozenTrial]:
     """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     return [
@@ -186,12 +188,12 @@ def _settled(study: optuna.Study) -> list[FrozenTrial]:
     ]
 
 
-def _only_fails(study: optuna.Study) -> bool:
+def _only_fails(study: Study) -> bool:
     fails = [trial for trial in _settled(study) if trial.state == TrialState.FAIL]
     return len(fails) >= MOST_FAILURES and not trained(study)
 
 
-def _find_twin(study: optuna.Study, arch: StudentArch) -> FrozenTrial | None:
+def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
     for trial in _settled(study):
         if trial.user_attrs["arch"] == arch.to_dict() and "twin_of" not in trial.user_attrs:
             return trial
@@ -214,7 +216,7 @@ def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     return twin.value
 
 
-def _queue_unseen(study: optuna.Study, space: SearchSpace, number: int) -> None:
+def _queue_unseen(study: Study, space: SearchSpace, number: int) -> None:
     """Put an architecture that the study does not know next in the queue, the same one for the same trial number."""
     seen = [trial.user_attrs["arch"] for trial in _settled(study)]
     unseen = [arch for arch in space if arch.to_dict() not in seen]

@@ -1,0 +1,125 @@
+"""What a search or a run is asked for: the settings of every part, under the names that YAML and options use."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdnas.data.datamodule import DataSettings
+from kdnas.distill.module import Recipe
+from kdnas.distill.teacher import StatesSettings
+from kdnas.errors import UserError
+from kdnas.glue.finetune import FinetuneSettings
+from kdnas.latency import LatencySettings
+from kdnas.nas.candidate import Budget
+from kdnas.nas.reward import reward
+from kdnas.training import TrainerSettings
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How many candidates, how long each, and what makes a good one.
+
+    Args:
+        n_trials: distinct candidates to train in all.
+        num_epochs: of each candidate's mini-KD.
+        budget: hard limits that a student must keep.
+        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.
+        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a ranking.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    n_trials: int = 20
+    num_epochs: int = 2
+    budget: Budget = field(default_factory=Budget)
+    alpha: float = -0.06
+    beta: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("n_trials", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
+        reward(0.0, 1.0, 1.0, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class FullKDSettings:
+    """The last distillation, of the best student on all training rows.
+
+    Args:
+        num_epochs: passes over the rows.
+    """
+
+    num_epochs: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What ``kdnas search`` is asked for.
+
+    Args:
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from the package index).
+        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart`` (prose of the
+            installed packages).
+        name: of the run; the same name again goes on where it was stopped.
+        root: the folder of all runs.
+        seed: of the split, the masks, the search and the weights.
+        data: how text becomes batches; its seed is ``seed``.
+        recipe: how students are distilled.
+        search: how many candidates, and the budget.
+        latency: how latency is measured.
+        states: where the teacher's states are kept.
+        trainer: device and precision.
+    """
+
+    teacher: str
+    text: str
+    name: str = "kdnas"
+    root: str = "lightning_logs"
+    seed: int = 0
+    data: DataSettings = field(default_factory=DataSettings)
+    recipe: Recipe = field(default_factory=Recipe)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    states: StatesSettings = field(default_factory=StatesSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(SearchConfig):
+    """What ``kdnas run`` is asked for: a search, and what follows it.
+
+    Args:
+        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in GLUE's layout, a
+            GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the encoder is exported.
+        full_kd: the last distillation.
+        finetune: how teacher and student are fine-tuned; its seed is ``seed``.
+    """
+
+    task: str | None = None
+    full_kd: FullKDSettings = field(default_factory=FullKDSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+def as_plain(value: Any) -> Any:
+    """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
+    return {"class_path": path} | ({"init_args": arguments} if arguments else {})
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
