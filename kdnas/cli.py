@@ -59,7 +59,7 @@ def _quieten() -> None:
     """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", message=".*experimental feature")
+    warnings.filterwarnings("ignore", message=".*is (an )?experimental")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -207,7 +207,7 @@ def _line(trial: FrozenTrial) -> str:
         return f"{head}known from trial {attrs['twin_of']}"
     if "refused" in attrs or "failed" in attrs:
         return head + ("refused, " + attrs["refused"] if "refused" in attrs else "failed, " + attrs["failed"])
-    if trial.value is None:
+    if "seconds" not in attrs:
         return head + "pruned"
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "

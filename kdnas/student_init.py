@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdnas.errors import UserError
 from kdnas.models import family_of
 
 
@@ -47,13 +48,19 @@ class FromTeacher(Start):
     weights in times norm of the weights out). At equal shape the student then equals the teacher.
     Narrower: the embedding tables are projected on the first H_s principal components of the teacher's embedding
     output over its vocabulary; layers stay random.
+
+    Raises:
+        UserError: the student is wider than its teacher, or is as wide and has a wider feed-forward part.
     """
 
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-        if student.config.hidden_size == teacher.config.hidden_size:
-            return self._copy(student, teacher)
-        return self._project_embeddings(student, teacher)
+        narrower = student.config.hidden_size < teacher.config.hidden_size
+        for name in () if narrower else ("hidden_size", "intermediate_size"):
+            size, largest = getattr(student.config, name), getattr(teacher.config, name)
+            if size > largest:
+                raise UserError(f"{name} is {size}: FromTeacher starts no student above its teacher's {largest}.")
+        return self._project_embeddings(student, teacher) if narrower else self._copy(student, teacher)
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)

@@ -25,10 +25,10 @@ class TrainerSettings:
         devices: number of devices; only 1.
         strategy: Lightning's; only ``auto``.
         precision: Lightning's; bf16-mixed makes a step about twice as fast, also on CPUs.
-        gradient_clip_val: largest norm of the gradient.
+        gradient_clip_val: largest norm of the gradient; 0: any.
 
     Raises:
-        UserError: several devices or processes: every rank of DDP would be a search of its own.
+        UserError: several devices or processes: every rank of DDP would be a search of its own; or a negative norm.
     """
 
     accelerator: str = "auto"
@@ -43,6 +43,8 @@ class TrainerSettings:
             raise UserError(f"devices is {self.devices}: a candidate trains on one device; {remedy}")
         if self.strategy != "auto":
             raise UserError(f"strategy is {self.strategy!r}: a candidate trains in one process; {remedy}")
+        if not self.gradient_clip_val >= 0:
+            raise UserError(f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping).")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {remedy}")
 

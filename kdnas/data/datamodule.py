@@ -2,10 +2,8 @@
 
 import copy
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
@@ -74,6 +72,8 @@ class DataSettings:
         for name, least in (("max_length", 4), ("num_mask_variants", 1), ("seed", 0), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
             raise UserError(f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit.")
 
@@ -143,9 +143,6 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         num_ranks: number of processes.
     """
 
-    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix rows.
-    BATCHES_A_PIECE = 50
-
     def __init__(
         self,
         lengths: IntArray,
@@ -163,41 +160,29 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         self.rank, self.num_ranks = rank, num_ranks
         self.epoch = 0
 
-    @cached_property
-    def _sorted_batches(self) -> list[IntArray]:
-        return self._cut(self.sample_ids[np.argsort(self.lengths[self.sample_ids], kind="stable")])
-
-    def _cut(self, rows: IntArray) -> list[IntArray]:
-        """Cut rows, sorted by length, so that rows times the longest stays within the budget."""
+    def batches(self) -> list[IntArray]:
+        """The batches of this epoch, over all ranks; their number is a multiple of the number of ranks."""
+        generator = np.random.default_rng([self.seed, self.epoch])
+        rows = generator.permutation(self.sample_ids) if self.shuffle else self.sample_ids
+        # Only rows of one length change places, so that every epoch has the same number of batches: Lightning
+        # counts them once, and leaves out what a longer epoch has more, and the validation of a shorter one.
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
         batches, start = [], 0
         for end, length in enumerate(self.lengths[rows]):
             if (end - start + 1) * length > self.batch_tokens and end > start:
                 batches.append(rows[start:end])
                 start = end
         batches.append(rows[start:])
-        return batches
-
-    def batches(self) -> list[IntArray]:
-        """The batches of this epoch, over all ranks; their number is a multiple of the number of ranks."""
-        if not self.shuffle:
-            return self._sorted_batches
-        generator = np.random.default_rng([self.seed, self.epoch])
-        rows = generator.permutation(self.sample_ids)
-        tokens_a_piece = self.BATCHES_A_PIECE * self.batch_tokens
-        pieces = np.cumsum(self.lengths[rows]) // tokens_a_piece
-        batches = []
-        for piece in np.split(rows, np.flatnonzero(np.diff(pieces)) + 1):
-            batches += self._cut(piece[np.argsort(self.lengths[piece], kind="stable")])
         # DDP waits for every rank at every step: halve the largest batches until all ranks have as many.
         while len(batches) % self.num_ranks:
             batches.sort(key=len)
             largest = batches.pop()
             if len(largest) < 2:
                 raise UserError(
-                    f"{len(self.sample_ids)} training rows cannot be shared by {self.num_ranks} processes: use fewer."
+                    f"{len(self.sample_ids)} rows cannot be shared by {self.num_ranks} processes: use fewer processes."
                 )
             batches += [largest[::2], largest[1::2]]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        return [batches[i] for i in generator.permutation(len(batches))] if self.shuffle else batches
 
     def __iter__(self) -> Iterator[tuple[int, IntArray]]:
         variant = self.epoch % self.num_variants if self.shuffle else 0
@@ -205,7 +190,7 @@ class LengthGroupedBatches(DistributedSampler[Any]):
             yield variant, batch
 
     def __len__(self) -> int:
-        return math.ceil((len(self.batches()) - self.rank) / self.num_ranks)
+        return len(self.batches()) // self.num_ranks
 
 
 class KDDataModule(pl.LightningDataModule):

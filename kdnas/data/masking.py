@@ -47,7 +47,9 @@ class Masker:
             Token ids, shape (length,); the same for the same arguments, always.
         """
         # Philox is a counter-based generator: two keys give independent streams without any warm-up.
-        generator = np.random.Generator(np.random.Philox(key=[self.seed << 32 | variant, sample_id]))
+        # uint64 by name: of one large and one small number numpy makes floats, and neighbouring keys become one.
+        key = np.array([self.seed << 32 | variant, sample_id], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         draws = generator.random((2, len(input_ids)))
         random_ids = generator.integers(self.vocab_size, size=len(input_ids))
         chosen = (draws[0] < self.probability) & ~np.isin(input_ids, self.special_ids)

@@ -1,9 +1,9 @@
 """The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
 
 A cache is a folder of shards. A shard holds the states of some rows, rows sorted by length: an array (L, T, H) of
-float16 for L layers and T real tokens. A shard's name holds the hash of its bytes, so a whole shard is known by itself:
-one that is missing, cut or damaged is computed again, and there is no index that could disagree. The folder's name is
-the hash of everything that the states depend on.
+float16 for L layers and T real tokens. A shard's name holds its place and the hash of place and bytes, so a whole shard
+is known by itself: one that is missing, cut, damaged or in another's place is computed again, and there is no index
+that could disagree. The folder's name is the hash of everything that the states depend on.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ DTYPE = np.dtype(np.float16)
 FORMAT = 1
 SHARD_BYTES = 64 << 20
 # Pages that were read count as memory of this process until they are given back (the file cache keeps them).
-RELEASE_BYTES = 128 << 20
+RELEASE_BYTES = 32 << 20
 
 
 def cache_key(teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_variants: int) -> str:
@@ -94,17 +94,19 @@ class StateCache:
                 names[variant][shard] = self._write(variant, shard, teacher, batch_tokens)
             self._names = [name for variant in names for name in variant if name is not None]
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        """The stored states of a batch's real tokens: for each layer a tensor (N, H), float16 on the CPU."""
+    def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        """The stored states of a batch's real tokens: for each of the layers a tensor (N, H), float16 on the CPU."""
+        indices = [self.layers.index(layer) for layer in layers]
         variant = int(batch["variant"])
         sample_ids = batch["sample_ids"].cpu().numpy()
         lengths = self.rows.lengths[sample_ids]
         ends = np.cumsum(lengths)
-        states = np.empty((len(self.layers), int(ends[-1]), self.hidden_size), dtype=DTYPE)
+        states = np.empty((len(indices), int(ends[-1]), self.hidden_size), dtype=DTYPE)
         for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
             shard = self._open(variant, int(self._shard_of[sample_id]))
             start = self._start[sample_id]
-            states[:, end - length : end] = shard[:, start : start + length]
+            for position, index in enumerate(indices):
+                states[position, end - length : end] = shard[index, start : start + length]
         self._bytes_read += states.nbytes
         if self._bytes_read > RELEASE_BYTES:
             self._bytes_read = 0
@@ -123,10 +125,12 @@ class StateCache:
 
     def _find(self, variant: int, shard: int) -> str | None:
         """The name of a finished, undamaged shard; a damaged one is removed."""
-        for path in self.folder.glob(f"{self._prefix(variant, shard)}.*.bin"):
+        prefix = self._prefix(variant, shard)
+        for path in self.folder.glob(f"{prefix}.*.bin"):
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == path.name.split(".")[1]:
-                    return path.name
+                digest = hashlib.file_digest(file, lambda: hashlib.sha256(prefix.encode()))
+            if digest.hexdigest() == path.name.split(".")[1]:
+                return path.name
             path.unlink()
         return None
 
@@ -141,7 +145,10 @@ class StateCache:
             for layer, layer_states in enumerate(per_layer):
                 states[layer, position : position + num_tokens] = layer_states.to("cpu", torch.float16).numpy()
             position += num_tokens
-        name = f"{self._prefix(variant, shard)}.{hashlib.sha256(states.data).hexdigest()}.bin"
+        prefix = self._prefix(variant, shard)
+        digest = hashlib.sha256(prefix.encode())
+        digest.update(states.data)
+        name = f"{prefix}.{digest.hexdigest()}.bin"
         # Plain writes, not a writable map: a full disk is then an error that can be caught, not a SIGBUS.
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
         with os.fdopen(descriptor, "wb") as file:

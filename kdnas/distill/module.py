@@ -58,8 +58,8 @@ class Recipe:
         for name in ("learning_rate", "copied_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: give a rate above 0, such as 1e-3.")
-        if not self.weight_decay >= 0:
-            raise UserError(f"weight_decay is {self.weight_decay}: give a number of at least 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01.")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
 
@@ -116,6 +116,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         config = self._teacher.config
         self.pairs = recipe.mapping(arch.num_hidden_layers, config.num_hidden_layers)
         self.flat_pairs = [(i, layer) for i, layers in enumerate(self.pairs) for layer in layers]
+        self.target_layers = sorted({layer for _, layer in self.flat_pairs})
         self.student = build_student(config, arch)
         self.started = recipe.start(self.student, self._teacher.model)
         num_projections = 1 if recipe.shared_projection else arch.num_hidden_layers
@@ -138,9 +139,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
             data = getattr(self.trainer, "datamodule", None)
             if not isinstance(data, KDDataModule):
                 raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
-            layers = [layer for _, layer in self.flat_pairs]
             device = str(self.trainer.strategy.root_device)
-            self.states = open_states(self._teacher, data, layers, self._states_settings, device)
+            self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
 
     def on_train_start(self) -> None:
         self.student.train(self.recipe.dropout)
@@ -159,7 +159,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def errors(self, batch: Batch) -> tuple[Tensor, int]:
         """Sums over tokens of the squared error of each pair, shape (pairs,), and the number of real tokens."""
         assert self.states is not None, "setup() sets it"
-        targets = self.states(batch)
+        targets = self.states(batch, self.target_layers)
         sums = []
         for predicted, layers in zip(self(batch), self.pairs, strict=True):
             for part, layer in zip(predicted.chunk(len(layers), dim=-1), layers, strict=True):
@@ -186,7 +186,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         r2 = 1 - mse / torch.tensor([s.held_out_variance for s in stats])
         metrics["val/r2"] = float(r2.mean())
         # Several student layers may learn from one teacher layer: what is logged of it is what the best of them knows.
-        for layer in sorted({layer for _, layer in self.flat_pairs}):
+        for layer in self.target_layers:
             pairs = [p for p, (_, teacher_layer) in enumerate(self.flat_pairs) if teacher_layer == layer]
             best = min(pairs, key=lambda p: float(mse[p]))
             share = contextual_share(float(mse[best]), stats[best].held_out_mse_context_free)
@@ -226,6 +226,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         )
         if recipe.constant_rate:
             return optimizer
+        if self.trainer.estimated_stepping_batches == math.inf:
+            raise UserError(
+                "The training has no last step, at which the rate is 0: give trainer.max_epochs or trainer.max_steps, "
+                "or recipe.constant_rate."
+            )
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         num_warmup = max(1, round(recipe.warmup_share * num_steps))
         schedule = LambdaLR(

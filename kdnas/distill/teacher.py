@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.data.datamodule import Batch, KDDataModule, LengthGroupedBatches
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
@@ -53,7 +54,7 @@ class StatesSettings:
     max_gb: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.max_gb < 0:
+        if not self.max_gb >= 0:
             raise UserError(f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live).")
 
 
@@ -68,13 +69,14 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self.model, self.layers = model, list(layers)
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        """States of a batch's real tokens: for each layer a tensor (N, H), on the batch's device."""
-        return [states for layer, states in self.hidden_states(batch).items() if layer >= 0]
+    def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
+        states = self.hidden_states(batch)
+        return [states[layer] for layer in layers]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
-        """As ``__call__``, by layer, with the embedding output as layer -1."""
+        """The states of every layer by its number, with the embedding output as layer -1."""
         device = batch["input_ids"].device
         mask = batch["attention_mask"]
         model: Any = self.model.to(device)  # type: ignore[arg-type]
@@ -98,10 +100,11 @@ class TeacherStates:
     ) -> None:
         self.source, self.layers, self.hidden_size, self.stats = source, list(layers), hidden_size, stats
 
-    def __call__(self, batch: Batch) -> dict[int, Tensor]:
-        """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device."""
+    def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device; all layers by default."""
         device = batch["input_ids"].device
-        return {layer: states.to(device) for layer, states in zip(self.layers, self.source(batch), strict=True)}
+        layers = self.layers if layers is None else layers
+        return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
 
 
 def open_states(
@@ -140,7 +143,7 @@ def open_states(
         )
     else:
         log.info("Teacher states: %.2f GB in %s", cache.num_bytes() / 1e9, folder)
-        cache.build(lambda batch: live(_to(batch, device)), batch_tokens=data.settings.batch_tokens)
+        cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens=data.settings.batch_tokens)
     return TeacherStates(source, wanted, hidden_size, _load_stats(folder / "stats.json", live, data, device))
 
 
@@ -149,9 +152,11 @@ def _to(batch: Batch, device: str) -> Batch:
 
 
 def _load_stats(path: Path, live: LiveTeacher, data: KDDataModule, device: str) -> dict[int, LayerStats]:
-    if not path.exists():
-        measured = measure_stats(live, data, device)
-        write_json(path, {str(layer): asdict(stats) for layer, stats in measured.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / "lock"):
+        if not path.exists():
+            measured = measure_stats(live, data, device)
+            write_json(path, {str(layer): asdict(stats) for layer, stats in measured.items()})
     return {int(layer): LayerStats(**stats) for layer, stats in read_json(path).items()}
 
 
@@ -168,8 +173,8 @@ def measure_stats(live: LiveTeacher, data: KDDataModule, device: str = "cpu") ->
         weight = ridge_map(train[-1], train[layer])
         predicted = held_out[-1].double() @ weight[:-1] + weight[-1]
         stats[layer] = LayerStats(
-            variance=float(train[layer].var(0, correction=0).mean()),
-            held_out_variance=float(held_out[layer].var(0, correction=0).mean()),
+            variance=float(train[layer].float().var(0, correction=0).mean()),
+            held_out_variance=float(held_out[layer].float().var(0, correction=0).mean()),
             held_out_mse_context_free=float((predicted - held_out[layer]).square().mean()),
         )
     return stats
@@ -179,5 +184,11 @@ def _sample_states(live: LiveTeacher, data: KDDataModule, sample_ids: np.ndarray
     assert data.rows is not None
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), STATS_TOKENS) + 1]
-    batches = [live.hidden_states(_to(batch, device)) for batch in data.loader(chosen, shuffle=False)]
-    return {layer: torch.cat([states[layer].float().cpu() for states in batches]) for layer in [-1, *live.layers]}
+    # Not the loader's, which are this rank's alone.
+    batches = LengthGroupedBatches(data.rows.lengths, chosen, data.settings.batch_tokens, shuffle=False)
+    # Kept in half precision: all layers of a wide teacher are gigabytes otherwise.
+    sampled = [
+        {layer: states.half().cpu() for layer, states in live.hidden_states(_to(data.rows[index], device)).items()}
+        for index in batches
+    ]
+    return {layer: torch.cat([states[layer] for states in sampled]) for layer in [-1, *live.layers]}

@@ -51,7 +51,12 @@ def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int =
     )
     sampler = PerTrialSeed(lambda s: optuna.samplers.TPESampler(seed=s, n_startup_trials=5), seed)
     study = optuna.create_study(
-        storage=backend, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True
+        storage=backend,
+        study_name=name,
+        sampler=sampler,
+        pruner=optuna.pruners.NopPruner(),  # Optuna's default prunes by the median, after one epoch
+        direction="maximize",
+        load_if_exists=True,
     )
     known = study.user_attrs.get("identity")
     if known is None:

@@ -1,0 +1,275 @@
+import copy
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, make_tokenizer, save_teacher
+from torch.utils.data import DataLoader, DistributedSampler
+
+from kdnas.data import datamodule
+from kdnas.data.corpus import Corpus
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.data.masking import Masker
+from kdnas.errors import UserError
+from kdnas.models import find_teacher
+
+PAD = 3
+
+
+def open_data(teacher: Path, text: Path | Corpus, split: str = "full", **settings) -> KDDataModule:
+    settings = DataSettings(**(dict(max_length=32, batch_tokens=128, held_out_fraction=0.2) | settings))
+    data = KDDataModule(str(teacher), text if isinstance(text, Corpus) else str(text), settings, split)
+    data.setup()
+    return data
+
+
+def at(loader: DataLoader, epoch: int) -> list[Batch]:
+    """The batches of an epoch, told as Lightning tells it."""
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def ids(batches: Iterable[Batch]) -> list[int]:
+    return [i for batch in batches for i in batch["sample_ids"].tolist()]
+
+
+def of_rank(data: KDDataModule, rank: int, num_ranks: int) -> KDDataModule:
+    data = copy.copy(data)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks)
+    return data
+
+
+@pytest.fixture(scope="module")
+def data(tiny_teacher, text_file) -> KDDataModule:
+    return open_data(tiny_teacher, text_file)
+
+
+def test_the_mini_split_is_a_share_of_the_training_rows_and_held_out_rows_are_in_neither(data):
+    full, mini, held_out = data.train_ids(), data.select("mini").train_ids(), data.held_out_ids()
+    assert len(set(mini)) == len(mini) == round(0.3 * len(full))
+    assert set(mini) < set(full)
+    assert not set(held_out) & set(full)
+    assert sorted([*full, *held_out]) == list(range(120))
+    assert not set(data.corpus.train) & set(data.corpus.held_out)
+    texts = data.corpus.train + data.corpus.held_out
+    for i in (full[0], full[-1], held_out[0], held_out[-1]):
+        assert data.rows.lengths[i] == len(texts[i].split()) + 2
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(0.3, 29), (0.5, 48), (0.001, 1), (0.999, 96)])
+def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(tiny_teacher, fraction, size):
+    rows = make_rows(100)
+    data = open_data(tiny_teacher, Corpus(rows[:96], rows[96:], {}), "mini", mini_fraction=fraction)
+    assert len(data.train_ids()) == size
+
+
+def test_the_splits_depend_on_the_seed_alone(data, tiny_teacher, text_file):
+    again, other = open_data(tiny_teacher, text_file), open_data(tiny_teacher, text_file, seed=1)
+    for split in ("mini", "full"):
+        assert (again.select(split).train_ids() == data.select(split).train_ids()).all()
+    assert again.corpus.held_out == data.corpus.held_out
+    assert set(other.corpus.held_out) != set(data.corpus.held_out)
+    rows = make_rows(100)
+    corpus = Corpus(rows[:90], rows[90:], {})
+    drawn = [open_data(tiny_teacher, corpus, "mini", seed=seed).train_ids().tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_every_training_row_comes_once_an_epoch_in_a_constant_number_of_batches(tiny_teacher):
+    rows = make_rows(400)
+    data = open_data(tiny_teacher, Corpus(rows[:390], rows[390:], {}), batch_tokens=40)
+    for split in ("mini", "full"):
+        loader = data.select(split).train_dataloader()
+        assert len(loader) > 60
+        sizes = set()
+        for epoch in range(12):
+            loader.sampler.set_epoch(epoch)
+            drawn = [batch.tolist() for _, batch in loader.sampler]
+            assert sorted(sum(drawn, [])) == data.select(split).train_ids().tolist()
+            assert len(drawn) == len(loader)
+            sizes.add(tuple(sorted(map(len, drawn))))
+        assert len(sizes) == 1  # Lightning counts the batches of the first epoch only
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 128, 5000])
+def test_batches_keep_within_the_budget_and_fill_it(tiny_teacher, text_file, batch_tokens):
+    data = open_data(tiny_teacher, text_file, batch_tokens=batch_tokens)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        shapes = [batch["input_ids"].shape for batch in loader]
+        assert all(num_rows * length <= batch_tokens for num_rows, length in shapes)
+        longest = int(data.rows.lengths.max())
+        assert len(shapes) <= data.rows.lengths[ids(loader)].sum() / (batch_tokens - longest + 1) + 1
+
+
+def test_batches_hold_rows_of_similar_length(data):
+    batches = list(data.train_dataloader())
+    real = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert real / sum(batch["attention_mask"].numel() for batch in batches) > 0.9
+    assert real == data.rows.lengths[data.train_ids()].sum()
+
+
+def test_rows_are_tokenised_as_by_the_tokenizer_and_padded_with_its_padding_id(tiny_teacher, text_file):
+    data = open_data(tiny_teacher, text_file, mask_probability=0.0, max_length=12)
+    encode, texts = make_tokenizer(), data.corpus.train + data.corpus.held_out
+    padded = 0
+    for batch in [*data.train_dataloader(), *data.val_dataloader()]:
+        for row, mask, i in zip(batch["input_ids"], batch["attention_mask"], batch["sample_ids"], strict=True):
+            expected = encode(texts[i], truncation=True, max_length=12)["input_ids"]
+            assert row.tolist() == expected + [PAD] * (len(row) - len(expected))
+            assert mask.tolist() == [1] * len(expected) + [0] * (len(row) - len(expected))
+            padded += len(row) - len(expected)
+        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+    assert padded > 0
+    assert data.rows.lengths.max() == 12
+
+
+def test_masks_are_the_masker_s_and_their_variant_cycles_with_the_epoch(tiny_teacher, text_file):
+    data = open_data(tiny_teacher, text_file, num_mask_variants=3, mask_probability=0.5, seed=5)
+    tokenizer, texts = make_tokenizer(), data.corpus.train + data.corpus.held_out
+    masker = Masker(tokenizer.mask_token_id, len(tokenizer), tokenizer.all_special_ids, 0.5, seed=5)
+    for loader, variants in (
+        (data.train_dataloader(), [0, 1, 2, 0, 1]),
+        (data.val_dataloader(), [0, 0, 0]),
+    ):
+        for epoch, variant in enumerate(variants):
+            for batch in at(loader, epoch):
+                assert int(batch["variant"]) == variant
+                i, row = int(batch["sample_ids"][0]), batch["input_ids"][0]
+                expected = masker(np.array(tokenizer(texts[i])["input_ids"]), i, variant)
+                assert row[: len(expected)].tolist() == expected.tolist()
+
+
+def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, tiny_teacher, text_file):
+    orders = [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
+    assert orders == [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    corpus = data.corpus
+    by_seed = [ids(open_data(tiny_teacher, corpus, seed=seed).train_dataloader()) for seed in (0, 1)]
+    assert by_seed[0] == orders[0] != by_seed[1]
+
+
+def test_rows_meet_others_in_their_batches_in_another_epoch(data):
+    loader = data.train_dataloader()
+    first, second = ({frozenset(batch["sample_ids"].tolist()) for batch in at(loader, epoch)} for epoch in range(2))
+    assert len(first & second) < len(first) / 2
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("batch_tokens", [40, 128, 150, 2000])
+def test_ranks_share_all_rows_in_equally_many_batches(tiny_teacher, text_file, num_ranks, batch_tokens):
+    data = open_data(tiny_teacher, text_file, batch_tokens=batch_tokens)
+    ranks = [of_rank(data, rank, num_ranks) for rank in range(num_ranks)]
+    for loaders, expected in (
+        ([rank.train_dataloader() for rank in ranks], data.train_ids()),
+        ([rank.val_dataloader() for rank in ranks], data.held_out_ids()),
+    ):
+        for epoch in range(3):
+            shares = [at(loader, epoch) for loader in loaders]
+            assert sorted(sum((ids(share) for share in shares), [])) == expected.tolist()
+            assert {len(share) for share in shares} == {len(loader) for loader in loaders} == {len(shares[0])}
+            assert len(shares[0]) > 0
+            assert all(batch["input_ids"].numel() <= batch_tokens for share in shares for batch in share)
+
+
+def test_more_ranks_than_rows_are_refused(tiny_teacher):
+    rows = make_rows(12)
+    data = of_rank(open_data(tiny_teacher, Corpus(rows[:2], rows[2:], {})), 0, 3)
+    with pytest.raises(UserError, match="2 rows cannot be shared by 3 processes: use fewer processes"):
+        list(data.train_dataloader())
+
+
+def test_held_out_rows_are_sorted_by_length_and_keep_their_order(data):
+    loader = data.val_dataloader()
+    order = ids(at(loader, 0))
+    lengths = data.rows.lengths[order].tolist()
+    assert lengths == sorted(lengths)
+    assert order == ids(at(loader, 1))
+    assert sorted(order) == data.held_out_ids().tolist()
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 40), ("albert", 40), ("roberta", 36)])
+def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs(tmp_path, family, longest):
+    teacher = save_teacher(tmp_path / family, family)
+    corpus = Corpus([" ".join(make_rows(20))], make_rows(1), {})
+    with pytest.raises(UserError, match=rf"max_length is {longest + 1}: .* takes at most {longest} tokens"):
+        open_data(teacher, corpus, max_length=longest + 1)
+    (batch,) = open_data(teacher, corpus, max_length=longest).train_dataloader()
+    assert batch["input_ids"].shape == (1, longest)
+    output = find_teacher(str(teacher)).model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert output.last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mini_fraction", [0, 1, 1.5, -0.1, float("nan")]),
+        ("held_out_fraction", [0, 1, 1.5, float("nan")]),
+        ("mask_probability", [-0.1, 1.1, float("nan")]),
+        ("max_length", [3]),
+        ("num_mask_variants", [0]),
+        ("seed", [-1, 2**32]),
+        ("num_workers", [-1]),
+        ("batch_tokens", [127]),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_value(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"^{name} is {re.escape(str(value))}: "):
+            DataSettings(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    DataSettings(mask_probability=0, max_length=4, batch_tokens=4, seed=2**32 - 1)
+    DataSettings(mask_probability=1, batch_tokens=128)
+
+
+def test_workers_give_the_same_batches(tiny_teacher, text_file):
+    loaders = [
+        open_data(tiny_teacher, text_file, num_mask_variants=2, num_workers=num_workers).train_dataloader()
+        for num_workers in (0, 2)
+    ]
+    for epoch in range(2):
+        here, there = (at(loader, epoch) for loader in loaders)
+        assert len(here) == len(there) > 2
+        for one, other in zip(here, there, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(tiny_teacher, text_file, monkeypatch):
+    data = open_data(tiny_teacher, text_file)
+    masks = data.rows.masked(0)
+    for name in ("find_teacher", "load_corpus"):
+        monkeypatch.setattr(datamodule, name, None)
+    mini = data.select("mini")
+    mini.setup("fit")
+    data.setup("fit")
+    assert mini.rows is data.rows and mini.corpus is data.corpus
+    assert mini.rows.masked(0) is masks
+    assert (mini.split, data.split) == ("mini", "full")
+
+
+def test_the_fingerprint_of_the_rows_is_that_of_their_masked_inputs(tiny_teacher, text_file):
+    corpus = open_data(tiny_teacher, text_file).corpus
+    turned = Corpus(corpus.train[::-1], corpus.held_out, {})
+    sums = [
+        open_data(tiny_teacher, text, **settings).rows.sha256(num_variants)
+        for text, settings, num_variants in (
+            (corpus, {}, 1),
+            (corpus, {}, 2),
+            (turned, {}, 1),
+            (corpus, {"seed": 1}, 1),
+            (corpus, {"mask_probability": 0.2}, 1),
+            (corpus, {"max_length": 16}, 1),
+        )
+    ]
+    assert len(set(sums)) == len(sums)
+    assert open_data(tiny_teacher, corpus, "mini", batch_tokens=64).rows.sha256(1) == sums[0]
+
+
+def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):
+    assert isinstance(data.train_dataloader().sampler, DistributedSampler)

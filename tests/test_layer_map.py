@@ -1,0 +1,67 @@
+import pytest
+
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LayerMapping, Skip
+from kdnas.errors import UserError
+
+# mapping, student layers, teacher layers, teacher layer of each student layer
+TABLE = [
+    (Last(), 4, 12, [8, 9, 10, 11]),
+    (Last(), 5, 12, [7, 8, 9, 10, 11]),
+    (Last(), 4, 6, [2, 3, 4, 5]),
+    (Last(), 1, 12, [11]),
+    (Last(), 3, 3, [0, 1, 2]),
+    (Skip(), 4, 12, [0, 3, 6, 9]),
+    (Skip(), 5, 12, [0, 2, 4, 6, 8]),
+    (Skip(), 10, 12, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    (Skip(), 4, 6, [0, 1, 2, 3]),
+    (Skip(), 1, 12, [0]),
+    (Skip(), 3, 3, [0, 1, 2]),
+    (Even(), 4, 12, [2, 5, 8, 11]),
+    (Even(), 5, 12, [1, 4, 6, 9, 11]),
+    (Even(), 10, 12, [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]),
+    (Even(), 4, 6, [1, 2, 4, 5]),  # 1.5 and 4.5 are rounded up
+    (Even(), 1, 12, [11]),
+    (Even(), 3, 3, [0, 1, 2]),
+]
+
+
+@pytest.mark.parametrize(("mapping", "num_student", "num_teacher", "layers"), TABLE)
+def test_single_mappings_are_as_by_hand(mapping, num_student, num_teacher, layers):
+    assert mapping(num_student, num_teacher) == [(layer,) for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("num_student", "num_teacher", "pairs"),
+    [
+        (4, 12, [(8, 0), (9, 3), (10, 6), (11, 9)]),
+        (4, 6, [(2, 0), (3, 1), (4, 2), (5, 3)]),
+        (1, 12, [(11, 0)]),
+        (3, 3, [(0, 0), (1, 1), (2, 2)]),
+    ],
+)
+def test_last_and_skip_is_last_then_skip(num_student, num_teacher, pairs):
+    assert LastAndSkip()(num_student, num_teacher) == pairs
+
+
+def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstring_names():
+    originals = {depth: [(i * 12 // depth,) for i in range(depth)] for depth in range(1, 13)}
+    assert [depth for depth in originals if Skip()(depth, 12) != originals[depth]] == [5, 7, 8, 9, 10]
+    assert originals[5] == [(0,), (2,), (4,), (7,), (9,)]
+    assert "Of 12 layers they differ for 5 and 7 to 10." in Skip.__doc__
+
+
+@pytest.mark.parametrize("mapping", [Last(), Skip(), LastAndSkip(), Even()])
+@pytest.mark.parametrize("num_student", [0, 13])
+def test_a_student_without_layers_or_deeper_than_its_teacher_is_refused(mapping, num_student):
+    with pytest.raises(UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"):
+        mapping(num_student, 12)
+
+
+@pytest.mark.parametrize("layer", [-1, 6])
+def test_a_custom_mapping_that_names_a_layer_that_is_not_there_is_refused(layer):
+    class Custom(LayerMapping):
+        def layers(self, student_layer, num_student_layers, num_teacher_layers):
+            return (0, layer)
+
+    with pytest.raises(UserError, match=rf"teacher layer {layer}: there are 0 to 5"):
+        Custom()(2, 6)

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from kdnas.distill.losses import contextual_share, ridge_map, squared_error
+
+
+def test_the_squared_error_of_real_tokens_is_as_by_hand():
+    # Two rows, the second with one token of padding, which is taken away before.
+    attention_mask = torch.tensor([[1, 1], [1, 0]]).bool()
+    predicted = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, -1.0], [9.0, 9.0]]])
+    target = torch.tensor([[[1.0, 0.0], [2.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    # tokens: (0 + 4) / 2, (4 + 16) / 2, (9 + 1) / 2
+    assert squared_error(predicted[attention_mask], target[attention_mask]).item() == 2 + 10 + 5
+
+
+def test_the_squared_error_adds_up_over_batches():
+    predicted, target = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+    parts = [squared_error(predicted[rows], target[rows]) for rows in (slice(0, 7), slice(7, 30))]
+    assert sum(parts).item() == pytest.approx(squared_error(predicted, target).item(), rel=1e-6)
+    assert squared_error(predicted, target).item() / 30 == pytest.approx((predicted - target).square().mean().item())
+
+
+def test_the_squared_error_of_half_precision_is_taken_in_float32():
+    predicted, target = torch.full((1000, 4), 2.0, dtype=torch.bfloat16), torch.zeros(1000, 4, dtype=torch.float16)
+    error = squared_error(predicted, target)
+    assert error.dtype == torch.float32 and error.item() == 4000  # bfloat16 would say 4,000 at best by luck
+    assert squared_error(torch.full((1, 1), 300.0).half(), torch.zeros(1, 1)).item() == 90000  # float16: infinite
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 1), (8,), (4, 8), (3, 2, 8)])
+def test_shapes_that_would_broadcast_or_differ_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\(3, 8\) and \({}".format(", ".join(map(str, shape)))):
+        squared_error(torch.zeros(3, 8), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("mse", "mse_context_free", "share"),
+    [(0.5, 0.5, 0.0), (0.0, 0.5, 1.0), (1.0, 0.5, -1.0), (0.1, 0.4, 0.75), (0.3, 0.0, 0.0)],
+)
+def test_the_contextual_share_is_0_for_a_table_1_for_the_teacher_and_negative_below(mse, mse_context_free, share):
+    assert contextual_share(mse, mse_context_free) == pytest.approx(share)
+
+
+def test_a_ridge_map_equals_scikit_learn_s():
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(3, [0.1, 1, 5, 2], size=(50, 4))
+    targets = inputs @ generator.normal(size=(4, 3)) + 7 + generator.normal(size=(50, 3))
+    for strength in (1e-4, 0.1, 2.0):
+        alpha = strength * 50 * inputs.var(0).mean()
+        oracle = Ridge(alpha=alpha).fit(inputs, targets)
+        weight = ridge_map(torch.tensor(inputs), torch.tensor(targets), strength).numpy()
+        assert weight.shape == (5, 3)
+        np.testing.assert_allclose(weight[:-1], oracle.coef_.T, rtol=1e-8)
+        np.testing.assert_allclose(weight[-1], oracle.intercept_, rtol=1e-8)
+
+
+def test_a_linear_map_with_a_constant_is_recovered():
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, constant = (torch.randn(*shape, generator=generator) for shape in [(200, 5), (5, 3), (3,)])
+    found = ridge_map(inputs, inputs @ weight + constant, strength=1e-12)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.cat([weight, constant[None]]).double(), atol=1e-5, rtol=0)
+
+
+def test_a_ridge_map_of_constant_or_dependent_inputs_predicts_as_well_as_can_be():
+    targets = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    weight = ridge_map(torch.ones(20, 3), targets)
+    torch.testing.assert_close(torch.ones(3).double() @ weight[:-1] + weight[-1], targets.double().mean(0))
+    column = torch.arange(20.0)[:, None]
+    weight = ridge_map(torch.cat([column, column], 1), 3 * column, strength=1e-9)
+    torch.testing.assert_close(weight.squeeze(), torch.tensor([1.5, 1.5, 0.0]).double(), atol=1e-5, rtol=1e-5)

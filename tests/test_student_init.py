@@ -1,0 +1,194 @@
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, save_teacher
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdnas.arch import StudentArch
+from kdnas.errors import UserError
+from kdnas.models import build_student, family_of, find_teacher, state_sha256
+from kdnas.student_init import FromTeacher, RandomStart, Start, Started, embedding_basis
+
+SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
+NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A teacher as after training: no mean or bias is 0, and no layer norm the identity."""
+    teacher = find_teacher(str(folder)).load()
+    generator = torch.Generator().manual_seed(1)
+    for module in teacher.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data.uniform_(0.5, 2.0, generator=generator)
+        if isinstance(module, nn.LayerNorm | nn.Linear):
+            module.bias.data.normal_(0, 0.6, generator=generator)
+    words = teacher.embeddings.word_embeddings.weight.data
+    words += torch.randn(len(words), 1, generator=generator) * words.any(-1, keepdim=True)  # padding stays 0
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(any_teacher) -> PreTrainedModel:
+    return load(any_teacher)
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_teacher) -> PreTrainedModel:
+    return load(tiny_teacher)
+
+
+def started(teacher: PreTrainedModel, start: Start, **sizes: object) -> tuple[PreTrainedModel, Started]:
+    torch.manual_seed(0)
+    arch = StudentArch(**(SAME.to_dict() | sizes | {"hidden_act": teacher.config.hidden_act}))
+    student = build_student(teacher.config, arch).eval()
+    return student, start(student, teacher)
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel) -> tuple[Tensor, ...]:
+    """Embedding output and states of all layers on some rows, of the real tokens."""
+    input_ids = torch.randint(4, len(VOCAB), (8, 20), generator=torch.Generator().manual_seed(2))
+    attention_mask = (torch.arange(20) < torch.arange(4, 20, 2)[:, None]).long()
+    input_ids = input_ids.where(attention_mask.bool(), torch.tensor(3))
+    output = model(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    return tuple(layer[attention_mask.bool()] for layer in output.hidden_states)
+
+
+def test_at_equal_shape_the_student_is_the_teacher(teacher):
+    student, _ = started(teacher, FromTeacher())
+    random, _ = started(teacher, RandomStart())
+    for ours, others, theirs in zip(states(student), states(random), states(teacher), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert (others - theirs).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(("depth", "sources"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])
+def test_layers_are_copied_evenly_the_first_and_the_last_among_them(bert, depth, sources):
+    student, start = started(bert, FromTeacher(), num_hidden_layers=depth)
+    for layer, source in zip(student.encoder.layer, sources, strict=True):
+        assert state_sha256(layer.state_dict()) == state_sha256(bert.encoder.layer[source].state_dict())
+    assert state_sha256(student.embeddings.state_dict()) == state_sha256(bert.embeddings.state_dict())
+    assert torch.equal(start.basis, torch.eye(64))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 2}, {"intermediate_size": 48}])
+def test_at_equal_width_all_parameters_are_copied(teacher, sizes):
+    student, start = started(teacher, FromTeacher(), **sizes)
+    assert start.copied == {name for name, _ in student.named_parameters()}
+
+
+def test_a_narrower_feed_forward_part_keeps_the_most_important_neurons_in_their_order(bert):
+    student, _ = started(bert, FromTeacher(), intermediate_size=48, num_hidden_layers=2)
+    for layer, source in zip(student.encoder.layer, (bert.encoder.layer[0], bert.encoder.layer[3]), strict=True):
+        wide_in, wide_out = source.intermediate.dense, source.output.dense
+        norms = [np.linalg.norm(wide_in.weight, axis=1), np.linalg.norm(wide_out.weight, axis=0)]
+        kept = np.sort(np.argsort(norms[0] * norms[1])[-48:])
+        assert not np.array_equal(kept, np.sort(np.argsort(norms[0])[-48:]))
+        assert torch.equal(layer.intermediate.dense.weight, wide_in.weight[kept])
+        assert torch.equal(layer.intermediate.dense.bias, wide_in.bias[kept])
+        assert torch.equal(layer.output.dense.weight, wide_out.weight[:, kept])
+        assert torch.equal(layer.output.dense.bias, wide_out.bias)
+
+
+def test_leaving_out_neurons_that_are_zero_changes_nothing(teacher):
+    pruned = copy.deepcopy(teacher)
+    family = family_of(pruned.config)
+    dead = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:80]
+    for layer in family.layers(pruned):
+        layer.get_submodule(family.ffn[0]).weight.data[dead] = 0
+        layer.get_submodule(family.ffn[1]).weight.data[:, dead] = 0
+    student, _ = started(pruned, FromTeacher(), intermediate_size=48)
+    torch.testing.assert_close(states(student)[-1], states(pruned)[-1])
+    smaller, _ = started(pruned, FromTeacher(), intermediate_size=47)
+    assert (states(smaller)[-1] - states(pruned)[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_the_basis_is_orthonormal_and_its_directions_hold_the_most_variance(teacher, width):
+    basis = embedding_basis(teacher, width)
+    assert basis.shape == (64, width) and basis.dtype == torch.float32
+    torch.testing.assert_close(basis.T @ basis, torch.eye(width), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        words = teacher(torch.arange(len(VOCAB))[:, None], output_hidden_states=True).hidden_states[0][:, 0]
+    singular = np.linalg.svd(words - words.mean(0), compute_uv=False)
+    found = ((words - words.mean(0)) @ basis).norm(dim=0)
+    np.testing.assert_allclose(found[:16], singular[:16], rtol=1e-3, atol=1e-4)
+
+
+def correlation(student: PreTrainedModel, target: Tensor) -> float:
+    return float(np.corrcoef(states(student)[0].flatten(), target.flatten())[0, 1])
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_a_narrower_student_embeds_words_as_its_teacher_does(teacher, width):
+    student, start = started(teacher, FromTeacher(), **(NARROW.to_dict() | {"hidden_size": width}))
+    target = states(teacher)[0] @ start.basis
+    assert start.basis.shape == (64, width)
+    assert correlation(student, target) > 0.97
+    error = (states(student)[0] - target).square().mean() / target.var()
+    assert error < 0.12
+    random, _ = started(teacher, RandomStart(), **(NARROW.to_dict() | {"hidden_size": width}))
+    assert abs(correlation(random, target)) < 0.2
+
+
+def test_what_is_copied_of_a_narrower_student_are_albert_s_tables_alone(teacher):
+    student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
+    theirs = dict(teacher.named_parameters())
+    copied = {
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.shape == theirs[name].shape and torch.equal(parameter, theirs[name])
+    }
+    if teacher.config.model_type == "albert":
+        assert start.copied == {name for name, _ in student.named_parameters() if name.startswith("embeddings.")}
+        assert start.copied <= copied
+    else:
+        assert start.copied == copied == set()
+
+
+@pytest.mark.parametrize("sizes", [SAME.to_dict(), NARROW.to_dict(), {"intermediate_size": 48}])
+def test_the_teacher_is_not_changed_and_shares_nothing(teacher, sizes):
+    before = state_sha256(teacher.state_dict())
+    student, _ = started(teacher, FromTeacher(), **sizes)
+    for parameter in student.parameters():
+        assert parameter.requires_grad and parameter.is_leaf
+        parameter.data.add_(1)
+    assert state_sha256(teacher.state_dict()) == before
+
+
+def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
+    torch.manual_seed(0)
+    untouched = build_student(teacher.config, SAME)
+    student, start = started(teacher, RandomStart())
+    assert state_sha256(student.state_dict()) == state_sha256(untouched.state_dict())
+    assert start == Started(copied=frozenset(), basis=None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 128}, "hidden_size is 128: .* above its teacher's 64"),
+        ({"intermediate_size": 129}, "intermediate_size is 129: .* above its teacher's 128"),
+    ],
+)
+def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
+    with pytest.raises(UserError, match=message):
+        started(teacher, FromTeacher(), **sizes)
+
+
+def test_a_narrower_student_may_have_a_wider_feed_forward_part(bert):
+    started(bert, FromTeacher(), **(NARROW.to_dict() | {"intermediate_size": 256}))
+
+
+def test_positions_and_token_types_are_kept_by_a_narrower_student(tmp_path):
+    teacher = load(save_teacher(tmp_path / "bert"))
+    student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
+    for name, ids in (("position_ids", torch.arange(40)[None]), ("token_type_ids", torch.tensor([[0, 1, 2]]))):
+        words = torch.full_like(ids, 20)
+        with torch.no_grad():
+            ours, theirs = (model.embeddings(words, **{name: ids})[0] for model in (student, teacher))
+        assert np.corrcoef(ours.flatten(), (theirs @ start.basis).flatten())[0, 1] > 0.97
