@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quieten() -> None:
+def _quieten(*loggers: str) -> None:
     """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
     from transformers.utils import logging as transformers_logging
 
@@ -63,9 +63,11 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Batches are gathered in microseconds; workers would cost more than they bring.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("kdnas").setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric", "optuna"):
+    for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -80,7 +82,7 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
     from kdnas.pipeline import run
 
-    _quieten()
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     run(_config(RunConfig, "run", args))
 
 
@@ -88,7 +90,7 @@ def _search(args: Sequence[str]) -> None:
     from kdnas.config import SearchConfig
     from kdnas.pipeline import search
 
-    _quieten()
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     search(_config(SearchConfig, "search", args))
 
 
@@ -97,6 +99,8 @@ def _fit(args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
+
+    _quieten()
 
     class FitCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

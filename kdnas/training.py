@@ -1,7 +1,9 @@
 """How a Trainer is made and run here: one device, TensorBoard, a shared progress bar, an honest Ctrl-C."""
 
+import ctypes
+import gc
 import os
-import warnings
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,21 +70,27 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=1,
     )
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
     """``trainer.fit`` whose Ctrl-C is a KeyboardInterrupt; Lightning makes it a SystemExit, unknown to Optuna."""
+    _release_memory()
     try:
-        with warnings.catch_warnings():
-            # Batches are gathered in microseconds; workers would cost more than they bring.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            trainer.fit(module, datamodule=data, **options)
+        trainer.fit(module, datamodule=data, **options)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+
+
+def _release_memory() -> None:
+    """Give back what earlier fits left: Trainer and module refer to each other, and glibc keeps what was freed."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 class ClipFusedGradients(pl.LightningModule):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,42 +12,48 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_rows, save_teacher
 from torch import Tensor
 
-from kdnas.data.datamodule import Batch, TokenRows
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule, TokenRows
 from kdnas.data.masking import Masker
 from kdnas.distill import cache as cache_module
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.errors import UserError
+from kdnas.models import find_teacher
 
-LAYERS, WIDTH, VARIANTS, BATCH_TOKENS = [1, 3], 4, 2, 40
+LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 
 
-def make_rows(seed: int = 0, probability: float = 0.3) -> TokenRows:
+def token_rows() -> TokenRows:
     generator = np.random.default_rng(0)
-    rows = [generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(40)]
-    return TokenRows(rows, Masker(4, 70, [3], probability, seed), pad_token_id=3)
+    rows = [generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(NUM_ROWS)]
+    return TokenRows(rows, Masker(4, 70, [3], probability=0.3), pad_token_id=3)
+
+
+def states_of(batch: Batch) -> list[Tensor]:
+    """States that tell layer, variant, row, place and token apart, exact in float16."""
+    real = batch["attention_mask"].bool()
+    rows = batch["sample_ids"][:, None].expand_as(real)
+    places = torch.arange(real.shape[1]).expand_as(real)
+    told = torch.stack([batch["variant"].expand_as(real), rows, places, batch["input_ids"]], dim=-1)
+    return [told[real].float() + 100 * layer for layer in LAYERS]
 
 
 class FakeTeacher:
-    """States that tell layer, row, place, token and variant apart, exact in float16; remembers what it was asked."""
+    """Gives ``states_of`` batches, keeps count of (variant, row), and is interrupted after ``num_batches``."""
 
-    def __init__(self, interrupt_after: int | None = None) -> None:
-        self.asked: list[tuple[int, int]] = []
-        self.interrupt_after = interrupt_after
+    def __init__(self, num_batches: int = 1000) -> None:
+        self.asked: Counter[tuple[int, int]] = Counter()
+        self.batches_left = num_batches
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        if self.interrupt_after is not None and len(self.asked) >= self.interrupt_after:
+        self.batches_left -= 1
+        if self.batches_left < 0:
             raise KeyboardInterrupt
         assert batch["input_ids"].numel() <= BATCH_TOKENS
-        variant = int(batch["variant"])
-        self.asked += [(variant, int(i)) for i in batch["sample_ids"]]
-        real = batch["attention_mask"].bool()
-        rows = batch["sample_ids"][:, None].expand_as(real)
-        places = torch.arange(real.shape[1]).expand_as(real)
-        told = [batch["input_ids"], rows, places, torch.full_like(rows, variant)]
-        states = torch.stack([values[real] for values in told], dim=-1).float()
-        return [states + 100 * layer for layer in LAYERS]
+        self.asked.update((int(batch["variant"]), int(row)) for row in batch["sample_ids"])
+        return states_of(batch)
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +68,12 @@ def folder(tmp_path) -> Path:
 
 
 def open_cache(folder: Path) -> StateCache:
-    return StateCache(folder, make_rows(), LAYERS, WIDTH, VARIANTS)
+    return StateCache(folder, token_rows(), LAYERS, WIDTH, VARIANTS)
 
 
-def build(folder: Path, teacher: Callable[[Batch], list[Tensor]] | None = None) -> tuple[StateCache, list]:
+def build(folder: Path) -> tuple[StateCache, Counter]:
     """The cache, and what its teacher was asked for."""
-    teacher = teacher or FakeTeacher()
-    cache = open_cache(folder)
+    teacher, cache = FakeTeacher(), open_cache(folder)
     cache.build(teacher, BATCH_TOKENS)
     return cache, teacher.asked
 
@@ -76,38 +82,226 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
 
 
-def asked_for(folder: Path, names: set[str]) -> set[tuple[int, int]]:
-    """The (variant, row) of shards, as their bytes tell them."""
-    found = set()
-    for name in names:
-        states = np.frombuffer((folder / name).read_bytes(), np.float16).reshape(len(LAYERS), -1, WIDTH)[0] - 100
-        found |= {(int(variant), int(row)) for _, row, _, variant in states}
-    return found
+def rows_in(shard: bytes) -> Counter:
+    """The (variant, row) of a shard, as its bytes tell them."""
+    states = np.frombuffer(shard, np.float16).reshape(len(LAYERS), -1, WIDTH)[0] - 100 * LAYERS[0]
+    return Counter({(int(variant), int(row)) for variant, row, _, _ in states})
+
+
+EVERYTHING = Counter((variant, row) for variant in range(VARIANTS) for row in range(NUM_ROWS))
 
 
 def check(cache: StateCache) -> None:
     """Every row, with every mask, alone and among others, has its teacher's states."""
-    generator = np.random.default_rng(1)
-    order = generator.permutation(40)
+    order = np.random.default_rng(1).permutation(NUM_ROWS)
     for variant in range(VARIANTS):
-        for sample_ids in [*np.split(order, 8), np.arange(40), np.array([7])]:
+        for sample_ids in [*np.split(order, 8), np.arange(NUM_ROWS), np.array([7])]:
             batch = cache.rows[variant, sample_ids]
-            found, expected = cache(batch), FakeTeacher.__call__(SimpleNamespace(interrupt_after=None, asked=[]), batch)
-            assert len(found) == len(LAYERS)
-            for one, other in zip(found, expected, strict=True):
-                assert one.dtype == torch.float16
-                assert torch.equal(one.float(), other)
-
-
-@pytest.fixture
-def any_batch(monkeypatch):
-    """The check may ask its oracle for batches of any size."""
-    monkeypatch.setitem(globals(), "BATCH_TOKENS", 1000)
+            expected = dict(zip(LAYERS, states_of(batch), strict=True))
+            for layers in ([1, 3], [3, 1], [3]):
+                for layer, states in zip(layers, cache(batch, layers), strict=True):
+                    assert states.dtype == torch.float16
+                    assert torch.equal(states.float(), expected[layer])
 
 
 def test_states_come_back_as_the_teacher_gave_them(folder):
     cache, asked = build(folder)
-    assert sorted(asked) == [(variant, row) for variant in range(VARIANTS) for row in range(40)]
+    assert asked == EVERYTHING
     assert len(shards(folder)) == 3 * VARIANTS
     assert sum(map(len, shards(folder).values())) == cache.num_bytes()
     check(cache)
+
+
+def test_states_come_back_also_where_pages_are_given_back(folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "RELEASE_BYTES", 100)
+    check(build(folder)[0])
+
+
+def test_a_cache_that_is_there_asks_no_teacher(folder):
+    build(folder)
+    before = shards(folder)
+    cache, asked = build(folder)
+    assert not asked and shards(folder) == before
+    check(cache)
+
+
+def test_an_interrupted_build_goes_on_after_its_last_whole_shard(folder):
+    teacher = FakeTeacher(num_batches=14)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(folder).build(teacher, BATCH_TOKENS)
+    done = shards(folder)
+    assert 0 < len(done) < 3 * VARIANTS
+    kept = sum(map(rows_in, done.values()), Counter())
+    assert kept < teacher.asked < EVERYTHING  # the last shard was begun
+    cache, asked = build(folder)
+    assert asked == EVERYTHING - kept
+    assert shards(folder).items() > done.items()
+    check(cache)
+
+
+def flip(position: Callable[[int], int]) -> Callable[[Path, Path], None]:
+    def damage(path: Path, other: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[position(len(content))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def swap(path: Path, other: Path) -> None:
+    """Two shards under each other's name."""
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def swap_places(path: Path, other: Path) -> None:
+    """Two shards in each other's place, each with its own hash."""
+    (place, digest, suffix), (other_place, other_digest, _) = path.name.split("."), other.name.split(".")
+    path.rename(path.with_name(f"{other_place}.{digest}.{suffix}"))
+    other.rename(path.with_name(f"{place}.{other_digest}.{suffix}"))
+
+
+DAMAGES = {
+    "first byte": flip(lambda size: 0),
+    "middle byte": flip(lambda size: size // 2),
+    "last byte": flip(lambda size: size - 1),
+    "truncated": lambda path, other: os.truncate(path, path.stat().st_size - 1),
+    "halved": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path, other: os.truncate(path, 0),
+    "appended": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
+    "deleted": lambda path, other: path.unlink(),
+    "under another name": lambda path, other: path.rename(path.with_name(path.name.split(".")[0] + ".abc.bin")),
+    "swapped": swap,
+    "in each other's place": swap_places,
+    "a copy of another": lambda path, other: shutil.copy(other, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (4, 1), (5, 4)])
+def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first, second):
+    build(folder)
+    before = shards(folder)
+    names = list(before)
+    DAMAGES[damage](folder / names[first], folder / names[second])
+    assert shards(folder) != before
+    touched = names if damage in ("swapped", "in each other's place") else [names[first]]
+    touched = [name for name in touched if name in (names[first], names[second])]
+    cache, asked = build(folder)
+    assert asked == sum((rows_in(before[name]) for name in touched), Counter())
+    assert shards(folder) == before
+    check(cache)
+
+
+def test_a_disk_too_small_is_refused_with_both_sizes_and_no_state_is_written(folder, monkeypatch):
+    needed = open_cache(folder).num_bytes()
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    message = rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', {needed - 1:,} are free: "
+    with pytest.raises(UserError, match=message):
+        build(folder)
+    assert {path.name for path in folder.iterdir()} <= {"lock"}
+    free.free = needed
+    check(build(folder)[0])
+
+
+def test_only_the_shards_that_are_missing_need_room(folder, monkeypatch):
+    build(folder)
+    path = next(folder.glob("*.bin"))
+    free = SimpleNamespace(free=path.stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    path.unlink()
+    build(folder)
+    path.unlink()
+    free.free -= 1
+    with pytest.raises(UserError, match=f"need {free.free + 1:,} bytes"):
+        build(folder)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_is_full_after_all_leaves_no_shard_that_counts(folder, monkeypatch, name):
+    real, calls = getattr(os, name), []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            build(folder)
+    done = shards(folder)
+    assert len(done) == 2
+    assert len(list(folder.glob(".*.partial"))) <= 1
+    cache, asked = build(folder)
+    assert asked == EVERYTHING - sum(map(rows_in, done.values()), Counter())
+    assert not list(folder.glob(".*.partial"))
+    check(cache)
+
+
+def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_else(tmp_path, tiny_teacher, text_file):
+    def rows(teacher: Path = tiny_teacher, text: Path = text_file, **settings) -> TokenRows:
+        data = KDDataModule(str(teacher), str(text), DataSettings(**({"max_length": 32} | settings)))
+        data.setup()
+        return data.rows
+
+    (tmp_path / "other.txt").write_text("\n".join(make_rows(120, seed=1)))
+    vocabulary = save_teacher(tmp_path / "vocabulary")
+    tokenizer = vocabulary / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"river": ', '"rivers": '))
+    trained = find_teacher(str(tiny_teacher)).load()
+    weights = find_teacher(str(tiny_teacher)).weights_sha256()
+    trained.encoder.layer[3].output.dense.bias.data[5] += 1e-3
+    trained.save_pretrained(tmp_path / "trained")
+    shutil.copytree(tiny_teacher, tmp_path / "trained", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safet*"))
+
+    key = cache_key(weights, rows(), LAYERS, 1)
+    others = [
+        cache_key(find_teacher(str(tmp_path / "trained")).weights_sha256(), rows(), LAYERS, 1),
+        cache_key(weights, rows(vocabulary), LAYERS, 1),
+        cache_key(weights, rows(text=tmp_path / "other.txt"), LAYERS, 1),
+        cache_key(weights, rows(mask_probability=0.16), LAYERS, 1),
+        cache_key(weights, rows(seed=1), LAYERS, 1),
+        cache_key(weights, rows(max_length=16), LAYERS, 1),
+        cache_key(weights, rows(held_out_fraction=0.5), LAYERS, 1),
+        cache_key(weights, rows(), [1, 2], 1),
+        cache_key(weights, rows(), [1], 1),
+        cache_key(weights, rows(), LAYERS, 2),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+    moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
+    same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
+    assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS, 1) == key
+
+
+def build_slowly(folder: Path, barrier, answers) -> None:
+    """In one of several processes, so slowly that they overlap."""
+    teacher = FakeTeacher()
+
+    def slow(batch: Batch) -> list[Tensor]:
+        time.sleep(0.005)
+        return teacher(batch)
+
+    cache = open_cache(folder)
+    barrier.wait()
+    cache.build(slow, BATCH_TOKENS)
+    check(cache)
+    answers.put(teacher.asked)
+
+
+def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder):
+    context = multiprocessing.get_context("fork")  # spawned ones would import torch for seconds
+    barrier, answers = context.Barrier(2), context.SimpleQueue()
+    workers = [context.Process(target=build_slowly, args=(folder, barrier, answers)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert answers.get() + answers.get() == EVERYTHING
+    assert len(shards(folder)) == 3 * VARIANTS
+    assert not list(folder.glob(".*.partial"))
+    check(build(folder)[0])

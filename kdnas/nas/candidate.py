@@ -1,6 +1,5 @@
 """One candidate: budget gate, module, Trainer, fit, latency, reward."""
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,6 @@ class Evaluator:
 
     def __call__(self, trial: optuna.Trial, arch: StudentArch) -> float:
         started = time.monotonic()
-        gc.collect()  # Trainer and module refer to each other: the last candidate's are still there
         self._gate(trial, self.meter.measure(arch))
         latency = LatencyAfterFit(self.meter)
         rewarded = RewardAfterFit(latency, self.alpha, self.beta)

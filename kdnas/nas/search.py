@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
@@ -42,16 +45,9 @@ def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int =
     Raises:
         UserError: the study is there and its identity differs (each difference is shown).
     """
-    retry: Any = RetryHeartbeatStaleTrialCallback(max_retry=1)
-    backend = RDBStorage(
-        storage,
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=retry,
-    )
     sampler = PerTrialSeed(lambda s: optuna.samplers.TPESampler(seed=s, n_startup_trials=5), seed)
     study = optuna.create_study(
-        storage=backend,
+        storage=_connect(storage),
         study_name=name,
         sampler=sampler,
         pruner=optuna.pruners.NopPruner(),  # Optuna's default prunes by the median, after one epoch
@@ -65,6 +61,24 @@ def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int =
         refuse_difference(name, known, identity)
     _bury_dead(study)
     return study
+
+
+def _connect(url: str) -> RDBStorage:
+    retry: Any = RetryHeartbeatStaleTrialCallback(max_retry=1)
+    options: dict[str, Any] = {
+        "heartbeat_interval": HEARTBEAT_SECONDS,
+        "grace_period": GRACE_SECONDS,
+        "heartbeat_stale_trial_callback": retry,
+    }
+    try:
+        storage = RDBStorage(url, **options)
+    except DBAPIError:  # another worker makes the same tables at this moment
+        time.sleep(1)
+        storage = RDBStorage(url, **options)
+    if storage.engine.name == "sqlite":
+        # It locks at the first write of a transaction: two workers would take one trial out of the queue.
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
 
 
 def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -88,7 +102,10 @@ def _bury_dead(study: Study) -> None:
         host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
         if host == platform.node() and pid is not None and not _is_alive(pid):
             log.info("Trial %d died with its process; it is tried again.", trial.number)
-            study.tell(trial.number, state=TrialState.FAIL)
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                continue  # another worker that starts at this moment was first
             if "retry_of" not in trial.user_attrs:
                 study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
 
@@ -107,8 +124,11 @@ def _is_alive(pid: int) -> bool:
 
 def trained(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that were trained to their end."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in trials if "twin_of" not in trial.user_attrs]
+    first: dict[StudentArch, FrozenTrial] = {}  # two workers may have been at the same one at the same time
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if "twin_of" not in trial.user_attrs:
+            first.setdefault(StudentArch.from_dict(trial.user_attrs["arch"]), trial)
+    return list(first.values())
 
 
 def search(
@@ -127,7 +147,7 @@ def search(
         evaluate: the reward of an architecture. May raise ``optuna.TrialPruned``; ``trial.set_constraint`` for budgets.
         space: what may be proposed.
         study: from ``open_study``; direction maximize.
-        n_trials: a total over all starts and workers.
+        n_trials: a total over all starts and workers; a worker ends the candidate that it is at.
         callbacks: called after each trial, as Optuna's.
 
     Returns:
@@ -141,10 +161,10 @@ def search(
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
 
     def objective(trial: optuna.Trial) -> float:
-        arch = space.suggest(trial)
-        trial.set_user_attr("arch", arch.to_dict())
         trial.set_user_attr("host", platform.node())
         trial.set_user_attr("pid", os.getpid())
+        arch = space.suggest(trial)
+        trial.set_user_attr("arch", arch.to_dict())
         twin = _find_twin(study, arch)
         if twin is not None:
             _queue_unseen(study, space, trial.number)
@@ -168,7 +188,9 @@ def search(
 
     def is_over() -> bool:
         seen = {StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)}
-        return len(trained(study)) >= n_trials or len(seen) >= len(space) or _only_fails(study)
+        num_trained = len(trained(study))
+        only_fails = num_trained == 0 and len(_failed(study)) >= MOST_FAILURES
+        return num_trained >= n_trials or len(seen) >= len(space) or only_fails
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
@@ -176,11 +198,14 @@ def search(
 
     if not is_over():
         study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
-    if _only_fails(study):
-        raise CandidateFailed(f"All candidates failed; the last one: {_settled(study)[-1].user_attrs['failed']}")
-    if not trained(study):
-        raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
-    return study.best_trial
+    try:
+        best = study.best_trial
+    except ValueError as error:  # no trial is complete and feasible
+        if _failed(study) and not trained(study):
+            reason = _failed(study)[-1].user_attrs["failed"]
+            raise CandidateFailed(f"Every candidate within the budget failed; the last one: {reason}") from error
+        raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
+    return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
 def _settled(study: Study) -> list[FrozenTrial]:
@@ -193,9 +218,9 @@ def _settled(study: Study) -> list[FrozenTrial]:
     ]
 
 
-def _only_fails(study: Study) -> bool:
-    fails = [trial for trial in _settled(study) if trial.state == TrialState.FAIL]
-    return len(fails) >= MOST_FAILURES and not trained(study)
+def _failed(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that failed by their own fault."""
+    return [t for t in _settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs]
 
 
 def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
@@ -225,6 +250,9 @@ def _queue_unseen(study: Study, space: SearchSpace, number: int) -> None:
     """Put an architecture that the study does not know next in the queue, the same one for the same trial number."""
     seen = [trial.user_attrs["arch"] for trial in _settled(study)]
     unseen = [arch for arch in space if arch.to_dict() not in seen]
+    others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
+    unseen = [arch for arch in unseen if arch.to_dict() not in taken] or unseen
     if unseen:
         draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
         study.enqueue_trial(unseen[draw % len(unseen)].to_dict())

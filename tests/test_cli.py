@@ -1,0 +1,241 @@
+"""The command line: what it teaches, and the one line that bad input gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_rows, save_teacher
+from transformers import BertConfig, BertModel
+
+import kdnas
+from kdnas.cli import COMMANDS, main
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that ends with exit code 2."""
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("kdnas: ")
+    return error
+
+
+@pytest.fixture
+def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """A small search; what comes later on the command line wins."""
+    return [
+        "search",
+        f"--teacher={tiny_teacher}",
+        f"--text={text_file}",
+        f"--root={tmp_path / 'logs'}",
+        f"--states.folder={tmp_path / 'states'}",
+        "--data.max_length=24",
+        "--latency.length=16",
+        "--latency.min_seconds=0.01",
+        "--search.n_trials=1",
+        "--search.num_epochs=1",
+    ]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == main([]) == 0
+    shown = capsys.readouterr().out
+    assert set(COMMANDS) == {"run", "search", "fit"}
+    assert all(f"kdnas {command}" in shown for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{kdnas.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["run", "search"])
+def test_help_of_a_command_teaches_units_and_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "share of the training rows that a candidate of the search sees. (type: float, default: 0.3)" in shown
+    assert "disk budget for one of them, in GB" in shown
+
+
+def test_every_config_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {"quickstart": "run", "search": "search", "fit": "fit", "original": "fit"}
+    assert {path.stem for path in Path("configs").glob("*")} == set(commands)
+    for name, command in commands.items():
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--config", f"configs/{name}.yaml", "--print_config"])
+        assert ended.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)
+
+
+def test_module_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "kdnas", "serch"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "kdnas: 'serch' is no command. Did you mean 'search'?\n"
+
+
+def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "text" in refused(["run", "--teacher=x"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("recipe: {learnin_rate: 1}", "learning_rate"), ("teachr: x", "teacher"), ("data: {maxlength: 3}", "max_length")],
+)
+def test_misspelt_yaml_key_names_the_nearest(
+    key: str, nearest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"text: y\n{key}\n")
+    assert f"Did you mean {nearest!r}?" in refused(["run", "--config", str(path)], capsys)
+
+
+def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys)
+    assert "learnin_rate" in error and "Did you mean 'model.recipe.learning_rate'?" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.mini_fraction=0", "mini_fraction is 0"),
+        ("--data.mini_fraction=1.5", "mini_fraction is 1.5"),
+        ("--data.max_length=4000", "max_length is 4000"),
+        ("--search.n_trials=0", "search.n_trials is 0"),
+        ("--search.alpha=0.5", "alpha is 0.5"),
+        ("--search.budget.speedup=0", "speedup is 0"),
+        ("--search.budget.speedup=1e9", "the fastest possible, 1 layers x 32 wide"),
+        ("--latency.length=4000", "length of latency is 4000"),
+        ("--latency.device=tpu", "'tpu'"),
+        ("--trainer.devices=2", "devices is 2"),
+        ("--trainer.strategy=ddp", "strategy is 'ddp'"),
+        ("--teacher=/nowhere/at/all", "'/nowhere/at/all' does not exist"),
+        ("--teacher=nobody/nothing", "'nobody/nothing' was not found"),
+        ("--text=/nowhere.txt", "/nowhere.txt"),
+        ("--name=../elsewhere", "'../elsewhere'"),
+        ("--root=/dev/null/logs", "/dev/null/logs"),
+        ("--data.max_length=long", "data.max_length"),
+        ("--recipe.mapping=Evn", "recipe.mapping"),
+        ("--recipe.start=Evn", "recipe.start"),
+    ],
+)
+def test_bad_value_gets_one_line_and_makes_nothing(
+    option: str, message: str, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused([*search, option], capsys)
+    assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
+    if "WORLD" not in option and option.startswith("--trainer"):
+        assert "DDP in `kdnas fit`" in refused(["run", *search[1:], option], capsys)
+
+
+def test_under_torchrun_a_search_is_refused(
+    search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2" in refused(search, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "no usable row"), (b" \n\n \n", "no usable row"), (b"fine\nbad \xff\n", "row 2"), (b"only one\n", "one")],
+)
+def test_bad_text_gets_one_line(
+    content: bytes, message: str, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    assert message in refused([*search, f"--text={path}"], capsys)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_missing_column_lists_those_there_are(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"body": row, "title": "x"}) + "\n" for row in make_rows(9)))
+    error = refused([*search, f"--text={path}"], capsys)
+    assert "'text'" in error and "body" in error and "title" in error
+
+
+def test_bad_teachers_get_one_line(search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    weights = teacher / "model.safetensors"
+    whole = weights.read_bytes()
+    own = [*search, f"--teacher={teacher}"]
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in refused(own, capsys)
+    weights.write_bytes(whole)
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in refused(own, capsys)
+    decoder = tmp_path / "decoder"
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, is_decoder=True)).save_pretrained(
+        decoder
+    )
+    (decoder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    assert "decoder" in refused([*search, f"--teacher={decoder}"], capsys)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_disk_that_is_too_small_is_refused(
+    search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdnas.distill import cache
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 12})())
+    assert main(search) == 2
+    assert "12 are free" in capsys.readouterr().err.splitlines()[-1]
+
+
+FIT = """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  devices: {devices}
+  strategy: {strategy}
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  default_root_dir: {folder}
+model:
+  teacher: {teacher}
+  arch: {{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 64, intermediate_size: 64, hidden_act: gelu}}
+  states: {{folder: {folder}/states}}
+data:
+  text: {text}
+  settings: {{max_length: 24, batch_tokens: 256}}
+"""
+
+
+@pytest.mark.slow
+def test_fit_runs_on_two_processes_and_its_checkpoint_loads_in_one(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from kdnas.arch import StudentArch
+    from kdnas.distill.module import HiddenStateDistillModule
+
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=2, strategy="ddp", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    command = [sys.executable, "-m", "kdnas", "fit", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
+    arch = StudentArch(2, 2, 64, 64)
+    module = HiddenStateDistillModule.load_from_checkpoint(checkpoint, teacher=str(tiny_teacher), arch=arch)
+    assert [row["epoch"] for row in module.history] == [0, 1]
+    assert module.history[1]["loss"] < module.history[0]["loss"]
+    assert len(list((tmp_path / "states").iterdir())) == 1, "both processes share one cache"
+
+
+def test_fit_in_one_process_logs_every_layer(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    assert main(["fit", "--config", str(config)]) == 0
+    (events,) = (tmp_path / "lightning_logs").rglob("events.out.tfevents.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    for layer in (0, 2, 3):  # last: 2, 3; skip: 0, 2
+        assert f"teacher_layer_{layer}/contextual_share" in tags
+    assert "val/r2" in tags
+    saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
+    assert saved["model"]["arch"]["hidden_size"] == 64

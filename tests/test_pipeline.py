@@ -1,0 +1,306 @@
+"""The whole job through the command line, on a tiny teacher."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import WORDS, make_rows, save_teacher
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from kdnas import pipeline
+from kdnas.arch import StudentArch
+from kdnas.cli import main
+from kdnas.config import RunConfig, SearchSettings, as_plain, flat
+from kdnas.distill.layer_map import Even
+from kdnas.distill.module import Recipe
+from kdnas.errors import CandidateFailed
+
+ARTEFACTS = (
+    "config.yaml study.db trials.csv best_student.yaml trial_0000 full_kd/result.json full_kd/encoder "
+    "glue/results.json glue/teacher/result.json glue/student/result.json glue/random/result.json student/config.json "
+    "student/model.safetensors student/tokenizer.json student/model.onnx report.html"
+).split()
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Which of three words begins the sentence: a labelled task that is learned in a few steps."""
+    folder = tmp_path_factory.mktemp("task") / "first_word"
+    folder.mkdir()
+    for split, seed, num_rows in (("train", 1, 96), ("validation", 2, 30)):
+        rows = make_rows(num_rows, seed, longest=8)
+        labels = [i % 3 for i in range(num_rows)]
+        sentences = [f"{WORDS[label]} {row}" for label, row in zip(labels, rows, strict=True)]
+        pq.write_table(pa.table({"sentence": sentences, "label": labels}), folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def command(tiny_teacher: Path, text_file: Path, task_folder: Path, tmp_path: Path) -> list[str]:
+    """``kdnas run`` on the quickstart's YAML, shrunk."""
+    options = {
+        "config": "configs/quickstart.yaml",
+        "teacher": tiny_teacher,
+        "text": text_file,
+        "task": task_folder,
+        "name": "tiny",
+        "root": tmp_path / "logs",
+        "data.max_length": 24,
+        "data.batch_tokens": 256,
+        "search.n_trials": 2,
+        "search.num_epochs": 1,
+        "search.budget.speedup": 0.01,
+        "full_kd.num_epochs": 2,
+        "finetune.num_epochs": 2,
+        "finetune.max_length": 24,
+        "latency.length": 16,
+        "latency.min_seconds": 0.01,
+        "states.folder": tmp_path / "states",
+    }
+    return ["run", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def snapshot(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    run = tmp_path / "logs" / "tiny"
+    assert [name for name in ARTEFACTS if not (run / name).exists()] == []
+    assert not list(run.rglob(".*")), "nothing temporary is left"
+
+    trials = pd.read_csv(run / "trials.csv")
+    finished = trials[trials.state == "COMPLETE"]
+    assert len(finished.drop_duplicates(["num_hidden_layers", "hidden_size", "num_attention_heads"])) >= 2
+    best = StudentArch.from_yaml(run / "best_student.yaml")
+    assert finished.loc[finished.reward.idxmax(), "hidden_size"] == best.hidden_size
+    assert list((run / "trial_0000").glob("events.out.tfevents.*"))
+
+    results = json.loads((run / "glue" / "results.json").read_text())
+    assert set(results["models"]) == {"teacher", "student", "random"}
+    assert results["models"]["student"]["num_parameters"] == results["models"]["random"]["num_parameters"]
+    report = (run / "report.html").read_text()
+    for row in results["models"].values():
+        assert f"{row['score']:.3f}" in report and f"{row['score']:.3f}" in first
+    assert "tensorboard --logdir" in first
+
+    before = snapshot(tmp_path / "logs")
+    assert main(command) == 0
+    second = capsys.readouterr().out
+    assert "finished" in second
+    assert second.splitlines()[1:] == first.splitlines()[-len(second.splitlines()) + 1 :], (
+        "the same table, the same last lines"
+    )
+    assert snapshot(tmp_path / "logs") == before
+
+
+def test_export_is_a_plain_folder_without_teacher_or_projections(command: list[str], tmp_path: Path) -> None:
+    assert main(command) == 0
+    run = tmp_path / "logs" / "tiny"
+    best = StudentArch.from_yaml(run / "best_student.yaml")
+    encoder = AutoModel.from_pretrained(run / "student")
+    classifier = AutoModelForSequenceClassification.from_pretrained(run / "student")
+    for name, value in best.to_dict().items():
+        assert getattr(encoder.config, name) == value
+    assert classifier.config.num_labels == 3
+    with safe_open(run / "student" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert names == set(classifier.state_dict())
+    code = (
+        "import sys; sys.modules['kdnas'] = None\n"
+        "from transformers import AutoModel\n"
+        f"print(AutoModel.from_pretrained({str(run / 'student')!r}).config.hidden_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split()[-1] == str(best.hidden_size)
+
+
+def test_without_a_task_the_encoder_is_exported(command: list[str], tmp_path: Path) -> None:
+    assert main([*command, "--task=null"]) == 0
+    run = tmp_path / "logs" / "tiny"
+    assert not run.joinpath("glue").exists()
+    assert AutoModel.from_pretrained(run / "student", add_pooling_layer=False).config.architectures == ["BertModel"]
+    assert run.joinpath("report.html").exists()
+
+
+def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "logs" / "tiny"
+
+    def trials() -> list[tuple[int, float | None, dict[str, object]]]:
+        study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{run}/study.db")
+        return [(t.number, t.value, t.params) for t in study.trials]
+
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    known: list[tuple[int, float | None, dict[str, object]]] = []
+    # What is called last in each stage, in the order of the stages; all that comes before it is done for good.
+    for last_call in (
+        "StudentArch.to_yaml",
+        "write_json",
+        "evaluate_glue",
+        "measure_latency",
+        "export_student",
+        "write_report",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kdnas.pipeline.{last_call}", interrupt)
+            assert main(command) == 130
+        assert "the same command goes on from here" in capsys.readouterr().err
+        assert not (run / "report.html").exists()
+        assert trials()[: len(known)] == known
+        known = trials()
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for done in ("Search: 2 candidates are done", "Full KD: done", "Fine-tuning: done", "Export: done"):
+        assert done in shown
+    assert trials() == known
+    assert (run / "report.html").exists()
+    assert not list(run.rglob(".*")), "nothing temporary is left"
+
+
+def test_full_kd_goes_on_after_the_last_whole_epoch(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdnas.distill.module import HiddenStateDistillModule
+
+    whole = HiddenStateDistillModule.training_step
+
+    def interrupt_in_second_epoch(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.trainer.max_epochs == 2 and self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return whole(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    command.append("--task=null")
+    monkeypatch.setattr(HiddenStateDistillModule, "training_step", interrupt_in_second_epoch)
+    assert main(command) == 130
+    steps: list[int] = []
+
+    def count(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
+        steps.append(self.current_epoch)
+        return whole(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HiddenStateDistillModule, "training_step", count)
+    assert main(command) == 0
+    assert "going on after the last whole epoch" in capsys.readouterr().out
+    assert set(steps) == {1}, "epoch 0 is not done again"
+    result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
+    assert [row["epoch"] for row in result["history"]] == [0, 1]
+    assert not (tmp_path / "logs/tiny/full_kd/checkpoints").exists()
+
+
+def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = [
+        "search",
+        *(option for option in command[1:] if not option.startswith(("--config", "--task", "--full", "--fine"))),
+    ]
+    assert main(search) == 0
+    assert main([*search, "--search.n_trials=3"]) == 0
+    assert "going on after 2 of 3" in capsys.readouterr().out
+    trials = pd.read_csv(tmp_path / "logs" / "tiny" / "trials.csv")
+    assert (trials.state == "COMPLETE").sum() >= 3
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [("--seed=1", "seed"), ("--search.alpha=-0.1", "search.alpha"), ("--data.max_length=20", "data.max_length")],
+)
+def test_another_config_under_the_same_name_is_refused(
+    option: str, key: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--task=null"]) == 0
+    before = snapshot(tmp_path / "logs")
+    capsys.readouterr()
+    assert main([*command, "--task=null", option]) == 2
+    error = capsys.readouterr().err
+    assert key in error and option.partition("=")[2] in error and "--name tiny-2" in error
+    assert error.count("\n") == 1
+    assert snapshot(tmp_path / "logs") == before
+
+
+def test_another_teacher_or_text_under_the_same_path_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(make_rows(120, seed=5)))
+    own = [*command, f"--teacher={teacher}", f"--text={text}", "--task=null"]
+    assert main(own) == 0
+    (tmp_path / "logs" / "tiny" / "report.html").unlink()
+
+    model = AutoModel.from_pretrained(teacher)
+    model.encoder.layer[0].output.dense.weight.data[0, 0] += 1
+    model.save_pretrained(teacher)
+    capsys.readouterr()
+    assert main(own) == 2
+    assert "(teacher: " in capsys.readouterr().err
+
+    save_teacher(teacher)
+    text.write_text("\n".join(make_rows(120, seed=6)))
+    assert main(own) == 2
+    assert "(text: " in capsys.readouterr().err
+
+
+def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
+    config = RunConfig(teacher="t", text="x", recipe=Recipe(mapping=Even()), search=SearchSettings(n_trials=3))
+    plain = as_plain(config)
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert plain["recipe"]["mapping"] == {"class_path": "kdnas.distill.layer_map.Even"}
+    assert flat(plain)["search.n_trials"] == 3
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    from kdnas.cli import _config
+
+    assert as_plain(_config(RunConfig, "run", ["--config", str(path)])) == plain
+
+
+def test_candidates_that_all_fail_end_with_one_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, trial: object, arch: object) -> float:
+        raise CandidateFailed("no luck 17")
+
+    monkeypatch.setattr(pipeline.Evaluator, "__call__", fail)
+    assert main(command) == 1
+    assert "no luck 17" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "config": "configs/quickstart.yaml",
+        "root": tmp_path / "logs",
+        "states.folder": tmp_path / "states",
+        "data.max_length": 16,
+        "finetune.max_length": 16,
+        "latency.length": 16,
+        "latency.min_seconds": 0.1,
+        "search.n_trials": 1,
+        "search.num_epochs": 1,
+        "search.budget.speedup": 2,
+        "full_kd.num_epochs": 1,
+        "finetune.num_epochs": 1,
+    }
+    assert main(["run", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    run = tmp_path / "logs" / "quickstart"
+    assert [name for name in ARTEFACTS if not (run / name).exists() and name != "trial_0000"] == []
+    results = json.loads((run / "glue" / "results.json").read_text())
+    assert results["task"]["num_labels"] == 8
+    scores = {role: row["score"] for role, row in results["models"].items()}
+    assert scores["teacher"] > 0.4 and scores["student"] > scores["random"], "distillation brings something"
+    assert results["models"]["student"]["speedup"] > 1.5

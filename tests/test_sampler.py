@@ -1,0 +1,119 @@
+"""PerTrialSeed: Optuna's own contract for samplers, and that a resumed study proposes what the unbroken one would have."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    MultiObjectiveSamplerTestCase,
+    RelativeSamplerTestCase,
+)
+
+from kdnas.nas.sampler import PerTrialSeed
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def random_sampler(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+def tpe(seed: int) -> BaseSampler:
+    return TPESampler(seed=seed, n_startup_trials=3)
+
+
+class TestAroundRandom(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
+    """Around a sampler that looks at each parameter alone."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: PerTrialSeed(random_sampler)
+
+
+class TestAroundTPE(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
+    """Around the sampler of the search."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: PerTrialSeed(tpe)
+
+
+class TestAroundMultivariateTPE(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
+    """Around a sampler that looks at all parameters together."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: PerTrialSeed(lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=0))
+
+
+def objective(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", -1, 1)
+    return -((x - 0.3) ** 2) + trial.suggest_categorical("y", list(range(8)))
+
+
+def proposals(storage: str, num_trials: list[int], sampler: Callable[[], BaseSampler]) -> list[dict[str, object]]:
+    """The parameters of a study that is opened anew, with a new sampler, for each number of trials."""
+    for number in num_trials:
+        study = optuna.create_study(storage=storage, study_name="s", sampler=sampler(), load_if_exists=True)
+        study.optimize(objective, n_trials=number)
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize("make", [random_sampler, tpe])
+def test_a_resumed_study_proposes_what_the_unbroken_one_would_have(make, tmp_path: Path):
+    unbroken = proposals(f"sqlite:///{tmp_path}/a.db", [8], lambda: PerTrialSeed(make, 7))
+    resumed = proposals(f"sqlite:///{tmp_path}/b.db", [1, 4, 3], lambda: PerTrialSeed(make, 7))
+    assert resumed == unbroken
+    assert len({params["x"] for params in resumed}) == 8  # nothing is proposed again
+
+
+def test_a_bare_seeded_sampler_repeats_itself_after_a_resume():
+    """Why PerTrialSeed is there."""
+    storage = optuna.storages.InMemoryStorage()
+    repeated = proposals(storage, [3, 3], lambda: RandomSampler(seed=7))
+    assert repeated[:3] == repeated[3:]
+    storage = optuna.storages.InMemoryStorage()
+    distinct = proposals(storage, [3, 3], lambda: PerTrialSeed(random_sampler, 7))
+    assert len({params["x"] for params in distinct}) == 6
+
+
+def test_two_workers_with_one_seed_propose_different_points():
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(storage=storage, study_name="s")
+    drawn = []
+    for _ in range(2):
+        study = optuna.load_study(storage=storage, study_name="s", sampler=PerTrialSeed(random_sampler, 7))
+        drawn.append([study.ask().suggest_float("x", 0, 1) for _ in range(3)])
+    assert len({*drawn[0], *drawn[1]}) == 6
+
+
+def test_another_seed_proposes_other_points():
+    first, same, other = (
+        proposals(optuna.storages.InMemoryStorage(), [6], lambda seed=seed: PerTrialSeed(tpe, seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == same
+    assert all(a["x"] != b["x"] for a, b in zip(first, other, strict=True))
+
+
+def test_a_sampler_is_told_of_the_trials_it_proposed_and_of_no_others():
+    told = []
+
+    class Told(RandomSampler):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed=seed)
+            self.seen: list[tuple[str, int]] = []
+
+        def before_trial(self, study, trial):
+            self.seen.append(("before", trial.number))
+
+        def after_trial(self, study, trial, state, values):
+            self.seen.append((state.name, trial.number))
+            told.append(self.seen)
+
+    study = optuna.create_study(sampler=PerTrialSeed(Told))
+    study.optimize(objective, n_trials=2)
+    assert told == [[("before", 0), ("COMPLETE", 0)], [("before", 1), ("COMPLETE", 1)]]

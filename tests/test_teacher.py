@@ -1,0 +1,176 @@
+import copy
+import logging
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill import teacher as teacher_module
+from kdnas.distill.cache import StateCache
+from kdnas.distill.losses import contextual_share
+from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, measure_stats, open_states
+from kdnas.errors import UserError
+from kdnas.models import Teacher, find_teacher
+
+LAYERS = [0, 2, 3]
+
+
+def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
+    settings = dict(max_length=32, batch_tokens=512, held_out_fraction=0.3) | settings
+    data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def teacher(any_teacher) -> Teacher:
+    return find_teacher(str(any_teacher))
+
+
+@pytest.fixture(scope="module")
+def data(teacher, text_file) -> KDDataModule:
+    return open_data(teacher.source, text_file, num_mask_variants=3, mask_probability=0.4)
+
+
+@pytest.fixture(scope="module")
+def states(teacher, data, tmp_path_factory) -> TeacherStates:
+    return open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path_factory.mktemp("states"))))
+
+
+def oracle(teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant: int = 0) -> list[np.ndarray]:
+    """Hidden states from the embedding output on, row by row without padding: real tokens one after the other."""
+    rows = []
+    for row in sample_ids:
+        input_ids = data.rows[variant, np.array([row])]["input_ids"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rows.append(teacher.model(input_ids, output_hidden_states=True).hidden_states)
+    return [np.concatenate([states[layer][0].float() for states in rows]) for layer in range(5)]
+
+
+def close(found: torch.Tensor, expected: np.ndarray) -> bool:
+    """Equal but for bfloat16 sums in another order."""
+    return found.shape == expected.shape and np.abs(found.float().numpy() - expected).mean() < 5e-3 * expected.std()
+
+
+def test_cached_and_live_states_are_the_teacher_s_for_every_mask(teacher, data, states):
+    live = open_states(teacher, data, LAYERS, StatesSettings(str(Path(states.source.folder).parent), max_gb=0))
+    assert isinstance(states.source, StateCache) and isinstance(live.source, LiveTeacher)
+    sample_ids = np.random.default_rng(0).permutation(len(data.rows))[:30]
+    last = []
+    for variant in range(3):
+        batch = data.rows[variant, sample_ids]
+        expected = oracle(teacher, data, sample_ids, variant)
+        for source in (states, live):
+            found = source(batch)
+            assert list(found) == LAYERS
+            assert all(close(found[layer], expected[layer + 1]) for layer in LAYERS)
+            (only,) = source(batch, [2]).items()
+            assert only[0] == 2 and torch.equal(only[1], found[2])
+        last.append(expected[-1])
+    assert all(np.abs(last[i] - last[i - 1]).mean() > 0.1 for i in range(3))
+
+
+def test_stored_states_are_live_ones_in_float16(teacher, data, tmp_path):
+    live, given = LiveTeacher(teacher.model, LAYERS), []
+
+    def remember(batch):
+        given.append((batch, live(batch, LAYERS)))
+        return given[-1][1]
+
+    stored = StateCache(tmp_path, data.rows, LAYERS, 64, num_variants=3)
+    stored.build(remember, batch_tokens=512)
+    assert {int(batch["variant"]) for batch, _ in given} == {0, 1, 2}
+    for batch, states in given:
+        for one, other in zip(stored(batch, LAYERS), states, strict=True):
+            assert torch.equal(one, other.half())
+
+
+def test_states_require_no_gradient_and_can_enter_autograd(teacher, data, states):
+    batch = data.rows[0, np.arange(4)]
+    for source in (states.source, LiveTeacher(teacher.model, LAYERS)):
+        weight = torch.ones(64, requires_grad=True)
+        found = source(batch, [2])[0].float()
+        assert not found.requires_grad
+        torch.nn.functional.mse_loss(found * weight, found).backward()
+
+
+def test_a_cache_above_the_budget_is_not_made_and_the_log_says_so(teacher, data, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="kdnas")
+    needed = data.rows.lengths.sum() * 3 * 3 * 64 * 2 / 1e9
+    assert isinstance(open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed)).source, StateCache)
+    assert "runs live" not in caplog.text and re.search(rf"Teacher states: 0.00 GB in {tmp_path}", caplog.text)
+    shutil.rmtree(tmp_path)
+    for budget in (0, needed * 0.999):
+        caplog.clear()
+        states = open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), budget))
+        assert isinstance(states.source, LiveTeacher)
+        assert "The teacher runs live: its states would take 0.0 GB, the budget is 0.0 GB." in caplog.text
+        assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
+    teacher, data, states, monkeypatch, tmp_path
+):
+    folder = str(Path(states.source.folder).parent)
+    for name in ("measure_stats", "LiveTeacher.hidden_states"):
+        monkeypatch.setattr(f"kdnas.distill.teacher.{name}", None)
+    again = open_states(teacher, data, reversed(LAYERS + LAYERS), StatesSettings(folder))
+    assert again.stats == states.stats
+    assert list(again.stats) == again.layers == LAYERS
+    batch = data.rows[2, np.arange(5)]
+    for one, other in zip(again(batch).values(), states(batch).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_statistics_are_those_of_numpy_and_scikit_learn(teacher, data, states):
+    train, held_out = (oracle(teacher, data, ids) for ids in (data.train_ids(), data.held_out_ids()))
+    for layer in LAYERS:
+        stats = states.stats[layer]
+        assert stats.variance == pytest.approx(np.var(train[layer + 1], axis=0).mean(), rel=5e-3)
+        assert stats.held_out_variance == pytest.approx(np.var(held_out[layer + 1], axis=0).mean(), rel=5e-3)
+        alpha = 1e-4 * len(train[0]) * train[0].var(0).mean()
+        predicted = Ridge(alpha=alpha).fit(train[0], train[layer + 1]).predict(held_out[0])
+        mse = float(((predicted - held_out[layer + 1]) ** 2).mean())
+        assert stats.held_out_mse_context_free == pytest.approx(mse, rel=0.02)
+        assert contextual_share(mse, stats.held_out_mse_context_free) == pytest.approx(0, abs=0.02)
+
+
+def test_a_layer_further_up_is_less_of_a_table_of_words(states):
+    unknown = [states.stats[layer].held_out_mse_context_free / states.stats[layer].variance for layer in LAYERS]
+    assert unknown == sorted(unknown)
+
+
+def test_statistics_are_the_same_for_every_split_and_rank(teacher, data, states):
+    live = LiveTeacher(teacher.model, LAYERS)
+    one_of_many = copy.copy(data.select("mini"))
+    one_of_many.trainer = SimpleNamespace(global_rank=7, world_size=8)
+    assert measure_stats(live, one_of_many) == states.stats
+
+
+def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
+    seen = []
+
+    class Counted(LiveTeacher):
+        def hidden_states(self, batch):
+            seen.extend(batch["sample_ids"].tolist())
+            return super().hidden_states(batch)
+
+    monkeypatch.setattr(teacher_module, "STATS_TOKENS", 200)
+    measure_stats(Counted(teacher.model, LAYERS), data)
+    for ids in (data.train_ids(), data.held_out_ids()):
+        chosen = [row for row in seen if row in ids]
+        assert 200 <= data.rows.lengths[chosen].sum() < 200 + 26
+        assert len(set(chosen)) == len(chosen)
+        assert set(chosen) != set(ids[: len(chosen)])  # a sample, not the beginning
+
+
+@pytest.mark.parametrize("max_gb", [-0.1, float("nan")])
+def test_a_negative_budget_is_refused(max_gb):
+    with pytest.raises(UserError, match=f"max_gb is {max_gb}: "):
+        StatesSettings(max_gb=max_gb)
