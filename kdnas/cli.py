@@ -41,7 +41,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+        # Before torch is imported: its threads spin while they wait, and one busy core makes a step seven times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)
@@ -60,6 +63,7 @@ def _quieten(*loggers: str) -> None:
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,15 +1,14 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ from kdnas.nas.search import search as search_loop
 from kdnas.nas.space import SearchSpace
 from kdnas.report import result_table, trials_frame, write_report
 from kdnas.runs import Run, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, fit, make_trainer
+from kdnas.training import FitProgress, KeepLast, fit, make_trainer
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class _Job:
     meter: LatencyMeter
     study: Study
 
+    @cached_property
     def states(self) -> TeacherStates:
         """Of every layer that a student of the space can ask for, so that all share one cache."""
         num_layers = self.teacher.config.num_hidden_layers
@@ -175,12 +175,12 @@ def _search(job: _Job) -> StudentArch:
 
         def show(study: Study, trial: FrozenTrial) -> None:
             progress.update(bar, completed=len(trained(study)))
-            job.console.print(_line(trial), highlight=False)
+            job.console.print(_line(trial), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
 
         evaluate = Evaluator(
             teacher=job.teacher,
-            states=job.states(),
+            states=job.states,
             data=job.data,
             recipe=job.config.recipe,
             meter=job.meter,
@@ -221,16 +221,14 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
         job.console.print("Full KD: done.")
         return
     started = time.monotonic()
-    checkpoints = folder / "checkpoints"
-    last = checkpoints / "last.ckpt"
+    last = folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on after the last whole epoch.")
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
-        module.states = job.states()
-        keep_last = ModelCheckpoint(checkpoints, save_last=True, save_top_k=0, enable_version_counter=False)
-        callbacks = [keep_last, FitProgress(progress, "full KD")]
+        module.states = job.states
+        callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]
         trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks)
         data = job.data.select("full")
         fit(trainer, module, data, ckpt_path=last if last.exists() else None)
@@ -250,7 +248,7 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
             "history": module.history,
         },
     )
-    shutil.rmtree(checkpoints)
+    last.unlink()
     job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}.")
 
 

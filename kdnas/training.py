@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import Progress, TaskID
 
@@ -55,7 +54,6 @@ def make_trainer(
     settings: TrainerSettings, folder: Path, num_epochs: int, callbacks: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
     """A Trainer that logs to TensorBoard in ``folder``; checkpoints and progress are callbacks, if any."""
-    callbacks = list(callbacks)
     for unfinished in folder.glob("events.out.tfevents.*"):
         unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
     return pl.Trainer(
@@ -65,8 +63,8 @@ def make_trainer(
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,
         logger=TensorBoardLogger(folder.parent, name="", version=folder.name),
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -108,6 +106,24 @@ class ClipFusedGradients(pl.LightningModule):
         """Clip the norm of all gradients together."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+class KeepLast(pl.Callback):
+    """Writes a checkpoint after each epoch, beside its target and then renamed.
+
+    ModelCheckpoint writes in place, or by way of another file system: a kill at the wrong time leaves a part of a file.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        trainer.save_checkpoint(partial)
+        os.replace(partial, self.path)
 
 
 class FitProgress(pl.Callback):

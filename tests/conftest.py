@@ -2,6 +2,7 @@
 
 import os
 
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line does
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from pathlib import Path

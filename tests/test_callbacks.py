@@ -49,7 +49,7 @@ class Tiny(HiddenStateDistillModule):
         pass
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.held_out[self.current_epoch]
+        loss = 99.0 if self.trainer.sanity_checking else self.held_out[self.current_epoch]
         self.log("val_loss", loss)
         self.history.append({"epoch": self.current_epoch, "loss": loss, "contextual_share": 0.25})
 

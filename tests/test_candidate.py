@@ -157,7 +157,8 @@ def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tm
     assert value == reward(attrs["loss"], 2.0, 10.0)
     assert attrs["r2"] == pytest.approx(1 - attrs["loss"])
     assert frozen.constraints == {"budget": 0.0}
-    assert frozen.intermediate_values == {epoch: 1 - entry["loss"] for epoch, entry in enumerate(history)}
+    scores = {epoch: 1 - entry["loss"] for epoch, entry in enumerate(history)}
+    assert frozen.intermediate_values == pytest.approx(scores, rel=1e-6)
     (events,) = (tmp_path / "study" / "trial_0000").glob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
@@ -174,15 +175,14 @@ def test_each_trial_has_its_own_folder(make, tmp_path):
     assert all(len(list(folder.glob("events.out.tfevents.*"))) == 1 for folder in folders)
 
 
-def test_the_gate_measures_and_the_fit_uses_the_same_number(make, monkeypatch):
+def test_the_gate_measures_and_the_fit_uses_the_same_number(make, parts, monkeypatch):
     calls = []
 
     def measure(models, settings):
         calls.append(models)
         return [Latency(3.0, 0.0, 1), Latency(12.0, 0.0, 1)]
 
-    evaluator = make()
-    evaluator.meter._known.clear()
+    evaluator = make(meter=LatencyMeter(parts["teacher"].config, LatencySettings(length=8)))
     monkeypatch.setattr("kdnas.latency.measure_latency", measure)
     trial = new_study().ask()
     value = evaluator(trial, ARCH)
@@ -235,9 +235,7 @@ def test_in_a_search_such_a_candidate_is_a_failed_trial_and_the_next_is_trained(
     ruined = dataclasses.replace(evaluator, recipe=Recipe(start=OneWeightIsNaN()))
     study = new_study()
     study.enqueue_trial(ARCH.to_dict())
-    best = search(
-        lambda trial, arch: (ruined if arch == ARCH else evaluator)(trial, arch), SPACE, study, n_trials=1
-    )
+    best = search(lambda trial, arch: (ruined if arch == ARCH else evaluator)(trial, arch), SPACE, study, n_trials=1)
     failed = study.trials[0]
     assert failed.state == TrialState.FAIL
     assert failed.user_attrs["failed"] == "the training loss is nan at step 1"

@@ -1,4 +1,5 @@
 import copy
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,6 @@ from conftest import make_rows, make_tokenizer, save_teacher
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data import datamodule
-from kdnas.data.corpus import Corpus
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
@@ -20,9 +20,16 @@ from kdnas.models import find_teacher
 PAD = 3
 
 
-def open_data(teacher: Path, text: Path | Corpus, split: str = "full", **settings) -> KDDataModule:
+def write(path: Path, train: list[str], held_out: list[str]) -> Path:
+    """Rows of text with their split."""
+    rows = [{"text": row, "split": "train"} for row in train] + [{"text": row, "split": "held_out"} for row in held_out]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def open_data(teacher: Path, text: Path, split: str = "full", **settings) -> KDDataModule:
     settings = DataSettings(**(dict(max_length=32, batch_tokens=128, held_out_fraction=0.2) | settings))
-    data = KDDataModule(str(teacher), text if isinstance(text, Corpus) else str(text), settings, split)
+    data = KDDataModule(str(teacher), str(text), settings, split)
     data.setup()
     return data
 
@@ -61,27 +68,28 @@ def test_the_mini_split_is_a_share_of_the_training_rows_and_held_out_rows_are_in
 
 
 @pytest.mark.parametrize(("fraction", "size"), [(0.3, 29), (0.5, 48), (0.001, 1), (0.999, 96)])
-def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(tiny_teacher, fraction, size):
+def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(tiny_teacher, tmp_path, fraction, size):
     rows = make_rows(100)
-    data = open_data(tiny_teacher, Corpus(rows[:96], rows[96:], {}), "mini", mini_fraction=fraction)
+    text = write(tmp_path / "rows.jsonl", rows[:96], rows[96:])
+    data = open_data(tiny_teacher, text, "mini", mini_fraction=fraction)
     assert len(data.train_ids()) == size
 
 
-def test_the_splits_depend_on_the_seed_alone(data, tiny_teacher, text_file):
+def test_the_splits_depend_on_the_seed_alone(data, tiny_teacher, text_file, tmp_path):
     again, other = open_data(tiny_teacher, text_file), open_data(tiny_teacher, text_file, seed=1)
     for split in ("mini", "full"):
         assert (again.select(split).train_ids() == data.select(split).train_ids()).all()
     assert again.corpus.held_out == data.corpus.held_out
     assert set(other.corpus.held_out) != set(data.corpus.held_out)
     rows = make_rows(100)
-    corpus = Corpus(rows[:90], rows[90:], {})
-    drawn = [open_data(tiny_teacher, corpus, "mini", seed=seed).train_ids().tolist() for seed in (0, 0, 1)]
+    text = write(tmp_path / "rows.jsonl", rows[:90], rows[90:])
+    drawn = [open_data(tiny_teacher, text, "mini", seed=seed).train_ids().tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_every_training_row_comes_once_an_epoch_in_a_constant_number_of_batches(tiny_teacher):
+def test_every_training_row_comes_once_an_epoch_in_a_constant_number_of_batches(tiny_teacher, tmp_path):
     rows = make_rows(400)
-    data = open_data(tiny_teacher, Corpus(rows[:390], rows[390:], {}), batch_tokens=40)
+    data = open_data(tiny_teacher, write(tmp_path / "rows.jsonl", rows[:390], rows[390:]), batch_tokens=40)
     for split in ("mini", "full"):
         loader = data.select(split).train_dataloader()
         assert len(loader) > 60
@@ -143,12 +151,12 @@ def test_masks_are_the_masker_s_and_their_variant_cycles_with_the_epoch(tiny_tea
                 assert row[: len(expected)].tolist() == expected.tolist()
 
 
-def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, tiny_teacher, text_file):
+def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, tiny_teacher, tmp_path):
     orders = [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
     assert orders == [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    corpus = data.corpus
-    by_seed = [ids(open_data(tiny_teacher, corpus, seed=seed).train_dataloader()) for seed in (0, 1)]
+    text = write(tmp_path / "rows.jsonl", data.corpus.train, data.corpus.held_out)
+    by_seed = [ids(open_data(tiny_teacher, text, seed=seed).train_dataloader()) for seed in (0, 1)]
     assert by_seed[0] == orders[0] != by_seed[1]
 
 
@@ -175,9 +183,9 @@ def test_ranks_share_all_rows_in_equally_many_batches(tiny_teacher, text_file, n
             assert all(batch["input_ids"].numel() <= batch_tokens for share in shares for batch in share)
 
 
-def test_more_ranks_than_rows_are_refused(tiny_teacher):
+def test_more_ranks_than_rows_are_refused(tiny_teacher, tmp_path):
     rows = make_rows(12)
-    data = of_rank(open_data(tiny_teacher, Corpus(rows[:2], rows[2:], {})), 0, 3)
+    data = of_rank(open_data(tiny_teacher, write(tmp_path / "rows.jsonl", rows[:2], rows[2:])), 0, 3)
     with pytest.raises(UserError, match="2 rows cannot be shared by 3 processes: use fewer processes"):
         list(data.train_dataloader())
 
@@ -194,10 +202,10 @@ def test_held_out_rows_are_sorted_by_length_and_keep_their_order(data):
 @pytest.mark.parametrize(("family", "longest"), [("bert", 40), ("albert", 40), ("roberta", 36)])
 def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs(tmp_path, family, longest):
     teacher = save_teacher(tmp_path / family, family)
-    corpus = Corpus([" ".join(make_rows(20))], make_rows(1), {})
+    text = write(tmp_path / "rows.jsonl", [" ".join(make_rows(20))], make_rows(1))
     with pytest.raises(UserError, match=rf"max_length is {longest + 1}: .* takes at most {longest} tokens"):
-        open_data(teacher, corpus, max_length=longest + 1)
-    (batch,) = open_data(teacher, corpus, max_length=longest).train_dataloader()
+        open_data(teacher, text, max_length=longest + 1)
+    (batch,) = open_data(teacher, text, max_length=longest).train_dataloader()
     assert batch["input_ids"].shape == (1, longest)
     output = find_teacher(str(teacher)).model(batch["input_ids"], attention_mask=batch["attention_mask"])
     assert output.last_hidden_state.isfinite().all()
@@ -253,22 +261,23 @@ def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(tiny_te
     assert (mini.split, data.split) == ("mini", "full")
 
 
-def test_the_fingerprint_of_the_rows_is_that_of_their_masked_inputs(tiny_teacher, text_file):
-    corpus = open_data(tiny_teacher, text_file).corpus
-    turned = Corpus(corpus.train[::-1], corpus.held_out, {})
+def test_the_fingerprint_of_the_rows_is_that_of_their_masked_inputs(tiny_teacher, tmp_path):
+    rows = make_rows(30)
+    text = write(tmp_path / "rows.jsonl", rows[:20], rows[20:])
+    turned = write(tmp_path / "turned.jsonl", rows[19::-1], rows[20:])
     sums = [
-        open_data(tiny_teacher, text, **settings).rows.sha256(num_variants)
-        for text, settings, num_variants in (
-            (corpus, {}, 1),
-            (corpus, {}, 2),
+        open_data(tiny_teacher, source, **settings).rows.sha256(num_variants)
+        for source, settings, num_variants in (
+            (text, {}, 1),
+            (text, {}, 2),
             (turned, {}, 1),
-            (corpus, {"seed": 1}, 1),
-            (corpus, {"mask_probability": 0.2}, 1),
-            (corpus, {"max_length": 16}, 1),
+            (text, {"seed": 1}, 1),
+            (text, {"mask_probability": 0.2}, 1),
+            (text, {"max_length": 16}, 1),
         )
     ]
     assert len(set(sums)) == len(sums)
-    assert open_data(tiny_teacher, corpus, "mini", batch_tokens=64).rows.sha256(1) == sums[0]
+    assert open_data(tiny_teacher, text, "mini", batch_tokens=64).rows.sha256(1) == sums[0]
 
 
 def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):

@@ -201,7 +201,7 @@ def test_full_kd_goes_on_after_the_last_whole_epoch(
     assert set(steps) == {1}, "epoch 0 is not done again"
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]
-    assert not (tmp_path / "logs/tiny/full_kd/checkpoints").exists()
+    assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
 
 
 def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

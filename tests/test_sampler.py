@@ -1,10 +1,12 @@
-"""PerTrialSeed: Optuna's own contract for samplers, and that a resumed study proposes what the unbroken one would have."""
+"""PerTrialSeed: Optuna's own contract for samplers, and that a resumed study goes on as the unbroken one."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.testing.pytest_samplers import (
     BasicSamplerTestCase,
@@ -64,10 +66,10 @@ def proposals(storage: str, num_trials: list[int], sampler: Callable[[], BaseSam
 
 @pytest.mark.parametrize("make", [random_sampler, tpe])
 def test_a_resumed_study_proposes_what_the_unbroken_one_would_have(make, tmp_path: Path):
-    unbroken = proposals(f"sqlite:///{tmp_path}/a.db", [8], lambda: PerTrialSeed(make, 7))
-    resumed = proposals(f"sqlite:///{tmp_path}/b.db", [1, 4, 3], lambda: PerTrialSeed(make, 7))
+    unbroken = proposals(f"sqlite:///{tmp_path}/a.db", [6], lambda: PerTrialSeed(make, 7))
+    resumed = proposals(f"sqlite:///{tmp_path}/b.db", [1, 3, 2], lambda: PerTrialSeed(make, 7))
     assert resumed == unbroken
-    assert len({params["x"] for params in resumed}) == 8  # nothing is proposed again
+    assert len({params["x"] for params in resumed}) == 6  # nothing is proposed again
 
 
 def test_a_bare_seeded_sampler_repeats_itself_after_a_resume():
@@ -99,21 +101,34 @@ def test_another_seed_proposes_other_points():
     assert all(a["x"] != b["x"] for a, b in zip(first, other, strict=True))
 
 
-def test_a_sampler_is_told_of_the_trials_it_proposed_and_of_no_others():
-    told = []
+class Asked(RandomSampler):
+    """Keeps what it was asked for, and wants to draw ``x`` itself, together with nothing else."""
 
-    class Told(RandomSampler):
-        def __init__(self, seed: int) -> None:
-            super().__init__(seed=seed)
-            self.seen: list[tuple[str, int]] = []
+    made: list["weakref.ref[Asked]"] = []
+    told: list[list[tuple[str, int]]] = []
 
-        def before_trial(self, study, trial):
-            self.seen.append(("before", trial.number))
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.calls: list[tuple[str, int]] = []
+        self.made.append(weakref.ref(self))
 
-        def after_trial(self, study, trial, state, values):
-            self.seen.append((state.name, trial.number))
-            told.append(self.seen)
+    def before_trial(self, study, trial):
+        self.calls.append(("before", trial.number))
 
-    study = optuna.create_study(sampler=PerTrialSeed(Told))
+    def infer_relative_search_space(self, study, trial):
+        return {"x": FloatDistribution(-1, 1)}
+
+    def sample_relative(self, study, trial, search_space):
+        self.calls.append((" ".join(search_space), trial.number))
+        return {"x": 0.25}
+
+    def after_trial(self, study, trial, state, values):
+        self.told.append([*self.calls, (state.name, trial.number)])
+
+
+def test_one_sampler_goes_through_one_trial_and_is_forgotten_after_it():
+    study = optuna.create_study(sampler=PerTrialSeed(Asked))
     study.optimize(objective, n_trials=2)
-    assert told == [[("before", 0), ("COMPLETE", 0)], [("before", 1), ("COMPLETE", 1)]]
+    assert Asked.told == [[("before", number), ("x", number), ("COMPLETE", number)] for number in (0, 1)]
+    assert [trial.params["x"] for trial in study.trials] == [0.25, 0.25]
+    assert [made() for made in Asked.made] == [None, None]

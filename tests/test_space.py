@@ -119,7 +119,9 @@ def test_a_teacher_with_small_heads_gives_students_with_fewer():
     assert choices["hidden_size"] == [64]
 
 
-@pytest.mark.parametrize(("act", "choices"), [("gelu", ["gelu", "relu"]), ("relu", ["relu"]), ("silu", ["silu", "relu"])])
+@pytest.mark.parametrize(
+    ("act", "choices"), [("gelu", ["gelu", "relu"]), ("relu", ["relu"]), ("silu", ["silu", "relu"])]
+)
 def test_activations_are_the_teachers_and_relu(act, choices):
     assert SearchSpace.from_teacher(bert(2, 64, 2, hidden_act=act)).choices["hidden_act"] == choices
 

@@ -204,11 +204,11 @@ class KDDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self, tokenizer: str, text: str | Corpus, settings: DataSettings = DataSettings(), split: Split = "full"
+        self, tokenizer: str, text: str, settings: DataSettings = DataSettings(), split: Split = "full"
     ) -> None:
         super().__init__()
         self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
-        self.corpus: Corpus | None = text if isinstance(text, Corpus) else None
+        self.corpus: Corpus | None = None
         self.rows: TokenRows | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -226,13 +226,9 @@ class KDDataModule(pl.LightningDataModule):
                 f"max_length is {settings.max_length}: the teacher {self.tokenizer!r} takes at most "
                 f"{max_length(teacher.config)} tokens."
             )
-        if self.corpus is None:
-            self.corpus = load_corpus(
-                str(self.text),
-                column=settings.column,
-                held_out_fraction=settings.held_out_fraction,
-                seed=settings.seed,
-            )
+        self.corpus = load_corpus(
+            self.text, column=settings.column, held_out_fraction=settings.held_out_fraction, seed=settings.seed
+        )
         tokenizer = teacher.tokenizer
         encoded = tokenizer(
             self.corpus.train + self.corpus.held_out, truncation=True, max_length=settings.max_length, verbose=False

@@ -46,7 +46,8 @@ class Last(LayerMapping):
 class Skip(LayerMapping):
     """Every k-th layer: ``i * floor(L_t / L_s)``.
 
-    The original's README has this rule; its code takes ``floor(i * L_t / L_s)``. Of 12 layers they differ for 5 and 7 to 10.
+    The original's README has this rule; its code takes ``floor(i * L_t / L_s)``. They differ for 12 -> 5 and
+    12 -> 7 to 10.
     """
 
     def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:

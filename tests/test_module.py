@@ -1,0 +1,483 @@
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from kdnas.arch import StudentArch
+from kdnas.cli import main
+from kdnas.config import as_plain
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.distill.layer_map import Even, Last, LastAndSkip
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
+from kdnas.errors import CandidateFailed, UserError
+from kdnas.models import Teacher, find_teacher
+from kdnas.student_init import RandomStart
+from kdnas.training import KeepLast
+
+NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+SHORT = StudentArch(num_hidden_layers=3, num_attention_heads=2, hidden_size=64, intermediate_size=64)
+PAIRS = {2: [(2, 0), (3, 2)], 3: [(1, 0), (2, 1), (3, 2)]}  # last and skip, of 4 layers
+
+
+@pytest.fixture(scope="module")
+def states_settings(tmp_path_factory) -> StatesSettings:
+    """One cache for all tests."""
+    return StatesSettings(str(tmp_path_factory.mktemp("states")))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher) -> Teacher:
+    return find_teacher(str(tiny_teacher))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_teacher, text_file) -> KDDataModule:
+    return open_data(tiny_teacher, text_file)
+
+
+@pytest.fixture(scope="module")
+def states(teacher, data, states_settings) -> TeacherStates:
+    return open_states(teacher, data, range(4), states_settings)
+
+
+def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
+    settings = dict(max_length=32, batch_tokens=300, held_out_fraction=0.3, mask_probability=0.3) | settings
+    data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
+    data.setup()
+    return data
+
+
+def make(teacher: Teacher | str, states: TeacherStates | None, arch: StudentArch = NARROW, **recipe):
+    torch.manual_seed(0)
+    module = HiddenStateDistillModule(teacher, arch, Recipe(**recipe))
+    module.states = states
+    return module
+
+
+def trainer(*callbacks: pl.Callback, num_epochs: int = 1, **arguments) -> pl.Trainer:
+    defaults = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    defaults |= dict(enable_model_summary=False, num_sanity_val_steps=0, max_epochs=num_epochs)
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
+
+
+def validate(module, data: KDDataModule) -> dict[str, float]:
+    fitted = trainer()
+    fitted.validate(module, data, verbose=False)
+    return {name: float(value) for name, value in fitted.callback_metrics.items()}
+
+
+class Watch(pl.Callback):
+    """Calls back after each step, with the step's loss."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.look(trainer, pl_module, float(outputs["loss"]))
+
+
+def variances(data: KDDataModule, sample_ids: np.ndarray, teacher: Teacher) -> list[float]:
+    """Of each teacher layer on some rows, from padded data."""
+    batch = data.rows[0, sample_ids]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = teacher.model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    return [float(np.var(layer[real].float().numpy(), axis=0).mean()) for layer in output.hidden_states[1:]]
+
+
+def oracle(module, teacher: Teacher, batch: Batch, scales: list[float], pairs: list[tuple[int, ...]]) -> float:
+    """The loss, by plain loops over padded data: over student layers, rows and real tokens."""
+    inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    with torch.no_grad():
+        ours = [layer.numpy() for layer in module.student(**inputs).hidden_states[1:]]
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = [layer.float().numpy() for layer in teacher.model(**inputs).hidden_states[1:]]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    total, count = 0.0, 0
+    for i, layers in enumerate(pairs):
+        projection = module.projections[i if len(module.projections) > 1 else 0]
+        weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
+        for row, length in enumerate(lengths):
+            for token in range(length):
+                predicted = weight @ ours[i][row, token] + bias
+                target = np.concatenate([theirs[layer][row, token] for layer in layers])
+                scale = np.concatenate([np.full(64, scales[layer]) for layer in layers])
+                total += ((predicted - target) ** 2 / scale).mean()
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize(
+    ("arch", "recipe", "pairs"),
+    [
+        (NARROW, {}, PAIRS[2]),
+        (SHORT, {}, PAIRS[3]),
+        (NARROW, {"normalize": False}, PAIRS[2]),
+        (NARROW, {"shared_projection": True}, PAIRS[2]),
+        (SHORT, {"mapping": Last()}, [(1,), (2,), (3,)]),
+        (NARROW, {"mapping": Even()}, [(1,), (3,)]),
+    ],
+)
+def test_the_loss_is_that_of_plain_loops_over_real_tokens(teacher, data, states, arch, recipe, pairs):
+    module = make(teacher, states, arch, start=RandomStart(), **recipe).eval()
+    batch = data.rows[0, np.array([3, 40, 7, 119])]
+    assert 0 < batch["attention_mask"].float().mean() < 1
+    scales = [states.stats[layer].variance for layer in range(4)] if module.recipe.normalize else [1.0] * 4
+    if module.recipe.normalize:
+        assert scales == pytest.approx(variances(data, data.train_ids(), teacher), rel=0.01)
+    module.log = lambda *args, **kwargs: None
+    loss = module.training_step(batch, 0).item()
+    assert loss == pytest.approx(oracle(module, teacher, batch, scales, pairs), rel=5e-3)
+
+
+def test_padding_changes_no_loss(teacher, data, states):
+    module = make(teacher, states).eval()
+    rows = data.rows.lengths.argsort()[[0, 1, -1]]
+    together, _ = module.errors(data.rows[0, rows])
+    assert data.rows[0, rows]["attention_mask"][0].sum() < 8
+    alone = [module.errors(data.rows[0, rows[i : i + 1]])[0] for i in range(3)]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-4, atol=0)
+    batch = data.rows[0, rows]
+    batch["input_ids"][batch["attention_mask"] == 0] = 17
+    torch.testing.assert_close(module.errors(batch)[0], together)
+
+
+@pytest.mark.parametrize("arch", [NARROW, SHORT])
+def test_cached_and_live_states_give_the_same_loss(any_teacher, text_file, tmp_path, arch):
+    teacher, data = find_teacher(str(any_teacher)), open_data(any_teacher, text_file)
+    losses = []
+    for max_gb in (0, 1):
+        module = make(teacher, open_states(teacher, data, range(4), StatesSettings(str(tmp_path), max_gb)), arch)
+        metrics = validate(module, data)
+        losses.append([metrics[name] for name in sorted(metrics)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-3)
+    assert losses[0] != losses[1]  # one of them is rounded
+
+
+@pytest.mark.parametrize("arch", [NARROW, SHORT])
+def test_steps_lower_the_loss(any_teacher, text_file, tmp_path, arch):
+    data = open_data(any_teacher, text_file)
+    teacher = find_teacher(str(any_teacher))
+    states = open_states(teacher, data, range(4), StatesSettings(str(tmp_path), max_gb=0))
+    module = make(teacher, states, arch, constant_rate=True)
+    module.log = lambda *args, **kwargs: None
+    module.student.eval()
+    optimizer, batch, losses = module.configure_optimizers(), data.rows[0, np.arange(8)], []
+    for _ in range(4):
+        losses.append(module.training_step(batch, 0))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())  # DDP refuses others
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+
+
+def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
+    before = teacher.weights_sha256()
+    module = make(teacher, states)
+    trainer(num_epochs=3).fit(module, datamodule=data)
+    assert [row["epoch"] for row in module.history] == [0, 1, 2]
+    assert module.history[0]["loss"] > module.history[2]["loss"]
+    assert teacher.weights_sha256() == before
+
+
+def test_every_epoch_trains_on_every_row_and_is_validated(tiny_teacher, tmp_path, states_settings):
+    (tmp_path / "rows.txt").write_text("\n".join(make_rows(150)))
+    data = open_data(tiny_teacher, tmp_path / "rows.txt", batch_tokens=32, held_out_fraction=0.04)
+    rows = data.train_ids().tolist()
+    seen = []
+
+    class Counting(HiddenStateDistillModule):
+        def training_step(self, batch, batch_idx):
+            seen.extend((self.current_epoch, int(row)) for row in batch["sample_ids"])
+            return super().training_step(batch, batch_idx)
+
+    module = Counting(str(tiny_teacher), StudentArch(1, 2, 16, 16), states=states_settings)
+    trainer(num_epochs=2).fit(module, datamodule=data)
+    assert sorted(seen) == [(epoch, row) for epoch in range(2) for row in rows]
+    assert [row["epoch"] for row in module.history] == [0, 1]
+
+
+def test_the_student_s_dropout_is_off_unless_asked_for(teacher, data, states):
+    for dropout in (False, True):
+        module, modes = make(teacher, states, dropout=dropout), []
+        assert module.student.config.hidden_dropout_prob > 0
+        watch = Watch(lambda trainer, module, loss, modes=modes: modes.append(module.student.training))
+        trainer(watch, num_epochs=2, limit_train_batches=3).fit(module, datamodule=data)
+        assert modes == [dropout] * 6  # also after a validation
+        batch = data.rows[0, np.arange(4)]
+        module.on_train_start()
+        same = torch.equal(module.errors(batch)[0], module.errors(batch)[0])
+        assert same is not dropout
+
+
+def test_parameters_are_the_student_s_and_one_projection_a_layer(teacher, states):
+    for shared, num_projections in ((False, 3), (True, 1)):
+        module = make(teacher, states, SHORT, shared_projection=shared)
+        assert {name.split(".")[0] for name in module.state_dict()} == {"student", "projections"}
+        student = sum(parameter.numel() for parameter in module.student.parameters())
+        assert sum(p.numel() for p in module.parameters()) == student + num_projections * (64 + 1) * 128
+        assert not any("pooler" in name for name in module.state_dict())
+
+
+def test_projections_begin_as_the_relation_that_the_start_made(teacher):
+    for arch in (NARROW, SHORT):
+        module = make(teacher, None, arch)
+        for projection in module.projections:
+            assert torch.equal(projection.weight, torch.cat([module.started.basis] * 2))
+            assert not projection.bias.any()
+    unrelated = make(teacher, None, NARROW, start=RandomStart()).projections
+    assert unrelated[0].bias.any() and not torch.equal(unrelated[0].weight, unrelated[1].weight)
+
+
+def test_a_checkpoint_holds_no_teacher_and_is_loaded_with_the_defaults(teacher, data, states, tmp_path, tiny_teacher):
+    module = make(teacher, states, shared_projection=True)
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(saver, enable_checkpointing=True, num_epochs=2).fit(module, datamodule=data)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student", "projections"}
+    size = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
+    assert size == sum(parameter.numel() for parameter in module.parameters())
+    assert (tmp_path / "last.ckpt").stat().st_size < 3 * 4 * size + 200_000  # weights and two moments
+    again = HiddenStateDistillModule.load_from_checkpoint(
+        tmp_path / "last.ckpt", teacher=str(tiny_teacher), arch=NARROW, recipe=Recipe(shared_projection=True)
+    )
+    assert again.history == module.history and len(again.history) == 2
+    again.states = states
+    batch = data.rows[0, data.held_out_ids()]
+    with torch.no_grad():
+        assert torch.equal(again.eval().errors(batch)[0], module.eval().errors(batch)[0])
+
+
+def test_a_resumed_fit_ends_as_an_unbroken_one(teacher, data, states, tmp_path):
+    whole = make(teacher, states)
+    trainer(num_epochs=3).fit(whole, datamodule=data)
+    begun = make(teacher, states)
+
+    class StopAfterTwo(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trainer(KeepLast(tmp_path / "last.ckpt"), StopAfterTwo(), num_epochs=3).fit(begun, datamodule=data)
+    resumed = make(teacher, states)
+    trainer(num_epochs=3).fit(resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert [row["epoch"] for row in resumed.history] == [0, 1, 2]
+    assert resumed.history == whole.history
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def rates(module, data: KDDataModule, num_epochs: int = 4) -> tuple[list[list[float]], list[float]]:
+    """The rate of each group at each step, and after the last."""
+    found = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            found.append([group["lr"] for group in optimizer.param_groups])
+
+    fitted = trainer(Rates(), num_epochs=num_epochs)
+    fitted.fit(module, datamodule=data)
+    return found, [group["lr"] for group in fitted.optimizers[0].param_groups]
+
+
+def test_the_rates_rise_and_fall_to_zero(teacher, data, states):
+    module = make(teacher, states, learning_rate=1e-2, copied_learning_rate=1e-4, warmup_share=0.25)
+    steps, last = rates(module, data)
+    num_steps = 4 * len(data.train_dataloader())
+    num_warmup = round(0.25 * num_steps)
+    assert len(steps) == num_steps > 8
+    shape = [min((i + 1) / num_warmup, (num_steps - i) / (num_steps - num_warmup)) for i in range(num_steps)]
+    assert max(shape) == 1 and shape[0] < 1
+    for group in range(len(last)):
+        peak = max(step[group] for step in steps)
+        assert peak in (pytest.approx(1e-2), pytest.approx(1e-4))
+        assert [step[group] / peak for step in steps] == pytest.approx(shape)
+        assert last[group] == 0
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate(teacher, data, states):
+    steps, last = rates(make(teacher, states, warmup_share=0.0), data, num_epochs=1)
+    assert steps[0][0] == pytest.approx(3e-3) and steps[-1][0] > last[0] == 0
+
+
+def test_a_constant_rate_stays(teacher, data, states):
+    steps, last = rates(make(teacher, states, constant_rate=True), data, num_epochs=2)
+    assert all(step == steps[0] == last for step in steps)
+
+
+def test_a_falling_rate_needs_a_last_step(teacher, data, states):
+    for arguments in ({"num_epochs": -1}, {"num_epochs": None, "max_time": "00:00:01:00"}):
+        with pytest.raises(UserError, match=r"no last step.* trainer.max_epochs .*recipe.constant_rate"):
+            trainer(**arguments).fit(make(teacher, states), datamodule=data)
+
+
+def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(any_teacher):
+    teacher = find_teacher(str(any_teacher))
+    for arch in (NARROW, SHORT):
+        recipe = dict(learning_rate=1e-2, copied_learning_rate=1e-4, weight_decay=0.5, constant_rate=True)
+        module = make(teacher, None, arch, **recipe)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        groups = module.configure_optimizers().param_groups
+        found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        assert found.keys() == set(names.values())
+        for parameter, name in names.items():
+            is_copied = name.startswith("student.") and (
+                arch is SHORT or (teacher.config.model_type == "albert" and name.startswith("student.embeddings."))
+            )
+            assert found[name] == (1e-4 if is_copied else 1e-2, 0.5 if parameter.ndim > 1 else 0.0)
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens_whatever_the_batches(teacher, tiny_teacher, text_file, data, states):
+    module = make(teacher, states)
+    found = []
+    for batch_tokens in (32, 100, 5000):
+        other = open_data(tiny_teacher, text_file, batch_tokens=batch_tokens)
+        found.append(validate(module, other))
+    rows = [data.rows[0, np.array([row])] for row in data.held_out_ids()]
+    module.eval()
+    with torch.no_grad():
+        errors = sum(module.errors(row)[0].double() for row in rows)
+    mse = errors / data.rows.lengths[data.held_out_ids()].sum()
+    by_pair = dict(zip([(0, 2), (0, 0), (1, 3), (1, 2)], mse.tolist(), strict=True))
+    loss = np.mean([error / states.stats[layer].held_out_variance for (_, layer), error in by_pair.items()])
+    for metrics in found:
+        assert metrics["val_loss"] == metrics["val/loss"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["val/raw_mse"] == pytest.approx(float(mse.mean()), rel=1e-5)
+        assert metrics["val/r2"] == pytest.approx(1 - loss, rel=1e-5)
+
+
+def test_every_mapped_teacher_layer_has_its_metrics(teacher, data, states):
+    module = make(teacher, states)
+    metrics = validate(module, data)
+    with torch.no_grad():
+        sums, count = module.eval().errors(data.rows[0, data.held_out_ids()])
+    mse = (sums / count).tolist()  # of student layers 0, 0, 1, 1 on teacher layers 2, 0, 3, 2
+    best = {0: mse[1], 2: min(mse[0], mse[3]), 3: mse[2]}
+    assert {name.split("/")[0] for name in metrics if "layer" in name} == {f"teacher_layer_{layer}" for layer in best}
+    for layer, error in best.items():
+        stats = states.stats[layer]
+        assert metrics[f"teacher_layer_{layer}/raw_mse"] == pytest.approx(error, rel=1e-4)
+        assert metrics[f"teacher_layer_{layer}/r2"] == pytest.approx(1 - error / stats.held_out_variance, abs=1e-4)
+        share = 1 - error / stats.held_out_mse_context_free
+        assert metrics[f"teacher_layer_{layer}/contextual_share"] == pytest.approx(share, abs=1e-4)
+    assert metrics["val/contextual_share"] == metrics["teacher_layer_3/contextual_share"]
+
+
+def test_the_history_is_what_was_logged_and_begins_after_the_sanity_check(teacher, data, states):
+    logged = []
+
+    class Logged(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    module = make(teacher, states, normalize=False)
+    trainer(Logged(), num_epochs=2, num_sanity_val_steps=2).fit(module, datamodule=data)
+    assert [list(row) for row in module.history] == [["epoch", "loss", "r2", "contextual_share", "raw_mse"]] * 2
+    for row, metrics in zip(module.history, logged, strict=True):
+        for name in ("loss", "r2", "contextual_share", "raw_mse"):
+            assert row[name] == pytest.approx(metrics[f"val/{name}"], rel=1e-6)
+        assert row["loss"] == row["raw_mse"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_fails_the_candidate(teacher, data, states, value):
+    module = make(teacher, states)
+    module.projections[0].bias.data[5] = value  # of one pair alone
+    with pytest.raises(CandidateFailed, match=f"the held-out error is {value} after epoch 0"):
+        trainer().validate(module, data, verbose=False)
+    assert module.history == []
+
+
+def test_a_loader_without_a_data_module_is_refused(teacher, data):
+    with pytest.raises(UserError, match=r"needs a KDDataModule: give the Trainer datamodule="):
+        trainer().fit(make(teacher, None), data.train_dataloader())
+
+
+def test_the_states_are_opened_for_the_mapped_layers_alone(teacher, data, states_settings):
+    module = HiddenStateDistillModule(teacher, NARROW, Recipe(mapping=LastAndSkip()), states_settings)
+    trainer().validate(module, data, verbose=False)
+    assert module.states.layers == [0, 2, 3]
+
+
+class Begun(Exception):
+    pass
+
+
+def test_mini_kd_full_kd_and_fit_build_the_same_module(tiny_teacher, text_file, tmp_path, monkeypatch):
+    begun: list[tuple[StudentArch, Recipe, list[float], dict[str, Tensor]]] = []
+
+    def look(module: HiddenStateDistillModule) -> None:
+        groups = [(group["initial_lr"], group["weight_decay"]) for group in module.optimizers().param_groups]
+        weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        begun.append((module.arch, module.recipe, groups, weights))
+        if len(begun) > 1:
+            raise Begun
+
+    monkeypatch.setattr(HiddenStateDistillModule, "on_fit_start", look)
+    common = ["--data.max_length=24", f"--{{}}.folder={tmp_path / 'states'}"]
+    recipe = {"learning_rate": 2e-3, "copied_learning_rate": 1e-4, "normalize": "false", "mapping": "Even"}
+    options = {
+        "teacher": tiny_teacher,
+        "text": text_file,
+        "root": tmp_path,
+        "seed": 7,
+        "search.n_trials": 1,
+        "search.num_epochs": 1,
+        "latency.length": 8,
+        "latency.min_seconds": 0.01,
+    }
+    run = [f"--{name}={value}" for name, value in options.items()] + [common[0], common[1].format("states")]
+    run += [f"--recipe.{name}={value}" for name, value in recipe.items()]
+    with pytest.raises(Begun):
+        main(["run", *run])
+    assert len(begun) == 2
+    arch = begun[0][0]
+    fit = [f"--model.teacher={tiny_teacher}", f"--data.text={text_file}", common[1].format("model.states")]
+    fit += [f"--model.arch.{name}={value}" for name, value in arch.to_dict().items()]
+    fit += [f"--model.recipe.{name}={value}" for name, value in recipe.items()]
+    fit += ["--seed_everything=7", "--data.settings.max_length=24", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    fit += [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_checkpointing=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    with pytest.raises(Begun):
+        main(["fit", *fit])
+    assert len(begun) == 3
+    assert isinstance(begun[0][1].mapping, Even) and begun[0][1].learning_rate == 2e-3
+    for other in begun[1:]:
+        assert other[0] == arch
+        assert as_plain(other[1]) == as_plain(begun[0][1])
+        assert other[2] == begun[0][2]
+        assert other[3].keys() == begun[0][3].keys()
+        assert all(torch.equal(other[3][name], begun[0][3][name]) for name in begun[0][3])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("learning_rate", [0.0, -1e-3, math.inf, math.nan]),
+        ("copied_learning_rate", [0.0, -1e-3, math.inf, math.nan]),
+        ("weight_decay", [-0.01, math.inf, math.nan]),
+        ("warmup_share", [-0.1, 1.0, math.nan]),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused_with_its_value(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"^{name} is {value}: "):
+            Recipe(**{name: value})
+
+
+def test_the_ends_of_a_recipe_s_ranges_are_accepted():
+    Recipe(weight_decay=0, warmup_share=0)
+    Recipe(warmup_share=0.999)

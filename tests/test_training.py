@@ -1,0 +1,228 @@
+import io
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kdnas.errors import UserError
+from kdnas.training import ClipFusedGradients, FitProgress, KeepLast, TrainerSettings, fit, make_trainer
+
+
+class Data(pl.LightningDataModule):
+    """Three batches."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.arange(24.0).view(12, 2), batch_size=4)
+
+
+class Steep(ClipFusedGradients):
+    """Its gradients are in the thousands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.second(self.first(batch)).square().mean() * 100
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+
+class Call(pl.Callback):
+    """Calls back after each step."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.look(trainer, pl_module)
+
+
+def settings(**values) -> TrainerSettings:
+    return TrainerSettings(**({"accelerator": "cpu"} | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"devices": 2}, r"^devices is 2: .* run more workers on one study, or use DDP in `kdnas fit`"),
+        ({"devices": 0}, "^devices is 0: "),
+        ({"strategy": "ddp"}, r"^strategy is 'ddp': .* run more workers on one study, or use DDP in `kdnas fit`"),
+        ({"gradient_clip_val": -1.0}, "^gradient_clip_val is -1.0: give at least 0"),
+        ({"gradient_clip_val": float("nan")}, "^gradient_clip_val is nan: "),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        TrainerSettings(**values)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    for size in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
+        TrainerSettings()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE is 4: .* run more workers on one study"):
+        TrainerSettings()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_a_fused_optimizer_are_clipped_together(tmp_path, precision):
+    for clip, expected in ((0.5, 0.5), (0.0, None)):
+        norms = []
+
+        def look(trainer, module, norms=norms):
+            assert trainer.optimizers[0].defaults["fused"]
+            norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
+
+        trainer = make_trainer(settings(precision=precision, gradient_clip_val=clip), tmp_path / "fit", 2, [Call(look)])
+        fit(trainer, Steep(), Data())
+        assert len(norms) == 6
+        if expected:
+            assert norms == pytest.approx([expected] * 6, rel=1e-3)
+        else:
+            assert min(norms) > 100
+
+
+def test_the_precision_is_the_one_asked_for(tmp_path):
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        seen = []
+
+        def look(trainer, module, seen=seen):
+            with trainer.precision_plugin.forward_context():
+                seen.append(module.first(torch.ones(1, 2)).dtype)
+
+        fit(make_trainer(settings(precision=precision), tmp_path / "fit", 1, [Call(look)]), Steep(), Data())
+        assert seen == [dtype] * 3
+
+
+def interrupt(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    raise KeyboardInterrupt
+
+
+def leave(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    raise SystemExit(3)
+
+
+def fail(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    raise ZeroDivisionError
+
+
+def test_ctrl_c_is_a_keyboard_interrupt(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(interrupt)]), Steep(), Data())
+
+
+def test_other_ends_are_left_as_they_are(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(leave)]), Steep(), Data())
+    assert stop.value.code == 3
+    with pytest.raises(ZeroDivisionError):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(fail)]), Steep(), Data())
+
+
+def test_a_trainer_logs_to_the_folder_and_saves_nothing(tmp_path):
+    folder = tmp_path / "runs" / "trial_0007"
+    trainer = make_trainer(settings(), folder, 2)
+    fit(trainer, Steep(), Data())
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"events", "hparams"}
+    assert trainer.checkpoint_callback is None and trainer.progress_bar_callback is None
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("num_whole_epochs", [1, 2])
+def test_a_fit_goes_on_after_its_last_whole_epoch_and_ends_as_an_unbroken_one(tmp_path, num_whole_epochs):
+    def interrupt_later(trainer, module):
+        if trainer.current_epoch == num_whole_epochs and trainer.global_step % 3 == 2:
+            raise KeyboardInterrupt
+
+    last, whole, begun, resumed = tmp_path / "kept" / "last.ckpt", Steep(), Steep(), Steep()
+    fit(make_trainer(settings(), tmp_path / "whole", 3), whole, Data())
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), Call(interrupt_later)]), begun, Data())
+    assert list(last.parent.iterdir()) == [last]
+    steps = []
+    look = Call(lambda trainer, module: steps.append((trainer.current_epoch, trainer.global_step)))
+    fit(make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), look]), resumed, Data(), ckpt_path=last)
+    assert steps == [(step // 3, step + 1) for step in range(3 * num_whole_epochs, 9)]
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
+    last = tmp_path / "last.ckpt"
+    fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(last)]), Steep(), Data())
+    before = last.read_bytes()
+    torch.load(last, weights_only=True)
+
+    def save_a_part(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", save_a_part)
+    with pytest.raises(OSError, match="No space left"):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(last)]), Steep(), Data())
+    assert last.read_bytes() == before
+
+
+def test_the_event_file_of_an_interrupted_fit_is_removed_and_nothing_else(tmp_path):
+    folder = tmp_path / "fit"
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(settings(), folder, 1, [Call(interrupt)]), Steep(), Data())
+    (stale,) = folder.glob("events.out.tfevents.*")
+    kept = [folder / "result.json", folder / "checkpoints" / "last.ckpt", tmp_path / "events.out.tfevents.other"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    fit(make_trainer(settings(), folder, 1), Steep(), Data())
+    assert not stale.exists() and all(path.exists() for path in kept)
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(console=Console(file=io.StringIO()))
+
+
+def test_a_fit_is_shown_step_by_step_and_removed_at_its_end(tmp_path, progress):
+    other = progress.add_task("search", total=5)
+    shown = []
+
+    def look(trainer, module):
+        task = progress.tasks[-1]
+        shown.append((task.description, task.completed, task.total))
+
+    fit(make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), Call(look)]), Steep(), Data())
+    assert shown == [("full KD", step, 6) for step in range(1, 7)]
+    assert progress.task_ids == [other]
+
+
+def test_a_resumed_fit_is_shown_from_where_it_goes_on(tmp_path, progress):
+    fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt")]), Steep(), Data())
+    shown = []
+
+    class Begin(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            shown.append((progress.tasks[0].completed, progress.tasks[0].total))
+
+    trainer = make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), Begin()])
+    fit(trainer, Steep(), Data(), ckpt_path=tmp_path / "last.ckpt")
+    assert shown == [(3, 6)]
+
+
+@pytest.mark.parametrize("end", [interrupt, leave, fail])
+def test_a_fit_that_fails_is_removed_too(tmp_path: Path, progress, end):
+    trainer = make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), Call(end)])
+    with pytest.raises((KeyboardInterrupt, SystemExit, ZeroDivisionError)):
+        fit(trainer, Steep(), Data())
+    assert progress.task_ids == []
