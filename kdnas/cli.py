@@ -29,7 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 130 after Ctrl-C.
+        The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 3 where disk or
+        network did; 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -52,6 +53,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except CandidateFailed as error:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a disk that is full or gone; what is finished is kept
+        print(f"kdnas: {error}; the same command goes on from here.", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("kdnas: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130

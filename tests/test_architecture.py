@@ -35,6 +35,7 @@ glue/tasks.py
 glue/finetune.py
 export.py
 report.py
+config.py
 pipeline.py
 cli.py
 __main__.py

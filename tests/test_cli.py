@@ -239,3 +239,18 @@ def test_fit_in_one_process_logs_every_layer(tiny_teacher: Path, text_file: Path
     assert "val/r2" in tags
     saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
     assert saved["model"]["arch"]["hidden_size"] == 64
+
+
+def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
+    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdnas.distill import cache
+
+    def full(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.os, "replace", full)
+        assert main(search) == 3
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert main(search) == 0

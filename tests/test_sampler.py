@@ -43,7 +43,7 @@ class TestAroundTPE(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
         return lambda: PerTrialSeed(tpe)
 
 
-class TestAroundMultivariateTPE(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
+class TestAroundMultivariateTPE(BasicSamplerTestCase, RelativeSamplerTestCase):
     """Around a sampler that looks at all parameters together."""
 
     @pytest.fixture

@@ -155,7 +155,7 @@ def search(
 
     Raises:
         UserError: ``n_trials`` is below 1, or no candidate meets the constraints.
-        CandidateFailed: the first candidates all failed, with the last reason.
+        CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
     """
     if n_trials < 1:
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
