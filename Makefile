@@ -26,7 +26,8 @@ bench: $(ENV) ## Every benchmark in benchmarks/
 $(ENV): requirements.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@echo "Installing requirements.txt into .venv (once, one to ten minutes, at least 2.2 GB) ..."
-	@$(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -m venv --clear .venv 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python .venv/bin/python install -qq pip
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 3 where disk or
-        network did; 130 after Ctrl-C.
+        network did; 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -54,12 +54,16 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        print(f"kdnas: {error}; the same command goes on from here.", file=sys.stderr)
+        print(f"kdnas: {error}{_goes_on(args[0])}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("kdnas: interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
+        return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
+
+
+def _goes_on(command: str) -> str:
+    return "." if command == "fit" else "; the same command goes on from here."
 
 
 def _quieten(*loggers: str) -> None:
@@ -107,6 +111,7 @@ def _fit(args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
+    from kdnas.training import honest_signals
 
     _quieten()
 
@@ -121,7 +126,8 @@ def _fit(args: Sequence[str]) -> None:
             except ArgumentError as error:
                 raise _in_one_line(error, self._subcommand_parsers["fit"]) from error
 
-    FitCLI(HiddenStateDistillModule, KDDataModule, args=["fit", *args], parser_kwargs={"exit_on_error": False})
+    with honest_signals():
+        FitCLI(HiddenStateDistillModule, KDDataModule, args=["fit", *args], parser_kwargs={"exit_on_error": False})
 
 
 def _config(config_class: type[Any], command: str, args: Sequence[str]) -> Any:

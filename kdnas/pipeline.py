@@ -2,13 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
@@ -24,7 +26,15 @@ from kdnas.export import export_student
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter, measure_latency
-from kdnas.models import Teacher, build_classifier, find_teacher, load_classifier, num_parameters, student_config
+from kdnas.models import (
+    Teacher,
+    build_classifier,
+    find_teacher,
+    load_classifier,
+    max_length,
+    num_parameters,
+    student_config,
+)
 from kdnas.nas.candidate import Evaluator
 from kdnas.nas.search import FrozenTrial, Study, open_study, refuse_difference, trained
 from kdnas.nas.search import search as search_loop
@@ -56,7 +66,10 @@ class _Job:
         layers = {layer for d in depths for pair in self.config.recipe.mapping(d, num_layers) for layer in pair}
         accelerator = self.config.trainer.accelerator
         device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-        return open_states(self.teacher, self.data, layers, self.config.states, device)
+        settings = self.config.states
+        if settings.folder is None:
+            settings = dataclasses.replace(settings, folder=str(self.run.root / "teacher_states"))
+        return open_states(self.teacher, self.data, layers, settings, device)
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -93,12 +106,13 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
         job = _prepare(config, console)
-        best = _search(job)
-        _full_kd(job, config.full_kd, best)
-        if job.task is not None:
-            _finetune(job, config.finetune, job.task, best)
-        _export(job, best)
-        write_report(run, job.study)
+        with _alone(run):
+            best = _search(job)
+            _full_kd(job, config.full_kd, best)
+            if job.task is not None:
+                _finetune(job, config.finetune, job.task, best)
+            _export(job, best)
+            write_report(run, job.study)
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json")))
     console.print(
@@ -107,14 +121,35 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
 
 
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Two processes must not do the same stages; a search may have more workers."""
+    lock = FileLock(run.folder / "run.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"The run {run.name!r} is being made by another process: wait for it, or add a worker by `kdnas search`."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _refuse_other_config(run: Run, config: SearchConfig) -> None:
-    """A name stands for one config; only a search may be prolonged."""
+    """A name stands for one config, but for what changes no result and for stages that have not begun."""
     if not run.config.exists():
         return
     known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
-    shared = known.keys() & asked.keys() - {"root"}
+    free = ["root", "states.", "trainer.accelerator", "data.num_workers"]
     if not isinstance(config, RunConfig):
-        shared -= {"search.n_trials"}
+        free.append("search.n_trials")
+    if not run.full_kd.exists():
+        free.append("full_kd.")
+    if not run.glue.exists():
+        free += ["finetune.", "task"]
+    shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
     refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
 
 
@@ -123,10 +158,23 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     run = Run(config.root, config.name)
     _refuse_other_config(run, config)
     run.check_writable()
+    config.trainer.check()
     teacher = find_teacher(config.teacher)
     space = SearchSpace.from_teacher(teacher.config)
     meter = LatencyMeter(teacher.config, config.latency)
+    fastest = min(
+        (dataclasses.replace(space.smallest(), hidden_act=name) for name in space.choices["hidden_act"]),
+        key=lambda arch: meter.measure(arch).student.median_ms,
+    )
+    violation, reason = config.search.budget.violation(meter.measure(fastest))
+    if violation > 0:
+        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.")
     text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
+    if isinstance(config, RunConfig) and task_source and config.finetune.max_length > max_length(teacher.config):
+        raise UserError(
+            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
+            f"{max_length(teacher.config)} tokens."
+        )
     if QUICKSTART in (text, task_source):
         path = build_quickstart_text(run.text)
         text = str(path) if text == QUICKSTART else text
@@ -135,29 +183,30 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
     data.setup()
     assert data.rows is not None and data.corpus is not None
-    fastest = meter.measure(space.smallest())
-    violation, reason = config.search.budget.violation(fastest)
-    if violation > 0:
-        raise UserError(f"No student meets the budget: the fastest possible, {space.smallest()}, is {reason}.")
     identity = flat(
         {
             "teacher": teacher.weights_sha256(),
             "text": data.rows.sha256(data.settings.num_mask_variants),
+            "num_train_rows": len(data.corpus.train),
             "space": {name: list(values) for name, values in space.choices.items()},
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
         }
     )
-    identity.pop("search.n_trials")
+    del identity["search.n_trials"], identity["data.num_workers"]
     run.folder.mkdir(parents=True, exist_ok=True)
     study = open_study(f"sqlite:///{run.study_db}", run.name, identity, config.seed)
     study.set_user_attr("budget", as_plain(config.search.budget))
-    if isinstance(config, RunConfig) or not run.config.exists():
-        write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
+    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(trained(study)) < config.search.n_trials:
+        raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
+    known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    write_text(run.config, yaml.safe_dump(known | as_plain(config), sort_keys=False))
+    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.corpus.dropped.items() if count)
     console.print(
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
-        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out.  "
+        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out{dropped}.  "
         f"Space: {len(space)} students.",
         highlight=False,
+        soft_wrap=True,
     )
     return _Job(config, run, console, teacher, data, task, space, meter, study)
 
@@ -170,6 +219,7 @@ def _search(job: _Job) -> StudentArch:
         return StudentArch.from_yaml(run.best_student)
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
+    states = job.states  # before the live display: building them shows its own bar
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
@@ -180,7 +230,7 @@ def _search(job: _Job) -> StudentArch:
 
         evaluate = Evaluator(
             teacher=job.teacher,
-            states=job.states,
+            states=states,
             data=job.data,
             recipe=job.config.recipe,
             meter=job.meter,
@@ -194,6 +244,7 @@ def _search(job: _Job) -> StudentArch:
             progress=progress,
         )
         best = search_loop(evaluate, job.space, study, settings.n_trials, [show])
+    write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
     return arch
@@ -207,7 +258,7 @@ def _line(trial: FrozenTrial) -> str:
         return f"{head}known from trial {attrs['twin_of']}"
     if "refused" in attrs or "failed" in attrs:
         return head + ("refused, " + attrs["refused"] if "refused" in attrs else "failed, " + attrs["failed"])
-    if "seconds" not in attrs:
+    if trial.state.name == "PRUNED":
         return head + "pruned"
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
@@ -224,12 +275,13 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
     last = folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on after the last whole epoch.")
+    states = job.states
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
-        module.states = job.states
+        module.states = states
         callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]
-        trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks)
+        trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks, resume=last.exists())
         data = job.data.select("full")
         fit(trainer, module, data, ckpt_path=last if last.exists() else None)
     with new_folder(folder / "encoder") as encoder:

@@ -45,7 +45,8 @@ class FromTeacher(Start):
 
     Equal width: embeddings are copied; student layer i is a copy of teacher layer ``round(i (L_t - 1) / (L_s - 1))``,
     so first and last are among them; of a wider feed-forward part the most important neurons are kept (norm of the
-    weights in times norm of the weights out). At equal shape the student then equals the teacher.
+    weights in times norm of the weights out). At equal shape the student then equals the teacher; with fewer heads than
+    the teacher the copied maps are cut into other heads, which is a worse start.
     Narrower: the embedding tables are projected on the first H_s principal components of the teacher's embedding
     output over its vocabulary; layers stay random.
 

@@ -4,7 +4,8 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import Progress, TaskID
 
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line
+
+REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class TrainerSettings:
         gradient_clip_val: largest norm of the gradient; 0: any.
 
     Raises:
-        UserError: several devices or processes: every rank of DDP would be a search of its own; or a negative norm.
+        UserError: several devices: every rank of DDP would be a search of its own; or a negative norm.
     """
 
     accelerator: str = "auto"
@@ -39,23 +43,46 @@ class TrainerSettings:
     gradient_clip_val: float = 1.0
 
     def __post_init__(self) -> None:
-        remedy = "run more workers on one study, or use DDP in `kdnas fit`."
         if self.devices != 1:
-            raise UserError(f"devices is {self.devices}: a candidate trains on one device; {remedy}")
+            raise UserError(f"devices is {self.devices}: a candidate trains on one device; {REMEDY}")
         if self.strategy != "auto":
-            raise UserError(f"strategy is {self.strategy!r}: a candidate trains in one process; {remedy}")
+            raise UserError(f"strategy is {self.strategy!r}: a candidate trains in one process; {REMEDY}")
         if not self.gradient_clip_val >= 0:
             raise UserError(f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping).")
+
+    def check(self) -> None:
+        """Refuse what this machine, or the way the process was started, cannot do.
+
+        Raises:
+            UserError: there is no such accelerator, or a launcher made this process one of several.
+        """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {remedy}")
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}")
+        try:
+            pl.Trainer(accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False)
+        except Exception as error:  # Lightning's own error, or the device's
+            raise UserError(f"accelerator is {self.accelerator!r}: {first_line(error)}.") from error
 
 
 def make_trainer(
-    settings: TrainerSettings, folder: Path, num_epochs: int, callbacks: Sequence[pl.Callback] = ()
+    settings: TrainerSettings,
+    folder: Path,
+    num_epochs: int,
+    callbacks: Sequence[pl.Callback] = (),
+    resume: bool = False,
 ) -> pl.Trainer:
-    """A Trainer that logs to TensorBoard in ``folder``; checkpoints and progress are callbacks, if any."""
-    for unfinished in folder.glob("events.out.tfevents.*"):
-        unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
+    """A Trainer that logs to TensorBoard in ``folder``; checkpoints and progress are callbacks, if any.
+
+    Args:
+        settings: device and precision.
+        folder: for the event files.
+        num_epochs: passes over the training rows.
+        callbacks: Lightning's.
+        resume: the fit goes on from a checkpoint, so its first epochs' curves are kept.
+    """
+    if not resume:
+        for unfinished in folder.glob("events.out.tfevents.*"):
+            unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=1,
@@ -73,10 +100,27 @@ def make_trainer(
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
-    """``trainer.fit`` whose Ctrl-C is a KeyboardInterrupt; Lightning makes it a SystemExit, unknown to Optuna."""
+    """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
     _release_memory()
-    try:
+    with honest_signals():
         trainer.fit(module, datamodule=data, **options)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but the exit code is 143."""
+
+
+@contextmanager
+def honest_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM in a fit as KeyboardInterrupt; Lightning makes each a SystemExit, which Optuna does not know.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM.
+    """
+    try:
+        yield
+    except SIGTERMException as stop:
+        raise Terminated from stop
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
@@ -103,7 +147,17 @@ class ClipFusedGradients(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together."""
+        """Clip the norm of all gradients together.
+
+        Raises:
+            UserError: the algorithm is another, or the precision scales the gradients.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped.")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
+            )
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 

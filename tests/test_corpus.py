@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert every(found) == sorted(ROWS)
     assert found.dropped == {"empty": 2, "duplicate": 1}
     expected = load_corpus(str(write(tmp_path / "expected.txt", ROWS)), held_out_fraction=0.3)
-    assert found.sha256() == expected.sha256()
+    assert (found.train, found.held_out) == (expected.train, expected.held_out)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[:5])
@@ -275,7 +275,6 @@ def test_neither_order_nor_duplicates_nor_other_rows_change_where_a_row_goes(tmp
 def test_another_seed_holds_out_other_rows(text_file):
     first, again, other = (load_corpus(str(text_file), held_out_fraction=0.2, seed=seed) for seed in (0, 0, 1))
     assert first == again
-    assert first.sha256() == again.sha256()
     assert set(first.held_out) != set(other.held_out)
     assert every(first) == every(other)
 
@@ -300,17 +299,6 @@ def test_rows_without_a_split_are_drawn_and_a_twin_stays_on_the_first_side(tmp_p
     assert (found.train, found.held_out) == (["two", "three"], ["one"])
     found = load_corpus(str(path), held_out_fraction=1 - 1e-9)
     assert len(found.train) == 1
-
-
-def test_the_fingerprint_sees_order_split_and_row_borders():
-    prints = {
-        Corpus(["one", "two"], ["three"], {}).sha256(),
-        Corpus(["two", "one"], ["three"], {}).sha256(),
-        Corpus(["one"], ["two", "three"], {}).sha256(),
-        Corpus(["onetwo"], ["three"], {}).sha256(),
-    }
-    assert len(prints) == 4
-    assert Corpus(["one"], ["two"], {"empty": 1}).sha256() == Corpus(["one"], ["two"], {}).sha256()
 
 
 LINES = st.lists(

@@ -130,4 +130,8 @@ def test_the_version_has_an_entry_in_the_changelog():
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md"])
 def test_the_papers_are_there(name):
-    assert (ROOT / name).stat().st_size > 100
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(text) > 100
+    assert not re.search(r"@[A-Z]+@", text), "a figure was not filled in"
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (ROOT / link).exists(), link

@@ -1,8 +1,10 @@
 """The whole job through the command line, on a tiny teacher."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS, make_rows, save_teacher
+from filelock import FileLock
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -278,6 +281,80 @@ def test_candidates_that_all_fail_end_with_one_line(
     monkeypatch.setattr(pipeline.Evaluator, "__call__", fail)
     assert main(command) == 1
     assert "no luck 17" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_another_process_makes_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "logs" / "tiny"
+    folder.mkdir(parents=True)
+    with FileLock(folder / "run.lock"):
+        assert main(command) == 2
+    assert "'tiny' is being made by another process" in capsys.readouterr().err
+
+
+def test_rows_of_a_task_that_changed_are_noticed(
+    command: list[str],
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = tmp_path / "first_word"
+    shutil.copytree(task_folder, task)
+    own = [*command, f"--task={task}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kdnas.pipeline.measure_latency", lambda *args: [][0])
+        with pytest.raises(IndexError):
+            main(own)
+    shutil.copy(task / "train.parquet", task / "validation.parquet")
+    assert main(own) == 2
+    assert "The rows of 'first_word' are not those" in capsys.readouterr().err
+
+
+def test_what_changes_no_result_may_change_before_its_stage(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_full_kd", interrupt)
+        assert main(command) == 130
+    changed = [*command, "--states.max_gb=0", "--full_kd.num_epochs=1", "--task=null"]
+    assert main(changed) == 0
+    saved = yaml.safe_load((tmp_path / "logs/tiny/config.yaml").read_text())
+    assert (saved["states"]["max_gb"], saved["full_kd"]["num_epochs"], saved["task"]) == (0, 1, None)
+    capsys.readouterr()
+    assert main([*changed, "--full_kd.num_epochs=2"]) == 2
+    assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
+    search = [option for option in command if not option.startswith(("--config", "--task", "--full", "--fine"))]
+    longer = ["search", *search[1:], "--search.n_trials=3"]
+    assert main(longer) == 2
+    assert "has distilled its best student already" in capsys.readouterr().err
+
+
+def test_an_impossible_length_of_the_task_is_refused_at_the_start(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--finetune.max_length=99"]) == 2
+    assert "finetune.max_length is 99" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(command: list[str], tmp_path: Path) -> None:
+    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    endless = [sys.executable, "-m", "kdnas", *search, "--search.num_epochs=100000"]
+    worker = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("logs/tiny/trial_0000/events*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    worker.terminate()
+    _, error = worker.communicate(timeout=60)
+    assert worker.returncode == 143, error
+    assert error.splitlines()[-1] == "kdnas: interrupted; the same command goes on from here."
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
 
 
 @pytest.mark.slow

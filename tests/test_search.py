@@ -407,7 +407,7 @@ def test_an_interrupted_candidate_is_tried_first_when_the_search_goes_on(study, 
     with pytest.raises(KeyboardInterrupt):
         search(evaluate, SPACE, study, n_trials=3)
     assert states(study) == ["COMPLETE", "FAIL", "WAITING"]
-    assert study.trials[1].user_attrs["failed"] == "interrupted; tried again"
+    assert study.trials[1].user_attrs["failed"] == "interrupted (KeyboardInterrupt); tried again"
     again = Recorded()
     search(again, SPACE, reopen(), n_trials=3)
     assert again.asked[0] == evaluate.asked[1]

@@ -69,10 +69,15 @@ def test_settings_out_of_range_are_refused(values, message):
 def test_several_processes_are_refused(monkeypatch):
     for size in ("", "1"):
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
-        TrainerSettings()
+        TrainerSettings().check()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"^WORLD_SIZE is 4: .* run more workers on one study"):
-        TrainerSettings()
+        TrainerSettings().check()
+
+
+def test_an_accelerator_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match=r"^accelerator is 'tpu-9': "):
+        TrainerSettings(accelerator="tpu-9").check()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,10 @@ def cache_key(teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_v
     """The hash of all that the states depend on: weights, inputs (text, tokenizer, cut, masks), layers and format."""
     parts = [FORMAT, DTYPE.name, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _tracked(places: list[tuple[int, int]], description: str) -> Iterable[tuple[int, int]]:
+    return track(places, description, transient=True, disable=len(places) < 2, show_speed=False)
 
 
 class StateCache:
@@ -85,14 +89,15 @@ class StateCache:
         with FileLock(self.folder / "lock"):
             for leftover in self.folder.glob(".*.partial"):
                 leftover.unlink()
-            names = [[self._find(variant, i) for i in range(len(self._shard_rows))] for variant in self._variants()]
-            missing = [(v, i) for v in self._variants() for i, name in enumerate(names[v]) if name is None]
-            self._check_room(sum(self._num_tokens(i) * self._bytes_a_token for _, i in missing))
-            for variant, shard in track(
-                missing, "teacher states", transient=True, disable=len(missing) < 2, show_speed=False
-            ):
-                names[variant][shard] = self._write(variant, shard, teacher, batch_tokens)
-            self._names = [name for variant in names for name in variant if name is not None]
+            names: dict[tuple[int, int], str | None] = {}
+            places = [(variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows))]
+            for place in _tracked(places, "stored teacher states: check"):
+                names[place] = self._find(*place)
+            missing = [place for place in places if names[place] is None]
+            self._check_room(sum(self._num_tokens(shard) * self._bytes_a_token for _, shard in missing))
+            for place in _tracked(missing, "teacher states"):
+                names[place] = self._write(*place, teacher, batch_tokens)
+            self._names = [name for name in names.values() if name is not None]
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """The stored states of a batch's real tokens: for each of the layers a tensor (N, H), float16 on the CPU."""

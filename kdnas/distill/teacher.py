@@ -46,11 +46,12 @@ class StatesSettings:
     """Where the teacher's states are kept.
 
     Args:
-        folder: the states of all teachers and texts, one folder each; safe to delete.
+        folder: the states of all teachers and texts, one folder each; safe to delete. By default
+            ``teacher_states`` in the folder of all runs.
         max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
     """
 
-    folder: str = "lightning_logs/teacher_states"
+    folder: str | None = None
     max_gb: float = 20.0
 
     def __post_init__(self) -> None:
@@ -129,7 +130,9 @@ def open_states(
     assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     num_variants = data.settings.num_mask_variants
-    folder = Path(settings.folder) / cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants)
+    folder = Path(settings.folder or "lightning_logs/teacher_states") / cache_key(
+        teacher.weights_sha256(), data.rows, wanted, num_variants
+    )
     hidden_size = teacher.config.hidden_size
     live = LiveTeacher(teacher.model, wanted)
     cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants)
@@ -144,7 +147,12 @@ def open_states(
     else:
         log.info("Teacher states: %.2f GB in %s", cache.num_bytes() / 1e9, folder)
         cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens=data.settings.batch_tokens)
-    return TeacherStates(source, wanted, hidden_size, _load_stats(folder / "stats.json", live, data, device))
+    return TeacherStates(
+        source,
+        wanted,
+        hidden_size,
+        _load_stats(folder / f"stats_{len(data.select('full').train_ids())}.json", live, data, device),
+    )
 
 
 def _to(batch: Batch, device: str) -> Batch:

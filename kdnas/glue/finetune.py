@@ -165,16 +165,22 @@ def evaluate_glue(
         callbacks: more of Lightning's callbacks, such as a progress bar.
 
     Returns:
-        ``task``, ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations), ``num_parameters``, ``megabytes``
-        (of the weights on disk, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score), ``settings``.
+        ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
+        ``num_parameters``, ``megabytes`` (of the weights on disk, 10^6 bytes), ``seconds``, ``history`` (epoch from 0,
+        score), ``settings``.
 
     Raises:
-        UserError: the model takes fewer than ``settings.max_length`` tokens.
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
     if (folder / "result.json").is_file():
-        return dict(read_json(folder / "result.json"))
+        known = dict(read_json(folder / "result.json"))
+        if known["task_sha256"] != task.sha256:
+            raise UserError(
+                f"The rows of {task.task.name!r} are not those that {str(folder)!r} was made with: give a new run name."
+            )
+        return known
     if settings.max_length > max_length(classifier.config):
         raise UserError(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
@@ -197,6 +203,7 @@ def evaluate_glue(
         tokenizer.save_pretrained(model)
     result = {
         "task": task.task.name,
+        "task_sha256": task.sha256,
         "score": history.rows[-1]["score"],
         "metrics": {name: float(trainer.callback_metrics[f"val/{name}"]) for name in task.task.metrics},
         "num_parameters": num_parameters(classifier),

@@ -18,7 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError
+from kdnas.errors import CandidateFailed, UserError, first_line
 from kdnas.nas.sampler import PerTrialSeed
 from kdnas.nas.space import SearchSpace
 
@@ -176,8 +176,8 @@ def search(
             return value
         except optuna.TrialPruned:
             raise
-        except KeyboardInterrupt:
-            trial.set_user_attr("failed", "interrupted; tried again")
+        except (KeyboardInterrupt, OSError) as stop:  # a full disk is not the candidate's fault
+            trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
             study.enqueue_trial(trial.params)
             raise
         except Exception as error:  # whatever a candidate dies of, the search goes on
