@@ -178,7 +178,7 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     if QUICKSTART in (text, task_source):
         path = build_quickstart_text(run.text)
         text = str(path) if text == QUICKSTART else text
-        task_source = str(run.text / "task") if task_source == QUICKSTART else task_source
+        task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
     task = load_task(task_source) if task_source else None
     data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
     data.setup()

@@ -416,10 +416,10 @@ def test_what_is_there_already_is_left_as_it_is(fake_packages, tmp_path, monkeyp
 
 def test_a_half_made_folder_is_made_anew(fake_packages, tmp_path):
     path = build_quickstart_text(tmp_path / "text", rows_per_package=66)
-    (path.parent / "task" / "validation.parquet").unlink()
+    (path.parent / "which_package" / "validation.parquet").unlink()
     assert build_quickstart_text(tmp_path / "text", rows_per_package=20) == path
     assert len(pq.read_table(path)) == 40
-    assert (path.parent / "task" / "validation.parquet").exists()
+    assert (path.parent / "which_package" / "validation.parquet").exists()
 
 
 def test_a_missing_package_is_refused_and_leaves_nothing(fake_packages, tmp_path, monkeypatch):
@@ -539,7 +539,7 @@ def test_the_task_asks_for_the_package_without_naming_it(fake_packages, tmp_path
     add_module(fake_packages, f'"""{names[0]}\n\n{names[1]}"""')
     (fake_packages / "zbeta" / "other.py").write_text(f'"""{PROSE[0]}\n\n{PROSE[1]}"""')
     path = build_quickstart_text(tmp_path / "text", rows_per_package=400)
-    sentences = pq.read_table(path.parent / "task" / "validation.parquet")["sentence"].to_pylist()
+    sentences = pq.read_table(path.parent / "which_package" / "validation.parquet")["sentence"].to_pylist()
     assert sorted(sentences) == sorted(
         [
             "package is package, package, package's, package.array, package_version and packageError; "
@@ -559,7 +559,7 @@ def test_the_task_is_balanced_and_keeps_the_split_of_the_modules(fake_packages, 
     num_rows = Counter((row["package"], row["split"]) for row in rows.values())
     assert num_rows["zbeta", "train"] < num_rows["zalpha", "train"] == 58
     for task, split in (("train", "train"), ("validation", "held_out")):
-        examples = pq.read_table(path.parent / "task" / f"{task}.parquet").to_pylist()
+        examples = pq.read_table(path.parent / "which_package" / f"{task}.parquet").to_pylist()
         assert Counter(example["label"] for example in examples) == dict.fromkeys((0, 1), num_rows["zbeta", split])
         for example in examples:
             row = rows[example["sentence"]]
@@ -568,7 +568,7 @@ def test_the_task_is_balanced_and_keeps_the_split_of_the_modules(fake_packages, 
 
 def test_the_task_loads_as_a_glue_task_does(fake_packages, tmp_path):
     path = build_quickstart_text(tmp_path / "text", rows_per_package=66)
-    task = datasets.load_dataset(str(path.parent / "task"), cache_dir=str(tmp_path / "cache"))
+    task = datasets.load_dataset(str(path.parent / "which_package"), cache_dir=str(tmp_path / "cache"))
     assert set(task) == {"train", "validation"}
     assert task["train"].features == datasets.Features(
         sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["zalpha", "zbeta"])

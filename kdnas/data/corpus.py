@@ -244,11 +244,11 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
     Sources are parsed, never imported. Whole modules are held out, with 12 % of the rows, and no two rows are equal
     without regard to case, marks, digits and names of packages. Beside the text lies a labelled task in GLUE's layout:
-    ``task/train.parquet`` and ``task/validation.parquet`` ask which package a paragraph comes from, with the names of
+    ``which_package/train.parquet`` and ``validation.parquet`` beside it ask which package a paragraph comes from, with the names of
     packages replaced. A folder that has all three files is left as it is.
 
     Args:
-        folder: appears whole, with ``text.parquet`` (columns text, package, module, split) and ``task/``.
+        folder: appears whole, with ``text.parquet`` (columns text, package, module, split) and ``which_package/``.
         rows_per_package: how many rows to take from each of the packages, at least 2.
 
     Returns:
@@ -257,7 +257,9 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     Raises:
         UserError: a package is not installed, or there are too few rows to split.
     """
-    text, *task = (folder / name for name in ("text.parquet", "task/train.parquet", "task/validation.parquet"))
+    text, *task = (
+        folder / name for name in ("text.parquet", "which_package/train.parquet", "which_package/validation.parquet")
+    )
     if text.exists() and all(path.exists() for path in task):
         return text
     if rows_per_package < 2:
@@ -280,11 +282,11 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
         rows += _package_rows(package, root, rows_per_package, is_new)
     rows.sort(key=lambda row: _share(row["text"]))
     with new_folder(folder) as new:
-        (new / "task").mkdir()
+        (new / "which_package").mkdir()
         pq.write_table(pa.Table.from_pylist(rows), new / text.name)
         for path, split in zip(task, ("train", "held_out"), strict=True):
             examples = [(name.sub("package", row["text"]), row["package"]) for row in rows if row["split"] == split]
-            pq.write_table(_balanced(examples), new / "task" / path.name)
+            pq.write_table(_balanced(examples), new / "which_package" / path.name)
     return text
 
 
