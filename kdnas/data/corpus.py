@@ -244,8 +244,8 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
     Sources are parsed, never imported. Whole modules are held out, with 12 % of the rows, and no two rows are equal
     without regard to case, marks, digits and names of packages. Beside the text lies a labelled task in GLUE's layout:
-    ``which_package/train.parquet`` and ``validation.parquet`` beside it ask which package a paragraph comes from, with the names of
-    packages replaced. A folder that has all three files is left as it is.
+    ``which_package/train.parquet`` and ``which_package/validation.parquet`` ask which package a paragraph comes from,
+    with the names of packages replaced. A folder that has all three files is left as it is.
 
     Args:
         folder: appears whole, with ``text.parquet`` (columns text, package, module, split) and ``which_package/``.
