@@ -1,6 +1,5 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
-import ctypes
 import logging
 import os
 import re
@@ -43,9 +42,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
-        _map_large_blocks()
         # Before torch is imported: its threads spin while they wait, and one busy core makes a step seven times slower.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
         COMMANDS[args[0]](args[1:])
@@ -62,13 +62,6 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
-
-
-def _map_large_blocks() -> None:
-    """Have glibc give large blocks back when they are freed; a heap of tensors of ever other sizes keeps a gigabyte."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _goes_on(command: str) -> str:

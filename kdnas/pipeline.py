@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +57,6 @@ class _Job:
     meter: LatencyMeter
     study: Study
 
-    @cached_property
     def states(self) -> TeacherStates:
         """Of every layer that a student of the space can ask for, so that all share one cache."""
         num_layers = self.teacher.config.num_hidden_layers
@@ -219,7 +217,7 @@ def _search(job: _Job) -> StudentArch:
         return StudentArch.from_yaml(run.best_student)
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
-    states = job.states  # before the live display: building them shows its own bar
+    states = job.states()  # before the live display: building them shows its own bar
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
@@ -275,7 +273,7 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
     last = folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on after the last whole epoch.")
-    states = job.states
+    states = job.states()
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
