@@ -370,8 +370,9 @@ def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.
         "search.n_trials": 1,
         "search.num_epochs": 1,
         "search.budget.speedup": 2,
-        "full_kd.num_epochs": 1,
-        "finetune.num_epochs": 1,
+        "full_kd.num_epochs": 3,
+        "finetune.num_epochs": 2,
+        "finetune.learning_rate": 3e-4,
     }
     assert main(["run", *(f"--{name}={value}" for name, value in options.items())]) == 0
     run = tmp_path / "logs" / "quickstart"
@@ -379,5 +380,5 @@ def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.
     results = json.loads((run / "glue" / "results.json").read_text())
     assert results["task"]["num_labels"] == 8
     scores = {role: row["score"] for role, row in results["models"].items()}
-    assert scores["teacher"] > 0.4 and scores["student"] > scores["random"], "distillation brings something"
+    assert scores["teacher"] > 0.4 and scores["student"] > 0.25, "chance is 0.125"
     assert results["models"]["student"]["speedup"] > 1.5
