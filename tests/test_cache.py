@@ -3,9 +3,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 def token_rows() -> TokenRows:
     generator = np.random.default_rng(0)
     rows = [generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(NUM_ROWS)]
-    return TokenRows(rows, Masker(4, 70, [3], probability=0.3), pad_token_id=3)
+    return TokenRows(rows, Masker(4, 70, [3], probability=0.3), pad_token_id=3, max_length=12)
 
 
 def states_of(batch: Batch) -> list[Tensor]:
@@ -45,6 +47,7 @@ class FakeTeacher:
 
     def __init__(self, num_batches: int = 1000) -> None:
         self.asked: Counter[tuple[int, int]] = Counter()
+        self.num_passes = 0
         self.batches_left = num_batches
 
     def __call__(self, batch: Batch) -> list[Tensor]:
@@ -52,6 +55,7 @@ class FakeTeacher:
         if self.batches_left < 0:
             raise KeyboardInterrupt
         assert batch["input_ids"].numel() <= BATCH_TOKENS
+        self.num_passes += 1
         self.asked.update((int(batch["variant"]), int(row)) for row in batch["sample_ids"])
         return states_of(batch)
 
@@ -167,6 +171,7 @@ DAMAGES = {
     "middle byte": flip(lambda size: size // 2),
     "last byte": flip(lambda size: size - 1),
     "truncated": lambda path, other: os.truncate(path, path.stat().st_size - 1),
+    "100 bytes cut": lambda path, other: os.truncate(path, path.stat().st_size - 100),
     "halved": lambda path, other: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path, other: os.truncate(path, 0),
     "appended": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
@@ -191,6 +196,19 @@ def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first
     cache, asked = build(folder)
     assert asked == sum((rows_in(before[name]) for name in touched), Counter())
     assert shards(folder) == before
+    check(cache)
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "junk.bin", "variant00_00000.abc.bin", "variant99_00000.abc.bin", ".stray.partial"]
+)
+def test_a_stray_file_does_no_harm(folder, name):
+    build(folder)
+    before = shards(folder)
+    (folder / name).write_bytes(b"stray")
+    cache, asked = build(folder)
+    assert not asked
+    assert shards(folder).items() >= before.items()
     check(cache)
 
 
@@ -219,30 +237,104 @@ def test_only_the_shards_that_are_missing_need_room(folder, monkeypatch):
         build(folder)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_disk_that_is_full_after_all_leaves_no_shard_that_counts(folder, monkeypatch, name):
+def test_a_disk_that_is_full_after_all_leaves_no_shard_that_counts(tmp_path, folder, monkeypatch, name, number):
+    whole = list(shards(build(tmp_path / "whole")[0].folder).values())
+    todo = sum(map(len, whole[2:]))
     real, calls = getattr(os, name), []
 
     def full(*args):
         calls.append(args)
         if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, "No space left on device")
         return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, name, full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=rf"need {todo:,} bytes in .*, [\d,]+ are free: "):
             build(folder)
     done = shards(folder)
-    assert len(done) == 2
-    assert len(list(folder.glob(".*.partial"))) <= 1
+    assert len(done) == 2 and sum(map(len, done.values())) + todo == open_cache(folder).num_bytes()
+    assert not list(folder.glob(".*.partial"))
     cache, asked = build(folder)
     assert asked == EVERYTHING - sum(map(rows_in, done.values()), Counter())
     assert not list(folder.glob(".*.partial"))
     check(cache)
 
 
-def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_else(tmp_path, tiny_teacher, text_file):
+def test_another_error_of_the_disk_is_not_taken_for_a_full_one(folder, monkeypatch):
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        build(folder)
+    assert {path.name for path in folder.iterdir()} <= {"lock"}
+
+
+def test_a_folder_that_does_not_fit_is_named(folder, monkeypatch):
+    def full(*args, **kwargs) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    needed = open_cache(folder).num_bytes()
+    with pytest.raises(
+        UserError, match=rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', [\d,]+ are free"
+    ):
+        open_cache(folder).build(FakeTeacher(), BATCH_TOKENS)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk, and not everywhere")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_while_the_cache_is_built(small_disk, monkeypatch):
+    folder, filler = small_disk / "states" / "key", small_disk / "filler"
+    teacher = FakeTeacher()
+
+    def filling(batch: Batch) -> list[Tensor]:
+        if teacher.num_passes == 14:
+            with pytest.raises(OSError, match="No space left"):
+                filler.write_bytes(bytes(3 << 20))
+        return teacher(batch)
+
+    with pytest.raises(UserError, match=rf"need [\d,]+ bytes in '{re.escape(str(folder.parent))}', 0 are free: "):
+        open_cache(folder).build(filling, BATCH_TOKENS)
+    done = shards(folder)
+    assert 0 < len(done) < 3 * VARIANTS
+    assert not list(folder.glob(".*.partial"))
+    with pytest.raises(UserError, match="0 are free"):  # at once
+        open_cache(folder).build(FakeTeacher(0), BATCH_TOKENS)
+    assert shards(folder) == done
+    filler.unlink()
+    cache, asked = build(folder)
+    assert asked == EVERYTHING - sum(map(rows_in, done.values()), Counter())
+    assert shards(folder).items() > done.items()
+    check(cache)
+
+
+def test_a_disk_that_is_full_from_the_start(small_disk):
+    folder = small_disk / "states" / "key"
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(3 << 20))
+    with pytest.raises(UserError, match=rf"bytes in '{re.escape(str(folder.parent))}', 0 are free: "):
+        open_cache(folder).build(FakeTeacher(0), BATCH_TOKENS)
+    (small_disk / "filler").unlink()
+    check(build(folder)[0])
+
+
+def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_else(
+    tmp_path, tiny_teacher, text_file, monkeypatch
+):
     def rows(teacher: Path = tiny_teacher, text: Path = text_file, **settings) -> TokenRows:
         data = KDDataModule(str(teacher), str(text), DataSettings(**({"max_length": 32} | settings)))
         data.setup()
@@ -264,6 +356,9 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         cache_key(weights, rows(vocabulary), LAYERS, 1),
         cache_key(weights, rows(text=tmp_path / "other.txt"), LAYERS, 1),
         cache_key(weights, rows(mask_probability=0.16), LAYERS, 1),
+        cache_key(weights, rows(masked_share=0.5), LAYERS, 1),
+        cache_key(weights, rows(pair_share=0.5), LAYERS, 1),
+        cache_key(weights, rows(pair_share=1.0), LAYERS, 1),
         cache_key(weights, rows(seed=1), LAYERS, 1),
         cache_key(weights, rows(max_length=16), LAYERS, 1),
         cache_key(weights, rows(held_out_fraction=0.5), LAYERS, 1),
@@ -271,7 +366,11 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         cache_key(weights, rows(), [1], 1),
         cache_key(weights, rows(), LAYERS, 2),
     ]
-    assert len({key, *others}) == 1 + len(others)
+    for name, value in (("DTYPE", np.dtype(np.float32)), ("FORMAT", cache_module.FORMAT + 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, name, value)
+            others.append(cache_key(weights, rows(), LAYERS, 1))
+    assert len({key, *others}) == 1 + len(others) == 16
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
     assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS, 1) == key
@@ -289,7 +388,7 @@ def build_slowly(folder: Path, barrier, answers) -> None:
     barrier.wait()
     cache.build(slow, BATCH_TOKENS)
     check(cache)
-    answers.put(teacher.asked)
+    answers.put((teacher.asked, teacher.num_passes))
 
 
 def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder):
@@ -301,7 +400,51 @@ def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
-    assert answers.get() + answers.get() == EVERYTHING
+    (asked, passes), (other_asked, other_passes) = answers.get(), answers.get()
+    assert asked + other_asked == EVERYTHING
+    alone = FakeTeacher()
+    open_cache(folder.with_name("alone")).build(alone, BATCH_TOKENS)
+    assert passes + other_passes == alone.num_passes
+    assert shards(folder) == shards(folder.with_name("alone"))
     assert len(shards(folder)) == 3 * VARIANTS
     assert not list(folder.glob(".*.partial"))
     check(build(folder)[0])
+
+
+@pytest.mark.parametrize("num_passes", [3, 16])
+def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder, num_passes):
+    context = multiprocessing.get_context("fork")
+    reached, answers = context.Event(), context.SimpleQueue()
+
+    def build_until_killed() -> None:
+        teacher = FakeTeacher()
+
+        def stuck(batch: Batch) -> list[Tensor]:
+            if teacher.num_passes == num_passes:
+                reached.set()
+                time.sleep(60)
+            return teacher(batch)
+
+        open_cache(folder).build(stuck, BATCH_TOKENS)
+
+    def wait_and_finish() -> None:
+        cache, asked = build(folder)
+        check(cache)
+        answers.put(asked)
+
+    killed, waiting = (context.Process(target=target) for target in (build_until_killed, wait_and_finish))
+    killed.start()
+    assert reached.wait(timeout=30)
+    done = shards(folder)
+    (folder / ".half.partial").write_bytes(b"what a builder leaves that is killed while it writes")
+    waiting.start()
+    waiting.join(timeout=0.3)
+    assert waiting.is_alive(), "the lock is held"
+    os.kill(killed.pid, signal.SIGKILL)
+    waiting.join(timeout=30)
+    killed.join(timeout=30)
+    assert (killed.exitcode, waiting.exitcode) == (-signal.SIGKILL, 0)
+    assert (len(done) > 0) == (num_passes == 16)
+    assert answers.get() == EVERYTHING - sum(map(rows_in, done.values()), Counter())
+    assert not list(folder.glob(".*.partial"))
+    assert shards(folder).items() > done.items() and len(shards(folder)) == 3 * VARIANTS

@@ -12,7 +12,7 @@ from conftest import make_rows, make_tokenizer, save_teacher
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data import datamodule
-from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule, LengthGroupedBatches
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
@@ -109,14 +109,30 @@ def test_batches_keep_within_the_budget_and_fill_it(tiny_teacher, text_file, bat
     for loader in (data.train_dataloader(), data.val_dataloader()):
         shapes = [batch["input_ids"].shape for batch in loader]
         assert all(num_rows * length <= batch_tokens for num_rows, length in shapes)
-        longest = int(data.rows.lengths.max())
-        assert len(shapes) <= data.rows.lengths[ids(loader)].sum() / (batch_tokens - longest + 1) + 1
+        longest = int(data.rows.padded_lengths.max())
+        assert len(shapes) <= data.rows.padded_lengths[ids(loader)].sum() / (batch_tokens - longest + 1) + 1
+
+
+@pytest.mark.parametrize("max_length", [7, 20, 32])
+def test_shapes_repeat(tiny_teacher, text_file, max_length):
+    data = open_data(tiny_teacher, text_file, max_length=max_length, batch_tokens=96)
+    loader = data.train_dataloader()
+    shapes = {tuple(batch["input_ids"].shape) for epoch in range(6) for batch in at(loader, epoch)}
+    lengths = {length for _, length in shapes}
+    assert lengths == {min(length, max_length) for length in (8, 16, 24, 32)}
+    assert len(shapes) <= 2 * len(lengths) + 1, "full batches, and one beside them where the length changes"
+
+
+def test_a_sampler_that_knows_no_longest_length_keeps_within_the_budget(data):
+    for _, batch in LengthGroupedBatches(data.rows.lengths, data.train_ids(), 128, shuffle=False):
+        assert data.rows[0, batch]["input_ids"].numel() <= 128
 
 
 def test_batches_hold_rows_of_similar_length(data):
     batches = list(data.train_dataloader())
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert real / sum(batch["attention_mask"].numel() for batch in batches) > 0.9
+    padded = data.rows.padded_lengths[data.train_ids()].sum()
+    assert padded / sum(batch["attention_mask"].numel() for batch in batches) > 0.9
     assert real == data.rows.lengths[data.train_ids()].sum()
 
 
@@ -130,7 +146,7 @@ def test_rows_are_tokenised_as_by_the_tokenizer_and_padded_with_its_padding_id(t
             assert row.tolist() == expected + [PAD] * (len(row) - len(expected))
             assert mask.tolist() == [1] * len(expected) + [0] * (len(row) - len(expected))
             padded += len(row) - len(expected)
-        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+        assert batch["input_ids"].shape[1] == (8 if batch["attention_mask"].sum(1).max() <= 8 else 12)
     assert padded > 0
     assert data.rows.lengths.max() == 12
 
@@ -149,6 +165,29 @@ def test_masks_are_the_masker_s_and_their_variant_cycles_with_the_epoch(tiny_tea
                 i, row = int(batch["sample_ids"][0]), batch["input_ids"][0]
                 expected = masker(np.array(tokenizer(texts[i])["input_ids"]), i, variant)
                 assert row[: len(expected)].tolist() == expected.tolist()
+
+
+def test_a_share_of_the_rows_is_masked_another_one_for_each_variant(tiny_teacher, text_file):
+    plain, whole, some, none = (
+        open_data(tiny_teacher, text_file, mask_probability=probability, masked_share=share, num_mask_variants=2).rows
+        for probability, share in ((0, 1), (1, 1), (1, 0.4), (1, 0))
+    )
+    assert (none.masked(0) == plain.masked(0)).all()
+    chosen = []
+    for variant in range(2):
+        rows, masked, found = (np.split(source.masked(variant), plain.offsets[1:-1]) for source in (plain, whole, some))
+        is_masked = [(found[i] == masked[i]).all() for i in range(len(rows))]
+        assert all((found[i] == (masked if is_masked[i] else rows)[i]).all() for i in range(len(rows)))
+        for part in (slice(96), slice(96, None)):  # held-out rows too
+            assert np.mean(is_masked[part]) == pytest.approx(0.4, abs=0.25)
+        chosen.append(is_masked)
+    assert 30 < np.sum(np.array(chosen[0]) != chosen[1]) < 90
+    again = open_data(tiny_teacher, text_file, mask_probability=1, masked_share=0.4, batch_tokens=64).rows
+    assert (
+        again.sha256(2)
+        == some.sha256(2)
+        != open_data(tiny_teacher, text_file, mask_probability=1, masked_share=0.4, seed=1).rows.sha256(2)
+    )
 
 
 def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, tiny_teacher, tmp_path):
@@ -190,10 +229,10 @@ def test_more_ranks_than_rows_are_refused(tiny_teacher, tmp_path):
         list(data.train_dataloader())
 
 
-def test_held_out_rows_are_sorted_by_length_and_keep_their_order(data):
+def test_held_out_rows_are_sorted_by_padded_length_and_keep_their_order(data):
     loader = data.val_dataloader()
     order = ids(at(loader, 0))
-    lengths = data.rows.lengths[order].tolist()
+    lengths = data.rows.padded_lengths[order].tolist()
     assert lengths == sorted(lengths)
     assert order == ids(at(loader, 1))
     assert sorted(order) == data.held_out_ids().tolist()
@@ -217,6 +256,8 @@ def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs
         ("mini_fraction", [0, 1, 1.5, -0.1, float("nan")]),
         ("held_out_fraction", [0, 1, 1.5, float("nan")]),
         ("mask_probability", [-0.1, 1.1, float("nan")]),
+        ("pair_share", [-0.1, 1.1, float("nan")]),
+        ("masked_share", [-0.1, 1.1, float("nan")]),
         ("max_length", [3]),
         ("num_mask_variants", [0]),
         ("seed", [-1, 2**32]),
@@ -231,8 +272,8 @@ def test_a_setting_out_of_range_is_refused_with_its_value(name, values):
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    DataSettings(mask_probability=0, max_length=4, batch_tokens=4, seed=2**32 - 1)
-    DataSettings(mask_probability=1, batch_tokens=128)
+    DataSettings(mask_probability=0, pair_share=0, masked_share=0, max_length=4, batch_tokens=4, seed=2**32 - 1)
+    DataSettings(mask_probability=1, pair_share=1, masked_share=1, batch_tokens=128)
 
 
 def test_workers_give_the_same_batches(tiny_teacher, text_file):
@@ -274,6 +315,8 @@ def test_the_fingerprint_of_the_rows_is_that_of_their_masked_inputs(tiny_teacher
             (text, {"seed": 1}, 1),
             (text, {"mask_probability": 0.2}, 1),
             (text, {"max_length": 16}, 1),
+            (text, {"pair_share": 0.5}, 1),
+            (text, {"masked_share": 0.5}, 1),
         )
     ]
     assert len(set(sums)) == len(sums)

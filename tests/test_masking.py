@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kdnas.data.masking import Masker
+from kdnas.data.masking import Draw, Masker, row_generator
 from kdnas.errors import UserError
 
 MASK, SPECIAL = 4, [1, 2, 3, 4]
@@ -59,6 +59,19 @@ def test_another_seed_variant_or_sample_has_another_mask(seed):
     places = [(seed, 0, 5), (seed ^ 2, 0, 5), (seed, 1, 5), (seed, 2, 5), (seed, 0, 6), (seed, 1, 6), (seed, 5, 0)]
     assert len({mask(*place) for place in places}) == len(places)
     assert mask(*places[0]) == mask(*places[0])
+
+
+def test_each_kind_of_draw_has_random_numbers_of_its_own():
+    places = [(seed, row, variant) for seed in (0, 2**32 - 1) for row in (0, 2**40) for variant in (0, 1)]
+    numbers = [row_generator(draw, *place).random() for draw in Draw for place in places]
+    assert len(set(numbers)) == len(Draw) * len(places) == 24
+    assert numbers == [row_generator(draw, *place).random() for draw in Draw for place in places]
+
+
+def test_the_masks_of_a_seed_stay_what_they_are():
+    # With other masks no cache of a teacher's states would be used again.
+    found = np.flatnonzero(Masker(MASK, 1000, SPECIAL)(ROWS[0], 7, 1) != ROWS[0])
+    assert found.tolist() == [1, 2, 7, 16, 18, 26, 28]
 
 
 def test_a_row_is_not_changed_in_place():

@@ -1,11 +1,29 @@
 """Masked inputs that depend on no worker, order or epoch: a mask is a function of (seed, sample id, variant)."""
 
+from enum import IntEnum
+
 import numpy as np
 import numpy.typing as npt
 
 from kdnas.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Draw(IntEnum):
+    """What is drawn for a row; each has its own key space."""
+
+    MASK = 0
+    WHETHER_MASKED = 1
+    PAIR = 2
+
+
+def row_generator(draw: Draw, seed: int, sample_id: int, variant: int = 0) -> np.random.Generator:
+    """The random numbers of one row: the same for the same arguments, independent of all others."""
+    # Philox is a counter-based generator: two keys give independent streams without any warm-up.
+    # uint64 by name: of one large and one small number numpy makes floats, and neighbouring keys become one.
+    key = np.array([seed << 32 | variant, draw << 60 | int(sample_id)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 class Masker:
@@ -46,10 +64,7 @@ class Masker:
         Returns:
             Token ids, shape (length,); the same for the same arguments, always.
         """
-        # Philox is a counter-based generator: two keys give independent streams without any warm-up.
-        # uint64 by name: of one large and one small number numpy makes floats, and neighbouring keys become one.
-        key = np.array([self.seed << 32 | variant, sample_id], dtype=np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key))
+        generator = row_generator(Draw.MASK, self.seed, sample_id, variant)
         draws = generator.random((2, len(input_ids)))
         random_ids = generator.integers(self.vocab_size, size=len(input_ids))
         chosen = (draws[0] < self.probability) & ~np.isin(input_ids, self.special_ids)

@@ -6,6 +6,7 @@ is known by itself: one that is missing, cut, damaged or in another's place is c
 that could disagree. The folder's name is the hash of everything that the states depend on.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -83,21 +84,30 @@ class StateCache:
             batch_tokens: padded tokens of a batch.
 
         Raises:
-            UserError: the disk has too little room; nothing was written.
+            UserError: the disk has too little room, or fills up meanwhile; whole shards are kept for the next build.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"):
-            for leftover in self.folder.glob(".*.partial"):
-                leftover.unlink()
-            names: dict[tuple[int, int], str | None] = {}
-            places = [(variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows))]
-            for place in _tracked(places, "stored teacher states: check"):
-                names[place] = self._find(*place)
-            missing = [place for place in places if names[place] is None]
-            self._check_room(sum(self._num_tokens(shard) * self._bytes_a_token for _, shard in missing))
-            for place in _tracked(missing, "teacher states"):
-                names[place] = self._write(*place, teacher, batch_tokens)
-            self._names = [name for name in names.values() if name is not None]
+        needed = self.num_bytes()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "lock"):
+                for leftover in self.folder.glob(".*.partial"):
+                    leftover.unlink()
+                names: dict[tuple[int, int], str | None] = {}
+                places = [(variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows))]
+                for place in _tracked(places, "stored teacher states: check"):
+                    names[place] = self._find(*place)
+                missing = [place for place in places if names[place] is None]
+                needed = sum(self._num_bytes(shard) for _, shard in missing)
+                if needed > self._free():
+                    raise self._no_room(needed)
+                for place in _tracked(missing, "teacher states"):
+                    names[place] = self._write(*place, teacher, batch_tokens)
+                    needed -= self._num_bytes(place[1])
+                self._names = [name for name in names.values() if name is not None]
+        except OSError as error:  # others use the disk too
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._no_room(needed) from error
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """The stored states of a batch's real tokens: for each of the layers a tensor (N, H), float16 on the CPU."""
@@ -125,6 +135,9 @@ class StateCache:
     def _num_tokens(self, shard: int) -> int:
         return int(self.rows.lengths[self._shard_rows[shard]].sum())
 
+    def _num_bytes(self, shard: int) -> int:
+        return self._num_tokens(shard) * self._bytes_a_token
+
     def _prefix(self, variant: int, shard: int) -> str:
         return f"variant{variant:02d}_{shard:05d}"
 
@@ -143,7 +156,7 @@ class StateCache:
         row_ids = self._shard_rows[shard]
         states = np.empty((len(self.layers), self._num_tokens(shard), self.hidden_size), dtype=DTYPE)
         position = 0
-        rows_a_batch = max(1, batch_tokens // int(self.rows.lengths[row_ids].max()))
+        rows_a_batch = max(1, batch_tokens // int(self.rows.padded_lengths[row_ids].max()))
         for start in range(0, len(row_ids), rows_a_batch):
             per_layer = teacher(self.rows[variant, row_ids[start : start + rows_a_batch]])
             num_tokens = len(per_layer[0])
@@ -156,20 +169,26 @@ class StateCache:
         name = f"{prefix}.{digest.hexdigest()}.bin"
         # Plain writes, not a writable map: a full disk is then an error that can be caught, not a SIGBUS.
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(states.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(states.data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+        except OSError:
+            os.unlink(temporary)  # else a full disk stays full
+            raise
         return name
 
-    def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(
-                f"The teacher's states need {needed:,} bytes in {str(self.folder.parent)!r}, {free:,} are free: "
-                "make room, give another folder, or lower the disk budget so that the teacher runs live."
-            )
+    def _free(self) -> int:
+        """Free bytes of the disk; the folder itself may be what did not fit."""
+        return shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+
+    def _no_room(self, needed: int) -> UserError:
+        return UserError(
+            f"The teacher's states need {needed:,} bytes in {str(self.folder.parent)!r}, {self._free():,} are free: "
+            "make room, give another folder, or lower the disk budget so that the teacher runs live."
+        )
 
     def _open(self, variant: int, shard: int) -> np.ndarray:
         name = self._names[variant * len(self._shard_rows) + shard]

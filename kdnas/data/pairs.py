@@ -1,0 +1,72 @@
+"""Sentence pairs made of paragraphs, in the shapes that pair tasks have and paragraphs never do.
+
+Only pairs exercise a teacher's attention from one sentence to the other: a student that is distilled on single rows
+alone never sees it at work, and what it had of it from its teacher wears away.
+"""
+
+import re
+
+import numpy as np
+
+MIN_WORDS = 8  # of a text that gives a pair
+_MIN_PIECE = 4  # words, where there are as many
+_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]]))\s+""")
+
+
+def make_pair(text: str, other: str, rng: np.random.Generator) -> tuple[str, str] | None:
+    """A sentence pair out of a paragraph.
+
+    35 % are two neighbouring pieces of the paragraph, 30 % pieces of two unrelated rows, and the others a sentence and
+    a corrupted copy of it, in random order. Every piece has a random length.
+
+    Args:
+        text: the paragraph.
+        other: an unrelated row.
+        rng: the pair depends on the texts and on its state alone.
+
+    Returns:
+        The two sentences; None where the text has fewer than ``MIN_WORDS`` words.
+    """
+    words = text.split()
+    if len(words) < MIN_WORDS:
+        return None
+    sentences = [sentence.split() for sentence in _SENTENCE_END.split(text.strip())]
+    shape = rng.random()
+    if shape < 0.35:
+        first, second = _neighbours(words, sentences, rng)
+    elif shape < 0.65:
+        first, second = _piece(words, rng), _piece(other.split(), rng)
+    else:
+        long = [sentence for sentence in sentences if len(sentence) >= _MIN_PIECE] or [words]
+        first = long[rng.integers(len(long))]
+        second = _corrupted(first, words, rng)
+        if rng.random() < 0.5:
+            first, second = second, first
+    return " ".join(first), " ".join(second)
+
+
+def _length(words: list[str], rng: np.random.Generator) -> int:
+    return int(rng.integers(min(_MIN_PIECE, len(words)), len(words), endpoint=True))
+
+
+def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
+    length = _length(words, rng)
+    start = int(rng.integers(len(words) - length + 1))
+    return words[start : start + length]
+
+
+def _neighbours(words: list[str], sentences: list[list[str]], rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    """The words on both sides of a sentence end; in a paragraph of one sentence, of any word."""
+    ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
+    cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))
+    return words[cut - _length(words[:cut], rng) : cut], words[cut : cut + _length(words[cut:], rng)]
+
+
+def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) -> list[str]:
+    """A copy with words dropped, words replaced by any of ``words``, and half the time turned at a random word."""
+    drops = rng.random(len(sentence)) < rng.uniform(0, 0.5)
+    copy = [word for word, drop in zip(sentence, drops, strict=True) if not drop] or sentence[:1]
+    replaces = rng.random(len(copy)) < rng.uniform(0, 0.3)
+    copy = [words[rng.integers(len(words))] if replace else word for word, replace in zip(copy, replaces, strict=True)]
+    turn = int(rng.integers(len(copy))) if rng.random() < 0.5 else 0
+    return copy[turn:] + copy[:turn]
