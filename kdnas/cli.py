@@ -85,11 +85,12 @@ def _quieten(*loggers: str) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-# The parser cannot write default objects as YAML, so it is told their class paths.
-_OBJECTS = {
-    "recipe.mapping": {"class_path": "kdnas.distill.layer_map.LastAndSkip"},
-    "recipe.start": {"class_path": "kdnas.student_init.FromTeacher"},
-}
+def _objects() -> dict[str, Any]:
+    """The parser cannot write default objects as YAML, so it is told their class paths."""
+    from kdnas.config import as_plain
+    from kdnas.distill.module import Recipe
+
+    return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
 
 
 def _run(args: Sequence[str]) -> None:
@@ -120,7 +121,7 @@ def _fit(args: Sequence[str]) -> None:
     class FitCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
-            parser.set_defaults({f"model.{name}": value for name, value in _OBJECTS.items()})
+            parser.set_defaults({f"model.{name}": value for name, value in _objects().items()})
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
@@ -139,7 +140,7 @@ def _config(config_class: type[Any], command: str, args: Sequence[str]) -> Any:
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
     parser.add_class_arguments(config_class)
-    parser.set_defaults(_OBJECTS)
+    parser.set_defaults(_objects())
     try:
         options = vars(parser.instantiate(parser.parse_args(list(args))))
     except ArgumentError as error:

@@ -112,6 +112,8 @@ def as_plain(value: Any) -> Any:
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})

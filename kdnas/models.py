@@ -35,17 +35,31 @@ QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab12
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """Names, within a layer, of its linear maps and layer norms, in the order in which they run."""
+
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_output: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    intermediate: str = "intermediate.dense"
+    output: str = "output.dense"
+    output_norm: str = "output.LayerNorm"
+
+
+@dataclass(frozen=True)
 class Family:
     """What differs between one family of encoders and the next.
 
     Args:
         layers: the transformer layers of a model, in order (ALBERT repeats its one shared layer).
-        ffn: names, within a layer, of the two linear maps of the feed-forward part.
+        names: of the parts of a layer.
         max_length: how many tokens a config's position table can hold.
     """
 
     layers: Callable[[nn.Module], list[nn.Module]]
-    ffn: tuple[str, str] = ("intermediate.dense", "output.dense")
+    names: LayerNames = LayerNames()
     max_length: Callable[[PreTrainedConfig], int] = lambda config: int(config.max_position_embeddings)
 
 
@@ -61,7 +75,19 @@ FAMILIES: Mapping[str, Family] = {
     "bert": Family(_bert_layers),
     # RoBERTa's positions start after the padding id.
     "roberta": Family(_bert_layers, max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1),
-    "albert": Family(_albert_layers, ffn=("ffn", "ffn_output")),
+    "albert": Family(
+        _albert_layers,
+        LayerNames(
+            query="attention.query",
+            key="attention.key",
+            value="attention.value",
+            attention_output="attention.dense",
+            attention_norm="attention.LayerNorm",
+            intermediate="ffn",
+            output="ffn_output",
+            output_norm="full_layer_layer_norm",
+        ),
+    ),
 }
 
 
@@ -261,6 +287,21 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
     """An encoder of this shape with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
     config = student_config(teacher_config, arch)
     return AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
+
+
+def encode(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The hidden states (B, T, H) of a batch: the embedding output, then every layer's.
+
+    The second sentence of a pair is marked where the family has a mark for it, and no mask is given where there is no
+    padding (attention is faster without one).
+    """
+    inputs = {"input_ids": batch["input_ids"]}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    if not bool(batch["attention_mask"].all()):
+        inputs["attention_mask"] = batch["attention_mask"]
+    states: tuple[torch.Tensor, ...] = model(**inputs, output_hidden_states=True).hidden_states
+    return states
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:

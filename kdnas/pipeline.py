@@ -19,6 +19,7 @@ from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.objectives import needed_layers
 from kdnas.distill.teacher import TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.export import export_student
@@ -61,7 +62,7 @@ class _Job:
         """Of every layer that a student of the space can ask for, so that all share one cache."""
         num_layers = self.teacher.config.num_hidden_layers
         depths = self.space.choices["num_hidden_layers"]
-        layers = {layer for d in depths for pair in self.config.recipe.mapping(d, num_layers) for layer in pair}
+        layers = needed_layers(self.config.recipe.objective, depths, num_layers)
         accelerator = self.config.trainer.accelerator
         device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
         settings = self.config.states
@@ -283,7 +284,7 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
     with new_folder(folder / "encoder") as encoder:
         module.student.save_pretrained(encoder)
         job.teacher.tokenizer.save_pretrained(encoder)
-    final = {name: module.history[-1][name] for name in ("loss", "r2", "contextual_share", "raw_mse")}
+    final = {name: module.history[-1][name] for name in ("loss", "contextual_share", "sentence_r2")}
     write_json(
         folder / "result.json",
         {

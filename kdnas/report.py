@@ -33,7 +33,7 @@ from kdnas.arch import StudentArch
 from kdnas.runs import Run, read_json, write_text
 
 ARCH = [field.name for field in fields(StudentArch)]
-MEASURED = ["loss", "r2", "contextual_share", "latency_ms", "latency_iqr_ms", "speedup"]
+MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
 COLUMNS = ["number", "state", *ARCH, *MEASURED, "num_parameters", "reward", "seconds", "reason"]
 SHAPE = ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act"]
 MODELS = {"teacher": "teacher", "student": "best student", "random": "random start"}
@@ -205,7 +205,7 @@ def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:
             "latency (ms)": _text(row["latency_ms"], ".2f"),
             "speed-up": _text(row["speedup"], ".1f", "x"),
             "loss": _text(row["loss"], ".4f"),
-            "R2": _text(row["r2"], ".4f"),
+            "sentence R2": _text(row["sentence_r2"], ".4f"),
             "contextual share": _text(row["contextual_share"], ".3f"),
             "reward": _text(row["reward"], ".4f"),
             "seconds": _text(row["seconds"], ".1f"),

@@ -1,6 +1,8 @@
-"""How a student starts. What is copied trains at a gentler rate than what is new, so a start says which is which."""
+"""A student started from its teacher: embeddings by PCA, layers copied, or narrowed by least squares."""
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdnas.data.datamodule import Batch
+from kdnas.distill.layer_map import spread
+from kdnas.distill.narrowing import narrow, project_tables
 from kdnas.errors import UserError
 from kdnas.models import family_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,66 +25,43 @@ class Started:
 
     Args:
         copied: names of the student's parameters that hold the teacher's values.
-        basis: the student's hidden stream in the teacher's, h_t = basis @ h_s; shape (H_t, H_s); None: unrelated.
+        heads: for each student layer, the teacher's heads that its own heads were made from; None: unrelated.
     """
 
     copied: frozenset[str] = frozenset()
-    basis: Tensor | None = None
+    heads: tuple[tuple[int, ...], ...] | None = None
 
 
 class Start(ABC):
     """A rule that gives a new student its first weights."""
 
     @abstractmethod
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-        """Change the student's weights in place; the teacher is not changed."""
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+        """Change the student's weights in place; the teacher is not changed.
+
+        Args:
+            student: any weights.
+            teacher: of the same family.
+            rows: a sample of the training rows, to calibrate on.
+        """
 
 
 class RandomStart(Start):
     """Leave the random weights, as the original does."""
 
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         return Started()
 
 
-class FromTeacher(Start):
-    """The teacher's embeddings, and whole layers where the widths are equal.
+class FromEmbeddings(Start):
+    """The embedding tables alone, projected on the first H_s principal components; layers stay random.
 
-    Equal width: embeddings are copied; student layer i is a copy of teacher layer ``round(i (L_t - 1) / (L_s - 1))``,
-    so first and last are among them; of a wider feed-forward part the most important neurons are kept (norm of the
-    weights in times norm of the weights out). At equal shape the student then equals the teacher; with fewer heads than
-    the teacher the copied maps are cut into other heads, which is a worse start.
-    Narrower: the embedding tables are projected on the first H_s principal components of the teacher's embedding
-    output over its vocabulary; layers stay random.
-
-    Raises:
-        UserError: the student is wider than its teacher, or is as wide and has a wider feed-forward part.
+    The components are those of the teacher's embedding output over its vocabulary.
     """
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-        narrower = student.config.hidden_size < teacher.config.hidden_size
-        for name in () if narrower else ("hidden_size", "intermediate_size"):
-            size, largest = getattr(student.config, name), getattr(teacher.config, name)
-            if size > largest:
-                raise UserError(f"{name} is {size}: FromTeacher starts no student above its teacher's {largest}.")
-        return self._project_embeddings(student, teacher) if narrower else self._copy(student, teacher)
-
-    def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-        family = family_of(teacher.config)
-        student_layers, teacher_layers = family.layers(student), family.layers(teacher)
-        inside_layers = {id(parameter) for layer in student_layers for parameter in layer.parameters()}
-        teacher_parameters = dict(teacher.named_parameters())
-        for name, parameter in student.named_parameters():
-            if id(parameter) not in inside_layers:
-                parameter.copy_(teacher_parameters[name])
-        for i, layer in enumerate(student_layers):
-            steps = max(1, len(student_layers) - 1)
-            source = teacher_layers[round(i * (len(teacher_layers) - 1) / steps)]
-            _copy_layer(layer, source, family.ffn)
-        return Started(frozenset(name for name, _ in student.named_parameters()), torch.eye(student.config.hidden_size))
-
-    def _project_embeddings(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+        _check_sizes(student, teacher, "hidden_size")
         basis_TS = embedding_basis(teacher, student.config.hidden_size)
         ours: Any = student.embeddings
         theirs: Any = teacher.embeddings
@@ -87,18 +71,65 @@ class FromTeacher(Start):
             source = _mapping_in(teacher)
             mapping.weight.copy_(basis_TS.T @ source.weight)
             mapping.bias.copy_(basis_TS.T @ source.bias)
-            return Started(frozenset(f"embeddings.{name}" for name, _ in ours.named_parameters()), basis_TS)
-        # Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the
-        # tables; what is left of gamma is how much smaller the projected vector is than the centred one.
-        fold_TS = theirs.LayerNorm.weight[:, None] * basis_TS
-        fold_TS = fold_TS - fold_TS.mean(0)
-        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-            getattr(ours, name).weight.copy_(getattr(theirs, name).weight @ fold_TS)
+            return Started(frozenset(f"embeddings.{name}" for name, _ in ours.named_parameters()))
+        project_tables(ours, theirs, basis_TS)
         words = theirs.word_embeddings.weight
-        scale = (words @ fold_TS).std(-1) / words.std(-1)
+        scale = ours.word_embeddings.weight.std(-1) / words.std(-1)
         ours.LayerNorm.weight.fill_(float(scale.nanmean()))
         ours.LayerNorm.bias.copy_(basis_TS.T @ theirs.LayerNorm.bias)
-        return Started(frozenset(), basis_TS)
+        return Started()
+
+
+class FromTeacher(Start):
+    """Embeddings and layers of the teacher: copied where the widths are equal, else narrowed.
+
+    Student layer i is made from teacher layer ``spread(L_s, L_t)[i]``, so first and last are among them.
+
+    Equal width: embeddings and layers are copied; of a wider feed-forward part the most important neurons are kept
+    (norm of the weights in times norm of the weights out). At equal shape the student then equals the teacher; with
+    fewer heads than the teacher the copied maps are cut into other heads, which is a worse start.
+
+    Narrower (``narrow``): the hidden stream is projected on its principal components, the heads and neurons that move
+    it most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
+    computed from the narrowed stream itself, so that each part repairs what the ones before it lost.
+
+    ALBERT's one shared layer cannot follow several of the teacher's at once: a narrower student gets the embeddings.
+
+    Raises:
+        UserError: the student is larger than its teacher in one of its sizes.
+    """
+
+    @torch.no_grad()
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+        _check_sizes(student, teacher, "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        if student.config.hidden_size == teacher.config.hidden_size:
+            return self._copy(student, teacher)
+        layers = family_of(student.config).layers(student)
+        if len(set(map(id, layers))) < len(layers) or _mapping_in(student) is not None:
+            log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
+            return FromEmbeddings()(student, teacher, rows)
+        return Started(heads=narrow(student, teacher, rows))
+
+    def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
+        family = family_of(teacher.config)
+        student_layers, teacher_layers = family.layers(student), family.layers(teacher)
+        inside_layers = {id(parameter) for layer in student_layers for parameter in layer.parameters()}
+        teacher_parameters = dict(teacher.named_parameters())
+        for name, parameter in student.named_parameters():
+            if id(parameter) not in inside_layers:
+                parameter.copy_(teacher_parameters[name])
+        for layer, source in zip(student_layers, spread(len(student_layers), len(teacher_layers)), strict=True):
+            _copy_layer(layer, teacher_layers[source], family.names.intermediate, family.names.output)
+        num_heads = student.config.num_attention_heads
+        heads = tuple(spread(num_heads, teacher.config.num_attention_heads))
+        return Started(frozenset(name for name, _ in student.named_parameters()), (heads,) * len(student_layers))
+
+
+def _check_sizes(student: PreTrainedModel, teacher: PreTrainedModel, *names: str) -> None:
+    for name in names:
+        size, largest = getattr(student.config, name), getattr(teacher.config, name)
+        if size > largest:
+            raise UserError(f"{name} is {size}: no student starts from its teacher above the teacher's {largest}.")
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
@@ -126,15 +157,15 @@ def _mapping_in(model: PreTrainedModel) -> Any:
     return getattr(model.encoder, "embedding_hidden_mapping_in", None)
 
 
-def _copy_layer(layer: nn.Module, source: nn.Module, ffn: tuple[str, str]) -> None:
+def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: str) -> None:
     """Copy a layer; of a wider feed-forward part keep the neurons that matter most."""
-    wide_in: Any = source.get_submodule(ffn[0])
-    wide_out: Any = source.get_submodule(ffn[1])
-    narrow_in: Any = layer.get_submodule(ffn[0])
+    wide_in: Any = source.get_submodule(intermediate)
+    wide_out: Any = source.get_submodule(output)
+    narrow_in: Any = layer.get_submodule(intermediate)
     importance = wide_in.weight.norm(dim=1) * wide_out.weight.norm(dim=0)
     kept = importance.topk(len(narrow_in.weight)).indices.sort().values
     state = dict(source.state_dict())
-    state[f"{ffn[0]}.weight"] = wide_in.weight[kept]
-    state[f"{ffn[0]}.bias"] = wide_in.bias[kept]
-    state[f"{ffn[1]}.weight"] = wide_out.weight[:, kept]
+    state[f"{intermediate}.weight"] = wide_in.weight[kept]
+    state[f"{intermediate}.bias"] = wide_in.bias[kept]
+    state[f"{output}.weight"] = wide_out.weight[:, kept]
     layer.load_state_dict(state)

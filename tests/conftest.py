@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AlbertConfig, AutoModel, BertConfig, PreTrainedTokenizerFast, RobertaConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    BertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from kdnas.data.datamodule import Batch
+from kdnas.distill.objectives import View
+from kdnas.models import encode
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
@@ -76,6 +87,29 @@ def make_rows(num_rows: int, seed: int = 0, longest: int = 24) -> list[str]:
         length = int(torch.randint(4, longest + 1, (), generator=generator))
         rows.append(" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=generator)))
     return rows
+
+
+def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
+    """Rows of random words, each shorter than the one before it (to 5 tokens); those of even number are pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(length - 1, 5, num_rows).long()
+    places = torch.arange(length)
+    input_ids = torch.randint(6, len(VOCAB), (num_rows, length), generator=generator)
+    input_ids[:, 0] = 1
+    second = (places >= 3) & (torch.arange(num_rows) % 2 == 0)[:, None]
+    mask = places < lengths[:, None]
+    return {
+        "input_ids": input_ids.where(mask, torch.tensor(3)),
+        "attention_mask": mask.long(),
+        "token_type_ids": (second & mask).long(),
+        "sample_ids": torch.arange(num_rows),
+        "variant": torch.tensor(0),
+    }
+
+
+def view_of(model: PreTrainedModel, batch: Batch) -> View:
+    """A model's states on a batch, in float32."""
+    return View(model, batch, padded=dict(enumerate(encode(model, batch), -1)))
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))

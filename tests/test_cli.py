@@ -116,7 +116,7 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--name=../elsewhere", "'../elsewhere'"),
         ("--root=/dev/null/logs", "/dev/null/logs"),
         ("--data.max_length=long", "data.max_length"),
-        ("--recipe.mapping=Evn", "recipe.mapping"),
+        ("--recipe.objective=Hiden", "recipe.objective"),
         ("--recipe.start=Evn", "recipe.start"),
     ],
 )
@@ -237,7 +237,8 @@ def test_fit_in_one_process_logs_every_layer(tiny_teacher: Path, text_file: Path
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     for layer in (0, 2, 3):  # last: 2, 3; skip: 0, 2
         assert f"teacher_layer_{layer}/contextual_share" in tags
-    assert "val/r2" in tags
+        assert f"teacher_layer_{layer}/r2" in tags
+    assert {"val/loss", "val/contextual_share", "val/sentence_r2"} <= set(tags)
     saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
     assert saved["model"]["arch"]["hidden_size"] == 64
 

@@ -1,6 +1,6 @@
 import pytest
 
-from kdnas.distill.layer_map import Even, Last, LastAndSkip, LayerMapping, Skip
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, spread
 from kdnas.errors import UserError
 
 # mapping, student layers, teacher layers, teacher layer of each student layer
@@ -43,6 +43,34 @@ def test_last_and_skip_is_last_then_skip(num_student, num_teacher, pairs):
     assert LastAndSkip()(num_student, num_teacher) == pairs
 
 
+@pytest.mark.parametrize(("num_student", "pairs"), [(1, [(5,)]), (2, [(), (5,)]), (4, [(), (), (), (5,)])])
+def test_only_the_last_layer_learns_from_the_last_layer(num_student, pairs):
+    assert LastLayer()(num_student, 6) == pairs
+
+
+@pytest.mark.parametrize(
+    ("num_chosen", "num_all", "chosen"),
+    [
+        (1, 12, [0]),
+        (2, 12, [0, 11]),
+        (3, 6, [0, 3, 5]),  # 2.5 is rounded up
+        (4, 6, [0, 2, 3, 5]),
+        (4, 12, [0, 4, 7, 11]),
+        (5, 6, [0, 1, 3, 4, 5]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (1, 1, [0]),
+    ],
+)
+def test_layers_are_spread_evenly_first_and_last_among_them(num_chosen, num_all, chosen):
+    assert spread(num_chosen, num_all) == chosen
+
+
+def test_no_layer_is_chosen_twice():
+    for num_all in range(1, 30):
+        for num_chosen in range(1, num_all + 1):
+            assert len(set(spread(num_chosen, num_all))) == num_chosen
+
+
 def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstring_names():
     originals = {depth: [(i * 12 // depth,) for i in range(depth)] for depth in range(1, 13)}
     assert [depth for depth in originals if Skip()(depth, 12) != originals[depth]] == [5, 7, 8, 9, 10]
@@ -50,7 +78,7 @@ def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstri
     assert "differ for 12 -> 5 and 12 -> 7 to 10." in " ".join(Skip.__doc__.split())
 
 
-@pytest.mark.parametrize("mapping", [Last(), Skip(), LastAndSkip(), Even()])
+@pytest.mark.parametrize("mapping", [Last(), Skip(), LastAndSkip(), Even(), LastLayer()])
 @pytest.mark.parametrize("num_student", [0, 13])
 def test_a_student_without_layers_or_deeper_than_its_teacher_is_refused(mapping, num_student):
     with pytest.raises(UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"):

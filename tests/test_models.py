@@ -23,6 +23,7 @@ from kdnas.models import (
     FAMILIES,
     build_classifier,
     build_student,
+    encode,
     family_of,
     find_teacher,
     load_classifier,
@@ -112,15 +113,37 @@ def test_the_longest_input_is_what_the_position_table_holds(any_teacher):
         model(torch.full((1, longest + 1), 9))
 
 
-def test_the_table_names_each_familys_layers_and_feed_forward_maps(any_teacher):
+def test_the_table_names_each_familys_layers_and_the_parts_of_them_in_running_order(any_teacher):
     model = find_teacher(str(any_teacher)).load()
     family = family_of(model.config)
     layers = family.layers(model)
     assert len(layers) == 4
     assert len({id(layer) for layer in layers}) == (1 if model.config.model_type == "albert" else 4)
-    for layer in layers:
-        up, down = (layer.get_submodule(name) for name in family.ffn)
-        assert (up.weight.shape, down.weight.shape) == ((128, 64), (64, 128))
+    parts = [layers[0].get_submodule(name) for name in vars(family.names).values()]
+    shapes = [tuple(part.weight.shape) for part in parts]
+    assert shapes == [*[(64, 64)] * 4, (64,), (128, 64), (64, 128), (64,)]
+    ran = []
+    for part in parts:
+        part.register_forward_hook(lambda part, inputs, output: ran.append(part))
+    model(torch.tensor([[1, 9, 10, 2]]))
+    assert ran[:8] == parts and len(ran) == 8 * (4 if model.config.model_type == "albert" else 1)
+
+
+def test_encode_gives_the_embedding_and_every_layer_whatever_the_padding(any_teacher):
+    model = find_teacher(str(any_teacher)).load()
+    batch = {
+        "input_ids": torch.tensor([[1, 9, 10, 2, 11, 2], [1, 12, 2, 3, 3, 3]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),
+        "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]),
+    }
+    states = encode(model, batch)
+    assert [state.shape for state in states] == [(2, 6, 64)] * 5
+    short = encode(model, {name: tensor[1:, :3] for name, tensor in batch.items()})
+    torch.testing.assert_close(states[-1][1:, :3], short[-1])
+    single = encode(model, batch | {"token_type_ids": torch.zeros(2, 6, dtype=torch.long)})
+    marked = model.config.type_vocab_size > 1
+    assert marked is (model.config.model_type != "roberta")
+    assert (single[0] - states[0]).abs()[0, 4:].min() > 0 if marked else torch.equal(single[-1], states[-1])
 
 
 def test_quickstart_is_the_packaged_minilm():
@@ -146,7 +169,7 @@ def test_a_student_has_exactly_the_shape_that_was_asked_for(arch, any_teacher):
     layers = family.layers(student)
     assert len(layers) == arch.num_hidden_layers
     for layer in layers:
-        up, down = (layer.get_submodule(name) for name in family.ffn)
+        up, down = (layer.get_submodule(name) for name in (family.names.intermediate, family.names.output))
         assert up.weight.shape == (arch.intermediate_size, arch.hidden_size)
         assert down.weight.shape == (arch.hidden_size, arch.intermediate_size)
         heads = {m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")}

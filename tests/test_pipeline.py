@@ -25,6 +25,7 @@ from kdnas.cli import main
 from kdnas.config import RunConfig, SearchSettings, as_plain, flat
 from kdnas.distill.layer_map import Even
 from kdnas.distill.module import Recipe
+from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
 
 ARTEFACTS = (
@@ -260,10 +261,12 @@ def test_another_teacher_or_text_under_the_same_path_is_refused(
 
 
 def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
-    config = RunConfig(teacher="t", text="x", recipe=Recipe(mapping=Even()), search=SearchSettings(n_trials=3))
+    config = RunConfig(teacher="t", text="x", recipe=Recipe(objective=HiddenStates(Even())), search=SearchSettings(n_trials=3))
     plain = as_plain(config)
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
-    assert plain["recipe"]["mapping"] == {"class_path": "kdnas.distill.layer_map.Even"}
+    objective = plain["recipe"]["objective"]
+    assert objective["class_path"] == "kdnas.distill.objectives.HiddenStates"
+    assert objective["init_args"]["mapping"] == {"class_path": "kdnas.distill.layer_map.Even"}
     assert flat(plain)["search.n_trials"] == 3
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain))

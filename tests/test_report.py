@@ -84,10 +84,10 @@ def measured(layers: int, latency_ms: float, **others: object) -> dict[str, obje
 def trained(layers: int, latency_ms: float, loss: float, reward: float) -> dict[str, object]:
     """What a candidate that was trained for two epochs has."""
     history = [
-        {"epoch": 0, "loss": 2 * loss, "r2": 1 - 2 * loss, "contextual_share": 0.05},
-        {"epoch": 1, "loss": loss, "r2": 1 - loss, "contextual_share": 0.125},
+        {"epoch": 0, "loss": 2 * loss, "contextual_share": 0.05, "sentence_r2": 1 - 2 * loss},
+        {"epoch": 1, "loss": loss, "contextual_share": 0.125, "sentence_r2": 1 - loss},
     ]
-    last = {"loss": loss, "r2": 1 - loss, "contextual_share": 0.125, "raw_mse": 0.01}
+    last = {"loss": loss, "contextual_share": 0.125, "sentence_r2": 1 - loss}
     return measured(layers, latency_ms, **last, reward=reward, history=history, seconds=12.34)
 
 
@@ -152,7 +152,7 @@ def study() -> optuna.Study:
 def whole(run: Run) -> Run:
     """A run whose stages are all done."""
     kd = trained(2, 4.0, 0.1818, 0.0)
-    names = ("arch", "num_parameters", "loss", "r2", "contextual_share", "raw_mse", "seconds", "history")
+    names = ("arch", "num_parameters", "loss", "contextual_share", "sentence_r2", "seconds", "history")
     write_json(run.full_kd / "result.json", {name: kd[name] for name in names} | {"num_rows": 90, "num_epochs": 2})
     write_json(run.glue / "results.json", make_results())
     return run
@@ -206,7 +206,7 @@ def test_the_headline_is_computed_from_the_final_figures(whole, study):
 def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_kept(whole, study):
     write_json(whole.glue / "results.json", make_results(share_kept=None))
     html = write_report(whole, study).read_text()
-    assert "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s hidden states." in html
+    assert "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s sentence vectors." in html
     assert result_rows(make_results(share_kept=None))[1]["share kept (%)"] == "-"
 
 
@@ -319,7 +319,7 @@ def test_without_a_labelled_task_its_sections_are_left_out(whole, study):
     html = write_report(whole, study).read_text()
     text = Page(html).text
     assert "Teacher beside student" not in text and "ine-tun" not in text
-    assert "explains 82 % of the variance of its teacher's hidden states." in text
+    assert "explains 82 % of the variance of its teacher's sentence vectors." in text
     assert len(svgs(html)) == 3
 
 
@@ -372,11 +372,11 @@ def test_the_same_run_gives_the_same_bytes(whole, study):
 def test_the_frame_has_one_row_a_trial_and_whole_numbers_stay_whole(study):
     frame = trials_frame(study)
     assert ",".join(frame) == (
-        "number,state,num_hidden_layers,num_attention_heads,hidden_size,intermediate_size,hidden_act,loss,r2,"
-        "contextual_share,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,seconds,reason"
+        "number,state,num_hidden_layers,num_attention_heads,hidden_size,intermediate_size,hidden_act,loss,"
+        "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,seconds,reason"
     )
     lines = frame.to_csv(index=False).splitlines()
-    assert lines[2] == "1,COMPLETE,2,2,64,96,relu,0.2222,0.7778,0.125,4.0,0.25,5.0,2460000,0.8222,12.34,"
+    assert lines[2] == "1,COMPLETE,2,2,64,96,relu,0.2222,0.125,0.7778,4.0,0.25,5.0,2460000,0.8222,12.34,"
     assert lines[4].startswith("3,FAIL,4,2,64,96,relu,,,,1.25,") and lines[4].endswith(
         ",the training loss is inf at step 7"
     )

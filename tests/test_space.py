@@ -173,7 +173,8 @@ def test_every_point_of_a_tiny_teachers_space_is_built_in_the_shape_that_was_ask
         layers = FAMILIES[config.model_type].layers(student)
         assert len(layers) == arch.num_hidden_layers
         for layer in layers:
-            wide_in, wide_out = (layer.get_submodule(name) for name in FAMILIES[config.model_type].ffn)
+            names = FAMILIES[config.model_type].names
+            wide_in, wide_out = (layer.get_submodule(name) for name in (names.intermediate, names.output))
             assert tuple(wide_in.weight.shape) == (arch.intermediate_size, arch.hidden_size)
             assert tuple(wide_out.weight.shape) == (arch.hidden_size, arch.intermediate_size)
             (heads,) = {m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")}

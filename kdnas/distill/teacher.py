@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from kdnas.data.datamodule import Batch, KDDataModule, LengthGroupedBatches
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
-from kdnas.models import Teacher
+from kdnas.models import Teacher, encode
 from kdnas.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -79,11 +78,9 @@ class LiveTeacher:
     def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
         """The states of every layer by its number, with the embedding output as layer -1."""
         device = batch["input_ids"].device
-        mask = batch["attention_mask"]
-        model: Any = self.model.to(device)  # type: ignore[arg-type]
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = model(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        return {layer: output.hidden_states[layer + 1][mask.bool()] for layer in [-1, *self.layers]}
+            states = encode(self.model.to(device), batch)  # type: ignore[arg-type]
+        return {layer: states[layer + 1][batch["attention_mask"].bool()] for layer in {-1, *self.layers}}
 
 
 class TeacherStates:
@@ -120,7 +117,7 @@ def open_states(
     Args:
         teacher: whose states.
         data: set up; the rows and masks.
-        layers: teacher layers, from 0.
+        layers: teacher layers, from 0; -1 is the embedding output.
         settings: where, and how much of the disk.
         device: where the teacher runs while the cache is built.
 
@@ -189,14 +186,19 @@ def measure_stats(live: LiveTeacher, data: KDDataModule, device: str = "cpu") ->
 
 
 def _sample_states(live: LiveTeacher, data: KDDataModule, sample_ids: np.ndarray, device: str) -> dict[int, Tensor]:
-    assert data.rows is not None
-    chosen = np.random.default_rng(0).permutation(sample_ids)
-    chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), STATS_TOKENS) + 1]
-    # Not the loader's, which are this rank's alone.
-    batches = LengthGroupedBatches(data.rows.lengths, chosen, data.settings.batch_tokens, shuffle=False)
     # Kept in half precision: all layers of a wide teacher are gigabytes otherwise.
     sampled = [
-        {layer: states.half().cpu() for layer, states in live.hidden_states(_to(data.rows[index], device)).items()}
-        for index in batches
+        {layer: states.half().cpu() for layer, states in live.hidden_states(_to(batch, device)).items()}
+        for batch in sample_batches(data, sample_ids, STATS_TOKENS)
     ]
-    return {layer: torch.cat([states[layer] for states in sampled]) for layer in [-1, *live.layers]}
+    return {layer: torch.cat([states[layer] for states in sampled]) for layer in sampled[0]}
+
+
+def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
+    """Batches of about so many real tokens out of these rows; always the same, on every rank."""
+    assert data.rows is not None
+    chosen = np.random.default_rng(0).permutation(sample_ids)
+    chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
+    # Not the loader's, which are this rank's alone.
+    batches = LengthGroupedBatches(data.rows.lengths, chosen, data.settings.batch_tokens, shuffle=False)
+    return [data.rows[index] for index in batches]

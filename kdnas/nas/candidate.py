@@ -107,7 +107,7 @@ class Evaluator:
             module.states = self.states
             trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
             fit(trainer, module, self.data.select("mini"))
-        for name in ("loss", "r2", "contextual_share", "raw_mse"):
+        for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
         trial.set_user_attr("reward", rewarded.reward)

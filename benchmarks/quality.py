@@ -1,0 +1,195 @@
+"""How much of its teacher's GLUE a student keeps, after distillation on unlabelled text alone.
+
+Five tasks (CoLA, SST-2, MRPC, STS-B, RTE) in a folder in GLUE's layout; every model is fine-tuned on each by
+``evaluate_glue``. Students of two shapes: from a random start without distillation, by the original's recipe
+(configs/original.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths. A run is
+kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes can share the
+work. Learning rates were chosen on rows split off from training rows, never on the rows that are reported.
+
+    python benchmarks/quality.py --text train.parquet --glue glue --json quality.json
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
+
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kdnas.arch import StudentArch
+from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.teacher import StatesSettings
+from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
+from kdnas.glue.tasks import LoadedTask, load_task
+from kdnas.latency import LatencyMeter, LatencySettings
+from kdnas.models import build_classifier, find_teacher, load_classifier, student_config
+from kdnas.runs import new_folder, read_json, write_json
+from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
+SHAPES = {"4x192": StudentArch(4, 6, 192, 768, "gelu"), "3x384": StudentArch(3, 12, 384, 1536, "gelu")}
+# Best of 5e-5 to 5e-4 on STS-B rows split off from its training rows.
+LEARNING_RATES = {"teacher": 5e-5, "4x192": 2e-4, "3x384": 2e-4}
+# More rows of one sentence change little and take most of the time.
+MOST_TRAIN_ROWS = 6_000
+
+
+def distil(
+    shape: str, recipe_name: str, num_epochs: int, text: str, folder: Path, split: str, progress: Progress
+) -> float:
+    """Distil a student into ``folder``, unless it is there; the wall seconds it took, teacher's states included."""
+    if (folder / "result.json").exists():
+        return float(read_json(folder / "result.json")["seconds"])
+    started = time.monotonic()
+    config = read_config(recipe_name)
+    torch.manual_seed(0)
+    data = KDDataModule(TEACHER, text, config.data, split=split)  # type: ignore[arg-type]
+    states = StatesSettings(str(OUTPUT / "teacher_states"), 0 if recipe_name == "original" else 40)
+    module = HiddenStateDistillModule(TEACHER, SHAPES[shape], config.recipe, states)
+    settings = TrainerSettings(
+        precision=config.trainer["precision"], gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0)
+    )
+    trainer = make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)])
+    fit(trainer, module, data)
+    with new_folder(folder / "encoder") as encoder:
+        module.student.save_pretrained(encoder)
+        find_teacher(TEACHER).tokenizer.save_pretrained(encoder)
+    seconds = time.monotonic() - started
+    write_json(
+        folder / "result.json", {"seconds": seconds, "history": module.history, "threads": torch.get_num_threads()}
+    )
+    return seconds
+
+
+def some_rows(task: LoadedTask, most: int) -> LoadedTask:
+    """The task with at most so many training rows, always the same."""
+    num_rows = len(task.train["label"])
+    if num_rows <= most:
+        return task
+    chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:most].tolist()
+    train = {name: [column[i] for i in chosen] for name, column in task.train.items()}
+    return dataclasses.replace(task, train=train, sha256=f"{task.sha256}-{most}")
+
+
+def main() -> None:
+    """Do what is missing, then show the table."""
+    parser = options("quality", __doc__ or "")
+    parser.add_argument("--glue", type=Path, required=True, help="a folder of task folders in GLUE's layout")
+    parser.add_argument("--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept")
+    parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation")
+    parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning, for the teacher and our longest")
+    parser.add_argument("--only", nargs="*", default=[""], help="names that begin so, such as teacher or 4x192-ours")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.epochs, arguments.seeds, arguments.folder = [1], 1, OUTPUT / "quality_quick"
+    quieten()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
+    tasks = [load_task(str(arguments.glue / name)) for name in (TASKS[2:4] if arguments.quick else TASKS)]
+    tasks = [some_rows(task, 400 if arguments.quick else MOST_TRAIN_ROWS) for task in tasks]
+    teacher = find_teacher(TEACHER)
+    jobs: list[tuple[str, str, str, int]] = [("teacher", "teacher", "", 0)]
+    for shape in SHAPES:
+        jobs.append((f"{shape}-random", shape, "", 0))
+        jobs.append((f"{shape}-original", shape, "original", 1 if arguments.quick else 4))
+        jobs += [(f"{shape}-ours-{epochs}", shape, "fit", epochs) for epochs in arguments.epochs]
+    if arguments.quick:
+        jobs = [job for job in jobs if not job[0].startswith("3x384")]
+    longest = {f"{shape}-ours-{max(arguments.epochs)}" for shape in SHAPES} | {"teacher"}
+    with Progress(console=Console()) as progress:
+        for name, shape, recipe, epochs in jobs:
+            if not name.startswith(tuple(arguments.only)):
+                continue
+            folder = arguments.folder / name
+            if recipe:
+                split = "mini" if recipe == "original" else "full"
+                distil(shape, recipe, epochs, text, folder, split, progress)
+            for seed in range(arguments.seeds if name in longest else 1):
+                for task in tasks:
+                    torch.manual_seed(seed)
+                    num_labels = task.task.num_labels
+                    if shape == "teacher":
+                        classifier = load_classifier(teacher.source, num_labels)
+                    elif recipe:
+                        classifier = load_classifier(folder / "encoder", num_labels)
+                    else:
+                        classifier = build_classifier(student_config(teacher.config, SHAPES[shape]), num_labels)
+                    settings = FinetuneSettings(3, LEARNING_RATES[shape], 32, 128, weight_decay=0.01, seed=seed)
+                    target = folder / f"{task.task.name}-{seed}"
+                    evaluate_glue(
+                        classifier,
+                        teacher.tokenizer,
+                        task,
+                        settings,
+                        folder=target,
+                        trainer_settings=TrainerSettings(),
+                        callbacks=[FitProgress(progress, f"{name} {task.task.name} {seed}")],
+                    )
+    show(
+        arguments.folder,
+        [job[0] for job in jobs],
+        [job[1] for job in jobs],
+        [t.task.name for t in tasks],
+        arguments.json,
+    )
+
+
+def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], path: Path) -> None:
+    """A table of all that is measured, its JSON and the curve of share kept against seconds."""
+    meter = LatencyMeter(find_teacher(TEACHER).config, LatencySettings(length=64))
+    rows: list[dict[str, Any]] = []
+    for name, shape in zip(names, shapes, strict=True):
+        scores = {
+            task: [read_json(file)["score"] for file in sorted(folder.glob(f"{name}/{task}-*/result.json"))]
+            for task in tasks
+        }
+        if not all(scores.values()):
+            continue
+        num_seeds = min(map(len, scores.values()))
+        averages = [statistics.mean(scores[task][seed] for task in tasks) for seed in range(num_seeds)]
+        result = folder / name / "result.json"
+        rows.append(
+            {
+                "name": name,
+                "speedup": 1.0 if shape == "teacher" else meter.measure(SHAPES[shape]).speedup,
+                "kd_seconds": read_json(result)["seconds"] if result.exists() else 0.0,
+                "kd_threads": read_json(result).get("threads") if result.exists() else None,
+                "scores": scores,
+                "average": statistics.mean(averages),
+                "spread": statistics.stdev(averages) if num_seeds > 1 else None,
+                "num_seeds": num_seeds,
+            }
+        )
+    teacher = next((row["average"] for row in rows if row["name"] == "teacher"), None)
+    table = Table("model", "speed-up", "KD seconds", *tasks, "average", "kept", "seeds")
+    for row in rows:
+        row["kept"] = row["average"] / teacher if teacher else None
+        cells = [f"{statistics.mean(row['scores'][task]):.3f}" for task in tasks]
+        kept = f"{row['kept']:.1%}" if teacher else ""
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
+        cells = [f"{row['speedup']:.1f}x", f"{row['kd_seconds']:.0f}", *cells, f"{row['average']:.3f}{spread}", kept]
+        table.add_row(row["name"], *cells, str(row["num_seeds"]))
+    Console(width=140).print(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for shape in SHAPES:
+        curve = sorted((r["kd_seconds"], r["kept"]) for r in rows if r["name"].startswith(f"{shape}-ours") and teacher)
+        if curve:
+            axes.plot([s / 60 for s, _ in curve], [100 * k for _, k in curve], "o-", label=shape)
+    axes.set(xlabel="minutes of distillation", ylabel="share of the teacher's average kept, %")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

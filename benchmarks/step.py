@@ -1,0 +1,408 @@
+"""How near a distillation step is to what the machine can do, where its time goes, and what others' steps take.
+
+    python benchmarks/step.py [--quick] [--json PATH] [--text PATH]
+
+The peak is the fastest bf16 matmul that this machine was seen to do. A step's FLOPs are those of its matmuls, on real
+tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear map, and 4 * width *
+length for the scores and the mix of attention, per token and layer; three times that with the backward pass. The maps
+of the objective are counted likewise.
+The optimizer (Muon's matmuls too), norms, activations and the embedding are not counted, so
+``step_over_flop_time`` = seconds of a step / (FLOPs / peak) says what they, padding and Python cost. Target: 2.5.
+
+Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
+``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
+Weights are random: they do not change the time.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import common
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.profilers import Profiler
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdnas.arch import StudentArch
+from kdnas.config import as_plain
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.distill.layer_map import LastAndSkip
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
+from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.models import Teacher, build_student, encode, find_teacher
+from kdnas.runs import write_json
+from kdnas.student_init import Started
+from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
+BATCH_TOKENS = 4096
+# (rows, inner, columns): square ones, and the students' own first maps on a batch.
+MATMULS = ((2048, 2048, 2048), (3072, 3072, 3072), (4096, 4096, 4096), (4096, 192, 768), (4096, 384, 1536))
+# The original: rows padded to 50 tokens, 32 a batch.
+ORIGINAL_ROWS, ORIGINAL_LENGTH = 32, 50
+WARM_UP = 4
+PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
+
+
+def student_flops(lengths: Sequence[int], arch: StudentArch) -> int:
+    """FLOPs of a student's forward matmuls.
+
+    ``L (2 (4 H^2 + 2 H I) sum n + 4 H sum n^2)`` for rows of n real tokens: four maps of attention, two of the
+    feed-forward part; scores and mix of attention.
+
+    Args:
+        lengths: real tokens of each row.
+        arch: L layers, width H, intermediate size I.
+    """
+    width = arch.hidden_size
+    maps = 2 * (4 * width**2 + 2 * width * arch.intermediate_size) * sum(lengths)
+    attention = 4 * width * sum(length**2 for length in lengths)
+    return arch.num_hidden_layers * (maps + attention)
+
+
+def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
+    """FLOPs of the objective's matmuls on a batch, forward and backward, as torch's FlopCounterMode counts them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        _, teacher = module.views(batch)
+        with torch.no_grad():
+            states = encode(module.student, batch)
+        student = View(
+            module.student, batch, padded={layer - 1: state.requires_grad_() for layer, state in enumerate(states)}
+        )
+        with FlopCounterMode(display=False) as counter:
+            module(student, teacher)[0].sum().backward()
+    module.zero_grad()
+    return counter.get_total_flops()
+
+
+def measure_matmuls(seconds_each: float) -> list[dict[str, Any]]:
+    """GFLOP/s of bf16 matmuls, the fastest of many, by shape (rows, inner, columns)."""
+    found = []
+    for rows, inner, columns in MATMULS:
+        left, right = (torch.randn(shape).bfloat16() for shape in ((rows, inner), (columns, inner)))
+        fastest, stop = float("inf"), perf_counter() + seconds_each
+        while perf_counter() < stop or fastest == float("inf"):
+            begin = perf_counter()
+            F.linear(left, right)
+            fastest = min(fastest, perf_counter() - begin)
+        found.append({"shape": [rows, inner, columns], "gflops": 2 * rows * inner * columns / fastest / 1e9})
+    return found
+
+
+class StepParts(pl.Callback):
+    """Times every part of a Trainer's steps, and stops after some.
+
+    Args:
+        num_steps: to measure, after ``WARM_UP`` others.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.steps: list[dict[str, float]] = []  # seconds of each part, and of the whole step
+        self.lengths: list[list[int]] = []
+        self._now: defaultdict[str, float] = defaultdict(float)
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; what it takes is added to a part of the step."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            begin = perf_counter()
+            result = function(*args, **options)
+            self._now[name] += perf_counter() - begin
+            return result
+
+        return call
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.views = self.timed("views", module.views)
+        module.forward = self.timed("criterion", module.forward)
+        module.backward = self.timed("backward", module.backward)
+        module.optimizer_zero_grad = self.timed("optimizer", module.optimizer_zero_grad)
+        clip = module.configure_gradient_clipping
+
+        def clip_and_begin(*args: Any, **options: Any) -> None:
+            self._clip_began = perf_counter()
+            clip(*args, **options)
+
+        def stepped(*_: Any) -> None:
+            self._now["optimizer"] += perf_counter() - self._clip_began
+
+        # A Lightning optimizer's step() runs the whole step inside; its own part lies between these two.
+        module.configure_gradient_clipping = clip_and_begin
+        trainer.optimizers[0].register_step_post_hook(stepped)
+        self._last = perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = perf_counter()
+        parts = dict(self._now)
+        parts["student forward"] = parts.pop("views") - parts.get("teacher", 0.0)
+        parts = {name: parts.get(name, 0.0) for name in PARTS[:-1]}
+        parts["Trainer"] = now - self._last - sum(parts.values())
+        self.steps.append(parts | {"step": now - self._last})
+        self.lengths.append(batch["attention_mask"].sum(1).tolist())
+        if len(self.steps) == WARM_UP + self.num_steps:
+            trainer.should_stop = True
+        self._now.clear()
+        self._last = perf_counter()
+
+
+class LoaderTime(Profiler):
+    """Tells ``StepParts`` what the next batch took."""
+
+    def __init__(self, parts: StepParts) -> None:
+        super().__init__()
+        self._parts, self._begin = parts, 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._begin = perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._parts._now["loader"] += perf_counter() - self._begin
+
+
+def measure_ours(
+    teacher: Teacher,
+    arch: StudentArch,
+    objective: Objective,
+    data: KDDataModule,
+    states: TeacherStates,
+    num_steps: int,
+    peak: float,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """A step of ours as the Trainer runs it, whole and by parts.
+
+    Args:
+        teacher: whose states.
+        arch: of the student.
+        objective: of its recipe.
+        data: set up.
+        states: the cached ones.
+        num_steps: to measure.
+        peak: FLOP/s.
+        folder: for the Trainer's files.
+        progress: where the bar goes.
+    """
+    pl.seed_everything(0, verbose=False)
+    module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
+    module.started = Started()
+    parts = StepParts(num_steps)
+    source = parts.timed("teacher", states.source)
+    module.states = TeacherStates(source, states.layers, states.hidden_size, states.stats)  # type: ignore[arg-type]
+    batches = list(data.train_dataloader())
+    example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
+    per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())
+    num_epochs = -(-(WARM_UP + num_steps) // len(batches))
+    progressing = FitProgress(progress, f"ours, {arch.num_hidden_layers} x {arch.hidden_size}")
+    trainer = make_trainer(TrainerSettings(accelerator="cpu"), folder, num_epochs, [parts, progressing])
+    trainer.limit_val_batches = 0
+    trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
+    fit(trainer, module, data)
+    live = LiveTeacher(teacher.model, module.target_layers)
+    with_live = time_steps(lambda batch: live(batch, module.target_layers), batches, max(3, num_steps // 4))
+    steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
+    seconds = [step["step"] for step in steps]
+    flops = [3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths) for row_lengths in lengths]
+    over = median(taken * peak / work for taken, work in zip(seconds, flops, strict=True))
+    return {
+        "step_ms": 1e3 * median(seconds),
+        "tokens_per_second": sum(map(sum, lengths)) / sum(seconds),
+        "tokens_a_step": median(map(sum, lengths)),
+        "gflop_a_step": median(flops) / 1e9,
+        "share_of_peak": 1 / over,
+        "step_over_flop_time": over,
+        "parts_ms": {name: 1e3 * median(step[name] for step in steps) for name in PARTS},
+        "live_teacher_ms": with_live["step_ms"],
+        "num_steps": len(steps),
+        "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }
+
+
+def time_steps(step: Callable[[Batch], object], batches: Iterable[Batch], num_steps: int) -> dict[str, Any]:
+    """A plain loop: median milliseconds of a step, and real tokens a second."""
+    seconds, tokens = [], []
+    for batch in islice(cycle(batches), WARM_UP + num_steps):
+        begin = perf_counter()
+        step(batch)
+        seconds.append(perf_counter() - begin)
+        tokens.append(int(batch["attention_mask"].sum()))
+    seconds, tokens = seconds[WARM_UP:], tokens[WARM_UP:]
+    return {
+        "step_ms": 1e3 * median(seconds),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "tokens_a_step": median(tokens),
+        "num_steps": len(seconds),
+    }
+
+
+def original_batches(data: KDDataModule, num_batches: int) -> list[Batch]:
+    """Rows in random order, 32 a batch, all padded to 50 tokens."""
+    assert data.rows is not None
+    train = data.train_ids()
+    chosen = np.random.default_rng(0).permutation(np.resize(train, num_batches * ORIGINAL_ROWS))
+    batches = []
+    for ids in chosen.reshape(num_batches, ORIGINAL_ROWS):
+        batch: Any = dict(data.rows[0, ids])
+        missing = ORIGINAL_LENGTH - batch["input_ids"].shape[1]
+        for name, value in (("input_ids", data.rows.pad_token_id), ("attention_mask", 0), ("token_type_ids", 0)):
+            batch[name] = F.pad(batch[name], (0, missing), value=value)
+        batches.append(batch)
+    return batches
+
+
+def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None]:
+    """The original's: fp32, teacher live in fp32, one projection for all layers, AdamW at 1e-4 that is not fused."""
+    student = build_student(teacher.config, arch).train()
+    projection = nn.Linear(arch.hidden_size, 2 * teacher.config.hidden_size)
+    optimizer = torch.optim.AdamW([*student.parameters(), *projection.parameters()], lr=1e-4)
+    pairs = LastAndSkip()(arch.num_hidden_layers, teacher.config.num_hidden_layers)
+
+    def step(batch: Batch) -> None:
+        with torch.no_grad():
+            theirs = encode(teacher.model, batch)[1:]
+        ours = encode(student, batch)[1:]
+        mask = batch["attention_mask"][..., None]
+        loss = torch.zeros(())
+        for state, layers in zip(ours, pairs, strict=True):
+            target = torch.cat([theirs[layer] for layer in layers], -1)
+            loss = loss + ((projection(state) - target).square() * mask).sum() / mask.sum() / target.shape[-1]
+        optimizer.zero_grad()
+        (loss / len(pairs)).backward()
+        optimizer.step()
+
+    return step
+
+
+def transformers_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None]:
+    """transformers' own encoder of the shape, in bf16 autocast with a fused AdamW: no teacher, hardly a loss."""
+    model = build_student(teacher.config, arch).eval()  # no dropout, as ours
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+
+    def step(batch: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            state = model(**{name: batch[name] for name in inputs}).last_hidden_state
+            loss = state.float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> dict[str, Any]:
+    """All figures; see the module."""
+    num_steps = 5 if quick else 100
+    teacher = find_teacher(common.TEACHER)
+    text = common.cut_text(text, folder, most=400 if quick else 3000)
+    config = common.read_config("fit")
+    settings = replace(config.data, max_length=128, batch_tokens=BATCH_TOKENS, num_mask_variants=1)
+    data = KDDataModule(common.TEACHER, text, settings)
+    cut = KDDataModule(common.TEACHER, text, DataSettings(max_length=ORIGINAL_LENGTH))
+    for module in (data, cut):
+        module.setup()
+    named = {
+        "HiddenStates": HiddenStates(),
+        "recipe's default": Recipe().objective,
+        "fit.yaml": config.recipe.objective,
+    }
+    # Each once, under its last name.
+    objectives = dict({repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values())
+    matmuls = measure_matmuls(0.4 if quick else 3.0)
+    peak = max(matmul["gflops"] for matmul in matmuls)
+    num_layers = teacher.config.num_hidden_layers
+    depths = [arch.num_hidden_layers for arch in ARCHS]
+    layers = {layer for objective in objectives.values() for layer in needed_layers(objective, depths, num_layers)}
+    states = open_states(teacher, data, layers, StatesSettings(str(folder / "states"), max_gb=float("inf")))
+    students: list[dict[str, Any]] = []
+    with progress:
+        task = progress.add_task("others' steps", total=2 * len(ARCHS))
+        for arch in ARCHS:
+            result: dict[str, Any] = {"arch": arch.to_dict(), "ours": {}}
+            for name, objective in objectives.items():
+                result["ours"][name] = measure_ours(
+                    teacher, arch, objective, data, states, num_steps, peak * 1e9, folder / "fit", progress
+                )
+            batches = list(data.train_dataloader())
+            result["transformers"] = time_steps(transformers_step(teacher, arch), batches, num_steps)
+            progress.advance(task)
+            rows = original_batches(cut, WARM_UP + num_steps)
+            result["original"] = time_steps(original_step(teacher, arch), rows, num_steps)
+            progress.advance(task)
+            for name in ("transformers", "original"):
+                for ours in result["ours"].values():
+                    ours[f"tokens_over_{name}"] = ours["tokens_per_second"] / result[name]["tokens_per_second"]
+            students.append(result)
+    return {"machine": common.machine(), "quick": quick, "matmuls": matmuls, "peak_gflops": peak, "students": students}
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The tables."""
+    threads = results["machine"]["threads"]
+    table = Table("rows x inner x columns", "GFLOP/s", title=f"bf16 matmuls, {threads} threads")
+    for matmul in results["matmuls"]:
+        table.add_row(" x ".join(map(str, matmul["shape"])), f"{matmul['gflops']:,.0f}")
+    console.print(table)
+    table = Table("step", "ms", "tokens", "tokens/s", "ours is", "of peak", "over FLOP time", title="Steps")
+    parts = Table("ms of a step", title="Parts of our steps")
+    columns = []
+    for student in results["students"]:
+        shape = f"{student['arch']['num_hidden_layers']} x {student['arch']['hidden_size']}"
+        for name, ours in student["ours"].items():
+            table.add_row(
+                f"{shape} ours, {name}",
+                *(f"{ours[key]:,.0f}" for key in ("step_ms", "tokens_a_step", "tokens_per_second")),
+                "",
+                f"{ours['share_of_peak']:.0%}",
+                f"{ours['step_over_flop_time']:.2f}",
+            )
+            parts.add_column(f"{shape}\n{name}", justify="right")
+            columns.append(ours["parts_ms"] | {"(live teacher)": ours["live_teacher_ms"]})
+        for name in ("transformers", "original"):
+            other, ours = student[name], next(iter(student["ours"].values()))
+            table.add_row(
+                f"{shape} {name}",
+                *(f"{other[key]:,.0f}" for key in ("step_ms", "tokens_a_step", "tokens_per_second")),
+                f"{ours[f'tokens_over_{name}']:.2f} x",
+            )
+    for name in columns[0]:
+        parts.add_row(name, *(f"{column[name]:.1f}" for column in columns))
+    console.print(table)
+    console.print(parts)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure, show and write."""
+    chosen = common.options("step", "Times a distillation step against the machine's peak and others'.").parse_args(
+        args
+    )
+    common.quieten()
+    console = Console()
+    common.OUTPUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
+        results = measure(chosen.text, chosen.quick, Progress(console=console, transient=True), Path(folder))
+    show(results, console)
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(chosen.json, results)
+    console.print(f"Figures: {chosen.json}")
+
+
+if __name__ == "__main__":
+    main()

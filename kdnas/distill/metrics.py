@@ -1,0 +1,87 @@
+"""What is measured of a student on held-out rows, as sums that add up over batches and ranks."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TermErrors(Metric):
+    """For each term of the loss the sum of its errors and over how many things it is."""
+
+    full_state_update = False
+
+    def __init__(self, num_terms: int) -> None:
+        super().__init__()
+        self.sums: Tensor
+        self.counts: Tensor
+        # float64: a float32 sum stops growing at 16 million tokens.
+        self.add_state("sums", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Add a batch; both of shape (terms,)."""
+        self.sums += sums.detach()
+        self.counts += counts
+
+    def compute(self) -> Tensor:
+        """The mean error of each term, shape (terms,); 0 where there was nothing to compare."""
+        return self.sums / self.counts.clamp_min(1)
+
+
+class RidgeProbe(Metric):
+    """How well the best linear map from a student's states predicts the teacher's: fitted on half, held against half.
+
+    The first batch is cut in two, so that one is enough; the others go to the two halves in turn. Only sums of products
+    are kept, no states: with X of shape (n, D + 1), its last column 1, and Y of shape (n, H),
+    ``W = argmin |X W - Y|^2 + strength * mean diagonal * |W|^2`` on the first half and
+    ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the second.
+
+    Args:
+        num_inputs: D, width of the student.
+        num_targets: H, width of the teacher.
+        strength: of the shrinkage.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_inputs: int, num_targets: int, strength: float = 1e-3) -> None:
+        super().__init__()
+        self.strength = strength
+        self.xx: Tensor
+        self.xy: Tensor
+        self.yy: Tensor
+        self.add_state("xx", torch.zeros(2, num_inputs + 1, num_inputs + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("xy", torch.zeros(2, num_inputs + 1, num_targets, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("yy", torch.zeros(2, num_targets, dtype=torch.float64), dist_reduce_fx="sum")
+        self.num_batches = 0
+
+    def update(self, inputs_ND: Tensor, targets_NH: Tensor) -> None:
+        """Add a batch: of the first, half is for the fit; of the others, every second one."""
+        middle = len(inputs_ND) // 2
+        halves = [(self.num_batches % 2, slice(None))]
+        if self.num_batches == 0:
+            halves = [(0, slice(None, middle)), (1, slice(middle, None))]
+        self.num_batches += 1
+        for half, rows in halves:
+            inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
+            self.xx[half] += inputs.T @ inputs
+            self.xy[half] += inputs.T @ targets
+            self.yy[half] += targets.square().sum(0)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        super().reset()
+        self.num_batches = 0
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the map, and the variance of the targets, both on the second half; means over H."""
+        gram = self.xx[0].clone()
+        count = self.xx[1, -1, -1].clamp_min(1)
+        ridge = self.strength * gram.diagonal()[:-1].mean().clamp_min(1e-9)
+        gram.diagonal()[:-1] += ridge
+        gram[-1, -1] += 1e-9
+        weight = torch.linalg.solve(gram, self.xy[0])
+        error = self.yy[1] - 2 * (weight * self.xy[1]).sum(0) + (weight * (self.xx[1] @ weight)).sum(0)
+        variance = self.yy[1] / count - (self.xy[1, -1] / count).square()
+        return error.mean() / count, variance.mean()

@@ -1,0 +1,254 @@
+"""A narrower student made from its teacher's layers, map by map, by least squares.
+
+Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from kdnas.data.datamodule import Batch
+from kdnas.distill.layer_map import spread
+from kdnas.distill.losses import ridge_map
+from kdnas.models import encode, family_of
+
+
+def project_tables(ours: Any, theirs: Any, basis_TS: Tensor) -> None:
+    """Embedding tables in another basis.
+
+    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
+    what is left of gamma is how much smaller the projected vector is than the centred one.
+    """
+    fold_TS = theirs.LayerNorm.weight[:, None] * basis_TS
+    fold_TS = fold_TS - fold_TS.mean(0)
+    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        getattr(ours, name).weight.copy_(getattr(theirs, name).weight @ fold_TS)
+
+
+def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
+    """Give a narrower student the teacher's layers in a smaller basis, map by map, by least squares.
+
+    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it over the layers that
+    count, turned so that every column is free of the mean that a layer norm takes away. The student's stream shall be
+    ``B^T x``. For each student layer, in order, from its own stream z: queries, keys and values are the ridge
+    regression of the kept teacher heads' on z; the output maps are that of ``sigma B^T norm(x) - z``, where sigma is
+    the scale that the teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
+    teacher layers are left out, the second output map aims at the input of the next source layer, so it does their
+    work too as far as a linear map can.
+
+    Args:
+        student: post-norm, with layers of its own; changed in place.
+        teacher: of the same family.
+        rows: to calibrate on; 30,000 tokens are enough for a width of 200.
+
+    Returns:
+        For each student layer, the teacher's heads that its heads were made from.
+
+    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in ``LOG.md``.
+    """
+    return _Narrowing(student, teacher, rows).run()
+
+
+class _Narrowing:
+    """The calibration rows' streams, flat (N, H) in float32, and the steps of ``narrow``."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> None:
+        self.student, self.teacher, self.rows = student, teacher, rows
+        self.names = family_of(teacher.config).names
+        self.masks = [batch["attention_mask"].bool() for batch in rows]
+        self.raw, embedded = self._embedded(teacher)
+        layers: list[list[Tensor]] = [[] for _ in range(teacher.config.num_hidden_layers)]
+        for batch, mask in zip(rows, self.masks, strict=True):
+            with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
+                states = encode(teacher, batch)[1:]
+            for layer, layer_states in zip(layers, states, strict=True):
+                layer.append(layer_states[mask].float())
+        self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(layers)}
+
+    def _embedded(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """What goes into the embedding's layer norm, and what comes out of it."""
+        embeddings: Any = model.embeddings
+        before: list[Tensor] = []
+        hook = embeddings.LayerNorm.register_forward_hook(lambda module, inputs, output: before.append(inputs[0]))
+        after = []
+        for batch in self.rows:
+            types = batch["token_type_ids"] if model.config.type_vocab_size > 1 else None
+            after.append(embeddings(input_ids=batch["input_ids"], token_type_ids=types))
+        hook.remove()
+        flat = [torch.cat([t[mask] for t, mask in zip(ts, self.masks, strict=True)]) for ts in (before, after)]
+        return flat[0], flat[1]
+
+    def run(self) -> tuple[tuple[int, ...], ...]:
+        family = family_of(self.teacher.config)
+        ours, theirs = family.layers(self.student), family.layers(self.teacher)
+        sources = spread(len(ours), len(theirs))
+        ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
+        self.basis = self._basis([-1, *ends])
+        embeddings: Any = self.student.embeddings
+        project_tables(embeddings, self.teacher.embeddings, self.basis)
+        before, _ = self._embedded(self.student)
+        z = self._fit_norm(embeddings.LayerNorm, before, self.stream[-1] @ self.basis)
+        kept = []
+        for layer, source, end in zip(ours, sources, ends, strict=True):
+            z, heads = self._layer(layer, theirs, source, end, z)
+            kept.append(heads)
+        return tuple(kept)
+
+    def _basis(self, layers: list[int]) -> Tensor:
+        """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
+        width = self.student.config.hidden_size
+        covariances = [torch.cov(self.stream[layer].double().T) for layer in layers]
+        total = sum((c / c.trace() for c in covariances), torch.zeros_like(covariances[0]))
+        components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
+        # The student's norms take the mean over dimensions away: the components live beside it, one fewer than H_s.
+        turn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+        turn[:, 0] = 1.0
+        beside_mean = torch.linalg.qr(turn)[0][:, 1:]
+        return components @ beside_mean.to(components.device).T
+
+    def _layer(
+        self, layer: nn.Module, theirs: list[nn.Module], source: int, end: int, z: Tensor
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Make one student layer; its stream after it, and the teacher's heads that it has."""
+        names, config = self.names, self.student.config
+        part = layer.get_submodule
+        run = self._teacher_layer(theirs[source], self.stream[source - 1])
+        last = run if end == source else self._teacher_layer(theirs[end], self.stream[end - 1])
+        heads = self._important_heads(theirs[source], run["value"])
+        queries, keys, values = self._cut(theirs[source], run, heads)
+        for parameter in part(names.key).parameters():
+            parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
+        query = _fit_linear(part(names.query), z, queries, config.num_attention_heads)
+        key = _fit_linear(part(names.key), z, keys, config.num_attention_heads)
+        value = _fit_linear(part(names.value), z, values, config.num_attention_heads)
+        context = self._attend(query, key, value, config.num_attention_heads)
+        target, wanted = self._wanted(run["attention"], run["before_attention_norm"])
+        z = z + _fit_linear(part(names.attention_output), context, wanted - z)
+        z = self._fit_norm(part(names.attention_norm), z, target)
+        out: Any = theirs[source].get_submodule(names.output)
+        importance = run["activated"].square().mean(0).sqrt() * (out.weight.T @ self.basis).norm(dim=1)
+        neurons = importance.topk(config.intermediate_size).indices.sort().values
+        inner = _fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
+        target, wanted = self._wanted(self.stream[end], last["before_output_norm"])
+        z = z + _fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
+        return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
+
+    def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """What the parts of a teacher layer give for the stream x, flat and in float32."""
+        names = self.names
+        part = layer.get_submodule
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
+            context = self._attend(query, key, value, self.teacher.config.num_attention_heads)
+            before_attention_norm = x + part(names.attention_output)(context).float()
+            attention = part(names.attention_norm)(before_attention_norm).float()
+            intermediate = part(names.intermediate)(attention).float()
+            activated = ACT2FN[self.teacher.config.hidden_act](intermediate)
+            before_output_norm = attention + part(names.output)(activated).float()
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "before_attention_norm": before_attention_norm,
+            "attention": attention,
+            "intermediate": intermediate,
+            "activated": activated,
+            "before_output_norm": before_output_norm,
+        }
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+        """Attention within each row, over real tokens; everything flat, (N, A * D)."""
+        contexts = []
+        start = 0
+        for mask in self.masks:
+            stop = start + int(mask.sum())
+
+            def heads(flat: Tensor, mask: Tensor = mask, start: int = start, stop: int = stop) -> Tensor:
+                padded = flat.new_zeros(*mask.shape, flat.shape[-1])
+                padded[mask] = flat[start:stop]
+                return padded.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+            context = F.scaled_dot_product_attention(
+                heads(query), heads(key), heads(value), attn_mask=mask[:, None, None]
+            )
+            contexts.append(context.transpose(1, 2).flatten(2)[mask])
+            start = stop
+        return torch.cat(contexts).float()
+
+    def _important_heads(self, source: nn.Module, value: Tensor) -> list[int]:
+        """The heads whose values move the stream most, as many as the student has, in their order."""
+        out: Any = source.get_submodule(self.names.attention_output)
+        per_head = self.teacher.config.num_attention_heads
+        moved = [
+            (weight @ torch.cov(values.T) * weight).sum()  # the variance of values @ weight.T
+            for values, weight in zip(value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True)
+        ]
+        chosen = torch.stack(moved).topk(self.student.config.num_attention_heads).indices.tolist()
+        return sorted(chosen)
+
+    def _cut(self, source: nn.Module, run: dict[str, Tensor], heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the kept heads, each in as many dimensions as a student's head has."""
+        num_theirs = self.teacher.config.num_attention_heads
+        size = self.student.config.hidden_size // self.student.config.num_attention_heads
+        out: Any = source.get_submodule(self.names.attention_output)
+        query, key, value = (run[name].chunk(num_theirs, -1) for name in ("query", "key", "value"))
+        weights = out.weight.chunk(num_theirs, -1)
+        cut: list[tuple[Tensor, Tensor, Tensor]] = []
+        for head in heads:
+            # Attention divides by the root of a head's size: the scores stay as they are.
+            rescale = (size / query[head].shape[-1]) ** 0.25
+            q, k = _best_factors(query[head] * rescale, key[head] * rescale, size)
+            v, _ = _best_factors(value[head], weights[head], size)
+            cut.append((q, k, v))
+        q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
+        return q, k, v
+
+    def _wanted(self, after_norm: Tensor, before_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's norm should give, and what should go into it."""
+        target = after_norm @ self.basis
+        direction = target - target.mean(0)
+        direction = direction - direction.mean(-1, keepdim=True)
+        direction = direction / direction.std(-1, correction=0).mean()
+        return target, before_norm.std(-1, correction=0, keepdim=True) * direction
+
+    def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
+        """Scale and shift of a layer norm by least squares; what it then gives."""
+        normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
+        mean, target_mean = normed.mean(0), target.mean(0)
+        centred = normed - mean
+        norm.weight.copy_((centred * (target - target_mean)).mean(0) / centred.square().mean(0).clamp_min(1e-6))
+        norm.bias.copy_(target_mean - norm.weight * mean)
+        return normed * norm.weight + norm.bias
+
+
+def _fit_linear(linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1) -> Tensor:
+    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives."""
+    weight = ridge_map(inputs, targets, strength=3e-2).float()
+    outputs = torch.arange(linear.out_features, device=weight.device).view(num_heads, -1)
+    outputs = outputs[:, : weight.shape[1] // num_heads].flatten()
+    linear.weight[outputs] = weight[:-1].T
+    linear.bias[outputs] = weight[-1]
+    return F.linear(inputs, linear.weight, linear.bias)
+
+
+def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``left'`` and ``right'`` of at most ``rank`` columns with ``left' right'^T`` closest to ``left right^T``.
+
+    Where there are no more columns than that, they stay as they are.
+    """
+    if left.shape[-1] <= rank:
+        return left, right
+    _, left_root = torch.linalg.qr(left)
+    _, right_root = torch.linalg.qr(right)
+    u, s, vh = torch.linalg.svd(left_root @ right_root.T)
+    root = s[:rank].sqrt()
+    # left = Q R, so Q = left R^-1; the triangular system may be singular: least squares.
+    return (
+        left @ torch.linalg.pinv(left_root) @ u[:, :rank] * root,
+        right @ torch.linalg.pinv(right_root) @ vh.T[:, :rank] * root,
+    )

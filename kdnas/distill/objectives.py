@@ -1,0 +1,246 @@
+"""What a student is asked to know of its teacher: terms of the loss, and weighted sums of them.
+
+An objective is a frozen part of the recipe. It makes a criterion: the module that holds what is trained beside the
+student (projections) and gives the errors of a batch.
+Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdnas.data.datamodule import Batch
+from kdnas.distill.layer_map import LastAndSkip, LayerMapping
+from kdnas.distill.losses import ridge_map, squared_error
+from kdnas.errors import UserError
+from kdnas.models import family_of
+from kdnas.student_init import Started
+
+
+class View:
+    """One model's states on a batch, padded (B, T, H) or of the real tokens alone (N, H); layer -1 is the embedding.
+
+    Args:
+        model: whose states.
+        batch: of what.
+        padded: layer -> states (B, T, H).
+        real: layer -> states (N, H).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        padded: dict[int, Tensor] | None = None,
+        real: dict[int, Tensor] | None = None,
+    ) -> None:
+        self.model, self.batch = model, batch
+        self.mask_BT = batch["attention_mask"].bool()
+        self._padded, self._real = padded or {}, real or {}
+
+    def real(self, layer: int) -> Tensor:
+        """States of the real tokens, (N, H)."""
+        if layer not in self._real:
+            self._real[layer] = self._padded[layer][self.mask_BT]
+        return self._real[layer]
+
+    def padded(self, layer: int) -> Tensor:
+        """States of all tokens, (B, T, H); padding is 0 or anything."""
+        if layer not in self._padded:
+            states_NH = self._real[layer]
+            padded = states_NH.new_zeros(*self.mask_BT.shape, states_NH.shape[-1])
+            padded[self.mask_BT] = states_NH
+            self._padded[layer] = padded
+        return self._padded[layer]
+
+    def heads(self, layer: int, part: str, num_heads: int) -> Tensor:
+        """Queries, keys or values of a layer, cut into heads, (B, A, T, H / A)."""
+        family = family_of(self.model.config)
+        linear: Any = family.layers(self.model)[layer].get_submodule(getattr(family.names, part))
+        flat_BTH = linear(self.padded(layer - 1).to(linear.weight.dtype))
+        return flat_BTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def pooled(self, mask_BT: Tensor) -> Tensor:
+        """The mean over the marked tokens of the last layer's states, in float32, (B, H)."""
+        weights = mask_BT[..., None].float()
+        last = self.padded(self.model.config.num_hidden_layers - 1).float()
+        return (last * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One number that a criterion gives.
+
+    Args:
+        name: for the logs.
+        weight: its share in the loss, relative to the other terms.
+        layer: the teacher layer whose states it compares, if it is a squared error of them.
+        scaled: divide by that layer's variance.
+    """
+
+    name: str
+    weight: float
+    layer: int | None = None
+    scaled: bool = False
+
+
+class Criterion(nn.Module):
+    """Errors of a batch, one for each of ``terms``; what is trained beside the student is its parameters."""
+
+    terms: list[Term]
+
+    @abstractmethod
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        """For each term the sum of its errors, and over how many things (tokens, rows) it is."""
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        """Set the first values from the started student's states on some rows; by default nothing."""
+
+
+class Objective(ABC):
+    """What a student is asked to know."""
+
+    @abstractmethod
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        """The teacher layers whose states it needs; -1 is the embedding output."""
+
+    @abstractmethod
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        """The module that measures it."""
+
+
+def needed_layers(objective: Objective, depths: Iterable[int], num_teacher_layers: int) -> list[int]:
+    """The teacher layers that students of these depths need, ascending; the last always, for it is what is measured."""
+    needed = (objective.teacher_layers(depth, num_teacher_layers) for depth in depths)
+    return sorted(set().union({num_teacher_layers - 1}, *needed))
+
+
+def fit_linear(linear: nn.Linear, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Make a linear map the best one on some rows."""
+    with torch.no_grad():
+        weight = ridge_map(torch.cat(list(inputs)), torch.cat(list(targets)), strength=1e-3)
+        linear.weight.copy_(weight[:-1].T)
+        linear.bias.copy_(weight[-1])
+
+
+class HiddenStates(Objective):
+    """Mean squared error between projected student states and teacher states, on real tokens; the original's.
+
+    ``mean_i mean_j mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for student layer i, its teacher layers j and real
+    tokens n. Each student layer has its own linear projection H_s -> k * H_t, for its k teacher layers together.
+
+    Args:
+        mapping: which teacher layers each student layer learns from.
+        shared_projection: one projection for all student layers (the original's code) instead of one each.
+        normalize: divide each layer's error by that layer's variance, so that no layer owns the loss by its scale.
+        fit_projections: begin with the best linear map for the started student, not with a random one.
+
+    Raises:
+        UserError: a shared projection for layers that learn from different numbers of teacher layers.
+    """
+
+    def __init__(
+        self,
+        mapping: LayerMapping = LastAndSkip(),
+        shared_projection: bool = False,
+        normalize: bool = True,
+        fit_projections: bool = True,
+    ) -> None:
+        self.mapping, self.shared_projection = mapping, shared_projection
+        self.normalize, self.fit_projections = normalize, fit_projections
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {layer for layers in self.mapping(num_student_layers, num_teacher_layers) for layer in layers}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _HiddenStates(self, student, teacher)
+
+
+class _HiddenStates(Criterion):
+    def __init__(self, objective: HiddenStates, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        super().__init__()
+        self.objective = objective
+        pairs = objective.mapping(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        self.layers = [(i, layers) for i, layers in enumerate(pairs) if layers]
+        flat = [(i, layer) for i, layers in self.layers for layer in layers]
+        self.terms = [
+            Term(f"student_{i}_teacher_{layer}", 1 / len(flat), layer, objective.normalize) for i, layer in flat
+        ]
+        counts = {len(layers) for _, layers in self.layers}
+        if objective.shared_projection and len(counts) > 1:
+            raise UserError(f"shared_projection needs as many teacher layers for each student layer, not {counts}.")
+        self.projections = nn.ModuleList(
+            nn.Linear(student.config.hidden_size, len(layers) * teacher.config.hidden_size)
+            for _, layers in self.layers[: 1 if objective.shared_projection else None]
+        )
+
+    def _projections(self) -> list[nn.Module]:
+        return list(self.projections) * (len(self.layers) if self.objective.shared_projection else 1)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        errors = []
+        for projection, (i, layers) in zip(self._projections(), self.layers, strict=True):
+            predicted = projection(student.real(i))
+            for part, layer in zip(predicted.chunk(len(layers), dim=-1), layers, strict=True):
+                errors.append((squared_error(part, teacher.real(layer)), len(part)))
+        return errors
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        if not self.objective.fit_projections:
+            return
+        for position, projection in enumerate(self.projections):
+            layers = self.layers if self.objective.shared_projection else [self.layers[position]]
+            inputs = [view.real(i) for i, _ in layers for view in students]
+            targets = [torch.cat([view.real(j) for j in js], -1) for _, js in layers for view in teachers]
+            assert isinstance(projection, nn.Linear)
+            fit_linear(projection, inputs, targets)
+
+
+class WeightedSum(Objective):
+    """Several objectives; the loss is the mean of theirs, weighted.
+
+    Args:
+        objectives: the terms.
+        weights: one each, relative to each other.
+
+    Raises:
+        UserError: there is none, the numbers differ, or a weight is not above 0.
+    """
+
+    def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
+        if not objectives or len(objectives) != len(weights):
+            raise UserError(f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: give one each.")
+        for weight in weights:
+            if not 0 < weight < math.inf:
+                raise UserError(f"WeightedSum: a weight is {weight}: give a number above 0.")
+        self.objectives, self.weights = objectives, weights
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return set().union(*(o.teacher_layers(num_student_layers, num_teacher_layers) for o in self.objectives))
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _WeightedSum([o.criterion(student, teacher) for o in self.objectives], self.weights)
+
+
+class _WeightedSum(Criterion):
+    def __init__(self, criteria: list[Criterion], weights: list[float]) -> None:
+        super().__init__()
+        self.criteria = nn.ModuleList(criteria)
+        self.terms = [
+            Term(term.name, term.weight * weight / sum(weights), term.layer, term.scaled)
+            for criterion, weight in zip(criteria, weights, strict=True)
+            for term in criterion.terms
+        ]
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        return [error for criterion in self.criteria for error in criterion(student, teacher)]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        for criterion in self.criteria:
+            criterion.fit(started, students, teachers)  # type: ignore[operator]

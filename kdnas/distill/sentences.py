@@ -1,0 +1,117 @@
+"""Objectives on whole rows: the state of [CLS], the mean state, and how the two sentences of a pair compare."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from kdnas.distill.losses import squared_error
+from kdnas.distill.objectives import Criterion, Objective, Term, View, fit_linear
+from kdnas.errors import UserError
+from kdnas.student_init import Started
+
+
+class SentenceState(Objective):
+    """Squared error of one vector a row: the last layer's [CLS] state, or the mean over real tokens, projected.
+
+    Divided by the variance of the teacher's vector.
+
+    Args:
+        pooling: ``cls`` (the first token) or ``mean``.
+
+    Raises:
+        UserError: another pooling.
+    """
+
+    def __init__(self, pooling: str = "cls") -> None:
+        if pooling not in ("cls", "mean"):
+            raise UserError(f"SentenceState: pooling is {pooling!r}: give cls or mean.")
+        self.pooling = pooling
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _SentenceState(self.pooling, student.config.hidden_size, teacher.config.hidden_size)
+
+
+class _SentenceState(Criterion):
+    variance: Tensor
+
+    def __init__(self, pooling: str, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.terms = [Term(f"sentence_{pooling}", 1.0)]
+        self.projection = nn.Linear(student_width, teacher_width)
+        self.register_buffer("variance", torch.ones(()))
+
+    def _vector(self, view: View) -> Tensor:
+        if self.pooling == "mean":
+            return view.pooled(view.mask_BT)
+        return view.padded(view.model.config.num_hidden_layers - 1)[:, 0].float()
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        predicted = self.projection(self._vector(student))
+        return [(squared_error(predicted, self._vector(teacher)) / self.variance, len(predicted))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        targets = [self._vector(view) for view in teachers]
+        self.variance.copy_(torch.cat(targets).var(0, correction=0).mean().clamp_min(1e-6))
+        fit_linear(self.projection, [self._vector(view) for view in students], targets)
+
+
+class PairComparison(Objective):
+    """Tells from a pair's [CLS] how its two sentences compare in the teacher's eyes.
+
+    With u and v the means of the teacher's last states over the first and the second sentence, a small head on the
+    student's last [CLS] state predicts ``|u - v|`` (each dimension standardised) and ``cos(u, v)`` (standardised); the
+    error is the mean of both mean squared errors. It needs rows that are pairs (``data.pair_share``). It exercises what
+    fine-tuning on pairs asks of [CLS], from text without labels. It trusts that the teacher's mean states carry
+    meaning, which holds best for sentence encoders.
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _PairComparison(student.config.hidden_size, teacher.config.hidden_size)
+
+
+class _PairComparison(Criterion):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.terms = [Term("pair_comparison", 1.0)]
+        self.head = nn.Sequential(
+            nn.Linear(student_width, student_width), nn.GELU(), nn.Linear(student_width, teacher_width + 1)
+        )
+        self.register_buffer("mean", torch.zeros(teacher_width + 1))
+        self.register_buffer("std", torch.ones(teacher_width + 1))
+
+    @staticmethod
+    def comparison(teacher: View) -> tuple[Tensor, Tensor]:
+        """Which rows are pairs, (B,), and of those ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        second = teacher.batch["token_type_ids"].bool()
+        paired = second.any(1)
+        u = teacher.pooled(teacher.mask_BT & ~second)[paired]
+        v = teacher.pooled(second)[paired]
+        return paired, torch.cat([(u - v).abs(), F.cosine_similarity(u, v)[:, None]], -1)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        paired, target = self.comparison(teacher)
+        cls = student.padded(student.model.config.num_hidden_layers - 1)[:, 0][paired]
+        error = (self.head(cls).float() - (target - self.mean) / self.std).square()
+        return [((error[:, :-1].mean(-1) + error[:, -1]).sum() / 2, len(target))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        target = torch.cat([self.comparison(view)[1] for view in teachers])
+        if len(target) > 1:
+            self.mean.copy_(target.mean(0))
+            std = target.std(0)
+            # Some dimensions of a teacher never move: they must not be divided by nothing.
+            std[:-1].clamp_min_(0.1 * float(std[:-1].mean()))
+            self.std.copy_(std.clamp_min(1e-6))

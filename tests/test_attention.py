@@ -1,0 +1,135 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch, view_of
+from transformers import PreTrainedModel
+
+from kdnas.arch import StudentArch
+from kdnas.distill.attention import AttentionMaps, AttentionRelations
+from kdnas.distill.objectives import View
+from kdnas.errors import UserError
+from kdnas.models import build_student, family_of, find_teacher
+from kdnas.student_init import FromTeacher, Started
+
+SHAPE = dict(num_hidden_layers=2, num_attention_heads=1, hidden_size=32, intermediate_size=64)
+SAME = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def teacher(any_teacher) -> PreTrainedModel:
+    return find_teacher(str(any_teacher)).load()
+
+
+def make(teacher: PreTrainedModel, **sizes: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return build_student(teacher.config, StudentArch(**(SHAPE | sizes))).eval()
+
+
+def projected(view: View, layer: int, part: str) -> np.ndarray:
+    """Queries, keys or values (B, T, H), with the weights of the table."""
+    family = family_of(view.model.config)
+    linear = family.layers(view.model)[layer].get_submodule(getattr(family.names, part))
+    return view.padded(layer - 1).detach().numpy() @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+
+
+def attention(query: np.ndarray, key: np.ndarray, head: int, num_heads: int, length: int) -> np.ndarray:
+    """One row's map of one head, (n, m) over its real tokens, by plain loops."""
+    size = query.shape[-1] // num_heads
+    part = slice(head * size, (head + 1) * size)
+    found = np.zeros((length, length))
+    for n in range(length):
+        scores = [float(query[n, part] @ key[m, part]) / math.sqrt(size) for m in range(length)]
+        exponentials = [math.exp(score - max(scores)) for score in scores]
+        found[n] = [exponential / sum(exponentials) for exponential in exponentials]
+    return found
+
+
+def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
+    return float((theirs * (np.log(theirs) - np.log(ours))).sum())
+
+
+@pytest.mark.parametrize("heads", [None, ((1,), (0,))])
+def test_the_error_of_maps_is_that_of_plain_loops(teacher, heads):
+    student = make(teacher)
+    criterion = AttentionMaps().criterion(student, teacher)
+    if heads:
+        criterion.fit(Started(heads=heads), [], [])
+    batch = make_batch()
+    ours, theirs = view_of(student, batch), view_of(teacher, batch)
+    total = 0.0
+    for i, (source, head) in enumerate(zip([0, 3], [h for (h,) in heads or ((0,), (0,))], strict=True)):
+        q, k = projected(ours, i, "query"), projected(ours, i, "key")
+        their_q, their_k = projected(theirs, source, "query"), projected(theirs, source, "key")
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            target = attention(their_q[row], their_k[row], head, 2, length)
+            total += divergence(target, attention(q[row], k[row], 0, 1, length)) / 2
+    ((error, count),) = criterion(ours, theirs)
+    assert error.item() == pytest.approx(total, rel=1e-3)
+    assert count == int(batch["attention_mask"].sum())
+    assert [(term.name, term.weight, term.layer, term.scaled) for term in criterion.terms] == [
+        ("attention_maps", 1.0, None, False)
+    ]
+
+
+@pytest.mark.parametrize(("layer", "source"), [(-1, 3), (1, 1), (0, 0), (-4, 0)])
+def test_the_error_of_relations_is_that_of_plain_loops(teacher, layer, source):
+    student = make(teacher)
+    criterion = AttentionRelations(layer, num_heads=8).criterion(student, teacher)
+    batch = make_batch()
+    ours, theirs = view_of(student, batch), view_of(teacher, batch)
+    total = 0.0
+    for part in ("query", "key", "value"):
+        x, y = projected(ours, 1, part), projected(theirs, source, part)
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for head in range(8):
+                target = attention(y[row], y[row], head, 8, length)
+                total += divergence(target, attention(x[row], x[row], head, 8, length)) / 8 / 3
+    ((error, count),) = criterion(ours, theirs)
+    assert error.item() == pytest.approx(total, rel=1e-3)
+    assert count == int(batch["attention_mask"].sum())
+    assert [(term.name, term.weight) for term in criterion.terms] == [("attention_relations", 1.0)]
+
+
+@pytest.mark.parametrize("objective", [AttentionMaps(), AttentionRelations(num_heads=4)])
+def test_a_copy_of_the_teacher_has_no_error(teacher, objective):
+    student, batch = make(teacher, **SAME), make_batch()
+    criterion = objective.criterion(student, teacher)
+    assert criterion(view_of(student, batch), view_of(teacher, batch))[0][0] > 0.1
+    criterion.fit(FromTeacher()(student, teacher, [batch]), [], [])
+    ((error, _),) = criterion(view_of(student, batch), view_of(teacher, batch))
+    assert error.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_heads_are_those_that_the_start_gave_and_are_kept_in_a_checkpoint(teacher):
+    student = make(teacher)
+    criterion = AttentionMaps().criterion(student, teacher)
+    assert criterion.heads.tolist() == [[0], [0]]
+    criterion.fit(Started(), [], [])
+    assert criterion.heads.tolist() == [[0], [0]]
+    criterion.fit(Started(heads=((1,), (0,))), [], [])
+    other = AttentionMaps().criterion(student, teacher)
+    other.load_state_dict(criterion.state_dict())
+    assert other.heads.tolist() == [[1], [0]]
+
+
+def test_more_heads_than_the_teacher_are_refused(teacher):
+    with pytest.raises(UserError, match="num_attention_heads is 4, the teacher has 2: give the student at most"):
+        AttentionMaps().criterion(make(teacher, num_attention_heads=4), teacher)
+
+
+@pytest.mark.parametrize("layer", [4, -5, 12])
+def test_relations_of_a_layer_that_is_not_there_are_refused(teacher, layer):
+    with pytest.raises(UserError, match=f"layer is {layer}, the teacher has 4 layers"):
+        AttentionRelations(layer, num_heads=4).teacher_layers(2, 4)
+    with pytest.raises(UserError, match=f"layer is {layer}, the teacher has 4 layers"):
+        AttentionRelations(layer, num_heads=4).criterion(make(teacher), teacher)
+
+
+@pytest.mark.parametrize(("num_heads", "width"), [(12, 32), (64, 32), (0, 32), (-2, 32), (3, 48)])
+def test_relation_heads_that_do_not_divide_a_width_are_refused(teacher, num_heads, width):
+    student = make(teacher, hidden_size=width)
+    undivided = width if num_heads < 1 or width % num_heads else 64
+    with pytest.raises(UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"):
+        AttentionRelations(num_heads=num_heads).criterion(student, teacher)

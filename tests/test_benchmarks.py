@@ -1,0 +1,130 @@
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdnas.arch import StudentArch
+from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill.layer_map import LastAndSkip
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.objectives import HiddenStates
+from kdnas.distill.teacher import LayerStats, LiveTeacher, TeacherStates
+from kdnas.models import build_student, find_teacher
+from kdnas.student_init import Started
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import common
+import recipe
+import step
+
+ARCH = StudentArch(2, 2, 32, 64)
+
+
+@pytest.fixture
+def data(tiny_teacher, text_file):
+    data = KDDataModule(str(tiny_teacher), str(text_file), DataSettings(max_length=24, batch_tokens=240))
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("benchmark", [step, recipe])
+def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--quick", "--json", "--text"))
+
+
+def test_original_config_is_what_the_original_did():
+    config = common.read_config("original")
+    assert config.recipe.objective.shared_projection and not config.recipe.objective.normalize
+    assert (config.recipe.learning_rate, config.recipe.constant_rate, config.recipe.dropout) == (1e-4, True, True)
+    assert (config.data.max_length, config.data.batch_tokens) == (50, 1600)
+    assert (config.trainer["precision"], config.trainer["max_epochs"]) == ("32-true", 4)
+    assert (config.arch.num_hidden_layers, config.arch.hidden_size) == (4, 192)
+
+
+def test_cut_text_keeps_the_sides_apart_and_draws_the_same_rows(text_file, tmp_path):
+    tables = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        tables.append(pq.read_table(common.cut_text(str(text_file), tmp_path / name, share=0.5, most=40)))
+    assert tables[0].equals(tables[1])
+    sides = tables[0].to_pandas().groupby("split")["text"].apply(set)
+    assert (len(sides["train"]), len(sides["held_out"])) == (40, 5)
+    assert not sides["train"] & sides["held_out"]
+
+
+def test_machine_says_what_a_figure_was_measured_on():
+    assert {"cpu", "cores", "threads", "torch", "load_average"} <= common.machine().keys()
+
+
+def test_student_flops_by_hand():
+    # One layer, H = 2, I = 3: maps 2 (4 * 4 + 2 * 6) = 56 a token; attention 4 * 2 n^2 for rows of n = 1 and 2.
+    assert step.student_flops([1, 2], StudentArch(1, 1, 2, 3)) == 56 * 3 + 8 * (1 + 4)
+
+
+def test_student_flops_are_torchs(tiny_teacher):
+    student = build_student(find_teacher(str(tiny_teacher)).config, ARCH)
+    student.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student(input_ids=torch.full((3, 8), 7))
+    assert counter.get_total_flops() == step.student_flops([8, 8, 8], ARCH)
+
+
+def test_criterion_flops_are_three_times_the_projections(tiny_teacher, data):
+    teacher = find_teacher(str(tiny_teacher))
+    module = HiddenStateDistillModule(teacher, ARCH, Recipe(objective=HiddenStates(LastAndSkip())))
+    module.started = Started()
+    live = LiveTeacher(teacher.model, module.target_layers)
+    stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
+    module.states = TeacherStates(live, live.layers, 64, stats)
+    batch = next(iter(data.train_dataloader()))
+    num_tokens = int(batch["attention_mask"].sum())
+    # Two student layers, each from 32 to two of the teacher's 64.
+    assert step.criterion_flops(module, batch) == 3 * 2 * (2 * 32 * 128) * num_tokens
+
+
+def test_original_batches_are_padded_to_its_length(data):
+    batches = step.original_batches(data, 5)
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (32, 50)
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == 3).all()
+        assert set(batch["sample_ids"].tolist()) <= set(data.train_ids().tolist())
+
+
+def test_time_steps_leaves_the_warm_up_out(data):
+    seen = []
+    batches = list(data.train_dataloader())[:2]  # fewer than steps: they are gone through again
+    result = step.time_steps(seen.append, batches, 3)
+    assert (len(seen), result["num_steps"]) == (7, 3)
+
+
+def test_compare_counts_the_start_and_the_cache():
+    original = [(0.0, 1.0), (50.0, 0.8), (100.0, 0.7)]
+    found = recipe.compare(original, [(4.0, 0.9), (10.0, 0.7), (20.0, 0.6)], cache_seconds=15.0)
+    assert (found["original_error"], found["our_seconds"], found["reached_by_start_alone"]) == (0.7, 10.0, False)
+    assert (found["speedup_to_original_error"], found["speedup_with_cache_cost"]) == (10.0, 4.0)
+
+
+def test_compare_says_that_the_start_was_enough_and_that_training_was_worse():
+    found = recipe.compare([(0.0, 1.0), (100.0, 0.7)], [(5.0, 0.3), (6.0, 1.1), (8.0, 0.6)], cache_seconds=0.0)
+    assert found["reached_by_start_alone"] and found["our_seconds"] == 5.0
+    assert found["our_seconds_to_stay"] == 8.0
+    assert found["our_end_error"] > found["our_start_error"]
+
+
+def test_compare_has_no_speedup_where_the_error_is_never_reached():
+    found = recipe.compare([(0.0, 1.0), (100.0, 0.7)], [(5.0, 0.9), (9.0, 0.8)], cache_seconds=1.0)
+    assert found["speedup_to_original_error"] is found["speedup_with_cache_cost"] is found["our_seconds"] is None
+    assert found["our_seconds_to_stay"] is None and not found["reached_by_start_alone"]
+
+
+def test_original_that_was_better_before_its_end_is_timed_there():
+    assert recipe.compare([(0.0, 1.0), (50.0, 0.6), (100.0, 0.7)], [(5.0, 0.5)], 0.0)["original_seconds"] == 50.0

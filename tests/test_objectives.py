@@ -1,0 +1,365 @@
+"""What all objectives have in common, and the two that combine: hidden states and weighted sums."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_batch, view_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdnas.arch import StudentArch
+from kdnas.cli import main
+from kdnas.config import as_plain
+from kdnas.distill.attention import AttentionMaps, AttentionRelations
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping
+from kdnas.distill.module import Recipe
+from kdnas.distill.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum, needed_layers
+from kdnas.distill.sentences import PairComparison, SentenceState
+from kdnas.errors import UserError
+from kdnas.models import build_student, find_teacher
+from kdnas.student_init import FromTeacher, Started
+
+NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
+NESTED = WeightedSum(
+    [
+        HiddenStates(LastLayer()),
+        WeightedSum([AttentionMaps(), AttentionRelations(layer=1, num_heads=4)], [3, 1]),
+        SentenceState("mean"),
+        PairComparison(),
+    ],
+    [4.0, 2.0, 1.0, 1.0],
+)
+OBJECTIVES = {
+    "hidden states": HiddenStates(),
+    "last layer": HiddenStates(LastLayer()),
+    "original": HiddenStates(LastAndSkip(), shared_projection=True, normalize=False, fit_projections=False),
+    "maps": AttentionMaps(),
+    "relations": AttentionRelations(num_heads=4),
+    "cls": SentenceState("cls"),
+    "mean": SentenceState("mean"),
+    "pairs": PairComparison(),
+    "nested": NESTED,
+}
+any_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+@pytest.fixture(scope="module")
+def teacher(any_teacher) -> PreTrainedModel:
+    return find_teacher(str(any_teacher)).load()
+
+
+def make(objective: Objective, teacher: PreTrainedModel, arch: StudentArch = NARROW) -> tuple:
+    """A random student and the criterion."""
+    torch.manual_seed(0)
+    student = build_student(teacher.config, arch).eval()
+    return student, objective.criterion(student, teacher)
+
+
+def known_view(teacher: PreTrainedModel, objective: Objective, batch: dict, depth: int) -> View:
+    """The teacher's view as a cache gives it: real tokens of the needed layers alone."""
+    layers = needed_layers(objective, [depth], teacher.config.num_hidden_layers)
+    with torch.no_grad():
+        whole = view_of(teacher, batch)
+        return View(teacher, batch, real={layer: whole.real(layer) for layer in layers})
+
+
+def numbers(errors: list[tuple[Tensor, int]]) -> list[float]:
+    return [float(error) for error, _ in errors]
+
+
+def fake(num_hidden_layers: int, hidden_size: int) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_hidden_layers, hidden_size=hidden_size))
+
+
+# All objectives
+
+
+@any_objective
+def test_the_needed_layers_are_enough_and_there_is_one_error_a_term(teacher, objective):
+    student, criterion = make(objective, teacher)
+    batch = make_batch()
+    errors = criterion(view_of(student, batch), known_view(teacher, objective, batch, 2))
+    assert len(errors) == len(criterion.terms)
+    assert all(error.ndim == 0 and error.isfinite() and error > 0 and count > 0 for error, count in errors)
+    assert sum(term.weight for term in criterion.terms) == pytest.approx(1)
+    assert len({term.name for term in criterion.terms}) == len(criterion.terms)
+
+
+@any_objective
+def test_errors_add_up_over_rows_and_padding_never_counts(teacher, objective):
+    student, criterion = make(objective, teacher)
+    batch = make_batch(5)
+    with torch.no_grad():
+        together = criterion(view_of(student, batch), known_view(teacher, objective, batch, 2))
+        sums, counts = np.zeros(len(together)), np.zeros(len(together))
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            alone = {
+                name: tensor[row : row + 1, :length] if tensor.ndim == 2 else tensor for name, tensor in batch.items()
+            }
+            errors = criterion(view_of(student, alone), known_view(teacher, objective, alone, 2))
+            sums += numbers(errors)
+            counts += [count for _, count in errors]
+    assert numbers(together) == pytest.approx(sums.tolist(), rel=1e-3)
+    assert [count for _, count in together] == counts.tolist()
+
+
+@any_objective
+def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the_teacher(teacher, objective):
+    student, criterion = make(objective, teacher)
+    batch = make_batch()
+    theirs = known_view(teacher, objective, batch, 2)
+    teacher.requires_grad_(True)
+    try:
+        sum(error for error, _ in criterion(view_of(student, batch), theirs)).backward()
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+    finally:
+        teacher.requires_grad_(False)
+    words = student.embeddings.word_embeddings.weight.grad
+    assert words.isfinite().all() and words.abs().sum() > 0
+    for parameter in criterion.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [HiddenStates(Last()), AttentionMaps(), AttentionRelations(num_heads=4), SentenceState("cls"), SentenceState("mean")],
+)
+def test_a_copy_of_the_teacher_is_nearly_without_error_once_the_projections_are_fitted(teacher, objective):
+    random, untrained = make(objective, teacher, SAME)
+    student, criterion = make(objective, teacher, SAME)
+    rows = [make_batch(24, seed) for seed in range(1, 9)]
+    with torch.no_grad():
+        started = FromTeacher()(student, teacher, rows)
+        criterion.fit(started, [view_of(student, row) for row in rows], [view_of(teacher, row) for row in rows])
+        batch = rows[0]
+        theirs = known_view(teacher, objective, batch, 4)
+        fitted = numbers(criterion(view_of(student, batch), theirs))
+        at_random = numbers(untrained(view_of(random, batch), theirs))
+    for error, other in zip(fitted, at_random, strict=True):
+        assert error < 0.05 * other
+
+
+@any_objective
+def test_an_objective_survives_yaml_and_the_command_line(objective, tmp_path, monkeypatch):
+    plain = as_plain(Recipe(objective=objective))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"recipe": plain}))
+    seen = []
+    monkeypatch.setattr("kdnas.pipeline.search", seen.append)
+    assert main(["search", "--teacher=x", "--text=y", f"--config={path}"]) == 0
+    found = seen[0].recipe.objective
+    assert type(found) is type(objective) and found is not objective
+    assert as_plain(seen[0].recipe) == plain
+
+
+def test_a_nested_objective_survives_fit_too(tmp_path, capsys):
+    plain = as_plain(Recipe(objective=NESTED))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": {"recipe": plain}}))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config=configs/fit.yaml", f"--config={path}", "--print_config"])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["model"]["recipe"]["objective"]
+    assert shown == plain["objective"]
+    assert [part["class_path"].rpartition(".")[2] for part in shown["init_args"]["objectives"]] == [
+        "HiddenStates",
+        "WeightedSum",
+        "SentenceState",
+        "PairComparison",
+    ]
+
+
+# Which layers
+
+
+@pytest.mark.parametrize(
+    ("objective", "layers"),
+    [
+        (HiddenStates(), {1: {5, 0}, 2: {4, 5, 0, 3}, 4: {2, 3, 4, 5, 0, 1}}),
+        (HiddenStates(LastLayer()), {1: {5}, 2: {5}, 4: {5}}),
+        (HiddenStates(Even()), {1: {5}, 2: {2, 5}, 4: {1, 2, 4, 5}}),
+        (AttentionMaps(), {1: {-1}, 2: {-1, 4}, 3: {-1, 2, 4}, 4: {-1, 1, 2, 4}, 6: {-1, 0, 1, 2, 3, 4}}),
+        (AttentionRelations(), {1: {4}, 4: {4}}),
+        (AttentionRelations(layer=0), {2: {-1}}),
+        (AttentionRelations(layer=-6), {2: {-1}}),
+        (SentenceState("cls"), {1: {5}, 4: {5}}),
+        (PairComparison(), {1: {5}, 4: {5}}),
+        (WeightedSum([AttentionRelations(2), HiddenStates(LastLayer())], [1, 1]), {2: {1, 5}}),
+    ],
+)
+def test_the_teacher_layers_of_several_depths_are_as_by_hand(objective, layers):
+    for depth, expected in layers.items():
+        assert objective.teacher_layers(depth, 6) == expected
+    assert needed_layers(objective, layers, 6) == sorted({5}.union(*layers.values()))
+
+
+# Hidden states
+
+
+def test_the_error_of_hidden_states_is_as_by_hand():
+    criterion = HiddenStates(LastLayer()).criterion(fake(2, 2), fake(3, 2))
+    assert criterion.terms == [Term("student_1_teacher_2", 1.0, 2, True)]
+    (projection,) = criterion.projections
+    with torch.no_grad():
+        projection.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        projection.bias.copy_(torch.tensor([0.0, 1.0]))
+    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    ours = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, -1.0], [9.0, 9.0]]])
+    theirs = torch.tensor([[[1.0, 3.0], [2.0, 4.0]], [[0.0, -1.0], [0.0, 0.0]]])
+    ((error, count),) = criterion(View(None, batch, padded={1: ours}), View(None, batch, padded={2: theirs}))
+    # predicted: (1, 5), (0, 1), (3, -1); the second row's second token is padding: (0 + 4) / 2, (4 + 9) / 2, (9 + 0) / 2
+    assert (error.item(), count) == (2 + 6.5 + 4.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({}, [(2, 0), (3, 2)]),
+        ({"shared_projection": True, "normalize": False}, [(2, 0), (3, 2)]),
+        ({"mapping": LastLayer()}, [(), (3,)]),
+        ({"mapping": Even()}, [(1,), (3,)]),
+    ],
+)
+def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, options, pairs):
+    student, criterion = make(HiddenStates(**options), teacher)
+    batch = make_batch()
+    ours, theirs = view_of(student, batch), view_of(teacher, batch)
+    expected, names = [], []
+    projections = list(criterion.projections)
+    assert len(projections) == (1 if options.get("shared_projection") else sum(1 for layers in pairs if layers))
+    position = 0
+    for i, layers in enumerate(pairs):
+        for place, layer in enumerate(layers):
+            projection = projections[0 if options.get("shared_projection") else position]
+            weight = projection.weight.detach().numpy()[64 * place : 64 * (place + 1)]
+            bias = projection.bias.detach().numpy()[64 * place : 64 * (place + 1)]
+            total = 0.0
+            for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+                for token in range(length):
+                    predicted = weight @ ours.padded(i)[row, token].detach().numpy() + bias
+                    total += ((predicted - theirs.padded(layer)[row, token].numpy()) ** 2).mean()
+            expected.append(total)
+            names.append(f"student_{i}_teacher_{layer}")
+        position += bool(layers)
+    errors = criterion(ours, theirs)
+    assert numbers(errors) == pytest.approx(expected, rel=1e-4)
+    assert {count for _, count in errors} == {int(batch["attention_mask"].sum())}
+    assert [term.name for term in criterion.terms] == names
+    assert {term.weight for term in criterion.terms} == {1 / len(names)}
+    assert {term.scaled for term in criterion.terms} == {options.get("normalize", True)}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fitted_projections_are_the_least_squares_answer(teacher, shared):
+    student, criterion = make(HiddenStates(Even(), shared_projection=shared), teacher)
+    rows = [make_batch(30, seed) for seed in range(3)]
+    with torch.no_grad():
+        ours, theirs = ([view_of(model, row) for row in rows] for model in (student, teacher))
+        criterion.fit(Started(), ours, theirs)
+    groups = [[(0, 1), (1, 3)]] if shared else [[(0, 1)], [(1, 3)]]
+    for projection, group in zip(criterion.projections, groups, strict=True):
+        x = np.concatenate([view.real(i).numpy() for i, _ in group for view in ours]).astype(float)
+        y = np.concatenate([view.real(j).numpy() for _, j in group for view in theirs]).astype(float)
+        centred = x - x.mean(0)
+        strength = 1e-3 * (centred**2).sum(0).mean()
+        weight = np.linalg.solve(centred.T @ centred + strength * np.eye(32), centred.T @ (y - y.mean(0)))
+        np.testing.assert_allclose(projection.weight.detach(), weight.T, atol=2e-3)
+        np.testing.assert_allclose(projection.bias.detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3)
+
+
+def test_projections_that_are_not_to_be_fitted_stay_as_they_are(teacher):
+    student, criterion = make(HiddenStates(fit_projections=False), teacher)
+    before = [parameter.clone() for parameter in criterion.parameters()]
+    with torch.no_grad():
+        criterion.fit(Started(), [view_of(student, make_batch())], [view_of(teacher, make_batch())])
+    assert all(torch.equal(one, other) for one, other in zip(before, criterion.parameters(), strict=True))
+
+
+class Uneven(LayerMapping):
+    """Two teacher layers for the first student layer, one for the others."""
+
+    def layers(self, student_layer, num_student_layers, num_teacher_layers):
+        return (0, 1) if student_layer == 0 else (2,)
+
+
+def test_a_shared_projection_of_an_uneven_mapping_is_refused():
+    with pytest.raises(UserError, match=r"as many teacher layers for each student layer, not \{1, 2\}"):
+        HiddenStates(Uneven(), shared_projection=True).criterion(fake(2, 8), fake(3, 8))
+    assert len(HiddenStates(Uneven()).criterion(fake(2, 8), fake(3, 8)).projections) == 2
+    assert len(HiddenStates(LastLayer(), shared_projection=True).criterion(fake(2, 8), fake(3, 8)).projections) == 1
+
+
+def test_a_student_deeper_than_its_teacher_is_refused():
+    with pytest.raises(UserError, match="4 layers cannot learn from a teacher of 3"):
+        HiddenStates().criterion(fake(4, 8), fake(3, 8))
+
+
+# Weighted sums
+
+
+def test_weights_are_relative_to_each_other_and_multiply(teacher):
+    _, criterion = make(NESTED, teacher)
+    assert [(term.name, term.weight, term.layer) for term in criterion.terms] == [
+        ("student_1_teacher_3", 4 / 8, 3),
+        ("attention_maps", 2 / 8 * 3 / 4, None),
+        ("attention_relations", 2 / 8 * 1 / 4, None),
+        ("sentence_mean", 1 / 8, None),
+        ("pair_comparison", 1 / 8, None),
+    ]
+    assert [term.scaled for term in criterion.terms] == [True, False, False, False, False]
+
+
+def test_a_sum_gives_the_errors_of_its_parts_and_fits_them(teacher):
+    parts = [HiddenStates(LastLayer()), SentenceState("mean")]
+    student, criterion = make(WeightedSum(parts, [2, 1]), teacher)
+    rows = [make_batch(9, seed) for seed in range(3)]
+    with torch.no_grad():
+        ours, theirs = ([view_of(model, row) for row in rows] for model in (student, teacher))
+        criterion.fit(Started(), ours, theirs)
+        alone = []
+        for part in parts:
+            single = part.criterion(student, teacher)
+            single.fit(Started(), ours, theirs)
+            alone += numbers(single(ours[0], theirs[0]))
+        assert numbers(criterion(ours[0], theirs[0])) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "weights", "message"),
+    [
+        ([], [], "0 objectives and 0 weights: give one each"),
+        ([AttentionMaps()], [1.0, 2.0], "1 objectives and 2 weights: give one each"),
+        ([AttentionMaps(), PairComparison()], [1.0], "2 objectives and 1 weights: give one each"),
+        ([AttentionMaps()], [0.0], r"a weight is 0\.0: give a number above 0"),
+        ([AttentionMaps(), AttentionMaps()], [1.0, -0.5], r"a weight is -0\.5: give a number above 0"),
+        ([AttentionMaps()], [math.inf], "a weight is inf: give a number above 0"),
+        ([AttentionMaps()], [math.nan], "a weight is nan: give a number above 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(objectives, weights, message):
+    with pytest.raises(UserError, match=message):
+        WeightedSum(objectives, weights)
+
+
+# Views
+
+
+def test_a_view_turns_padded_states_into_real_ones_and_back():
+    batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    padded = torch.arange(12.0).view(2, 3, 2)
+    view = View(fake(1, 2), batch, padded={0: padded})
+    assert view.real(0).tolist() == [[0, 1], [2, 3], [6, 7]]
+    back = View(fake(1, 2), batch, real={0: view.real(0)})
+    assert back.padded(0).tolist() == [[[0, 1], [2, 3], [0, 0]], [[6, 7], [0, 0], [0, 0]]]
+    assert back.pooled(back.mask_BT).tolist() == [[1, 2], [6, 7]]
+    # of no token the mean is 0, not a division by nothing
+    assert back.pooled(torch.tensor([[False, True, False], [False, False, False]])).tolist() == [[2, 3], [0, 0]]
+
+
+def test_a_criterion_fits_nothing_unless_it_says_so():
+    assert Criterion.fit(None, Started(), [], []) is None
