@@ -60,6 +60,18 @@ def test_a_probe_of_almost_nothing_is_finite():
         assert all(torch.isfinite(value) for value in probe.compute())
 
 
+def test_what_inference_mode_left_can_be_added_to():
+    probe, errors = RidgeProbe(3, 2), TermErrors(1)
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            for batch in make_batches(20, 20):
+                probe.update(*batch)
+            errors.update(torch.ones(1), torch.ones(1))
+            assert errors.compute().item() == 1 and probe.compute()[0].isfinite()
+            probe.reset()
+            errors.reset()
+
+
 def test_a_reset_probe_has_forgotten_everything():
     batches = make_batches(10, 20, 30)
     probe = RidgeProbe(3, 2)

@@ -20,8 +20,9 @@ class TermErrors(Metric):
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
         """Add a batch; both of shape (terms,)."""
-        self.sums += sums.detach()
-        self.counts += counts
+        # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
+        self.sums = self.sums + sums.detach()
+        self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
         """The mean error of each term, shape (terms,); 0 where there was nothing to compare."""
@@ -62,6 +63,8 @@ class RidgeProbe(Metric):
         if self.num_batches == 0:
             halves = [(0, slice(None, middle)), (1, slice(middle, None))]
         self.num_batches += 1
+        # Copies: Trainer.validate leaves inference tensors, which a fit may not change.
+        self.xx, self.xy, self.yy = self.xx.clone(), self.xy.clone(), self.yy.clone()
         for half, rows in halves:
             inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
