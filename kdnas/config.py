@@ -49,9 +49,11 @@ class FullKDSettings:
 
     Args:
         num_epochs: passes over the rows.
+        from_candidate: go on from the weights of the search's candidate; else begin again from the teacher.
     """
 
     num_epochs: int = 4
+    from_candidate: bool = True
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:

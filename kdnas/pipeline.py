@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
@@ -35,7 +36,7 @@ from kdnas.models import (
     num_parameters,
     student_config,
 )
-from kdnas.nas.candidate import Evaluator
+from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.search import FrozenTrial, Study, open_study, refuse_difference, trained
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.space import SearchSpace
@@ -224,6 +225,7 @@ def _search(job: _Job) -> StudentArch:
             progress.update(bar, completed=len(trained(study)))
             job.console.print(_line(trial), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
+            _keep_best_weights(run, study)
 
         evaluate = Evaluator(
             teacher=job.teacher,
@@ -245,6 +247,12 @@ def _search(job: _Job) -> StudentArch:
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
     return arch
+
+
+def _keep_best_weights(run: Run, study: Study) -> None:
+    """Delete the weights of all but the best three candidates."""
+    for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
+        (run.trial(trial.number) / WEIGHTS).unlink(missing_ok=True)
 
 
 def _line(trial: FrozenTrial) -> str:
@@ -277,6 +285,11 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
         module.states = states
+        trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
+        weights = job.run.trial(trial.number) / WEIGHTS
+        if settings.from_candidate and weights.exists():
+            module.begin(job.data.select("full"))
+            module.load_state_dict(load_file(weights))
         callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]
         trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks, resume=last.exists())
         data = job.data.select("full")

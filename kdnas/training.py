@@ -101,7 +101,7 @@ def make_trainer(
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
     """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
-    _release_memory()
+    release_memory()
     with honest_signals():
         trainer.fit(module, datamodule=data, **options)
 
@@ -127,8 +127,8 @@ def honest_signals() -> Iterator[None]:
         raise
 
 
-def _release_memory() -> None:
-    """Give back what earlier fits left: Trainer and module refer to each other, and glibc keeps what was freed."""
+def release_memory() -> None:
+    """Give back what earlier work left: Trainer and module refer to each other, and glibc keeps what was freed."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none

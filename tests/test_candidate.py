@@ -63,7 +63,7 @@ def parts(tiny_teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     settings = DataSettings(max_length=16, batch_tokens=256, held_out_fraction=0.1)
     data = KDDataModule(str(tiny_teacher), str(text_file), settings)
     data.setup()
-    states = open_states(teacher, data, range(4), StatesSettings(str(tmp_path_factory.mktemp("states"))))
+    states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path_factory.mktemp("states"))))
     return {"teacher": teacher, "data": data, "states": states}
 
 

@@ -201,6 +201,7 @@ model:
   teacher: {teacher}
   arch: {{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 64, intermediate_size: 64, hidden_act: gelu}}
   states: {{folder: {folder}/states}}
+  recipe: {{objective: {{class_path: kdnas.distill.objectives.HiddenStates}}}}
 data:
   text: {text}
   settings: {{max_length: 24, batch_tokens: 256}}
@@ -212,7 +213,8 @@ def test_fit_runs_on_two_processes_and_its_checkpoint_loads_in_one(
     tiny_teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     from kdnas.arch import StudentArch
-    from kdnas.distill.module import HiddenStateDistillModule
+    from kdnas.distill.module import HiddenStateDistillModule, Recipe
+    from kdnas.distill.objectives import HiddenStates
 
     config = tmp_path / "fit.yaml"
     config.write_text(FIT.format(devices=2, strategy="ddp", folder=tmp_path, teacher=tiny_teacher, text=text_file))
@@ -221,7 +223,9 @@ def test_fit_runs_on_two_processes_and_its_checkpoint_loads_in_one(
     assert done.returncode == 0, done.stderr
     (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     arch = StudentArch(2, 2, 64, 64)
-    module = HiddenStateDistillModule.load_from_checkpoint(checkpoint, teacher=str(tiny_teacher), arch=arch)
+    module = HiddenStateDistillModule.load_from_checkpoint(
+        checkpoint, teacher=str(tiny_teacher), arch=arch, recipe=Recipe(objective=HiddenStates())
+    )
     assert [row["epoch"] for row in module.history] == [0, 1]
     assert module.history[1]["loss"] < module.history[0]["loss"]
     assert len(list((tmp_path / "states").iterdir())) == 1, "both processes share one cache"

@@ -24,7 +24,9 @@ def oracle(batches: list[tuple[torch.Tensor, torch.Tensor]], strength: float) ->
     halves = [[(x[:middle], y[:middle])], [(x[middle:], y[middle:])]]
     for number, batch in enumerate(others, 1):
         halves[number % 2].append(batch)
-    fit_x, fit_y, test_x, test_y = (np.concatenate([b[i] for b in half]).astype(float) for half in halves for i in (0, 1))
+    fit_x, fit_y, test_x, test_y = (
+        np.concatenate([b[i] for b in half]).astype(float) for half in halves for i in (0, 1)
+    )
     ridge = strength * (fit_x**2).sum(0).mean()
     shrink = np.concatenate([np.sqrt(ridge) * np.eye(3), np.zeros((3, 1))], 1)
     ones = np.ones((len(fit_x), 1))
@@ -67,7 +69,7 @@ def test_what_inference_mode_left_can_be_added_to():
             for batch in make_batches(20, 20):
                 probe.update(*batch)
             errors.update(torch.ones(1), torch.ones(1))
-            assert errors.compute().item() == 1 and probe.compute()[0].isfinite()
+            assert errors.compute().tolist() == [1.0] and probe.compute()[0].isfinite()
             probe.reset()
             errors.reset()
 

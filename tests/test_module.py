@@ -272,7 +272,9 @@ def test_the_student_is_started_once_when_the_fit_is_set_up_on_training_rows_alo
     assert not training and not grad
     seen = sorted(sum(rows, []))
     assert seen == sorted(set(seen)) and set(seen) <= set(data.train_ids().tolist())
-    assert seen == sorted(int(i) for b in sample_batches(data, data.train_ids(), CALIBRATION_TOKENS) for i in b["sample_ids"])
+    assert seen == sorted(
+        int(i) for b in sample_batches(data, data.train_ids(), CALIBRATION_TOKENS) for i in b["sample_ids"]
+    )
 
 
 @pytest.mark.parametrize("arch", [NARROW, SHORT])
@@ -389,7 +391,7 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(any_teach
                 arch is SHORT or (teacher.config.model_type == "albert" and name.startswith("student.embeddings."))
             )
             is_table = ".embeddings." in name or not name.startswith("student.")
-            if matrix_rate is not None and parameter.ndim > 1 and not is_table and "embedding_hidden" not in name:
+            if matrix_rate is not None and parameter.ndim > 1 and not is_table:
                 assert found[name] == (1e-3 if is_copied else 2e-2, 0.5)
             else:
                 assert found[name] == (1e-4 if is_copied else 1e-2, 0.5 if parameter.ndim > 1 else 0.0)
@@ -436,7 +438,8 @@ def half_and_half(xs: list[np.ndarray], ys: list[np.ndarray], strength: float) -
     parts = [(xs[0][:middle], ys[0][:middle], 0), (xs[0][middle:], ys[0][middle:], 1)]
     parts += [(x, y, number % 2) for number, (x, y) in enumerate(zip(xs, ys, strict=True)) if number]
     (x, y), (test_x, test_y) = (
-        [np.concatenate([part[i] for part in parts if part[2] == half]).astype(float) for i in (0, 1)] for half in (0, 1)
+        [np.concatenate([part[i] for part in parts if part[2] == half]).astype(float) for i in (0, 1)]
+        for half in (0, 1)
     )
     x, test_x = (np.c_[inputs, np.ones(len(inputs))] for inputs in (x, test_x))
     shrink = np.diag([strength * (x[:, :-1] ** 2).sum(0).mean()] * (x.shape[1] - 1) + [0])
@@ -452,14 +455,17 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     xs, ys, rows = [], [], {"x": [], "y": []}
     with torch.no_grad():
         for batch in batches:
-            ours, theirs = view_of(module.student.eval(), batch).padded(1).numpy(), states(batch, [3])[3].float().numpy()
+            ours, theirs = (
+                view_of(module.student.eval(), batch).padded(1).numpy(),
+                states(batch, [3])[3].float().numpy(),
+            )
             lengths = batch["attention_mask"].sum(1).tolist()
             xs.append(np.concatenate([row[:length] for row, length in zip(ours, lengths, strict=True)]))
             ys.append(theirs)
             ends = np.cumsum(lengths)
             rows["x"].append(np.stack([xs[-1][end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
             rows["y"].append(np.stack([theirs[end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
-    mse, _ = half_and_half(xs, ys, 1e-3)
+    mse, _ = half_and_half(xs, ys, 1e-2)
     share = contextual_share(mse, states.stats[3].held_out_mse_context_free)
     assert metrics["val/contextual_share"] == pytest.approx(share, abs=2e-3)
     mse, variance = half_and_half(rows["x"], rows["y"], 0.03)
@@ -534,9 +540,10 @@ def test_mini_kd_full_kd_and_fit_build_the_same_module(tiny_teacher, text_file, 
 
     monkeypatch.setattr(HiddenStateDistillModule, "on_fit_start", look)
     common = ["--data.max_length=24", f"--{{}}.folder={tmp_path / 'states'}"]
-    objective = tmp_path / "objective.yaml"
-    objective.write_text(yaml.safe_dump(as_plain(WeightedSum([HiddenStates(Even()), SUM], [1, 2]))))
-    recipe = {"learning_rate": 2e-3, "copied_learning_rate": 1e-4, "objective": objective}
+    objective = WeightedSum([HiddenStates(Even()), SUM], [1, 2])
+    recipe = as_plain(Recipe(objective=objective, learning_rate=2e-3, copied_learning_rate=1e-4))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"recipe": recipe}))
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump({"model": {"recipe": recipe}}))
     options = {
         "teacher": tiny_teacher,
         "text": text_file,
@@ -548,14 +555,14 @@ def test_mini_kd_full_kd_and_fit_build_the_same_module(tiny_teacher, text_file, 
         "latency.min_seconds": 0.01,
     }
     run = [f"--{name}={value}" for name, value in options.items()] + [common[0], common[1].format("states")]
-    run += [f"--recipe.{name}={value}" for name, value in recipe.items()]
+    run.append(f"--config={tmp_path / 'run.yaml'}")
     with pytest.raises(Begun):
         main(["run", *run])
     assert len(seen) == 2
     arch = seen[0][0]
     fit = [f"--model.teacher={tiny_teacher}", f"--data.text={text_file}", common[1].format("model.states")]
     fit += [f"--model.arch.{name}={value}" for name, value in arch.to_dict().items()]
-    fit += [f"--model.recipe.{name}={value}" for name, value in recipe.items()]
+    fit.append(f"--config={tmp_path / 'fit.yaml'}")
     fit += ["--seed_everything=7", "--data.settings.max_length=24", "--trainer.max_epochs=1", "--trainer.logger=false"]
     fit += [
         "--trainer.accelerator=cpu",

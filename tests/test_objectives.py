@@ -127,7 +127,13 @@ def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the
 
 @pytest.mark.parametrize(
     "objective",
-    [HiddenStates(Last()), AttentionMaps(), AttentionRelations(num_heads=4), SentenceState("cls"), SentenceState("mean")],
+    [
+        HiddenStates(Last()),
+        AttentionMaps(),
+        AttentionRelations(num_heads=4),
+        SentenceState("cls"),
+        SentenceState("mean"),
+    ],
 )
 def test_a_copy_of_the_teacher_is_nearly_without_error_once_the_projections_are_fitted(teacher, objective):
     random, untrained = make(objective, teacher, SAME)
@@ -212,7 +218,7 @@ def test_the_error_of_hidden_states_is_as_by_hand():
     ours = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, -1.0], [9.0, 9.0]]])
     theirs = torch.tensor([[[1.0, 3.0], [2.0, 4.0]], [[0.0, -1.0], [0.0, 0.0]]])
     ((error, count),) = criterion(View(None, batch, padded={1: ours}), View(None, batch, padded={2: theirs}))
-    # predicted: (1, 5), (0, 1), (3, -1); the second row's second token is padding: (0 + 4) / 2, (4 + 9) / 2, (9 + 0) / 2
+    # predicted: (1, 5), (0, 1), (3, -1), then padding: (0 + 4) / 2, (4 + 9) / 2, (9 + 0) / 2
     assert (error.item(), count) == (2 + 6.5 + 4.5, 3)
 
 

@@ -261,7 +261,9 @@ def test_another_teacher_or_text_under_the_same_path_is_refused(
 
 
 def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
-    config = RunConfig(teacher="t", text="x", recipe=Recipe(objective=HiddenStates(Even())), search=SearchSettings(n_trials=3))
+    config = RunConfig(
+        teacher="t", text="x", recipe=Recipe(objective=HiddenStates(Even())), search=SearchSettings(n_trials=3)
+    )
     plain = as_plain(config)
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
     objective = plain["recipe"]["objective"]
@@ -332,7 +334,7 @@ def test_what_changes_no_result_may_change_before_its_stage(
     assert main([*changed, "--full_kd.num_epochs=2"]) == 2
     assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
     search = [option for option in command if not option.startswith(("--config", "--task", "--full", "--fine"))]
-    longer = ["search", *search[1:], "--search.n_trials=3"]
+    longer = ["search", *search[1:], "--search.n_trials=3", "--data.pair_share=0.5", "--data.masked_share=0.5"]
     assert main(longer) == 2
     assert "has distilled its best student already" in capsys.readouterr().err
 

@@ -195,7 +195,9 @@ def test_the_embeddings_alone_ask_for_no_more_than_the_width(teacher):
 def test_the_embeddings_alone_leave_the_layers_as_they_were(teacher):
     student, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
     random, _ = started(teacher, RandomStart(), **NARROW.to_dict())
-    untouched = {name for name, tensor in random.state_dict().items() if torch.equal(tensor, student.state_dict()[name])}
+    untouched = {
+        name for name, tensor in random.state_dict().items() if torch.equal(tensor, student.state_dict()[name])
+    }
     layers = {name for name in random.state_dict() if name.startswith("encoder.") and "mapping_in" not in name}
     assert layers and layers <= untouched
     assert "embeddings.word_embeddings.weight" not in untouched

@@ -1,5 +1,8 @@
 """What is measured of a student on held-out rows, as sums that add up over batches and ranks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,6 +26,11 @@ class TermErrors(Metric):
         # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What torchmetrics makes of ``compute``, which gives a scalar for one term, in shape (terms,) all the same."""
+        wrapped = super()._wrap_compute(compute)
+        return lambda: wrapped().reshape(-1)
 
     def compute(self) -> Tensor:
         """The mean error of each term, shape (terms,); 0 where there was nothing to compare."""

@@ -22,7 +22,7 @@ from kdnas.distill.teacher import LayerStats, StatesSettings, TeacherStates, ope
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.models import Teacher, build_student, encode, find_teacher
 from kdnas.student_init import FromTeacher, Start, Started
-from kdnas.training import ClipFusedGradients
+from kdnas.training import ClipFusedGradients, release_memory
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
@@ -135,6 +135,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.started = self.recipe.start(self.student, teacher, rows)
         ours, theirs = ([self._live_view(model, batch) for batch in rows] for model in (self.student, teacher))
         self.criterion.fit(self.started, ours, theirs)
+        del ours, theirs
+        release_memory()
 
     @staticmethod
     def _live_view(model: PreTrainedModel, batch: Batch) -> View:

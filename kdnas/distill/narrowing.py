@@ -119,6 +119,8 @@ class _Narrowing:
         part = layer.get_submodule
         run = self._teacher_layer(theirs[source], self.stream[source - 1])
         last = run if end == source else self._teacher_layer(theirs[end], self.stream[end - 1])
+        before_last_norm = last["before_output_norm"]
+        del last  # hundreds of megabytes
         heads = self._important_heads(theirs[source], run["value"])
         queries, keys, values = self._cut(theirs[source], run, heads)
         for parameter in part(names.key).parameters():
@@ -134,7 +136,7 @@ class _Narrowing:
         importance = run["activated"].square().mean(0).sqrt() * (out.weight.T @ self.basis).norm(dim=1)
         neurons = importance.topk(config.intermediate_size).indices.sort().values
         inner = _fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
-        target, wanted = self._wanted(self.stream[end], last["before_output_norm"])
+        target, wanted = self._wanted(self.stream[end], before_last_norm)
         z = z + _fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import optuna
 import torch
 from rich.progress import Progress
+from safetensors.torch import save_file
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
@@ -24,6 +25,9 @@ from kdnas.nas.callbacks import (
     RewardAfterFit,
 )
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+# In a trial's folder: what was trained, which full KD goes on from.
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Evaluator:
             module.states = self.states
             trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
             fit(trainer, module, self.data.select("mini"))
+        save_file(module.state_dict(), self.folder(trial.number) / WEIGHTS)
         for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
