@@ -1,6 +1,7 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.objectives import needed_layers
+from kdnas.distill.objectives import Objective, needed_layers
 from kdnas.distill.teacher import TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.export import export_student
@@ -30,6 +31,7 @@ from kdnas.latency import LatencyMeter, measure_latency
 from kdnas.models import (
     Teacher,
     build_classifier,
+    build_student,
     find_teacher,
     load_classifier,
     max_length,
@@ -161,6 +163,7 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
     config.trainer.check()
     teacher = find_teacher(config.teacher)
     space = SearchSpace.from_teacher(teacher.config)
+    _check_objective(config.recipe.objective, teacher, space)
     meter = LatencyMeter(teacher.config, config.latency)
     fastest = dataclasses.replace(space.smallest(), hidden_act=space.choices["hidden_act"][-1])  # ReLU is the cheapest
     glance = dataclasses.replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
@@ -207,6 +210,16 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
         soft_wrap=True,
     )
     return _Job(config, run, console, teacher, data, task, space, meter, study)
+
+
+def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
+    """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
+    needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
+    with torch.device("meta"):
+        teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
+        for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
+            arch = dataclasses.replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
+            objective.criterion(build_student(teacher.config, arch), teacher_shape)
 
 
 def _search(job: _Job) -> StudentArch:

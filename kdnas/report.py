@@ -104,8 +104,8 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
             Those that only wait in the queue are left out.
 
     Returns:
-        Columns ``number, state``, the five fields of the shape, ``loss, r2, contextual_share, latency_ms,
-        latency_iqr_ms, speedup, num_parameters, reward, seconds, reason``.
+        Columns ``number, state``, the five fields of the shape, ``loss, contextual_share, sentence_r2,
+        latency_ms, latency_iqr_ms, speedup, num_parameters, reward, seconds, reason``.
     """
     rows = []
     for trial in _begun(study):
@@ -224,7 +224,7 @@ def _headline(frame: pd.DataFrame, best: FrozenTrial | None, full_kd: Any, resul
     if student.get("share_kept") is not None:
         kept = f"keeps {100 * student['share_kept']:.0f} % of its teacher's {results['task']['metric']}"
     else:
-        kept = f"explains {100 * student['r2']:.0f} % of the variance of its teacher's hidden states"
+        kept = f"explains {100 * student['sentence_r2']:.0f} % of the variance of its teacher's sentence vectors"
     return (
         f"The best of {candidates} has {student['num_parameters'] / 1e6:.1f} M parameters, "
         f"is {student['speedup']:.1f}x as fast and {kept}."

@@ -253,6 +253,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = self.history
+        checkpoint["copied"] = sorted(self.started.copied) if self.started is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["history"])
+        if checkpoint["copied"] is not None:  # a loaded student must not be started again
+            self.started = Started(frozenset(checkpoint["copied"]))

@@ -129,14 +129,16 @@ class _Narrowing:
         key = _fit_linear(part(names.key), z, keys, config.num_attention_heads)
         value = _fit_linear(part(names.value), z, values, config.num_attention_heads)
         context = self._attend(query, key, value, config.num_attention_heads)
-        target, wanted = self._wanted(run["attention"], run["before_attention_norm"])
+        target, wanted = self._wanted(
+            theirs[source].get_submodule(names.attention_norm), run["attention"], run["before_attention_norm"]
+        )
         z = z + _fit_linear(part(names.attention_output), context, wanted - z)
         z = self._fit_norm(part(names.attention_norm), z, target)
         out: Any = theirs[source].get_submodule(names.output)
         importance = run["activated"].square().mean(0).sqrt() * (out.weight.T @ self.basis).norm(dim=1)
         neurons = importance.topk(config.intermediate_size).indices.sort().values
         inner = _fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
-        target, wanted = self._wanted(self.stream[end], before_last_norm)
+        target, wanted = self._wanted(theirs[end].get_submodule(names.output_norm), self.stream[end], before_last_norm)
         z = z + _fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 
@@ -210,13 +212,11 @@ class _Narrowing:
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
 
-    def _wanted(self, after_norm: Tensor, before_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """What a student's norm should give, and what should go into it."""
-        target = after_norm @ self.basis
-        direction = target - target.mean(0)
+    def _wanted(self, norm: Any, after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's norm should give, and what should go into it, for a teacher's norm and its two ends."""
+        direction = (after - norm.bias) @ self.basis / norm.weight.abs().mean()
         direction = direction - direction.mean(-1, keepdim=True)
-        direction = direction / direction.std(-1, correction=0).mean()
-        return target, before_norm.std(-1, correction=0, keepdim=True) * direction
+        return after @ self.basis, before.std(-1, correction=0, keepdim=True) * direction
 
     def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
         """Scale and shift of a layer norm by least squares; what it then gives."""

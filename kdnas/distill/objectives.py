@@ -8,7 +8,7 @@ Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -236,6 +236,11 @@ class _WeightedSum(Criterion):
             Term(term.name, term.weight * weight / sum(weights), term.layer, term.scaled)
             for criterion, weight in zip(criteria, weights, strict=True)
             for term in criterion.terms
+        ]
+        names = [term.name for term in self.terms]
+        self.terms = [  # two parts of one kind have terms of one name
+            replace(term, name=f"{term.name}_{i}") if names.count(term.name) > 1 else term
+            for i, term in enumerate(self.terms)
         ]
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
