@@ -17,6 +17,7 @@ import yaml
 from conftest import WORDS, make_rows, save_teacher
 from filelock import FileLock
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from kdnas import pipeline
@@ -27,6 +28,7 @@ from kdnas.distill.layer_map import Even
 from kdnas.distill.module import Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
+from kdnas.training import fit
 
 ARTEFACTS = (
     "config.yaml study.db trials.csv best_student.yaml trial_0000 full_kd/result.json full_kd/encoder "
@@ -206,6 +208,40 @@ def test_full_kd_goes_on_after_the_last_whole_epoch(
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]
     assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
+
+
+def test_full_kd_goes_on_from_the_best_candidates_weights(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[str, float] = {}
+
+    def watch(trainer, module, data, **options):
+        if data.split == "full":
+            with torch.no_grad():
+                first[str(len(first))] = float(module.student.get_input_embeddings().weight.abs().sum())
+        fit(trainer, module, data, **options)
+
+    monkeypatch.setattr("kdnas.pipeline.fit", watch)
+    without_task = [option for option in command if not option.startswith("--task")]
+    assert main([*without_task, "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 0
+    run = tmp_path / "logs" / "tiny"
+    kept = sorted(path.parent.name for path in run.glob("trial_*/weights.safetensors"))
+    assert len(kept) == 3
+    trials = pd.read_csv(run / "trials.csv")
+    trained = trials[trials.state == "COMPLETE"].drop_duplicates("reward").sort_values("reward")
+    assert f"trial_{trained.number.iloc[-1]:04d}" in kept
+    weights = load_file(run / f"trial_{trained.number.iloc[-1]:04d}" / "weights.safetensors")
+    table = next(value for name, value in weights.items() if name.endswith("word_embeddings.weight"))
+    assert first["0"] == pytest.approx(float(table.abs().sum()))
+
+
+def test_an_objective_that_a_student_cannot_be_asked_for_is_refused_at_the_start(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"class_path": "kdnas.distill.attention.AttentionRelations", "init_args": {"num_heads": 7}}
+    assert main([*command, f"--recipe.objective={json.dumps(objective)}"]) == 2
+    assert "7 relation heads do not divide" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
