@@ -20,7 +20,7 @@ lint: $(ENV) ## Style, format and types
 	@.venv/bin/mypy
 
 bench: $(ENV) ## Every benchmark in benchmarks/
-	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do .venv/bin/python $$file $(ARGS); done
+	@set -e; for file in $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))); do .venv/bin/python $$file $(ARGS); done
 
 # Written last, so that an interrupted installation is done again.
 $(ENV): requirements.txt setup.cfg pyproject.toml

@@ -10,9 +10,9 @@ work. Learning rates were chosen on rows split off from training rows, never on 
 """
 
 import dataclasses
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +80,24 @@ def some_rows(task: LoadedTask, most: int) -> LoadedTask:
     return dataclasses.replace(task, train=train, sha256=f"{task.sha256}-{most}")
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Do what is missing, then show the table."""
     parser = options("quality", __doc__ or "")
-    parser.add_argument("--glue", type=Path, required=True, help="a folder of task folders in GLUE's layout")
+    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
     parser.add_argument("--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept")
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning, for the teacher and our longest")
     parser.add_argument("--only", nargs="*", default=[""], help="names that begin so, such as teacher or 4x192-ours")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     if arguments.quick:
         arguments.epochs, arguments.seeds, arguments.folder = [1], 1, OUTPUT / "quality_quick"
     quieten()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
-    tasks = [load_task(str(arguments.glue / name)) for name in (TASKS[2:4] if arguments.quick else TASKS)]
+    tasks = [
+        load_task(str(arguments.glue / name) if arguments.glue else name)
+        for name in (TASKS[2:4] if arguments.quick else TASKS)
+    ]
     tasks = [some_rows(task, 400 if arguments.quick else MOST_TRAIN_ROWS) for task in tasks]
     teacher = find_teacher(TEACHER)
     jobs: list[tuple[str, str, str, int]] = [("teacher", "teacher", "", 0)]
@@ -180,7 +183,7 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
         table.add_row(row["name"], *cells, str(row["num_seeds"]))
     Console(width=140).print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    write_json(path, {"machine": machine(), "rows": rows})
     figure, axes = plt.subplots(figsize=(6, 4))
     for shape in SHAPES:
         curve = sorted((r["kd_seconds"], r["kept"]) for r in rows if r["name"].startswith(f"{shape}-ours") and teacher)

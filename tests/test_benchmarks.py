@@ -18,6 +18,7 @@ from kdnas.student_init import Started
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import quality
 import recipe
 import step
 
@@ -31,7 +32,7 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [step, recipe])
+@pytest.mark.parametrize("benchmark", [quality, recipe, step])
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])

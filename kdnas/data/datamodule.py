@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -178,11 +177,10 @@ class LengthGroupedBatches(DistributedSampler[Any]):
     A DistributedSampler, so that Lightning neither replaces it nor forgets to tell it the epoch.
 
     Args:
-        lengths: length of every row of the dataset, in tokens.
+        padded_lengths: what every row of the dataset is padded to, in tokens.
         sample_ids: the rows to go through, each once an epoch over all ranks.
         batch_tokens: rows times padded length of a batch is at most this.
         shuffle: another order each epoch, and masks by epoch; else sorted by padded length with masks number 0.
-        max_length: no batch is padded to more.
         num_variants: number of masks a row has.
         seed: of the order.
         rank: this process.
@@ -191,18 +189,17 @@ class LengthGroupedBatches(DistributedSampler[Any]):
 
     def __init__(
         self,
-        lengths: IntArray,
+        padded_lengths: IntArray,
         sample_ids: IntArray,
         batch_tokens: int,
         *,
         shuffle: bool,
-        max_length: int = sys.maxsize,
         num_variants: int = 1,
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        self.padded_lengths, self.sample_ids, self.batch_tokens = padded(lengths, max_length), sample_ids, batch_tokens
+        self.padded_lengths, self.sample_ids, self.batch_tokens = padded_lengths, sample_ids, batch_tokens
         self.shuffle, self.num_variants, self.seed = shuffle, num_variants, seed
         self.rank, self.num_ranks = rank, num_ranks
         self.epoch = 0
@@ -349,11 +346,10 @@ class KDDataModule(pl.LightningDataModule):
         assert self.rows is not None, "call setup() first"
         settings = self.settings
         sampler = LengthGroupedBatches(
-            self.rows.lengths,
+            self.rows.padded_lengths,
             sample_ids,
             settings.batch_tokens,
             shuffle=shuffle,
-            max_length=settings.max_length,
             num_variants=settings.num_mask_variants,
             seed=settings.seed,
             rank=self.trainer.global_rank if self.trainer else 0,

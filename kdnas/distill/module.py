@@ -123,6 +123,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
             self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
         if stage == "fit":
             self.begin(data)
+            self.student.train()  # Lightning warns of a fit that begins in eval mode; on_train_start decides
+        self._teacher.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
@@ -152,8 +154,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         assert self.states is not None, "setup() sets it"
         states = encode(self.student, batch)
         student = View(self.student, batch, padded={layer - 1: state for layer, state in enumerate(states)})
-        teacher = self._teacher.model.to(batch["input_ids"].device)  # type: ignore[arg-type]
-        return student, View(teacher, batch, real=self.states(batch, self.target_layers))
+        return student, View(self._teacher.model, batch, real=self.states(batch, self.target_layers))
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
         """For each term of the loss the sum of its errors, and over how many things it is; shapes (terms,)."""

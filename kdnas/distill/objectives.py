@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import LastAndSkip, LayerMapping
-from kdnas.distill.losses import ridge_map, squared_error
+from kdnas.distill.losses import squared_error
+from kdnas.distill.narrowing import fit_linear
 from kdnas.errors import UserError
 from kdnas.models import family_of
 from kdnas.student_init import Started
@@ -121,14 +122,6 @@ def needed_layers(objective: Objective, depths: Iterable[int], num_teacher_layer
     return sorted(set().union({num_teacher_layers - 1}, *needed))
 
 
-def fit_linear(linear: nn.Linear, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Make a linear map the best one on some rows."""
-    with torch.no_grad():
-        weight = ridge_map(torch.cat(list(inputs)), torch.cat(list(targets)), strength=1e-3)
-        linear.weight.copy_(weight[:-1].T)
-        linear.bias.copy_(weight[-1])
-
-
 class HiddenStates(Objective):
     """Mean squared error between projected student states and teacher states, on real tokens; the original's.
 
@@ -198,8 +191,7 @@ class _HiddenStates(Criterion):
             layers = self.layers if self.objective.shared_projection else [self.layers[position]]
             inputs = [view.real(i) for i, _ in layers for view in students]
             targets = [torch.cat([view.real(j) for j in js], -1) for _, js in layers for view in teachers]
-            assert isinstance(projection, nn.Linear)
-            fit_linear(projection, inputs, targets)
+            fit_linear(projection, torch.cat(inputs), torch.cat(targets), strength=1e-3)
 
 
 class WeightedSum(Objective):

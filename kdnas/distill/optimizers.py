@@ -10,8 +10,8 @@ from torch import nn
 class MuonAdamW(torch.optim.Optimizer):
     """Two of torch's optimizers behind one: Lightning, schedules and checkpoints see a single one.
 
-    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike. A small
-    student learns about four times as fast by it as by AdamW (LOG.md).
+    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike. By it a
+    small student learned in two epochs what AdamW did not teach it in eight (LOG.md).
 
     Args:
         muon_groups: parameter groups of matrices, each with ``lr``.

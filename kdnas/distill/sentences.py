@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from kdnas.distill.losses import squared_error
-from kdnas.distill.objectives import Criterion, Objective, Term, View, fit_linear
+from kdnas.distill.narrowing import fit_linear
+from kdnas.distill.objectives import Criterion, Objective, Term, View
 from kdnas.errors import UserError
 from kdnas.student_init import Started
 
@@ -57,9 +58,9 @@ class _SentenceState(Criterion):
         return [(squared_error(predicted, self._vector(teacher)) / self.variance, len(predicted))]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        targets = [self._vector(view) for view in teachers]
-        self.variance.copy_(torch.cat(targets).var(0, correction=0).mean().clamp_min(1e-6))
-        fit_linear(self.projection, [self._vector(view) for view in students], targets)
+        targets = torch.cat([self._vector(view) for view in teachers])
+        self.variance.copy_(targets.var(0, correction=0).mean().clamp_min(1e-6))
+        fit_linear(self.projection, torch.cat([self._vector(view) for view in students]), targets, strength=1e-3)
 
 
 class PairComparison(Objective):

@@ -200,5 +200,5 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
     # Not the loader's, which are this rank's alone.
-    batches = LengthGroupedBatches(data.rows.lengths, chosen, data.settings.batch_tokens, shuffle=False)
+    batches = LengthGroupedBatches(data.rows.padded_lengths, chosen, data.settings.batch_tokens, shuffle=False)
     return [data.rows[index] for index in batches]

@@ -1,5 +1,6 @@
 """One candidate: budget gate, module, Trainer, fit, latency, reward."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ class Evaluator:
             module.states = self.states
             trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
             fit(trainer, module, self.data.select("mini"))
-        save_file(module.state_dict(), self.folder(trial.number) / WEIGHTS)
+        weights = self.folder(trial.number) / WEIGHTS
+        save_file(module.state_dict(), partial := weights.with_name(f".{WEIGHTS}.partial"))
+        os.replace(partial, weights)
         for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
