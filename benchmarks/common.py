@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -99,7 +99,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "kdnas": __version__,
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "gomp_spincount": os.environ["GOMP_SPINCOUNT"],
     }
 
 

@@ -79,7 +79,7 @@ def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     with torch.autocast("cpu", torch.bfloat16):
         _, teacher = module.views(batch)
         with torch.no_grad():
-            states = encode(module.student, batch)
+            states = encode(module.student, batch).hidden_states
         student = View(
             module.student, batch, padded={layer - 1: state.requires_grad_() for layer, state in enumerate(states)}
         )
@@ -276,8 +276,8 @@ def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None
 
     def step(batch: Batch) -> None:
         with torch.no_grad():
-            theirs = encode(teacher.model, batch)[1:]
-        ours = encode(student, batch)[1:]
+            theirs = encode(teacher.model, batch).hidden_states[1:]
+        ours = encode(student, batch).hidden_states[1:]
         mask = batch["attention_mask"][..., None]
         loss = torch.zeros(())
         for state, layers in zip(ours, pairs, strict=True):

@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
         # Before torch is imported: its threads spin while they wait, and one busy core makes a step seven times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

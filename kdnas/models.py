@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError, first_line, nearest
@@ -289,19 +290,37 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
     return AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
 
 
-def encode(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The hidden states (B, T, H) of a batch: the embedding output, then every layer's.
+def matmul_dtype(device: str) -> torch.dtype:
+    """The precision that matmuls have here: autocast's, or float32."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+def additive_mask(mask_BT: torch.Tensor) -> torch.Tensor:
+    """What attention adds to its scores, (B, 1, 1, T): 0 on real tokens, the lowest number on padding."""
+    dtype = matmul_dtype(mask_BT.device.type)
+    mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
+    return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
+    """What a model makes of a batch: ``hidden_states``, (B, T, H) for the embedding output, then every layer's.
 
     The second sentence of a pair is marked where the family has a mark for it, and no mask is given where there is no
     padding (attention is faster without one).
+
+    Args:
+        model: an encoder.
+        batch: token ids, mask and token types.
+        maps: ``attentions`` too, (B, A, T, T) for every layer; the model must have been told to attend eagerly.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch["token_type_ids"]
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
-    states: tuple[torch.Tensor, ...] = model(**inputs, output_hidden_states=True).hidden_states
-    return states
+        if maps:  # the mask that models make is float32, and would make float32 of the maps
+            inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool())
+    return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:

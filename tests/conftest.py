@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line does
+os.environ["GOMP_SPINCOUNT"] = "10000"  # as the command line does
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from pathlib import Path
@@ -109,7 +109,7 @@ def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
 
 def view_of(model: PreTrainedModel, batch: Batch) -> View:
     """A model's states on a batch, in float32."""
-    return View(model, batch, padded=dict(enumerate(encode(model, batch), -1)))
+    return View(model, batch, padded=dict(enumerate(encode(model, batch).hidden_states, -1)))
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))

@@ -10,7 +10,7 @@ from kdnas.arch import StudentArch
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.objectives import View
 from kdnas.errors import UserError
-from kdnas.models import build_student, family_of, find_teacher
+from kdnas.models import build_student, encode, family_of, find_teacher
 from kdnas.student_init import FromTeacher, Started
 
 SHAPE = dict(num_hidden_layers=2, num_attention_heads=1, hidden_size=32, intermediate_size=64)
@@ -133,3 +133,31 @@ def test_relation_heads_that_do_not_divide_a_width_are_refused(teacher, num_head
     undivided = width if num_heads < 1 or width % num_heads else 64
     with pytest.raises(UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"):
         AttentionRelations(num_heads=num_heads).criterion(student, teacher)
+
+
+@pytest.mark.parametrize("num_padding", [0, 3])
+def test_the_maps_that_a_model_gives_are_those_of_its_queries_and_keys(teacher, num_padding):
+    student = make(teacher)
+    student.set_attn_implementation("eager")
+    batch = make_batch()
+    if not num_padding:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    output = encode(student, batch, maps=True)
+    assert len(output.attentions) == 2
+    given = View(student, batch, dict(enumerate(output.hidden_states, -1)), maps=output.attentions)
+    for layer in range(2):
+        torch.testing.assert_close(given.attention(layer), view_of(student, batch).attention(layer))
+        padding = ~batch["attention_mask"].bool()
+        assert given.attention(layer).transpose(1, 3)[padding].sum() == 0
+    chosen = torch.tensor([0])
+    torch.testing.assert_close(given.attention(0, chosen), given.attention(0)[:, chosen])
+
+
+def test_the_states_are_the_same_whether_maps_are_asked_for_or_not(teacher):
+    student, batch = make(teacher), make_batch()
+    without = encode(student, batch).hidden_states
+    student.set_attn_implementation("eager")
+    with_maps = encode(student, batch, maps=True).hidden_states
+    real = batch["attention_mask"].bool()
+    for ours, theirs in zip(with_maps, without, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from torch.nn.functional import kl_div
 
-from kdnas.distill.losses import attention_divergence, contextual_share, ridge_map, squared_error
+from kdnas.distill.losses import attention_divergence, attention_map, contextual_share, ridge_map, squared_error
 
 
 def test_the_squared_error_of_real_tokens_is_as_by_hand():
@@ -43,39 +44,68 @@ def test_the_divergence_of_attention_is_as_by_hand():
     # in its first head, and the teacher's own in its second.
     query = torch.ones(1, 2, 3, 1)
     key = torch.tensor([[math.log(3), 0.0, 99.0], [0.0, 0.0, 99.0]]).view(1, 2, 3, 1)
-    theirs = torch.zeros(1, 2, 3, 5)
     mask = torch.tensor([[True, True, False]])
+    ours, theirs = (
+        attention_map(query, key, mask),
+        attention_map(torch.zeros(1, 2, 3, 5), torch.zeros(1, 2, 3, 5), mask),
+    )
+    torch.testing.assert_close(ours[0, :, 0], torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.5, 0.0]]))
     # tokens: 1/2 ln (1/2 / 3/4) + 1/2 ln (1/2 / 1/4) = 1/2 ln 4/3, twice; mean over heads: half of it
-    found = attention_divergence(query, key, theirs, theirs, mask)
-    assert found.item() == pytest.approx(math.log(4 / 3) / 2, rel=1e-5)
-    assert attention_divergence(theirs, theirs, theirs, theirs, mask).item() == pytest.approx(0, abs=1e-6)
+    assert attention_divergence(ours, theirs, mask).item() == pytest.approx(math.log(4 / 3) / 2, rel=1e-5)
+    assert attention_divergence(theirs, theirs, mask).item() == pytest.approx(0, abs=1e-6)
+
+
+def random_maps(*shape: int, mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for _ in range(4)]
+    return [*parts, attention_map(*parts[:2], mask), attention_map(*parts[2:], mask)]
 
 
 def test_scores_are_divided_by_the_root_of_a_head_s_size():
-    generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 2, 3, 5, 4, generator=generator)
     mask = torch.ones(2, 5, dtype=torch.bool)
+    query, key, _, _, ours, _ = random_maps(2, 3, 5, 4, mask=mask)
     # Four times as many dimensions of half the length: the same scores after the division.
     wide = [part.repeat(1, 1, 1, 4) / math.sqrt(2) for part in (query, key)]
-    assert attention_divergence(query, key, *wide, mask).item() == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(attention_map(*wide, mask), ours)
 
 
-def test_the_gradient_of_the_divergence_is_finite_and_the_teacher_s_is_none():
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1, 2, 4, 3, generator=generator, requires_grad=True) for _ in range(4)]
-    mask = torch.tensor([[True, True, False, False]])
-    attention_divergence(*parts, mask).backward()
-    for part in parts[:2]:
-        assert part.grad.isfinite().all() and part.grad.any()
-    assert not parts[0].grad[:, :, 2:].any() and not parts[1].grad[:, :, 2:].any()
+def test_the_divergence_and_its_gradient_are_torch_s_own_and_the_teacher_s_is_none():
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    *parts, ours, theirs = random_maps(2, 2, 4, 3, mask=mask)
+    attention_divergence(ours, theirs, mask).backward()
     assert parts[2].grad is None and parts[3].grad is None
+    found = [part.grad for part in parts[:2]]
+    *parts, ours, theirs = random_maps(2, 2, 4, 3, mask=mask)
+    real = mask[:, None, :, None] & mask[:, None, None, :]
+    per_pair = kl_div(ours.clamp_min(1e-9).log(), theirs.detach(), reduction="none")
+    expected = per_pair[real.expand_as(per_pair)].sum() / 2
+    assert attention_divergence(ours, theirs, mask).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    for gradient, part in zip(found, parts[:2], strict=True):
+        assert gradient.any() and not gradient[0, :, 3:].any()
+        torch.testing.assert_close(gradient, part.grad)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 4, 3), (2, 1, 4, 3), (2, 2, 5, 3)])
-def test_heads_that_would_broadcast_are_refused(shape):
-    query, mask = torch.zeros(2, 2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match=re.escape(f"(2, 2, 4, 3) and {shape}")):
-        attention_divergence(query, query, torch.zeros(shape), torch.zeros(shape), mask)
+def test_the_divergence_in_bfloat16_is_float32_s_to_half_a_percent():
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    found = [
+        attention_divergence(*random_maps(2, 6, 40, 8, mask=mask, dtype=d)[4:], mask).item()
+        for d in (torch.float32, torch.bfloat16)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+def test_a_student_that_looks_nowhere_where_its_teacher_looks_has_a_finite_gradient():
+    ours = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]], requires_grad=True)
+    divergence = attention_divergence(ours, ours.detach().flip(-1), torch.ones(1, 2, dtype=torch.bool))
+    divergence.backward()
+    assert divergence.isfinite() and ours.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (2, 1, 4, 4), (2, 2, 5, 4)])
+def test_maps_that_would_broadcast_are_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"(2, 2, 4, 4) and {shape}")):
+        attention_divergence(torch.zeros(2, 2, 4, 4), torch.zeros(shape), torch.ones(2, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

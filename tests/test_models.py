@@ -136,11 +136,11 @@ def test_encode_gives_the_embedding_and_every_layer_whatever_the_padding(any_tea
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),
         "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]),
     }
-    states = encode(model, batch)
+    states = encode(model, batch).hidden_states
     assert [state.shape for state in states] == [(2, 6, 64)] * 5
-    short = encode(model, {name: tensor[1:, :3] for name, tensor in batch.items()})
+    short = encode(model, {name: tensor[1:, :3] for name, tensor in batch.items()}).hidden_states
     torch.testing.assert_close(states[-1][1:, :3], short[-1])
-    single = encode(model, batch | {"token_type_ids": torch.zeros(2, 6, dtype=torch.long)})
+    single = encode(model, batch | {"token_type_ids": torch.zeros(2, 6, dtype=torch.long)}).hidden_states
     marked = model.config.type_vocab_size > 1
     assert marked is (model.config.model_type != "roberta")
     assert (single[0] - states[0]).abs()[0, 4:].min() > 0 if marked else torch.equal(single[-1], states[-1])

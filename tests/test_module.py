@@ -376,12 +376,16 @@ def test_a_falling_rate_needs_a_last_step(teacher, data, states):
 
 
 @pytest.mark.parametrize("matrix_rate", [None, 2e-2])
-def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(any_teacher, text_file, matrix_rate):
+def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
+    any_teacher, text_file, states_settings, matrix_rate
+):
     teacher = find_teacher(str(any_teacher))
     for arch in (NARROW, SHORT):
         recipe = dict(learning_rate=1e-2, copied_learning_rate=1e-4, weight_decay=0.5, constant_rate=True)
         recipe |= dict(matrix_learning_rate=matrix_rate, copied_matrix_learning_rate=1e-3)
-        module = begun(make(teacher, None, arch, **recipe), open_data(any_teacher, text_file))
+        module, data = make(teacher, None, arch, **recipe), open_data(any_teacher, text_file)
+        module.states = open_states(teacher, data, module.target_layers, states_settings)
+        begun(module, data)
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = module.configure_optimizers().param_groups
         found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -471,6 +475,7 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     mse, variance = half_and_half(rows["x"], rows["y"], 0.03)
     assert metrics["val/sentence_r2"] == pytest.approx(1 - mse / variance, abs=2e-3)
     assert not any(name.startswith("teacher_layer_") for name in metrics)
+    assert metrics["val/loss"] == pytest.approx(metrics["terms/attention_maps"])  # where nothing else is asked
 
 
 def test_the_loss_weighs_the_terms_and_scales_those_of_hidden_states_alone(teacher, data, states):
@@ -479,7 +484,9 @@ def test_the_loss_weighs_the_terms_and_scales_those_of_hidden_states_alone(teach
     named = {term.name: metrics[f"terms/{term.name}"] for term in module.terms}
     assert len(named) == 5
     hidden = named.pop("student_1_teacher_3") / states.stats[3].held_out_variance
-    assert metrics["val/loss"] == pytest.approx((4 * hidden + sum(named.values())) / 8, rel=1e-5)
+    assert named["attention_maps"] > 0
+    named.pop("attention_maps")  # asked of the layers that a student happens to have: it does not rank students
+    assert metrics["val/loss"] == pytest.approx((4 * hidden + sum(named.values())) / 7, rel=1e-5)
     assert named["pair_comparison"] == 0  # there are no pairs in these rows
 
 

@@ -144,9 +144,8 @@ def unexplained(student: PreTrainedModel, teacher: PreTrainedModel, layer: int =
 def head_divergence(student: PreTrainedModel, teacher: PreTrainedModel, heads: list[int]) -> float:
     """Per token, of the first layer's maps from those of the teacher's heads that they were made from."""
     ours, theirs = view_of(student, HELD_OUT), view_of(teacher, HELD_OUT)
-    parts = [ours.heads(0, part, len(heads)) for part in ("query", "key")]
-    parts += [theirs.heads(0, part, teacher.config.num_attention_heads)[:, heads] for part in ("query", "key")]
-    return float(attention_divergence(*parts, ours.mask_BT) / ours.mask_BT.sum())
+    maps = ours.attention(0), theirs.attention(0, torch.tensor(heads))
+    return float(attention_divergence(*maps, ours.mask_BT) / ours.mask_BT.sum())
 
 
 def started(student: PreTrainedModel, start: Start, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdnas.distill.layer_map import spread
-from kdnas.distill.losses import attention_divergence
+from kdnas.distill.losses import attention_divergence, attention_map
 from kdnas.distill.objectives import Criterion, Objective, Term, View
 from kdnas.errors import UserError
 from kdnas.student_init import Started
@@ -44,18 +44,16 @@ class _AttentionMaps(Criterion):
                 f"{theirs.num_attention_heads}: give the student at most as many."
             )
         self.sources = spread(ours.num_hidden_layers, theirs.num_hidden_layers)
-        self.terms = [Term("attention_maps", 1.0)]
+        self.terms = [Term("attention_maps", 1.0, compares=False)]
         heads = torch.tensor([spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources))
         self.register_buffer("heads", heads)  # (L_s, A_s): which head of the teacher each of ours is
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        num_ours, num_theirs = self.heads.shape[1], teacher.model.config.num_attention_heads
         total: Any = 0.0
         for i, (layer, heads) in enumerate(zip(self.sources, self.heads, strict=True)):
-            query, key = (student.heads(i, part, num_ours) for part in ("query", "key"))
             with torch.no_grad():
-                their_query, their_key = (teacher.heads(layer, part, num_theirs)[:, heads] for part in ("query", "key"))
-            total = total + attention_divergence(query, key, their_query, their_key, student.mask_BT)
+                theirs = teacher.attention(layer, heads)
+            total = total + attention_divergence(student.attention(i), theirs, student.mask_BT)
         return [(total / len(self.sources), int(student.mask_BT.sum()))]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
@@ -107,6 +105,7 @@ class _AttentionRelations(Criterion):
         for part in ("query", "key", "value"):
             with torch.no_grad():
                 theirs = teacher.heads(self.layer, part, self.num_heads)
+                their_map = attention_map(theirs, theirs, teacher.mask_BT)
             ours = student.heads(last, part, self.num_heads)
-            total = total + attention_divergence(ours, ours, theirs, theirs, student.mask_BT)
+            total = total + attention_divergence(attention_map(ours, ours, student.mask_BT), their_map, student.mask_BT)
         return [(total / 3, int(student.mask_BT.sum()))]

@@ -79,7 +79,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
     """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
 
     ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
-    layer where the term is scaled, else 1.
+    layer where the term is scaled, else 1. The held-out loss, by which students are ranked, is the weighted mean of the
+    terms that compare students: attention maps do not, for each student is asked for those of its own layers.
 
     The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
     batch to states, opened in ``setup`` from the data module; a search sets it once for all candidates.
@@ -105,6 +106,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.last_layer = config.num_hidden_layers - 1
         self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
         self.student = build_student(config, arch)
+        # Its maps are wanted; and on a CPU the fused kernel's backward pass takes twice as long.
+        self.student.set_attn_implementation("eager")
         self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
@@ -135,16 +138,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
         self.started = self.recipe.start(self.student, teacher, rows)
-        ours, theirs = ([self._live_view(model, batch) for batch in rows] for model in (self.student, teacher))
-        self.criterion.fit(self.started, ours, theirs)
-        del ours, theirs
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            views = [self.views(batch) for batch in rows]
+        self.criterion.fit(self.started, [student for student, _ in views], [teacher for _, teacher in views])
+        del views
         release_memory()
-
-    @staticmethod
-    def _live_view(model: PreTrainedModel, batch: Batch) -> View:
-        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16):
-            states = encode(model, batch)
-        return View(model, batch, padded={layer - 1: layer_states for layer, layer_states in enumerate(states)})
 
     def on_train_start(self) -> None:
         self.student.train(self.recipe.dropout)
@@ -152,8 +150,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def views(self, batch: Batch) -> tuple[View, View]:
         """The student's and the teacher's states on a batch."""
         assert self.states is not None, "setup() sets it"
-        states = encode(self.student, batch)
-        student = View(self.student, batch, padded={layer - 1: state for layer, state in enumerate(states)})
+        # Dropout falls on the maps too.
+        output = encode(self.student, batch, maps=not self.student.training)
+        padded = dict(enumerate(output.hidden_states or (), -1))
+        student = View(self.student, batch, padded, maps=output.attentions)
         return student, View(self._teacher.model, batch, real=self.states(batch, self.target_layers))
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, counts = self(*self.views(batch))
-        loss = self._loss(sums / counts.clamp_min(1), "variance")
+        loss = (sums / counts.clamp_min(1) * self._weights("variance")).sum()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -178,7 +178,12 @@ class HiddenStateDistillModule(ClipFusedGradients):
         means = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
-        loss = float(self._loss(means, "held_out_variance"))
+        weights = self._weights("held_out_variance").cpu()
+        compares = torch.tensor([term.compares for term in self.terms])
+        if compares.any():
+            total = sum(term.weight for term in self.terms if term.compares)
+            weights = weights * compares / total
+        loss = float((means * weights).sum())
         token_mse = float(self.token_probe.compute()[0])
         sentence_mse, sentence_variance = (float(value) for value in self.sentence_probe.compute())
         metrics = {
@@ -210,14 +215,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
-    def _loss(self, means: Tensor, scale: str) -> Tensor:
-        """The weighted sum of the terms' mean errors, each divided by its layer's variance where it is scaled."""
+    def _weights(self, scale: str) -> Tensor:
+        """Of the terms' mean errors in the loss; where a term is scaled, over its layer's variance. Shape (terms,)."""
         scales = [
             getattr(self.stats(term.layer), scale) if term.scaled and term.layer is not None else 1.0
             for term in self.terms
         ]
         weights = [term.weight / scale for term, scale in zip(self.terms, scales, strict=True)]
-        return (means * means.new_tensor(weights)).sum()
+        return torch.tensor(weights, device=self.device)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe

@@ -62,13 +62,28 @@ class _Narrowing:
         self.names = family_of(teacher.config).names
         self.masks = [batch["attention_mask"].bool() for batch in rows]
         _, embedded = self._embedded(teacher)
-        layers: list[list[Tensor]] = [[] for _ in range(teacher.config.num_hidden_layers)]
+        layers = family_of(teacher.config).layers(teacher)
+        stream: list[list[Tensor]] = [[] for _ in layers]
+        # How large the stream is before each layer's last norm, which divides by that: (N, 1).
+        scales: list[list[Tensor]] = [[] for _ in layers]
+        inputs: list[Tensor] = []
+        hooks = [
+            layer.get_submodule(self.names.output_norm).register_forward_hook(
+                lambda _, args, out: inputs.append(args[0])
+            )
+            for layer in dict.fromkeys(layers)
+        ]
         for batch, mask in zip(rows, self.masks, strict=True):
             with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
-                states = encode(teacher, batch)[1:]
-            for layer, layer_states in zip(layers, states, strict=True):
-                layer.append(layer_states[mask].float())
-        self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(layers)}
+                states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+            for i, state in enumerate(states):
+                stream[i].append(state[mask].float())
+                scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+            inputs.clear()
+        for hook in hooks:
+            hook.remove()
+        self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(stream)}
+        self.output_scale = [torch.cat(parts) for parts in scales]
 
     def _embedded(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """What goes into the embedding's layer norm, and what comes out of it."""
@@ -118,9 +133,6 @@ class _Narrowing:
         names, config = self.names, self.student.config
         part = layer.get_submodule
         run = self._teacher_layer(theirs[source], self.stream[source - 1])
-        last = run if end == source else self._teacher_layer(theirs[end], self.stream[end - 1])
-        before_last_norm = last["before_output_norm"]
-        del last  # hundreds of megabytes
         heads = self._important_heads(theirs[source], run["value"])
         queries, keys, values = self._cut(theirs[source], run, heads)
         for parameter in part(names.key).parameters():
@@ -130,7 +142,7 @@ class _Narrowing:
         value = fit_linear(part(names.value), z, values, config.num_attention_heads)
         context = self._attend(query, key, value, config.num_attention_heads)
         target, wanted = self._wanted(
-            theirs[source].get_submodule(names.attention_norm), run["attention"], run["before_attention_norm"]
+            theirs[source].get_submodule(names.attention_norm), run["attention"], run["attention_scale"]
         )
         z = z + fit_linear(part(names.attention_output), context, wanted - z)
         z = self._fit_norm(part(names.attention_norm), z, target)
@@ -138,7 +150,8 @@ class _Narrowing:
         importance = run["activated"].square().mean(0).sqrt() * (out.weight.T @ self.basis).norm(dim=1)
         neurons = importance.topk(config.intermediate_size).indices.sort().values
         inner = fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
-        target, wanted = self._wanted(theirs[end].get_submodule(names.output_norm), self.stream[end], before_last_norm)
+        norm = theirs[end].get_submodule(names.output_norm)
+        target, wanted = self._wanted(norm, self.stream[end], self.output_scale[end])
         z = z + fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 
@@ -149,20 +162,17 @@ class _Narrowing:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
             context = self._attend(query, key, value, self.teacher.config.num_attention_heads)
-            before_attention_norm = x + part(names.attention_output)(context).float()
-            attention = part(names.attention_norm)(before_attention_norm).float()
+            before_norm = x + part(names.attention_output)(context).float()
+            attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention).float()
-            activated = ACT2FN[self.teacher.config.hidden_act](intermediate)
-            before_output_norm = attention + part(names.output)(activated).float()
         return {
             "query": query,
             "key": key,
             "value": value,
-            "before_attention_norm": before_attention_norm,
+            "attention_scale": before_norm.std(-1, correction=0, keepdim=True),
             "attention": attention,
             "intermediate": intermediate,
-            "activated": activated,
-            "before_output_norm": before_output_norm,
+            "activated": ACT2FN[self.teacher.config.hidden_act](intermediate),
         }
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -212,11 +222,11 @@ class _Narrowing:
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
 
-    def _wanted(self, norm: Any, after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """What a student's norm should give, and what should go into it, for a teacher's norm and its two ends."""
+    def _wanted(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's norm should give, and what should go into it, for what a teacher's gives and divides by."""
         direction = (after - norm.bias) @ self.basis / norm.weight.abs().mean()
         direction = direction - direction.mean(-1, keepdim=True)
-        return after @ self.basis, before.std(-1, correction=0, keepdim=True) * direction
+        return after @ self.basis, scale * direction
 
     def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
         """Scale and shift of a layer norm by least squares; what it then gives."""

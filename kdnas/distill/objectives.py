@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import LastAndSkip, LayerMapping
-from kdnas.distill.losses import squared_error
+from kdnas.distill.losses import attention_map, squared_error
 from kdnas.distill.narrowing import fit_linear
 from kdnas.errors import UserError
-from kdnas.models import family_of
+from kdnas.models import family_of, matmul_dtype
 from kdnas.student_init import Started
 
 
@@ -32,6 +33,7 @@ class View:
         batch: of what.
         padded: layer -> states (B, T, H).
         real: layer -> states (N, H).
+        maps: of all heads of each layer, (B, A, T, T), where the model gave them.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class View:
         batch: Batch,
         padded: dict[int, Tensor] | None = None,
         real: dict[int, Tensor] | None = None,
+        maps: Sequence[Tensor] | None = None,
     ) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.batch, self._maps = model, batch, maps
         self.mask_BT = batch["attention_mask"].bool()
         self._padded, self._real = padded or {}, real or {}
+        self._inputs: dict[int, Tensor] = {}
 
     def real(self, layer: int) -> Tensor:
         """States of the real tokens, (N, H)."""
@@ -60,18 +64,36 @@ class View:
             self._padded[layer] = padded
         return self._padded[layer]
 
-    def heads(self, layer: int, part: str, num_heads: int) -> Tensor:
-        """Queries, keys or values of a layer, cut into heads, (B, A, T, H / A)."""
+    def _input(self, layer: int) -> Tensor:
+        """States as the maps of the next layer take them, converted once."""
+        if layer not in self._inputs:
+            self._inputs[layer] = self.padded(layer).to(matmul_dtype(self.mask_BT.device.type))
+        return self._inputs[layer]
+
+    def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
+        """Queries, keys or values of a layer, cut into heads, of which only the chosen: (B, A, T, H / num_heads)."""
         family = family_of(self.model.config)
         linear: Any = family.layers(self.model)[layer].get_submodule(getattr(family.names, part))
-        flat_BTH = linear(self.padded(layer - 1).to(linear.weight.dtype))
-        return flat_BTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        weight, bias = (parameter.unflatten(0, (num_heads, -1)) for parameter in (linear.weight, linear.bias))
+        if chosen is not None:
+            weight, bias = weight[chosen], bias[chosen]
+        flat_BTH = F.linear(self._input(layer - 1), weight.flatten(0, 1), bias.flatten())
+        return flat_BTH.unflatten(-1, (len(weight), -1)).transpose(1, 2)
+
+    def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
+        """Where the chosen heads of a layer, or all, look: (B, A, T, T)."""
+        if self._maps is not None:
+            return self._maps[layer] if chosen is None else self._maps[layer][:, chosen]
+        num_heads = self.model.config.num_attention_heads
+        query, key = (self.heads(layer, part, num_heads, chosen) for part in ("query", "key"))
+        return attention_map(query, key, self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
         """The mean over the marked tokens of the last layer's states, in float32, (B, H)."""
-        weights = mask_BT[..., None].float()
-        last = self.padded(self.model.config.num_hidden_layers - 1).float()
-        return (last * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+        weights = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
+        with torch.autocast(self.mask_BT.device.type, enabled=False):
+            last = self.padded(self.model.config.num_hidden_layers - 1).float()
+            return torch.bmm(weights[:, None], last)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,15 @@ class Term:
         weight: its share in the loss, relative to the other terms.
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
+        compares: one student's error can be held against another's. Not where it is asked of the layers that the
+            student happens to have, for some are easier than others.
     """
 
     name: str
     weight: float
     layer: int | None = None
     scaled: bool = False
+    compares: bool = True
 
 
 class Criterion(nn.Module):
@@ -225,7 +250,7 @@ class _WeightedSum(Criterion):
         super().__init__()
         self.criteria = nn.ModuleList(criteria)
         self.terms = [
-            Term(term.name, term.weight * weight / sum(weights), term.layer, term.scaled)
+            replace(term, weight=term.weight * weight / sum(weights))
             for criterion, weight in zip(criteria, weights, strict=True)
             for term in criterion.terms
         ]

@@ -79,7 +79,8 @@ class LiveTeacher:
         """The states of every layer by its number, with the embedding output as layer -1."""
         device = batch["input_ids"].device
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            states = encode(self.model.to(device), batch)  # type: ignore[arg-type]
+            states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
+        assert states is not None
         return {layer: states[layer + 1][batch["attention_mask"].bool()] for layer in {-1, *self.layers}}
 
 
