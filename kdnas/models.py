@@ -323,6 +323,16 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 
+def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The embedding output (B, T, H) alone, ``encode(model, batch).hidden_states[0]``; no layer runs."""
+    inputs = {"input_ids": batch["input_ids"]}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    states = model.embeddings(**inputs)  # type: ignore[operator]
+    mapping = getattr(model.encoder, "embedding_hidden_mapping_in", None)  # ALBERT's tables have their own width
+    return states if mapping is None else mapping(states)
+
+
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
     """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB, make_tokenizer
+from conftest import CONFIGS, VOCAB, make_batch, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
 from transformers.activations import ACT2FN
@@ -23,6 +23,7 @@ from kdnas.models import (
     FAMILIES,
     build_classifier,
     build_student,
+    embed,
     encode,
     family_of,
     find_teacher,
@@ -460,3 +461,9 @@ def test_quickstart_that_is_not_installed_is_refused(monkeypatch):
 def test_looking_at_a_teacher_reads_no_weights(folder, monkeypatch):
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("read"))
     assert isinstance(find_teacher(str(folder)).config, type(AutoConfig.from_pretrained(folder)))
+
+
+def test_embed_is_the_first_of_encode_s_states(any_teacher):
+    model = find_teacher(str(any_teacher)).load()
+    batch = make_batch()
+    torch.testing.assert_close(embed(model, batch), encode(model, batch).hidden_states[0])

@@ -118,7 +118,7 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
     teacher, data, states, monkeypatch, tmp_path
 ):
     folder = str(Path(states.source.folder).parent)
-    for name in ("measure_stats", "LiveTeacher.hidden_states"):
+    for name in ("measure_stats", "LiveTeacher.__call__"):
         monkeypatch.setattr(f"kdnas.distill.teacher.{name}", None)
     again = open_states(teacher, data, reversed(LAYERS + LAYERS), StatesSettings(folder))
     assert again.stats == states.stats
@@ -147,22 +147,21 @@ def test_a_layer_further_up_is_less_of_a_table_of_words(states):
 
 
 def test_statistics_are_the_same_for_every_split_and_rank(teacher, data, states):
-    live = LiveTeacher(teacher.model, LAYERS)
     one_of_many = copy.copy(data.select("mini"))
     one_of_many.trainer = SimpleNamespace(global_rank=7, world_size=8)
-    assert measure_stats(live, one_of_many) == states.stats
+    assert measure_stats(teacher.model, states.source, LAYERS, one_of_many, "cpu") == states.stats
 
 
 def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
     seen = []
 
     class Counted(LiveTeacher):
-        def hidden_states(self, batch):
+        def __call__(self, batch, layers):
             seen.extend(batch["sample_ids"].tolist())
-            return super().hidden_states(batch)
+            return super().__call__(batch, layers)
 
     monkeypatch.setattr(teacher_module, "STATS_TOKENS", 200)
-    measure_stats(Counted(teacher.model, LAYERS), data)
+    measure_stats(teacher.model, Counted(teacher.model, LAYERS), LAYERS, data, "cpu")
     for ids in (data.train_ids(), data.held_out_ids()):
         chosen = [row for row in seen if row in ids]
         assert 200 <= data.rows.lengths[chosen].sum() < 200 + 26

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule

@@ -15,7 +15,7 @@ from kdnas.data.datamodule import Batch, KDDataModule, LengthGroupedBatches
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
-from kdnas.models import Teacher, encode
+from kdnas.models import Teacher, embed, encode
 from kdnas.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -69,19 +69,15 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self.model, self.layers = model, list(layers)
 
+    @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
-        states = self.hidden_states(batch)
-        return [states[layer] for layer in layers]
-
-    @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
-    def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
-        """The states of every layer by its number, with the embedding output as layer -1."""
         device = batch["input_ids"].device
         with torch.autocast(device.type, dtype=torch.bfloat16):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
         assert states is not None
-        return {layer: states[layer + 1][batch["attention_mask"].bool()] for layer in {-1, *self.layers}}
+        real = batch["attention_mask"].bool()
+        return [states[layer + 1][real] for layer in layers]
 
 
 class TeacherStates:
@@ -145,54 +141,53 @@ def open_states(
     else:
         log.info("Teacher states: %.2f GB in %s", cache.num_bytes() / 1e9, folder)
         cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens=data.settings.batch_tokens)
-    return TeacherStates(
-        source,
-        wanted,
-        hidden_size,
-        _load_stats(folder / f"stats_{len(data.select('full').train_ids())}.json", live, data, device),
-    )
+    stats_file = folder / f"stats_{len(data.select('full').train_ids())}.json"
+    stats_file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not stats_file.exists():
+            measured = measure_stats(teacher.model, source, wanted, data, device)
+            write_json(stats_file, {str(layer): asdict(stats) for layer, stats in measured.items()})
+    stats = {int(layer): LayerStats(**values) for layer, values in read_json(stats_file).items()}
+    return TeacherStates(source, wanted, hidden_size, stats)
 
 
 def _to(batch: Batch, device: str) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
 
 
-def _load_stats(path: Path, live: LiveTeacher, data: KDDataModule, device: str) -> dict[int, LayerStats]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / "lock"):
-        if not path.exists():
-            measured = measure_stats(live, data, device)
-            write_json(path, {str(layer): asdict(stats) for layer, stats in measured.items()})
-    return {int(layer): LayerStats(**stats) for layer, stats in read_json(path).items()}
-
-
-def measure_stats(live: LiveTeacher, data: KDDataModule, device: str = "cpu") -> dict[int, LayerStats]:
+@torch.no_grad()
+def measure_stats(
+    model: PreTrainedModel, source: StateCache | LiveTeacher, layers: Sequence[int], data: KDDataModule, device: str
+) -> dict[int, LayerStats]:
     """Variance of each layer, and the error of the best context-free predictor of it.
 
     Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
+
+    Args:
+        model: the teacher's encoder.
+        source: gives its states.
+        layers: of the teacher.
+        data: set up.
+        device: where the model runs.
     """
-    train, held_out = (
-        _sample_states(live, data, ids, device) for ids in (data.select("full").train_ids(), data.held_out_ids())
-    )
+    embedded, states = [], []
+    for ids in (data.select("full").train_ids(), data.held_out_ids()):
+        batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
+        model.to(device)  # type: ignore[arg-type]
+        embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
+        # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
+        sampled = [[state.half().cpu() for state in source(batch, layers)] for batch in batches]
+        states.append([torch.cat(parts) for parts in zip(*sampled, strict=True)])
     stats = {}
-    for layer in live.layers:
-        weight = ridge_map(train[-1], train[layer])
-        predicted = held_out[-1].double() @ weight[:-1] + weight[-1]
+    for layer, train, held_out in zip(layers, *states, strict=True):
+        weight = ridge_map(embedded[0], train)
+        predicted = embedded[1].double() @ weight[:-1] + weight[-1]
         stats[layer] = LayerStats(
-            variance=float(train[layer].float().var(0, correction=0).mean()),
-            held_out_variance=float(held_out[layer].float().var(0, correction=0).mean()),
-            held_out_mse_context_free=float((predicted - held_out[layer]).square().mean()),
+            variance=float(train.float().var(0, correction=0).mean()),
+            held_out_variance=float(held_out.float().var(0, correction=0).mean()),
+            held_out_mse_context_free=float((predicted - held_out).square().mean()),
         )
     return stats
-
-
-def _sample_states(live: LiveTeacher, data: KDDataModule, sample_ids: np.ndarray, device: str) -> dict[int, Tensor]:
-    # Kept in half precision: all layers of a wide teacher are gigabytes otherwise.
-    sampled = [
-        {layer: states.half().cpu() for layer, states in live.hidden_states(_to(batch, device)).items()}
-        for batch in sample_batches(data, sample_ids, STATS_TOKENS)
-    ]
-    return {layer: torch.cat([states[layer] for states in sampled]) for layer in sampled[0]}
 
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
