@@ -366,10 +366,10 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         cache_key(weights, rows(), [1], 1),
         cache_key(weights, rows(), LAYERS, 2),
     ]
-    for name, value in (("DTYPE", np.dtype(np.float32)), ("FORMAT", cache_module.FORMAT + 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(cache_module, name, value)
-            others.append(cache_key(weights, rows(), LAYERS, 1))
+    others.append(cache_key(weights, rows(), LAYERS, 1, "int8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+        others.append(cache_key(weights, rows(), LAYERS, 1))
     assert len({key, *others}) == 1 + len(others) == 16
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
@@ -448,3 +448,28 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
     assert answers.get() == EVERYTHING - sum(map(rows_in, done.values()), Counter())
     assert not list(folder.glob(".*.partial"))
     assert shards(folder).items() > done.items() and len(shards(folder)) == 3 * VARIANTS
+
+
+def test_int8_takes_half_the_disk_and_is_off_by_half_a_step_at_most(folder):
+    whole = StateCache(folder / "float16", token_rows(), LAYERS, 384, VARIANTS)
+    small = StateCache(folder / "int8", token_rows(), LAYERS, 384, VARIANTS, "int8")
+    assert small.num_bytes() / whole.num_bytes() == pytest.approx((384 + 4) / 768)
+
+    def teacher(batch: Batch) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(int(batch["sample_ids"].sum()))
+        states = torch.randn(len(LAYERS), int(batch["attention_mask"].sum()), 384, generator=generator)
+        states[:, 0] = 0.0  # nothing to scale by
+        return list(states * torch.tensor([1.0, 300.0])[:, None, None])
+
+    for cache in (whole, small):
+        cache.build(teacher, BATCH_TOKENS)
+        assert sum(path.stat().st_size for path in cache.folder.glob("*.bin")) == cache.num_bytes()
+    batch = token_rows()[1, np.arange(NUM_ROWS)]
+    for exact, rounded in zip(whole(batch, LAYERS), small(batch, LAYERS), strict=True):
+        assert exact.dtype == rounded.dtype == torch.float16
+        exact, rounded = exact.float(), rounded.float()
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((exact - rounded).abs() <= 0.52 * step + 1e-3 * exact.abs()).all()
+        assert 0 < (exact - rounded).square().mean() < 3e-4 * exact.square().mean()
+    reopened = StateCache(small.folder, token_rows(), LAYERS, 384, VARIANTS, "int8")
+    reopened.build(lambda batch: pytest.fail("it is there"), BATCH_TOKENS)

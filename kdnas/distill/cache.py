@@ -1,9 +1,9 @@
 """The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
 
-A cache is a folder of shards. A shard holds the states of some rows, rows sorted by length: an array (L, T, H) of
-float16 for L layers and T real tokens. A shard's name holds its place and the hash of place and bytes, so a whole shard
-is known by itself: one that is missing, cut, damaged or in another's place is computed again, and there is no index
-that could disagree. The folder's name is the hash of everything that the states depend on.
+A cache is a folder of shards. A shard holds the states of some rows, rows sorted by length: an array (L, T) of records
+of H numbers, for L layers and T real tokens. A shard's name holds its place and the hash of place and bytes, so a whole
+shard is known by itself: one that is missing, cut, damaged or in another's place is computed again, and there is no
+index that could disagree. The folder's name is the hash of everything that the states depend on.
 """
 
 import errno
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,18 +26,50 @@ from kdnas.data.datamodule import Batch, TokenRows
 from kdnas.data.masking import IntArray
 from kdnas.errors import UserError
 
-# float16: storing costs 4e-8 of the states' variance, bfloat16 3e-6, at the same size.
-DTYPE = np.dtype(np.float16)
+Precision = Literal["float16", "int8"]
 FORMAT = 1
 SHARD_BYTES = 64 << 20
 # Pages that were read count as memory of this process until they are given back (the file cache keeps them).
 RELEASE_BYTES = 32 << 20
 
 
-def cache_key(teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_variants: int) -> str:
+def cache_key(
+    teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_variants: int, precision: Precision = "float16"
+) -> str:
     """The hash of all that the states depend on: weights, inputs (text, tokenizer, cut, masks), layers and format."""
-    parts = [FORMAT, DTYPE.name, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
+    parts = [FORMAT, precision, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
+    """How one token's state is stored.
+
+    Rounding costs 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, with one scale a token; bfloat16
+    would cost 3e-6 at float16's size (LOG.md).
+    """
+    values = ("values", np.dtype(precision), hidden_size)
+    return np.dtype([("scale", np.float32), values] if precision == "int8" else [values])
+
+
+def pack(states_NH: Tensor, record: np.dtype[np.void]) -> np.ndarray:
+    """States as records (N,)."""
+    packed = np.empty(len(states_NH), record)
+    if "scale" in record.fields:  # type: ignore[operator]
+        states_NH = states_NH.float()
+        scale_N1 = states_NH.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        packed["scale"] = scale_N1[:, 0].cpu().numpy()
+        packed["values"] = (states_NH / scale_N1).round().cpu().numpy()
+    else:
+        packed["values"] = states_NH.to("cpu", torch.float16).numpy()
+    return packed
+
+
+def unpack(packed: np.ndarray) -> Tensor:
+    """Records (N,) as states (N, H), float16."""
+    values = torch.from_numpy(packed["values"])
+    if "scale" in packed.dtype.fields:  # type: ignore[operator]
+        return (values * torch.from_numpy(packed["scale"])[:, None]).half()
+    return values
 
 
 def _tracked(places: list[tuple[int, int]], description: str) -> Iterable[tuple[int, int]]:
@@ -52,14 +85,22 @@ class StateCache:
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
         num_variants: mask variants a row has.
+        precision: of the stored numbers.
     """
 
     def __init__(
-        self, folder: Path, rows: TokenRows, layers: Sequence[int], hidden_size: int, num_variants: int
+        self,
+        folder: Path,
+        rows: TokenRows,
+        layers: Sequence[int],
+        hidden_size: int,
+        num_variants: int,
+        precision: Precision = "float16",
     ) -> None:
         self.folder, self.rows, self.layers = folder, rows, list(layers)
-        self.hidden_size, self.num_variants = hidden_size, num_variants
-        self._bytes_a_token = len(self.layers) * hidden_size * DTYPE.itemsize
+        self.num_variants = num_variants
+        self._record = record_of(precision, hidden_size)
+        self._bytes_a_token = len(self.layers) * self._record.itemsize
         order = np.argsort(rows.lengths, kind="stable")
         pieces = (np.cumsum(rows.lengths[order]) - 1) * self._bytes_a_token // SHARD_BYTES
         self._shard_rows: list[IntArray] = np.split(order, np.flatnonzero(np.diff(pieces)) + 1)
@@ -116,7 +157,7 @@ class StateCache:
         sample_ids = batch["sample_ids"].cpu().numpy()
         lengths = self.rows.lengths[sample_ids]
         ends = np.cumsum(lengths)
-        states = np.empty((len(indices), int(ends[-1]), self.hidden_size), dtype=DTYPE)
+        states = np.empty((len(indices), int(ends[-1])), dtype=self._record)
         for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
             shard = self._open(variant, int(self._shard_of[sample_id]))
             start = self._start[sample_id]
@@ -127,7 +168,7 @@ class StateCache:
             self._bytes_read = 0
             for mapped, _ in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
-        return list(torch.from_numpy(states))
+        return [unpack(layer_states) for layer_states in states]
 
     def _variants(self) -> range:
         return range(self.num_variants)
@@ -154,24 +195,24 @@ class StateCache:
 
     def _write(self, variant: int, shard: int, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> str:
         row_ids = self._shard_rows[shard]
-        states = np.empty((len(self.layers), self._num_tokens(shard), self.hidden_size), dtype=DTYPE)
+        states = np.empty((len(self.layers), self._num_tokens(shard)), dtype=self._record)
         position = 0
         rows_a_batch = max(1, batch_tokens // int(self.rows.padded_lengths[row_ids].max()))
         for start in range(0, len(row_ids), rows_a_batch):
             per_layer = teacher(self.rows[variant, row_ids[start : start + rows_a_batch]])
             num_tokens = len(per_layer[0])
             for layer, layer_states in enumerate(per_layer):
-                states[layer, position : position + num_tokens] = layer_states.to("cpu", torch.float16).numpy()
+                states[layer, position : position + num_tokens] = pack(layer_states, self._record)
             position += num_tokens
         prefix = self._prefix(variant, shard)
         digest = hashlib.sha256(prefix.encode())
-        digest.update(states.data)
+        digest.update(states.view(np.uint8).data)
         name = f"{prefix}.{digest.hexdigest()}.bin"
         # Plain writes, not a writable map: a full disk is then an error that can be caught, not a SIGBUS.
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(states.data)
+                file.write(states.view(np.uint8).data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
@@ -195,6 +236,6 @@ class StateCache:
         if name not in self._maps:
             with (self.folder / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            shape = (len(self.layers), self._num_tokens(shard), self.hidden_size)
-            self._maps[name] = mapped, np.frombuffer(mapped, dtype=DTYPE).reshape(shape)
+            shape = (len(self.layers), self._num_tokens(shard))
+            self._maps[name] = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
         return self._maps[name][1]

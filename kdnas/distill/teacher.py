@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdnas.data.datamodule import Batch, KDDataModule, LengthGroupedBatches
-from kdnas.distill.cache import StateCache, cache_key
+from kdnas.distill.cache import Precision, StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
 from kdnas.models import Teacher, embed, encode
@@ -48,10 +48,12 @@ class StatesSettings:
         folder: the states of all teachers and texts, one folder each; safe to delete. By default
             ``teacher_states`` in the folder of all runs.
         max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
+        precision: of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4 of the states' variance.
     """
 
     folder: str | None = None
     max_gb: float = 20.0
+    precision: Precision = "float16"
 
     def __post_init__(self) -> None:
         if not self.max_gb >= 0:
@@ -125,11 +127,11 @@ def open_states(
     wanted = sorted(set(layers))
     num_variants = data.settings.num_mask_variants
     folder = Path(settings.folder or "lightning_logs/teacher_states") / cache_key(
-        teacher.weights_sha256(), data.rows, wanted, num_variants
+        teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision
     )
     hidden_size = teacher.config.hidden_size
     live = LiveTeacher(teacher.model, wanted)
-    cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants)
+    cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants, settings.precision)
     source: StateCache | LiveTeacher = cache
     if cache.num_bytes() > settings.max_gb * 1e9:
         source = live
