@@ -182,8 +182,9 @@ def test_cached_and_live_states_give_the_same_loss(any_teacher, text_file, tmp_p
         states = open_states(teacher, data, range(-1, 4), settings)
         metrics = validate(begun(make(teacher, states, arch, objective=objective), data), data)
         losses.append([metrics["val/loss"], *(metrics[name] for name in sorted(metrics))])
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3, abs=1e-3)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2, abs=1e-2)
+    close = 1e-3 if precision == "float16" else 2e-2
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=close, abs=close)
+    assert losses[0] == pytest.approx(losses[1], rel=5 * close, abs=5 * close)
     assert losses[0] != losses[1]  # one of them is rounded
 
 
