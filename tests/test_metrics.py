@@ -69,7 +69,7 @@ def test_what_inference_mode_left_can_be_added_to():
             for batch in make_batches(20, 20):
                 probe.update(*batch)
             errors.update(torch.ones(1), torch.ones(1))
-            assert errors.compute().tolist() == [1.0] and probe.compute()[0].isfinite()
+            assert errors.compute().item() == 1.0 and probe.compute()[0].isfinite()
             probe.reset()
             errors.reset()
 

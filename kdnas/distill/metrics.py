@@ -1,8 +1,5 @@
 """What is measured of a student on held-out rows, as sums that add up over batches and ranks."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,13 +24,8 @@ class TermErrors(Metric):
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
 
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """What torchmetrics makes of ``compute``, which gives a scalar for one term, in shape (terms,) all the same."""
-        wrapped = super()._wrap_compute(compute)
-        return lambda: wrapped().reshape(-1)
-
     def compute(self) -> Tensor:
-        """The mean error of each term, shape (terms,); 0 where there was nothing to compare."""
+        """The mean error of each term, 0 where there was nothing to compare; of a single term torchmetrics's scalar."""
         return self.sums / self.counts.clamp_min(1)
 
 

@@ -174,7 +174,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
 
     def on_validation_epoch_end(self) -> None:
-        means = self.val_errors.compute().cpu()
+        means = self.val_errors.compute().cpu().reshape(-1)
         if not torch.isfinite(means).all():
             raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
         weights = self._weights("held_out_variance").cpu()
