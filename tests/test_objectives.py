@@ -17,7 +17,16 @@ from kdnas.config import as_plain
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping
 from kdnas.distill.module import Recipe
-from kdnas.distill.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum, needed_layers
+from kdnas.distill.objectives import (
+    Criterion,
+    HiddenStates,
+    LearnedMapping,
+    Objective,
+    Term,
+    View,
+    WeightedSum,
+    needed_layers,
+)
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.errors import UserError
 from kdnas.models import build_student, find_teacher
@@ -38,6 +47,7 @@ OBJECTIVES = {
     "hidden states": HiddenStates(),
     "last layer": HiddenStates(LastLayer()),
     "original": HiddenStates(LastAndSkip(), shared_projection=True, normalize=False, fit_projections=False),
+    "learned": LearnedMapping(),
     "maps": AttentionMaps(),
     "relations": AttentionRelations(num_heads=4),
     "cls": SentenceState("cls"),
@@ -258,6 +268,28 @@ def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, options, pair
     assert [term.name for term in criterion.terms] == names
     assert {term.weight for term in criterion.terms} == {1 / len(names)}
     assert {term.scaled for term in criterion.terms} == {options.get("normalize", True)}
+
+
+def test_the_error_of_a_learned_mapping_is_that_of_plain_loops_and_its_mixture_is_learned(teacher):
+    student, criterion = make(LearnedMapping(), teacher)
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5], [0.0, 1.0, 3.0, 0.5]])
+    criterion.logits.data.copy_(logits)
+    batch = make_batch()
+    ours, theirs = view_of(student, batch), view_of(teacher, batch)
+    errors = criterion(ours, theirs)
+    for j, (error, count) in enumerate(errors):
+        target, expected = theirs.real(j).detach().numpy(), 0.0
+        odds = [np.exp(logits[i, j].item()) for i in range(2)]
+        for i, projection in enumerate(criterion.projections):
+            part = slice(64 * j, 64 * (j + 1))
+            weight, bias = projection.weight[part].detach().numpy(), projection.bias[part].detach().numpy()
+            squares = (ours.real(i).detach().numpy() @ weight.T + bias - target) ** 2
+            expected += odds[i] / sum(odds) * squares.mean(-1).sum()
+        assert error.item() == pytest.approx(float(expected), rel=1e-4) and count == len(target)
+    assert [(term.layer, term.scaled, term.weight) for term in criterion.terms] == [(j, True, 0.25) for j in range(4)]
+    sum(error for error, _ in errors).backward()
+    better = torch.stack([criterion.logits.grad[0], criterion.logits.grad[1]])
+    torch.testing.assert_close(better[0], -better[1])  # what one student layer gains the other loses
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import LastAndSkip, LayerMapping
@@ -217,6 +217,47 @@ class _HiddenStates(Criterion):
             inputs = [view.real(i) for i, _ in layers for view in students]
             targets = [torch.cat([view.real(j) for j in js], -1) for _, js in layers for view in teachers]
             fit_linear(projection, torch.cat(inputs), torch.cat(targets), strength=1e-3)
+
+
+class LearnedMapping(Objective):
+    """Squared errors on every teacher layer, each taught to a learned mixture of the student's layers.
+
+    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and student layers i, with
+    ``p_j = softmax(a_j)`` trained beside the student: over its layers, not the teacher's, so that no layer of the
+    teacher can be left out for an easier one. All students are asked for the same.
+
+    Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return set(range(num_teacher_layers))
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _LearnedMapping(student.config, teacher.config)
+
+
+class _LearnedMapping(Criterion):
+    def __init__(self, ours: PreTrainedConfig, theirs: PreTrainedConfig) -> None:
+        super().__init__()
+        num_ours, self.num_theirs = ours.num_hidden_layers, theirs.num_hidden_layers
+        self.terms = [Term(f"teacher_{j}", 1 / self.num_theirs, j, scaled=True) for j in range(self.num_theirs)]
+        self.projections = nn.ModuleList(
+            nn.Linear(ours.hidden_size, self.num_theirs * theirs.hidden_size) for _ in range(num_ours)
+        )
+        self.logits = nn.Parameter(torch.zeros(num_ours, self.num_theirs))
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        targets = [teacher.real(j) for j in range(self.num_theirs)]
+        predicted = [
+            projection(student.real(i)).chunk(len(targets), -1) for i, projection in enumerate(self.projections)
+        ]
+        errors = torch.stack([torch.stack(list(map(squared_error, parts, targets))) for parts in predicted])
+        return [(error, len(targets[0])) for error in (self.logits.softmax(0) * errors).sum(0)]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        targets = torch.cat([torch.cat([view.real(j) for j in range(self.num_theirs)], -1) for view in teachers])
+        for i, projection in enumerate(self.projections):
+            fit_linear(projection, torch.cat([view.real(i) for view in students]), targets, strength=1e-3)
 
 
 class WeightedSum(Objective):
