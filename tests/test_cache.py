@@ -1,4 +1,5 @@
 import errno
+import mmap
 import multiprocessing
 import os
 import re
@@ -116,9 +117,19 @@ def test_states_come_back_as_the_teacher_gave_them(folder):
     check(cache)
 
 
-def test_states_come_back_also_where_pages_are_given_back(folder, monkeypatch):
-    monkeypatch.setattr(cache_module, "RELEASE_BYTES", 100)
-    check(build(folder)[0])
+def test_pages_that_were_read_are_given_back(folder, monkeypatch):
+    given_back = []
+
+    class Map(mmap.mmap):
+        def madvise(self, option, *args):
+            given_back.append(option)
+            return super().madvise(option, *args)
+
+    monkeypatch.setattr(cache_module.mmap, "mmap", Map)
+    cache = build(folder)[0]
+    cache(cache.rows[0, np.arange(NUM_ROWS)], LAYERS)
+    assert given_back == [mmap.MADV_DONTNEED] * 3  # one a shard
+    check(cache)
 
 
 def test_a_cache_that_is_there_asks_no_teacher(folder):

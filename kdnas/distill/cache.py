@@ -29,8 +29,6 @@ from kdnas.errors import UserError
 Precision = Literal["float16", "int8"]
 FORMAT = 1
 SHARD_BYTES = 64 << 20
-# Pages that were read count as memory of this process until they are given back (the file cache keeps them).
-RELEASE_BYTES = 32 << 20
 
 
 def cache_key(
@@ -111,7 +109,6 @@ class StateCache:
             self._start[row_ids] = np.cumsum(rows.lengths[row_ids]) - rows.lengths[row_ids]
         self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
         self._names: list[str] = []
-        self._bytes_read = 0
 
     def num_bytes(self) -> int:
         """Size of the whole cache on disk."""
@@ -158,16 +155,16 @@ class StateCache:
         lengths = self.rows.lengths[sample_ids]
         ends = np.cumsum(lengths)
         states = np.empty((len(indices), int(ends[-1])), dtype=self._record)
+        touched = {int(shard): self._open(variant, int(shard)) for shard in np.unique(self._shard_of[sample_ids])}
         for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
-            shard = self._open(variant, int(self._shard_of[sample_id]))
+            _, shard = touched[int(self._shard_of[sample_id])]
             start = self._start[sample_id]
             for position, index in enumerate(indices):
                 states[position, end - length : end] = shard[index, start : start + length]
-        self._bytes_read += states.nbytes
-        if self._bytes_read > RELEASE_BYTES:
-            self._bytes_read = 0
-            for mapped, _ in self._maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped, _ in touched.values():
+            # Pages around those that were read count as this process's memory, ten times as many; the file cache
+            # keeps them.
+            mapped.madvise(mmap.MADV_DONTNEED)
         return [unpack(layer_states) for layer_states in states]
 
     def _variants(self) -> range:
@@ -231,11 +228,11 @@ class StateCache:
             "make room, give another folder, or lower the disk budget so that the teacher runs live."
         )
 
-    def _open(self, variant: int, shard: int) -> np.ndarray:
+    def _open(self, variant: int, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         name = self._names[variant * len(self._shard_rows) + shard]
         if name not in self._maps:
             with (self.folder / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             shape = (len(self.layers), self._num_tokens(shard))
             self._maps[name] = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
-        return self._maps[name][1]
+        return self._maps[name]

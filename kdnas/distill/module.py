@@ -133,6 +133,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         """Start the student from the teacher, and the criterion from both, on a sample of the training rows; once."""
         if self.started is not None:
             return
+        release_memory()  # what the reading of text left
         rows = sample_batches(data, data.train_ids(), CALIBRATION_TOKENS)
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Ba
 
 
 class _Narrowing:
-    """The calibration rows' streams, flat (N, H) in float32, and the steps of ``narrow``."""
+    """The calibration rows' streams, flat (N, H), and the steps of ``narrow``."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> None:
         self.student, self.teacher, self.rows = student, teacher, rows
@@ -77,11 +77,12 @@ class _Narrowing:
             with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
                 states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
             for i, state in enumerate(states):
-                stream[i].append(state[mask].float())
+                stream[i].append(state[mask])
                 scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
             inputs.clear()
         for hook in hooks:
             hook.remove()
+        # As they come, in half precision: all layers of a wide teacher are gigabytes otherwise.
         self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(stream)}
         self.output_scale = [torch.cat(parts) for parts in scales]
 
@@ -117,7 +118,7 @@ class _Narrowing:
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
         width = self.student.config.hidden_size
-        covariances = [torch.cov(self.stream[layer].double().T) for layer in layers]
+        covariances = [torch.cov(self.stream[layer].float().T).double() for layer in layers]
         total = sum((c / c.trace() for c in covariances), torch.zeros_like(covariances[0]))
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
         # The student's norms take the mean over dimensions away: the components live beside it, one fewer than H_s.
@@ -132,7 +133,7 @@ class _Narrowing:
         """Make one student layer; its stream after it, and the teacher's heads that it has."""
         names, config = self.names, self.student.config
         part = layer.get_submodule
-        run = self._teacher_layer(theirs[source], self.stream[source - 1])
+        run = self._teacher_layer(theirs[source], self.stream[source - 1].float())
         heads = self._important_heads(theirs[source], run["value"])
         queries, keys, values = self._cut(theirs[source], run, heads)
         for parameter in part(names.key).parameters():
@@ -147,16 +148,17 @@ class _Narrowing:
         z = z + fit_linear(part(names.attention_output), context, wanted - z)
         z = self._fit_norm(part(names.attention_norm), z, target)
         out: Any = theirs[source].get_submodule(names.output)
-        importance = run["activated"].square().mean(0).sqrt() * (out.weight.T @ self.basis).norm(dim=1)
+        importance = run["activity"] * (out.weight.T @ self.basis).norm(dim=1)
         neurons = importance.topk(config.intermediate_size).indices.sort().values
         inner = fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
+        del run
         norm = theirs[end].get_submodule(names.output_norm)
-        target, wanted = self._wanted(norm, self.stream[end], self.output_scale[end])
+        target, wanted = self._wanted(norm, self.stream[end].float(), self.output_scale[end])
         z = z + fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 
     def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """What the parts of a teacher layer give for the stream x, flat and in float32."""
+        """What the parts of a teacher layer give for the stream x, flat; most in float32."""
         names = self.names
         part = layer.get_submodule
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
@@ -164,7 +166,8 @@ class _Narrowing:
             context = self._attend(query, key, value, self.teacher.config.num_attention_heads)
             before_norm = x + part(names.attention_output)(context).float()
             attention = part(names.attention_norm)(before_norm).float()
-            intermediate = part(names.intermediate)(attention).float()
+            intermediate = part(names.intermediate)(attention)
+            activated = ACT2FN[self.teacher.config.hidden_act](intermediate)
         return {
             "query": query,
             "key": key,
@@ -172,7 +175,7 @@ class _Narrowing:
             "attention_scale": before_norm.std(-1, correction=0, keepdim=True),
             "attention": attention,
             "intermediate": intermediate,
-            "activated": ACT2FN[self.teacher.config.hidden_act](intermediate),
+            "activity": activated.float().square().mean(0).sqrt(),
         }
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
