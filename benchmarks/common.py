@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -99,7 +100,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "kdnas": __version__,
-        "gomp_spincount": os.environ["GOMP_SPINCOUNT"],
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
     }
 
 

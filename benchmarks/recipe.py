@@ -197,8 +197,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = list(ours.loader(ours.held_out_ids(), shuffle=False))
     pl.seed_everything(0, verbose=False)
     original = HiddenStateDistillModule(teacher, config.arch, config.recipe)
-    live = LiveTeacher(teacher.model, original.target_layers)
-    original.states = TeacherStates(live, live.layers, teacher.config.hidden_size, module.states.stats)
+    live = LiveTeacher(teacher.model)
+    original.states = TeacherStates(live, original.target_layers, teacher.config.hidden_size, module.states.stats)
     watch = HeldOutError(batches, variance, num_steps=QUICK_STEPS if chosen.quick else None)
     settings = TrainerSettings(
         accelerator="cpu",

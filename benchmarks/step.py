@@ -79,9 +79,10 @@ def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     with torch.autocast("cpu", torch.bfloat16):
         _, teacher = module.views(batch)
         with torch.no_grad():
-            states = encode(module.student, batch).hidden_states
+            output = encode(module.student, batch, maps=True)  # the step takes them from the model, too
+        padded = {layer - 1: state.requires_grad_() for layer, state in enumerate(output.hidden_states)}
         student = View(
-            module.student, batch, padded={layer - 1: state.requires_grad_() for layer, state in enumerate(states)}
+            module.student, batch, padded, maps=[attention.requires_grad_() for attention in output.attentions]
         )
         with FlopCounterMode(display=False) as counter:
             module(student, teacher)[0].sum().backward()
@@ -215,7 +216,7 @@ def measure_ours(
     trainer.limit_val_batches = 0
     trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
     fit(trainer, module, data)
-    live = LiveTeacher(teacher.model, module.target_layers)
+    live = LiveTeacher(teacher.model)
     with_live = time_steps(lambda batch: live(batch, module.target_layers), batches, max(3, num_steps // 4))
     steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
     seconds = [step["step"] for step in steps]

@@ -42,8 +42,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
-        # Before torch is imported: its threads spin while they wait, and one busy core makes a step seven times slower.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        # Before torch is imported: its threads spin for milliseconds while they wait, and one busy core makes a step
+        # seven times slower; without any spinning, small matmuls wait for threads to wake up (LOG.md).
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

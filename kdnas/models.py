@@ -290,14 +290,14 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
     return AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
 
 
-def matmul_dtype(device: str) -> torch.dtype:
-    """The precision that matmuls have here: autocast's, or float32."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of a model's matmuls: autocast's, or that of its weights."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-def additive_mask(mask_BT: torch.Tensor) -> torch.Tensor:
+def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What attention adds to its scores, (B, 1, 1, T): 0 on real tokens, the lowest number on padding."""
-    dtype = matmul_dtype(mask_BT.device.type)
     mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
     return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
 
@@ -319,7 +319,7 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
         if maps:  # the mask that models make is float32, and would make float32 of the maps
-            inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool())
+            inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool(), matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 

@@ -144,7 +144,7 @@ def _refuse_other_config(run: Run, config: SearchConfig) -> None:
     if not run.config.exists():
         return
     known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
-    free = ["root", "states.", "trainer.accelerator", "data.num_workers"]
+    free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -190,6 +190,7 @@ def _prepare(config: SearchConfig, console: Console) -> _Job:
             "text": data.rows.sha256(data.settings.num_mask_variants),
             "num_train_rows": len(data.corpus.train),
             "space": {name: list(values) for name, values in space.choices.items()},
+            "states.precision": config.states.precision,
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
         }
     )

@@ -82,9 +82,9 @@ def test_criterion_flops_are_three_times_the_projections(tiny_teacher, data):
     teacher = find_teacher(str(tiny_teacher))
     module = HiddenStateDistillModule(teacher, ARCH, Recipe(objective=HiddenStates(LastAndSkip())))
     module.started = Started()
-    live = LiveTeacher(teacher.model, module.target_layers)
+    live = LiveTeacher(teacher.model)
     stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
-    module.states = TeacherStates(live, live.layers, 64, stats)
+    module.states = TeacherStates(live, module.target_layers, 64, stats)
     batch = next(iter(data.train_dataloader()))
     num_tokens = int(batch["attention_mask"].sum())
     # Two student layers, each from 32 to two of the teacher's 64.

@@ -77,7 +77,7 @@ def test_cached_and_live_states_are_the_teacher_s_for_every_mask(teacher, data, 
 
 
 def test_stored_states_are_live_ones_in_float16(teacher, data, tmp_path):
-    live, given = LiveTeacher(teacher.model, LAYERS), []
+    live, given = LiveTeacher(teacher.model), []
 
     def remember(batch):
         given.append((batch, live(batch, LAYERS)))
@@ -93,7 +93,7 @@ def test_stored_states_are_live_ones_in_float16(teacher, data, tmp_path):
 
 def test_states_require_no_gradient_and_can_enter_autograd(teacher, data, states):
     batch = data.rows[0, np.arange(4)]
-    for source in (states.source, LiveTeacher(teacher.model, LAYERS)):
+    for source in (states.source, LiveTeacher(teacher.model)):
         weight = torch.ones(64, requires_grad=True)
         found = source(batch, [2])[0].float()
         assert not found.requires_grad
@@ -161,7 +161,7 @@ def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
             return super().__call__(batch, layers)
 
     monkeypatch.setattr(teacher_module, "STATS_TOKENS", 200)
-    measure_stats(teacher.model, Counted(teacher.model, LAYERS), LAYERS, data, "cpu")
+    measure_stats(teacher.model, Counted(teacher.model), LAYERS, data, "cpu")
     for ids in (data.train_ids(), data.held_out_ids()):
         chosen = [row for row in seen if row in ids]
         assert 200 <= data.rows.lengths[chosen].sum() < 200 + 26

@@ -66,7 +66,7 @@ def unpack(packed: np.ndarray) -> Tensor:
     """Records (N,) as states (N, H), float16."""
     values = torch.from_numpy(packed["values"])
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
-        return (values * torch.from_numpy(packed["scale"])[:, None]).half()
+        return (values * torch.from_numpy(packed["scale"].copy())[:, None]).half()
     return values
 
 

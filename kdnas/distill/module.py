@@ -79,7 +79,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
     layer where the term is scaled, else 1. The held-out loss, by which students are ranked, is the weighted mean of the
-    terms that compare students: attention maps do not, for each student is asked for those of its own layers.
+    terms that compare students: attention maps do not, for each student is asked for those of its own layers. Where no
+    term does, all count. So training and held-out loss are not the same sum.
 
     The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
     batch to states, opened in ``setup`` from the data module; a search sets it once for all candidates.
@@ -105,8 +106,6 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.last_layer = config.num_hidden_layers - 1
         self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
         self.student = build_student(config, arch)
-        # Its maps are wanted; and on a CPU the fused kernel's backward pass takes twice as long.
-        self.student.set_attn_implementation("eager")
         self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
@@ -125,6 +124,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
             self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
         if stage == "fit":
             self.begin(data)
+            if self.trainer.strategy.root_device.type == "cpu":
+                # The fused kernel's backward pass takes twice as long there; and this one gives the maps.
+                self.student.set_attn_implementation("eager")
             self.student.train()  # Lightning warns of a fit that begins in eval mode; on_train_start decides
         self._teacher.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
 
@@ -150,8 +152,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def views(self, batch: Batch) -> tuple[View, View]:
         """The student's and the teacher's states on a batch."""
         assert self.states is not None, "setup() sets it"
-        # Dropout falls on the maps too.
-        output = encode(self.student, batch, maps=not self.student.training)
+        eager = self.student.config._attn_implementation == "eager"
+        output = encode(self.student, batch, maps=eager and not self.student.training)  # dropout falls on maps too
         padded = dict(enumerate(output.hidden_states or (), -1))
         student = View(self.student, batch, padded, maps=output.attentions)
         return student, View(self._teacher.model, batch, real=self.states(batch, self.target_layers))

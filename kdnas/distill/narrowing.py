@@ -4,6 +4,7 @@ Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and 
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.activations import ACT2FN
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import spread
 from kdnas.distill.losses import ridge_map
-from kdnas.models import encode, family_of
+from kdnas.models import embed, encode, family_of
 
 
 def project_tables(ours: Any, theirs: Any, basis_TS: Tensor) -> None:
@@ -67,22 +68,18 @@ class _Narrowing:
         # How large the stream is before each layer's last norm, which divides by that: (N, 1).
         scales: list[list[Tensor]] = [[] for _ in layers]
         inputs: list[Tensor] = []
-        hooks = [
-            layer.get_submodule(self.names.output_norm).register_forward_hook(
-                lambda _, args, out: inputs.append(args[0])
-            )
-            for layer in dict.fromkeys(layers)
-        ]
-        for batch, mask in zip(rows, self.masks, strict=True):
-            with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
-                states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
-            for i, state in enumerate(states):
-                stream[i].append(state[mask])
-                scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
-            inputs.clear()
-        for hook in hooks:
-            hook.remove()
-        # As they come, in half precision: all layers of a wide teacher are gigabytes otherwise.
+        with ExitStack() as hooks:
+            for layer in layers:
+                norm = layer.get_submodule(self.names.output_norm)
+                hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
+            for batch, mask in zip(rows, self.masks, strict=True):
+                with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
+                    states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+                for i, state in enumerate(states):
+                    # In half precision: all layers of a wide teacher are gigabytes otherwise.
+                    stream[i].append(state[mask].half())
+                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+                inputs.clear()
         self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(stream)}
         self.output_scale = [torch.cat(parts) for parts in scales]
 
@@ -90,12 +87,8 @@ class _Narrowing:
         """What goes into the embedding's layer norm, and what comes out of it."""
         embeddings: Any = model.embeddings
         before: list[Tensor] = []
-        hook = embeddings.LayerNorm.register_forward_hook(lambda module, inputs, output: before.append(inputs[0]))
-        after = []
-        for batch in self.rows:
-            types = batch["token_type_ids"] if model.config.type_vocab_size > 1 else None
-            after.append(embeddings(input_ids=batch["input_ids"], token_type_ids=types))
-        hook.remove()
+        with embeddings.LayerNorm.register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
+            after = [embed(model, batch) for batch in self.rows]
         flat = [torch.cat([t[mask] for t, mask in zip(ts, self.masks, strict=True)]) for ts in (before, after)]
         return flat[0], flat[1]
 

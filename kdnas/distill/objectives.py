@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import LastAndSkip, LayerMapping
-from kdnas.distill.losses import attention_map, squared_error
+from kdnas.distill.losses import attention_map, ridge_map, squared_error
 from kdnas.distill.narrowing import fit_linear
 from kdnas.errors import UserError
 from kdnas.models import family_of, matmul_dtype
@@ -67,7 +67,7 @@ class View:
     def _input(self, layer: int) -> Tensor:
         """States as the maps of the next layer take them, converted once."""
         if layer not in self._inputs:
-            self._inputs[layer] = self.padded(layer).to(matmul_dtype(self.mask_BT.device.type))
+            self._inputs[layer] = self.padded(layer).to(matmul_dtype(self.model))
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
@@ -82,15 +82,15 @@ class View:
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
         """Where the chosen heads of a layer, or all, look: (B, A, T, T)."""
-        if self._maps is not None:
-            return self._maps[layer] if chosen is None else self._maps[layer][:, chosen]
+        if self._maps is not None and chosen is None:
+            return self._maps[layer]
         num_heads = self.model.config.num_attention_heads
         query, key = (self.heads(layer, part, num_heads, chosen) for part in ("query", "key"))
         return attention_map(query, key, self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
         """The mean over the marked tokens of the last layer's states, in float32, (B, H)."""
-        weights = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
+        weights = mask_BT.float() / mask_BT.sum(1, keepdim=True).clamp_min(1)
         with torch.autocast(self.mask_BT.device.type, enabled=False):
             last = self.padded(self.model.config.num_hidden_layers - 1).float()
             return torch.bmm(weights[:, None], last)[:, 0]
@@ -106,7 +106,8 @@ class Term:
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
         compares: one student's error can be held against another's. Not where it is asked of the layers that the
-            student happens to have, for some are easier than others.
+            student happens to have, for some are easier than others. (Hidden states of mapped layers count, as in the
+            original, though LastLayer and LearnedMapping alone ask the same of every student.)
     """
 
     name: str
@@ -255,9 +256,13 @@ class _LearnedMapping(Criterion):
         return [(error, len(targets[0])) for error in (self.logits.softmax(0) * errors).sum(0)]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        targets = torch.cat([torch.cat([view.real(j) for j in range(self.num_theirs)], -1) for view in teachers])
-        for i, projection in enumerate(self.projections):
-            fit_linear(projection, torch.cat([view.real(i) for view in students]), targets, strength=1e-3)
+        for j in range(self.num_theirs):  # one after the other: all layers of a wide teacher are gigabytes
+            target = torch.cat([view.real(j) for view in teachers])
+            rows = slice(j * target.shape[-1], (j + 1) * target.shape[-1])
+            for i, projection in enumerate(self.projections):
+                weight = ridge_map(torch.cat([view.real(i) for view in students]), target, strength=1e-3).float()
+                parameters: Any = projection
+                parameters.weight.data[rows], parameters.bias.data[rows] = weight[:-1].T, weight[-1]
 
 
 class WeightedSum(Objective):

@@ -65,11 +65,10 @@ class LiveTeacher:
 
     Args:
         model: the teacher's encoder, frozen, in eval mode.
-        layers: which layers to give.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        self.model, self.layers = model, list(layers)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
@@ -130,7 +129,7 @@ def open_states(
         teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision
     )
     hidden_size = teacher.config.hidden_size
-    live = LiveTeacher(teacher.model, wanted)
+    live = LiveTeacher(teacher.model)
     cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants, settings.precision)
     source: StateCache | LiveTeacher = cache
     if cache.num_bytes() > settings.max_gb * 1e9:

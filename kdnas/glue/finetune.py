@@ -70,14 +70,14 @@ class GLUEModule(ClipFusedGradients):
     ) -> None:
         super().__init__()
         assert classifier.config.num_labels == task.num_labels
-        # On a CPU the fused kernel's backward pass is slower; latency is measured on the models that are saved.
-        classifier.set_attn_implementation("eager")
         self.classifier, self.task, self.settings = classifier, task, settings
         self.metrics = make_metrics(task)
 
     def on_fit_start(self) -> None:
         """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
         self.train()
+        if self.device.type == "cpu":
+            self.classifier.set_attn_implementation("eager")  # the fused kernel's backward pass is slower there
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
@@ -191,6 +191,7 @@ def evaluate_glue(
     if task.task.label_names:
         classifier.config.id2label = dict(enumerate(task.task.label_names))
         classifier.config.label2id = {name: label for label, name in enumerate(task.task.label_names)}
+    attention = classifier.config._attn_implementation
     history = _History()
     data = GLUEDataModule(
         task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
@@ -200,6 +201,7 @@ def evaluate_glue(
         torch.manual_seed(settings.seed)
         fit(trainer, GLUEModule(classifier, task.task, settings), data)
     classifier.eval()
+    classifier.set_attn_implementation(attention)
     with new_folder(folder / "model") as model:
         classifier.save_pretrained(model)
         tokenizer.save_pretrained(model)
