@@ -76,6 +76,7 @@ def student_flops(lengths: Sequence[int], arch: StudentArch) -> int:
 
 def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     """FLOPs of the objective's matmuls on a batch, forward and backward, as torch's FlopCounterMode counts them."""
+    module.student.set_attn_implementation("eager")
     with torch.autocast("cpu", torch.bfloat16):
         _, teacher = module.views(batch)
         with torch.no_grad():

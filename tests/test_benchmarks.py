@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
@@ -89,6 +90,20 @@ def test_criterion_flops_are_three_times_the_projections(tiny_teacher, data):
     num_tokens = int(batch["attention_mask"].sum())
     # Two student layers, each from 32 to two of the teacher's 64.
     assert step.criterion_flops(module, batch) == 3 * 2 * (2 * 32 * 128) * num_tokens
+
+
+def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
+    teacher = find_teacher(str(tiny_teacher))
+    module = HiddenStateDistillModule(teacher, ARCH, Recipe(objective=AttentionMaps()))
+    module.started = Started()
+    stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
+    module.states = TeacherStates(LiveTeacher(teacher.model), module.target_layers, 64, stats)
+    batch = next(iter(data.train_dataloader()))
+    num_rows, length = batch["input_ids"].shape
+    # In two layers, for each head that the student has: queries and keys of 64 dimensions, and their scores.
+    size = 64 // teacher.config.num_attention_heads
+    per_head = 2 * 2 * 64 * size * num_rows * length + 2 * size * num_rows * length**2
+    assert step.criterion_flops(module, batch) == 2 * ARCH.num_attention_heads * per_head
 
 
 def test_original_batches_are_padded_to_its_length(data):

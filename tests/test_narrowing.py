@@ -166,6 +166,21 @@ def test_a_teacher_of_few_dimensions_is_followed_closely(low_rank):
 
 
 @torch.no_grad()
+def test_an_interrupted_narrowing_leaves_nothing_on_the_teacher(low_rank, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in low_rank.modules())
+
+    before = hooks()  # transformers has some of its own
+    monkeypatch.setattr("kdnas.distill.narrowing.encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        narrow(student_of(low_rank), low_rank, ROWS)
+    assert hooks() == before
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("num_heads", "size"), [(1, 32), (2, 16), (4, 8)])
 def test_heads_smaller_or_larger_than_the_teacher_s_keep_its_maps(low_rank, num_heads, size):
     # Of the teacher's head size of 16 at most 8 dimensions are in use.

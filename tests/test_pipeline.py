@@ -258,7 +258,12 @@ def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize(
     ("option", "key"),
-    [("--seed=1", "seed"), ("--search.alpha=-0.1", "search.alpha"), ("--data.max_length=20", "data.max_length")],
+    [
+        ("--seed=1", "seed"),
+        ("--search.alpha=-0.1", "search.alpha"),
+        ("--data.max_length=20", "data.max_length"),
+        ("--states.precision=int8", "states.precision"),
+    ],
 )
 def test_another_config_under_the_same_name_is_refused(
     option: str, key: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -53,9 +53,9 @@ class Recipe:
 
     objective: Objective = DEFAULT_OBJECTIVE
     start: Start = FromTeacher()
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     copied_learning_rate: float = 2e-4
-    matrix_learning_rate: float | None = 5e-3
+    matrix_learning_rate: float | None = 2.5e-3
     copied_matrix_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.1
