@@ -12,7 +12,8 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -49,17 +50,15 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
     return np.dtype([("scale", np.float32), values] if precision == "int8" else [values])
 
 
-def pack(states_NH: Tensor, record: np.dtype[np.void]) -> np.ndarray:
-    """States as records (N,)."""
-    packed = np.empty(len(states_NH), record)
-    if "scale" in record.fields:  # type: ignore[operator]
+def pack(states_NH: Tensor, packed: np.ndarray) -> None:
+    """Write states as records (N,)."""
+    if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
         scale_N1 = states_NH.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         packed["scale"] = scale_N1[:, 0].cpu().numpy()
         packed["values"] = (states_NH / scale_N1).round().cpu().numpy()
     else:
         packed["values"] = states_NH.to("cpu", torch.float16).numpy()
-    return packed
 
 
 def unpack(packed: np.ndarray) -> Tensor:
@@ -138,8 +137,8 @@ class StateCache:
                 needed = sum(self._num_bytes(shard) for _, shard in missing)
                 if needed > self._free():
                     raise self._no_room(needed)
-                for place in _tracked(missing, "teacher states"):
-                    names[place] = self._write(*place, teacher, batch_tokens)
+                for place, name in self._fill(missing, teacher, batch_tokens):
+                    names[place] = name
                     needed -= self._num_bytes(place[1])
                 self._names = [name for name in names.values() if name is not None]
         except OSError as error:  # others use the disk too
@@ -190,26 +189,55 @@ class StateCache:
             path.unlink()
         return None
 
-    def _write(self, variant: int, shard: int, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> str:
+    def _fill(
+        self, missing: list[tuple[int, int]], teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int
+    ) -> Iterator[tuple[tuple[int, int], str]]:
+        """Compute and write shards; a shard is written while the next one is computed."""
+        most = max((self._num_tokens(shard) for _, shard in missing), default=0)
+        buffers = [np.empty((len(self.layers), most), dtype=self._record) for _ in range(2)]  # fresh pages take time
+        pending: list[Future[str]] = []  # popped, not named: an error would keep a frame that keeps the error
+        with ThreadPoolExecutor(1) as writer:
+            for number, place in enumerate(_tracked(missing, "teacher states")):
+                states = self._compute(*place, teacher, batch_tokens, buffers[number % 2])
+                if pending:
+                    yield missing[number - 1], pending.pop().result()
+                pending.append(writer.submit(self._write, *place, states))
+            if pending:
+                yield missing[-1], pending.pop().result()
+
+    def _compute(
+        self,
+        variant: int,
+        shard: int,
+        teacher: Callable[[Batch], Sequence[Tensor]],
+        batch_tokens: int,
+        buffer: np.ndarray,
+    ) -> list[np.ndarray]:
+        """For each layer the records of a shard, in a buffer (L, any number of tokens)."""
         row_ids = self._shard_rows[shard]
-        states = np.empty((len(self.layers), self._num_tokens(shard)), dtype=self._record)
+        states = [layer_states[: self._num_tokens(shard)] for layer_states in buffer]
         position = 0
         rows_a_batch = max(1, batch_tokens // int(self.rows.padded_lengths[row_ids].max()))
         for start in range(0, len(row_ids), rows_a_batch):
             per_layer = teacher(self.rows[variant, row_ids[start : start + rows_a_batch]])
             num_tokens = len(per_layer[0])
-            for layer, layer_states in enumerate(per_layer):
-                states[layer, position : position + num_tokens] = pack(layer_states, self._record)
+            for layer_states, packed in zip(per_layer, states, strict=True):
+                pack(layer_states, packed[position : position + num_tokens])
             position += num_tokens
+        return states
+
+    def _write(self, variant: int, shard: int, states: list[np.ndarray]) -> str:
         prefix = self._prefix(variant, shard)
         digest = hashlib.sha256(prefix.encode())
-        digest.update(states.view(np.uint8).data)
+        for layer_states in states:
+            digest.update(layer_states.view(np.uint8).data)
         name = f"{prefix}.{digest.hexdigest()}.bin"
         # Plain writes, not a writable map: a full disk is then an error that can be caught, not a SIGBUS.
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(states.view(np.uint8).data)
+                for layer_states in states:
+                    file.write(layer_states.view(np.uint8).data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
