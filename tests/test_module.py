@@ -217,7 +217,7 @@ def test_every_precision_that_trains_a_student_trains(teacher, data, states, pre
 
 def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
     before = teacher.weights_sha256()
-    module = make(teacher, states)
+    module = make(teacher, states, learning_rate=3e-3, matrix_learning_rate=5e-3)
     trainer(num_epochs=3).fit(module, datamodule=data)
     assert [row["epoch"] for row in module.history] == [0, 1, 2]
     assert module.history[0]["loss"] > module.history[2]["loss"]
