@@ -316,7 +316,9 @@ def test_a_checkpoint_holds_no_teacher_and_is_loaded_with_the_defaults(teacher, 
     again.states = states
     batch = data.rows[0, data.held_out_ids()]
     with torch.no_grad():
-        assert torch.equal(errors(again.eval(), batch), errors(module.eval(), batch))
+        torch.testing.assert_close(
+            errors(again.eval(), batch), errors(module.eval(), batch)
+        )  # one of them attends eagerly
 
 
 @pytest.mark.parametrize("objective", [HiddenStates(), SUM], ids=["hidden states", "sum"])
