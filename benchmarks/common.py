@@ -2,10 +2,9 @@
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from kdnas.cli import set_environment
+
+set_environment()
 
 import argparse
 import logging

@@ -42,14 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
-        # Before torch is imported: its threads spin for milliseconds while they wait, and one busy core makes a step
-        # seven times slower; without any spinning, small matmuls wait for threads to wake up (LOG.md).
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
+        set_environment()
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)
@@ -64,6 +57,18 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
+
+
+def set_environment() -> None:
+    """Tell the libraries, before they are imported, what the user has not told them."""
+    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven times slower; without
+    # any spinning, small matmuls wait for threads to wake up (LOG.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
 
 
 def _goes_on(command: str) -> str:

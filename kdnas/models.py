@@ -313,9 +313,7 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
         batch: token ids, mask and token types.
         maps: ``attentions`` too, (B, A, T, T) for every layer; the model must have been told to attend eagerly.
     """
-    inputs = {"input_ids": batch["input_ids"]}
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        inputs["token_type_ids"] = batch["token_type_ids"]
+    inputs = _embedding_inputs(model, batch)
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
         if maps:  # the mask that models make is float32, and would make float32 of the maps
@@ -325,12 +323,19 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
 
 def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """The embedding output (B, T, H) alone, ``encode(model, batch).hidden_states[0]``; no layer runs."""
-    inputs = {"input_ids": batch["input_ids"]}
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        inputs["token_type_ids"] = batch["token_type_ids"]
-    states = model.embeddings(**inputs)  # type: ignore[operator]
-    mapping = getattr(model.encoder, "embedding_hidden_mapping_in", None)  # ALBERT's tables have their own width
+    states = model.embeddings(**_embedding_inputs(model, batch))  # type: ignore[operator]
+    mapping = embedding_mapping(model)
     return states if mapping is None else mapping(states)
+
+
+def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    marks = getattr(model.config, "type_vocab_size", 0) > 1  # of the second sentence
+    return {name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks)}
+
+
+def embedding_mapping(model: PreTrainedModel) -> Any:
+    """ALBERT's map from its tables' own width to the hidden size; None for the others."""
+    return getattr(model.encoder, "embedding_hidden_mapping_in", None)
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:

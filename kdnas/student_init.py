@@ -14,7 +14,7 @@ from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import spread
 from kdnas.distill.narrowing import narrow, project_tables
 from kdnas.errors import UserError
-from kdnas.models import family_of
+from kdnas.models import embed, embedding_mapping, family_of
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ class FromEmbeddings(Start):
         basis_TS = embedding_basis(teacher, student.config.hidden_size)
         ours: Any = student.embeddings
         theirs: Any = teacher.embeddings
-        mapping = _mapping_in(student)
+        mapping = embedding_mapping(student)
         if mapping is not None:  # ALBERT: tables keep their own width, the map behind them is projected
             ours.load_state_dict(theirs.state_dict())
-            source = _mapping_in(teacher)
+            source = embedding_mapping(teacher)
             mapping.weight.copy_(basis_TS.T @ source.weight)
             mapping.bias.copy_(basis_TS.T @ source.bias)
             return Started(frozenset(f"embeddings.{name}" for name, _ in ours.named_parameters()))
@@ -105,7 +105,7 @@ class FromTeacher(Start):
         if student.config.hidden_size == teacher.config.hidden_size:
             return self._copy(student, teacher)
         layers = family_of(student.config).layers(student)
-        if len(set(map(id, layers))) < len(layers) or _mapping_in(student) is not None:
+        if len(set(map(id, layers))) < len(layers) or embedding_mapping(student) is not None:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
             return FromEmbeddings()(student, teacher, rows)
         return Started(heads=narrow(student, teacher, rows))
@@ -143,18 +143,9 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
         Orthonormal columns, shape (H_t, H_s), float32.
     """
     word_ids = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
-    embeddings: Any = teacher.embeddings
-    states = embeddings(input_ids=word_ids)[:, 0]
-    mapping = _mapping_in(teacher)
-    if mapping is not None:
-        states = mapping(states)
+    states = embed(teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0]
     _, vectors = torch.linalg.eigh(torch.cov(states.double().T))  # eigenvalues in ascending order
     return vectors[:, -width:].flip(-1).float()
-
-
-def _mapping_in(model: PreTrainedModel) -> Any:
-    """ALBERT's map from its tables' own width to the hidden size; None for the others."""
-    return getattr(model.encoder, "embedding_hidden_mapping_in", None)
 
 
 def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: str) -> None:

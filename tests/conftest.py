@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["GOMP_SPINCOUNT"] = "10000"  # as the command line does
+from kdnas.cli import set_environment
+
+set_environment()  # before torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from pathlib import Path

@@ -303,7 +303,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk, and not everywhere")
+        pytest.skip("only root can mount a small disk, and not everywhere; full disks are injected elsewhere here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -422,8 +422,8 @@ def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder
     check(build(folder)[0])
 
 
-@pytest.mark.parametrize("num_passes", [3, 16])
-def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder, num_passes):
+@pytest.mark.parametrize(("num_passes", "num_done"), [(3, 0), (16, 4)])
+def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder, num_passes, num_done):
     context = multiprocessing.get_context("fork")
     reached, answers = context.Event(), context.SimpleQueue()
 
@@ -446,8 +446,10 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
     killed, waiting = (context.Process(target=target) for target in (build_until_killed, wait_and_finish))
     killed.start()
     assert reached.wait(timeout=30)
-    time.sleep(0.3)  # the last whole shard is still being written
-    done = shards(folder)
+    for _ in range(1000):  # the last whole one may still be written
+        if len(done := shards(folder)) == num_done:
+            break
+        time.sleep(0.01)
     (folder / ".half.partial").write_bytes(b"what a builder leaves that is killed while it writes")
     waiting.start()
     waiting.join(timeout=0.3)
@@ -456,7 +458,7 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
     waiting.join(timeout=30)
     killed.join(timeout=30)
     assert (killed.exitcode, waiting.exitcode) == (-signal.SIGKILL, 0)
-    assert (len(done) > 0) == (num_passes == 16)
+    assert len(done) == num_done
     assert answers.get() == EVERYTHING - sum(map(rows_in, done.values()), Counter())
     assert not list(folder.glob(".*.partial"))
     assert shards(folder).items() > done.items() and len(shards(folder)) == 3 * VARIANTS

@@ -117,6 +117,7 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--root=/dev/null/logs", "/dev/null/logs"),
         ("--data.max_length=long", "data.max_length"),
         ("--recipe.objective=Hiden", "recipe.objective"),
+        ("--states.precision=int4", "states.precision"),
         ("--recipe.start=Evn", "recipe.start"),
     ],
 )

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdnas.models import additive_mask
+
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
     """Sum over tokens of the mean over dimensions of the squared error, in float32.
@@ -34,9 +36,8 @@ def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tens
         key_BATD: the same.
         mask_BT: True on real tokens.
     """
-    padding = torch.zeros_like(mask_BT, dtype=query_BATD.dtype).masked_fill(~mask_BT, torch.finfo(query_BATD.dtype).min)
     scores = (query_BATD * query_BATD.shape[-1] ** -0.5) @ key_BATD.transpose(-1, -2)
-    return (scores + padding[:, None, None, :]).softmax(-1)
+    return (scores + additive_mask(mask_BT, scores.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:

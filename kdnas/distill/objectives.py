@@ -256,11 +256,12 @@ class _LearnedMapping(Criterion):
         return [(error, len(targets[0])) for error in (self.logits.softmax(0) * errors).sum(0)]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        inputs = [torch.cat([view.real(i) for view in students]) for i in range(len(self.projections))]
         for j in range(self.num_theirs):  # one after the other: all layers of a wide teacher are gigabytes
             target = torch.cat([view.real(j) for view in teachers])
             rows = slice(j * target.shape[-1], (j + 1) * target.shape[-1])
-            for i, projection in enumerate(self.projections):
-                weight = ridge_map(torch.cat([view.real(i) for view in students]), target, strength=1e-3).float()
+            for projection, states in zip(self.projections, inputs, strict=True):
+                weight = ridge_map(states, target, strength=1e-3).float()
                 parameters: Any = projection
                 parameters.weight.data[rows], parameters.bias.data[rows] = weight[:-1].T, weight[-1]
 
