@@ -220,9 +220,10 @@ class _Narrowing:
 
     def _wanted(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """What a student's norm should give, and what should go into it, for what a teacher's gives and divides by."""
-        direction = (after - norm.bias) @ self.basis / norm.weight.abs().mean()
-        direction = direction - direction.mean(-1, keepdim=True)
-        return after @ self.basis, scale * direction
+        target = after @ self.basis
+        direction = (target - norm.bias @ self.basis) / norm.weight.abs().mean()
+        direction -= direction.mean(-1, keepdim=True)
+        return target, scale * direction
 
     def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
         """Scale and shift of a layer norm by least squares; what it then gives."""
