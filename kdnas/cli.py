@@ -15,7 +15,8 @@ from kdnas.errors import CandidateFailed, UserError, nearest
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
   kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report
-  kdnas search  --teacher DIR --text FILE           the search alone
+  kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
+  kdnas space   --teacher DIR                       what students a search may propose, and what they cost
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
 
 `kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
@@ -105,15 +106,35 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.pipeline import run
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    run(_config(RunConfig, "run", args))
+    run(_config(RunConfig, "run", args)[0])
 
 
 def _search(args: Sequence[str]) -> None:
+    from rich.console import Console
+
     from kdnas.config import SearchConfig
+    from kdnas.job import look
     from kdnas.pipeline import search
+    from kdnas.plan import plan
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    search(_config(SearchConfig, "search", args))
+    dry_run = "measure a few steps, say what the search will need, and leave it at that"
+    config, flags = _config(SearchConfig, "search", args, dry_run=dry_run)
+    if flags["dry_run"]:
+        console = Console()
+        console.print(plan(look(config, console)).table())
+    else:
+        search(config)
+
+
+def _space(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.config import SpaceConfig
+    from kdnas.plan import show_space
+
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
+    show_space(_config(SpaceConfig, "space", args)[0], Console())
 
 
 def _fit(args: Sequence[str]) -> None:
@@ -140,20 +161,24 @@ def _fit(args: Sequence[str]) -> None:
         FitCLI(HiddenStateDistillModule, KDDataModule, args=["fit", *args], parser_kwargs={"exit_on_error": False})
 
 
-def _config(config_class: type[Any], command: str, args: Sequence[str]) -> Any:
-    """A config from YAML and options."""
+def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
+    """A config from YAML and options, and the flags (name -> help) that were set."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
     parser.set_defaults(_objects())
+    # --time-budget and --time_budget are the same.
+    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
     try:
-        options = vars(parser.instantiate(parser.parse_args(list(args))))
+        options = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
         raise _in_one_line(error, parser) from error
     options.pop("config")
-    return config_class(**options)
+    return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
 
 
 def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
@@ -169,4 +194,4 @@ def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
     return UserError(message.rstrip(".") + "." + hint)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "search": _search, "fit": _fit}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "search": _search, "space": _space, "fit": _fit}

@@ -16,6 +16,25 @@ from kdnas.training import TrainerSettings
 
 
 @dataclass(frozen=True)
+class SpaceSettings:
+    """Other values for some fields of the search space; null leaves what was derived from the teacher.
+
+    Args:
+        num_hidden_layers: layers.
+        num_attention_heads: heads a layer; each must divide every width.
+        hidden_size: widths.
+        intermediate_size: widths of the feed-forward part.
+        hidden_act: activations, by transformers' names.
+    """
+
+    num_hidden_layers: list[int] | None = None
+    num_attention_heads: list[int] | None = None
+    hidden_size: list[int] | None = None
+    intermediate_size: list[int] | None = None
+    hidden_act: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How many candidates, how long each, and what makes a good one.
 
@@ -70,26 +89,62 @@ class SearchConfig:
             installed packages).
         name: of the run; the same name again goes on where it was stopped.
         root: the folder of all runs.
+        sampler: what proposes candidates: lstm, tpe, random, gp, nsgaii, or any Optuna sampler by class path, with its
+            init_args.
+        pruner: what ends candidates early, by their held-out loss after each epoch: none, median, hyperband, or any
+            Optuna pruner by class path, with its init_args.
+        workers: processes that train candidates at the same time on this machine, each with its share of the cores and
+            one device. Latency is measured while the others hold still.
+        storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
+            default.
+        time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
+        space: what students may be proposed; ``kdnas space`` shows it.
         data: how text becomes batches; its seed is ``seed``.
         recipe: how students are distilled.
         search: how many candidates, and the budget.
         latency: how latency is measured.
         states: where the teacher's states are kept.
         trainer: device and precision.
+
+    Raises:
+        UserError: a value is out of its range.
     """
 
     teacher: str
     text: str
     name: str = "kdnas"
     root: str = "lightning_logs"
+    sampler: str | dict[str, Any] = "tpe"
+    pruner: str | dict[str, Any] = "none"
+    workers: int = 1
+    storage: str | None = None
+    time_budget: float | None = None
     seed: int = 0
+    space: SpaceSettings = field(default_factory=SpaceSettings)
     data: DataSettings = field(default_factory=DataSettings)
     recipe: Recipe = field(default_factory=Recipe)
     search: SearchSettings = field(default_factory=SearchSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)
     states: StatesSettings = field(default_factory=StatesSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}: give at least 1.")
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise UserError(f"time_budget is {self.time_budget}: give minutes above 0, such as 30.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig(SearchConfig):
+    """What ``kdnas space`` is asked for: a search, of which the teacher is enough.
+
+    Args:
+        text: as for a search, or nothing: random words, to measure on.
+    """
+
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +169,8 @@ def as_plain(value: Any) -> Any:
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, dict):
+        return {name: as_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
     path = f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,81 +1,42 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
 
 import dataclasses
-import itertools
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock, ReadWriteLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
-from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain, flat
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
-from kdnas.data.datamodule import KDDataModule
+from kdnas.config import FullKDSettings, RunConfig, SearchConfig
 from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.objectives import Objective, needed_layers
-from kdnas.distill.teacher import TeacherStates, open_states
-from kdnas.errors import UserError
+from kdnas.errors import CandidateFailed, UserError
 from kdnas.export import export_student
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.latency import LatencyMeter, measure_latency
+from kdnas.glue.tasks import LoadedTask
+from kdnas.job import Job, prepare, refuse_other_config
+from kdnas.latency import measure_latency
 from kdnas.models import (
-    Teacher,
     build_classifier,
-    build_student,
-    find_teacher,
     load_classifier,
-    max_length,
     num_parameters,
     student_config,
 )
 from kdnas.nas.candidate import WEIGHTS, Evaluator
-from kdnas.nas.search import FrozenTrial, Study, open_study, refuse_difference, trained
+from kdnas.nas.search import FrozenTrial, Study, failure_of, trained
 from kdnas.nas.search import search as search_loop
-from kdnas.nas.space import SearchSpace
-from kdnas.report import result_table, trials_frame, write_report
+from kdnas.nas.workers import run_workers
+from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, new_folder, read_json, write_json, write_text
 from kdnas.training import FitProgress, KeepLast, fit, make_trainer
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all stages share once the user's input is known to be good."""
-
-    config: SearchConfig
-    run: Run
-    console: Console
-    teacher: Teacher
-    data: KDDataModule
-    task: LoadedTask | None
-    space: SearchSpace
-    meter: LatencyMeter
-    study: Study
-
-    def states(self) -> TeacherStates:
-        """Of every layer that a student of the space can ask for, so that all share one cache."""
-        num_layers = self.teacher.config.num_hidden_layers
-        depths = self.space.choices["num_hidden_layers"]
-        layers = needed_layers(self.config.recipe.objective, depths, num_layers)
-        accelerator = self.config.trainer.accelerator
-        device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-        settings = self.config.states
-        if settings.folder is None:
-            settings = dataclasses.replace(settings, folder=str(self.run.root / "teacher_states"))
-        return open_states(self.teacher, self.data, layers, settings, device)
-
-    def progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, console=self.console, transient=True)
 
 
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
@@ -87,8 +48,12 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    job = _prepare(config, console or Console())
+    job = prepare(config, console or Console())
     best = _search(job)
+    job.console.print(front_table(job.study))
+    refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
+    if refused:
+        job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -104,10 +69,10 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     console = console or Console()
     run = Run(config.root, config.name)
     if run.report.exists():
-        _refuse_other_config(run, config)
+        refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
-        job = _prepare(config, console)
+        job = prepare(config, console)
         with _alone(run):
             best = _search(job)
             _full_kd(job, config.full_kd, best)
@@ -139,91 +104,7 @@ def _alone(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def _refuse_other_config(run: Run, config: SearchConfig) -> None:
-    """A name stands for one config, but for what changes no result and for stages that have not begun."""
-    if not run.config.exists():
-        return
-    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
-    free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    if not isinstance(config, RunConfig):
-        free.append("search.n_trials")
-    if not run.full_kd.exists():
-        free.append("full_kd.")
-    if not run.glue.exists():
-        free += ["finetune.", "task"]
-    shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
-    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
-
-
-def _prepare(config: SearchConfig, console: Console) -> _Job:
-    """Look at everything that the user gave, cheapest first, before anything is written or trained."""
-    run = Run(config.root, config.name)
-    _refuse_other_config(run, config)
-    run.check_writable()
-    config.trainer.check()
-    teacher = find_teacher(config.teacher)
-    space = SearchSpace.from_teacher(teacher.config)
-    _check_objective(config.recipe.objective, teacher, space)
-    meter = LatencyMeter(teacher.config, config.latency)
-    fastest = dataclasses.replace(space.smallest(), hidden_act=space.choices["hidden_act"][-1])  # ReLU is the cheapest
-    glance = dataclasses.replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
-    violation, reason = config.search.budget.violation(LatencyMeter(teacher.config, glance).measure(fastest))
-    if violation > 0:
-        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.")
-    text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
-    if isinstance(config, RunConfig) and task_source and config.finetune.max_length > max_length(teacher.config):
-        raise UserError(
-            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
-            f"{max_length(teacher.config)} tokens."
-        )
-    if QUICKSTART in (text, task_source):
-        path = build_quickstart_text(run.text)
-        text = str(path) if text == QUICKSTART else text
-        task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
-    task = load_task(task_source) if task_source else None
-    data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
-    data.setup()
-    assert data.rows is not None and data.corpus is not None
-    identity = flat(
-        {
-            "teacher": teacher.weights_sha256(),
-            "text": data.rows.sha256(data.settings.num_mask_variants),
-            "num_train_rows": len(data.corpus.train),
-            "space": {name: list(values) for name, values in space.choices.items()},
-            "states.precision": config.states.precision,
-            **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
-        }
-    )
-    del identity["search.n_trials"], identity["data.num_workers"]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(f"sqlite:///{run.study_db}", run.name, identity, config.seed)
-    study.set_user_attr("budget", as_plain(config.search.budget))
-    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(trained(study)) < config.search.n_trials:
-        raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
-    known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
-    write_text(run.config, yaml.safe_dump(known | as_plain(config), sort_keys=False))
-    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.corpus.dropped.items() if count)
-    console.print(
-        f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
-        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out{dropped}.  "
-        f"Space: {len(space)} students.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return _Job(config, run, console, teacher, data, task, space, meter, study)
-
-
-def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
-    """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
-    needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
-    with torch.device("meta"):
-        teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
-        for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
-            arch = dataclasses.replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
-            objective.criterion(build_student(teacher.config, arch), teacher_shape)
-
-
-def _search(job: _Job) -> StudentArch:
+def _search(job: Job) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
     num_done = len(trained(study))
     if run.best_student.exists() and num_done >= settings.n_trials:
@@ -237,7 +118,8 @@ def _search(job: _Job) -> StudentArch:
 
         def show(study: Study, trial: FrozenTrial) -> None:
             progress.update(bar, completed=len(trained(study)))
-            job.console.print(_line(trial), highlight=False, soft_wrap=True)
+            if "not_needed" not in trial.user_attrs:
+                job.console.print(_line(trial), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
 
@@ -254,13 +136,32 @@ def _search(job: _Job) -> StudentArch:
             beta=settings.beta,
             seed=job.config.seed,
             folder=run.trial,
+            stillness=ReadWriteLock(run.stillness),
             progress=progress,
         )
-        best = search_loop(evaluate, job.space, study, settings.n_trials, [show])
+        seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
+        if job.config.workers > 1:
+            run_workers(partial(_work, job.config), job.config.workers, study, show, seconds, run.worker_log)
+            seconds = 0  # what follows only looks at what they did
+        best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
     write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
     return arch
+
+
+def _work(config: SearchConfig, index: int, seconds: float) -> None:
+    """One worker process of a search: the same search, told into a log file."""
+    config = dataclasses.replace(config, workers=1, time_budget=seconds / 60 if math.isfinite(seconds) else None)
+    with Run(config.root, config.name).worker_log(index).open("a", encoding="utf-8") as file:
+        for stream in (1, 2):  # the libraries' chatter too
+            os.dup2(file.fileno(), stream)
+        try:
+            _search(prepare(config, Console(), is_worker=True))
+        except (UserError, CandidateFailed) as error:  # the process that started it finds the same
+            print(error)
+        except KeyboardInterrupt:
+            print("interrupted")
 
 
 def _keep_best_weights(run: Run, study: Study) -> None:
@@ -272,11 +173,15 @@ def _keep_best_weights(run: Run, study: Study) -> None:
 def _line(trial: FrozenTrial) -> str:
     """One line for a trial that ended."""
     attrs = trial.user_attrs
+    if "arch" not in attrs:
+        return f"trial {trial.number:3d}  ended before it began"
     head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
     if "twin_of" in attrs:
         return f"{head}known from trial {attrs['twin_of']}"
-    if "refused" in attrs or "failed" in attrs:
-        return head + ("refused, " + attrs["refused"] if "refused" in attrs else "failed, " + attrs["failed"])
+    if "refused" in attrs:
+        return f"{head}refused, {attrs['refused']}"
+    if trial.state.name == "FAIL":
+        return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
     if trial.state.name == "PRUNED":
         return head + "pruned"
     return (
@@ -285,7 +190,7 @@ def _line(trial: FrozenTrial) -> str:
     )
 
 
-def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
+def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     folder = job.run.full_kd
     if (folder / "result.json").exists():
         job.console.print("Full KD: done.")
@@ -328,7 +233,7 @@ def _full_kd(job: _Job, settings: FullKDSettings, arch: StudentArch) -> None:
     job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}.")
 
 
-def _finetune(job: _Job, settings: FinetuneSettings, task: LoadedTask, arch: StudentArch) -> None:
+def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: StudentArch) -> None:
     """Fine-tune teacher, student and a randomly started student of the same shape, all with the same settings."""
     folder = job.run.glue
     if (folder / "results.json").exists():
@@ -373,7 +278,7 @@ def _finetune(job: _Job, settings: FinetuneSettings, task: LoadedTask, arch: Stu
     write_json(folder / "results.json", {"task": about, "models": rows})
 
 
-def _export(job: _Job, arch: StudentArch) -> None:
+def _export(job: Job, arch: StudentArch) -> None:
     if job.run.student.exists():
         job.console.print("Export: done.")
         return

@@ -30,11 +30,12 @@ from rich.text import Text
 
 from kdnas import __version__
 from kdnas.arch import StudentArch
+from kdnas.nas.search import failure_of
 from kdnas.runs import Run, read_json, write_text
 
 ARCH = [field.name for field in fields(StudentArch)]
 MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
-COLUMNS = ["number", "state", *ARCH, *MEASURED, "num_parameters", "reward", "seconds", "reason"]
+COLUMNS = ["number", "state", *ARCH, *MEASURED, "num_parameters", "reward", "front", "seconds", "reason"]
 SHAPE = ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act"]
 MODELS = {"teacher": "teacher", "student": "best student", "random": "random start"}
 PACKAGES = ("torch", "transformers", "optuna", "lightning")
@@ -105,19 +106,57 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
 
     Returns:
         Columns ``number, state``, the five fields of the shape, ``loss, contextual_share, sentence_r2,
-        latency_ms, latency_iqr_ms, speedup, num_parameters, reward, seconds, reason``.
+        latency_ms, latency_iqr_ms, speedup, num_parameters, reward, front, seconds, reason``. ``front`` names what the
+        student is on the Pareto front of, beside the loss: ``latency``, ``parameters``, both, or nothing.
     """
     rows = []
     for trial in _begun(study):
         attrs = trial.user_attrs
-        reason = attrs.get("refused") or attrs.get("failed")
+        reason = attrs.get("refused") or attrs.get("failed") or failure_of(trial)
         if "twin_of" in attrs:
             reason = f"same shape as trial {attrs['twin_of']}"
         found = {"number": trial.number, "state": trial.state.name, "reason": reason}
         rows.append(attrs | attrs.get("arch", {}) | found)
     whole = dict.fromkeys((*ARCH[:4], "num_parameters"), "Int64")
     real = dict.fromkeys((*MEASURED, "reward", "seconds"), "float64")
-    return pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)
+    fronts = {"latency": _front(frame, "latency_ms"), "parameters": _front(frame, "num_parameters")}
+    frame["front"] = [" and ".join(name for name, front in fronts.items() if i in front) or None for i in frame.index]
+    return frame
+
+
+def _front(frame: pd.DataFrame, size: str) -> pd.Index:
+    """The trained candidates that no other beats in both loss and size, the smallest first."""
+    trained = frame[np.isfinite(frame["loss"]) & frame["reward"].notna() & ~_is_twin(frame)].sort_values([size, "loss"])
+    return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
+
+
+def _is_twin(frame: pd.DataFrame) -> pd.Series:
+    return frame["reason"].fillna("").str.startswith("same shape")
+
+
+def front_table(study: optuna.Study) -> Table:
+    """The best student, and those on the Pareto fronts of loss and latency, and of loss and parameters."""
+    frame = trials_frame(study)
+    best = _best(study)
+    shown = frame[frame["front"].notna() | (frame["number"] == (best.number if best else -1))]
+    title = "The best student (*) and the Pareto fronts"
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("", "trial", "loss", "latency\n(ms)", "speed-up", "parameters\n(M)", "reward", "front of"):
+        table.add_column(Text(heading), justify="left" if heading == "front of" else "right")
+    for row in shown.sort_values("latency_ms").to_dict("records"):
+        cells = [
+            "*" if best is not None and row["number"] == best.number else "",
+            str(row["number"]),
+            _text(row["loss"], ".4f"),
+            _text(row["latency_ms"], ".2f"),
+            _text(row["speedup"], ".1f", "x"),
+            _text(row["num_parameters"], ".2f", scale=1e-6),
+            _text(row["reward"], ".4f"),
+            row["front"] or "",
+        ]
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def write_report(run: Run, study: optuna.Study, *, title: str | None = None) -> Path:
@@ -173,15 +212,16 @@ def _text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
 
 
 def _begun(study: optuna.Study) -> list[FrozenTrial]:
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if t.state != TrialState.WAITING and "not_needed" not in t.user_attrs]
 
 
 def _in_words(trial: FrozenTrial) -> str:
     """What became of a trial."""
     if "twin_of" in trial.user_attrs:
         return "repeated"
-    if trial.state == TrialState.FAIL:  # with no reason written down, its process died
-        return "interrupted" if trial.user_attrs.get("failed", "interrupted").startswith("interrupted") else "failed"
+    if trial.state == TrialState.FAIL:
+        return "failed" if failure_of(trial) else "interrupted"
     if trial.state == TrialState.PRUNED:
         return "refused" if "refused" in trial.user_attrs else "stopped early"
     return "finished" if trial.state == TrialState.COMPLETE else "running"
@@ -233,6 +273,7 @@ def _headline(frame: pd.DataFrame, best: FrozenTrial | None, full_kd: Any, resul
 
 def _asked(run: Run, config: Mapping[str, Any], budget: Mapping[str, float]) -> dict[str, str]:
     limits = {"speedup": "at least {:g}x as fast as the teacher", "latency_ms": "at most {:g} ms"}
+    limits["num_parameters"] = "at most {:,} parameters"
     return {name: str(config[name]) for name in ("teacher", "text", "task") if config.get(name)} | {
         "budget": ", ".join(limits[name].format(limit) for name, limit in budget.items() if limit) or "none",
         "configuration": str(run.config),
@@ -271,9 +312,9 @@ def _picture(label: str, draw: Callable[[Axes], None]) -> Markup:
 
 def _pareto(frame: pd.DataFrame, best: FrozenTrial | None, budget: Mapping[str, float]) -> Markup | None:
     measured = frame[frame["latency_ms"].notna() & (frame["state"] != "repeated")]
-    trained = measured[np.isfinite(measured["loss"])].sort_values(["latency_ms", "loss"])
+    trained = measured[np.isfinite(measured["loss"])]
     untrained = measured.drop(trained.index)
-    front = trained[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
+    front = frame.loc[_front(frame, "latency_ms")]
     teacher_ms = (measured["latency_ms"] * measured["speedup"]).median()
 
     def draw(axes: Axes) -> None:

@@ -40,6 +40,7 @@ class Run:
         self.config = self.folder / "config.yaml"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
+        self.stillness = self.folder / "stillness.lock"
         self.trials_csv = self.folder / "trials.csv"
         self.best_student = self.folder / "best_student.yaml"
         self.full_kd = self.folder / "full_kd"
@@ -50,6 +51,10 @@ class Run:
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""
         return self.folder / f"trial_{number:04d}"
+
+    def worker_log(self, index: int) -> Path:
+        """What a worker process tells: ``worker_1.log``."""
+        return self.folder / f"worker_{index}.log"
 
     def check_writable(self) -> None:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.

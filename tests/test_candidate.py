@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from filelock import ReadWriteLock
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import Progress
@@ -87,6 +88,7 @@ def make(parts: dict[str, object], tmp_path: Path, monkeypatch) -> Callable[...,
             beta=0.6,
             seed=0,
             folder=Run(tmp_path, "study").trial,
+            stillness=ReadWriteLock(tmp_path / "stillness.lock"),
         )
         return Evaluator(**(values | changes))
 
@@ -111,6 +113,8 @@ def new_study() -> optuna.Study:
         (Budget(speedup=4, latency_ms=4), 5.0, 1.0, "2.00x as fast as the teacher, 4x is asked for"),
         (Budget(speedup=2.5, latency_ms=2), 5.0, 1.5, "5.000 ms, 2 ms is asked for"),
         (Budget(speedup=1, latency_ms=2), 5.0, 1.5, "5.000 ms, 2 ms is asked for"),
+        (Budget(num_parameters=1234), 5.0, 0.0, ""),
+        (Budget(num_parameters=617), 5.0, 1.0, "1,234 parameters, 617 are asked for"),
         (Budget(speedup=3, latency_ms=100), 5.0, 0.5, "2.00x as fast as the teacher, 3x is asked for"),
     ],
 )
@@ -120,7 +124,7 @@ def test_the_budget_is_broken_by_the_larger_of_its_excesses(budget, student_ms, 
     assert found <= 0 or words == reason
 
 
-@pytest.mark.parametrize("name", ["speedup", "latency_ms"])
+@pytest.mark.parametrize("name", ["speedup", "latency_ms", "num_parameters"])
 @pytest.mark.parametrize("value", [0, -1.5, math.nan])
 def test_a_budget_that_is_not_above_zero_is_refused(name, value):
     with pytest.raises(UserError, match=f"The budget {name} is {value}: give a number above 0"):

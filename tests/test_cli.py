@@ -42,7 +42,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {"run", "search", "fit"}
+    assert set(COMMANDS) == {"run", "search", "space", "fit"}
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"
@@ -105,6 +105,18 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--search.alpha=0.5", "alpha is 0.5"),
         ("--search.budget.speedup=0", "speedup is 0"),
         ("--search.budget.speedup=1e9", "the fastest possible, 1 layers x 32 wide"),
+        ("--search.budget.num_parameters=100", "the fastest possible, 1 layers x 32 wide"),
+        ("--sampler=lstn", "There is no sampler 'lstn'"),
+        ("--sampler=optuna.samplers.TPESampler2", "There is no sampler 'optuna.samplers.TPESampler2'"),
+        ("--sampler=optuna.pruners.NopPruner", "is no sampler"),
+        ('--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}', "does not take"),
+        ("--pruner=medium", "There is no pruner 'medium'"),
+        ("--workers=0", "workers is 0"),
+        ("--time-budget=0", "time_budget is 0"),
+        ("--space.hidden_size=[128]", "space.hidden_size has 128: a student has from 1 to its teacher's 64"),
+        ("--space.hidden_size=[33]", "space.hidden_size has 33 and space.num_attention_heads 2"),
+        ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
+        ("--space.hidden_act=[rellu]", "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?"),
         ("--latency.length=4000", "length of latency is 4000"),
         ("--latency.device=tpu", "'tpu'"),
         ("--trainer.devices=2", "devices is 2"),
@@ -261,3 +273,38 @@ def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
         assert main(search) == 3
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert main(search) == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:secret@nowhere.invalid/db", "nonsense", "sqlite:////nowhere/at/all.db"]
+)
+def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
+    url: str, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*search, f"--storage={url}"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("kdnas: The database ") and "secret" not in error
+    assert not list((tmp_path / "logs").rglob("config.yaml"))
+
+
+def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--teacher={tiny_teacher}", "--data.max_length=16", "--data.batch_tokens=64", "--latency.length=16"]
+    assert main(["space", *options, "--space.num_hidden_layers=[1,3]", "--latency.min_seconds=0.01"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "72 students" in shown and "num_hidden_layers: [1, 3]" in shown and "hidden_act: ['gelu', 'relu']" in shown
+    assert "smallest" in shown and "1 layers" in shown and "largest" in shown and "random rows" in shown
+
+
+def test_a_dry_run_says_what_a_search_will_need_and_leaves_nothing(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*search, "--dry-run", "--search.budget.speedup=0.01"]) == 0
+    shown = capsys.readouterr().out
+    for heading in ("teacher states", "candidates", "minutes", "disk", "memory", "GB"):
+        assert heading in shown
+    assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
+
+
+def test_dashes_and_underscores_are_the_same_in_options(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--time-budget=-1", "--time_budget=-1"):
+        assert "time_budget is -1" in refused([*search, option], capsys)

@@ -11,7 +11,7 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
-from kdnas.report import result_rows, result_table, trials_frame, write_report
+from kdnas.report import front_table, result_rows, result_table, trials_frame, write_report
 from kdnas.runs import Run, write_json, write_text
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr", "col"}
@@ -373,14 +373,40 @@ def test_the_frame_has_one_row_a_trial_and_whole_numbers_stay_whole(study):
     frame = trials_frame(study)
     assert ",".join(frame) == (
         "number,state,num_hidden_layers,num_attention_heads,hidden_size,intermediate_size,hidden_act,loss,"
-        "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,seconds,reason"
+        "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,front,seconds,reason"
     )
     lines = frame.to_csv(index=False).splitlines()
-    assert lines[2] == "1,COMPLETE,2,2,64,96,relu,0.2222,0.125,0.7778,4.0,0.25,5.0,2460000,0.8222,12.34,"
+    assert (
+        lines[2]
+        == "1,COMPLETE,2,2,64,96,relu,0.2222,0.125,0.7778,4.0,0.25,5.0,2460000,0.8222,latency and parameters,12.34,"
+    )
     assert lines[4].startswith("3,FAIL,4,2,64,96,relu,,,,1.25,") and lines[4].endswith(
         ",the training loss is inf at step 7"
     )
     assert lines[5].endswith(",same shape as trial 1")
-    assert lines[6] == "5,FAIL,5,2,64,96,relu,,,,,,,,,,"
+    assert lines[6] == "5,FAIL,5,2,64,96,relu,,,,,,,,,,,"
     assert len(lines) == 7
     pd.testing.assert_index_equal(trials_frame(make_study()).columns, frame.columns)
+
+
+def test_the_fronts_hold_what_no_other_candidate_beats_in_both():
+    study = make_study()
+    # layers (parameters), latency, loss: the fourth is beaten in both senses, the third in parameters alone
+    for layers, latency_ms, loss in ((1, 3.0, 0.5), (2, 4.0, 0.3), (4, 2.0, 0.4), (3, 5.0, 0.35)):
+        add(study, TrialState.COMPLETE, 1 - loss, **trained(layers, latency_ms, loss, 1 - loss))
+    add(study, TrialState.PRUNED, **measured(1, 0.5, refused="slow"))
+    front = trials_frame(study)["front"]
+    assert front[0] == "parameters" and front[1] == "latency and parameters" and front[2] == "latency"
+    assert pd.isna(front[3]) and pd.isna(front[4])
+    console = Console(width=120, file=io.StringIO())
+    console.print(front_table(study))
+    shown = console.file.getvalue()
+    assert [line.split()[:2] for line in shown.splitlines() if " ms" not in line and "0." in line] == [
+        ["2", "0.4000"],
+        ["0", "0.5000"],
+        ["*", "1"],
+    ]
+
+
+def test_a_study_without_candidates_has_an_empty_front():
+    assert front_table(make_study()).row_count == 0

@@ -14,7 +14,8 @@ from optuna.testing.pytest_samplers import (
     RelativeSamplerTestCase,
 )
 
-from kdnas.nas.sampler import PerTrialSeed
+from kdnas.errors import UserError
+from kdnas.nas.sampler import PRUNERS, SAMPLERS, PerTrialSeed, make_pruner, make_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -132,3 +133,43 @@ def test_one_sampler_goes_through_one_trial_and_is_forgotten_after_it():
     assert Asked.told == [[("before", number), ("x", number), ("COMPLETE", number)] for number in (0, 1)]
     assert [trial.params["x"] for trial in study.trials] == [0.25, 0.25]
     assert [made() for made in Asked.made] == [None, None]
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "optuna.samplers.QMCSampler", "optuna.samplers.BruteForceSampler"])
+def test_every_sampler_proposes_and_two_workers_with_one_seed_do_not_repeat_each_other(name):
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(storage=storage, study_name="s", direction="maximize")
+    for _ in range(2):
+        study = optuna.load_study(storage=storage, study_name="s", sampler=make_sampler(name, 7))
+        study.optimize(lambda trial: trial.suggest_int("x", 0, 999) + trial.suggest_int("y", 0, 9), n_trials=3)
+    assert len({(trial.params["x"], trial.params["y"]) for trial in study.trials}) == 6
+
+
+def test_a_sampler_takes_its_arguments_from_the_spec():
+    spec = {"class_path": "optuna.samplers.TPESampler", "init_args": {"n_startup_trials": 1, "multivariate": True}}
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(spec))
+    study.optimize(objective, n_trials=3)
+    assert len(study.trials) == 3
+
+
+@pytest.mark.parametrize("name", [*PRUNERS, "optuna.pruners.SuccessiveHalvingPruner"])
+def test_every_pruner_is_made(name):
+    assert isinstance(make_pruner(name), optuna.pruners.BasePruner)
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "message"),
+    [
+        (make_sampler, "tpee", "There is no sampler 'tpee': give a class path, or a short name. Did you mean 'tpe'"),
+        (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
+        (make_sampler, {"init_args": {}}, "There is no sampler None"),
+        (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),
+        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
+        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}}, "TPESampler does not take"),
+        (make_pruner, "medium", "There is no pruner 'medium'"),
+        (make_pruner, {"class_path": "optuna.pruners.PercentilePruner"}, "PercentilePruner does not take"),
+    ],
+)
+def test_what_is_no_sampler_or_pruner_is_refused(make, spec, message):
+    with pytest.raises(UserError, match=message):
+        make(spec)

@@ -180,3 +180,28 @@ def test_every_point_of_a_tiny_teachers_space_is_built_in_the_shape_that_was_ask
             (heads,) = {m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")}
             assert heads == arch.num_attention_heads
         assert student.config.hidden_act == arch.hidden_act
+
+
+def test_a_space_is_narrowed_and_widened():
+    config = BertConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    space = SearchSpace.from_teacher(config)
+    found = space.replaced({"hidden_size": [528, 300, 528], "num_attention_heads": [12], "hidden_act": None}, config)
+    assert found.choices["hidden_size"] == [528, 300] and found.choices["hidden_act"] == space.choices["hidden_act"]
+    assert found.smallest().hidden_size == 300 and found.largest().hidden_size == 528
+    assert found.largest().num_hidden_layers == 12 and found.smallest().hidden_act == "relu"
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"hidden_size": []}, "space.hidden_size is empty, so there is no student"),
+        ({"hidden_size": [1024]}, "space.hidden_size has 1024: a student has from 1 to its teacher's 768"),
+        ({"num_hidden_layers": [0]}, "space.num_hidden_layers has 0: a student has from 1 to its teacher's 12"),
+        ({"hidden_size": [100]}, "space.hidden_size has 100 and space.num_attention_heads 3, which does not divide it"),
+        ({"hidden_act": ["swoosh"]}, "space.hidden_act has 'swoosh', which is unknown"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(choices, message):
+    config = BertConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    with pytest.raises(UserError, match=message):
+        SearchSpace.from_teacher(config).replaced(choices, config)

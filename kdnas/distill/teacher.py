@@ -1,7 +1,7 @@
 """The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,6 +83,9 @@ class LiveTeacher:
         return [states[layer + 1].flatten(0, 1)[real] for layer in layers]
 
 
+StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache, a LiveTeacher
+
+
 class TeacherStates:
     """What a student learns from, wherever it comes from.
 
@@ -94,7 +97,7 @@ class TeacherStates:
     """
 
     def __init__(
-        self, source: StateCache | LiveTeacher, layers: Sequence[int], hidden_size: int, stats: dict[int, LayerStats]
+        self, source: StateSource, layers: Sequence[int], hidden_size: int, stats: dict[int, LayerStats]
     ) -> None:
         self.source, self.layers, self.hidden_size, self.stats = source, list(layers), hidden_size, stats
 
@@ -133,7 +136,7 @@ def open_states(
     hidden_size = teacher.config.hidden_size
     live = LiveTeacher(teacher.model)
     cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants, settings.precision)
-    source: StateCache | LiveTeacher = cache
+    source: StateSource = cache
     if cache.num_bytes() > settings.max_gb * 1e9:
         source = live
         log.info(
@@ -163,7 +166,7 @@ def _to(batch: Batch, device: str) -> Batch:
 
 @torch.no_grad()
 def measure_stats(
-    model: PreTrainedModel, source: StateCache | LiveTeacher, layers: Sequence[int], data: KDDataModule, device: str
+    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
 ) -> dict[int, LayerStats]:
     """Variance of each layer, and the error of the best context-free predictor of it.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import optuna
+from filelock import ReadWriteLock
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kdnas.distill.module import HiddenStateDistillModule
@@ -41,6 +42,28 @@ class PruneByHeldOutLoss(pl.Callback):
         self.trial.report(1 - loss, step=epoch)
         if self.trial.should_prune():
             raise optuna.TrialPruned(f"pruned after epoch {epoch}: held-out loss {loss:.4f}")
+
+
+class HoldStill(pl.Callback):
+    """Between steps, waits while another worker of this machine measures latency.
+
+    Args:
+        lock: held for reading by whoever works, for writing by whoever measures.
+    """
+
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self.lock = lock
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.give_way()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.give_way()
+
+    def give_way(self) -> None:
+        """Let go of the lock for a moment: whoever waits to measure gets it."""
+        self.lock.release()
+        self.lock.acquire_read()
 
 
 class LatencyAfterFit(pl.Callback):

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import optuna
 import torch
+from filelock import ReadWriteLock
 from rich.progress import Progress
 from safetensors.torch import save_file
 
@@ -21,6 +22,7 @@ from kdnas.latency import ArchLatency, LatencyMeter
 from kdnas.models import Teacher
 from kdnas.nas.callbacks import (
     FailOnNonFiniteLoss,
+    HoldStill,
     LatencyAfterFit,
     PruneByHeldOutLoss,
     RewardAfterFit,
@@ -38,6 +40,7 @@ class Budget:
     Args:
         speedup: at least so many times as fast as the teacher.
         latency_ms: at most so many milliseconds.
+        num_parameters: at most so many, encoder and classification head.
 
     Raises:
         UserError: a limit is not above 0.
@@ -45,9 +48,10 @@ class Budget:
 
     speedup: float | None = None
     latency_ms: float | None = None
+    num_parameters: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("speedup", "latency_ms"):
+        for name in ("speedup", "latency_ms", "num_parameters"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"The budget {name} is {value}: give a number above 0.")
@@ -61,6 +65,9 @@ class Budget:
         if self.latency_ms is not None:
             excess = latency.student.median_ms / self.latency_ms - 1
             found.append((excess, f"{latency.student.median_ms:.3f} ms, {self.latency_ms:g} ms is asked for"))
+        if self.num_parameters is not None:
+            excess = latency.num_parameters / self.num_parameters - 1
+            found.append((excess, f"{latency.num_parameters:,} parameters, {self.num_parameters:,} are asked for"))
         return max(found)
 
 
@@ -81,6 +88,7 @@ class Evaluator:
         beta: of the reward.
         seed: every candidate starts from the same, whatever was trained before it.
         folder: gives the folder of a trial number.
+        stillness: shared by the workers of one machine, who hold still while one of them measures.
         progress: a live display, or None.
     """
 
@@ -96,17 +104,26 @@ class Evaluator:
     beta: float
     seed: int
     folder: Callable[[int], Path]
+    stillness: ReadWriteLock
     progress: Progress | None = None
 
     def __call__(self, trial: optuna.Trial, arch: StudentArch) -> float:
         started = time.monotonic()
-        self._gate(trial, self.meter.measure(arch))
+        with self.stillness.write_lock():
+            measured = self.meter.measure(arch)  # it remembers, so nothing is measured in the fit
+        self._gate(trial, measured)
         latency = LatencyAfterFit(self.meter)
         rewarded = RewardAfterFit(latency, self.alpha, self.beta)
-        callbacks: list[pl.Callback] = [FailOnNonFiniteLoss(), PruneByHeldOutLoss(trial), latency, rewarded]
+        callbacks: list[pl.Callback] = [
+            FailOnNonFiniteLoss(),
+            PruneByHeldOutLoss(trial),
+            HoldStill(self.stillness),
+            latency,
+            rewarded,
+        ]
         if self.progress:
             callbacks.append(FitProgress(self.progress, f"trial {trial.number}: {arch}"))
-        with torch.random.fork_rng():
+        with self.stillness.read_lock(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
             module.states = self.states

@@ -5,21 +5,24 @@ import logging
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
 from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
-from kdnas.nas.sampler import PerTrialSeed
+from kdnas.nas.sampler import make_sampler
 from kdnas.nas.space import SearchSpace
 
 log = logging.getLogger(__name__)
@@ -33,24 +36,32 @@ GRACE_SECONDS = 600
 MOST_FAILURES = 5
 
 
-def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int = 0) -> Study:
+def open_study(
+    storage: str,
+    name: str,
+    identity: Mapping[str, Any],
+    sampler: BaseSampler | None = None,
+    pruner: BasePruner | None = None,
+) -> Study:
     """Create a study, or go on with it.
 
     Args:
         storage: SQLAlchemy URL of the database.
         name: of the study.
         identity: everything that a trial's value depends on, as plain JSON; kept in the study.
-        seed: of the sampler.
+        sampler: proposes; TPE by default. One that is seeded must not repeat itself in a second worker or after a
+            resume: see ``PerTrialSeed``.
+        pruner: ends candidates early; none by default.
 
     Raises:
-        UserError: the study is there and its identity differs (each difference is shown).
+        UserError: the database cannot be reached, or the study is there and its identity differs (each difference is
+            shown).
     """
-    sampler = PerTrialSeed(lambda s: optuna.samplers.TPESampler(seed=s, n_startup_trials=5), seed)
     study = optuna.create_study(
         storage=_connect(storage),
         study_name=name,
-        sampler=sampler,
-        pruner=optuna.pruners.NopPruner(),  # Optuna's default prunes by the median, after one epoch
+        sampler=sampler or make_sampler("tpe", seed=0),
+        pruner=pruner or optuna.pruners.NopPruner(),  # Optuna's own default prunes by the median, after one epoch
         direction="maximize",
         load_if_exists=True,
     )
@@ -59,22 +70,28 @@ def open_study(storage: str, name: str, identity: Mapping[str, Any], seed: int =
         study.set_user_attr("identity", dict(identity))
     else:
         refuse_difference(name, known, identity)
-    _bury_dead(study)
+    bury_dead(study)
     return study
 
 
 def _connect(url: str) -> RDBStorage:
-    retry: Any = RetryHeartbeatStaleTrialCallback(max_retry=1)
     options: dict[str, Any] = {
         "heartbeat_interval": HEARTBEAT_SECONDS,
         "grace_period": GRACE_SECONDS,
-        "heartbeat_stale_trial_callback": retry,
+        "heartbeat_stale_trial_callback": _try_again,
     }
     try:
-        storage = RDBStorage(url, **options)
-    except DBAPIError:  # another worker makes the same tables at this moment
-        time.sleep(1)
-        storage = RDBStorage(url, **options)
+        try:
+            storage = RDBStorage(url, **options)
+        except DBAPIError:  # another worker makes the same tables at this moment
+            time.sleep(1)
+            storage = RDBStorage(url, **options)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        shown = re.sub(r":[^:@/]*@", ":***@", url)  # it may hold a password, and may be no URL at all
+        raise UserError(
+            f"The database {shown!r} cannot be used ({first_line(error)}): give a URL such as "
+            "postgresql://user:password@host/database of a server that runs, and install its driver."
+        ) from error
     if storage.engine.name == "sqlite":
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -96,23 +113,44 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def _bury_dead(study: Study) -> None:
-    """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later."""
+def bury_dead(study: Study, is_new: bool = True) -> None:
+    """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
+
+    Args:
+        study: whose.
+        is_new: whether this process has no trial yet.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
-        if host == platform.node() and pid is not None and not _is_alive(pid):
-            log.info("Trial %d died with its process; it is tried again.", trial.number)
+        is_ours = pid == os.getpid() and not is_new  # else the number was used again
+        if host == platform.node() and pid is not None and not is_ours and not _is_alive(pid):
             try:
                 study.tell(trial.number, state=TrialState.FAIL)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                continue  # another worker that starts at this moment was first
-            if "retry_of" not in trial.user_attrs:
-                study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+                continue  # another worker that looks at this moment was first
+            _try_again(study, trial)
+
+
+def _try_again(study: Study, trial: FrozenTrial) -> None:
+    """Queue the trial of a process that died, once."""
+    if "retry_of" not in trial.user_attrs:
+        log.info("Trial %d died with its process; it is tried again.", trial.number)
+        study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+
+
+def failure_of(trial: FrozenTrial) -> str | None:
+    """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
+    reason = trial.user_attrs.get("failed")
+    if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
+        return None
+    if reason is None and "retry_of" in trial.user_attrs:
+        return f"its process died, as that of trial {trial.user_attrs['retry_of']} did"
+    return reason
 
 
 def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # a number that was used again: this process has no trial yet
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -137,6 +175,7 @@ def search(
     study: Study,
     n_trials: int,
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
+    seconds: float = math.inf,
 ) -> FrozenTrial:
     """Propose, evaluate, tell, until ``n_trials`` distinct candidates are trained in all, or the space has no more.
 
@@ -147,8 +186,9 @@ def search(
         evaluate: the reward of an architecture. May raise ``optuna.TrialPruned``; ``trial.set_constraint`` for budgets.
         space: what may be proposed.
         study: from ``open_study``; direction maximize.
-        n_trials: a total over all starts and workers; a worker ends the candidate that it is at.
+        n_trials: a total over all starts and workers.
         callbacks: called after each trial, as Optuna's.
+        seconds: of wall clock; no candidate is begun later, and the one that runs is finished.
 
     Returns:
         The best feasible trial.
@@ -159,10 +199,14 @@ def search(
     """
     if n_trials < 1:
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
+    end = time.monotonic() + seconds
 
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("host", platform.node())
         trial.set_user_attr("pid", os.getpid())
+        if not _is_needed(study, space, trial.number, n_trials):
+            trial.set_user_attr("not_needed", True)
+            raise optuna.TrialPruned("other workers train the last candidates")
         arch = space.suggest(trial)
         trial.set_user_attr("arch", arch.to_dict())
         twin = _find_twin(study, arch)
@@ -190,7 +234,7 @@ def search(
         seen = {StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)}
         num_trained = len(trained(study))
         only_fails = num_trained == 0 and len(_failed(study)) >= MOST_FAILURES
-        return num_trained >= n_trials or len(seen) >= len(space) or only_fails
+        return num_trained >= n_trials or len(seen) >= len(space) or only_fails or time.monotonic() > end
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
@@ -202,20 +246,33 @@ def search(
         best = study.best_trial
     except ValueError as error:  # no trial is complete and feasible
         if _failed(study) and not trained(study):
-            reason = _failed(study)[-1].user_attrs["failed"]
+            reason = failure_of(_failed(study)[-1])
             raise CandidateFailed(f"Every candidate within the budget failed; the last one: {reason}") from error
+        if time.monotonic() > end:
+            raise UserError(
+                f"No student within the budget was trained in {seconds / 60:g} minutes: give more."
+            ) from error
         raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
+
+
+def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int) -> bool:
+    """Whether a trial must run for ``n_trials`` to be trained; waits while those before it may make it superfluous."""
+    while True:
+        num_unseen = len(space) - len({StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)})
+        num_missing = min(n_trials - len(trained(study)), num_unseen)
+        before = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t.number < number]
+        if num_missing <= 0 or len(before) < num_missing:
+            return num_missing > 0
+        time.sleep(0.5)
+        bury_dead(study, is_new=False)
+        optuna.storages.fail_stale_trials(study)
 
 
 def _settled(study: Study) -> list[FrozenTrial]:
     """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [
-        trial
-        for trial in finished
-        if trial.state != TrialState.FAIL or not trial.user_attrs.get("failed", "interrupted").startswith("interrupted")
-    ]
+    return [t for t in finished if "arch" in t.user_attrs and (t.state != TrialState.FAIL or failure_of(t))]
 
 
 def _failed(study: Study) -> list[FrozenTrial]:
@@ -241,7 +298,7 @@ def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     if twin.state == TrialState.PRUNED:
         raise optuna.TrialPruned(f"as trial {twin.number}")
     if twin.state == TrialState.FAIL:
-        raise CandidateFailed(twin.user_attrs["failed"])
+        raise CandidateFailed(failure_of(twin))
     assert twin.value is not None
     return twin.value
 
@@ -252,7 +309,7 @@ def _queue_unseen(study: Study, space: SearchSpace, number: int) -> None:
     unseen = [arch for arch in space if arch.to_dict() not in seen]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
-    unseen = [arch for arch in unseen if arch.to_dict() not in taken] or unseen
+    unseen = [arch for arch in unseen if arch.to_dict() not in taken]
     if unseen:
         draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
         study.enqueue_trial(unseen[draw % len(unseen)].to_dict())

@@ -1,15 +1,16 @@
 """The search space, derived from the teacher's config alone."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from kdnas.arch import StudentArch
-from kdnas.errors import UserError
+from kdnas.errors import UserError, nearest
 
 MIN_HEAD_SIZE = 16
 
@@ -52,6 +53,39 @@ class SearchSpace:
             }
         )
 
+    def replaced(self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig) -> "SearchSpace":
+        """The space with other values for some fields: narrower, or wider.
+
+        Args:
+            choices: field of ``StudentArch`` -> its values; None: as they are.
+            config: of the teacher.
+
+        Raises:
+            UserError: a field has no value, a value is larger than the teacher's or no positive number, a width is not
+                divided by a number of heads, or an activation is unknown.
+        """
+        chosen = {**self.choices, **{name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}}
+        for name, values in chosen.items():
+            if not values:
+                raise UserError(f"space.{name} is empty, so there is no student: give it a value.")
+            if name == "hidden_act":
+                continue
+            for value in values:
+                if not 1 <= value <= getattr(config, name):
+                    raise UserError(
+                        f"space.{name} has {value}: a student has from 1 to its teacher's {getattr(config, name)}."
+                    )
+        for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
+            if width % heads:
+                raise UserError(
+                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, which does not divide it: "
+                    "give widths that every number of heads divides."
+                )
+        for activation in chosen["hidden_act"]:
+            if activation not in ACT2FN:
+                raise UserError(f"space.hidden_act has {activation!r}, which is unknown.{nearest(activation, ACT2FN)}")
+        return SearchSpace(chosen)
+
     def __len__(self) -> int:
         """The number of students."""
         size = 1
@@ -69,5 +103,14 @@ class SearchSpace:
         return StudentArch(**{name: trial.suggest_categorical(name, values) for name, values in self.choices.items()})
 
     def smallest(self) -> StudentArch:
-        """The fastest student: the least of every size."""
-        return next(iter(self))
+        """The fastest student: the least of every size, and ReLU, the cheapest activation, where there is one."""
+        activations = self.choices["hidden_act"]
+        return self._extreme(min, "relu" if "relu" in activations else activations[0])
+
+    def largest(self) -> StudentArch:
+        """The most of every size."""
+        return self._extreme(max, self.choices["hidden_act"][0])
+
+    def _extreme(self, of: Callable[[list[int]], int], activation: str) -> StudentArch:
+        sizes = {name: of(values) for name, values in self.choices.items() if name != "hidden_act"}
+        return StudentArch(**sizes, hidden_act=activation)

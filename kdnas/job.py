@@ -1,0 +1,181 @@
+"""What all stages share once the user's input is known to be good."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModel
+
+from kdnas.config import RunConfig, SearchConfig, as_plain, flat
+from kdnas.data.corpus import QUICKSTART, build_quickstart_text
+from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.objectives import Objective, needed_layers
+from kdnas.distill.teacher import TeacherStates, open_states
+from kdnas.errors import UserError
+from kdnas.glue.tasks import LoadedTask, load_task
+from kdnas.latency import LatencyMeter
+from kdnas.models import Teacher, build_student, find_teacher, max_length, num_parameters
+from kdnas.nas.sampler import make_pruner, make_sampler
+from kdnas.nas.search import Study, open_study, refuse_difference, trained
+from kdnas.nas.space import SearchSpace
+from kdnas.runs import Run, write_text
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the user gave, looked at and known to be good; nothing is written yet."""
+
+    config: SearchConfig
+    run: Run
+    console: Console
+    teacher: Teacher
+    data: KDDataModule
+    task: LoadedTask | None
+    space: SearchSpace
+    meter: LatencyMeter
+
+    @property
+    def target_layers(self) -> list[int]:
+        """Every teacher layer that a student of the space can ask for, so that all share one cache."""
+        depths = self.space.choices["num_hidden_layers"]
+        return sorted(needed_layers(self.config.recipe.objective, depths, self.teacher.config.num_hidden_layers))
+
+    def states(self) -> TeacherStates:
+        """Of the target layers, computed now if they are not there."""
+        accelerator = self.config.trainer.accelerator
+        device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+        settings = self.config.states
+        if settings.folder is None:
+            settings = dataclasses.replace(settings, folder=str(self.run.root / "teacher_states"))
+        return open_states(self.teacher, self.data, self.target_layers, settings, device)
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=self.console, transient=True)
+
+
+@dataclass(frozen=True)
+class Job(Found):
+    """What all stages of a run share."""
+
+    study: Study
+
+
+def refuse_other_config(run: Run, config: SearchConfig) -> None:
+    """A name stands for one config, but for what changes no result and for stages that have not begun."""
+    if not run.config.exists():
+        return
+    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
+    free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
+    free += ["sampler", "workers", "storage", "time_budget"]
+    if not isinstance(config, RunConfig):
+        free.append("search.n_trials")
+    if not run.full_kd.exists():
+        free.append("full_kd.")
+    if not run.glue.exists():
+        free += ["finetune.", "task"]
+    shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
+    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
+
+
+def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Found:
+    """Look at everything that the user gave, cheapest first, before anything is trained.
+
+    Nothing is written but the quickstart's text, where that is asked for.
+
+    Args:
+        config: of the search or the run.
+        console: where to say what was found.
+        is_worker: whether another process has looked already.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    run = Run(config.root, config.name)
+    refuse_other_config(run, config)
+    run.check_writable()
+    config.trainer.check()
+    make_sampler(config.sampler), make_pruner(config.pruner)
+    teacher = find_teacher(config.teacher)
+    space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
+    _check_objective(config.recipe.objective, teacher, space)
+    meter = LatencyMeter(teacher.config, config.latency)
+    if not is_worker:
+        _refuse_impossible_budget(config, teacher, space)
+    text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
+    if isinstance(config, RunConfig) and task_source and config.finetune.max_length > max_length(teacher.config):
+        raise UserError(
+            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
+            f"{max_length(teacher.config)} tokens."
+        )
+    if QUICKSTART in (text, task_source):
+        path = build_quickstart_text(run.text)
+        text = str(path) if text == QUICKSTART else text
+        task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
+    task = load_task(task_source) if task_source else None
+    data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
+    data.setup()
+    assert data.corpus is not None
+    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.corpus.dropped.items() if count)
+    console.print(
+        f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
+        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out{dropped}.  "
+        f"Space: {len(space)} students.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return Found(config, run, console, teacher, data, task, space, meter)
+
+
+def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> Job:
+    """``look``, then open the study and write the config down; arguments and errors are the same."""
+    found = look(config, console, is_worker)
+    run, data, space = found.run, found.data, found.space
+    assert data.rows is not None and data.corpus is not None
+    identity = flat(
+        {
+            "teacher": found.teacher.weights_sha256(),
+            "text": data.rows.sha256(data.settings.num_mask_variants),
+            "num_train_rows": len(data.corpus.train),
+            "space": {name: list(values) for name, values in space.choices.items()},
+            "states.precision": config.states.precision,
+            "pruner": config.pruner,
+            **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
+        }
+    )
+    del identity["search.n_trials"], identity["data.num_workers"]
+    sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(config.storage or f"sqlite:///{run.study_db}", run.name, identity, sampler, pruner)
+    job = Job(**vars(found), study=study)
+    if is_worker:
+        return job
+    study.set_user_attr("budget", as_plain(config.search.budget))
+    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(trained(study)) < config.search.n_trials:
+        raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
+    known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    write_text(run.config, yaml.safe_dump(known | as_plain(config), sort_keys=False))
+    return job
+
+
+def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:
+    """Look whether the fastest student of the space, which is the smallest too, is within the budget."""
+    fastest = space.smallest()
+    glance = dataclasses.replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
+    violation, reason = config.search.budget.violation(LatencyMeter(teacher.config, glance).measure(fastest))
+    if violation > 0:
+        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.")
+
+
+def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
+    """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
+    needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
+    with torch.device("meta"):
+        teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
+        for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
+            arch = dataclasses.replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
+            objective.criterion(build_student(teacher.config, arch), teacher_shape)

@@ -1,0 +1,145 @@
+"""Several worker processes on one study: shared totals, a killed worker, and stillness while one measures."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+from filelock import ReadWriteLock
+
+from kdnas.arch import StudentArch
+from kdnas.errors import CandidateFailed, UserError
+from kdnas.nas.callbacks import HoldStill
+from kdnas.nas.search import open_study, search, trained
+from kdnas.nas.space import SearchSpace
+from kdnas.nas.workers import MOST_DEATHS, run_workers
+
+SPACE = SearchSpace(
+    {
+        "num_hidden_layers": [1, 2, 3],
+        "num_attention_heads": [1],
+        "hidden_size": [16, 32],
+        "intermediate_size": [64],
+        "hidden_act": ["gelu", "relu"],
+    }
+)
+
+
+def evaluate(folder: str, deadly: str, trial: optuna.Trial, arch: StudentArch) -> float:
+    """Takes a moment. The deadly architecture kills its process, at the first time or always."""
+    (Path(folder) / f"{trial.number}-{os.getpid()}-{os.environ['OMP_NUM_THREADS']}").touch()
+    if deadly and arch.num_hidden_layers == 2:
+        once = Path(folder) / "once"
+        if deadly == "always" or not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    return float(arch.hidden_size + arch.num_hidden_layers)
+
+
+def work(url: str, n_trials: int, folder: str, deadly: str, index: int, seconds: float) -> None:
+    with suppress(UserError):  # no time: none was trained
+        search(partial(evaluate, folder, deadly), SPACE, open_study(url, "s", {}), n_trials, seconds=seconds)
+
+
+def broken(index: int, seconds: float) -> None:
+    os._exit(7)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/study.db"
+
+
+def start(
+    url: str, folder: Path, n_trials: int, deadly: str = "", seconds: float = 600
+) -> tuple[optuna.Study, list[int]]:
+    """Two workers; the study afterwards, and the numbers of the trials that were shown."""
+    folder.mkdir()
+    study, shown = open_study(url, "s", {}), []
+    run_workers(
+        partial(work, url, n_trials, str(folder), deadly),
+        2,
+        study,
+        lambda study, trial: shown.append(trial.number),
+        seconds,
+        lambda index: folder / f"{index}.log",
+    )
+    return study, shown
+
+
+def test_workers_train_so_many_together_and_each_trial_is_shown_once(url, tmp_path):
+    study, shown = start(url, tmp_path / "seen", 6)
+    assert len(trained(study)) == 6
+    assert sorted(shown) == [trial.number for trial in study.trials if trial.state.is_finished()]
+    numbers = [path.name.split("-") for path in (tmp_path / "seen").iterdir()]
+    assert len({pid for _, pid, _ in numbers} - {str(os.getpid())}) == 2
+    assert {threads for *_, threads in numbers} == {str(max(1, os.cpu_count() // 2))}
+
+
+def test_the_trial_of_a_killed_worker_is_tried_again_by_another(url, tmp_path):
+    study, _ = start(url, tmp_path / "seen", len(SPACE), "once")
+    lost = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    assert len(lost) == 1
+    (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
+    assert again.state.name == "COMPLETE" and again.user_attrs["arch"] == lost[0].user_attrs["arch"]
+    assert len(trained(study)) == len(SPACE)
+
+
+def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
+    with pytest.raises(
+        CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
+    ):
+        run_workers(broken, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda index: tmp_path / f"{index}.log")
+
+
+def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):
+    study, _ = start(url, tmp_path / "seen", 6, seconds=0)
+    assert len(trained(study)) <= 2  # each worker may have begun one
+
+
+def hold(path: str, seconds: float) -> None:
+    """Works in steps, as a fit does."""
+    lock = ReadWriteLock(path)
+    callback, end = HoldStill(lock), time.monotonic() + seconds
+    with lock.read_lock():
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            callback.give_way()
+            Path(f"{path}.steps").write_text(str(time.monotonic()))
+
+
+def test_workers_hold_still_while_one_measures(tmp_path):
+    path = str(tmp_path / "stillness.lock")
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(path, 4.0))
+    process.start()
+    while not Path(f"{path}.steps").exists():
+        time.sleep(0.01)
+    asked = time.monotonic()
+    with ReadWriteLock(path).write_lock():
+        waited = time.monotonic() - asked
+        time.sleep(0.1)  # a file that is being written
+        before = Path(f"{path}.steps").read_text()
+        time.sleep(0.4)
+        assert Path(f"{path}.steps").read_text() == before
+    assert waited < 3  # a step, not the whole fit
+    time.sleep(0.3)
+    assert Path(f"{path}.steps").read_text() != before
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_two_may_work_at_the_same_time(tmp_path):
+    path = str(tmp_path / "stillness.lock")
+    first, second = (ReadWriteLock(path, is_singleton=False) for _ in range(2))
+    with first.read_lock():
+        thread = threading.Thread(target=lambda: (second.acquire_read(), second.release()))
+        thread.start()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
