@@ -68,7 +68,7 @@ def test_at_equal_shape_the_student_is_the_teacher(teacher):
         assert (others - theirs).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize(("depth", "sources"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])
+@pytest.mark.parametrize(("depth", "sources"), [(1, [0]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])])
 def test_layers_are_copied_evenly_the_first_and_the_last_among_them(bert, depth, sources):
     student, start = started(bert, FromTeacher(), num_hidden_layers=depth)
     for layer, source in zip(student.encoder.layer, sources, strict=True):
