@@ -1,0 +1,246 @@
+"""Whether a short distillation ranks students as a long one does, and as fine-tuning does.
+
+Architectures spread over the teacher's space are distilled on 10 % and on 30 % of a text for 1, 2 and 4 epochs, and on
+all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
+probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs, MiniLMv2's relations. Each score
+of each short distillation is held against the same score after the long one, and against GLUE (STS-B and MRPC) of some
+of the students, by Kendall's tau and Spearman's rho. What is done is kept in ``--folder`` and not done again.
+
+    python benchmarks/fidelity.py --text train.parquet --glue glue
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from quality import some_rows
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import kendalltau, spearmanr
+
+from kdnas.arch import StudentArch
+from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.attention import AttentionRelations
+from kdnas.distill.layer_map import LastAndSkip
+from kdnas.distill.metrics import RidgeProbe
+from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.objectives import View
+from kdnas.distill.sentences import PairComparison
+from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
+from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
+from kdnas.glue.tasks import load_task
+from kdnas.models import find_teacher, load_classifier
+from kdnas.nas.space import SearchSpace
+from kdnas.runs import new_folder, read_json, write_json
+from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+
+SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]
+TASKS = ("stsb", "mrpc")
+# All are errors: lower is better.
+SCORES = ("loss", "original", "tokens", "cls", "pooled", "pairs", "relations")
+
+
+def spread_archs(space: SearchSpace, number: int) -> list[StudentArch]:
+    """Architectures of which each choice occurs as often as any other of its field, or nearly so."""
+    generator = np.random.default_rng(0)
+    columns = {
+        name: generator.permutation([values[i % len(values)] for i in range(number)]).tolist()
+        for name, values in space.choices.items()
+    }
+    archs = [StudentArch(**{name: column[i] for name, column in columns.items()}) for i in range(number)]
+    return list(dict.fromkeys(archs))
+
+
+def part_of(data: KDDataModule, share: float) -> KDDataModule:
+    """The same rows, of which a share is trained on: up to ``mini_fraction`` a part of the mini split's."""
+    assert data.corpus is not None
+    order = np.random.default_rng(data.settings.seed).permutation(len(data.corpus.train))
+    chosen = np.sort(order[: max(1, round(share * len(order)))])
+    other = copy.copy(data)
+    other.train_ids = lambda: chosen  # type: ignore[method-assign]
+    return other
+
+
+class Scores:
+    """Every score of a student on the held-out rows, as errors.
+
+    Args:
+        module: distilled.
+        data: its data.
+    """
+
+    def __init__(self, module: HiddenStateDistillModule, data: KDDataModule) -> None:
+        self.module, self.batches = module, list(data.loader(data.held_out_ids(), shuffle=False))
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        module, states, last = self.module, self.module.states, self.module.arch.num_hidden_layers - 1
+        assert states is not None
+        module.student.eval()
+        width, target = module.arch.hidden_size, module._teacher.config.hidden_size
+        strengths = {"tokens": 1e-2, "cls": 0.03, "pooled": 0.03}  # there are fewer rows than tokens
+        probes = {name: RidgeProbe(width, target, strength) for name, strength in strengths.items()}
+        # The original's: every student layer on its two teacher layers, by the best map in place of a trained one.
+        num_layers = (module.arch.num_hidden_layers, module._teacher.config.num_hidden_layers)
+        mapped = [(i, j) for i, layers in enumerate(LastAndSkip()(*num_layers)) for j in layers]
+        probes |= {f"{i}-{j}": RidgeProbe(width, target, 1e-3) for i, j in mapped}
+        criteria = {
+            "pairs": PairComparison().criterion(module.student, module._teacher.model),
+            "relations": AttentionRelations(num_heads=12).criterion(module.student, module._teacher.model),
+        }
+        sums = dict.fromkeys(criteria, torch.zeros(2, dtype=torch.float64))
+        for batch in self.batches:
+            student, _ = module.views(batch)
+            teacher = View(module._teacher.model, batch, real=states(batch))  # of all layers
+            probes["tokens"].update(student.real(last), teacher.real(module.last_layer))
+            first = batch["attention_mask"].cumsum(1).sub(1).eq(0)
+            probes["cls"].update(student.padded(last)[first], teacher.padded(module.last_layer)[first])
+            probes["pooled"].update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
+            for i, j in mapped:
+                probes[f"{i}-{j}"].update(student.real(i), teacher.real(j))
+            for name, criterion in criteria.items():
+                ((error, count),) = criterion(student, teacher)
+                sums[name] = sums[name] + torch.tensor([float(error), float(count)], dtype=torch.float64)
+        errors = {
+            name: float(error / variance) for name, (error, variance) in ((n, p.compute()) for n, p in probes.items())
+        }
+        found = {name: errors[name] for name in ("tokens", "cls", "pooled")}
+        found["original"] = statistics.mean(errors[f"{i}-{j}"] for i, j in mapped)
+        found |= {name: float(total / count.clamp_min(1)) for name, (total, count) in sums.items()}
+        return found | {"loss": module.history[-1]["loss"]}
+
+
+def distil(
+    arch: StudentArch, data: KDDataModule, states: TeacherStates, num_epochs: int, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Distil a student and score it, unless that is done; its scores and seconds."""
+    if (folder / "result.json").exists():
+        return dict(read_json(folder / "result.json"))
+    config = read_config("fit")
+    torch.manual_seed(0)
+    begin = time.monotonic()
+    module = HiddenStateDistillModule(find_teacher(TEACHER), arch, config.recipe)
+    module.states = states
+    settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"])
+    fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
+    seconds = time.monotonic() - begin
+    result = {"arch": arch.to_dict(), "seconds": seconds, "scores": Scores(module, data)()}
+    with new_folder(folder / "encoder") as encoder:
+        module.student.save_pretrained(encoder)
+        find_teacher(TEACHER).tokenizer.save_pretrained(encoder)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Do what is missing, then show the tables."""
+    parser = options("fidelity", __doc__ or "")
+    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
+    parser.add_argument("--folder", type=Path, default=OUTPUT / "fidelity", help="where the runs are kept")
+    parser.add_argument("--archs", type=int, default=24, help="how many students")
+    parser.add_argument("--finetuned", type=int, default=8, help="how many of them are fine-tuned")
+    parser.add_argument("--rows", type=int, help="at most so many rows of the text are all of it")
+    parser.add_argument("--epochs", type=int, default=4, help="of the long distillation")
+    chosen = parser.parse_args(args)
+    short, tasks = SHORT, TASKS
+    if chosen.quick:
+        chosen.archs, chosen.finetuned, chosen.rows, chosen.epochs = 3, 0, 240, 1
+        chosen.folder, short, tasks = OUTPUT / "fidelity_quick", [(0.3, 1)], ()
+    quieten()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    text = cut_text(chosen.text, chosen.folder, most=chosen.rows)
+    settings = read_config("fit").data
+    teacher = find_teacher(TEACHER)
+    archs = spread_archs(SearchSpace.from_teacher(teacher.config), chosen.archs)
+    whole = KDDataModule(TEACHER, text, settings)
+    whole.setup()
+    layers = range(-1, teacher.config.num_hidden_layers)
+    states = open_states(teacher, whole, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60))
+    found: dict[str, dict[str, Any]] = {}
+    with Progress(console=Console(), transient=True) as progress:
+        for share, epochs in [*short, (1.0, chosen.epochs)]:
+            name, data = f"{round(100 * share)}-{epochs}", part_of(whole, share)
+            for number, arch in enumerate(archs):
+                result = distil(arch, data, states, epochs, chosen.folder / name / str(number), progress)
+                found.setdefault(name, {})[str(number)] = result
+        glue: dict[str, float] = {}
+        for number in np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist() if tasks else []:
+            folder, scores = chosen.folder / f"100-{chosen.epochs}" / str(number), []
+            for task in (
+                some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000) for name in tasks
+            ):
+                torch.manual_seed(0)
+                classifier = load_classifier(folder / "encoder", task.task.num_labels)
+                result = evaluate_glue(
+                    classifier,
+                    teacher.tokenizer,
+                    task,
+                    FinetuneSettings(3, 2e-4, 32, 128, weight_decay=0.01),
+                    folder=folder / task.task.name,
+                    callbacks=[FitProgress(progress, f"{task.task.name}, student {number}")],
+                )
+                scores.append(result["score"])
+            glue[str(number)] = statistics.mean(scores)
+    report(found, glue, f"100-{chosen.epochs}", chosen.json)
+
+
+def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Kendall's tau and Spearman's rho of two rankings."""
+    return {"tau": float(kendalltau(scores, reference)[0]), "rho": float(spearmanr(scores, reference)[0])}
+
+
+def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, path: Path) -> None:
+    """Tables, JSON and a picture of tau against seconds."""
+    numbers = list(found[long])
+    rows: list[dict[str, Any]] = []
+    for setting, results in found.items():
+        seconds = statistics.mean(results[number]["seconds"] for number in numbers)
+        for score in SCORES:
+            mine = [results[number]["scores"][score] for number in numbers]
+            row: dict[str, Any] = {"setting": setting, "score": score, "seconds": seconds}
+            row["full_kd"] = agreement(mine, [found[long][number]["scores"][score] for number in numbers])
+            row["full_kd_loss"] = agreement(mine, [found[long][number]["scores"]["loss"] for number in numbers])
+            if len(glue) > 1:  # lower error, higher score
+                row["glue"] = agreement([-results[number]["scores"][score] for number in glue], list(glue.values()))
+            rows.append(row)
+    table = Table(
+        "share %-epochs", "seconds", "score", "tau to the same after full KD", "tau to its loss", "tau to GLUE"
+    )
+    for row in rows:
+        cells = [row["full_kd"]["tau"], row["full_kd_loss"]["tau"], row.get("glue", {}).get("tau")]
+        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        table.add_row(row["setting"], f"{row['seconds']:.0f}", row["score"], *shown)
+    console = Console(width=120)
+    console.print(table)
+    good = [row for row in rows if row["setting"] != long and row["full_kd"]["tau"] >= 0.8]
+    cheapest = min(good, key=lambda row: row["seconds"], default=None)
+    console.print(
+        f"The cheapest with tau of at least 0.8 to full KD: {cheapest['setting']} by {cheapest['score']}, "
+        f"{cheapest['seconds']:.0f} s a candidate."
+        if cheapest
+        else "None has a tau of 0.8 to full KD."
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"machine": machine(), "rows": rows, "glue": glue, "results": found, "cheapest": cheapest})
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for score in SCORES:
+        points = sorted(
+            (row["seconds"], row["full_kd"]["tau"]) for row in rows if row["score"] == score and row["setting"] != long
+        )
+        axes.plot(*zip(*points, strict=True), "o-", label=score)
+    axes.set(xlabel="seconds a candidate", ylabel="Kendall's tau to the same score after full KD")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
