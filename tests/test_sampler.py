@@ -1,21 +1,28 @@
-"""PerTrialSeed: Optuna's own contract for samplers, and that a resumed study goes on as the unbroken one."""
+"""Optuna's own contract for samplers, that a resumed study goes on as the unbroken one, and what is proposed."""
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import Study
 from optuna.testing.pytest_samplers import (
     BasicSamplerTestCase,
     MultiObjectiveSamplerTestCase,
     RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
 )
+from optuna.trial import TrialState, create_trial
 
 from kdnas.errors import UserError
-from kdnas.nas.sampler import PRUNERS, SAMPLERS, PerTrialSeed, make_pruner, make_sampler
+from kdnas.nas.controller import Controller, EnsembleLSTM, RewardLSTM
+from kdnas.nas.sampler import POOL_SIZE, PRUNERS, SAMPLERS, LSTMSampler, PerTrialSeed, make_pruner, make_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -133,6 +140,281 @@ def test_one_sampler_goes_through_one_trial_and_is_forgotten_after_it():
     assert Asked.told == [[("before", number), ("x", number), ("COMPLETE", number)] for number in (0, 1)]
     assert [trial.params["x"] for trial in study.trials] == [0.25, 0.25]
     assert [made() for made in Asked.made] == [None, None]
+
+
+# LSTMSampler
+
+
+def lstm(seed: int) -> BaseSampler:
+    return LSTMSampler(seed=seed)
+
+
+def original(seed: int) -> BaseSampler:
+    return LSTMSampler(seed=seed, controller=RewardLSTM)
+
+
+class TestLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
+    """By itself."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return LSTMSampler
+
+
+class TestOriginalLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
+    """With the original's controller."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: original(0)
+
+
+class TestAroundLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
+    """As the search has it."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: PerTrialSeed(lstm)
+
+
+CHOICES = {"depth": [1, 2, 3, 4], "width": [32, 48, 64], "act": ["gelu", "relu"]}
+SPACE = {name: CategoricalDistribution(values) for name, values in CHOICES.items()}
+POINTS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+
+
+def value_of(params: dict[str, object]) -> float:
+    return 1 - math.exp(-params["depth"]) - math.exp(-params["width"] / 16) - 0.02 * (params["act"] == "relu")
+
+
+def shaped(trial: optuna.Trial) -> float:
+    return value_of({name: trial.suggest_categorical(name, values) for name, values in CHOICES.items()})
+
+
+def study_of(seed: int = 0, direction: str = "maximize", **options: object) -> Study:
+    return optuna.create_study(sampler=LSTMSampler(seed=seed, **options), direction=direction)
+
+
+def proposed(study: Study) -> dict[str, object]:
+    return study.ask(SPACE).params
+
+
+def add(study: Study, params: dict[str, object], state: TrialState = TrialState.COMPLETE, **more: object) -> None:
+    value = value_of(params) if state == TrialState.COMPLETE else None
+    study.add_trial(create_trial(params=params, distributions=SPACE, state=state, value=value, **more))
+
+
+@pytest.mark.parametrize("make", [lstm, original])
+def test_nothing_is_proposed_twice_until_the_space_is_exhausted_and_then_something_is(make):
+    study = optuna.create_study(sampler=PerTrialSeed(make, 3), direction="maximize")
+    study.optimize(shaped, n_trials=len(POINTS))
+    assert len(POINTS) == len({tuple(trial.params.values()) for trial in study.trials}) == 24
+    study.optimize(shaped, n_trials=2)
+    assert all(trial.params in POINTS for trial in study.trials)
+
+
+@pytest.mark.parametrize("state", TrialState)
+def test_what_the_study_knows_in_whatever_state_is_not_proposed(state):
+    study = study_of()
+    add(study, POINTS[0])  # from which the space is known
+    for params in POINTS[1:-1]:
+        if state == TrialState.WAITING:
+            study.enqueue_trial(params)
+        else:
+            add(study, params, state)
+    trial = create_trial(state=TrialState.RUNNING)
+    trial.number = 99
+    params = LSTMSampler().sample_relative(study, trial, SPACE)
+    assert len(TrialState) == 5 and params == POINTS[-1]
+
+
+def test_before_any_has_ended_what_runs_or_failed_is_not_proposed():
+    study = study_of()
+    study.tell(study.ask(SPACE), state=TrialState.FAIL)
+    asked = [proposed(study) for _ in range(len(POINTS) - 1)]
+    assert len({tuple(params.values()) for params in [study.trials[0].params, *asked]}) == len(POINTS) == 24
+
+
+def test_a_failed_trial_that_ended_too_early_does_not_narrow_the_space():
+    study = study_of()
+    for params in POINTS[:3]:
+        add(study, params)
+    only_depth = {"depth": SPACE["depth"]}
+    study.add_trial(create_trial(params={"depth": 1}, distributions=only_depth, state=TrialState.FAIL))
+    assert list(study.sampler.infer_relative_search_space(study, study.ask())) == list(SPACE)
+
+
+def test_the_space_is_the_categorical_parameters_that_never_change():
+    study = optuna.create_study()
+    fixed, float_, other = SPACE["depth"], FloatDistribution(0, 1), CategoricalDistribution([1, 2])
+    for distributions in (
+        {"a": fixed, "b": fixed, "x": float_, "c": fixed},
+        {"a": fixed, "b": other, "x": float_},
+    ):
+        study.add_trial(create_trial(params=dict.fromkeys(distributions, 1), distributions=distributions, value=0))
+    sampler = LSTMSampler()
+    assert sampler.infer_relative_search_space(study, study.ask()) == {"a": fixed}
+    assert sampler.sample_relative(study, study.ask(), {"x": float_}) == {}
+    assert sampler.sample_relative(study, study.ask(), {"a": fixed, "x": float_}).keys() == {"a"}
+
+
+@pytest.mark.parametrize("make", [lstm, original])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_resumed_search_proposes_what_the_unbroken_one_would_have(make, wrapped, tmp_path: Path):
+    def parameters(name: str, num_trials: list[int]) -> list[dict[str, object]]:
+        for number in num_trials:
+            sampler = PerTrialSeed(make, 7) if wrapped else make(7)
+            storage = f"sqlite:///{tmp_path}/{name}.db"
+            study = optuna.create_study(
+                storage=storage, study_name="s", sampler=sampler, direction="maximize", load_if_exists=True
+            )
+            study.optimize(shaped, n_trials=number)
+        return [trial.params for trial in study.trials]
+
+    assert parameters("a", [9]) == parameters("b", [1, 5, 3])
+
+
+def test_another_seed_searches_in_another_order():
+    orders = []
+    for seed in (1, 1, 2):
+        study = study_of(seed)
+        study.optimize(shaped, n_trials=8)
+        orders.append([trial.params for trial in study.trials])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_two_workers_share_what_they_know():
+    storage = optuna.storages.InMemoryStorage()
+    workers = [
+        optuna.create_study(storage=storage, study_name="s", sampler=lstm(7), direction="maximize", load_if_exists=True)
+        for _ in range(2)
+    ]
+    for _ in range(12):
+        trials = [worker.ask(SPACE) for worker in workers]  # both at once
+        for worker, trial in zip(workers, trials, strict=True):
+            worker.tell(trial, value_of(trial.params))
+    assert len({tuple(trial.params.values()) for trial in workers[0].trials}) == 24
+
+
+def test_minimising_is_maximising_the_negative():
+    most, least = study_of(), study_of(direction="minimize")
+    most.optimize(shaped, n_trials=12)
+    least.optimize(lambda trial: -shaped(trial), n_trials=12)
+    assert [trial.params for trial in most.trials] == [trial.params for trial in least.trials]
+    assert least.best_value == -most.best_value
+
+
+@pytest.mark.parametrize("make", [lstm, original])
+def test_the_global_generator_is_left_alone(make):
+    study = optuna.create_study(sampler=make(0), direction="maximize")
+    before = torch.get_rng_state()
+    study.optimize(shaped, n_trials=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Spy(Controller):
+    """Keeps what it was asked, and takes the first."""
+
+    asked: list[tuple[int, float, int]] = []
+
+    def __init__(self, choices, generator):
+        super().__init__()
+        assert [list(values) for values in choices] == list(CHOICES.values())
+
+    def propose(self, history, pool_PF, generator, exploration):
+        self.asked.append((len(history), exploration, len(pool_PF)))
+        self.history, self.pool = history, pool_PF
+        Spy.last = self
+        return 0
+
+
+@pytest.fixture
+def spy() -> type[Spy]:
+    Spy.asked = []
+    return Spy
+
+
+def test_exploration_counts_distinct_trained_candidates_and_ends_at_zero(spy):
+    study = study_of(num_candidates=2, num_episodes=3, controller=spy)
+    for place, params in enumerate(POINTS[::-1][:7]):
+        proposed(study)
+        add(study, params)
+        if place == 2:  # none of these is a candidate that was trained
+            add(study, params)
+            add(study, POINTS[0], TrialState.PRUNED)
+            add(study, POINTS[1], TrialState.PRUNED, constraints={"budget": 0.5})
+            add(study, POINTS[2], TrialState.FAIL)
+    assert [(trained, exploration) for trained, exploration, _ in spy.asked] == [
+        *[(1, 1.0), (2, 0.5), (3, 0.5), (4, 0.0), (5, 0.0), (6, 0.0)]
+    ]
+
+
+def test_the_history_is_what_was_trained_and_is_feasible_in_order(spy):
+    study = study_of(num_candidates=4, controller=spy)
+    add(study, POINTS[7])
+    add(study, POINTS[23], constraints={"budget": 0.1})  # trained, but beyond it
+    add(study, POINTS[8], TrialState.PRUNED)
+    add(study, POINTS[2], constraints={"budget": 0.0, "other": -1.0})
+    study.add_trial(create_trial(params=POINTS[5], distributions=SPACE, value=math.inf))
+    add(study, POINTS[7])
+    proposed(study)
+    history = spy.last.history
+    assert history.points_TF.tolist() == [[1, 0, 1], [0, 1, 0]]  # depth 2, 32, relu; depth 1, 48, gelu
+    assert history.rewards_T.tolist() == pytest.approx([value_of(POINTS[7]), value_of(POINTS[2])])
+    assert history.num_candidates == 4
+
+
+def test_what_breaks_the_budget_teaches_what_else_would(spy):
+    study = study_of(controller=spy)
+    for params in POINTS[-2:]:  # the two largest
+        add(study, params, TrialState.PRUNED, constraints={"budget": 0.5})
+    for params in POINTS[:4]:
+        add(study, params, constraints={"budget": 0.0})
+    proposed(study)
+    pool = spy.last.pool.tolist()
+    assert len(pool) < len(POINTS) - 6
+    assert [3, 1, 0] not in pool and [1, 0, 0] in pool
+
+
+def test_a_space_that_is_exhausted_but_for_refused_points_proposes_trained_ones(spy):
+    study = study_of(controller=spy)
+    for place, params in enumerate(POINTS):
+        refused = place == 23
+        state = TrialState.PRUNED if refused else TrialState.COMPLETE
+        add(study, params, state, constraints={"budget": 0.5 if refused else 0.0})
+    proposed(study)
+    assert [3, 2, 1] not in spy.last.pool.tolist() and len(spy.last.pool) > 12
+
+
+def test_a_large_space_is_sampled_the_same_way_for_the_same_trial(spy, monkeypatch):
+    names = [f"p{place}" for place in range(8)]
+    space = {name: CategoricalDistribution(list(range(10))) for name in names}
+    monkeypatch.setattr(Spy, "__init__", lambda self, choices, generator: Controller.__init__(self))
+    pools = []
+    for seed in (0, 0, 1):
+        study = optuna.create_study(sampler=LSTMSampler(seed=seed, controller=spy))
+        study.add_trial(create_trial(params=dict.fromkeys(names, 0), distributions=space, value=0))
+        study.ask(space)
+        pools.append(spy.last.pool)
+    assert torch.equal(pools[0], pools[1]) and not torch.equal(pools[0], pools[2])
+    assert 0.9 * POOL_SIZE < len(pools[0].unique(dim=0)) == len(pools[0]) <= POOL_SIZE
+    assert pools[0].min() == 0 and pools[0].max() == 9
+
+
+@pytest.mark.parametrize("controller", [EnsembleLSTM, RewardLSTM])
+def test_it_finds_the_best_sooner_than_chance(controller):
+    """Chance needs 12.5 of 24 on average."""
+    best, needed = max(map(value_of, POINTS)), []
+    for seed in range(6):
+        study = study_of(seed, controller=controller, num_candidates=3, num_episodes=3)
+        study.optimize(shaped, n_trials=24, callbacks=[lambda s, trial: s.stop() if trial.value == best else None])
+        needed.append(len(study.trials))
+    assert sum(needed) / len(needed) < 9
+
+
+@pytest.mark.parametrize("name", ["num_candidates", "num_episodes"])
+def test_an_episode_has_a_candidate_and_a_search_an_episode(name):
+    with pytest.raises(UserError, match=f"^{name} is 0: give at least 1.$"):
+        LSTMSampler(**{name: 0})
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "optuna.samplers.QMCSampler", "optuna.samplers.BruteForceSampler"])

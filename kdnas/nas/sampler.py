@@ -3,21 +3,28 @@
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from optuna import Study
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
 
 from kdnas.errors import UserError, first_line, nearest
+from kdnas.nas.controller import Controller, EnsembleLSTM, History, RewardLSTM, exploration_ratio, likely_feasible
 
 # A short name, a class path, or a mapping of class_path and init_args, as in YAML.
 Spec = str | Mapping[str, Any]
 SAMPLERS: Mapping[str, Spec] = {
     "tpe": {"class_path": "optuna.samplers.TPESampler", "init_args": {"n_startup_trials": 5}},
+    "lstm": "kdnas.nas.sampler.LSTMSampler",
+    "lstm-original": "kdnas.nas.sampler.OriginalLSTMSampler",
     "random": "optuna.samplers.RandomSampler",
     "gp": "optuna.samplers.GPSampler",
     "nsgaii": "optuna.samplers.NSGAIISampler",
@@ -27,6 +34,17 @@ PRUNERS: Mapping[str, Spec] = {
     "median": {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 4}},
     "hyperband": "optuna.pruners.HyperbandPruner",
 }
+
+
+# Points that are scored for a proposal: a smaller space is scored whole.
+POOL_SIZE = 4096
+
+Point = tuple[int, ...]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed below 2 ** 32, the same for the same parts."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 class PerTrialSeed(BaseSampler):
@@ -47,8 +65,7 @@ class PerTrialSeed(BaseSampler):
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._samplers:
-            digest = hashlib.sha256(f"{self._seed}/{trial.number}".encode()).digest()
-            self._samplers[trial.number] = self._make(int.from_bytes(digest[:4], "big"))
+            self._samplers[trial.number] = self._make(seed_of(self._seed, trial.number))
         return self._samplers[trial.number]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -70,6 +87,142 @@ class PerTrialSeed(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._of(trial).after_trial(study, trial, state, values)
         self._samplers.pop(trial.number, None)
+
+
+class LSTMSampler(BaseSampler):
+    """Proposes what an LSTM controller, trained on the study's own trials, expects most of.
+
+    Candidates come in episodes. The share of an episode's picks that explore falls from 1 to exactly 0 in the last one,
+    and stays there. A point that the study knows, in whatever state, is not proposed while there is another. A trial
+    that broke a constraint teaches what else would.
+
+    All that it knows is in the study, and every draw is one of (seed, trial number): a resumed study proposes what
+    the unbroken one would have proposed, and workers share what they learn. Of parameters that are not categorical, are
+    not in every trial, or change their choices, each is drawn by itself, uniformly.
+
+    Args:
+        seed: of all draws.
+        num_candidates: trained candidates an episode.
+        num_episodes: after which nothing explores.
+        controller: makes the predictor of the choices and a generator: ``EnsembleLSTM``, or ``RewardLSTM`` for the
+            original's.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        num_candidates: int = 5,
+        num_episodes: int = 4,
+        controller: Callable[[Sequence[Sequence[Any]], torch.Generator], Controller] = EnsembleLSTM,
+    ) -> None:
+        for name, value in (("num_candidates", num_candidates), ("num_episodes", num_episodes)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: give at least 1.")
+        self._seed, self._controller = seed, controller
+        self._num_candidates, self._num_episodes = num_candidates, num_episodes
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The categorical parameters that are in every trial with the same choices.
+
+        As Optuna's intersection, but of pruned trials too: where the first ones were all refused for the budget, they
+        must not be drawn again. Before any has ended, those that run or failed tell the space.
+        """
+        others = [t for t in study.get_trials(deepcopy=False) if t.distributions and t.number != trial.number]
+        ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
+        return {
+            name: distribution
+            for name, distribution in (ended[0].distributions if ended else {}).items()
+            if isinstance(distribution, CategoricalDistribution)
+            and all(other.distributions.get(name) == distribution for other in ended)
+        }
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._raise_error_if_multi_objective(study)
+        space = {name: dist for name, dist in search_space.items() if isinstance(dist, CategoricalDistribution)}
+        if not space:
+            return {}
+        known, feasible, rewards = self._recall(study, trial, space)
+        choices = [distribution.choices for distribution in space.values()]
+        generator = torch.Generator().manual_seed(seed_of(self._seed, trial.number))
+        refused = {point for point, is_feasible in feasible.items() if not is_feasible}
+        pool_PF = _pool([len(values) for values in choices], (known, refused), generator)
+        if refused:
+            judged_KF, feasible_K = torch.tensor(list(feasible)), torch.tensor(list(feasible.values()))
+            pool_PF = pool_PF[likely_feasible(choices, judged_KF, feasible_K, pool_PF)]
+        trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
+        history = History(trained_TF, torch.tensor(list(rewards.values())), self._num_candidates)
+        exploration = exploration_ratio(len(rewards), self._num_candidates, self._num_episodes)
+        controller = self._controller(choices, generator)
+        picked = pool_PF[controller.propose(history, pool_PF, generator, exploration)].tolist()
+        return {name: values[index] for name, values, index in zip(space, choices, picked, strict=True)}
+
+    def _recall(
+        self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
+    ) -> tuple[set[Point], dict[Point, bool], dict[Point, float]]:
+        """What the study knows: every point, which of those with constraints kept them, and what feasible ones earn."""
+        sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
+        known: set[Point] = set()
+        feasible: dict[Point, bool] = {}
+        rewards: dict[Point, float] = {}
+        for other in study.get_trials(deepcopy=False):
+            point = _point(other, space)
+            if point is None or other.number == trial.number:
+                continue
+            known.add(point)
+            if other.state in (TrialState.COMPLETE, TrialState.PRUNED) and other.constraints:
+                feasible[point] = all(violation <= 0 for violation in other.constraints.values())
+            if other.state == TrialState.COMPLETE and math.isfinite(other.values[0]) and feasible.get(point, True):
+                rewards.setdefault(point, sign * other.values[0])
+        return known, feasible, rewards
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        self._raise_error_if_multi_objective(study)
+        sampler = RandomSampler(seed=seed_of(self._seed, trial.number, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
+    """A trial as choice indices; None where it has no place in the space, or not yet. One that waits has its wishes."""
+    params = trial.params | trial.system_attrs.get("fixed_params", {})
+    try:
+        return tuple(int(dist.to_internal_repr(params[name])) for name, dist in space.items())
+    except (KeyError, ValueError):
+        return None
+
+
+def _pool(sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator) -> Tensor:
+    """Choice indices of what may be proposed, (P, F): what is not in the first set that leaves any, else everything."""
+    if math.prod(sizes) <= POOL_SIZE:
+        pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
+    else:
+        drawn = [torch.randint(size, (POOL_SIZE,), generator=generator) for size in sizes]
+        pool_PF = torch.stack(drawn, 1).unique(dim=0)
+    points = [tuple(point) for point in pool_PF.tolist()]
+    for known in barred:
+        free_P = torch.tensor([point not in known for point in points])
+        if free_P.any():
+            return pool_PF[free_P]
+    return pool_PF
+
+
+class OriginalLSTMSampler(LSTMSampler):
+    """``LSTMSampler`` with the controller of the original KD-NAS, ``RewardLSTM``.
+
+    Args:
+        seed: of all draws.
+        num_candidates: trained candidates an episode.
+        num_episodes: after which nothing explores.
+    """
+
+    def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
+        super().__init__(seed, num_candidates, num_episodes, RewardLSTM)
 
 
 def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:

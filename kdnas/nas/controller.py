@@ -1,0 +1,354 @@
+"""The controllers: LSTMs that predict the reward of what was not trained from what was. No Optuna here.
+
+A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features, T trained points, P
+points of a pool, M members, B sequences, S tokens, H hidden units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Arch = TypeVar("Arch")
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelRanking(Generic[Arch]):
+    """Who leads in the episode that the next candidate belongs to.
+
+    Args:
+        episode: its number, from 0.
+        global_best: the best of all so far, with its reward; None before the first.
+        episode_best: the best of this episode so far; None at its beginning.
+        previous_best: the best of the episode before it; None in the first.
+    """
+
+    episode: int
+    global_best: tuple[Arch, float] | None
+    episode_best: tuple[Arch, float] | None
+    previous_best: tuple[Arch, float] | None
+
+    @classmethod
+    def of(cls, trained: Sequence[tuple[Arch, float]], num_candidates: int) -> "ModelRanking[Arch]":
+        """The ranking after some candidates; of two with the same reward the earlier leads.
+
+        Args:
+            trained: distinct candidates with their rewards (higher is better), in their order.
+            num_candidates: an episode.
+        """
+        episode = len(trained) // num_candidates
+        start = episode * num_candidates
+
+        def best(part: Sequence[tuple[Arch, float]]) -> tuple[Arch, float] | None:
+            return max(part, key=lambda pair: pair[1], default=None)
+
+        return cls(episode, best(trained), best(trained[start:]), best(trained[max(0, start - num_candidates) : start]))
+
+    def __str__(self) -> str:
+        leaders = (
+            ("best so far", self.global_best),
+            ("best of this episode", self.episode_best),
+            ("best of the one before", self.previous_best),
+        )
+        shown = [f"{name} {best[1]:.4f} ({best[0]})" for name, best in leaders if best]
+        return f"episode {self.episode + 1}: {'; '.join(shown) or 'nothing trained yet'}"
+
+
+def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
+    """Share of an episode's picks that explore: ``1 - episode / (num_episodes - 1)``, and 0 after the last.
+
+    It is 1 in the first episode and exactly 0 in the last; a single episode is the last.
+
+    Args:
+        num_trained: distinct candidates that were trained.
+        num_candidates: an episode.
+        num_episodes: after which only what was learned decides.
+    """
+    left = num_episodes - 1 - num_trained // num_candidates
+    return max(0, left) / (num_episodes - 1) if num_episodes > 1 else 0.0
+
+
+def describe(values: Sequence[Any]) -> Tensor:
+    """Features of each choice of a parameter, (choices, features), float32.
+
+    Numbers above 0: the place of the logarithm between those of the least (-1) and the greatest (1). Else one-hot.
+    """
+    are_sizes = all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values)
+    if not are_sizes or min(values) == max(values):
+        return torch.eye(len(values))
+    logs = torch.tensor(values, dtype=torch.float64).log()
+    return (2 * (logs - logs.min()) / (logs.max() - logs.min()) - 1).float()[:, None]
+
+
+def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
+    """The features of points, (..., C), of choice indices (..., F), by each parameter's table of ``describe``."""
+    return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
+
+
+def likely_feasible(
+    choices: Sequence[Sequence[Any]], known_KF: Tensor, feasible_K: Tensor, pool_PF: Tensor, least: float = 0.2
+) -> Tensor:
+    """Which points of a pool are not sure to break a constraint, (P,) bool: at least one.
+
+    Logistic regression on the features with a penalty of 0.05 times the squared weights, by Newton's method. A refusal
+    costs no training, but a good point that is never tried is lost: so only what is unlikely is left out.
+
+    Args:
+        choices: the values of each parameter.
+        known_KF: choice indices of what was judged.
+        feasible_K: whether it kept the constraints.
+        pool_PF: choice indices.
+        least: probability that a point needs, or as much as the likeliest has.
+    """
+    tables = [describe(values) for values in choices]
+    known_KC, pool_PC = (
+        functional.pad(featurise(tables, points).double(), (1, 0), value=1) for points in (known_KF, pool_PF)
+    )
+    weights_C = known_KC.new_zeros(known_KC.shape[1])
+    for _ in range(20):
+        predicted_K = (known_KC @ weights_C).sigmoid()
+        slope_C = known_KC.T @ (predicted_K - feasible_K.double()) + 0.1 * weights_C
+        curve_CC = known_KC.T @ (known_KC * (predicted_K * (1 - predicted_K))[:, None]) + 0.1 * torch.eye(len(slope_C))
+        weights_C = weights_C - torch.linalg.solve(curve_CC, slope_C)
+    likely_P = (pool_PC @ weights_C).sigmoid()
+    return likely_P >= likely_P.max().clamp(max=least)
+
+
+@dataclass(frozen=True)
+class History:
+    """What was trained, in its order.
+
+    Args:
+        points_TF: choice indices, int64.
+        rewards_T: their rewards, float32; higher is better.
+        num_candidates: an episode.
+    """
+
+    points_TF: Tensor
+    rewards_T: Tensor
+    num_candidates: int
+
+    def __len__(self) -> int:
+        return len(self.rewards_T)
+
+    def tokens(self, episode: int) -> list[int]:
+        """The sequence of an episode, as indices of trained points.
+
+        The best before the episode, the best of the episode before it (-1 where there is none), and its candidates.
+        """
+        start = episode * self.num_candidates
+        ranking = ModelRanking.of(list(enumerate(self.rewards_T[:start].tolist())), self.num_candidates)
+        leaders = [-1 if best is None else best[0] for best in (ranking.global_best, ranking.previous_best)]
+        return [*leaders, *range(start, min(start + self.num_candidates, len(self)))]
+
+
+class Controller(nn.Module):
+    """Predicts rewards of points, and picks one of a pool. It is made anew for each pick: all it knows is the history.
+
+    torch's global generator is left as it is.
+    """
+
+    def propose(self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float) -> int:
+        """The pool's index of the point to train next.
+
+        Args:
+            history: what was trained.
+            pool_PF: choice indices of what may be picked.
+            generator: of every draw.
+            exploration: probability of a pick that explores.
+        """
+        explores = torch.rand((), generator=generator).item() < exploration
+        if len(history) < 2:  # no difference to learn from
+            return int(torch.randint(len(pool_PF), (), generator=generator))
+        return int(self.scores(history, pool_PF, generator, explores).argmax())
+
+    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
+        """Learn from the history (two points at least), and score the pool, shape (P,); the highest is picked."""
+        raise NotImplementedError
+
+
+class RewardLSTM(Controller):
+    """The original's: one LSTM over embedded choices, trained by squared error; it explores by uniform draws.
+
+    It reads the best so far, the best of the episode before, and the episode's candidates, each with the reward of the
+    token before it, and predicts the reward of each. It learns after an episode: from all that are finished.
+
+    Args:
+        choices: the values of each parameter.
+        generator: of its first weights.
+        embedding_size: of each choice.
+        hidden_size: of the LSTM.
+        num_updates: steps of Adam.
+        learning_rate: of Adam.
+
+    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge Transfer in
+        Language Models"; the sizes, the number of steps and the rate are ours.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Sequence[Any]],
+        generator: torch.Generator,
+        embedding_size: int = 16,
+        hidden_size: int = 64,
+        num_updates: int = 60,
+        learning_rate: float = 1e-2,
+    ) -> None:
+        super().__init__()
+        self.num_updates, self.learning_rate = num_updates, learning_rate
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            # Index 0 stands for "none yet" and stays at zero.
+            self.embeddings = nn.ModuleList(
+                nn.Embedding(len(values) + 1, embedding_size, padding_idx=0) for values in choices
+            )
+            self.lstm = nn.LSTM(len(choices) * embedding_size + 1, hidden_size, batch_first=True)
+            self.head = nn.Linear(hidden_size, 1)
+
+    def forward(self, points_BSF: Tensor, before_BS: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The reward of each token's point, (B, S), and the state after the last.
+
+        Args:
+            points_BSF: choice indices, 1 for the first choice.
+            before_BS: the reward of the token before each.
+            state: of the LSTM before the first token.
+        """
+        embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
+        hidden_BSH, state = self.lstm(torch.cat([*embedded, before_BS[..., None]], -1), state)
+        return self.head(hidden_BSH)[..., 0], state
+
+    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
+        if explores:
+            return torch.rand(len(pool_PF), generator=generator)
+        # The last row, which -1 finds, is "none yet".
+        points_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
+        rewards_T = functional.pad(history.rewards_T, (0, 1))
+        now = len(history) // history.num_candidates
+        if now:
+            finished_BS = torch.tensor([history.tokens(episode) for episode in range(now)])
+            before_BS = functional.pad(rewards_T[finished_BS[:, :-1]], (1, 0))
+            optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+            for _ in range(self.num_updates):
+                predicted_BS, _ = self(points_TF[finished_BS], before_BS)
+                loss = (predicted_BS - rewards_T[finished_BS])[:, 2:].square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            context_S = torch.tensor(history.tokens(now))
+            before_S = functional.pad(rewards_T[context_S], (1, 0))
+            _, (hidden, cell) = self(points_TF[context_S][None], before_S[None, :-1])
+            state = (hidden.expand(-1, len(pool_PF), -1).contiguous(), cell.expand(-1, len(pool_PF), -1).contiguous())
+            return self((pool_PF + 1)[:, None], before_S[-1:].expand(len(pool_PF), 1), state)[0][:, 0]
+
+
+class EnsembleLSTM(Controller):
+    """Ours: small LSTMs beside a quadratic in the features, that disagree where little is known.
+
+    A member predicts ``w . phi(point) + v . h``: phi is 1, the features and their products; h is the state of the
+    member's LSTM after the same tokens as the original's and the point itself. Members differ in their first weights
+    and in how much each trained point counts (exponential draws, the Bayesian bootstrap). Training runs over random
+    sequences of trained points, so that every episode's points teach, in any order. The mean decides; a pick that
+    explores believes one member, drawn at random (Thompson sampling).
+
+    Args:
+        choices: the values of each parameter.
+        generator: of its first weights.
+        num_members: LSTMs.
+        hidden_size: of each.
+        num_updates: steps of Adam.
+        learning_rate: of Adam.
+
+    Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior draws.
+    """
+
+    NUM_SEQUENCES = 8
+    MAX_TOKENS = 8
+    # Of the squares of w and v, beside the squared error of standardised rewards.
+    WEIGHT_DECAY = 1e-3
+
+    def __init__(
+        self,
+        choices: Sequence[Sequence[Any]],
+        generator: torch.Generator,
+        num_members: int = 8,
+        hidden_size: int = 16,
+        num_updates: int = 40,
+        learning_rate: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.num_updates, self.learning_rate = num_updates, learning_rate
+        self.tables = [describe(values) for values in choices]
+        num_features = sum(table.shape[1] for table in self.tables)
+        self.pairs = torch.triu_indices(num_features, num_features)
+
+        def drawn(fan_in: int) -> nn.Parameter:
+            weights = torch.randn(num_members, fan_in, 4 * hidden_size, generator=generator)
+            return nn.Parameter(weights / fan_in**0.5)
+
+        self.from_token, self.from_state = drawn(num_features + 1), drawn(hidden_size)
+        self.bias = nn.Parameter(torch.zeros(num_members, 1, 4 * hidden_size))
+        self.v = nn.Parameter(torch.zeros(num_members, hidden_size, 1))
+        self.w = nn.Parameter(torch.zeros(num_members, 1 + num_features + self.pairs.shape[1], 1))
+
+    def forward(self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The standardised reward of each token's point, (M, B, S), and the LSTMs' state after the last.
+
+        Args:
+            points_MBSF: choice indices.
+            before_MBS: the standardised reward of the token before each.
+            state: before the first token.
+        """
+        size, features_MBSC = before_MBS.shape, featurise(self.tables, points_MBSF)
+        # Flat in sequences and tokens: one matrix product a member.
+        features_MNC, before_MN1 = features_MBSC.flatten(1, 2), before_MBS.flatten(1)[..., None]
+        products_MND = features_MNC[..., self.pairs[0]] * features_MNC[..., self.pairs[1]]
+        quadratic_MN1 = torch.cat([torch.ones_like(before_MN1), features_MNC, products_MND], -1) @ self.w
+        gates_MNG = torch.baddbmm(self.bias, torch.cat([features_MNC, before_MN1], -1), self.from_token)
+        hidden_MBH, cell_MBH = state or (torch.zeros(*size[:2], self.v.shape[1]),) * 2
+        hidden = []
+        for gates_MBG in gates_MNG.unflatten(1, size[1:]).unbind(2):
+            enter, keep, leave, new = torch.baddbmm(gates_MBG, hidden_MBH, self.from_state).chunk(4, -1)
+            cell_MBH = (keep + 1).sigmoid() * cell_MBH + enter.sigmoid() * new.tanh()
+            hidden_MBH = leave.sigmoid() * cell_MBH.tanh()
+            hidden.append(hidden_MBH)
+        predicted_MN1 = quadratic_MN1 + torch.stack(hidden, 2).flatten(1, 2) @ self.v
+        return predicted_MN1.view(size), (hidden_MBH, cell_MBH)
+
+    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
+        rewards_T = (history.rewards_T - history.rewards_T.mean()) / history.rewards_T.std().clamp_min(1e-9)
+        self._learn(history.points_TF, rewards_T, generator)
+        size = (len(self.w), len(pool_PF))
+        tokens = torch.tensor([token for token in history.tokens(len(history) // history.num_candidates) if token >= 0])
+        before_S = functional.pad(rewards_T[tokens], (1, 0))
+        with torch.no_grad():
+            state = None
+            if len(tokens):
+                _, state = self(
+                    history.points_TF[tokens].expand(size[0], 1, -1, -1), before_S[:-1].expand(size[0], 1, -1)
+                )
+                state = state[0].expand(*size, -1), state[1].expand(*size, -1)
+            predicted_MP1, _ = self(pool_PF[:, None].expand(*size, 1, -1), before_S[-1].expand(*size, 1), state)
+        if explores:
+            return predicted_MP1[int(torch.randint(size[0], (), generator=generator)), :, 0]
+        return predicted_MP1.mean(0)[:, 0]
+
+    def _learn(self, points_TF: Tensor, rewards_T: Tensor, generator: torch.Generator) -> None:
+        size = (len(self.w), self.NUM_SEQUENCES, len(rewards_T))
+        counts_MT = torch.empty(size[0], size[2]).exponential_(generator=generator)
+        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+        for _ in range(self.num_updates):
+            tokens_MBS = torch.rand(size, generator=generator).argsort(-1)[..., : self.MAX_TOKENS]
+            rewards_MBS = rewards_T[tokens_MBS]
+            predicted_MBS, _ = self(points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0)))
+            weights_MBS = counts_MT[:, None].expand(size).gather(2, tokens_MBS)
+            # Summed over members: each learns by itself.
+            error = (weights_MBS * (predicted_MBS - rewards_MBS).square()).mean((1, 2)).sum()
+            loss = error + self.WEIGHT_DECAY * (self.w.square().sum() + self.v.square().sum())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
