@@ -31,6 +31,8 @@ from kdnas.models import (
     student_config,
 )
 from kdnas.nas.candidate import WEIGHTS, Evaluator
+from kdnas.nas.controller import ModelRanking
+from kdnas.nas.sampler import episode_length
 from kdnas.nas.search import FrozenTrial, Study, failure_of, trained
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.workers import run_workers
@@ -113,6 +115,7 @@ def _search(job: Job) -> StudentArch:
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states()  # before the live display: building them shows its own bar
+    episode = episode_length(job.config.sampler)
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
@@ -120,6 +123,8 @@ def _search(job: Job) -> StudentArch:
             progress.update(bar, completed=len(trained(study)))
             if "not_needed" not in trial.user_attrs:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
+            if trial.value is not None and "twin_of" not in trial.user_attrs:
+                _show_episode(job, episode)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
 
@@ -148,6 +153,13 @@ def _search(job: Job) -> StudentArch:
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
     return arch
+
+
+def _show_episode(job: Job, length: int | None) -> None:
+    """Who leads, at the end of an episode of a sampler that has episodes."""
+    rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(job.study)]
+    if length and rewards and len(rewards) % length == 0:
+        job.console.print(str(ModelRanking.of(rewards, length)), highlight=False, soft_wrap=True)
 
 
 def _work(config: SearchConfig, index: int, seconds: float) -> None:

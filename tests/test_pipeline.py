@@ -428,3 +428,25 @@ def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.
     scores = {role: row["score"] for role, row in results["models"].items()}
     assert scores["teacher"] > 0.4 and scores["student"] > 0.25, "chance is 0.125"
     assert results["models"]["student"]["speedup"] > 1.5
+
+
+def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys):
+    """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
+    options = [
+        option for option in command[1:] if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
+    ]
+    sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
+    search = ["search", *options, f"--sampler={sampler}", "--workers=2", "--search.n_trials=4"]
+    assert main(search) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "episode 2: best so far" in shown and "episode 3: best so far" in shown and "Pareto fronts" in shown
+    run = tmp_path / "logs" / "tiny"
+    trials = pd.read_csv(run / "trials.csv")
+    assert (
+        (trials["state"] == "COMPLETE").sum() == len(trials.query("state == 'COMPLETE'").drop_duplicates("reward")) == 4
+    )
+    study = optuna.load_study(storage=f"sqlite:///{run}/study.db", study_name="tiny")
+    assert len({trial.user_attrs["pid"] for trial in study.trials}) == 2
+    assert (run / "worker_0.log").exists() and (run / "worker_1.log").exists()
+    assert main(search) == 0
+    assert "4 candidates are done" in capsys.readouterr().out

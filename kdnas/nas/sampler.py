@@ -122,7 +122,7 @@ class LSTMSampler(BaseSampler):
             if value < 1:
                 raise UserError(f"{name} is {value}: give at least 1.")
         self._seed, self._controller = seed, controller
-        self._num_candidates, self._num_episodes = num_candidates, num_episodes
+        self.num_candidates, self._num_episodes = num_candidates, num_episodes
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The categorical parameters that are in every trial with the same choices.
@@ -155,8 +155,8 @@ class LSTMSampler(BaseSampler):
             judged_KF, feasible_K = torch.tensor(list(feasible)), torch.tensor(list(feasible.values()))
             pool_PF = pool_PF[likely_feasible(choices, judged_KF, feasible_K, pool_PF)]
         trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
-        history = History(trained_TF, torch.tensor(list(rewards.values())), self._num_candidates)
-        exploration = exploration_ratio(len(rewards), self._num_candidates, self._num_episodes)
+        history = History(trained_TF, torch.tensor(list(rewards.values())), self.num_candidates)
+        exploration = exploration_ratio(len(rewards), self.num_candidates, self._num_episodes)
         controller = self._controller(choices, generator)
         picked = pool_PF[controller.propose(history, pool_PF, generator, exploration)].tolist()
         return {name: values[index] for name, values, index in zip(space, choices, picked, strict=True)}
@@ -239,6 +239,12 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
 
     make(seed)  # what is wrong shows now, not at the first trial
     return PerTrialSeed(make, seed)
+
+
+def episode_length(spec: Spec) -> int | None:
+    """Candidates an episode of the sampler that a spec asks for; None where it knows no episodes."""
+    found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
+    return _make(found, arguments, "sampler").num_candidates if issubclass(found, LSTMSampler) else None
 
 
 def make_pruner(spec: Spec) -> BasePruner:
