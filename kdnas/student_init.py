@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import spread
+from kdnas.distill.layer_map import first_layers, spread
 from kdnas.distill.narrowing import narrow, project_tables
 from kdnas.errors import UserError
 from kdnas.models import embed, embedding_mapping, family_of
@@ -83,7 +83,7 @@ class FromEmbeddings(Start):
 class FromTeacher(Start):
     """Embeddings and layers of the teacher: copied where the widths are equal, else narrowed.
 
-    Student layer i is made from teacher layer ``spread(L_s, L_t)[i]``, so first and last are among them.
+    Student layer i is made from teacher layer i: the top layers are left out (``first_layers``).
 
     Equal width: embeddings and layers are copied; of a wider feed-forward part the most important neurons are kept
     (norm of the weights in times norm of the weights out). At equal shape the student then equals the teacher; with
@@ -118,7 +118,7 @@ class FromTeacher(Start):
         for name, parameter in student.named_parameters():
             if id(parameter) not in inside_layers:
                 parameter.copy_(teacher_parameters[name])
-        for layer, source in zip(student_layers, spread(len(student_layers), len(teacher_layers)), strict=True):
+        for layer, source in zip(student_layers, first_layers(len(student_layers), len(teacher_layers)), strict=True):
             _copy_layer(layer, teacher_layers[source], family.names.intermediate, family.names.output)
         num_heads = student.config.num_attention_heads
         heads = tuple(spread(num_heads, teacher.config.num_attention_heads))

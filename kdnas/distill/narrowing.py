@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import spread
+from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import ridge_map
 from kdnas.models import embed, encode, family_of
 
@@ -95,7 +95,7 @@ class _Narrowing:
     def run(self) -> tuple[tuple[int, ...], ...]:
         family = family_of(self.teacher.config)
         ours, theirs = family.layers(self.student), family.layers(self.teacher)
-        sources = spread(len(ours), len(theirs))
+        sources = first_layers(len(ours), len(theirs))
         ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
         self.basis = self._basis([-1, *ends])
         embeddings: Any = self.student.embeddings
