@@ -1,6 +1,6 @@
 import pytest
 
-from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, spread
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, first_layers, spread
 from kdnas.errors import UserError
 
 # mapping, student layers, teacher layers, teacher layer of each student layer
@@ -53,16 +53,21 @@ def test_only_the_last_layer_learns_from_the_last_layer(num_student, pairs):
     [
         (1, 12, [0]),
         (2, 12, [0, 11]),
-        (3, 6, [0, 2, 5]),  # 2.5 is rounded down
+        (3, 6, [0, 3, 5]),  # 2.5 is rounded up
         (4, 6, [0, 2, 3, 5]),
         (4, 12, [0, 4, 7, 11]),
-        (5, 6, [0, 1, 2, 4, 5]),
+        (5, 6, [0, 1, 3, 4, 5]),
         (6, 6, [0, 1, 2, 3, 4, 5]),
         (1, 1, [0]),
     ],
 )
 def test_layers_are_spread_evenly_first_and_last_among_them(num_chosen, num_all, chosen):
     assert spread(num_chosen, num_all) == chosen
+
+
+def test_a_student_begins_as_the_first_layers():
+    assert first_layers(3, 6) == [0, 1, 2]
+    assert first_layers(6, 6) == [0, 1, 2, 3, 4, 5]
 
 
 def test_no_layer_is_chosen_twice():

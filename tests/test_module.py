@@ -539,7 +539,7 @@ def test_the_states_are_opened_for_the_mapped_layers_alone(teacher, data, states
     assert module.states.layers == [0, 2, 3]
     module = HiddenStateDistillModule(teacher, NARROW, Recipe(objective=AttentionMaps()), states_settings)
     trainer().validate(module, data, verbose=False)
-    assert module.states.layers == [-1, 2, 3]
+    assert module.states.layers == [-1, 0, 3]
 
 
 class Begun(Exception):

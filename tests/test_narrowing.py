@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from kdnas.arch import StudentArch
-from kdnas.distill.layer_map import spread
+from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
 from kdnas.distill.narrowing import _best_factors, narrow
 from kdnas.models import build_student, family_of, find_teacher, state_sha256
@@ -251,7 +251,7 @@ def test_the_kept_heads_are_those_of_the_source_layers(low_rank):
     shallow = student_of(low_rank, num_hidden_layers=2, num_attention_heads=2)
     whole = student_of(low_rank, num_attention_heads=2)
     heads = narrow(whole, low_rank, ROWS)
-    assert narrow(shallow, low_rank, ROWS) == tuple(heads[layer] for layer in spread(2, 4))
+    assert narrow(shallow, low_rank, ROWS) == tuple(heads[layer] for layer in first_layers(2, 4))
 
 
 @pytest.mark.parametrize("rank", [2, 3, 6, 9])
