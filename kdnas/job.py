@@ -1,8 +1,7 @@
 """What all stages share once the user's input is known to be good."""
 
-import dataclasses
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import yaml
@@ -14,7 +13,7 @@ from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distill.objectives import Objective, needed_layers
-from kdnas.distill.teacher import TeacherStates, open_states
+from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
@@ -44,14 +43,17 @@ class Found:
         depths = self.space.choices["num_hidden_layers"]
         return sorted(needed_layers(self.config.recipe.objective, depths, self.teacher.config.num_hidden_layers))
 
+    @property
+    def states_settings(self) -> StatesSettings:
+        """Where the teacher's states are kept: beside all runs, unless the user says so."""
+        settings = self.config.states
+        return settings if settings.folder else replace(settings, folder=str(self.run.root / "teacher_states"))
+
     def states(self) -> TeacherStates:
         """Of the target layers, computed now if they are not there."""
         accelerator = self.config.trainer.accelerator
         device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-        settings = self.config.states
-        if settings.folder is None:
-            settings = dataclasses.replace(settings, folder=str(self.run.root / "teacher_states"))
-        return open_states(self.teacher, self.data, self.target_layers, settings, device)
+        return open_states(self.teacher, self.data, self.target_layers, self.states_settings, device)
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -117,7 +119,7 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
         text = str(path) if text == QUICKSTART else text
         task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
     task = load_task(task_source) if task_source else None
-    data = KDDataModule(config.teacher, text, dataclasses.replace(config.data, seed=config.seed))
+    data = KDDataModule(config.teacher, text, replace(config.data, seed=config.seed))
     data.setup()
     assert data.corpus is not None
     dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.corpus.dropped.items() if count)
@@ -143,7 +145,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
             "num_train_rows": len(data.corpus.train),
             "space": {name: list(values) for name, values in space.choices.items()},
             "states.precision": config.states.precision,
-            "pruner": config.pruner,
+            **({"pruner": config.pruner} if config.pruner != "none" else {}),
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
         }
     )
@@ -165,7 +167,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
 def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:
     """Look whether the fastest student of the space, which is the smallest too, is within the budget."""
     fastest = space.smallest()
-    glance = dataclasses.replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
+    glance = replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
     violation, reason = config.search.budget.violation(LatencyMeter(teacher.config, glance).measure(fastest))
     if violation > 0:
         raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.")
@@ -177,5 +179,5 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
     with torch.device("meta"):
         teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
         for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
-            arch = dataclasses.replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
+            arch = replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
             objective.criterion(build_student(teacher.config, arch), teacher_shape)

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from kdnas.arch import StudentArch
 from kdnas.config import SpaceConfig
 from kdnas.data.datamodule import Batch
-from kdnas.distill.cache import StateCache
 from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.teacher import LiveTeacher, TeacherStates, measure_stats
+from kdnas.distill.teacher import LiveTeacher, TeacherStates, measure_stats, state_cache
+from kdnas.errors import UserError
 from kdnas.job import Found, look
 from kdnas.models import find_teacher
 from kdnas.training import fit, make_trainer
@@ -38,7 +38,7 @@ class Plan:
     """What a search is expected to need.
 
     Args:
-        states_seconds: to compute the teacher's states and store them; 0 where the teacher runs live.
+        states_seconds: to compute the teacher's states and store them; 0 where they are there, or it runs live.
         states_bytes: that they take on disk.
         candidate_seconds: of each measured student, latency and mini-KD.
         refused_share: share of the proposals that the budget refuses.
@@ -161,6 +161,9 @@ def plan(found: Found) -> Plan:
 
     Args:
         found: what was asked for, looked at.
+
+    Raises:
+        UserError: no student meets the budget.
     """
     config, settings = found.config, found.config.search
     generator = np.random.default_rng(config.seed)
@@ -185,16 +188,12 @@ def plan(found: Found) -> Plan:
             measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / str(len(measured)))
             if len(measured) == NUM_STUDENTS:
                 break
-        cache = StateCache(
-            folder,
-            found.data.rows,
-            states.layers,
-            states.hidden_size,
-            config.data.num_mask_variants,
-            config.states.precision,
-        )
-        num_tokens = int(found.data.rows.lengths.sum()) * config.data.num_mask_variants
-        fits = cache.num_bytes() <= config.states.max_gb * 1e9
+    if not measured:
+        raise UserError(f"None of the {len(found.space)} students meets the budget: relax it.")
+    cache = state_cache(found.teacher, found.data, found.target_layers, found.states_settings)
+    fits = cache.num_bytes() <= config.states.max_gb * 1e9
+    num_tokens = int(found.data.rows.lengths.sum()) * config.data.num_mask_variants
+    missing = cache.num_missing_bytes() / cache.num_bytes()
     refused_share = num_refused / (num_refused + len(measured))
     mean_seconds = float(np.mean(list(measured.values())))
     refusals = settings.n_trials * refused_share / (1 - refused_share)
@@ -206,7 +205,7 @@ def plan(found: Found) -> Plan:
         seen = lengths[mini.train_ids()].sum() + lengths[mini.held_out_ids()].sum()
         search += settings.n_trials * settings.num_epochs * float(seen) * per_token
     return Plan(
-        states_seconds=num_tokens * per_token if fits else 0.0,
+        states_seconds=missing * num_tokens * per_token if fits else 0.0,
         states_bytes=cache.num_bytes() if fits else 0,
         candidate_seconds=measured,
         refused_share=refused_share,

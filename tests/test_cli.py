@@ -308,3 +308,19 @@ def test_a_dry_run_says_what_a_search_will_need_and_leaves_nothing(
 def test_dashes_and_underscores_are_the_same_in_options(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--time-budget=-1", "--time_budget=-1"):
         assert "time_budget is -1" in refused([*search, option], capsys)
+
+
+def test_a_dry_run_counts_neither_stored_states_nor_a_budget_that_nothing_meets(
+    search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdnas.distill.cache import StateCache
+    from kdnas.nas.candidate import Budget
+
+    assert main([*search, "--search.budget.speedup=0.01"]) == 0
+    monkeypatch.setattr(StateCache, "num_bytes", lambda cache: 3_000_000_000)  # large enough to be seen
+    assert main([*search, "--search.budget.speedup=0.01", "--dry-run"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "teacher states" in line)
+    assert " 0.0 " in line and "3.00 GB" in line
+    within = iter([(0.0, "")])  # at the first glance alone
+    monkeypatch.setattr(Budget, "violation", lambda *args: next(within, (1.0, "slow")))
+    assert "None of the 144 students meets the budget" in refused([*search, "--dry-run", "--name=other"], capsys)

@@ -113,6 +113,12 @@ class StateCache:
         """Size of the whole cache on disk."""
         return int(self.rows.lengths.sum()) * self._bytes_a_token * self.num_variants
 
+    def num_missing_bytes(self) -> int:
+        """Of those, what is not there yet, by the names of the shards alone."""
+        places = ((variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows)))
+        missing = (place for place in places if not any(self.folder.glob(f"{self._prefix(*place)}.*.bin")))
+        return sum(self._num_bytes(shard) for _, shard in missing)
+
     def build(self, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> None:
         """Compute the shards that are missing or damaged, and open the cache. One process builds, others wait for it.
 

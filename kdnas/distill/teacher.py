@@ -108,6 +108,15 @@ class TeacherStates:
         return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
 
 
+def state_cache(teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings) -> StateCache:
+    """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
+    assert data.rows is not None, "call data.setup() first"
+    wanted, num_variants = sorted(set(layers)), data.settings.num_mask_variants
+    key = cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision)
+    folder = Path(settings.folder or "lightning_logs/teacher_states") / key
+    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, num_variants, settings.precision)
+
+
 def open_states(
     teacher: Teacher,
     data: KDDataModule,
@@ -127,15 +136,8 @@ def open_states(
     Raises:
         UserError: the disk has too little room for a cache within the budget.
     """
-    assert data.rows is not None, "call data.setup() first"
-    wanted = sorted(set(layers))
-    num_variants = data.settings.num_mask_variants
-    folder = Path(settings.folder or "lightning_logs/teacher_states") / cache_key(
-        teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision
-    )
-    hidden_size = teacher.config.hidden_size
-    live = LiveTeacher(teacher.model)
-    cache = StateCache(folder, data.rows, wanted, hidden_size, num_variants, settings.precision)
+    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings)
+    wanted, folder = cache.layers, cache.folder
     source: StateSource = cache
     if cache.num_bytes() > settings.max_gb * 1e9:
         source = live
@@ -157,7 +159,7 @@ def open_states(
             measured = measure_stats(teacher.model, source, wanted, data, device)
             write_json(stats_file, {str(layer): asdict(stats) for layer, stats in measured.items()})
     stats = {int(layer): LayerStats(**values) for layer, values in read_json(stats_file).items()}
-    return TeacherStates(source, wanted, hidden_size, stats)
+    return TeacherStates(source, wanted, teacher.config.hidden_size, stats)
 
 
 def _to(batch: Batch, device: str) -> Batch:
