@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import yaml
@@ -12,6 +13,7 @@ from transformers import AutoModel
 from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule
+from kdnas.distill.layer_map import first_layers
 from kdnas.distill.objectives import Objective, needed_layers
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.errors import UserError
@@ -19,7 +21,7 @@ from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
 from kdnas.models import Teacher, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Study, open_study, refuse_difference, trained
+from kdnas.nas.search import Study, open_study, refuse_difference, trained, without_password
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import Run, write_text
 
@@ -71,9 +73,9 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     """A name stands for one config, but for what changes no result and for stages that have not begun."""
     if not run.config.exists():
         return
-    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(as_plain(config))
+    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    free += ["sampler", "workers", "storage", "time_budget"]
+    free += ["sampler", "workers", "time_budget"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -82,6 +84,12 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         free += ["finetune.", "task"]
     shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
     refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
+
+
+def _plain(config: SearchConfig) -> dict[str, Any]:
+    """As plain YAML, for everyone to read."""
+    plain: dict[str, Any] = as_plain(config)
+    return plain | ({"storage": without_password(config.storage)} if config.storage else {})
 
 
 def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Found:
@@ -140,6 +148,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     assert data.rows is not None and data.corpus is not None
     identity = flat(
         {
+            "begins as": first_layers.__name__,  # with the same settings, other students than those of another rule
             "teacher": found.teacher.weights_sha256(),
             "text": data.rows.sha256(data.settings.num_mask_variants),
             "num_train_rows": len(data.corpus.train),
@@ -160,7 +169,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(trained(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
     known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
-    write_text(run.config, yaml.safe_dump(known | as_plain(config), sort_keys=False))
+    write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))
     return job
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,9 +34,9 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, failure_of, trained
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained
 from kdnas.nas.search import search as search_loop
-from kdnas.nas.workers import run_workers
+from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, new_folder, read_json, write_json, write_text
 from kdnas.training import FitProgress, KeepLast, fit, make_trainer
@@ -109,13 +110,14 @@ def _alone(run: Run) -> Iterator[None]:
 def _search(job: Job) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
     num_done = len(trained(study))
-    if run.best_student.exists() and num_done >= settings.n_trials:
+    if run.best_student.exists() and (num_done >= settings.n_trials or run.full_kd.exists()):
         job.console.print(f"Search: {num_done} candidates are done.")
         return StudentArch.from_yaml(run.best_student)
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states()  # before the live display: building them shows its own bar
     episode = episode_length(job.config.sampler)
+    episodes = [num_done // episode if episode else 0]  # whose leaders were shown
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
@@ -123,8 +125,10 @@ def _search(job: Job) -> StudentArch:
             progress.update(bar, completed=len(trained(study)))
             if "not_needed" not in trial.user_attrs:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
-            if trial.value is not None and "twin_of" not in trial.user_attrs:
-                _show_episode(job, episode)
+            rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
+            if episode and len(rewards) // episode > episodes[-1]:
+                episodes.append(len(rewards) // episode)
+                job.console.print(str(ModelRanking.of(rewards, episode)), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
 
@@ -147,33 +151,33 @@ def _search(job: Job) -> StudentArch:
         seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
         if job.config.workers > 1:
             run_workers(partial(_work, job.config), job.config.workers, study, show, seconds, run.worker_log)
-            seconds = 0  # what follows only looks at what they did
-        best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
+            best = best_of(study, job.space, seconds)
+        else:
+            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
     write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
     return arch
 
 
-def _show_episode(job: Job, length: int | None) -> None:
-    """Who leads, at the end of an episode of a sampler that has episodes."""
-    rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(job.study)]
-    if length and rewards and len(rewards) % length == 0:
-        job.console.print(str(ModelRanking.of(rewards, length)), highlight=False, soft_wrap=True)
-
-
-def _work(config: SearchConfig, index: int, seconds: float) -> None:
+def _work(config: SearchConfig, index: int, deadline: float) -> None:
     """One worker process of a search: the same search, told into a log file."""
-    config = dataclasses.replace(config, workers=1, time_budget=seconds / 60 if math.isfinite(seconds) else None)
-    with Run(config.root, config.name).worker_log(index).open("a", encoding="utf-8") as file:
+    run = Run(config.root, config.name)
+    with run.worker_log(index).open("a", encoding="utf-8") as file:
         for stream in (1, 2):  # the libraries' chatter too
             os.dup2(file.fileno(), stream)
         try:
-            _search(prepare(config, Console(), is_worker=True))
+            with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
+                job = prepare(dataclasses.replace(config, workers=1), Console(), is_worker=True)
+            if math.isfinite(deadline):
+                minutes = max(1e-3, deadline - time.time()) / 60
+                job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
+            _search(job)
         except (UserError, CandidateFailed) as error:  # the process that started it finds the same
             print(error)
-        except KeyboardInterrupt:
-            print("interrupted")
+        except OSError:
+            traceback.print_exc()
+            raise SystemExit(DISK) from None
 
 
 def _keep_best_weights(run: Run, study: Study) -> None:

@@ -43,7 +43,7 @@ class Plan:
         candidate_seconds: of each measured student, latency and mini-KD.
         refused_share: share of the proposals that the budget refuses.
         search_seconds: of all candidates, teacher's states not counted.
-        memory_bytes: of one process, at its peak.
+        memory_bytes: of all workers, at their peak.
     """
 
     states_seconds: float
@@ -209,8 +209,8 @@ def plan(found: Found) -> Plan:
         states_bytes=cache.num_bytes() if fits else 0,
         candidate_seconds=measured,
         refused_share=refused_share,
-        search_seconds=search / config.workers,
-        memory_bytes=peak_memory(),
+        search_seconds=search / min(config.workers, max(1, torch.cuda.device_count())),  # cores are shared
+        memory_bytes=peak_memory() * config.workers,
     )
 
 
@@ -223,8 +223,11 @@ def show_space(config: SpaceConfig, console: Console) -> None:
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
         if not config.text:
             text = Path(name) / "random.txt"
-            text.write_text("\n".join(_random_rows(find_teacher(config.teacher).tokenizer, config.data.max_length)))
-        found = look(dataclasses.replace(config, text=config.text or str(text)), Console(quiet=True))
+            text.write_text(
+                "\n".join(_random_rows(find_teacher(config.teacher).tokenizer, config.data.max_length)),
+                encoding="utf-8",
+            )
+        found = look(dataclasses.replace(config, text=config.text or str(text), root=name), Console(quiet=True))
         states = _timed_states(found)
         costs = Table("", "student", "parameters", "speed-up", "seconds a candidate", "memory")
         for label, arch in (("smallest", found.space.smallest()), ("largest", found.space.largest())):
@@ -243,8 +246,8 @@ def show_space(config: SpaceConfig, console: Console) -> None:
         console.print(f"  {field}: {values}", highlight=False)
     console.print(costs)
     num_rows, epochs = len(found.data.select("mini").train_ids()), config.search.num_epochs
-    rows = f"{num_rows:,} rows" if config.text else f"{num_rows:,} random rows; give --text for yours"
-    console.print(f"A candidate: {epochs} epochs on {rows}, the teacher's states stored.", highlight=False)
+    words = f"{num_rows:,} rows" if config.text else f"{num_rows:,} random rows; give --text for yours"
+    console.print(f"A candidate: {epochs} epochs on {words}, the teacher's states stored.", highlight=False)
 
 
 def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:

@@ -23,6 +23,7 @@ from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, LatencySettings
 from kdnas.models import build_classifier, find_teacher, num_parameters, student_config
+from kdnas.nas.callbacks import HoldStill
 from kdnas.nas.candidate import Budget, Evaluator
 from kdnas.nas.reward import reward
 from kdnas.nas.search import search
@@ -303,3 +304,16 @@ def test_the_progress_bar_names_the_trial_and_is_gone_afterwards(make):
         make(progress=progress)(new_study().ask(), ARCH)
         assert shown == [f"trial 0: {ARCH}"]
         assert progress.tasks == []
+
+
+def test_an_interruption_between_two_steps_is_one_and_leaves_the_lock_free(make, tmp_path, monkeypatch):
+    def interrupted(callback: HoldStill) -> None:
+        callback.lock.release()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HoldStill, "give_way", interrupted)
+    evaluator = make()
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(new_study().ask(), ARCH)
+    with evaluator.stillness.write_lock(timeout=1):
+        pass

@@ -448,6 +448,7 @@ def test_every_pruner_is_made(name):
         (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}}, "TPESampler does not take"),
+        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": [1]}, "is no sampler"),
         (make_pruner, "medium", "There is no pruner 'medium'"),
         (make_pruner, {"class_path": "optuna.pruners.PercentilePruner"}, "PercentilePruner does not take"),
     ],
@@ -455,3 +456,10 @@ def test_every_pruner_is_made(name):
 def test_what_is_no_sampler_or_pruner_is_refused(make, spec, message):
     with pytest.raises(UserError, match=message):
         make(spec)
+
+
+def test_a_seed_among_the_arguments_is_that_of_the_study():
+    spec = {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 42}}
+    study = optuna.create_study(sampler=make_sampler(spec))
+    study.optimize(objective, n_trials=4)
+    assert len({trial.params["x"] for trial in study.trials}) == 4

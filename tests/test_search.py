@@ -119,7 +119,7 @@ def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Tr
     """A trial that somebody is at."""
     study.enqueue_trial(arch.to_dict())
     trial = study.ask()
-    for name, value in {"arch": arch.to_dict(), **attrs}.items():
+    for name, value in {"arch": arch.to_dict(), "pid": os.getppid(), **attrs}.items():
         trial.set_user_attr(name, value)
     return trial
 
@@ -270,7 +270,34 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     search(evaluate, SPACE, study, n_trials=2)
     assert evaluate.asked == [TWO]
     assert len(trained(study)) == 2
-    assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.PRUNED
+    assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
+
+
+def test_a_trial_that_was_lost_before_it_had_a_process_is_not_waited_for(study, worker):
+    worker.ask()
+    search(value_of, THREE, study, n_trials=3)
+    assert len(trained(study)) == 3
+
+
+def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(study, worker, monkeypatch):
+    running_trial(worker, ONE)
+    for arch in (TWO, OTHER):
+        study.enqueue_trial(arch.to_dict())
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdnas.nas.search.time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search(value_of, SPACE, study, n_trials=2)
+    (waiting,) = study.get_trials(states=(TrialState.WAITING,))
+    assert waiting.system_attrs["fixed_params"] == OTHER.to_dict()
+
+
+def test_without_time_no_candidate_is_trained_and_the_message_says_so(study):
+    with pytest.raises(UserError, match="No student within the budget was trained in 0 minutes: give more"):
+        search(value_of, SPACE, study, n_trials=2, seconds=0)
+    assert study.trials == []
 
 
 def test_a_worker_that_waits_goes_on_when_the_other_s_candidate_is_lost(study, worker, monkeypatch):
@@ -592,8 +619,8 @@ def test_two_workers_share_one_study(tmp_path):
     assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
     assert len({trial.user_attrs["pid"] for trial in study.trials if "pid" in trial.user_attrs}) == 2
     assert len(trained(study)) == 6
-    assert {"COMPLETE"} <= set(states(study)) <= {"COMPLETE", "WAITING", "PRUNED"}
-    assert all("not_needed" in trial.user_attrs for trial in study.get_trials(states=(TrialState.PRUNED,)))
+    assert {"COMPLETE"} <= set(states(study)) <= {"COMPLETE", "WAITING", "FAIL"}
+    assert all("not_needed" in trial.user_attrs for trial in study.get_trials(states=(TrialState.FAIL,)))
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     for i, trial in enumerate(complete):
         for other in complete[:i]:

@@ -18,7 +18,7 @@ from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill
 from kdnas.nas.search import open_study, search, trained
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.workers import MOST_DEATHS, run_workers
+from kdnas.nas.workers import DISK, MOST_DEATHS, run_workers
 
 SPACE = SearchSpace(
     {
@@ -43,13 +43,19 @@ def evaluate(folder: str, deadly: str, trial: optuna.Trial, arch: StudentArch) -
     return float(arch.hidden_size + arch.num_hidden_layers)
 
 
-def work(url: str, n_trials: int, folder: str, deadly: str, index: int, seconds: float) -> None:
+def work(url: str, n_trials: int, folder: str, deadly: str, index: int, deadline: float) -> None:
     with suppress(UserError):  # no time: none was trained
-        search(partial(evaluate, folder, deadly), SPACE, open_study(url, "s", {}), n_trials, seconds=seconds)
+        search(
+            partial(evaluate, folder, deadly), SPACE, open_study(url, "s", {}), n_trials, seconds=deadline - time.time()
+        )
 
 
-def broken(index: int, seconds: float) -> None:
+def broken(index: int, deadline: float) -> None:
     os._exit(7)
+
+
+def without_disk(index: int, deadline: float) -> None:
+    os._exit(DISK)
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def test_workers_train_so_many_together_and_each_trial_is_shown_once(url, tmp_pa
 
 def test_the_trial_of_a_killed_worker_is_tried_again_by_another(url, tmp_path):
     study, _ = start(url, tmp_path / "seen", len(SPACE), "once")
-    lost = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    lost = [trial for trial in study.trials if trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs]
     assert len(lost) == 1
     (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
     assert again.state.name == "COMPLETE" and again.user_attrs["arch"] == lost[0].user_attrs["arch"]
@@ -97,6 +103,11 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
     ):
         run_workers(broken, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda index: tmp_path / f"{index}.log")
+
+
+def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
+    with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log"):
+        run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
 
 
 def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):

@@ -123,12 +123,16 @@ class Evaluator:
         ]
         if self.progress:
             callbacks.append(FitProgress(self.progress, f"trial {trial.number}: {arch}"))
-        with self.stillness.read_lock(), torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
-            module.states = self.states
-            trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
-            fit(trainer, module, self.data.select("mini"))
+        self.stillness.acquire_read()
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
+                module.states = self.states
+                trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
+                fit(trainer, module, self.data.select("mini"))
+        finally:
+            self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
         weights = self.folder(trial.number) / WEIGHTS
         save_file(module.state_dict(), partial := weights.with_name(f".{WEIGHTS}.partial"))
         os.replace(partial, weights)

@@ -232,6 +232,7 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
         UserError: there is no such sampler, or it does not take these arguments.
     """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
+    seed = arguments.pop("seed", seed)  # not of each trial: all would propose the same
 
     def make(trial_seed: int) -> BaseSampler:
         seeded = {"seed": trial_seed} if "seed" in inspect.signature(found).parameters else {}
@@ -262,16 +263,17 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
         spec = known.get(spec, spec)
     if isinstance(spec, str):
         spec = {"class_path": spec}
-    path, arguments = spec.get("class_path"), dict(spec.get("init_args") or {})
+    path, arguments = spec.get("class_path"), spec.get("init_args") or {}
     module, _, name = str(path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         hint = nearest(path, known)
         raise UserError(f"There is no {kind} {path!r}: give a class path, or a short name.{hint}") from error
-    if not (isinstance(found, type) and issubclass(found, base)) or set(spec) - {"class_path", "init_args"}:
+    is_one = isinstance(found, type) and issubclass(found, base)
+    if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args.")
-    return found, arguments
+    return found, dict(arguments)
 
 
 def _make(found: type[Any], arguments: dict[str, Any], kind: str) -> Any:

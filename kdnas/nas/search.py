@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -87,15 +88,19 @@ def _connect(url: str) -> RDBStorage:
             time.sleep(1)
             storage = RDBStorage(url, **options)
     except (SQLAlchemyError, ImportError, ValueError) as error:
-        shown = re.sub(r":[^:@/]*@", ":***@", url)  # it may hold a password, and may be no URL at all
         raise UserError(
-            f"The database {shown!r} cannot be used ({first_line(error)}): give a URL such as "
+            f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
             "postgresql://user:password@host/database of a server that runs, and install its driver."
         ) from error
     if storage.engine.name == "sqlite":
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return storage
+
+
+def without_password(url: str) -> str:
+    """A database's URL that may be shown; it may be no URL at all."""
+    return re.sub(r":[^:@/]*@", ":***@", url)
 
 
 def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -133,9 +138,10 @@ def bury_dead(study: Study, is_new: bool = True) -> None:
 
 def _try_again(study: Study, trial: FrozenTrial) -> None:
     """Queue the trial of a process that died, once."""
-    if "retry_of" not in trial.user_attrs:
+    params = trial.params or trial.system_attrs.get("fixed_params")
+    if params and "retry_of" not in trial.user_attrs:
         log.info("Trial %d died with its process; it is tried again.", trial.number)
-        study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+        study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
 
 
 def failure_of(trial: FrozenTrial) -> str | None:
@@ -204,37 +210,33 @@ def search(
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("host", platform.node())
         trial.set_user_attr("pid", os.getpid())
-        if not _is_needed(study, space, trial.number, n_trials):
-            trial.set_user_attr("not_needed", True)
-            raise optuna.TrialPruned("other workers train the last candidates")
         arch = space.suggest(trial)
-        trial.set_user_attr("arch", arch.to_dict())
-        twin = _find_twin(study, arch)
-        if twin is not None:
-            _queue_unseen(study, space, trial.number)
-            return _answer(trial, twin)
-        try:
-            value = evaluate(trial, arch)
-            if not math.isfinite(value):
-                raise CandidateFailed(f"the reward is {value}")
-            return value
-        except optuna.TrialPruned:
-            raise
-        except (KeyboardInterrupt, OSError) as stop:  # a full disk is not the candidate's fault
-            trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
-            study.enqueue_trial(trial.params)
-            raise
-        except Exception as error:  # whatever a candidate dies of, the search goes on
-            reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
-            trial.set_user_attr("failed", reason)
-            log.warning("Trial %d failed: %s", trial.number, reason)
-            raise CandidateFailed(reason) from error
+        with _tried_again(study, trial):
+            if not _is_needed(study, space, trial.number, n_trials, end):
+                trial.set_user_attr("not_needed", True)
+                raise CandidateFailed("not needed: others train the last candidates, or the time is over")
+            trial.set_user_attr("arch", arch.to_dict())
+            twin = _find_twin(study, arch)
+            if twin is not None:
+                _queue_unseen(study, space, trial.number)
+                return _answer(trial, twin)
+            try:
+                value = evaluate(trial, arch)
+                if not math.isfinite(value):
+                    raise CandidateFailed(f"the reward is {value}")
+                return value
+            except (optuna.TrialPruned, OSError):  # a full disk is not the candidate's fault
+                raise
+            except Exception as error:  # whatever a candidate dies of, the search goes on
+                reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+                trial.set_user_attr("failed", reason)
+                log.warning("Trial %d failed: %s", trial.number, reason)
+                raise CandidateFailed(reason) from error
 
     def is_over() -> bool:
-        seen = {StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)}
         num_trained = len(trained(study))
         only_fails = num_trained == 0 and len(_failed(study)) >= MOST_FAILURES
-        return num_trained >= n_trials or len(seen) >= len(space) or only_fails or time.monotonic() > end
+        return num_trained >= n_trials or len(_seen(study)) >= len(space) or only_fails or time.monotonic() > end
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
@@ -242,31 +244,63 @@ def search(
 
     if not is_over():
         study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
+    return best_of(study, space, seconds)
+
+
+def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
+    """The best feasible trial of a search that is over.
+
+    Args:
+        study: of the search.
+        space: of the search.
+        seconds: that it had.
+
+    Raises:
+        UserError: no candidate meets the constraints, or none was trained in the time.
+        CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
+    """
     try:
         best = study.best_trial
     except ValueError as error:  # no trial is complete and feasible
         if _failed(study) and not trained(study):
             reason = failure_of(_failed(study)[-1])
             raise CandidateFailed(f"Every candidate within the budget failed; the last one: {reason}") from error
-        if time.monotonic() > end:
-            raise UserError(
-                f"No student within the budget was trained in {seconds / 60:g} minutes: give more."
-            ) from error
+        if len(_seen(study)) < len(space) and math.isfinite(seconds):
+            minutes = f"{seconds / 60:g}"
+            raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
         raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
-def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int) -> bool:
+@contextmanager
+def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
+    """Queue a trial again that something else than its candidate ends."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as stop:
+        trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
+        study.enqueue_trial(trial.params)
+        raise
+
+
+def _seen(study: Study) -> set[StudentArch]:
+    """The architectures that the study can answer."""
+    return {StudentArch.from_dict(trial.user_attrs["arch"]) for trial in _settled(study)}
+
+
+def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end: float) -> bool:
     """Whether a trial must run for ``n_trials`` to be trained; waits while those before it may make it superfluous."""
-    while True:
-        num_unseen = len(space) - len({StudentArch.from_dict(t.user_attrs["arch"]) for t in _settled(study)})
-        num_missing = min(n_trials - len(trained(study)), num_unseen)
-        before = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t.number < number]
+    while time.monotonic() <= end:
+        # Running ones first: one that ends meanwhile counts twice, not never. One without a process was lost at birth.
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        before = [trial for trial in running if trial.number < number and "pid" in trial.user_attrs]
+        num_missing = min(n_trials - len(trained(study)), len(space) - len(_seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
         time.sleep(0.5)
         bury_dead(study, is_new=False)
         optuna.storages.fail_stale_trials(study)
+    return False
 
 
 def _settled(study: Study) -> list[FrozenTrial]:

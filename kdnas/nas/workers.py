@@ -14,9 +14,11 @@ from optuna.trial import FrozenTrial
 
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead
+from kdnas.training import honest_signals
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker are no bad luck.
 MOST_DEATHS = 2
+DISK = 3  # exit code, as the command line's
 
 
 def run_workers(
@@ -30,7 +32,8 @@ def run_workers(
     """Search in processes until all have ended, and show each trial as it ends.
 
     Args:
-        work: what a worker does, given its number from 0 and its seconds of wall clock; goes through ``pickle``.
+        work: what a worker does, given its number from 0 and the time, as of ``time.time()``, after which it begins
+            nothing; goes through ``pickle``. It ends with exit code 0, or ``DISK`` where that failed.
         num_workers: processes; each has its share of the cores, and one of the GPUs.
         study: that they search in.
         show: called after each trial, as Optuna's callbacks are.
@@ -39,38 +42,48 @@ def run_workers(
 
     Raises:
         CandidateFailed: worker after worker dies.
+        OSError: a worker's disk or network failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers end too.
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
-    end, num_deaths = time.monotonic() + seconds, 0
+    deadline, num_deaths = time.time() + seconds, 0
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
 
     def start(index: int) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=work, args=(index, max(1e-3, end - time.monotonic())), name=f"worker {index}")
+        process = context.Process(target=work, args=(index, deadline), name=f"worker {index}")
         with _environment(index, num_workers):
             process.start()
         return process
 
-    workers = [start(index) for index in range(num_workers)]
+    def show_new() -> None:
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in shown:
+                shown.add(trial.number)
+                show(study, trial)
+
+    workers = {index: start(index) for index in range(num_workers)}
     try:
-        while alive := [worker for worker in workers if worker.is_alive()]:
-            multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=1)
-            for index, worker in enumerate(workers):
-                if worker.exitcode:
-                    num_deaths += 1
-                    if num_deaths > MOST_DEATHS * num_workers:
-                        raise CandidateFailed(
-                            f"{num_deaths} worker processes died, the last with exit code {worker.exitcode}: "
-                            f"see {str(log_path(index))!r}"
-                        )
-                    bury_dead(study)
-                    workers[index] = start(index)
-            for trial in study.get_trials(deepcopy=False):
-                if trial.state.is_finished() and trial.number not in shown:
-                    shown.add(trial.number)
-                    show(study, trial)
+        with honest_signals():
+            while workers:
+                multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
+                for index, code in [(index, worker.exitcode) for index, worker in workers.items()]:
+                    if code == 0:
+                        del workers[index]
+                    elif code == DISK:
+                        raise OSError(f"A worker's disk or network failed: see {str(log_path(index))!r}")
+                    elif code is not None:
+                        num_deaths += 1
+                        if num_deaths > MOST_DEATHS * num_workers:
+                            raise CandidateFailed(
+                                f"{num_deaths} worker processes died, the last with exit code {code}: "
+                                f"see {str(log_path(index))!r}"
+                            )
+                        bury_dead(study)
+                        workers[index] = start(index)
+                show_new()
     finally:
-        for worker in workers:
-            worker.join(timeout=20 if worker.is_alive() else 0)  # Ctrl-C reaches them too
+        for worker in workers.values():
+            worker.join(timeout=20)  # Ctrl-C reaches them too
             if worker.is_alive():
                 worker.terminate()
                 worker.join()
