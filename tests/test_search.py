@@ -273,7 +273,8 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
 
 
-def test_a_trial_that_was_lost_before_it_had_a_process_is_not_waited_for(study, worker):
+def test_a_trial_that_was_lost_before_it_had_a_process_is_not_waited_for(study, worker, monkeypatch):
+    monkeypatch.setattr(kdnas.nas.search, "BIRTH_SECONDS", 0)
     worker.ask()
     search(value_of, THREE, study, n_trials=3)
     assert len(trained(study)) == 3

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -33,6 +34,8 @@ Evaluate = Callable[[optuna.Trial, StudentArch], float]
 # Minutes, not seconds: with a short grace a live but slow worker is declared dead.
 HEARTBEAT_SECONDS = 60
 GRACE_SECONDS = 600
+# A trial has its process's number at once; one without it after so long never gets it.
+BIRTH_SECONDS = 60
 # So many failures before the first success are no bad luck: the search stops and says why.
 MOST_FAILURES = 5
 
@@ -291,9 +294,9 @@ def _seen(study: Study) -> set[StudentArch]:
 def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end: float) -> bool:
     """Whether a trial must run for ``n_trials`` to be trained; waits while those before it may make it superfluous."""
     while time.monotonic() <= end:
-        # Running ones first: one that ends meanwhile counts twice, not never. One without a process was lost at birth.
+        # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = [trial for trial in running if trial.number < number and "pid" in trial.user_attrs]
+        before = [trial for trial in running if trial.number < number and not _was_lost(trial)]
         num_missing = min(n_trials - len(trained(study)), len(space) - len(_seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
@@ -301,6 +304,12 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
         bury_dead(study, is_new=False)
         optuna.storages.fail_stale_trials(study)
     return False
+
+
+def _was_lost(trial: FrozenTrial) -> bool:
+    """Whether a running trial's process died before it could write down its number; no heartbeat tells."""
+    age = (datetime.now() - (trial.datetime_start or datetime.now())).total_seconds()
+    return "pid" not in trial.user_attrs and age > BIRTH_SECONDS
 
 
 def _settled(study: Study) -> list[FrozenTrial]:
