@@ -316,7 +316,7 @@ def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(plain))
     from kdnas.cli import _config
 
-    assert as_plain(_config(RunConfig, "run", ["--config", str(path)])) == plain
+    assert as_plain(_config(RunConfig, "run", ["--config", str(path)])[0]) == plain
 
 
 def test_candidates_that_all_fail_end_with_one_line(
