@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch.nn import functional
 
 from kdnas.arch import StudentArch
 from kdnas.nas.controller import (
@@ -216,7 +217,7 @@ def test_the_originals_prediction_of_a_token_depends_on_what_is_before_it_only()
 
 
 def test_the_ensembles_cell_is_torchs_lstm_for_each_member():
-    """Beside it stands the quadratic; torch orders its gates i, f, g, o, and our forget gate has one added."""
+    """Beside it stands the linear model; torch orders its gates i, f, g, o, and our forget gate has one added."""
     controller = EnsembleLSTM(CHOICES, generator(), num_members=3, hidden_size=4)
     for weights in controller.parameters():
         torch.nn.init.normal_(weights, generator=generator(len(weights.flatten())))
@@ -226,7 +227,8 @@ def test_the_ensembles_cell_is_torchs_lstm_for_each_member():
     predicted = torch.cat([start, rest], 2)
     features = featurise(controller.tables, points[0])
     pairs = [features[..., i] * features[..., j] for i in range(6) for j in range(i, 6)]
-    products = torch.cat([torch.ones(2, 5, 1), features, torch.stack(pairs, -1)], -1)
+    one_hot = torch.cat([functional.one_hot(points[0, ..., f], len(CHOICES[f])) for f in range(5)], -1)
+    phi = torch.cat([torch.ones(2, 5, 1), one_hot, features, torch.stack(pairs, -1)], -1)
     order = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11]
     for member in range(3):
         oracle = torch.nn.LSTM(7, 4, batch_first=True)
@@ -236,7 +238,7 @@ def test_the_ensembles_cell_is_torchs_lstm_for_each_member():
             oracle.bias_ih_l0.copy_(controller.bias[member, 0][order])
             oracle.bias_hh_l0.copy_(torch.tensor([0.0] * 4 + [1.0] * 4 + [0.0] * 8))
         hidden, _ = oracle(torch.cat([features, before[member][..., None]], -1))
-        expected = (products @ controller.w[member] + hidden @ controller.v[member])[..., 0]
+        expected = (phi @ controller.w[member] + hidden @ controller.v[member])[..., 0]
         torch.testing.assert_close(predicted[member], expected)
 
 

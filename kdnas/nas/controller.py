@@ -247,12 +247,12 @@ class RewardLSTM(Controller):
 
 
 class EnsembleLSTM(Controller):
-    """Ours: small LSTMs beside a quadratic in the features, that disagree where little is known.
+    """Ours: small LSTMs beside a linear model, that disagree where little is known.
 
-    A member predicts ``w . phi(point) + v . h``: phi is 1, the features and their products; h is the state of the
-    member's LSTM after the same tokens as the original's and the point itself. Members differ in their first weights
-    and in how much each trained point counts (exponential draws, the Bayesian bootstrap). Training runs over random
-    sequences of trained points, so that every episode's points teach, in any order. The mean decides; a pick that
+    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and their products; h is
+    the state of the member's LSTM after the same tokens as the original's and the point itself. Members differ in their
+    first weights and in how much each trained point counts (exponential draws, the Bayesian bootstrap). Training runs
+    over random sequences of all trained points, so that each teaches in many places. The mean decides; a pick that
     explores believes one member, drawn at random (Thompson sampling).
 
     Args:
@@ -283,7 +283,8 @@ class EnsembleLSTM(Controller):
         super().__init__()
         self.num_updates, self.learning_rate = num_updates, learning_rate
         self.tables = [describe(values) for values in choices]
-        num_features = sum(table.shape[1] for table in self.tables)
+        self.one_hots = [torch.eye(len(values)) for values in choices]
+        num_features, num_choices = (sum(t.shape[1] for t in tables) for tables in (self.tables, self.one_hots))
         self.pairs = torch.triu_indices(num_features, num_features)
 
         def drawn(fan_in: int) -> nn.Parameter:
@@ -293,7 +294,7 @@ class EnsembleLSTM(Controller):
         self.from_token, self.from_state = drawn(num_features + 1), drawn(hidden_size)
         self.bias = nn.Parameter(torch.zeros(num_members, 1, 4 * hidden_size))
         self.v = nn.Parameter(torch.zeros(num_members, hidden_size, 1))
-        self.w = nn.Parameter(torch.zeros(num_members, 1 + num_features + self.pairs.shape[1], 1))
+        self.w = nn.Parameter(torch.zeros(num_members, 1 + num_choices + num_features + self.pairs.shape[1], 1))
 
     def forward(self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The standardised reward of each token's point, (M, B, S), and the LSTMs' state after the last.
@@ -307,7 +308,8 @@ class EnsembleLSTM(Controller):
         # Flat in sequences and tokens: one matrix product a member.
         features_MNC, before_MN1 = features_MBSC.flatten(1, 2), before_MBS.flatten(1)[..., None]
         products_MND = features_MNC[..., self.pairs[0]] * features_MNC[..., self.pairs[1]]
-        quadratic_MN1 = torch.cat([torch.ones_like(before_MN1), features_MNC, products_MND], -1) @ self.w
+        one_hot_MND = featurise(self.one_hots, points_MBSF).flatten(1, 2)
+        phi_MND = torch.cat([torch.ones_like(before_MN1), one_hot_MND, features_MNC, products_MND], -1)
         gates_MNG = torch.baddbmm(self.bias, torch.cat([features_MNC, before_MN1], -1), self.from_token)
         hidden_MBH, cell_MBH = state or (torch.zeros(*size[:2], self.v.shape[1]),) * 2
         hidden = []
@@ -316,25 +318,22 @@ class EnsembleLSTM(Controller):
             cell_MBH = (keep + 1).sigmoid() * cell_MBH + enter.sigmoid() * new.tanh()
             hidden_MBH = leave.sigmoid() * cell_MBH.tanh()
             hidden.append(hidden_MBH)
-        predicted_MN1 = quadratic_MN1 + torch.stack(hidden, 2).flatten(1, 2) @ self.v
+        predicted_MN1 = phi_MND @ self.w + torch.stack(hidden, 2).flatten(1, 2) @ self.v
         return predicted_MN1.view(size), (hidden_MBH, cell_MBH)
 
     def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
         rewards_T = (history.rewards_T - history.rewards_T.mean()) / history.rewards_T.std().clamp_min(1e-9)
         self._learn(history.points_TF, rewards_T, generator)
-        size = (len(self.w), len(pool_PF))
-        tokens = torch.tensor([token for token in history.tokens(len(history) // history.num_candidates) if token >= 0])
+        num_members, size = len(self.w), (len(self.w), len(pool_PF))
+        tokens = [token for token in history.tokens(len(history) // history.num_candidates) if token >= 0]
         before_S = functional.pad(rewards_T[tokens], (1, 0))
         with torch.no_grad():
-            state = None
-            if len(tokens):
-                _, state = self(
-                    history.points_TF[tokens].expand(size[0], 1, -1, -1), before_S[:-1].expand(size[0], 1, -1)
-                )
-                state = state[0].expand(*size, -1), state[1].expand(*size, -1)
+            context_M1SF = history.points_TF[tokens].expand(num_members, 1, -1, -1)
+            _, (hidden, cell) = self(context_M1SF, before_S[:-1].expand(num_members, 1, -1))
+            state = (hidden.expand(*size, -1), cell.expand(*size, -1))
             predicted_MP1, _ = self(pool_PF[:, None].expand(*size, 1, -1), before_S[-1].expand(*size, 1), state)
         if explores:
-            return predicted_MP1[int(torch.randint(size[0], (), generator=generator)), :, 0]
+            return predicted_MP1[int(torch.randint(num_members, (), generator=generator)), :, 0]
         return predicted_MP1.mean(0)[:, 0]
 
     def _learn(self, points_TF: Tensor, rewards_T: Tensor, generator: torch.Generator) -> None:
