@@ -19,8 +19,10 @@ from kdnas.student_init import Started
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import fidelity
 import quality
 import recipe
+import samplers
 import step
 
 ARCH = StudentArch(2, 2, 32, 64)
@@ -33,7 +35,7 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [quality, recipe, step])
+@pytest.mark.parametrize("benchmark", [fidelity, quality, recipe, samplers, step])
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])
@@ -144,3 +146,32 @@ def test_compare_has_no_speedup_where_the_error_is_never_reached():
 
 def test_original_that_was_better_before_its_end_is_timed_there():
     assert recipe.compare([(0.0, 1.0), (50.0, 0.6), (100.0, 0.7)], [(5.0, 0.5)], 0.0)["original_seconds"] == 50.0
+
+
+def test_a_replay_finds_the_best_of_a_table_and_counts_distinct_evaluations():
+    space = samplers.SearchSpace({**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]})
+    rewards = {arch: arch.num_hidden_layers + arch.intermediate_size / 1e6 for arch in space}
+    found = samplers.replay(rewards, space, "random", seed=3)
+    assert len(found["regrets"]) == len(space) == 16
+    assert found["regrets"][-1] == 0 and found["regrets"] == sorted(found["regrets"], reverse=True)
+    reached = found["reached"]
+    assert found["regrets"][reached - 1] <= samplers.WITHIN
+    assert reached == 1 or found["regrets"][reached - 2] > samplers.WITHIN
+
+
+def test_an_interval_holds_the_mean_of_differences():
+    low, high = samplers.interval([-1.0, -2.0, -3.0, -2.0])
+    assert -3 <= low < -2 < high <= -1
+
+
+def test_spread_architectures_have_every_choice_alike():
+    archs = fidelity.spread_archs(samplers.SPACE, 30)
+    assert len(archs) == len(set(archs)) > 24
+    for name, values in samplers.SPACE.choices.items():
+        counts = [sum(getattr(arch, name) == value for arch in archs) for value in values]
+        assert min(counts) >= 0.6 * 30 / len(values)
+
+
+def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
+    assert fidelity.agreement([1, 2, 3, 4], [10, 20, 30, 50]) == pytest.approx({"tau": 1.0, "rho": 1.0})
+    assert fidelity.agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx({"tau": -1.0, "rho": -1.0})
