@@ -4,7 +4,8 @@ Architectures spread over the teacher's space are distilled on 10 % and on 30 % 
 all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
 probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs, MiniLMv2's relations. Each score
 of each short distillation is held against the same score after the long one, and against GLUE (STS-B and MRPC) of some
-of the students, by Kendall's tau and Spearman's rho. What is done is kept in ``--folder`` and not done again.
+of the students, by Kendall's tau and Spearman's rho. What is done is kept in ``--folder`` and not done again;
+``--part 0 2`` and ``--part 1 2`` share the work, and the same without it shows the tables.
 
     python benchmarks/fidelity.py --text train.parquet --glue glue
 """
@@ -133,7 +134,7 @@ def distil(
     settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"])
     fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
     seconds = time.monotonic() - begin
-    result = {"arch": arch.to_dict(), "seconds": seconds, "scores": Scores(module, data)()}
+    result = {"arch": arch.to_dict(), "seconds": seconds, "history": module.history, "scores": Scores(module, data)()}
     with new_folder(folder / "encoder") as encoder:
         module.student.save_pretrained(encoder)
         find_teacher(TEACHER).tokenizer.save_pretrained(encoder)
@@ -150,6 +151,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--finetuned", type=int, default=8, help="how many of them are fine-tuned")
     parser.add_argument("--rows", type=int, help="at most so many rows of the text are all of it")
     parser.add_argument("--epochs", type=int, default=4, help="of the long distillation")
+    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="this part (from 0) of so many")
     chosen = parser.parse_args(args)
     short, tasks = SHORT, TASKS
     if chosen.quick:
@@ -166,14 +168,16 @@ def main(args: Sequence[str] | None = None) -> None:
     layers = range(-1, teacher.config.num_hidden_layers)
     states = open_states(teacher, whole, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60))
     found: dict[str, dict[str, Any]] = {}
+    part, num_parts = chosen.part
+    finetuned = set(np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist() if tasks else [])
     with Progress(console=Console(), transient=True) as progress:
         for share, epochs in [*short, (1.0, chosen.epochs)]:
             name, data = f"{round(100 * share)}-{epochs}", part_of(whole, share)
-            for number, arch in enumerate(archs):
-                result = distil(arch, data, states, epochs, chosen.folder / name / str(number), progress)
+            for number in range(part, len(archs), num_parts):
+                result = distil(archs[number], data, states, epochs, chosen.folder / name / str(number), progress)
                 found.setdefault(name, {})[str(number)] = result
         glue: dict[str, float] = {}
-        for number in np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist() if tasks else []:
+        for number in sorted(finetuned & set(range(part, len(archs), num_parts))):
             folder, scores = chosen.folder / f"100-{chosen.epochs}" / str(number), []
             for task in (
                 some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000) for name in tasks
@@ -190,6 +194,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 )
                 scores.append(result["score"])
             glue[str(number)] = statistics.mean(scores)
+    if num_parts > 1:
+        Console().print("This part is done; without --part the tables are shown.")
+        return
     report(found, glue, f"100-{chosen.epochs}", chosen.json)
 
 

@@ -3,18 +3,20 @@
 ``--make`` trains every architecture of a small space once, by the search's own Evaluator, into ``--table``; it goes on
 where it was stopped. Without it, the product's own search loop runs on the table, once for each sampler and seed: the
 evaluations until the best reward so far is within 1 % of the table's best, regret by evaluations, and wall seconds a
-proposal. Students are paired by seed where two samplers are compared.
+proposal. Searches are paired by seed where two samplers are compared. Then the same for pruners, on the held-out losses
+after each epoch: the share of the training seconds that they save, and the best reward that they lose.
 
-    python benchmarks/samplers.py --make --text train.parquet     the table, about an hour on two cores
+    python benchmarks/samplers.py --make --text train.parquet     the table, about an hour and a half on two cores
     python benchmarks/samplers.py                                 the replays
 """
 
 import gzip
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.latency import LatencyMeter, LatencySettings
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget, Evaluator
-from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import search, trained
+from kdnas.nas.sampler import make_pruner, make_sampler
+from kdnas.nas.search import search, tried
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import read_json, write_json
 from kdnas.training import TrainerSettings
@@ -52,14 +54,16 @@ SPACE = SearchSpace(
         "hidden_act": ["gelu", "relu"],
     }
 )
-SHARE, NUM_EPOCHS = 0.1, 1
+SHARE, NUM_EPOCHS = 0.05, 3
 SAMPLERS = ("random", "tpe", "gp", "nsgaii", "lstm-original", "lstm")
+PRUNERS = ("median", "hyperband")
 MOST_TRIALS = 60
+PRUNED_TRIALS = 20  # the default search's
 WITHIN = 0.01
 
 
 def make(chosen: Any, console: Console) -> None:
-    """Train what is missing of the table, in the order of the space shuffled once."""
+    """Train what is missing of this part of the table, in the order of the space shuffled once."""
     folder = OUTPUT / "samplers"
     folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(chosen.text, folder, share=SHARE)
@@ -88,7 +92,9 @@ def make(chosen: Any, console: Console) -> None:
     )
     archs = list(SPACE)
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
-    for number in track(np.random.default_rng(0).permutation(len(archs)).tolist(), "students", console=console):
+    part, num_parts = chosen.part
+    order = np.random.default_rng(0).permutation(len(archs)).tolist()
+    for number in track(order[part::num_parts], "students", console=console):
         path = folder / f"{number}.json"
         if not path.exists():
             trial = study.ask()
@@ -96,8 +102,13 @@ def make(chosen: Any, console: Console) -> None:
             attrs = trial.user_attrs
             names = ("loss", "contextual_share", "sentence_r2", "latency_ms", "teacher_latency_ms", "num_parameters")
             row = {name: attrs[name] for name in (*names, "seconds")}
+            row["losses"] = [epoch["loss"] for epoch in attrs["history"]]
             write_json(path, {"arch": archs[number].to_dict(), "reward": reward} | row)
-    rows = [read_json(folder / f"{number}.json") for number in range(len(archs))]
+    paths = [folder / f"{number}.json" for number in range(len(archs))]
+    if not all(path.exists() for path in paths):
+        console.print("The other parts are not done yet.")
+        return
+    rows = [read_json(path) for path in paths]
     about = {
         "machine": machine(),
         "share": SHARE,
@@ -110,17 +121,55 @@ def make(chosen: Any, console: Console) -> None:
     console.print(f"{len(rows)} students in {chosen.table}, {chosen.table.stat().st_size / 1e3:.0f} kB")
 
 
-def replay(rewards: dict[StudentArch, float], space: SearchSpace, sampler: str, seed: int) -> dict[str, Any]:
-    """One search on the table: its regrets after each evaluation, as shares of the best reward, and its seconds."""
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed))
+@dataclass(frozen=True)
+class Known:
+    """A student of the table: its reward, and its held-out loss after each epoch."""
+
+    reward: float
+    losses: list[float]
+
+
+def replay(
+    table: dict[StudentArch, Known],
+    space: SearchSpace,
+    sampler: str,
+    seed: int,
+    pruner: str = "none",
+    by: str = "loss",
+    most: int = MOST_TRIALS,
+) -> dict[str, Any]:
+    """One search on the table: its regrets after each evaluation, as shares of the best reward, and its cost.
+
+    Args:
+        table: every student of the space.
+        space: of the table.
+        sampler: its short name.
+        seed: of the sampler.
+        pruner: its short name.
+        by: what it sees after each epoch: 1 - ``loss``, or the ``reward`` so far.
+        most: evaluations.
+    """
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
+    num_epochs = 0
+
+    def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
+        nonlocal num_epochs
+        factor = table[arch].reward / (1 - table[arch].losses[-1]) if by == "reward" else 1.0
+        for epoch, loss in enumerate(table[arch].losses):
+            num_epochs += 1
+            trial.report((1 - loss) * factor, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return table[arch].reward
+
     begin = time.perf_counter()
-    search(lambda trial, arch: rewards[arch], space, study, min(MOST_TRIALS, len(space)))
+    search(evaluate, space, study, min(most, len(space)))
     seconds = (time.perf_counter() - begin) / len(study.trials)
-    best = max(rewards.values())
-    values = [trial.value for trial in trained(study)][:MOST_TRIALS]
+    best = max(known.reward for known in table.values())
+    values = [-math.inf if trial.value is None else trial.value for trial in tried(study)][:most]
     regrets = [(best - value) / abs(best) for value in np.maximum.accumulate(values).tolist()]
     reached = next((number for number, regret in enumerate(regrets, 1) if regret <= WITHIN), None)
-    return {"regrets": regrets, "reached": reached, "seconds": seconds}
+    return {"regrets": regrets, "reached": reached, "seconds": seconds, "epochs": num_epochs / len(values)}
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -135,6 +184,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Make the table, or replay it and show what each sampler needs."""
     parser = options("samplers", __doc__ or "")
     parser.add_argument("--make", action="store_true", help="train the students of the table")
+    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--seeds", type=int, default=30, help="searches of each sampler")
     parser.add_argument("--only", nargs="*", default=list(SAMPLERS), help="samplers")
@@ -147,20 +197,47 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if chosen.quick:
         chosen.seeds = min(chosen.seeds, 5)
-    table = json.loads(gzip.decompress(chosen.table.read_bytes()))
-    rewards = {StudentArch.from_dict(row["arch"]): row["reward"] for row in table["rows"]}
-    fields = list(table["rows"][0]["arch"])
-    space = SearchSpace({name: list(dict.fromkeys(row["arch"][name] for row in table["rows"])) for name in fields})
-    assert len(space) == len(rewards), "the table is a whole space"
-    jobs = [(sampler, seed) for sampler in chosen.only for seed in range(chosen.seeds)]
+    rows = json.loads(gzip.decompress(chosen.table.read_bytes()))["rows"]
+    table = {StudentArch.from_dict(row["arch"]): Known(row["reward"], row["losses"]) for row in rows}
+    space = SearchSpace({name: list(dict.fromkeys(row["arch"][name] for row in rows)) for name in rows[0]["arch"]})
+    assert len(space) == len(table), "the table is a whole space"
     found: dict[str, list[dict[str, Any]]] = {}
+    jobs = [(sampler, seed) for sampler in chosen.only for seed in range(chosen.seeds)]
     for sampler, seed in track(jobs, "searches", console=console, transient=True):
-        found.setdefault(sampler, []).append(replay(rewards, space, sampler, seed))
-    show(found, console, chosen.json, len(rewards))
+        found.setdefault(sampler, []).append(replay(table, space, sampler, seed))
+    pruned: dict[str, list[dict[str, Any]]] = {}
+    pruners = [("none", "loss"), *((pruner, by) for pruner in PRUNERS for by in ("loss", "reward"))]
+    settings = [(pruner, by, seed) for pruner, by in pruners for seed in range(chosen.seeds)]
+    for pruner, by, seed in track(settings, "pruned searches", console=console, transient=True):
+        run = replay(table, space, "tpe", seed, pruner, by, PRUNED_TRIALS)
+        pruned.setdefault(pruner if pruner == "none" else f"{pruner}, by {by}", []).append(run)
+    show(found, pruned, console, chosen.json, len(table))
 
 
-def show(found: dict[str, list[dict[str, Any]]], console: Console, path: Path, num_archs: int) -> None:
-    """Table, JSON and regret curves."""
+def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+    """Table of what pruners save and lose, and its rows."""
+    table = Table("pruner", "epochs trained", "regret at the end", "its mean less none's")
+    table.title = f"{PRUNED_TRIALS} candidates by TPE, pruned; {len(pruned['none'])} seeds"
+    rows = []
+    for name, runs in pruned.items():
+        lost = [run["regrets"][-1] - whole["regrets"][-1] for run, whole in zip(runs, pruned["none"], strict=True)]
+        epochs = sum(run["epochs"] for run in runs) / sum(run["epochs"] for run in pruned["none"])
+        regret = statistics.mean(run["regrets"][-1] for run in runs)
+        rows.append({"pruner": name, "epochs": epochs, "regret": regret, "lost": interval(lost)})
+        low, high = rows[-1]["lost"]
+        table.add_row(name, f"{epochs:.0%}", f"{regret:.2%}", f"{low:+.2%} to {high:+.2%}")
+    console.print(table)
+    return rows
+
+
+def show(
+    found: dict[str, list[dict[str, Any]]],
+    pruned: dict[str, list[dict[str, Any]]],
+    console: Console,
+    path: Path,
+    num_archs: int,
+) -> None:
+    """Tables, JSON and regret curves."""
     # One that never came within 1 % counts as one more than it was given.
     needed = {name: [run["reached"] or MOST_TRIALS + 1 for run in runs] for name, runs in found.items()}
     rows = []
@@ -184,7 +261,8 @@ def show(found: dict[str, list[dict[str, Any]]], console: Console, path: Path, n
         table.add_row(row["sampler"], *cells, f"{1000 * row['seconds_a_proposal']:.0f}")
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"machine": machine(), "rows": rows, "runs": found})
+    pruners = show_pruners(pruned, console)
+    write_json(path, {"machine": machine(), "rows": rows, "runs": found, "pruners": pruners, "pruned": pruned})
     figure, axes = plt.subplots(figsize=(6, 4))
     for name, runs in found.items():
         most = max(len(run["regrets"]) for run in runs)

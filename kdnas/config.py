@@ -39,7 +39,7 @@ class SearchSettings:
     """How many candidates, how long each, and what makes a good one.
 
     Args:
-        n_trials: distinct candidates to train in all.
+        n_trials: distinct candidates to train in all; those that the pruner ends count.
         num_epochs: of each candidate's mini-KD.
         budget: hard limits that a student must keep.
         alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.

@@ -21,7 +21,7 @@ from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
 from kdnas.models import Teacher, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Study, open_study, refuse_difference, trained, without_password
+from kdnas.nas.search import Study, open_study, refuse_difference, tried, without_password
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import Run, write_text
 
@@ -166,7 +166,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     if is_worker:
         return job
     study.set_user_attr("budget", as_plain(config.search.budget))
-    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(trained(study)) < config.search.n_trials:
+    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
     known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
     write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))

@@ -34,7 +34,7 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
@@ -109,7 +109,7 @@ def _alone(run: Run) -> Iterator[None]:
 
 def _search(job: Job) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
-    num_done = len(trained(study))
+    num_done = len(tried(study))
     if run.best_student.exists() and (num_done >= settings.n_trials or run.full_kd.exists()):
         job.console.print(f"Search: {num_done} candidates are done.")
         return StudentArch.from_yaml(run.best_student)
@@ -117,12 +117,12 @@ def _search(job: Job) -> StudentArch:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states()  # before the live display: building them shows its own bar
     episode = episode_length(job.config.sampler)
-    episodes = [num_done // episode if episode else 0]  # whose leaders were shown
+    episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
     with job.progress() as progress:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
         def show(study: Study, trial: FrozenTrial) -> None:
-            progress.update(bar, completed=len(trained(study)))
+            progress.update(bar, completed=len(tried(study)))
             if "not_needed" not in trial.user_attrs:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]

@@ -23,12 +23,12 @@ from kdnas.config import SpaceConfig
 from kdnas.data.datamodule import Batch
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.distill.teacher import LiveTeacher, TeacherStates, measure_stats, state_cache
-from kdnas.errors import UserError
 from kdnas.job import Found, look
 from kdnas.models import find_teacher
 from kdnas.training import fit, make_trainer
 
 NUM_STUDENTS = 4  # drawn from the space, within the budget
+MOST_LOOKS = 24  # at students that may be refused
 NUM_STEPS, NUM_WARM_UP = 8, 2
 NUM_VAL_BATCHES = 3
 
@@ -41,7 +41,8 @@ class Plan:
         states_seconds: to compute the teacher's states and store them; 0 where they are there, or it runs live.
         states_bytes: that they take on disk.
         candidate_seconds: of each measured student, latency and mini-KD.
-        refused_share: share of the proposals that the budget refuses.
+        num_trials: candidates that will be trained: those asked for, or fewer where few are within the budget.
+        refused_share: share of the students that the budget refuses.
         search_seconds: of all candidates, teacher's states not counted.
         memory_bytes: of all workers, at their peak.
     """
@@ -49,6 +50,7 @@ class Plan:
     states_seconds: float
     states_bytes: int
     candidate_seconds: dict[StudentArch, float]
+    num_trials: int
     refused_share: float
     search_seconds: float
     memory_bytes: int
@@ -58,7 +60,7 @@ class Plan:
         table = Table("stage", "minutes", "disk", "memory", title="What the search will need, about")
         memory = f"{self.memory_bytes / 1e9:.1f} GB"
         table.add_row("teacher states", _minutes(self.states_seconds), f"{self.states_bytes / 1e9:.2f} GB", memory)
-        table.add_row("candidates", _minutes(self.search_seconds), "", memory)
+        table.add_row(f"{self.num_trials} candidates", _minutes(self.search_seconds), "", memory)
         table.add_row("in all", _minutes(self.states_seconds + self.search_seconds), "", "", style="bold")
         return table
 
@@ -161,9 +163,6 @@ def plan(found: Found) -> Plan:
 
     Args:
         found: what was asked for, looked at.
-
-    Raises:
-        UserError: no student meets the budget.
     """
     config, settings = found.config, found.config.search
     generator = np.random.default_rng(config.seed)
@@ -173,13 +172,11 @@ def plan(found: Found) -> Plan:
         states = _timed_states(found)
         timed = states.source
         assert isinstance(timed, _Timed)
-        order = generator.permutation(len(found.space))
         archs = list(found.space)
         measured: dict[StudentArch, float] = {}
         num_refused = 0
-        for place in order:
-            arch = archs[place]
-            begin = time.perf_counter()
+        for place in generator.permutation(len(archs))[:MOST_LOOKS]:
+            arch, begin = archs[place], time.perf_counter()
             violation, _ = settings.budget.violation(found.meter.measure(arch))
             latency_seconds = time.perf_counter() - begin
             if violation > 0:
@@ -188,26 +185,29 @@ def plan(found: Found) -> Plan:
             measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / str(len(measured)))
             if len(measured) == NUM_STUDENTS:
                 break
-    if not measured:
-        raise UserError(f"None of the {len(found.space)} students meets the budget: relax it.")
+        refused_share = num_refused / (num_refused + len(measured))
+        if not measured:  # a tight budget: ``look`` has seen that the smallest student meets it
+            arch = found.space.smallest()
+            measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / "smallest")
     cache = state_cache(found.teacher, found.data, found.target_layers, found.states_settings)
     fits = cache.num_bytes() <= config.states.max_gb * 1e9
     num_tokens = int(found.data.rows.lengths.sum()) * config.data.num_mask_variants
     missing = cache.num_missing_bytes() / cache.num_bytes()
-    refused_share = num_refused / (num_refused + len(measured))
     mean_seconds = float(np.mean(list(measured.values())))
-    refusals = settings.n_trials * refused_share / (1 - refused_share)
+    num_trials = min(settings.n_trials, max(1, round((1 - refused_share) * len(found.space))))
+    num_refusals = min(num_trials * refused_share / max(1 - refused_share, 1 / len(found.space)), len(found.space))
     per_token = timed.seconds / timed.num_tokens
-    search = settings.n_trials * mean_seconds + refusals * latency_seconds
+    search = num_trials * mean_seconds + num_refusals * latency_seconds
     if not fits:  # the teacher runs in every step
         mini = found.data.select("mini")
         lengths = found.data.rows.lengths
         seen = lengths[mini.train_ids()].sum() + lengths[mini.held_out_ids()].sum()
-        search += settings.n_trials * settings.num_epochs * float(seen) * per_token
+        search += num_trials * settings.num_epochs * float(seen) * per_token
     return Plan(
         states_seconds=missing * num_tokens * per_token if fits else 0.0,
         states_bytes=cache.num_bytes() if fits else 0,
         candidate_seconds=measured,
+        num_trials=num_trials,
         refused_share=refused_share,
         search_seconds=search / min(config.workers, max(1, torch.cuda.device_count())),  # cores are shared
         memory_bytes=peak_memory() * config.workers,

@@ -148,15 +148,27 @@ def test_original_that_was_better_before_its_end_is_timed_there():
     assert recipe.compare([(0.0, 1.0), (50.0, 0.6), (100.0, 0.7)], [(5.0, 0.5)], 0.0)["original_seconds"] == 50.0
 
 
+SMALL_SPACE = samplers.SearchSpace({**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]})
+SMALL_TABLE = {
+    arch: samplers.Known(1 - loss, [1 - (1 - loss) / 2, loss])
+    for arch in SMALL_SPACE
+    for loss in [1 - 0.3 * arch.num_hidden_layers - arch.intermediate_size / 1e6]
+}
+
+
 def test_a_replay_finds_the_best_of_a_table_and_counts_distinct_evaluations():
-    space = samplers.SearchSpace({**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]})
-    rewards = {arch: arch.num_hidden_layers + arch.intermediate_size / 1e6 for arch in space}
-    found = samplers.replay(rewards, space, "random", seed=3)
-    assert len(found["regrets"]) == len(space) == 16
+    found = samplers.replay(SMALL_TABLE, SMALL_SPACE, "random", seed=3)
+    assert len(found["regrets"]) == len(SMALL_SPACE) == 16 and found["epochs"] == 2
     assert found["regrets"][-1] == 0 and found["regrets"] == sorted(found["regrets"], reverse=True)
     reached = found["reached"]
     assert found["regrets"][reached - 1] <= samplers.WITHIN
     assert reached == 1 or found["regrets"][reached - 2] > samplers.WITHIN
+
+
+@pytest.mark.parametrize("by", ["loss", "reward"])
+def test_a_pruned_replay_trains_fewer_epochs_of_as_many_candidates(by):
+    found = samplers.replay(SMALL_TABLE, SMALL_SPACE, "random", 3, "median", by, most=12)
+    assert len(found["regrets"]) == 12 and 1 < found["epochs"] < 2
 
 
 def test_an_interval_holds_the_mean_of_differences():

@@ -310,7 +310,7 @@ def test_dashes_and_underscores_are_the_same_in_options(search: list[str], capsy
         assert "time_budget is -1" in refused([*search, option], capsys)
 
 
-def test_a_dry_run_counts_neither_stored_states_nor_a_budget_that_nothing_meets(
+def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kdnas.distill.cache import StateCache
@@ -321,6 +321,7 @@ def test_a_dry_run_counts_neither_stored_states_nor_a_budget_that_nothing_meets(
     assert main([*search, "--search.budget.speedup=0.01", "--dry-run"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "teacher states" in line)
     assert " 0.0 " in line and "3.00 GB" in line
-    within = iter([(0.0, "")])  # at the first glance alone
-    monkeypatch.setattr(Budget, "violation", lambda *args: next(within, (1.0, "slow")))
-    assert "None of the 144 students meets the budget" in refused([*search, "--dry-run", "--name=other"], capsys)
+    fewest = iter(["the first glance"])  # the smallest student alone is within the budget
+    monkeypatch.setattr(Budget, "violation", lambda *args: (0.0, "") if next(fewest, None) else (1.0, "slow"))
+    assert main([*search, "--dry-run", "--name=other"]) == 0
+    assert "1 candidates" in capsys.readouterr().out

@@ -23,7 +23,7 @@ import kdnas.nas.search
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import MOST_FAILURES, open_study, refuse_difference, search, trained
+from kdnas.nas.search import MOST_FAILURES, open_study, refuse_difference, search, trained, tried
 from kdnas.nas.space import SearchSpace
 
 pytestmark = [
@@ -179,6 +179,26 @@ def test_callbacks_see_every_trial_when_it_has_ended(study):
         study.enqueue_trial(arch.to_dict())
     search(evaluate, SPACE, study, 1, [lambda study, trial: seen.append((trial.number, trial.state.name))])
     assert seen == [(0, "FAIL"), (1, "PRUNED"), (2, "PRUNED"), (3, "FAIL"), (4, "COMPLETE")]
+
+
+def prune_narrow(trial: optuna.Trial, arch: StudentArch) -> float:
+    trial.report(0.5, step=0)
+    if arch.hidden_size < 64:
+        raise optuna.TrialPruned
+    return value_of(trial, arch)
+
+
+def test_candidates_that_the_pruner_ended_count_as_trained(study):
+    evaluate = Recorded(prune_narrow)
+    best = search(evaluate, SPACE, study, n_trials=12)
+    assert len(evaluate.asked) == len(tried(study)) == 12 > len(trained(study)) >= 1
+    assert arch_of(best).hidden_size == 64
+
+
+def test_a_pruner_that_ends_every_candidate_is_the_users_mistake(study):
+    with pytest.raises(UserError, match="The pruner ended every candidate"):
+        search(prune, SPACE, study, n_trials=3)
+    assert states(study) == ["PRUNED"] * 3
 
 
 def test_a_candidate_that_reports_a_low_score_is_not_pruned_unasked(study):

@@ -171,9 +171,15 @@ def _is_alive(pid: int) -> bool:
 
 def trained(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that were trained to their end."""
+    return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
+
+
+def tried(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained, to their end or until the pruner had seen enough."""
     first: dict[StudentArch, FrozenTrial] = {}  # two workers may have been at the same one at the same time
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if "twin_of" not in trial.user_attrs:
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        was_trained = trial.state == TrialState.COMPLETE or trial.intermediate_values
+        if was_trained and "twin_of" not in trial.user_attrs:
             first.setdefault(StudentArch.from_dict(trial.user_attrs["arch"]), trial)
     return list(first.values())
 
@@ -195,7 +201,7 @@ def search(
         evaluate: the reward of an architecture. May raise ``optuna.TrialPruned``; ``trial.set_constraint`` for budgets.
         space: what may be proposed.
         study: from ``open_study``; direction maximize.
-        n_trials: a total over all starts and workers.
+        n_trials: a total over all starts and workers; candidates that the pruner ended count.
         callbacks: called after each trial, as Optuna's.
         seconds: of wall clock; no candidate is begun later, and the one that runs is finished.
 
@@ -237,9 +243,9 @@ def search(
                 raise CandidateFailed(reason) from error
 
     def is_over() -> bool:
-        num_trained = len(trained(study))
-        only_fails = num_trained == 0 and len(_failed(study)) >= MOST_FAILURES
-        return num_trained >= n_trials or len(_seen(study)) >= len(space) or only_fails or time.monotonic() > end
+        num_tried = len(tried(study))
+        only_fails = num_tried == 0 and len(_failed(study)) >= MOST_FAILURES
+        return num_tried >= n_trials or len(_seen(study)) >= len(space) or only_fails or time.monotonic() > end
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
@@ -259,7 +265,7 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
         seconds: that it had.
 
     Raises:
-        UserError: no candidate meets the constraints, or none was trained in the time.
+        UserError: no candidate meets the constraints, none was trained in the time, or the pruner ended all.
         CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
     """
     try:
@@ -268,6 +274,8 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
         if _failed(study) and not trained(study):
             reason = failure_of(_failed(study)[-1])
             raise CandidateFailed(f"Every candidate within the budget failed; the last one: {reason}") from error
+        if tried(study) and not trained(study):
+            raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
         if len(_seen(study)) < len(space) and math.isfinite(seconds):
             minutes = f"{seconds / 60:g}"
             raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
@@ -297,7 +305,7 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         before = [trial for trial in running if trial.number < number and not _was_lost(trial)]
-        num_missing = min(n_trials - len(trained(study)), len(space) - len(_seen(study)))
+        num_missing = min(n_trials - len(tried(study)), len(space) - len(_seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
         time.sleep(0.5)
