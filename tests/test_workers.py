@@ -2,12 +2,17 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -63,6 +68,37 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """A database without a study, in a file or on a server."""
+    return str(request.getfixturevalue("url" if request.param == "sqlite" else "postgresql"))
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL server of the test's own, which no other process on the machine can see."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("needs Debian's package postgresql")
+    # It will not run as root; and the path of a socket is short.
+    account: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    if account:
+        shutil.chown(folder, **account)
+
+    def call(*command: str) -> None:
+        subprocess.run([programs[-1] / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL, **account)
+
+    try:
+        call("initdb", "--no-sync", "--auth=trust", "--username=kdnas", f"--pgdata={folder}/data")
+        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+        call("pg_ctl", "--wait", f"--pgdata={folder}/data", f"--log={folder}/log", f"--options={options}", "start")
+        yield f"postgresql://kdnas@/postgres?host={folder}"
+        call("pg_ctl", "--mode=immediate", f"--pgdata={folder}/data", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
 def start(
     url: str, folder: Path, n_trials: int, deadly: str = "", seconds: float = 600
 ) -> tuple[optuna.Study, list[int]]:
@@ -80,8 +116,8 @@ def start(
     return study, shown
 
 
-def test_workers_train_so_many_together_and_each_trial_is_shown_once(url, tmp_path):
-    study, shown = start(url, tmp_path / "seen", 6)
+def test_workers_train_so_many_together_and_each_trial_is_shown_once(any_url, tmp_path):
+    study, shown = start(any_url, tmp_path / "seen", 6)
     assert len(trained(study)) == 6
     assert sorted(shown) == [trial.number for trial in study.trials if trial.state.is_finished()]
     numbers = [path.name.split("-") for path in (tmp_path / "seen").iterdir()]
@@ -89,8 +125,8 @@ def test_workers_train_so_many_together_and_each_trial_is_shown_once(url, tmp_pa
     assert {threads for *_, threads in numbers} == {str(max(1, os.cpu_count() // 2))}
 
 
-def test_the_trial_of_a_killed_worker_is_tried_again_by_another(url, tmp_path):
-    study, _ = start(url, tmp_path / "seen", len(SPACE), "once")
+def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_path):
+    study, _ = start(any_url, tmp_path / "seen", len(SPACE), "once")
     lost = [trial for trial in study.trials if trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs]
     assert len(lost) == 1
     (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
