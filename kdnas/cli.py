@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kdnas import __version__
@@ -18,6 +19,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
+  kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
 
 `kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
 """
@@ -73,7 +75,7 @@ def set_environment() -> None:
 
 
 def _goes_on(command: str) -> str:
-    return "." if command == "fit" else "; the same command goes on from here."
+    return "." if command in ("fit", "validate") else "; the same command goes on from here."
 
 
 def _quieten(*loggers: str) -> None:
@@ -137,7 +139,7 @@ def _space(args: Sequence[str]) -> None:
     show_space(_config(SpaceConfig, "space", args)[0], Console())
 
 
-def _fit(args: Sequence[str]) -> None:
+def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
     from kdnas.data.datamodule import KDDataModule
@@ -146,7 +148,7 @@ def _fit(args: Sequence[str]) -> None:
 
     _quieten()
 
-    class FitCLI(LightningCLI):
+    class KDCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
             parser.set_defaults({f"model.{name}": value for name, value in _objects().items()})
@@ -155,10 +157,10 @@ def _fit(args: Sequence[str]) -> None:
             try:
                 super().parse_arguments(parser, args)
             except ArgumentError as error:
-                raise _in_one_line(error, self._subcommand_parsers["fit"]) from error
+                raise _in_one_line(error, self._subcommand_parsers[subcommand]) from error
 
     with honest_signals():
-        FitCLI(HiddenStateDistillModule, KDDataModule, args=["fit", *args], parser_kwargs={"exit_on_error": False})
+        KDCLI(HiddenStateDistillModule, KDDataModule, args=[subcommand, *args], parser_kwargs={"exit_on_error": False})
 
 
 def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
@@ -194,4 +196,10 @@ def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
     return UserError(message.rstrip(".") + "." + hint)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "search": _search, "space": _space, "fit": _fit}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": _run,
+    "search": _search,
+    "space": _space,
+    "fit": partial(_lightning, "fit"),
+    "validate": partial(_lightning, "validate"),
+}

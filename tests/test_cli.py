@@ -1,6 +1,7 @@
 """The command line: what it teaches, and the one line that bad input gets."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {"run", "search", "space", "fit"}
+    assert set(COMMANDS) == {"run", "search", "space", "fit", "validate"}
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"
@@ -244,7 +245,9 @@ def test_fit_runs_on_two_processes_and_its_checkpoint_loads_in_one(
     assert len(list((tmp_path / "states").iterdir())) == 1, "both processes share one cache"
 
 
-def test_fit_in_one_process_logs_every_layer(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:
+def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tmp_path / "fit.yaml"
@@ -258,6 +261,12 @@ def test_fit_in_one_process_logs_every_layer(tiny_teacher: Path, text_file: Path
     assert {"val/loss", "val/contextual_share", "val/sentence_r2"} <= set(tags)
     saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
     assert saved["model"]["arch"]["hidden_size"] == 64
+    (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
+    capsys.readouterr()
+    assert main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
+    shown = re.search(r"val/loss\D+([\d.]+)", capsys.readouterr().out)
+    loss = EventAccumulator(str(events)).Reload().Scalars("val/loss")[-1].value
+    assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
 
 
 def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
