@@ -214,7 +214,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     started = time.monotonic()
     last = folder / "last.ckpt"
     if last.exists():
-        job.console.print("Full KD: going on after the last whole epoch.")
+        job.console.print("Full KD: going on where it was stopped.")
     states = job.states()
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)

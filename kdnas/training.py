@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,21 +177,65 @@ class ClipFusedGradients(pl.LightningModule):
 
 
 class KeepLast(pl.Callback):
-    """Writes a checkpoint after each epoch, beside its target and then renamed.
+    """Writes a checkpoint after each epoch, every few minutes, and before Ctrl-C or SIGTERM ends the fit.
 
+    The signal waits for the end of the step, or of the validation; a second one does not. Random numbers go on as if
+    nothing had been, so with a ``ResumableLoader`` a fit that was stopped ends with the weights of one that was not.
     ModelCheckpoint writes in place, or by way of another file system: a kill at the wrong time leaves a part of a file.
 
     Args:
         path: of the checkpoint.
+        every_seconds: the most that a kill can cost.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, every_seconds: float = 300) -> None:
+        self.path, self.every_seconds = path, every_seconds
+        self._asked: type[KeyboardInterrupt] | None = None
+        self._before: dict[int, Any] = {}
+        self._random: torch.Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random = state_dict["random"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+        self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        stop = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+        if self._asked:
+            raise stop
+        self._asked = stop
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        # After the last batch comes the end of the epoch.
+        if not trainer.is_last_batch and (self._asked or time.monotonic() - self._saved > self.every_seconds):
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
         trainer.save_checkpoint(partial)
         os.replace(partial, self.path)
+        self._saved = time.monotonic()
+        if self._asked:
+            raise self._asked
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 class FitProgress(pl.Callback):

@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -24,7 +26,7 @@ from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states, sa
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.models import Teacher, find_teacher
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
-from kdnas.training import KeepLast
+from kdnas.training import KeepLast, Terminated, fit
 
 NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 SHORT = StudentArch(num_hidden_layers=3, num_attention_heads=2, hidden_size=64, intermediate_size=64)
@@ -340,6 +342,61 @@ def test_a_resumed_fit_ends_as_an_unbroken_one(teacher, data, states, tmp_path, 
     assert resumed.history == whole.history
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Signal(pl.Callback):
+    """The process gets signals while a step, counted over all epochs, is made."""
+
+    def __init__(self, step: int, *signals: int) -> None:
+        self.step, self.signals, self.seen = step, signals, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch["sample_ids"].tolist()))
+        if trainer.global_step == self.step:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last but one", "last"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(teacher, data, states, tmp_path, place, number):
+    num_steps = len(data.train_dataloader())
+    assert num_steps > 3
+    step = num_steps + {"first": 0, "middle": 2, "last but one": num_steps - 2, "last": num_steps - 1}[place]
+    recipe = {"objective": HiddenStates(), "dropout": True}  # the random numbers go on too
+    whole, unbroken = make(teacher, states, **recipe), Signal(-1)
+    trainer(unbroken, num_epochs=3).fit(whole, datamodule=data)
+    last, broken = tmp_path / "last.ckpt", Signal(step, number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit(trainer(KeepLast(last), broken, num_epochs=3), make(teacher, states, **recipe), data)
+    assert isinstance(stopped.value, Terminated) == (number == signal.SIGTERM)
+    assert len(broken.seen) == step + 1  # the step itself is finished and kept
+    resumed, rest = make(teacher, states, **recipe), Signal(-1)
+    fit(trainer(KeepLast(last), rest, num_epochs=3), resumed, data, ckpt_path=last)
+    assert broken.seen + rest.seen == unbroken.seen
+    assert resumed.history == whole.history
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_does_not_wait_for_the_step(teacher, data, states, tmp_path):
+    twice = Signal(1, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(trainer(KeepLast(tmp_path / "last.ckpt"), twice), make(teacher, states), data)
+    assert len(twice.seen) == 2 and not (tmp_path / "last.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_is_written_every_few_minutes(teacher, data, states, tmp_path):
+    class Kill(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(trainer(KeepLast(tmp_path / "last.ckpt", every_seconds=0), Kill()), make(teacher, states), data)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def rates(module, data: KDDataModule, num_epochs: int = 4) -> tuple[list[list[float]], list[float]]:

@@ -181,7 +181,7 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
     assert not list(run.rglob(".*")), "nothing temporary is left"
 
 
-def test_full_kd_goes_on_after_the_last_whole_epoch(
+def test_full_kd_goes_on_after_the_epoch_that_was_kept(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kdnas.distill.module import HiddenStateDistillModule
@@ -204,7 +204,7 @@ def test_full_kd_goes_on_after_the_last_whole_epoch(
 
     monkeypatch.setattr(HiddenStateDistillModule, "training_step", count)
     assert main(command) == 0
-    assert "going on after the last whole epoch" in capsys.readouterr().out
+    assert "going on where it was stopped" in capsys.readouterr().out
     assert set(steps) == {1}, "epoch 0 is not done again"
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]

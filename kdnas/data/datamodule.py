@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -237,6 +238,31 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         return len(self.batches()) // self.num_ranks
 
 
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that goes on within an epoch: its state is the number of batches given, and is kept in checkpoints.
+
+    Its order of rows must be fixed by the epoch, as that of ``LengthGroupedBatches`` is.
+    """
+
+    _num_given = 0
+    _num_to_skip = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of this epoch were given; 0 at its end, for the next one begins at the beginning."""
+        return {"num_given": self._num_given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out so many batches of the next epoch that is gone through."""
+        self._num_to_skip = state["num_given"]
+
+    def __iter__(self) -> Any:
+        # Lightning may call iter() twice before an epoch; what follows runs at the first next().
+        self._num_given, self._num_to_skip = self._num_to_skip, 0
+        for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
+            self._num_given += 1
+            yield batch
+
+
 class KDDataModule(pl.LightningDataModule):
     """Masked batches for distillation: 30 % of the training rows (``mini``) or all of them (``full``).
 
@@ -254,6 +280,8 @@ class KDDataModule(pl.LightningDataModule):
         self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
         self.corpus: Corpus | None = None
         self.rows: TokenRows | None = None
+        self._train_loader: ResumableLoader | None = None
+        self._loader_state: dict[str, int] | None = None  # of a checkpoint
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once.
@@ -341,7 +369,7 @@ class KDDataModule(pl.LightningDataModule):
         assert self.corpus is not None
         return np.arange(len(self.corpus.train), len(self.corpus.train) + len(self.corpus.held_out))
 
-    def loader(self, sample_ids: IntArray, *, shuffle: bool) -> DataLoader[Batch]:
+    def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
         """Batches of these rows, this process's share of them."""
         assert self.rows is not None, "call setup() first"
         settings = self.settings
@@ -356,16 +384,32 @@ class KDDataModule(pl.LightningDataModule):
             num_ranks=self.trainer.world_size if self.trainer else 1,
         )
         # batch_size=None: the sampler gives whole batches, and the rows are gathered in one go.
-        return DataLoader(
+        return ResumableLoader(
             self.rows,
             batch_size=None,
             sampler=sampler,
+            generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self.loader(self.train_ids(), shuffle=True)
+        self._train_loader = self.loader(self.train_ids(), shuffle=True)
+        if self._loader_state is not None:
+            self._train_loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the epoch a checkpoint is written.
+
+        Lightning keeps loaders' states too, but does not give them back where the schedule asks for the number of
+        steps, for the loader is made before the state is read then.
+        """
+        return {"train_loader": self._train_loader.state_dict()} if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader_state = state_dict.get("train_loader")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self.loader(self.held_out_ids(), shuffle=False)
