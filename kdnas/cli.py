@@ -1,5 +1,6 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
+import argparse
 import logging
 import os
 import re
@@ -12,6 +13,9 @@ from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.pages import EXAMPLES, completion, page
+
+log = logging.getLogger("kdnas")
 
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
@@ -21,7 +25,9 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
 
-`kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
+`kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
+them as YAML. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+`eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
 """
 
 
@@ -43,12 +49,17 @@ def main(args: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
+        args = _set_log_level(args)
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+        if args[0] in EXAMPLES and args[1:] in (["-h"], ["--help"]):
+            print(page(args[0]), end="")
+            return 0
         set_environment()
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)
+        log.debug("where it was found:", exc_info=error)
         return 2
     except CandidateFailed as error:
         print(f"kdnas: {error}", file=sys.stderr)
@@ -60,6 +71,22 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
+
+
+def _set_log_level(args: list[str]) -> list[str]:
+    """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--quiet", dest="level", action="store_const", const="warning")
+    parser.add_argument("--log-level", dest="level", choices=("debug", "info", "warning", "error"))
+    parser.set_defaults(level="info")
+    try:
+        options, others = parser.parse_known_args(args)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from error
+    if not others:
+        raise UserError("There is no command: `kdnas --help` lists them.")
+    log.setLevel(options.level.upper())
+    return others
 
 
 def set_environment() -> None:
@@ -90,9 +117,15 @@ def _quieten(*loggers: str) -> None:
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("kdnas").setLevel(logging.INFO)
     for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
+
+
+def _console() -> Any:
+    """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
+    from rich.console import Console
+
+    return Console(quiet=not log.isEnabledFor(logging.INFO))
 
 
 def _objects() -> dict[str, Any]:
@@ -108,7 +141,7 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.pipeline import run
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    run(_config(RunConfig, "run", args)[0])
+    run(_config(RunConfig, "run", args)[0], _console())
 
 
 def _search(args: Sequence[str]) -> None:
@@ -126,7 +159,7 @@ def _search(args: Sequence[str]) -> None:
         console = Console()
         console.print(plan(look(config, console)).table())
     else:
-        search(config)
+        search(config, _console())
 
 
 def _space(args: Sequence[str]) -> None:
@@ -146,7 +179,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.distill.module import HiddenStateDistillModule
     from kdnas.training import honest_signals
 
-    _quieten()
+    quiet = not log.isEnabledFor(logging.INFO)
+    _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
 
     class KDCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -160,7 +194,13 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 raise _in_one_line(error, self._subcommand_parsers[subcommand]) from error
 
     with honest_signals():
-        KDCLI(HiddenStateDistillModule, KDDataModule, args=[subcommand, *args], parser_kwargs={"exit_on_error": False})
+        KDCLI(
+            HiddenStateDistillModule,
+            KDDataModule,
+            args=[subcommand, *args],
+            parser_kwargs={"exit_on_error": False},
+            trainer_defaults={"enable_progress_bar": False} if quiet else None,
+        )
 
 
 def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
@@ -196,10 +236,17 @@ def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
     return UserError(message.rstrip(".") + "." + hint)
 
 
+def _completion(args: Sequence[str]) -> None:
+    if len(args) != 1:
+        raise UserError("`kdnas completion` takes one shell: bash, zsh, fish or tcsh.")
+    print(completion(args[0]))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "completion": _completion,
 }
