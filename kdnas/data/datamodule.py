@@ -72,9 +72,9 @@ class DataSettings:
     mini_fraction: float = 0.3
     max_length: int = 128
     batch_tokens: int = 4096
-    pair_share: float = 0.0
+    pair_share: float = 0.5
     mask_probability: float = 0.15
-    masked_share: float = 1.0
+    masked_share: float = 0.5
     num_mask_variants: int = 1
     seed: int = 0
     num_workers: int = 0
@@ -91,7 +91,9 @@ class DataSettings:
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
-            raise UserError(f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens.")
+            raise UserError(
+                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens, or pair_share 0."
+            )
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
