@@ -92,7 +92,8 @@ class DataSettings:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
             raise UserError(
-                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens, or pair_share 0."
+                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens. "
+                "Without pairs, set pair_share to 0."
             )
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
