@@ -102,12 +102,11 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
                 source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8
             )
             return
+        feeds = iter(calibration)
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]
-            feeds = iter(calibration)
-
             def get_next(self) -> Feed | None:
-                return next(self.feeds, None)
+                return next(feeds, None)
 
         quantize_static(
             source,

@@ -154,7 +154,7 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     """
     configs: list[Any] = [config_beside(model) if isinstance(model, Path) else model.config for model in models]
     for config in configs:
-        _check_length(config, settings)
+        check_length(config, settings)
     lengths = settings.batches()
     share = settings.min_seconds / _NUM_ROUNDS
     seconds = partial(_seconds, torch.device(settings.device))
@@ -185,7 +185,7 @@ class LatencyMeter:
     """
 
     def __init__(self, teacher_config: PreTrainedConfig, settings: LatencySettings) -> None:
-        _check_length(teacher_config, settings)
+        check_length(teacher_config, settings)
         self.teacher_config = teacher_config
         self.settings = settings
         self._known: dict[StudentArch, ArchLatency] = {}
@@ -241,7 +241,12 @@ def _read_lengths(name: str) -> list[int]:
     return rows
 
 
-def _check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
+def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
+    """Refuse rows that a model cannot read.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
+    """
     longest, asked = max_length(config), max(map(max, settings.batches()))
     if asked > longest:
         where = f" in {settings.lengths!r}" if settings.lengths else ""
