@@ -1,6 +1,7 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, UserError, nearest
@@ -24,6 +25,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
+  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. `--quiet` and `--log-level debug|info|warning|error` go with every command.
@@ -102,7 +104,7 @@ def set_environment() -> None:
 
 
 def _goes_on(command: str) -> str:
-    return "." if command in ("fit", "validate") else "; the same command goes on from here."
+    return "; the same command goes on from here." if command in ("run", "search") else "."
 
 
 def _quieten(*loggers: str) -> None:
@@ -172,6 +174,16 @@ def _space(args: Sequence[str]) -> None:
     show_space(_config(SpaceConfig, "space", args)[0], Console())
 
 
+def _latency(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.config import LatencyConfig
+    from kdnas.latency_table import latency_table
+
+    _quieten()
+    latency_table(_config(LatencyConfig, "latency", args)[0], Console())
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -207,20 +219,43 @@ def _config(config_class: type[Any], command: str, args: Sequence[str], **flags:
     """A config from YAML and options, and the flags (name -> help) that were set."""
     from jsonargparse import ArgumentParser
 
+    fields = get_type_hints(config_class)
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
-    parser.set_defaults(_objects())
+    parser.set_defaults(_objects() if "recipe" in fields else {})
     # --time-budget and --time_budget are the same.
     args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
+    args = _gather_lists(args, fields)
     try:
         options = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
         raise _in_one_line(error, parser) from error
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
+
+
+def _gather_lists(args: Sequence[str], fields: dict[str, Any]) -> list[str]:
+    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``."""
+    lists: dict[str, list[Any]] = {}
+    others: list[str] = []
+    target: list[Any] | None = None
+    for arg in args:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--"):
+            is_list = get_origin(fields.get(name)) is list and not value.startswith("[")
+            target = lists.setdefault(name, []) if is_list else None
+            if is_list and not equals:
+                continue
+        if target is None:
+            others.append(arg)
+            continue
+        item = value if arg.startswith("--") else arg
+        kind = get_args(fields[next(name for name, items in lists.items() if items is target)])[0]
+        target.append(int(item) if kind is int and item.lstrip("-").isdigit() else item)
+    return [*others, *(f"--{name}={json.dumps(items)}" for name, items in lists.items())]
 
 
 def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
@@ -246,6 +281,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
+    "latency": _latency,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
     "completion": _completion,

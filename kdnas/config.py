@@ -1,6 +1,7 @@
 """What a search or a run is asked for: the settings of every part, under the names that YAML and options use."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from kdnas.distill.module import Recipe
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.glue.finetune import FinetuneSettings
-from kdnas.latency import LatencySettings
+from kdnas.latency import ON_ONNX, LatencySettings
 from kdnas.nas.candidate import Budget
 from kdnas.nas.reward import reward
 from kdnas.training import TrainerSettings
@@ -161,6 +162,55 @@ class RunConfig(SearchConfig):
     task: str | None = None
     full_kd: FullKDSettings = field(default_factory=FullKDSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """What ``kdnas latency`` is asked for; of lists, every combination is measured.
+
+    Args:
+        model: folders, names on the hub, or ``quickstart``. Of an exported folder the ONNX files are measured as they
+            are; else the shape alone counts, with a classification head. The first one is compared with.
+        backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
+        batch: rows a batch.
+        length: tokens a row.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of ``length``.
+        threads: CPU threads.
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...
+        min_seconds: time to spend on each measurement, at least.
+        json: where the figures go; the picture lies beside it, as ``.png``.
+    """
+
+    model: list[str]
+    backend: list[str] = field(default_factory=lambda: ["torch"])
+    batch: list[int] = field(default_factory=lambda: [1])
+    length: list[int] = field(default_factory=lambda: [128])
+    lengths: str | None = None
+    threads: list[int] = field(default_factory=lambda: [1])
+    device: str = "cpu"
+    min_seconds: float = 0.5
+    json: str = "lightning_logs/latency.json"
+
+    def settings(self) -> list[LatencySettings]:
+        """How each combination is measured.
+
+        Raises:
+            UserError: a value is out of its range, or a backend is not there.
+        """
+        return [
+            LatencySettings(
+                backend,
+                "cpu" if backend in ON_ONNX else self.device,
+                batch,
+                length,
+                self.lengths,
+                threads,
+                self.min_seconds,
+            )
+            for backend, threads, batch, length in itertools.product(
+                self.backend, self.threads, self.batch, self.length[:1] if self.lengths else self.length
+            )
+        ]
 
 
 def as_plain(value: Any) -> Any:

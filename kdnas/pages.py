@@ -33,6 +33,11 @@ EXAMPLES = {
   kdnas space --teacher bert-base-uncased
   kdnas space --teacher bert-base-uncased --space.num_hidden_layers [4,6]
 """,
+    "latency": """models beside each other, by backend, batch, length and threads
+
+  kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8
+  kdnas latency --model lightning_logs/mine/student --batch 1 8 --length 16 128 --threads 1 2
+""",
     "fit": """one student, by the Lightning CLI
 
   kdnas fit --config configs/fit.yaml --data.text my.parquet
