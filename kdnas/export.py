@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from kdnas.errors import UserError, first_line
-from kdnas.models import max_length, num_parameters
+from kdnas.families import family_of, marks_pairs, max_length
+from kdnas.models import num_parameters
 from kdnas.runs import new_folder, write_text
 
 OPSET = 20
@@ -79,7 +80,7 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             dtype=torch.float32,
             output_loading_info=True,
             **here,
-            **({} if is_classifier else {"add_pooling_layer": False}),
+            **({} if is_classifier else family_of(config).build),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
@@ -147,7 +148,7 @@ def _batch(
     values = {
         "input_ids": ids.where(mask.bool(), pad_id),
         "attention_mask": mask,
-        "token_type_ids": mask * (position >= length // 2) * (model.config.type_vocab_size > 1),
+        "token_type_ids": mask * (position >= length // 2) * marks_pairs(model.config),
     }
     return {name: values[name] for name in tokenizer.model_input_names}
 
