@@ -1,5 +1,6 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
+import json
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report
   kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
+  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
 
@@ -139,6 +141,29 @@ def _space(args: Sequence[str]) -> None:
     show_space(_config(SpaceConfig, "space", args)[0], Console())
 
 
+def _glue(args: Sequence[str]) -> None:
+    from kdnas.comparison import glue
+    from kdnas.config import GlueConfig
+
+    _quieten("lightning.pytorch", "lightning.fabric")
+    glue(_config(GlueConfig, "glue", _repeated(args, ("model", "task", "text_column")))[0])
+
+
+def _repeated(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Options that may be given again and again as the one list that the parser knows; ``--grid`` alone as ``{}``."""
+    given: dict[str, list[str]] = {}
+    rest: list[str] = []
+    remaining = iter(args)
+    for arg in remaining:
+        option, is_whole, value = arg.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if name in names and option.startswith("--") and not value.startswith("["):
+            given.setdefault(name, []).append(value if is_whole else next(remaining, ""))
+        else:
+            rest.append("--grid={}" if arg == "--grid" else arg)
+    return [*rest, *(f"--{name}={json.dumps(values)}" for name, values in given.items())]
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -172,7 +197,8 @@ def _config(config_class: type[Any], command: str, args: Sequence[str], **flags:
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
-    parser.set_defaults(_objects())
+    if "recipe" in config_class.__dataclass_fields__:
+        parser.set_defaults(_objects())
     # --time-budget and --time_budget are the same.
     args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
     try:
@@ -200,6 +226,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
+    "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
 }
