@@ -1,6 +1,5 @@
 import pytest
-from conftest import make_tokenizer
-from test_tasks import write_task
+from conftest import make_tokenizer, write_task
 
 from kdnas.glue.batches import GLUEDataModule, LengthGroupedSampler
 from kdnas.glue.tasks import LoadedTask, load_task

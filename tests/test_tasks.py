@@ -1,44 +1,13 @@
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, make_tokenizer
+from conftest import make_rows, make_tokenizer, write_table, write_task
 
 from kdnas.errors import UserError
 from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import TASKS, Task, load_labelled, load_task
-
-
-def write_task(
-    folder: Path, columns=("sentence",), labels=(0, 1), num_rows=20, validations=("validation",), suffix=".parquet"
-) -> Path:
-    """A task with random sentences, its labels in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, split in enumerate(("train", *validations)):
-        texts = {name: make_rows(num_rows, seed=10 * seed + i, longest=12) for i, name in enumerate(columns)}
-        write_table(folder / f"{split}{suffix}", **texts, label=[labels[row % len(labels)] for row in range(num_rows)])
-    return folder
-
-
-def write_table(path: Path, **columns: list) -> Path:
-    table = pa.table(columns)
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        options = pacsv.WriteOptions(
-            delimiter="," if path.suffix == ".csv" else "\t",
-            quoting_style="needed" if path.suffix == ".csv" else "none",
-        )
-        header = pacsv.WriteOptions(include_header=False, delimiter=options.delimiter, quoting_style="none")
-        with path.open("wb") as file:  # pyarrow puts quotes around names, which GLUE's own files have not
-            file.write(options.delimiter.join(table.column_names).encode() + b"\n")
-            pacsv.write_csv(table, file, header if path.suffix == ".tsv" else pacsv.WriteOptions(include_header=False))
-    return path
-
 
 # Columns, labels and metrics as on the hub (nyu-mll/glue) and in GLUE's table 1.
 GLUE = {
