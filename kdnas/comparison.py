@@ -90,7 +90,7 @@ def contender(source: str, name: str, settings: FinetuneSettings) -> Contender:
             f"finetune.max_length is {settings.max_length}: the model {source!r} takes at most "
             f"{max_length(found.config)} tokens."
         )
-    key = f"{_safe(name)}-{found.weights_sha256()[:8]}"
+    key = f"{_safe(Path(source).name)}-{found.weights_sha256()[:8]}"
     make = partial(load_classifier, found.source)
     return Contender(name, key, found.config, found.tokenizer, make, settings)
 
@@ -145,7 +145,7 @@ class Comparison:
         trainer: device and precision.
         latency: how latency is measured.
         grid: choose batch size and learning rate first.
-        console: where to say what was reached.
+        progress: a live display.
     """
 
     folder: Path
@@ -155,7 +155,7 @@ class Comparison:
     trainer: TrainerSettings
     latency: LatencySettings
     grid: Grid | None
-    console: Console
+    progress: Progress
 
     def run(self) -> dict[str, Any]:
         """Do what is missing, then measure latency, all in turn.
@@ -206,7 +206,7 @@ class Comparison:
             chosen = dataclasses.replace(settings, seed=seed)
             folder = self.folder / one.folder(task) / f"seed_{seed}"
             result = self._once(one, task, chosen, folder, keep_model=seed == 0)
-            self.console.print(
+            self.progress.console.print(
                 f"{task.task.name}: {one.name}, seed {seed}: {result['score']:.3f}", highlight=False, soft_wrap=True
             )
             yield {"kind": "run", "model": one.name, "folder": str(folder), **result}
@@ -228,7 +228,7 @@ class Comparison:
             raise CandidateFailed(f"Every point of the grid failed for {one.name!r} on {task.task.name!r}.")
         best = max(done, key=lambda choice: float(choice["score"]))
         settings = FinetuneSettings(**best["settings"])
-        self.console.print(
+        self.progress.console.print(
             f"{task.task.name}: {one.name}, chosen on held-out training rows ({best['score']:.3f}): "
             f"batch {settings.batch_size}, learning rate {settings.learning_rate:g}",
             highlight=False,
@@ -246,18 +246,17 @@ class Comparison:
             torch.manual_seed(settings.seed)
             classifier = one.make(task.task.num_labels)
         helper = one.helpers.get(task.task.name)
-        with Progress(console=self.console, transient=True) as progress:
-            return evaluate_glue(
-                classifier,
-                one.tokenizer,
-                task,
-                settings,
-                folder=folder,
-                trainer_settings=self.trainer,
-                callbacks=[FitProgress(progress, f"{task.task.name}, {one.name}")],
-                make_module=helper.make_module if helper else None,
-                keep_model=keep_model,
-            )
+        return evaluate_glue(
+            classifier,
+            one.tokenizer,
+            task,
+            settings,
+            folder=folder,
+            trainer_settings=self.trainer,
+            callbacks=[FitProgress(self.progress, f"{task.task.name}, {one.name}")],
+            make_module=helper.make_module if helper else None,
+            keep_model=keep_model,
+        )
 
     def _rows(self, scores: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
         num_labels = self.tasks[0].task.num_labels
@@ -325,7 +324,7 @@ def score_table(results: dict[str, Any]) -> Table:
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"  # two lines: five tasks fit 80 columns
 
 
 def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
@@ -361,13 +360,12 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         teachers = dict.fromkeys((task.task.name for task in tasks), config.distill_from)
         contenders += [with_help(one, teachers, tasks, config.distill) for one in plain[1:] or plain]
     run.folder.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(
-        run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, console
-    )
     try:
-        with FileLock(run.folder / "run.lock", blocking=False):
+        with FileLock(run.folder / "run.lock", blocking=False), Progress(console=console, transient=True) as progress:
             write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
-            results = comparison.run()
+            results = Comparison(
+                run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress
+            ).run()
     except Timeout as error:
         raise UserError(f"The comparison {run.name!r} is being made by another process: wait for it.") from error
     console.print(score_table(results))
