@@ -205,6 +205,8 @@ def _config(config_class: type[Any], command: str, args: Sequence[str], **flags:
         options = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
         raise _in_one_line(error, parser) from error
+    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
 
