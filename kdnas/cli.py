@@ -23,6 +23,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report
   kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
+  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
@@ -184,6 +185,14 @@ def _latency(args: Sequence[str]) -> None:
     latency_table(_config(LatencyConfig, "latency", args)[0], Console())
 
 
+def _glue(args: Sequence[str]) -> None:
+    from kdnas.comparison import glue
+    from kdnas.config import GlueConfig
+
+    _quieten("lightning.pytorch", "lightning.fabric")
+    glue(_config(GlueConfig, "glue", ["--grid={}" if arg == "--grid" else arg for arg in args])[0])
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -233,6 +242,8 @@ def _config(config_class: type[Any], command: str, args: Sequence[str], **flags:
         options = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
         raise _in_one_line(error, parser) from error
+    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
 
@@ -282,6 +293,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "search": _search,
     "space": _space,
     "latency": _latency,
+    "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
     "completion": _completion,

@@ -33,6 +33,12 @@ EXAMPLES = {
   kdnas space --teacher bert-base-uncased
   kdnas space --teacher bert-base-uncased --space.num_hidden_layers [4,6]
 """,
+    "glue": """teacher and student on labelled tasks, with the same settings, in one table
+
+  kdnas glue --model bert-base-uncased --model lightning_logs/mine/full_kd/encoder --task stsb --task rte --seeds 3
+  kdnas glue --model bert-base-uncased --data reviews.csv --text-column review --label-column stars
+  kdnas glue --model lightning_logs/mine/full_kd/encoder --task stsb --grid --distill-from my-finetuned-teacher/
+""",
     "latency": """models beside each other, by backend, batch, length and threads
 
   kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8

@@ -43,7 +43,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     shown = capsys.readouterr().out
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"
@@ -58,7 +58,7 @@ def test_help_of_a_command_teaches_units_and_defaults(command: str, capsys: pyte
 
 
 def test_every_config_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = {"quickstart": "run", "search": "search", "fit": "fit", "original": "fit"}
+    commands = {"quickstart": "run", "search": "search", "glue": "glue", "fit": "fit", "original": "fit"}
     assert {path.stem for path in Path("configs").glob("*")} == set(commands)
     for name, command in commands.items():
         with pytest.raises(SystemExit) as ended:

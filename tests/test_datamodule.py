@@ -12,8 +12,8 @@ from conftest import make_rows, make_tokenizer, save_teacher
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data import datamodule
-from kdnas.data.batches import LengthGroupedBatches
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.data.loader import LengthGroupedBatches
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
 from kdnas.models import find_teacher

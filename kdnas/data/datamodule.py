@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdnas.data.batches import LengthGroupedBatches, ResumableLoader
 from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.loader import LengthGroupedBatches, ResumableLoader
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
 from kdnas.errors import UserError
