@@ -7,8 +7,9 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
+from typing import Any, get_args, get_type_hints
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, UserError, nearest
@@ -147,6 +148,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.training import honest_signals
 
     _quieten()
+    _refuse_ambiguous_yaml()
 
     class KDCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -156,17 +158,38 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
                 super().parse_arguments(parser, args)
-            except ArgumentError as error:
+            except (ArgumentError, UnicodeDecodeError) as error:
                 raise _in_one_line(error, self._subcommand_parsers[subcommand]) from error
 
     with honest_signals():
         KDCLI(HiddenStateDistillModule, KDDataModule, args=[subcommand, *args], parser_kwargs={"exit_on_error": False})
 
 
+@cache
+def _refuse_ambiguous_yaml() -> None:
+    """Let the parser read only YAML that means what it says."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    from kdnas.safe_yaml import check_yaml
+
+    parse = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        check_yaml(text)
+        try:
+            return parse(text)
+        except ValueError as error:  # an integer of a million digits
+            raise yaml.YAMLError(str(error)) from error
+
+    set_loader("yaml", load, (yaml.YAMLError,))
+
+
 def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
     """A config from YAML and options, and the flags (name -> help) that were set."""
     from jsonargparse import ArgumentParser
 
+    _refuse_ambiguous_yaml()
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
     for name, text in flags.items():
@@ -176,15 +199,34 @@ def _config(config_class: type[Any], command: str, args: Sequence[str], **flags:
     # --time-budget and --time_budget are the same.
     args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
     try:
-        options = vars(parser.instantiate(parser.parse_args(args)))
-    except ArgumentError as error:
+        parsed = parser.parse_args(args)
+        _refuse_null(config_class, parsed)
+        options = vars(parser.instantiate(parsed))
+    except (ArgumentError, UnicodeDecodeError) as error:
         raise _in_one_line(error, parser) from error
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
 
 
-def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
+def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None:
+    """Refuse null where it is no value, and a value where keys belong: the parser takes both everywhere."""
+    from jsonargparse import Namespace
+
+    hints = get_type_hints(config_class)
+    for field in fields(config_class):
+        name, hint, value = f"{prefix}{field.name}", hints[field.name], values.get(field.name)
+        if value is None and type(None) not in get_args(hint):
+            raise UserError(f"{name} is null: give a value, or leave it out.")
+        if is_dataclass(hint):
+            if not isinstance(value, Namespace):
+                raise UserError(f"{name} is {value!r:.40}: give its keys, or leave it out.")
+            _refuse_null(hint, value, f"{name}.")  # type: ignore[arg-type]
+
+
+def _in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:
     """What the parser says, with the nearest name where it does not know one."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file.")
     message = " ".join(str(error).split())
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
     hint = ""
