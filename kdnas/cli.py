@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kdnas import __version__
@@ -20,6 +21,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
+  kdnas verify  RUN                                 whether a finished run is still as its manifest says
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
 
 `kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
@@ -140,12 +142,35 @@ def _space(args: Sequence[str]) -> None:
     show_space(_config(SpaceConfig, "space", args)[0], Console())
 
 
+def _verify(args: Sequence[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from kdnas.manifest import verify
+    from kdnas.runs import Run, file_sha256
+
+    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
+    parser.add_argument("run", type=str, help="name or folder of a finished run")
+    parser.add_argument("--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)")
+    try:
+        options = parser.parse_args(args)
+    except ArgumentError as error:
+        raise _in_one_line(error, parser) from error
+    folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
+    num_files, faults = verify(folder)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
+    print(f"{num_files} files of {str(folder)!r} are as they were made.")
+    print(f"sha256 of its manifest: {file_sha256(folder / 'manifest.json')}")
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.training import honest_signals
+    from kdnas.training import check_checkpoint, honest_signals
 
     _quieten()
     _refuse_ambiguous_yaml()
@@ -154,6 +179,11 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
             parser.set_defaults({f"model.{name}": value for name, value in _objects().items()})
+
+        def before_instantiate_classes(self) -> None:
+            path = self.config[subcommand].get("ckpt_path")
+            if path and os.path.isfile(path):
+                check_checkpoint(Path(path))
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
@@ -243,5 +273,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "search": _search,
     "space": _space,
     "fit": partial(_lightning, "fit"),
+    "verify": _verify,
     "validate": partial(_lightning, "validate"),
 }

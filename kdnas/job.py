@@ -175,6 +175,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     study.set_user_attr("budget", as_plain(config.search.budget))
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
+    run.manifest.unlink(missing_ok=True)  # until the end again
     known = read_yaml(run.config) if run.config.exists() else {}
     write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))
     return job

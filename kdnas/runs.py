@@ -1,5 +1,6 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ class Run:
     """The folder ``<root>/<name>/`` of one study.
 
     A stage is done when its last file is there: ``best_student.yaml`` (search), ``full_kd/result.json``,
-    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all.
+    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all, and
+    the whole run is done when ``manifest.json`` is there.
 
     Args:
         root: the folder of all runs, normally ``lightning_logs``.
@@ -47,6 +49,7 @@ class Run:
         self.glue = self.folder / "glue"
         self.student = self.folder / "student"
         self.report = self.folder / "report.html"
+        self.manifest = self.folder / "manifest.json"
 
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""
@@ -126,6 +129,12 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{str(path)!r} is damaged ({first_line(error)}): delete it, and the same command makes it again."
         ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
