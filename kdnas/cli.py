@@ -1,16 +1,15 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
 import argparse
-import json
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, UserError, nearest
@@ -27,6 +26,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
+  kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. `--quiet` and `--log-level debug|info|warning|error` go with every command.
@@ -131,20 +131,13 @@ def _console() -> Any:
     return Console(quiet=not log.isEnabledFor(logging.INFO))
 
 
-def _objects() -> dict[str, Any]:
-    """The parser cannot write default objects as YAML, so it is told their class paths."""
-    from kdnas.config import as_plain
-    from kdnas.distill.module import Recipe
-
-    return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
-
-
 def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
+    from kdnas.options import read_config
     from kdnas.pipeline import run
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    run(_config(RunConfig, "run", args)[0], _console())
+    run(read_config(RunConfig, "run", args)[0], _console())
 
 
 def _search(args: Sequence[str]) -> None:
@@ -152,12 +145,13 @@ def _search(args: Sequence[str]) -> None:
 
     from kdnas.config import SearchConfig
     from kdnas.job import look
+    from kdnas.options import read_config
     from kdnas.pipeline import search
     from kdnas.plan import plan
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     dry_run = "measure a few steps, say what the search will need, and leave it at that"
-    config, flags = _config(SearchConfig, "search", args, dry_run=dry_run)
+    config, flags = read_config(SearchConfig, "search", args, dry_run=dry_run)
     if flags["dry_run"]:
         console = Console()
         console.print(plan(look(config, console)).table())
@@ -169,10 +163,11 @@ def _space(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from kdnas.config import SpaceConfig
+    from kdnas.options import read_config
     from kdnas.plan import show_space
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    show_space(_config(SpaceConfig, "space", args)[0], Console())
+    show_space(read_config(SpaceConfig, "space", args)[0], Console())
 
 
 def _latency(args: Sequence[str]) -> None:
@@ -180,17 +175,43 @@ def _latency(args: Sequence[str]) -> None:
 
     from kdnas.config import LatencyConfig
     from kdnas.latency_table import latency_table
+    from kdnas.options import read_config
 
     _quieten()
-    latency_table(_config(LatencyConfig, "latency", args)[0], Console())
+    latency_table(read_config(LatencyConfig, "latency", args)[0], Console())
 
 
 def _glue(args: Sequence[str]) -> None:
     from kdnas.comparison import glue
     from kdnas.config import GlueConfig
+    from kdnas.options import read_config
 
     _quieten("lightning.pytorch", "lightning.fabric")
-    glue(_config(GlueConfig, "glue", ["--grid={}" if arg == "--grid" else arg for arg in args])[0])
+    glue(read_config(GlueConfig, "glue", ["--grid={}" if arg == "--grid" else arg for arg in args])[0])
+
+
+def _verify(args: Sequence[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from kdnas.manifest import verify
+    from kdnas.options import in_one_line
+    from kdnas.runs import Run, file_sha256
+
+    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
+    parser.add_argument("run", type=str, help="name or folder of a finished run")
+    parser.add_argument("--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)")
+    try:
+        options = parser.parse_args(args)
+    except ArgumentError as error:
+        raise in_one_line(error, parser) from error
+    folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
+    num_files, faults = verify(folder)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
+    print(f"{num_files} files of {str(folder)!r} are as they were made.")
+    print(f"sha256 of its manifest: {file_sha256(folder / 'manifest.json')}")
 
 
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
@@ -198,21 +219,28 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.training import honest_signals
+    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml
+    from kdnas.training import check_checkpoint, honest_signals
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
+    refuse_ambiguous_yaml()
 
     class KDCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
-            parser.set_defaults({f"model.{name}": value for name, value in _objects().items()})
+            parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
+
+        def before_instantiate_classes(self) -> None:
+            path = self.config[subcommand].get("ckpt_path")
+            if path and os.path.isfile(path):
+                check_checkpoint(Path(path))
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
                 super().parse_arguments(parser, args)
-            except ArgumentError as error:
-                raise _in_one_line(error, self._subcommand_parsers[subcommand]) from error
+            except (ArgumentError, UnicodeDecodeError) as error:
+                raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
 
     with honest_signals():
         KDCLI(
@@ -222,64 +250,6 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             parser_kwargs={"exit_on_error": False},
             trainer_defaults={"enable_progress_bar": False} if quiet else None,
         )
-
-
-def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
-    """A config from YAML and options, and the flags (name -> help) that were set."""
-    from jsonargparse import ArgumentParser
-
-    fields = get_type_hints(config_class)
-    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(config_class)
-    parser.set_defaults(_objects() if "recipe" in fields else {})
-    # --time-budget and --time_budget are the same.
-    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
-    args = _gather_lists(args, fields)
-    try:
-        options = vars(parser.instantiate(parser.parse_args(args)))
-    except ArgumentError as error:
-        raise _in_one_line(error, parser) from error
-    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    options.pop("config")
-    return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
-
-
-def _gather_lists(args: Sequence[str], fields: dict[str, Any]) -> list[str]:
-    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``."""
-    lists: dict[str, list[Any]] = {}
-    others: list[str] = []
-    target: list[Any] | None = None
-    for arg in args:
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if arg.startswith("--"):
-            is_list = get_origin(fields.get(name)) is list and not value.startswith("[")
-            target = lists.setdefault(name, []) if is_list else None
-            if is_list and not equals:
-                continue
-        if target is None:
-            others.append(arg)
-            continue
-        item = value if arg.startswith("--") else arg
-        kind = get_args(fields[next(name for name, items in lists.items() if items is target)])[0]
-        target.append(int(item) if kind is int and item.lstrip("-").isdigit() else item)
-    return [*others, *(f"--{name}={json.dumps(items)}" for name, items in lists.items())]
-
-
-def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
-    """What the parser says, with the nearest name where it does not know one."""
-    message = " ".join(str(error).split())
-    unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
-    hint = ""
-    if unknown:
-        group = re.search(r"Group '([\w.]+)'", message)
-        prefix = f"{group[1]}." if group else ""
-        names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
-        hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
-    return UserError(message.rstrip(".") + "." + hint)
 
 
 def _completion(args: Sequence[str]) -> None:
@@ -296,5 +266,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "verify": _verify,
     "completion": _completion,
 }

@@ -44,6 +44,11 @@ EXAMPLES = {
   kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8
   kdnas latency --model lightning_logs/mine/student --batch 1 8 --length 16 128 --threads 1 2
 """,
+    "verify": """whether a finished run is still as its manifest says
+
+  kdnas verify mine
+  kdnas verify /copies/lightning_logs/mine
+""",
     "fit": """one student, by the Lightning CLI
 
   kdnas fit --config configs/fit.yaml --data.text my.parquet

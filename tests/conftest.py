@@ -14,6 +14,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
@@ -35,6 +36,12 @@ from transformers import (
 from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import View
 from kdnas.models import FAMILIES, encode
+
+
+def examples(number: int) -> settings:
+    """So many random cases of a property; ``KDNAS_EXAMPLES=10000`` for a long run."""
+    return settings(max_examples=int(os.environ.get("KDNAS_EXAMPLES", number)), deadline=None)
+
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 

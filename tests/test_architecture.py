@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "kdnas"
 ORDER = """
 errors.py
 pages.py
+safe_yaml.py
 runs.py
 arch.py
 families.py
@@ -52,12 +53,14 @@ glue/finetune.py
 glue/task_distill.py
 export.py
 report.py
+manifest.py
 config.py
 latency_table.py
 job.py
 pipeline.py
 comparison.py
 plan.py
+options.py
 cli.py
 __main__.py
 """.split()

@@ -43,7 +43,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     shown = capsys.readouterr().out
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"
@@ -141,6 +141,9 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--text=/nowhere.txt", "/nowhere.txt"),
         ("--name=../elsewhere", "'../elsewhere'"),
         ("--root=/dev/null/logs", "/dev/null/logs"),
+        ("--root=/proc/kdnas", "Cannot write to '/proc/kdnas/kdnas'"),
+        ("--states.folder=/proc/states", "Cannot write to '/proc/states'"),
+        (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
         ("--data.max_length=long", "data.max_length"),
         ("--recipe.objective=Hiden", "recipe.objective"),
         ("--states.precision=int4", "states.precision"),
