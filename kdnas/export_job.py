@@ -142,13 +142,13 @@ def _run_card(run: Run) -> dict[str, Any]:
             "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
         }
         how = config["latency"]
-        how = config["latency"]
-        shape = f"{how['backend']} on {how['device']}, batch {how['batch_size']} x {'workload' if how['lengths'] else how['length']}"
+        length = "workload" if how["lengths"] else how["length"]
+        shape = f"{how['backend']} on {how['device']}, batch {how['batch_size']} x {length}"
         card["sections"]["Latency beside its teacher"] = {
             shape: f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
         }
-    shape = StudentArch.from_yaml(run.best_student).to_dict()
-    card["sections"]["Shape"] = {name: str(value) for name, value in shape.items()}
+    arch = StudentArch.from_yaml(run.best_student).to_dict()
+    card["sections"]["Shape"] = {name: str(value) for name, value in arch.items()}
     return card
 
 

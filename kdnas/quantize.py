@@ -47,8 +47,8 @@ def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int)
     reported = _sample(validation, MOST_TO_REPORT)
     data.rows = [], reported
     report = list(data.val_dataloader())
-    batches = [[{name: value.numpy() for name, value in b.items()} for b in split] for split in (choose, report)]
-    return Rows(*batches, f"{len(reported):,} validation rows of {task.task.name}", task.task)
+    as_numpy = [[{name: value.numpy() for name, value in b.items()} for b in split] for split in (choose, report)]
+    return Rows(as_numpy[0], as_numpy[1], f"{len(reported):,} validation rows of {task.task.name}", task.task)
 
 
 def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:
@@ -64,15 +64,11 @@ def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrain
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
     """Rows of random words, where there is no text."""
-    generator = np.random.default_rng(0)
-    batches = []
-    for _ in range(16):
-        lengths = generator.integers(2, length + 1, size=8).tolist()
-        batch = {name: value.numpy() for name, value in random_batch(config, lengths, names).items()}
-        order = generator.permutation(batch["input_ids"].size).reshape(batch["input_ids"].shape)
-        ids = batch["input_ids"].flat[order]  # other words in every batch
-        batch["input_ids"] = np.where(batch["attention_mask"] == 1, ids, config.pad_token_id or 0)
-        batches.append(batch)
+    drawn = np.random.default_rng(0).integers(2, length + 1, size=(16, 8)).tolist()
+    batches = [
+        {name: value.numpy() for name, value in random_batch(config, lengths, names, seed).items()}
+        for seed, lengths in enumerate(drawn)
+    ]
     return Rows(batches[:8], batches[8:], "rows of random words")
 
 

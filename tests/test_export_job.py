@@ -12,10 +12,10 @@ from conftest import make_rows, save_teacher
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import kdnas.export_job
+from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
 from kdnas.models import build_classifier, student_config
-from kdnas.arch import StudentArch
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 REPORT = {
@@ -161,7 +161,7 @@ def test_a_student_of_another_teacher_is_refused(
 ) -> None:
     other = save_teacher(tmp_path / "other", "roberta")
     assert main(["export", f"--student={student}", f"--teacher={other}"]) == 2
-    assert f"(bert, 59 words) is not of the teacher {str(other)!r} (roberta" in capsys.readouterr().err
+    assert f"(bert, 72 words) is not of the teacher {str(other)!r} (roberta" in capsys.readouterr().err
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert main(["export", f"--student={student}", f"--teacher={smaller}"]) == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err
