@@ -11,7 +11,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from kdnas.models import max_length
+from kdnas.families import marks_pairs, max_length
 
 OPSET = 20
 ONNX, INT8 = "model.onnx", "model.int8.onnx"  # names of the files in a deployed folder
@@ -25,7 +25,7 @@ def output_name(model: PreTrainedModel) -> str:
 
 
 def random_batch(
-    config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS
+    config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Rows of random ids of the whole vocabulary, the same at each call, padded to the longest.
 
@@ -33,21 +33,21 @@ def random_batch(
         config: of the model that reads them.
         lengths: real tokens of each row.
         names: the inputs that are wanted; ``token_type_ids`` marks the second half of a row where the family has marks.
+        seed: of the ids.
 
     Returns:
         Each of shape (rows, longest).
     """
     pad_id = config.pad_token_id or 0
     shape = (len(lengths), max(lengths))
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
     ids[ids == pad_id] = (pad_id + 1) % config.vocab_size
     places = torch.arange(shape[1])
     mask = (places < torch.tensor(lengths)[:, None]).long()
-    marks = getattr(config, "type_vocab_size", 0) > 1
     values = {
         "input_ids": ids.where(mask.bool(), pad_id),
         "attention_mask": mask,
-        "token_type_ids": mask * (places >= shape[1] // 2) * marks,
+        "token_type_ids": mask * (places >= shape[1] // 2) * marks_pairs(config),
     }
     return {name: values[name] for name in names}
 
