@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from kdnas.models import Teacher, build_encoder, build_student, find_teacher, ma
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import Study, open_study, refuse_difference, tried, without_password
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import Run, write_text
+from kdnas.runs import Run, check_writable, write_text
+from kdnas.safe_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,8 @@ class Found:
 
     @property
     def states_settings(self) -> StatesSettings:
-        """Where the teacher's states are kept: beside all runs, unless the user says so."""
-        settings = self.config.states
-        return settings if settings.folder else replace(settings, folder=str(self.run.root / "teacher_states"))
+        """With the folder that is used."""
+        return replace(self.config.states, folder=str(states_folder(self.config)))
 
     def states(self) -> TeacherStates:
         """Of the target layers, computed now if they are not there."""
@@ -68,11 +69,16 @@ class Job(Found):
     study: Study
 
 
+def states_folder(config: SearchConfig) -> Path:
+    """Where the teacher's states are kept: beside all runs, unless the user says so."""
+    return Path(config.states.folder or Path(config.root) / "teacher_states")
+
+
 def refuse_other_config(run: Run, config: SearchConfig) -> None:
     """A name stands for one config, but for what changes no result and for stages that have not begun."""
     if not run.config.exists():
         return
-    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(_plain(config))
+    known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
     free += ["sampler", "workers", "time_budget"]
     if not isinstance(config, RunConfig):
@@ -107,6 +113,7 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
     run.check_writable()
+    check_writable(states_folder(config), "--states.folder")
     config.trainer.check()
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
@@ -167,7 +174,8 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     study.set_user_attr("budget", as_plain(config.search.budget))
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
-    known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    run.manifest.unlink(missing_ok=True)  # until the end again
+    known = read_yaml(run.config) if run.config.exists() else {}
     write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))
     return job
 

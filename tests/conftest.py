@@ -9,8 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
@@ -32,6 +36,12 @@ from transformers import (
 from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import View
 from kdnas.models import FAMILIES, encode
+
+
+def examples(number: int) -> settings:
+    """So many random cases of a property; ``KDNAS_EXAMPLES=10000`` for a long run."""
+    return settings(max_examples=int(os.environ.get("KDNAS_EXAMPLES", number)), deadline=None)
+
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
@@ -144,6 +154,33 @@ def make_rows(num_rows: int, seed: int = 0, longest: int = 24) -> list[str]:
         length = int(torch.randint(4, longest + 1, (), generator=generator))
         rows.append(" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=generator)))
     return rows
+
+
+def write_task(
+    folder: Path, columns=("sentence",), labels=(0, 1), num_rows=20, validations=("validation",), suffix=".parquet"
+) -> Path:
+    """A task with random sentences, its labels in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, split in enumerate(("train", *validations)):
+        texts = {name: make_rows(num_rows, seed=10 * seed + i, longest=12) for i, name in enumerate(columns)}
+        write_table(folder / f"{split}{suffix}", **texts, label=[labels[row % len(labels)] for row in range(num_rows)])
+    return folder
+
+
+def write_table(path: Path, **columns: list) -> Path:
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        options = pacsv.WriteOptions(
+            delimiter="," if path.suffix == ".csv" else "\t",
+            quoting_style="needed" if path.suffix == ".csv" else "none",
+        )
+        header = pacsv.WriteOptions(include_header=False, delimiter=options.delimiter, quoting_style="none")
+        with path.open("wb") as file:  # pyarrow puts quotes around names, which GLUE's own files have not
+            file.write(options.delimiter.join(table.column_names).encode() + b"\n")
+            pacsv.write_csv(table, file, header if path.suffix == ".tsv" else pacsv.WriteOptions(include_header=False))
+    return path
 
 
 def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
