@@ -9,7 +9,6 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModel
 
 from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
@@ -20,7 +19,7 @@ from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
-from kdnas.models import Teacher, build_student, find_teacher, max_length, num_parameters
+from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import Study, open_study, refuse_difference, tried, without_password
 from kdnas.nas.space import SearchSpace
@@ -194,7 +193,7 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
     """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
     needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
     with torch.device("meta"):
-        teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
+        teacher_shape = build_encoder(teacher.config)
         for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
             arch = replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
             objective.criterion(build_student(teacher.config, arch), teacher_shape)

@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdnas.errors import UserError, first_line
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -49,7 +50,7 @@ class Run:
         self.glue = self.folder / "glue"
         self.student = self.folder / "student"
         self.report = self.folder / "report.html"
-        self.manifest = self.folder / "manifest.json"
+        self.manifest = self.folder / MANIFEST
 
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""
@@ -93,7 +94,8 @@ def check_writable(folder: Path, option: str) -> None:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
 
     The temporary file lies beside its target (a rename works within one file system only) and is synced before it.
@@ -101,8 +103,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -110,6 +112,12 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """``new_file`` of text."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
