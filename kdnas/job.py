@@ -80,7 +80,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         return
     known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    free += ["sampler", "workers", "time_budget"]
+    free += ["sampler", "workers", "candidate_timeout", "time_budget"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():

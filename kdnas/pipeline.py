@@ -156,8 +156,11 @@ def _search(job: Job) -> StudentArch:
             progress=progress,
         )
         seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
-        if job.config.workers > 1:
-            run_workers(partial(_work, job.config), job.config.workers, study, show, seconds, run.worker_log)
+        timeout = job.config.candidate_timeout
+        if job.config.workers > 1 or timeout is not None:
+            work = partial(_work, job.config)
+            timeout = 60 * timeout if timeout is not None else math.inf
+            run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
         else:
             best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
@@ -175,7 +178,8 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
             os.dup2(file.fileno(), stream)
         try:
             with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
-                job = prepare(dataclasses.replace(config, workers=1), Console(), is_worker=True)
+                alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
+                job = prepare(alone, Console(), is_worker=True)
             if math.isfinite(deadline):
                 minutes = max(1e-3, deadline - time.time()) / 60
                 job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
