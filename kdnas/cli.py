@@ -159,7 +159,8 @@ def _export(args: Sequence[str]) -> None:
     from kdnas.export_job import export
 
     _quieten()
-    args = ["--force=true" if arg == "--force" else arg for arg in args]
+    words = {"--force": "--force=true", "--as": "--format"}  # ``as`` can be no name in Python
+    args = [re.sub(r"^--(force$|as\b)", lambda found: words[found[0]], arg) for arg in args]
     export(_config(ExportConfig, "export", args)[0], Console())
 
 
