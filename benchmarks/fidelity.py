@@ -188,7 +188,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     classifier,
                     teacher.tokenizer,
                     task,
-                    FinetuneSettings(3, 2e-4, 32, 128, weight_decay=0.01),
+                    FinetuneSettings(3, 2e-4, 32, 128, 0.06, weight_decay=0.01),
                     folder=folder / task.task.name,
                     callbacks=[FitProgress(progress, f"{task.task.name}, student {number}")],
                 )

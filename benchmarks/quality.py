@@ -81,7 +81,7 @@ def some_rows(task: LoadedTask, most: int) -> LoadedTask:
         return task
     chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:most].tolist()
     train = {name: [column[i] for i in chosen] for name, column in task.train.items()}
-    return dataclasses.replace(task, train=train, sha256=f"{task.sha256}-{most}")
+    return dataclasses.replace(task, train=train)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -129,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> None:
                         classifier = load_classifier(folder / "encoder", num_labels)
                     else:
                         classifier = build_classifier(student_config(teacher.config, SHAPES[shape]), num_labels)
-                    settings = FinetuneSettings(3, LEARNING_RATES[shape], 32, 128, weight_decay=0.01, seed=seed)
+                    settings = FinetuneSettings(3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed)
                     target = folder / f"{task.task.name}-{seed}"
                     evaluate_glue(
                         classifier,

@@ -10,6 +10,7 @@ from kdnas.distill.module import Recipe
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.glue.finetune import FinetuneSettings
+from kdnas.glue.task_distill import TaskDistillSettings
 from kdnas.latency import ON_ONNX, LatencySettings
 from kdnas.nas.candidate import Budget
 from kdnas.nas.reward import reward
@@ -211,6 +212,89 @@ class LatencyConfig:
                 self.backend, self.threads, self.batch, self.length[:1] if self.lengths else self.length
             )
         ]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What fine-tuning is tried with before, on a part of the training rows: every combination, with the first seed.
+
+    Args:
+        batch_sizes: rows a step.
+        learning_rates: AdamW's peaks.
+        held_out: share of the training rows that a combination is scored on; those that are reported stay unseen.
+
+    Raises:
+        UserError: a list is empty, or the share leaves nothing.
+    """
+
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-4, 5e-5, 3e-5])
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1.")
+        for size, rate in itertools.product(self.batch_sizes, self.learning_rates):
+            FinetuneSettings(batch_size=size, learning_rate=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """What ``kdnas glue`` is asked for: models to fine-tune on labelled tasks, in turn and with the same settings.
+
+    Args:
+        model: folders or hub names of encoders, or ``quickstart``; once for each. The first is what others are
+            compared with: the teacher.
+        task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from folders below
+            ``data``; or folders in GLUE's layout; once for each.
+        data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv or tsv file (a tenth
+            of it is held out and scored), or a folder with train and validation files.
+        text_column: of your own text; twice for pairs.
+        label_column: of your own text. Whole numbers and text are classes, fractional numbers a regression.
+        distill_from: a classifier fine-tuned on the task: all models but the first (or the only one) are trained with
+            its help too, in rows of their own.
+        name: of the comparison; the same name again goes on, with more models, tasks or seeds if asked for.
+        root: the folder of all runs.
+        seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and standard deviation.
+        grid: choose batch size and learning rate for each model and task first; ``--grid`` alone takes the defaults.
+        finetune: how models are fine-tuned; its seed is each of ``seeds``.
+        distill: what the teacher's help is.
+        latency: how latency is measured.
+        trainer: device and precision.
+
+    Raises:
+        UserError: no model, no task, two sources of rows, or no seed.
+    """
+
+    model: list[str]
+    task: list[str] = field(default_factory=list)
+    data: str | None = None
+    text_column: list[str] = field(default_factory=list)
+    label_column: str = "label"
+    distill_from: str | None = None
+    name: str = "glue"
+    root: str = "lightning_logs"
+    seeds: int = 1
+    grid: Grid | None = None
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        if not self.model or len(set(self.model)) < len(self.model):
+            raise UserError(f"model is {self.model}: give one at least, and none twice.")
+        if len(set(self.task)) < len(self.task):
+            raise UserError(f"task is {self.task}: give none twice.")
+        if self.task and self.text_column:
+            raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
+        if not self.task and self.data is None:
+            raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
+        if self.seeds < 1:
+            raise UserError(f"seeds is {self.seeds}: give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The student as others use it: a Hugging Face folder with ONNX and int8 beside it, checked against each other."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,17 +16,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdnas import __version__
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
+from kdnas.families import family_of, max_length
 from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
-from kdnas.models import max_length
+from kdnas.manifest import write_manifest
 from kdnas.quantize import Rows, random_rows, write_best_int8
-from kdnas.runs import new_folder, write_json, write_text
+from kdnas.runs import new_folder, write_text
 from kdnas.sentence_export import Sentences, add_sentence_files
-
-MANIFEST = "manifest.json"
 
 
 def export_student(
@@ -95,21 +92,8 @@ def export_student(
             **({"sentences": compared} if compared else {}),
         }
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
-        write_manifest(temporary, report)
+        write_manifest(temporary, {"checks": report})
     return report
-
-
-def write_manifest(folder: Path, checks: Mapping[str, Any]) -> None:
-    """Write ``manifest.json``: every file's sha256 and size, and what was checked."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    digests = {
-        path.relative_to(folder).as_posix(): {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "bytes": path.stat().st_size,
-        }
-        for path in files
-    }
-    write_json(folder / MANIFEST, {"kdnas": __version__, "files": digests, "checks": dict(checks)})
 
 
 def slower_shapes(report: Mapping[str, Any]) -> list[str]:
@@ -135,7 +119,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             dtype=torch.float32,
             output_loading_info=True,
             **here,
-            **({} if is_classifier else {"add_pooling_layer": False}),
+            **({} if is_classifier else family_of(config).build),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included

@@ -11,7 +11,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from kdnas.models import max_length
+from kdnas.families import marks_pairs, max_length
 
 OPSET = 20
 ONNX, INT8 = "model.onnx", "model.int8.onnx"  # names of the files in a deployed folder
@@ -44,11 +44,10 @@ def random_batch(
     ids[ids == pad_id] = (pad_id + 1) % config.vocab_size
     places = torch.arange(shape[1])
     mask = (places < torch.tensor(lengths)[:, None]).long()
-    marks = getattr(config, "type_vocab_size", 0) > 1
     values = {
         "input_ids": ids.where(mask.bool(), pad_id),
         "attention_mask": mask,
-        "token_type_ids": mask * (places >= shape[1] // 2) * marks,
+        "token_type_ids": mask * (places >= shape[1] // 2) * marks_pairs(config),
     }
     return {name: values[name] for name in names}
 

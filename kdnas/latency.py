@@ -73,7 +73,7 @@ class LatencySettings:
                 raise UserError(f"backend {self.backend} needs {package}, which is missing: pip install {package}.")
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
                 raise UserError(f"{name} of latency is {value!r}: give a whole number of at least {least}.")
         if not 0 < self.min_seconds < math.inf:
             raise UserError(f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5.")

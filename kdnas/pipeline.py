@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, prepare, refuse_other_config
 from kdnas.latency import measure_latency
+from kdnas.manifest import write_manifest
 from kdnas.models import (
     build_classifier,
     load_classifier,
@@ -33,12 +35,12 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried, without_password
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
-from kdnas.runs import Run, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, fit, make_trainer
+from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, make_trainer
 
 
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
@@ -56,6 +58,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
+    write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -70,7 +73,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     """
     console = console or Console()
     run = Run(config.root, config.name)
-    if run.report.exists():
+    if run.report.exists() and run.manifest.exists():
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
@@ -82,12 +85,17 @@ def run(config: RunConfig, console: Console | None = None) -> None:
                 _finetune(job, config.finetune, job.task, best)
             _export(job)
             write_report(run, job.study)
+            write_manifest(run.folder, {"name": run.name, "command": _command()})
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json")))
     console.print(
         f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
     )
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+
+
+def _command() -> list[str]:
+    return [without_password(argument) for argument in sys.argv]
 
 
 @contextmanager
@@ -213,6 +221,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     started = time.monotonic()
     last = folder / "last.ckpt"
     if last.exists():
+        check_checkpoint(last)
         job.console.print("Full KD: going on where it was stopped.")
     states = job.states()
     with job.progress() as progress, torch.random.fork_rng():
@@ -222,6 +231,8 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
         weights = job.run.trial(trial.number) / WEIGHTS
         if settings.from_candidate and weights.exists():
+            if (known := trial.user_attrs.get("weights_sha256")) not in (None, file_sha256(weights)):
+                raise UserError(f"{str(weights)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
             module.begin(job.data.select("full"))
             module.load_state_dict(load_file(weights))
         callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]

@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kdnas.errors import ParityError
-from kdnas.glue.tasks import GLUEDataModule, LoadedTask, Task, make_metrics
+from kdnas.glue.batches import GLUEDataModule
+from kdnas.glue.scores import make_metrics
+from kdnas.glue.tasks import LoadedTask, Task
 from kdnas.graph import Feed, open_session, random_batch, write_int8
 
 MOST_LOST = 0.01  # of score or cosine, before static calibration is tried

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdnas.errors import ParityError, UserError
-from kdnas.glue.tasks import LoadedTask, make_metrics
+from kdnas.glue.scores import make_metrics
+from kdnas.glue.tasks import LoadedTask
 from kdnas.models import Teacher
 from kdnas.runs import write_json
 

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pyarrow as pa
@@ -8,12 +10,13 @@ import pytest
 import torch
 from conftest import CONFIGS, make_rows, make_tokenizer, save_teacher
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.glue import finetune
+from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
-from kdnas.glue.tasks import GLUEDataModule, LoadedTask, load_task
+from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import load_classifier, num_parameters
 from kdnas.training import TrainerSettings
 
@@ -85,12 +88,16 @@ def test_a_result_has_everything_and_is_written_last(teacher, task, tmp_path):
     result = evaluate(model, task, tmp_path / "run" / "teacher")
     folder = tmp_path / "run" / "teacher"
     assert json.loads((folder / "result.json").read_text()) == result
-    assert list(result) == "task task_sha256 score metrics num_parameters megabytes seconds history settings".split()
+    assert (
+        list(result)
+        == "task task_sha256 score metrics num_parameters megabytes seconds history settings precision".split()
+    )
     assert result["task"] == "words"
     assert result["metrics"] == {"accuracy": result["score"]}
     assert [row["epoch"] for row in result["history"]] == [0, 1]
     assert result["num_parameters"] == num_parameters(model)
-    assert result["megabytes"] * 1e6 == (folder / "model" / "model.safetensors").stat().st_size
+    size = (folder / "model" / "model.safetensors").stat().st_size
+    assert result["megabytes"] * 1e6 == pytest.approx(size, rel=0.05)  # but for the file's names
     assert result["seconds"] > 0
     assert FinetuneSettings(**result["settings"]) == SETTINGS
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
@@ -146,6 +153,71 @@ def test_a_finished_fine_tuning_is_answered_from_the_record(teacher, task, tmp_p
     assert all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "other, precision, message",
+    [
+        (
+            FinetuneSettings(num_epochs=3, learning_rate=1e-3, batch_size=16, max_length=32),
+            "32-true",
+            "num_epochs .* 3",
+        ),
+        (SETTINGS, "bf16-mixed", "precision of fine-tuning is 'bf16-mixed', and .* was made with '32-true'"),
+    ],
+)
+def test_a_record_of_other_settings_is_refused(teacher, task, tmp_path, other, precision, message):
+    evaluate(classifier(teacher), task, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        evaluate(classifier(teacher), task, tmp_path / "run", other, precision)
+
+
+def test_a_model_is_kept_only_where_it_is_wanted(teacher, task, tmp_path):
+    evaluate_glue(classifier(teacher), make_tokenizer(), task, SETTINGS, folder=tmp_path / "run", keep_model=False)
+    assert (tmp_path / "run" / "result.json").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_mnli_has_both_scores_and_their_mean(teacher, tmp_path):
+    folder = tmp_path / "mnli"
+    folder.mkdir()
+    words = ("river", "stone", "light")
+    for seed, split in enumerate(("train", "validation_matched", "validation_mismatched")):
+        wrong = seed == 2  # every label of the mismatched rows is another class's
+        label = [(row + wrong) % 3 for row in range(60)]
+        premise = [f"{words[row % 3]} {words[row % 3]}" for row in range(60)]
+        columns = {"premise": premise, "hypothesis": make_rows(60, seed, 6), "label": label}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    result = evaluate(classifier(teacher, 3), load_task(str(folder)), tmp_path / "run", LONGER)
+    assert list(result["metrics"]) == ["accuracy_matched", "accuracy_mismatched"]
+    matched, mismatched = result["metrics"].values()
+    assert matched > 0.9 and mismatched < 0.1
+    assert result["score"] == pytest.approx((matched + mismatched) / 2)
+
+
+# run_glue.py leaves all of it to TrainingArguments.
+RUN_GLUE = SimpleNamespace(**{field.name: field.default for field in dataclasses.fields(TrainingArguments)})
+
+
+def test_the_defaults_are_those_of_run_glue():
+    arguments = RUN_GLUE
+    settings = FinetuneSettings()
+    assert settings.learning_rate == arguments.learning_rate
+    assert settings.num_epochs == arguments.num_train_epochs
+    assert settings.batch_size == arguments.per_device_train_batch_size
+    assert settings.weight_decay == arguments.weight_decay
+    assert settings.warmup_share == arguments.warmup_steps == 0 and arguments.lr_scheduler_type == "linear"
+    assert settings.max_length == 128  # the script's own
+    assert TrainerSettings().gradient_clip_val == arguments.max_grad_norm
+
+
+def test_the_optimizer_is_transformers_own(teacher, task):
+    arguments = RUN_GLUE
+    fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(GLUEModule(classifier(teacher), task.task), data_module(task))
+    (optimizer,) = fit.optimizers
+    assert type(optimizer) is torch.optim.AdamW and "adamw_torch" in arguments.optim
+    assert optimizer.defaults["betas"] == (arguments.adam_beta1, arguments.adam_beta2)
+    assert optimizer.defaults["eps"] == arguments.adam_epsilon
+
+
 def test_the_score_is_the_last_epochs_not_the_best(teacher, task, tmp_path, monkeypatch):
     class Worsening(GLUEModule):
         def on_validation_epoch_end(self) -> None:
@@ -163,7 +235,7 @@ def test_a_seed_decides_all_and_the_callers_random_numbers_are_left_alone(teache
         model.register_forward_pre_hook(
             lambda _, args, kwargs: rows.append(kwargs["input_ids"].tolist()), with_kwargs=True
         )
-        settings = FinetuneSettings(num_epochs=1, learning_rate=1e-3, max_length=32, seed=seed)
+        settings = FinetuneSettings(num_epochs=1, learning_rate=1e-3, batch_size=32, max_length=32, seed=seed)
         torch.rand(len(name))
         state = torch.get_rng_state()
         evaluate(model, task, tmp_path / name, settings)

@@ -1,33 +1,13 @@
-import warnings
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import make_rows, make_tokenizer
-from scipy import stats
-from sklearn import metrics as sk
+from conftest import make_rows, make_tokenizer, write_table, write_task
 
 from kdnas.errors import UserError
-from kdnas.glue.tasks import TASKS, GLUEDataModule, LengthGroupedSampler, LoadedTask, Task, load_task, make_metrics
-
-
-def write_task(folder: Path, columns=("sentence",), labels=(0, 1), num_rows=20, validation="validation") -> Path:
-    """A task with random sentences, its labels in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, split in enumerate(("train", validation)):
-        texts = {name: make_rows(num_rows, seed=10 * seed + i, longest=12) for i, name in enumerate(columns)}
-        table = pa.table({**texts, "label": [labels[row % len(labels)] for row in range(num_rows)]})
-        pq.write_table(table, folder / f"{split}.parquet")
-    return folder
-
-
-def write_table(path: Path, **columns: list) -> None:
-    pq.write_table(pa.table(columns), path)
-
+from kdnas.glue.batches import GLUEDataModule
+from kdnas.glue.scores import make_metrics
+from kdnas.glue.tasks import TASKS, Task, load_labelled, load_task
 
 # Columns, labels and metrics as on the hub (nyu-mll/glue) and in GLUE's table 1.
 GLUE = {
@@ -51,13 +31,17 @@ def test_the_table_holds_the_nine_tasks_of_glue():
         assert len(task.label_names) == (0 if task.num_labels == 1 else task.num_labels)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv"])
 @pytest.mark.parametrize("name", GLUE)
-def test_a_folder_of_a_glue_name_has_its_columns_labels_and_batches(tmp_path, name):
+def test_a_folder_of_a_glue_name_has_its_columns_labels_and_batches(tmp_path, name, suffix):
     columns, num_labels, metrics = GLUE[name]
     labels = [0.5, 4.0, 2.5] if num_labels == 1 else range(num_labels)
-    loaded = load_task(str(write_task(tmp_path / name, columns, labels)))
+    splits = ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
+    loaded = load_task(str(write_task(tmp_path / name, columns, labels, validations=splits, suffix=suffix)))
     assert loaded.task == TASKS[name]
-    assert set(loaded.train) == set(loaded.validation) == {*columns, "label"}
+    assert tuple(loaded.validations) == splits
+    for rows in (loaded.train, *loaded.validations.values()):
+        assert set(rows) == {*columns, "label"}
     data = GLUEDataModule(loaded, make_tokenizer(), batch_size=20, max_length=30)
     data.setup()
     (batch,) = data.train_dataloader()
@@ -69,87 +53,63 @@ def test_a_folder_of_a_glue_name_has_its_columns_labels_and_batches(tmp_path, na
     assert {key: round(float(value), 6) for key, value in values.items()} == dict.fromkeys(metrics, 1.0)
 
 
-def oracle(name: str, preds: np.ndarray, targets: np.ndarray) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if name == "pearson":
-            return float(np.nan_to_num(stats.pearsonr(preds, targets)[0]))
-        if name == "spearman":
-            return float(np.nan_to_num(stats.spearmanr(preds, targets)[0]))
-        score = {"accuracy": sk.accuracy_score, "f1": sk.f1_score, "matthews": sk.matthews_corrcoef}[name]
-        return float(score(targets, preds))
-
-
-def by_batches(task: Task, preds: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    collection = make_metrics(task)
-    for part in torch.arange(len(preds)).split(32):
-        collection.update(preds[part], targets[part])
-    return {name: float(value) for name, value in collection.compute().items()}
-
-
-def class_ids(num_labels: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(0)
-    targets = torch.randint(num_labels, (301,)) * (torch.rand(301) > 0.5)
-    preds = torch.where(torch.rand(301) > 0.3, targets, torch.randint(num_labels, (301,)))
-    last = torch.full_like(targets, num_labels - 1)
-    return {
-        "usual": (preds, targets),
-        "all right": (targets, targets),
-        "constant 0": (last * 0, targets),
-        "constant last": (last, targets),
-        "one class, constant": (last, last),
-        "one class of targets": (preds, last),
-        "all wrong": ((targets + 1) % num_labels, targets),
-    }
-
-
-@pytest.mark.parametrize("case", class_ids(2))
-@pytest.mark.parametrize("name", ["cola", "mrpc", "mnli"])
-def test_metrics_of_classes_equal_scikit_learn(name, case):
-    preds, targets = class_ids(TASKS[name].num_labels)[case]
-    values = by_batches(TASKS[name], preds, targets)
-    assert values == {key: pytest.approx(oracle(key, preds.numpy(), targets.numpy()), abs=1e-6) for key in values}
-
-
-def numbers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(0)
-    targets = (torch.rand(301) * 25).round() / 5
-    preds = targets + torch.randn(301)
-    return {
-        "usual": (preds, targets),
-        "ties": (preds.round(), targets),
-        "bfloat16": (preds.bfloat16(), targets),
-        "barely varying": (preds * 1e-4 + 300, targets),
-        "constant predictions": (torch.full_like(preds, 0.1), targets),
-        "constant targets": (preds, torch.full_like(preds, 2.5)),
-        "one row": (preds[:1], targets[:1]),
-        "reversed": (-targets, targets),
-    }
-
-
-@pytest.mark.parametrize("case", numbers())
-def test_metrics_of_a_regression_equal_scipy_and_are_0_where_undefined(case):
-    preds, targets = numbers()[case]
-    values = by_batches(TASKS["stsb"], preds, targets)
-    expected = {"pearson": 0.0, "spearman": 0.0}
-    if case != "one row":  # scipy refuses one
-        expected = {key: oracle(key, preds.double().numpy(), targets.double().numpy()) for key in values}
-    assert values == {key: pytest.approx(value, abs=1e-6) for key, value in expected.items()}
-
-
 @pytest.mark.parametrize("columns", [("sentence",), ("text",), ("sentence1", "sentence2")])
 def test_another_folder_is_a_classification_with_as_many_labels_as_its_training_rows_have(tmp_path, columns):
     loaded = load_task(str(write_task(tmp_path / "packages", columns, labels=[2, 0, 4, 1, 3])))
+    columns = ("sentence",) if columns == ("text",) else columns
     assert loaded.task == Task("packages", columns, num_labels=5, metrics=("accuracy",))
     assert loaded.train["label"][:5] == [2, 0, 4, 1, 3]
     assert loaded.validation[columns[0]] == make_rows(20, seed=10, longest=12)
 
 
-def test_mnli_is_scored_on_its_matched_rows(tmp_path):
-    folder = write_task(tmp_path / "mnli", ("premise", "hypothesis"), range(3), validation="validation_matched")
-    matched = load_task(str(folder))
-    write_task(folder, ("premise", "hypothesis"), (2, 1, 0))
-    assert load_task(str(folder)).validation == matched.validation
+MNLI = ("validation_matched", "validation_mismatched")
+
+
+def test_mnli_is_scored_on_its_matched_and_its_mismatched_rows(tmp_path):
+    folder = write_task(tmp_path / "mnli", ("premise", "hypothesis"), range(3), validations=MNLI)
+    loaded = load_task(str(folder))
+    assert loaded.validation is loaded.validations["validation_matched"]
+    assert loaded.validations["validation_matched"] != loaded.validations["validation_mismatched"]
+    (folder / "validation_mismatched.parquet").unlink()
+    with pytest.raises(UserError, match="mnli/validation_mismatched.parquet' is missing"):
+        load_task(str(folder))
+
+
+# GLUE's own files: their folders, first rows, and one row for each split.
+ORIGINAL = {
+    "CoLA": ("cola", "", "gj04\t1\t\tthe river is deep", "gj04\t0\t*\triver deep the is"),
+    "SST-2": ("sst2", "sentence\tlabel", 'a "deep\t1', "wide and fast\t0"),
+    "MRPC": ("mrpc", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\ta\tthe", "0\t7\t9\tis\tof"),
+    "STS-B": ("stsb", "index\tsentence1\tsentence2\tscore", "0\ta\tthe\t5.000", "1\tis\tof\t0.5"),
+    "QQP": ("qqp", "id\tquestion1\tquestion2\tis_duplicate", "0\ta\tthe\t1", "1\tis\tof\t0"),
+    "MNLI": (
+        "mnli",
+        "index\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\ta\tthe\tneutral\tneutral",
+        "1\tis\tof\tneutral\tentailment",
+        "2\tis\tin\tneutral\tcontradiction",
+    ),
+    "QNLI": ("qnli", "index\tquestion\tsentence\tlabel", "0\ta\tthe\tentailment", "1\ta\tof\tnot_entailment"),
+    "RTE": ("rte", "index\tsentence1\tsentence2\tlabel", "0\ta\tthe\tentailment", "1\ta\tof\tnot_entailment"),
+    "WNLI": ("wnli", "index\tsentence1\tsentence2\tlabel", "0\ta\tthe\t1", "1\ta\tof\t0"),
+}
+
+
+def test_the_original_files_of_all_nine_are_read(tmp_path):
+    assert {name for name, *_ in ORIGINAL.values()} == set(TASKS)
+    for folder_name, (name, *lines) in ORIGINAL.items():
+        folder = tmp_path / folder_name
+        folder.mkdir()
+        text = "\n".join(line for line in lines if line) + "\n"
+        for split in ("train", "dev_matched", "dev_mismatched") if name == "mnli" else ("train", "dev"):
+            (folder / f"{split}.tsv").write_text(text)
+        loaded = load_task(str(folder))
+        expected = [1, 0, 2] if name == "mnli" else [5.0, 0.5] if name == "stsb" else [1, 0]
+        expected = [0, 1] if name in ("qnli", "rte") else expected
+        assert loaded.task == TASKS[name] and loaded.train["label"] == expected
+        assert loaded.train == loaded.validation
+    assert load_task(str(tmp_path / "SST-2")).train["sentence"] == ['a "deep', "wide and fast"]
+    assert load_task(str(tmp_path / "CoLA")).train["sentence"] == ["the river is deep", "river deep the is"]
 
 
 def test_the_hash_is_that_of_the_rows(tmp_path):
@@ -161,8 +121,8 @@ def test_the_hash_is_that_of_the_rows(tmp_path):
 
 def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
     columns = ("premise", "hypothesis")
-    folder = write_task(tmp_path / "mnli", columns, range(3), validation="validation_matched")
-    files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation_matched")}
+    folder = write_task(tmp_path / "mnli", columns, range(3), validations=MNLI)
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", *MNLI)}
     splits = datasets.DatasetDict(
         {split: datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path)) for split, file in files.items()}
     )
@@ -227,9 +187,9 @@ def test_a_text_that_is_no_string_is_refused(tmp_path, value):
 
 @pytest.mark.parametrize("value", [0.5, "yes", None, True, float("nan")])
 def test_a_label_that_is_no_whole_number_is_refused(tmp_path, value):
-    folder = write_task(tmp_path / "some")
+    folder = write_task(tmp_path / "sst2")
     write_table(folder / "validation.parquet", sentence=["the model"], label=[value])
-    with pytest.raises(UserError, match=f"Row 0 .*validation rows of .* has the label {value!r}: give a whole number"):
+    with pytest.raises(UserError, match=f"Row 0 .*validation rows .* has {value!r} as its label: give a whole number"):
         load_task(str(folder))
 
 
@@ -237,21 +197,21 @@ def test_a_label_that_is_no_whole_number_is_refused(tmp_path, value):
 def test_a_target_of_a_regression_that_is_no_number_is_refused(tmp_path, value):
     folder = write_task(tmp_path / "stsb", ("sentence1", "sentence2"), [0.5, 2.5])
     write_table(folder / "train.parquet", sentence1=["a"], sentence2=["the"], label=[value])
-    with pytest.raises(UserError, match=f"has the label {value!r}: give a finite number"):
+    with pytest.raises(UserError, match=f"has {value!r} as its label: give a finite number"):
         load_task(str(folder))
 
 
 @pytest.mark.parametrize(
     "name, labels, message",
     [
-        ("some", [0, 2], "labels 0, 2: every label from 0 to 1"),
-        ("some", [0], "labels 0: every label from 0 to 1"),
-        ("some", [1, 2, 3], "labels 1, 2, 3: every label from 0 to 2"),
+        ("cola", [0, 2], "labels 0, 2: every label from 0 to 1"),
+        ("cola", [1], "labels 1: every label from 0 to 1"),
+        ("some", [0], "have the label 0: give two classes or more"),
         ("sst2", [0, 1, 2], "labels 0, 1, 2: every label from 0 to 1"),
         ("sst2", [-1, 0, 1], "labels -1, 0, 1: every label from 0 to 1"),
     ],
 )
-def test_training_labels_other_than_0_to_n_minus_1_are_refused(tmp_path, name, labels, message):
+def test_training_labels_that_make_no_classification_are_refused(tmp_path, name, labels, message):
     with pytest.raises(UserError, match=message):
         load_task(str(write_task(tmp_path / name, labels=labels)))
 
@@ -263,57 +223,111 @@ def test_a_validation_label_without_training_rows_is_refused(tmp_path):
         load_task(str(folder))
 
 
-@pytest.fixture
-def data(tmp_path) -> GLUEDataModule:
-    loaded = load_task(str(write_task(tmp_path / "some", labels=range(5), num_rows=203)))
-    module = GLUEDataModule(loaded, make_tokenizer(), batch_size=16, max_length=10, seed=1)
-    module.setup()
-    return module
+def labelled(tmp_path: Path, suffix=".csv", labels=(1, 3, 5), num_rows=60, **columns: list) -> str:
+    """One file of reviews with stars."""
+    table = {"review": make_rows(num_rows), "stars": [labels[row % len(labels)] for row in range(num_rows)]}
+    return str(write_table(tmp_path / f"mine{suffix}", **(table | columns)))
 
 
-def test_training_batches_hold_every_row_once_and_rows_of_similar_length(data):
-    batches = list(data.train_dataloader())
-    assert [len(batch["labels"]) for batch in batches] == [16] * 12 + [11]
-    assert sorted(label for batch in batches for label in batch["labels"].tolist()) == sorted(data.task.train["label"])
-    assert sum(batch["attention_mask"].numel() for batch in batches) < 1.1 * sum(
-        int(batch["attention_mask"].sum()) for batch in batches
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv"])
+@pytest.mark.parametrize("labels", [(1, 3, 5), ("bad", "fair", "good")])
+def test_any_labelled_text_is_a_classification_with_a_tenth_of_its_texts_held_out(tmp_path, suffix, labels):
+    data = labelled(tmp_path, suffix, labels)
+    loaded = load_labelled(data, ["review"], "stars")
+    assert loaded.task == Task("mine", ("sentence",), 3, ("accuracy",), tuple(map(str, labels)))
+    train, held_out = loaded.train["sentence"], loaded.validation["sentence"]
+    assert len(held_out) == 6 and sorted(train + held_out) == sorted(make_rows(60))
+    stars = dict(zip(make_rows(60), [0, 1, 2] * 20, strict=True))
+    for rows in (loaded.train, loaded.validation):
+        assert rows["label"] == [stars[text] for text in rows["sentence"]]
+    assert load_labelled(data, ["review"], "stars") == loaded
+
+
+def test_fractional_labels_are_a_regression_and_two_columns_are_pairs(tmp_path):
+    data = labelled(tmp_path, labels=(0.5, 2.0, 4.5), reply=make_rows(60, seed=1))
+    loaded = load_labelled(data, ["review", "reply"], "stars")
+    assert loaded.task == Task("mine", ("sentence1", "sentence2"), 1, ("pearson", "spearman"))
+    assert set(loaded.train["label"]) == {0.5, 2.0, 4.5}
+    assert set(loaded.validation["sentence2"]) <= set(make_rows(60, seed=1))
+
+
+def test_csv_fields_may_hold_commas_quotes_newlines_and_look_like_numbers(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text('\ufeffreview,stars\n"a, ""deep""\nriver",yes\n12,no\n007,yes\ntrue,no\n')
+    loaded = load_labelled(str(path), ["review"], "stars")
+    texts = loaded.train["sentence"] + loaded.validation["sentence"]
+    assert sorted(texts) == ["007", "12", 'a, "deep"\nriver', "true"]
+    assert loaded.task.label_names == ("no", "yes")
+
+
+def test_equal_texts_stay_on_one_side(tmp_path):
+    data = labelled(tmp_path, review=make_rows(6) * 10, labels=(0, 1, 0, 1, 0))
+    loaded = load_labelled(data, ["review"], "stars")
+    assert len(loaded.validation["sentence"]) == 10
+    assert not set(loaded.validation["sentence"]) & set(loaded.train["sentence"])
+
+
+def test_own_train_and_validation_files_are_taken_as_they_are(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_table(folder / "train.csv", review=["a", "the", "of"], stars=[5, 1, 5])
+    write_table(folder / "dev.tsv", review=["is"], stars=[5])
+    loaded = load_labelled(str(folder), ["review"], "stars")
+    assert loaded.train == {"sentence": ["a", "the", "of"], "label": [1, 0, 1]}
+    assert loaded.validation == {"sentence": ["is"], "label": [1]}
+
+
+@pytest.mark.parametrize(
+    "table, columns, label, message",
+    [
+        ({}, ["body"], "stars", "lack the column 'body': they have review, stars"),
+        ({}, ["review"], "label", "lack the column 'label': they have review, stars"),
+        ({}, [], "stars", "text columns are not given"),
+        ({}, ["review", "review"], "stars", "'review', 'review' and the label column 'stars'"),
+        ({}, ["stars"], "stars", "'stars' and the label column 'stars'"),
+        ({"review": ["a"] * 59 + [None]}, ["review"], "stars", "Row 59 .* has None in 'review': give text"),
+        ({"review": [None, "a"] * 30}, ["review"], "stars", "has None in 'review', and so have 29 more"),
+        ({"stars": [None, "a"] * 30}, ["review"], "stars", "Row 0 .* has None as its label, and so have 29 more"),
+        ({"stars": [1.5, float("nan")] * 30}, ["review"], "stars", "Row 1 .* has (None|nan) as its label"),
+        ({"stars": ["same"] * 60}, ["review"], "stars", "have the label 'same': give two classes or more"),
+        ({"review": ["same"] * 60}, ["review"], "stars", "60 rows with 1 distinct texts"),
+        ({"stars": [f"label {i}" for i in range(60)]}, ["review"], "stars", "which no training row has"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_labelled_text_that_cannot_be_learned_is_refused(tmp_path, table, columns, label, message, suffix):
+    with pytest.raises(UserError, match=message):
+        load_labelled(labelled(tmp_path, suffix, **table), columns, label)
+
+
+def test_no_data_another_format_a_broken_file_and_an_empty_split_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'/no/such.csv' does not exist"):
+        load_labelled("/no/such.csv", ["review"], "stars")
+    (tmp_path / "mine.xlsx").write_text("x")
+    with pytest.raises(UserError, match="has the suffix '.xlsx'"):
+        load_labelled(str(tmp_path / "mine.xlsx"), ["review"], "stars")
+    for name, content in (("cut.csv", b"review,stars\na,1\nb\n"), ("latin.csv", b"review,stars\n\xe4,1\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}' is no csv file that can be read"):
+            load_labelled(str(tmp_path / name), ["review"], "stars")
+    write_table(tmp_path / "train.csv", review=["a", "b"], stars=[1, 2])
+    (tmp_path / "validation.csv").write_text("review,stars\n")
+    with pytest.raises(UserError, match="There are no validation rows"):
+        load_labelled(str(tmp_path), ["review"], "stars")
+
+
+def test_settings_are_chosen_on_training_rows_alone(tmp_path):
+    loaded = load_task(str(write_task(tmp_path / "mnli", ("premise", "hypothesis"), range(3), 60, MNLI)))
+    part = loaded.for_choosing(0.2)
+    pairs = [
+        list(zip(rows["premise"], rows["hypothesis"], rows["label"], strict=True))
+        for rows in (part.train, part.validation)
+    ]
+    assert [len(rows) for rows in pairs] == [48, 12]
+    assert sorted(pairs[0] + pairs[1]) == sorted(
+        zip(loaded.train["premise"], loaded.train["hypothesis"], loaded.train["label"], strict=True)
     )
-    lengths = [batch["attention_mask"].sum(1).float().mean().item() for batch in batches[:-1]]
-    assert lengths != sorted(lengths)
-
-
-def test_validation_batches_hold_every_row_once_sorted_by_length(data):
-    batches = list(data.val_dataloader())
-    lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
-    assert lengths == sorted(lengths) and len(lengths) == 203
-    assert sorted(label for b in batches for label in b["labels"].tolist()) == sorted(data.task.validation["label"])
-
-
-def test_padding_is_dynamic_masked_and_the_tokenizers_own(data):
-    widths = set()
-    for batch in data.val_dataloader():
-        padding = batch["attention_mask"] == 0
-        assert batch["input_ids"][padding].eq(3).all() and batch["input_ids"][~padding].ne(3).all()
-        widths.add(batch["input_ids"].shape[1])
-    assert max(widths) == 10 and len(widths) > 1
-
-
-def test_rows_are_tokenised_once(data):
-    rows = data.rows
-    data.setup("validate")
-    assert data.rows is rows
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = LengthGroupedSampler(list(range(5, 105)), batch_size=8, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert sorted(order(0, 0)) == list(range(100))
-    assert order(0, 0) == order(0, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
-
-def test_a_loaded_task_does_not_print_its_rows(data):
-    assert isinstance(data.task, LoadedTask) and len(repr(data.task)) < 400
+    assert part.task.validations == ("validation",) and part.sha256 != loaded.sha256
+    few = load_task(str(write_task(tmp_path / "few", labels=(0, 1), num_rows=2)))
+    with pytest.raises(UserError, match="label [01] of 'few' has too few training rows"):
+        few.for_choosing(0.1)

@@ -1,19 +1,22 @@
 """Fine-tuning of a classifier on a task, and the score that it ends with."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.glue.tasks import GLUEDataModule, LoadedTask, Task, make_metrics
+from kdnas.glue.batches import GLUEDataModule
+from kdnas.glue.scores import make_metrics
+from kdnas.glue.tasks import LoadedTask, Task
 from kdnas.models import max_length, num_parameters
 from kdnas.runs import new_folder, read_json, write_json
 from kdnas.training import ClipFusedGradients, TrainerSettings, fit, make_trainer
@@ -21,7 +24,7 @@ from kdnas.training import ClipFusedGradients, TrainerSettings, fit, make_traine
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How a classifier is fine-tuned; the same for teacher and student.
+    """How a classifier is fine-tuned; the same for teacher and student. Defaults are those of run_glue.py.
 
     Args:
         num_epochs: passes over the training rows; the score is the one after the last.
@@ -38,9 +41,9 @@ class FinetuneSettings:
 
     num_epochs: int = 3
     learning_rate: float = 5e-5
-    batch_size: int = 32
+    batch_size: int = 8
     max_length: int = 128
-    warmup_share: float = 0.06
+    warmup_share: float = 0.0
     weight_decay: float = 0.0
     seed: int = 0
 
@@ -54,10 +57,17 @@ class FinetuneSettings:
             raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
 
 
+def classify(classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False) -> SequenceClassifierOutput:
+    """A classifier's answer to a batch with or without labels; with ``hidden_states`` on demand."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return classifier(**inputs, output_hidden_states=states)
+
+
 class GLUEModule(ClipFusedGradients):
     """A classifier in training: cross entropy, or mean squared error where the task is a regression.
 
     Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, their mean.
+    MNLI has loss and metric twice, ``..._matched`` and ``..._mismatched``.
 
     Args:
         classifier: transformers' model for sequence classification with ``task.num_labels`` outputs.
@@ -71,7 +81,8 @@ class GLUEModule(ClipFusedGradients):
         super().__init__()
         assert classifier.config.num_labels == task.num_labels
         self.classifier, self.task, self.settings = classifier, task, settings
-        self.metrics = make_metrics(task)
+        self.suffixes = [split.removeprefix("validation") for split in task.validations]
+        self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
 
     def on_fit_start(self) -> None:
         """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
@@ -81,16 +92,21 @@ class GLUEModule(ClipFusedGradients):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
-        logits = self.classifier(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        return self.outputs(classify(self.classifier, batch))
+
+    def outputs(self, answer: SequenceClassifierOutput) -> Tensor:
+        """What ``forward`` gives, from a classifier's answer."""
+        assert answer.logits is not None
+        logits = answer.logits.float()
         return logits.squeeze(-1) if self.task.num_labels == 1 else logits
 
-    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        loss = F.mse_loss(outputs, labels.float()) if self.task.num_labels == 1 else F.cross_entropy(outputs, labels)
-        if not loss.isfinite():
-            raise CandidateFailed(
-                f"The loss of {self.task.name!r} is {loss.item()} at step {self.global_step}: lower the learning rate."
-            )
-        return loss
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is trained on, of a batch."""
+        return self.label_loss(self(batch), batch["labels"])
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, or mean squared error, of what ``forward`` gives."""
+        return F.mse_loss(outputs, labels.float()) if self.task.num_labels == 1 else F.cross_entropy(outputs, labels)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch.
@@ -98,30 +114,45 @@ class GLUEModule(ClipFusedGradients):
         Raises:
             CandidateFailed: it is not finite.
         """
-        loss = self._loss(self(batch), batch["labels"])
+        loss = self._finite(self.loss(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the metrics.
+    def _finite(self, loss: Tensor) -> Tensor:
+        if not loss.isfinite():
+            raise CandidateFailed(
+                f"The loss of {self.task.name!r} is {loss.item()} at step {self.global_step}: lower the learning rate."
+            )
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of its split.
 
         Raises:
             CandidateFailed: its loss is not finite.
         """
         outputs, labels = self(batch), batch["labels"]
-        self.log("val/loss", self._loss(outputs, labels), batch_size=len(labels), sync_dist=True)
-        self.metrics.update(outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels)
+        self.log(
+            f"val/loss{self.suffixes[dataloader_idx]}",
+            self._finite(self.label_loss(outputs, labels)),
+            batch_size=len(labels),
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+        self.metrics[dataloader_idx].update(outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all rows, and their mean."""
-        values = {name: float(value) for name, value in self.metrics.compute().items()}
-        self.metrics.reset()
+        values: dict[str, float] = {}
+        for suffix, metrics in zip(self.suffixes, self.metrics, strict=True):
+            values |= {f"{name}{suffix}": float(value) for name, value in metrics.compute().items()}
+            metrics.reset()
         self.log_dict({f"val/{name}": value for name, value in values.items()})
         self.log("val/score", sum(values.values()) / len(values), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
-        parameters = list(self.classifier.parameters())
+        parameters = list(self.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -142,6 +173,31 @@ class _History(pl.Callback):
         self.rows.append({"epoch": trainer.current_epoch, "score": float(trainer.callback_metrics["val/score"])})
 
 
+def finished(
+    folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
+) -> dict[str, Any] | None:
+    """The result of a fine-tuning that was done before; None where there is none.
+
+    Raises:
+        UserError: it was made on other rows, or with other settings.
+    """
+    if not (folder / "result.json").is_file():
+        return None
+    known = dict(read_json(folder / "result.json"))
+    if known["task_sha256"] != task.sha256:
+        raise UserError(
+            f"The rows of {task.task.name!r} are not those that {str(folder)!r} was made with: give a new run name."
+        )
+    asked = {**asdict(settings), "precision": trainer_settings.precision}
+    for name, value in {**known["settings"], "precision": known["precision"]}.items():
+        if asked[name] != value:
+            raise UserError(
+                f"{name} of fine-tuning is {asked[name]!r}, and {str(folder)!r} was made with {value!r}: "
+                "give a new run name."
+            )
+    return known
+
+
 def evaluate_glue(
     classifier: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -151,6 +207,8 @@ def evaluate_glue(
     folder: Path,
     trainer_settings: TrainerSettings = TrainerSettings(),
     callbacks: Sequence[pl.Callback] = (),
+    make_module: Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule] | None = None,
+    keep_model: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
@@ -165,23 +223,22 @@ def evaluate_glue(
             Where that is there already, nothing is trained and it is returned.
         trainer_settings: device and precision.
         callbacks: more of Lightning's callbacks, such as a progress bar.
+        make_module: what trains the classifier; ``GLUEModule`` by default.
+        keep_model: write ``model/``.
 
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
-        ``num_parameters``, ``megabytes`` (of the weights on disk, 10^6 bytes), ``seconds``, ``history`` (epoch from 0,
-        score), ``settings``.
+        ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score),
+        ``settings``, ``precision``.
 
     Raises:
-        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's.
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
+            made with other settings.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
-    if (folder / "result.json").is_file():
-        known = dict(read_json(folder / "result.json"))
-        if known["task_sha256"] != task.sha256:
-            raise UserError(
-                f"The rows of {task.task.name!r} are not those that {str(folder)!r} was made with: give a new run name."
-            )
+    known = finished(folder, task, settings, trainer_settings)
+    if known is not None:
         return known
     if settings.max_length > max_length(classifier.config):
         raise UserError(
@@ -199,22 +256,26 @@ def evaluate_glue(
     trainer = make_trainer(trainer_settings, folder, settings.num_epochs, [history, *callbacks])
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        fit(trainer, GLUEModule(classifier, task.task, settings), data)
+        module = (make_module or GLUEModule)(classifier, task.task, settings)
+        fit(trainer, module, data)
     classifier.eval()
     classifier.set_attn_implementation(attention)
-    with new_folder(folder / "model") as model:
-        classifier.save_pretrained(model)
-        tokenizer.save_pretrained(model)
+    if keep_model:
+        with new_folder(folder / "model") as model:
+            classifier.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+    metrics = [f"{name}{suffix}" for suffix in module.suffixes for name in task.task.metrics]
     result = {
         "task": task.task.name,
         "task_sha256": task.sha256,
         "score": history.rows[-1]["score"],
-        "metrics": {name: float(trainer.callback_metrics[f"val/{name}"]) for name in task.task.metrics},
+        "metrics": {name: float(trainer.callback_metrics[f"val/{name}"]) for name in metrics},
         "num_parameters": num_parameters(classifier),
-        "megabytes": (folder / "model" / "model.safetensors").stat().st_size / 1e6,
+        "megabytes": sum(p.numel() * p.element_size() for p in classifier.parameters()) / 1e6,
         "seconds": time.perf_counter() - start,
         "history": history.rows,
         "settings": asdict(settings),
+        "precision": trainer_settings.precision,
     }
     write_json(folder / "result.json", result)
     return result

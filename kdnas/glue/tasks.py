@@ -1,88 +1,19 @@
-"""Labelled tasks: the nine of GLUE in one table, any parquet folder beside them, their metrics, and their batches."""
+"""Labelled tasks: the nine of GLUE in one table, and any labelled text beside them."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
-from torchmetrics.utilities import dim_zero_cat
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from kdnas.errors import UserError, first_line, nearest
-
-Columns = dict[str, list[Any]]
-
-
-class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation, 0.0 where it is undefined, as scikit-learn has it.
-
-    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and three of the other.
-    """
-
-    def compute(self) -> Tensor:
-        tn, fp, fn, tp = self.confmat.cpu().double().flatten()
-        denominator = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)).sqrt()
-        return (tp * tn - fp * fn) / denominator if denominator else torch.tensor(0.0)
-
-
-class _Pearson(Metric):
-    """Pearson's r in float64 as scipy has it, 0.0 where it is undefined.
-
-    torchmetrics accumulates in float32, and gives NaN for predictions that vary little, not only for constant ones.
-    """
-
-    full_state_update = False
-    preds: list[Tensor]
-    targets: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("preds", [], dist_reduce_fx="cat")
-        self.add_state("targets", [], dist_reduce_fx="cat")
-
-    def update(self, preds: Tensor, targets: Tensor) -> None:
-        self.preds.append(preds)
-        self.targets.append(targets)
-
-    def compute(self) -> Tensor:
-        pair = [self._values(dim_zero_cat(values).cpu().double()) for values in (self.preds, self.targets)]
-        if any(values.min() == values.max() for values in pair):
-            return torch.tensor(0.0)
-        return torch.corrcoef(torch.stack(pair))[0, 1]
-
-    def _values(self, values: Tensor) -> Tensor:
-        return values
-
-
-class _Spearman(_Pearson):
-    """Spearman's rho: Pearson's r of the ranks, equal values sharing their mean rank."""
-
-    def _values(self, values: Tensor) -> Tensor:
-        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
-
-
-# Predictions and targets are class ids, or numbers in a regression. Micro accuracy: the share of right answers.
-METRICS: Mapping[str, Callable[[int], Metric]] = {
-    "accuracy": lambda num_labels: MulticlassAccuracy(num_labels, average="micro"),
-    "f1": lambda num_labels: BinaryF1Score(),
-    "matthews": lambda num_labels: _Matthews(),
-    "pearson": lambda num_labels: _Pearson(),
-    "spearman": lambda num_labels: _Spearman(),
-}
+from kdnas.glue.rows import Columns, find_file, part, read_table
 
 
 @dataclass(frozen=True)
@@ -90,12 +21,13 @@ class Task:
     """A task: which columns are read, what is predicted and how it is scored.
 
     Args:
-        name: GLUE's name on the hub, or the name of the folder.
+        name: GLUE's name on the hub, or the name of the file or folder.
         columns: the one or two text columns; the target is always ``label``.
         num_labels: number of classes; 1 is a regression.
-        metrics: keys of ``METRICS``; the score is their mean.
+        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are scored.
         label_names: names of the classes, where they have any.
-        validation: the split that is scored.
+        validations: the splits that are scored.
+        original: where GLUE's own tsv files call a column otherwise, what they call it.
     """
 
     name: str
@@ -103,41 +35,50 @@ class Task:
     num_labels: int = 2
     metrics: tuple[str, ...] = ("accuracy",)
     label_names: tuple[str, ...] = ()
-    validation: str = "validation"
+    validations: tuple[str, ...] = ("validation",)
+    original: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 # Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform", table 1; columns and names of nyu-mll/glue.
 _TABLE = (
     Task("cola", ("sentence",), metrics=("matthews",), label_names=("unacceptable", "acceptable")),
     Task("sst2", ("sentence",), label_names=("negative", "positive")),
-    Task("mrpc", ("sentence1", "sentence2"), metrics=("accuracy", "f1"), label_names=("not_equivalent", "equivalent")),
-    Task("stsb", ("sentence1", "sentence2"), num_labels=1, metrics=("pearson", "spearman")),
-    Task("qqp", ("question1", "question2"), metrics=("accuracy", "f1"), label_names=("not_duplicate", "duplicate")),
+    Task(
+        "mrpc",
+        ("sentence1", "sentence2"),
+        metrics=("accuracy", "f1"),
+        label_names=("not_equivalent", "equivalent"),
+        original={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ),
+    Task(
+        "stsb",
+        ("sentence1", "sentence2"),
+        num_labels=1,
+        metrics=("pearson", "spearman"),
+        original={"label": "score"},
+    ),
+    Task(
+        "qqp",
+        ("question1", "question2"),
+        metrics=("accuracy", "f1"),
+        label_names=("not_duplicate", "duplicate"),
+        original={"label": "is_duplicate"},
+    ),
     Task(
         "mnli",
         ("premise", "hypothesis"),
         num_labels=3,
         label_names=("entailment", "neutral", "contradiction"),
-        validation="validation_matched",
+        validations=("validation_matched", "validation_mismatched"),
+        original={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
     ),
     Task("qnli", ("question", "sentence"), label_names=("entailment", "not_entailment")),
     Task("rte", ("sentence1", "sentence2"), label_names=("entailment", "not_entailment")),
     Task("wnli", ("sentence1", "sentence2"), label_names=("not_entailment", "entailment")),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TABLE}
-
-
-def make_metrics(task: Task) -> MetricCollection:
-    """The metrics of a task, by name.
-
-    Args:
-        task: the task.
-
-    Returns:
-        A collection to be updated with predictions (N,) and targets (N,): class ids, or numbers in a regression.
-        Where a metric is undefined (a correlation with constant predictions), it is 0.0.
-    """
-    return MetricCollection({name: METRICS[name](task.num_labels) for name in task.metrics}, compute_groups=False)
+# The one tsv file of GLUE's own without a first row of names.
+_COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 @dataclass(frozen=True)
@@ -147,74 +88,152 @@ class LoadedTask:
     Args:
         task: what is predicted and how it is scored.
         train: the training rows, as columns: ``task.columns`` and ``label``.
-        validation: the rows that are scored, likewise.
-        sha256: hash of all rows in their order, the same for every place that they are loaded from.
+        validations: the rows that are scored, likewise, for each of ``task.validations``.
     """
 
     task: Task
     train: Columns = field(repr=False)
-    validation: Columns = field(repr=False)
-    sha256: str
+    validations: Mapping[str, Columns] = field(repr=False)
+
+    @property
+    def validation(self) -> Columns:
+        """The rows of the first split that is scored."""
+        return self.validations[self.task.validations[0]]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all rows in their order, the same for every place that they are loaded from."""
+        return hashlib.sha256(json.dumps([self.train, *self.validations.values()]).encode()).hexdigest()
+
+    def for_choosing(self, share: float) -> "LoadedTask":
+        """The training rows alone, a share of them held out to be scored: to choose settings on.
+
+        Raises:
+            UserError: there are too few rows, or a class is among the held-out rows only.
+        """
+        train, held_out = part(self.train, self.task.columns, share)
+        if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
+            raise UserError(f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out.")
+        return LoadedTask(replace(self.task, validations=("validation",)), train, {"validation": held_out})
 
 
 def load_task(source: str) -> LoadedTask:
     """Load a task from a folder, or one of GLUE's from the hub.
 
     Args:
-        source: a folder with ``train.parquet`` and ``validation.parquet`` (``validation_matched.parquet`` for MNLI),
-            or a key of ``TASKS``, which is loaded from the hub. A folder of such a name has GLUE's columns. Any other
-            has ``sentence``, ``text``, or ``sentence1`` and ``sentence2``, and a ``label`` 0 to n-1; its metric is the
-            accuracy.
+        source: a folder with ``train`` and ``validation`` (or ``dev``) as parquet, csv or tsv files
+            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``, which is loaded from
+            the hub. A folder of such a name (``stsb`` or ``STS-B``) has GLUE's columns, as on the hub or in GLUE's own
+            tsv files. Any other has ``sentence``, ``text``, or ``sentence1`` and ``sentence2``, and ``label``: see
+            ``load_labelled``.
 
     Raises:
-        UserError: it is neither; the hub cannot be reached; a file or a column is missing, no parquet, or empty; a text
-            is no string; a label is no whole number (a regression: no finite number), is outside 0 to n-1 or leaves a
-            gap there, or is in the validation rows only.
+        UserError: it is neither; the hub cannot be reached; a file or a column is missing, cannot be read, or is empty;
+            a text is no string; a label is no whole number (a regression: no finite number), is outside 0 to n-1 or
+            leaves a gap there, or is in the validation rows only.
     """
-    if os.path.isdir(source):  # Path("") would be the current folder
-        folder = Path(source).resolve()
-        train = _read(folder / "train.parquet")
-        task = TASKS.get(folder.name) or _task_of_folder(folder.name, train)
-        scored = folder / f"{task.validation}.parquet"
-        validation = _read(scored if scored.exists() else folder / "validation.parquet")
-    elif source in TASKS:
-        task = TASKS[source]
-        train, validation = _download(task)
-    else:
-        raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS)}")
-    splits = (
-        _columns(task, train, f"training rows of {source!r}"),
-        _columns(task, validation, f"validation rows of {source!r}"),
-    )
-    if task.num_labels != 1:
-        task = replace(task, num_labels=_count_labels(task, splits[0]["label"], splits[1]["label"], source))
-    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
-    return LoadedTask(task, *splits, digest)
+    if not os.path.isdir(source):  # Path("") would be the current folder
+        if source not in TASKS:
+            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS)}")
+        return _loaded(TASKS[source], *_download(TASKS[source]), source)
+    folder = Path(source).resolve()
+    task = TASKS.get(folder.name.lower().replace("-", ""))
+    if task is None:
+        columns = _text_columns(folder.name, read_table(find_file(folder, "train")))
+        return load_labelled(source, columns, "label")
+    files = [find_file(folder, "train")]
+    files += [find_file(folder, split, split.replace("validation", "dev")) for split in task.validations]
+    texts = [*task.columns, *(task.original.get(name, name) for name in task.columns)]
+    header = _COLA_HEADER if task.name == "cola" else ()
+    train, *validations = (read_table(file, texts, header) for file in files)
+    return _loaded(task, train, validations, source)
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        # partitioning=None: a folder called "label=3" must not become a column.
-        return pq.read_table(path, partitioning=None)
-    except FileNotFoundError as error:
+def load_labelled(data: str, text_columns: Sequence[str], label_column: str, held_out: float = 0.1) -> LoadedTask:
+    """Load any labelled text as a task.
+
+    Labels that are fractional numbers make a regression, scored as STS-B is; whole numbers and text make a
+    classification, scored by its accuracy, with the classes that the training rows have.
+
+    Args:
+        data: a parquet, csv or tsv file, a share of whose rows is held out and scored (equal texts stay on one side),
+            or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
+        text_columns: the one column of text, or the two of pairs.
+        label_column: the column of labels.
+        held_out: share of the rows of a single file.
+
+    Raises:
+        UserError: there is no such file or column; a split is empty; a text is no string; a label is neither text nor a
+            finite number, or no training row has it; or there is one class only.
+    """
+    if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
-            f"The task's file {str(path)!r} is missing: a task has train.parquet and validation.parquet."
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{str(path)!r} is no parquet file that can be read ({first_line(error)}).") from error
+            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the label column "
+            f"{label_column!r}: give one text column, or two of pairs, beside it."
+        )
+    path = Path(data)
+    if not path.exists():
+        raise UserError(f"The data {data!r} does not exist: give a file, or a folder with train and validation files.")
+    files = [find_file(path, "train"), find_file(path, "validation", "dev")] if path.is_dir() else [path]
+    tables = [read_table(file, text_columns) for file in files]
+    columns = ("sentence",) if len(text_columns) == 1 else ("sentence1", "sentence2")
+    task = Task(path.stem, columns, num_labels=0)
+    names = dict(zip((*columns, "label"), (*text_columns, label_column), strict=True))
+    if label_column in tables[0].column_names and pa.types.is_floating(tables[0].column(label_column).type):
+        task = replace(task, num_labels=1, metrics=TASKS["stsb"].metrics)
+    if len(tables) == 1:
+        rows = _columns(task, tables[0], names, f"rows of {data!r}")
+        train, validation = part(rows, columns, held_out)
+    else:
+        train, validation = (
+            _columns(task, table, names, f"{split} rows of {data!r}")
+            for split, table in zip(("training", "validation"), tables, strict=True)
+        )
+    if task.num_labels != 1:
+        classes = sorted(set(train["label"]), key=lambda label: (isinstance(label, str), label))
+        if len(classes) < 2:
+            raise UserError(f"All training rows of {data!r} have the label {classes[0]!r}: give two classes or more.")
+        _refuse_unseen(train, validation, data)
+        ids = {label: number for number, label in enumerate(classes)}
+        for rows in (train, validation):
+            rows["label"] = [ids[label] for label in rows["label"]]
+        plain = classes == list(range(len(classes)))
+        task = replace(task, num_labels=len(ids), label_names=() if plain else tuple(map(str, classes)))
+    return LoadedTask(task, train, {"validation": validation})
 
 
-def _task_of_folder(name: str, train: pa.Table) -> Task:
+def _loaded(task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str) -> LoadedTask:
+    """One of GLUE's tasks from its tables."""
+    splits = []
+    for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
+        theirs = {name: task.original.get(name, name) for name in (*task.columns, "label")}
+        is_original = theirs["label"] in table.column_names
+        names = theirs if is_original else {name: name for name in theirs}
+        split = "training" if where == "train" else where
+        splits.append(_columns(task, table, names, f"{split} rows of {source!r}"))
+    if task.num_labels != 1:
+        seen = sorted(set(splits[0]["label"]))
+        if seen != list(range(task.num_labels)):
+            raise UserError(
+                f"The training rows of {source!r} have the labels {', '.join(map(str, seen[:10]))}: "
+                f"every label from 0 to {task.num_labels - 1} must occur, and no other."
+            )
+        for columns in splits[1:]:
+            _refuse_unseen(splits[0], columns, source)
+    return LoadedTask(task, splits[0], dict(zip(task.validations, splits[1:], strict=True)))
+
+
+def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
     for columns in (("sentence",), ("text",), ("sentence1", "sentence2")):
         if set(columns) <= set(train.column_names):
-            return Task(name, columns, num_labels=0)
+            return columns
     raise UserError(
         f"The task {name!r} has no text column: it has {', '.join(train.column_names)}; "
         "name it sentence, text, or sentence1 and sentence2."
     )
 
 
-def _download(task: Task) -> tuple[pa.Table, pa.Table]:
+def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
     from datasets import load_dataset
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -227,124 +246,48 @@ def _download(task: Task) -> tuple[pa.Table, pa.Table]:
             f"The task {task.name!r} cannot be loaded from the hub ({first_line(error)}): "
             "give a folder with train.parquet and validation.parquet."
         ) from error
-    return splits["train"][:], splits[task.validation][:]
+    return splits["train"][:], [splits[name][:] for name in task.validations]
 
 
-def _columns(task: Task, table: pa.Table, where: str) -> Columns:
-    missing = [name for name in (*task.columns, "label") if name not in table.column_names]
+def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
+    """The columns of a table under our names (``names``: ours -> the table's), every value checked."""
+    missing = [name for name in names.values() if name not in table.column_names]
     if missing:
         raise UserError(f"The {where} lack the column {missing[0]!r}: they have {', '.join(table.column_names)}.")
     if not table.num_rows:
         raise UserError(f"There are no {where}: give at least one.")
-    columns = {name: table.column(name).to_pylist() for name in (*task.columns, "label")}
+    columns: Columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
     for name in task.columns:
-        for row, value in enumerate(columns[name]):
-            if not isinstance(value, str):
-                raise UserError(f"Row {row} (from 0) of the {where} has {value!r} in {name!r}: give text.")
-    kinds, wanted = ((int, float), "finite") if task.num_labels == 1 else ((int,), "whole")
-    for row, label in enumerate(columns["label"]):
-        if isinstance(label, bool) or not isinstance(label, kinds) or not math.isfinite(label):
-            raise UserError(f"Row {row} (from 0) of the {where} has the label {label!r}: give a {wanted} number.")
+        _check(columns[name], lambda text: isinstance(text, str), where, f"in {names[name]!r}", "text")
+    labels = columns["label"]
+    if task.label_names:  # GLUE's own files name the classes
+        ids = {name: number for number, name in enumerate(task.label_names)}
+        labels = columns["label"] = [ids.get(label, label) if isinstance(label, str) else label for label in labels]
+    kinds: tuple[type, ...] = {0: (int, str), 1: (int, float)}.get(task.num_labels, (int,))
+    wanted = {0: "text or a whole number", 1: "a finite number"}.get(task.num_labels, "a whole number")
+
+    def is_label(label: Any) -> bool:
+        number = isinstance(label, kinds) and not isinstance(label, bool)
+        return number and (isinstance(label, str) or math.isfinite(label))
+
+    _check(labels, is_label, where, "as its label", wanted)
     return columns
 
 
-def _count_labels(task: Task, train: list[int], validation: list[int], source: str) -> int:
-    seen = sorted(set(train))
-    num_labels = task.num_labels or max(2, len(seen))
-    if seen != list(range(num_labels)):
+def _check(values: list[Any], is_good: Callable[[Any], bool], where: str, column: str, wanted: str) -> None:
+    bad = [row for row, value in enumerate(values) if not is_good(value)]
+    if bad:
+        more = f", and so have {len(bad) - 1:,} more" if len(bad) > 1 else ""
         raise UserError(
-            f"The training rows of {source!r} have the labels {', '.join(map(str, seen[:10]))}: "
-            f"every label from 0 to {num_labels - 1} must occur, and no other."
+            f"Row {bad[0]} (from 0) of the {where} has {values[bad[0]]!r} {column}{more}: "
+            f"give {wanted}, or leave such rows out."
         )
-    unknown = sorted(set(validation) - set(seen))
+
+
+def _refuse_unseen(train: Columns, validation: Columns, source: str) -> None:
+    unknown = sorted(set(validation["label"]) - set(train["label"]), key=str)
     if unknown:
-        raise UserError(f"The validation rows of {source!r} have the label {unknown[0]}, which no training row has.")
-    return num_labels
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """An order in which rows of similar length share a batch; another one each epoch.
-
-    Args:
-        lengths: length of every row, in tokens.
-        batch_size: rows a batch.
-        seed: of the order, with the epoch.
-    """
-
-    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix rows.
-    BATCHES_A_PIECE = 50
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning's Trainer calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        rows = generator.permutation(len(self))
-        step = self.BATCHES_A_PIECE * self.batch_size
-        pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
-        rows = np.concatenate([piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces])
-        # The last batch, where it is not full, stays last: in between it would shift all later ones.
-        full = len(rows) - len(rows) % self.batch_size
-        batches = generator.permutation(rows[:full].reshape(-1, self.batch_size))
-        yield from [*batches.flatten().tolist(), *rows[full:].tolist()]
-
-
-class GLUEDataModule(pl.LightningDataModule):
-    """Batches of a task, padded to their longest row: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
-
-    Training rows come grouped by length, in another order each epoch; validation rows come sorted by length.
-
-    Args:
-        task: the task with its rows.
-        tokenizer: the classifier's.
-        batch_size: rows a batch.
-        max_length: longer rows are cut, in tokens; with the special tokens.
-        seed: of the order of the training rows.
-    """
-
-    def __init__(
-        self,
-        task: LoadedTask,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int = 32,
-        max_length: int = 128,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.task, self.tokenizer = task, tokenizer
-        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.rows: tuple[list[dict[str, Any]], ...] = ()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Tokenise all rows, once."""
-        if not self.rows:
-            self.rows = self._tokenise(self.task.train), self._tokenise(self.task.validation)
-
-    def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
-        texts = [columns[name] for name in self.task.task.columns]
-        encoded = {**self.tokenizer(*texts, truncation=True, max_length=self.max_length), "labels": columns["label"]}
-        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Rows of similar length together, shuffled by seed and epoch."""
-        rows = self.rows[0]
-        return self._loader(
-            rows, LengthGroupedSampler([len(row["input_ids"]) for row in rows], self.batch_size, self.seed)
+        raise UserError(
+            f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training row has: "
+            "give some, or leave it out."
         )
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Rows sorted by length."""
-        return self._loader(sorted(self.rows[1], key=lambda row: len(row["input_ids"])))
-
-    def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> DataLoader[dict[str, Any]]:
-        collate = DataCollatorWithPadding(self.tokenizer)
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)
