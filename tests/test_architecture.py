@@ -54,6 +54,7 @@ glue/batches.py
 glue/finetune.py
 glue/task_distill.py
 quantize.py
+sentence_export.py
 card.py
 export.py
 report.py
