@@ -40,9 +40,10 @@ from kdnas.nas.search import search as search_loop
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, make_trainer
+from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, honest_signals, make_trainer
 
 
+@honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     """Find the best student within the budget, into ``<root>/<name>/``.
 
@@ -63,6 +64,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     return best
 
 
+@honest_signals()
 def run(config: RunConfig, console: Console | None = None) -> None:
     """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
 
