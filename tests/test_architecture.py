@@ -45,6 +45,7 @@ nas/controller.py
 nas/sampler.py
 nas/callbacks.py
 nas/candidate.py
+nas/storage.py
 nas/search.py
 nas/workers.py
 glue/rows.py
