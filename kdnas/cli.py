@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
 from kdnas.pages import EXAMPLES, completion, page
 
 log = logging.getLogger("kdnas")
@@ -26,6 +26,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
+  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
   kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
@@ -41,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 3 where disk or
-        network did; 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0; 2 where the user can mend it; 1 where candidates failed, or an export did not
+        compute what its model does; 3 where disk or network failed; 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -64,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: {error}", file=sys.stderr)
         log.debug("where it was found:", exc_info=error)
         return 2
-    except CandidateFailed as error:
+    except (CandidateFailed, ParityError) as error:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
@@ -214,6 +215,18 @@ def _verify(args: Sequence[str]) -> None:
     print(f"sha256 of its manifest: {file_sha256(folder / 'manifest.json')}")
 
 
+def _export(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.config import ExportConfig
+    from kdnas.export_job import export
+    from kdnas.options import read_config
+
+    _quieten()
+    args = ["--force=true" if arg == "--force" else arg for arg in args]
+    export(read_config(ExportConfig, "export", args)[0], Console())
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -263,6 +276,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "search": _search,
     "space": _space,
     "latency": _latency,
+    "export": _export,
     "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),

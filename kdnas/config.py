@@ -297,6 +297,35 @@ class GlueConfig:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What ``kdnas export`` is asked for: ``--run NAME`` or ``--student FOLDER``.
+
+    Args:
+        run: name of a finished run.
+        student: a Hugging Face folder of a student with its tokenizer, from anywhere.
+        root: the folder of all runs.
+        output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
+        teacher: of the student, for the card; it is checked that the student can be its.
+        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
+        text: rows without labels for the same, where there is no task; of a run, its own by default.
+        length: where texts are cut, in tokens; as many as the student takes by default.
+        license: for the card, by the hub's identifier, such as apache-2.0.
+        force: replace an output folder that is there.
+    """
+
+    run: str | None = None
+    student: str | None = None
+    root: str = "lightning_logs"
+    output: str | None = None
+    teacher: str | None = None
+    task: str | None = None
+    text: str | None = None
+    length: int | None = None
+    license: str | None = None
+    force: bool = False
+
+
 def as_plain(value: Any) -> Any:
     """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
     if dataclasses.is_dataclass(value):

@@ -25,7 +25,7 @@ def output_name(model: PreTrainedModel) -> str:
 
 
 def random_batch(
-    config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS
+    config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Rows of random ids of the whole vocabulary, the same at each call, padded to the longest.
 
@@ -33,13 +33,14 @@ def random_batch(
         config: of the model that reads them.
         lengths: real tokens of each row.
         names: the inputs that are wanted; ``token_type_ids`` marks the second half of a row where the family has marks.
+        seed: of the ids.
 
     Returns:
         Each of shape (rows, longest).
     """
     pad_id = config.pad_token_id or 0
     shape = (len(lengths), max(lengths))
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
     ids[ids == pad_id] = (pad_id + 1) % config.vocab_size
     places = torch.arange(shape[1])
     mask = (places < torch.tensor(lengths)[:, None]).long()

@@ -1,30 +1,30 @@
-"""``manifest.json``: what a finished run consists of, and whether it still does."""
+"""``manifest.json``: what a finished run, or an exported student, consists of, and whether it still does."""
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import UserError
-from kdnas.runs import Run, file_sha256, read_json, write_json
+from kdnas.runs import MANIFEST, file_sha256, read_json, write_json
 
 LIBRARIES = ("torch", "transformers", "lightning", "optuna", "onnxruntime", "numpy")
 
 
-def write_manifest(run: Run, command: Sequence[str]) -> None:
-    """Write down every file of a run with size and hash, what made it, and how; the last that a run does.
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
 
     Args:
-        run: that is finished.
-        command: the process's arguments.
+        folder: of a run, or of an exported student.
+        about: what else to say, such as the command.
     """
-    files = {str(path.relative_to(run.folder)): _entry(path) for path in _files(run.folder)}
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder)}
     versions = {"kdnas": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in LIBRARIES}
-    write_json(run.manifest, {"name": run.name, "command": list(command), "versions": versions, "files": files})
+    write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -37,12 +37,12 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted([*names, *(name for name in folders if (Path(place) / name).is_symlink())]):
             path = Path(place) / name
-            if not name.startswith(".") and not name.endswith(".lock") and path != folder / "manifest.json":
+            if not name.startswith(".") and not name.endswith(".lock") and path != folder / MANIFEST:
                 yield path
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
-    """Hold a run's folder against its manifest; what lies outside is never looked at.
+    """Hold a folder against its manifest; what lies outside is never looked at.
 
     Returns:
         How many files the manifest has, and in a line each what is not as it says: files that are missing, changed,
@@ -51,7 +51,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     Raises:
         UserError: there is no manifest, or it is none.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no manifest.json: no run is there, or it is not finished.")
     values = read_json(path)

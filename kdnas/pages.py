@@ -44,6 +44,11 @@ EXAMPLES = {
   kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8
   kdnas latency --model lightning_logs/mine/student --batch 1 8 --length 16 128 --threads 1 2
 """,
+    "export": """a student as a folder to deploy: Hugging Face, ONNX, int8, predict.py, model card, manifest
+
+  kdnas export --run mine
+  kdnas export --student my_encoder/ --output deployed/
+""",
     "verify": """whether a finished run is still as its manifest says
 
   kdnas verify mine

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from filelock import FileLock, ReadWriteLock, Timeout
@@ -21,7 +20,7 @@ from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.export import export_student
+from kdnas.export_job import export_run, rows_of_corpus, rows_of_task
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, prepare, refuse_other_config
@@ -59,7 +58,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
-    write_manifest(job.run, _command())
+    write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -84,9 +83,9 @@ def run(config: RunConfig, console: Console | None = None) -> None:
             _full_kd(job, config.full_kd, best)
             if job.task is not None:
                 _finetune(job, config.finetune, job.task, best)
-            _export(job, best)
+            _export(job)
             write_report(run, job.study)
-            write_manifest(run, _command())
+            write_manifest(run.folder, {"name": run.name, "command": _command()})
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json")))
     console.print(
@@ -305,25 +304,9 @@ def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: Stud
     write_json(folder / "results.json", {"task": about, "models": rows})
 
 
-def _export(job: Job, arch: StudentArch) -> None:
+def _export(job: Job) -> None:
     if job.run.student.exists():
         job.console.print("Export: done.")
         return
-    is_classifier = job.task is not None
-    source = job.run.glue / "student" / "model" if is_classifier else job.run.full_kd / "encoder"
-    card: dict[str, Any] = {"name": job.run.name, "teacher": job.teacher.name, "sections": {}}
-    if is_classifier:
-        results = read_json(job.run.glue / "results.json")
-        row = results["models"]["student"]
-        card["sections"]["Scores"] = {
-            f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
-            "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
-        }
-        latency = job.config.latency
-        card["sections"]["Latency"] = {
-            f"{latency.device}, batch {latency.batch_size} x {latency.length}": f"{row['latency_ms']:.2f} ms",
-            "faster than its teacher": f"{row['speedup']:.1f}x",
-        }
-    card["sections"]["Shape"] = {name: str(value) for name, value in arch.to_dict().items()}
-    parity = export_student(source, job.run.student, card=card)
-    job.console.print(f"Export: ONNX equals torch to {parity['max_abs_difference']:.1e}.")
+    assert job.data.corpus is not None
+    export_run(job.run, rows_of_task(job.task) if job.task else rows_of_corpus(job.data.corpus), job.console)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from kdnas.errors import UserError, first_line
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -49,7 +50,7 @@ class Run:
         self.glue = self.folder / "glue"
         self.student = self.folder / "student"
         self.report = self.folder / "report.html"
-        self.manifest = self.folder / "manifest.json"
+        self.manifest = self.folder / MANIFEST
 
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""

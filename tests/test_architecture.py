@@ -13,7 +13,9 @@ ORDER = """
 errors.py
 pages.py
 safe_yaml.py
+predict.py
 runs.py
+manifest.py
 arch.py
 families.py
 models.py
@@ -51,11 +53,13 @@ glue/scores.py
 glue/batches.py
 glue/finetune.py
 glue/task_distill.py
+quantize.py
+card.py
 export.py
 report.py
-manifest.py
 config.py
 latency_table.py
+export_job.py
 job.py
 pipeline.py
 comparison.py

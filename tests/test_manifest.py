@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> Run:
     write_text(run.student / "model.onnx", "weights")
     write_text(run.folder / "run.lock", "")
     write_text(run.folder / ".report.html.x1", "half")
-    write_manifest(run, ["kdnas", "run"])
+    write_manifest(run.folder, {"name": "a", "command": ["kdnas", "run"]})
     return run
 
 

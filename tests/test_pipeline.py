@@ -167,7 +167,7 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
         "write_json",
         "evaluate_glue",
         "measure_latency",
-        "export_student",
+        "export_run",
         "write_report",
     ):
         with monkeypatch.context() as patch:

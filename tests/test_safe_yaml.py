@@ -70,7 +70,7 @@ def test_what_is_no_mapping_is_refused(content, tmp_path):
 def asked(monkeypatch):
     """What a search would have been asked for."""
     configs = []
-    monkeypatch.setattr(pipeline, "search", configs.append)
+    monkeypatch.setattr(pipeline, "search", lambda config, console: configs.append(config))
     return configs
 
 
@@ -135,7 +135,7 @@ def test_any_config_is_read_or_refused_in_one_line(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "search", lambda config: None)
+        patch.setattr(pipeline, "search", lambda config, console: None)
         assert main(["search", "--config", str(path)]) in (0, 2)
 
 
