@@ -29,7 +29,7 @@ from quality import MOST_TRAIN_ROWS, TASKS, some_rows
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from kdnas.comparison import Comparison, Contender, contender, score_table, short_names, with_help
 from kdnas.config import Grid
@@ -123,6 +123,7 @@ def trainer_seconds(model: Contender, task: LoadedTask, folder: Path, *, as_we_d
     )
     collator = DataCollatorWithPadding(model.tokenizer)
     trainer = Trainer(model.make(task.task.num_labels), arguments, train_dataset=rows, data_collator=collator)
+    trainer.remove_callback(PrinterCallback)
     begin = perf_counter()
     trainer.train()
     return perf_counter() - begin
