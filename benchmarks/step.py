@@ -317,7 +317,7 @@ def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> 
     config = common.read_config("fit")
     settings = replace(config.data, max_length=128, batch_tokens=BATCH_TOKENS, num_mask_variants=1)
     data = KDDataModule(common.TEACHER, text, settings)
-    cut = KDDataModule(common.TEACHER, text, DataSettings(max_length=ORIGINAL_LENGTH))
+    cut = KDDataModule(common.TEACHER, text, DataSettings(max_length=ORIGINAL_LENGTH, pair_share=0.0, masked_share=1.0))
     for module in (data, cut):
         module.setup()
     named = {

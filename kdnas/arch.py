@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from kdnas.errors import UserError, first_line, nearest
+from kdnas.errors import UserError, nearest
 from kdnas.runs import write_text
+from kdnas.safe_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,4 @@ class StudentArch:
         Raises:
             UserError: the file is missing, is no YAML mapping, or holds other fields.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"Cannot read the architecture {str(path)!r}: {first_line(error)}.") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{str(path)!r} holds no architecture: it must map field names to values.")
-        return cls.from_dict(values)
+        return cls.from_dict(read_yaml(path))

@@ -1,18 +1,21 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
-import json
+import argparse
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
+from kdnas.pages import EXAMPLES, completion, page
+
+log = logging.getLogger("kdnas")
 
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
@@ -22,8 +25,13 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
   kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
+  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
+  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
+  kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
-`kdnas COMMAND --help` lists the options of a command with units and defaults; `--print_config` writes them as YAML.
+`kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
+them as YAML. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+`eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
 """
 
 
@@ -34,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where candidates failed; 3 where disk or
-        network did; 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0; 2 where the user can mend it; 1 where candidates failed, or an export did not
+        compute what its model does; 3 where disk or network failed; 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -45,14 +53,19 @@ def main(args: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
+        args = _set_log_level(args)
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+        if args[0] in EXAMPLES and args[1:] in (["-h"], ["--help"]):
+            print(page(args[0]), end="")
+            return 0
         set_environment()
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)
+        log.debug("where it was found:", exc_info=error)
         return 2
-    except CandidateFailed as error:
+    except (CandidateFailed, ParityError) as error:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
@@ -62,6 +75,22 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
+
+
+def _set_log_level(args: list[str]) -> list[str]:
+    """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--quiet", dest="level", action="store_const", const="warning")
+    parser.add_argument("--log-level", dest="level", choices=("debug", "info", "warning", "error"))
+    parser.set_defaults(level="info")
+    try:
+        options, others = parser.parse_known_args(args)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from error
+    if not others:
+        raise UserError("There is no command: `kdnas --help` lists them.")
+    log.setLevel(options.level.upper())
+    return others
 
 
 def set_environment() -> None:
@@ -77,7 +106,7 @@ def set_environment() -> None:
 
 
 def _goes_on(command: str) -> str:
-    return "." if command in ("fit", "validate") else "; the same command goes on from here."
+    return "; the same command goes on from here." if command in ("run", "search") else "."
 
 
 def _quieten(*loggers: str) -> None:
@@ -92,25 +121,24 @@ def _quieten(*loggers: str) -> None:
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("kdnas").setLevel(logging.INFO)
     for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
 
 
-def _objects() -> dict[str, Any]:
-    """The parser cannot write default objects as YAML, so it is told their class paths."""
-    from kdnas.config import as_plain
-    from kdnas.distill.module import Recipe
+def _console() -> Any:
+    """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
+    from rich.console import Console
 
-    return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
+    return Console(quiet=not log.isEnabledFor(logging.INFO))
 
 
 def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
+    from kdnas.options import read_config
     from kdnas.pipeline import run
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    run(_config(RunConfig, "run", args)[0])
+    run(read_config(RunConfig, "run", args)[0], _console())
 
 
 def _search(args: Sequence[str]) -> None:
@@ -118,50 +146,87 @@ def _search(args: Sequence[str]) -> None:
 
     from kdnas.config import SearchConfig
     from kdnas.job import look
+    from kdnas.options import read_config
     from kdnas.pipeline import search
     from kdnas.plan import plan
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     dry_run = "measure a few steps, say what the search will need, and leave it at that"
-    config, flags = _config(SearchConfig, "search", args, dry_run=dry_run)
+    config, flags = read_config(SearchConfig, "search", args, dry_run=dry_run)
     if flags["dry_run"]:
         console = Console()
         console.print(plan(look(config, console)).table())
     else:
-        search(config)
+        search(config, _console())
 
 
 def _space(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from kdnas.config import SpaceConfig
+    from kdnas.options import read_config
     from kdnas.plan import show_space
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    show_space(_config(SpaceConfig, "space", args)[0], Console())
+    show_space(read_config(SpaceConfig, "space", args)[0], Console())
+
+
+def _latency(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.config import LatencyConfig
+    from kdnas.latency_table import latency_table
+    from kdnas.options import read_config
+
+    _quieten()
+    latency_table(read_config(LatencyConfig, "latency", args)[0], Console())
 
 
 def _glue(args: Sequence[str]) -> None:
     from kdnas.comparison import glue
     from kdnas.config import GlueConfig
+    from kdnas.options import read_config
 
     _quieten("lightning.pytorch", "lightning.fabric")
-    glue(_config(GlueConfig, "glue", _repeated(args, ("model", "task", "text_column")))[0])
+    glue(read_config(GlueConfig, "glue", ["--grid={}" if arg == "--grid" else arg for arg in args])[0])
 
 
-def _repeated(args: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Options that may be given again and again as the one list that the parser knows; ``--grid`` alone as ``{}``."""
-    given: dict[str, list[str]] = {}
-    rest: list[str] = []
-    remaining = iter(args)
-    for arg in remaining:
-        option, is_whole, value = arg.partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        if name in names and option.startswith("--") and not value.startswith("["):
-            given.setdefault(name, []).append(value if is_whole else next(remaining, ""))
-        else:
-            rest.append("--grid={}" if arg == "--grid" else arg)
-    return [*rest, *(f"--{name}={json.dumps(values)}" for name, values in given.items())]
+def _verify(args: Sequence[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from kdnas.manifest import verify
+    from kdnas.options import in_one_line
+    from kdnas.runs import Run, file_sha256
+
+    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
+    parser.add_argument("run", type=str, help="name or folder of a finished run")
+    parser.add_argument("--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)")
+    try:
+        options = parser.parse_args(args)
+    except ArgumentError as error:
+        raise in_one_line(error, parser) from error
+    folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
+    num_files, faults = verify(folder)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
+    print(f"{num_files} files of {str(folder)!r} are as they were made.")
+    print(f"sha256 of its manifest: {file_sha256(folder / 'manifest.json')}")
+
+
+def _export(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.config import ExportConfig
+    from kdnas.export_job import export
+    from kdnas.options import read_config
+
+    _quieten()
+    args = ["--force=true" if arg == "--force" else arg for arg in args]
+    # ``as`` can be no name in Python.
+    args = [f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg for arg in args]
+    export(read_config(ExportConfig, "export", args)[0], Console())
 
 
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
@@ -169,66 +234,54 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.training import honest_signals
+    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml
+    from kdnas.training import check_checkpoint, honest_signals
 
-    _quieten()
+    quiet = not log.isEnabledFor(logging.INFO)
+    _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
+    refuse_ambiguous_yaml()
 
     class KDCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
-            parser.set_defaults({f"model.{name}": value for name, value in _objects().items()})
+            parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
+
+        def before_instantiate_classes(self) -> None:
+            path = self.config[subcommand].get("ckpt_path")
+            if path and os.path.isfile(path):
+                check_checkpoint(Path(path))
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
                 super().parse_arguments(parser, args)
-            except ArgumentError as error:
-                raise _in_one_line(error, self._subcommand_parsers[subcommand]) from error
+            except (ArgumentError, UnicodeDecodeError) as error:
+                raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
 
     with honest_signals():
-        KDCLI(HiddenStateDistillModule, KDDataModule, args=[subcommand, *args], parser_kwargs={"exit_on_error": False})
+        KDCLI(
+            HiddenStateDistillModule,
+            KDDataModule,
+            args=[subcommand, *args],
+            parser_kwargs={"exit_on_error": False},
+            trainer_defaults={"enable_progress_bar": False} if quiet else None,
+        )
 
 
-def _config(config_class: type[Any], command: str, args: Sequence[str], **flags: str) -> tuple[Any, dict[str, bool]]:
-    """A config from YAML and options, and the flags (name -> help) that were set."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(config_class)
-    if "recipe" in config_class.__dataclass_fields__:
-        parser.set_defaults(_objects())
-    # --time-budget and --time_budget are the same.
-    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
-    try:
-        options = vars(parser.instantiate(parser.parse_args(args)))
-    except ArgumentError as error:
-        raise _in_one_line(error, parser) from error
-    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    options.pop("config")
-    return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
-
-
-def _in_one_line(error: ArgumentError, parser: Any) -> UserError:
-    """What the parser says, with the nearest name where it does not know one."""
-    message = " ".join(str(error).split())
-    unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
-    hint = ""
-    if unknown:
-        group = re.search(r"Group '([\w.]+)'", message)
-        prefix = f"{group[1]}." if group else ""
-        names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
-        hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
-    return UserError(message.rstrip(".") + "." + hint)
+def _completion(args: Sequence[str]) -> None:
+    if len(args) != 1:
+        raise UserError("`kdnas completion` takes one shell: bash, zsh, fish or tcsh.")
+    print(completion(args[0]))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
+    "latency": _latency,
+    "export": _export,
     "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "verify": _verify,
+    "completion": _completion,
 }

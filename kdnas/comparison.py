@@ -111,7 +111,7 @@ def with_help(
     """
     helpers = {}
     for task in tasks:
-        teacher = load_task_teacher(teachers[task.task.name], task.task, plain.tokenizer)
+        teacher = load_task_teacher(teachers[task.task.name], task.task, plain)
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         helpers[task.task.name] = Helper(key, partial(TaskDistillModule, teacher=teacher, distill=distill))

@@ -11,7 +11,7 @@ from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.task_distill import TaskDistillSettings
-from kdnas.latency import LatencySettings
+from kdnas.latency import ON_ONNX, LatencySettings
 from kdnas.nas.candidate import Budget
 from kdnas.nas.reward import reward
 from kdnas.training import TrainerSettings
@@ -99,6 +99,8 @@ class SearchConfig:
             one device. Latency is measured while the others hold still.
         storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
             default.
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
+            process beside this one, as with several workers, so that one which crashes ends alone. None: no limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
@@ -121,6 +123,7 @@ class SearchConfig:
     pruner: str | dict[str, Any] = "none"
     workers: int = 1
     storage: str | None = None
+    candidate_timeout: float | None = None
     time_budget: float | None = None
     seed: int = 0
     space: SpaceSettings = field(default_factory=SpaceSettings)
@@ -134,8 +137,9 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1.")
-        if self.time_budget is not None and not self.time_budget > 0:
-            raise UserError(f"time_budget is {self.time_budget}: give minutes above 0, such as 30.")
+        for name in ("candidate_timeout", "time_budget"):
+            if (minutes := getattr(self, name)) is not None and not minutes > 0:
+                raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,55 @@ class RunConfig(SearchConfig):
     task: str | None = None
     full_kd: FullKDSettings = field(default_factory=FullKDSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """What ``kdnas latency`` is asked for; of lists, every combination is measured.
+
+    Args:
+        model: folders, names on the hub, or ``quickstart``. Of an exported folder the ONNX files are measured as they
+            are; else the shape alone counts, with a classification head. The first one is compared with.
+        backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
+        batch: rows a batch.
+        length: tokens a row.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of ``length``.
+        threads: CPU threads.
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...
+        min_seconds: time to spend on each measurement, at least.
+        json: where the figures go; the picture lies beside it, as ``.png``.
+    """
+
+    model: list[str]
+    backend: list[str] = field(default_factory=lambda: ["torch"])
+    batch: list[int] = field(default_factory=lambda: [1])
+    length: list[int] = field(default_factory=lambda: [128])
+    lengths: str | None = None
+    threads: list[int] = field(default_factory=lambda: [1])
+    device: str = "cpu"
+    min_seconds: float = 0.5
+    json: str = "lightning_logs/latency.json"
+
+    def settings(self) -> list[LatencySettings]:
+        """How each combination is measured.
+
+        Raises:
+            UserError: a value is out of its range, or a backend is not there.
+        """
+        return [
+            LatencySettings(
+                backend,
+                "cpu" if backend in ON_ONNX else self.device,
+                batch,
+                length,
+                self.lengths,
+                threads,
+                self.min_seconds,
+            )
+            for backend, threads, batch, length in itertools.product(
+                self.backend, self.threads, self.batch, self.length[:1] if self.lengths else self.length
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -246,6 +299,40 @@ class GlueConfig:
             raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What ``kdnas export`` is asked for: ``--run NAME`` or ``--student FOLDER``.
+
+    Args:
+        run: name of a finished run.
+        student: a Hugging Face folder of a student with its tokenizer, from anywhere.
+        root: the folder of all runs.
+        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
+            with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
+        output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
+        teacher: of the student, for the card; it is checked that the student can be its.
+        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
+        text: rows without labels for the same, where there is no task; of a run, its own by default.
+        length: where texts are cut, in tokens; as many as the student takes by default.
+        license: for the card, by the hub's identifier, such as apache-2.0.
+        hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
+        force: replace an output folder that is there.
+    """
+
+    run: str | None = None
+    student: str | None = None
+    root: str = "lightning_logs"
+    format: str = "transformers"
+    output: str | None = None
+    teacher: str | None = None
+    task: str | None = None
+    text: str | None = None
+    length: int | None = None
+    license: str | None = None
+    hub_repo: str | None = None
+    force: bool = False
 
 
 def as_plain(value: Any) -> Any:

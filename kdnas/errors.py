@@ -1,4 +1,4 @@
-"""The two kinds of failure that the product knows by name, and what their messages are made of."""
+"""The kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
 class CandidateFailed(RuntimeError):
     """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
+
+
+class ParityError(RuntimeError):
+    """A file of an export does not compute what the model computes: nothing is exported (exit code 1)."""
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:

@@ -1,16 +1,12 @@
-"""The student as others use it: a plain Hugging Face folder with ONNX beside it, checked against each other."""
+"""The student as others use it: a Hugging Face folder with ONNX and int8 beside it, checked against each other."""
 
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch.export import Dim
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,57 +16,101 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdnas.errors import UserError, first_line
-from kdnas.models import max_length, num_parameters
+from kdnas.card import model_card
+from kdnas.errors import ParityError, UserError, first_line
+from kdnas.families import family_of, max_length
+from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
+from kdnas.latency import LatencySettings, measure_latency
+from kdnas.manifest import write_manifest
+from kdnas.quantize import Rows, random_rows, write_best_int8
 from kdnas.runs import new_folder, write_text
-
-OPSET = 20
-_TAGS = ("knowledge-distillation", "neural-architecture-search", "kdnas", "onnx")
+from kdnas.sentence_export import Sentences, add_sentence_files
 
 
-class ParityError(RuntimeError):
-    """The ONNX graph does not compute what torch computes."""
+def export_student(
+    source: Path,
+    folder: Path,
+    *,
+    card: Mapping[str, Any],
+    make_rows: Callable[[PreTrainedTokenizerBase], Rows] | None = None,
+    length: int | None = None,
+    sentences: Sentences | None = None,
+    tolerance: float = 1e-4,
+    min_seconds: float = 0.1,
+) -> dict[str, Any]:
+    """Write a Hugging Face folder with ONNX, int8, ``predict.py``, model card and manifest, all or nothing.
 
-
-def export_student(source: Path, folder: Path, *, card: Mapping[str, Any], tolerance: float = 1e-4) -> dict[str, float]:
-    """Write ``config.json``, ``model.safetensors``, tokenizer, ``model.onnx`` and a model card, all or nothing.
-
-    The ONNX graph takes the tokenizer's ``model_input_names``, of any batch size and length, and gives ``logits``
+    The graphs take the tokenizer's ``model_input_names``, of any batch size and length, and give ``logits``
     (a classifier) or ``last_hidden_state`` (an encoder; its pooler, if any, is left out).
 
     Args:
         source: a Hugging Face folder with tokenizer: a sequence classifier if its config says so, else an encoder.
-        folder: appears whole, when the graph was found to agree with torch. One that is there is replaced then.
-        card: for the model card. ``name``; ``teacher``; optionally ``base_model``, the teacher's name on the hub; and
-            ``sections``, which maps a title (``Scores``, ``Latency``) to a table's rows, ``{name: value}``.
+        folder: appears whole, when all checks have passed. One that is there is replaced then.
+        card: for the model card, see ``model_card``.
+        make_rows: from the tokenizer the rows that the int8 graph is chosen and scored on; random words by default.
+        length: where texts are cut, in tokens; as many as the model takes by default.
+        sentences: make it a folder for sentence-transformers, with this teacher's pooling.
         tolerance: largest difference of an output between torch and onnxruntime.
+        min_seconds: of each measurement of latency.
 
     Returns:
-        ``max_abs_difference``, ``onnx_megabytes``, ``safetensors_megabytes`` and ``opset``.
+        ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``, ``opset``, ``int8``
+        (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, for one thread, ``torch_ms``,
+        ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see ``add_sentence_files``) where that is asked for.
 
     Raises:
-        UserError: the source has no model or no tokenizer that loads whole.
+        UserError: the source has no model or no tokenizer that loads whole, or the length is beyond its positions.
         ParityError: an output differs by more than the tolerance.
     """
-    model, tokenizer = _load(source)
+    model, tokenizer = load_student(source)
+    if length is not None:
+        if not 2 <= length <= max_length(model.config):
+            raise UserError(
+                f"length is {length}: the student {str(source)!r} takes from 2 to {max_length(model.config)} tokens."
+            )
+        tokenizer.model_max_length = length
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        onnx_file = temporary / "model.onnx"
-        _write_onnx(model, tokenizer, onnx_file)
-        report: dict[str, float] = {
-            "max_abs_difference": _check_parity(model, tokenizer, onnx_file, tolerance),
-            "onnx_megabytes": onnx_file.stat().st_size / 1e6,
+        shutil.copyfile(Path(__file__).with_name("predict.py"), temporary / "predict.py")
+        compared = add_sentence_files(temporary, model, tokenizer, sentences) if sentences else None
+        exact, int8 = temporary / ONNX, temporary / INT8
+        write_onnx(model, exact, tokenizer.model_input_names)
+        difference = _check_parity(model, tokenizer, exact, tolerance)
+        names, longest = tokenizer.model_input_names, tokenizer.model_max_length
+        rows = make_rows(tokenizer) if make_rows else random_rows(model.config, names, min(longest, 128))
+        chosen = write_best_int8(exact, int8, rows)
+        _check_predict(tokenizer, temporary)
+        report: dict[str, Any] = {
+            "max_abs_difference": difference,
+            "onnx_megabytes": exact.stat().st_size / 1e6,
+            "int8_megabytes": int8.stat().st_size / 1e6,
             "safetensors_megabytes": (temporary / "model.safetensors").stat().st_size / 1e6,
             "opset": OPSET,
+            "int8": chosen,
+            "latency": _latency(model, exact, int8, longest, min_seconds),
+            **({"sentences": compared} if compared else {}),
         }
-        write_text(temporary / "README.md", _model_card(model, tokenizer, card, report))
+        write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
+        write_manifest(temporary, {"checks": report})
     return report
 
 
-def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def slower_shapes(report: Mapping[str, Any]) -> list[str]:
+    """The shapes of a batch at which the int8 graph is slower than the float32 one."""
+    return [f"{row['batch']} x {row['length']}" for row in report["latency"] if row["int8_ms"] > row["onnx_ms"]]
+
+
+def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
+
+    Raises:
+        UserError: the folder has no model or no tokenizer that loads whole.
+    """
     here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}  # a lost folder is no hub's name
     try:
+        if not os.path.isdir(source):
+            raise FileNotFoundError("there is no such folder")
         config = AutoConfig.from_pretrained(source, **here)
         is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
         factory = AutoModelForSequenceClassification if is_classifier else AutoModel
@@ -79,7 +119,7 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             dtype=torch.float32,
             output_loading_info=True,
             **here,
-            **({} if is_classifier else {"add_pooling_layer": False}),
+            **({} if is_classifier else family_of(config).build),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
@@ -95,145 +135,66 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def _output_name(model: PreTrainedModel) -> str:
-    return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
-
-
-def _write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
-    batch = _batch(model, tokenizer, (2, 8))
-    with _quiet():
-        torch.onnx.export(
-            model,
-            kwargs=batch,
-            f=path,
-            input_names=list(batch),
-            output_names=[_output_name(model)],
-            dynamic_shapes=dict.fromkeys(batch, axes),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns and logs about its own internals, nothing that a user could act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int]
-) -> dict[str, torch.Tensor]:
-    """Random ids, two kinds of segments, and (in all rows but the first) padding from the middle or later on."""
-    vocab_size, pad_id = model.config.vocab_size, tokenizer.pad_token_id
-    generator = torch.Generator().manual_seed(0)
-    num_rows, length = shape
-    position = torch.arange(length)
-    ends = torch.randint((length + 1) // 2, length + 1, (num_rows, 1), generator=generator)
-    ends[0] = length
-    mask = (position < ends).long()
-    ids = torch.randint(vocab_size, shape, generator=generator)
-    ids[ids == pad_id] = (pad_id + 1) % vocab_size
-    values = {
-        "input_ids": ids.where(mask.bool(), pad_id),
-        "attention_mask": mask,
-        "token_type_ids": mask * (position >= length // 2) * (model.config.type_vocab_size > 1),
-    }
-    return {name: values[name] for name in tokenizer.model_input_names}
+def _parity_lengths(longest: int) -> list[int]:
+    """1, 2, 3, 5, 8, 13, ... and the longest."""
+    lengths, step = [1], 1
+    while lengths[-1] + step < longest:
+        lengths.append(lengths[-1] + step)
+        step = lengths[-2]
+    return [*lengths, longest]
 
 
 def _check_parity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float) -> float:
     """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only)."""
-    import onnxruntime
-
-    output = _output_name(model)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    longest = max_length(model.config)
+    output, session = output_name(model), open_session(path)
     worst = 0.0
-    for shape in ((1, 2), (1, 3), (1, longest), (3, 2), (2, longest), (8, min(16, longest))):
-        batch = _batch(model, tokenizer, shape)
-        with torch.inference_mode():
-            expected = model(**batch)[output]
-        (found,) = session.run([output], {name: value.numpy() for name, value in batch.items()})
-        difference = (expected - torch.from_numpy(found)).abs()
-        if output == "last_hidden_state":
-            difference = difference[batch["attention_mask"].bool()]
-        largest = difference.max().item()
-        if not largest <= tolerance:  # NaN too
-            raise ParityError(
-                f"The ONNX graph's {output} differs from torch's by {largest:.3g} at batch x length {shape[0]} x "
-                f"{shape[1]}; {tolerance:g} is allowed."
-            )
-        worst = max(worst, largest)
+    for length in _parity_lengths(max_length(model.config)):
+        for size in (1, 8):
+            lengths = [max(1, length - length * place // (2 * size)) for place in range(size)]
+            batch = random_batch(model.config, lengths, tokenizer.model_input_names)
+            with torch.inference_mode():
+                expected = model(**batch)[output]
+            (found,) = session.run([output], {name: value.numpy() for name, value in batch.items()})
+            difference = (expected - torch.from_numpy(found)).abs()
+            if output == "last_hidden_state":
+                difference = difference[batch["attention_mask"].bool()]
+            largest = difference.max().item()
+            if not largest <= tolerance:  # NaN too
+                raise ParityError(
+                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} at batch x length {size} x "
+                    f"{length}; {tolerance:g} is allowed."
+                )
+            worst = max(worst, largest)
     return worst
 
 
-def _model_card(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Mapping[str, Any], report: Mapping[str, float]
-) -> str:
-    output = _output_name(model)
-    kind, auto_class, pipeline_tag = (
-        ("text classifier", "AutoModelForSequenceClassification", "text-classification")
-        if output == "logits"
-        else ("text encoder", "AutoModel", "feature-extraction")
-    )
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": pipeline_tag, "tags": list(_TAGS)}
-    if "base_model" in card:
-        front["base_model"] = str(card["base_model"])
-    tables = "".join(
-        f"## {_plain(title)}\n\n| | |\n| --- | --- |\n"
-        + "".join(f"| {_plain(name)} | {_plain(value)} |\n" for name, value in rows.items())
-        + "\n"
-        for title, rows in card["sections"].items()
-    )
-    inputs = ", ".join(f"`{name}`" for name in tokenizer.model_input_names)
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
+def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """``predict.py`` must read texts as transformers does."""
+    from kdnas.predict import Predictor
 
-# {_plain(card["name"])}
-
-A {kind} that was searched and distilled with kdnas. Its teacher: {_plain(card["teacher"])}.
-It has {num_parameters(model):,} parameters ({report["safetensors_megabytes"]:.1f} MB) and reads up to \
-{tokenizer.model_max_length} tokens.
-
-{tables}## Use
-
-In this folder, with transformers:
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = {auto_class}.from_pretrained(".")
-batch = tokenizer(["The text to read."], padding=True, truncation=True, return_tensors="pt")
-print(model(**batch).{output})
-```
-
-With onnxruntime:
-
-```python
-from onnxruntime import InferenceSession
-from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(".")
-batch = tokenizer(["The text to read."], padding=True, truncation=True, return_tensors="np")
-print(InferenceSession("model.onnx").run(["{output}"], dict(batch))[0])
-```
-
-`model.onnx` is one file, opset {report["opset"]}, from {inputs} to `{output}`; it was checked against torch: \
-the largest difference is {report["max_abs_difference"]:.1e}.
-"""
+    texts = ["A text.", " ".join(["A long text."] * tokenizer.model_max_length), "another, shorter text"]
+    expected = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    for name, found in Predictor(folder).encode(texts).items():
+        if found.shape != expected[name].shape or (found != expected[name]).any():
+            raise ParityError(f"The {name} of predict.py differ from those of transformers' tokenizer.")
 
 
-def _plain(value: Any) -> str:
-    """Text from outside, on one line, as Markdown shows it unchanged."""
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    return re.sub(r"([\\`*\[\]<>|#&])", r"\\\1", text)
+def _latency(
+    model: PreTrainedModel, exact: Path, int8: Path, longest: int, min_seconds: float
+) -> list[dict[str, float]]:
+    rows = []
+    for batch, length in dict.fromkeys([(1, min(16, longest)), (1, min(128, longest)), (8, min(128, longest))]):
+        settings = LatencySettings("onnxruntime", batch_size=batch, length=length, min_seconds=min_seconds)
+        onnx, in_int8 = measure_latency([exact, int8], settings)
+        plain = LatencySettings(batch_size=batch, length=length, min_seconds=min_seconds)
+        (torch_,) = measure_latency([model], plain)
+        rows.append(
+            {
+                "batch": batch,
+                "length": length,
+                "torch_ms": torch_.median_ms,
+                "onnx_ms": onnx.median_ms,
+                "int8_ms": in_int8.median_ms,
+            }
+        )
+    return rows

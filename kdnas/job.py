@@ -2,13 +2,13 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModel
 
 from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
@@ -19,11 +19,12 @@ from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.errors import UserError
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
-from kdnas.models import Teacher, build_student, find_teacher, max_length, num_parameters
+from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import Study, open_study, refuse_difference, tried, without_password
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import Run, write_text
+from kdnas.runs import Run, check_writable, write_text
+from kdnas.safe_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class Found:
 
     @property
     def states_settings(self) -> StatesSettings:
-        """Where the teacher's states are kept: beside all runs, unless the user says so."""
-        settings = self.config.states
-        return settings if settings.folder else replace(settings, folder=str(self.run.root / "teacher_states"))
+        """With the folder that is used."""
+        return replace(self.config.states, folder=str(states_folder(self.config)))
 
     def states(self) -> TeacherStates:
         """Of the target layers, computed now if they are not there."""
@@ -69,13 +69,18 @@ class Job(Found):
     study: Study
 
 
+def states_folder(config: SearchConfig) -> Path:
+    """Where the teacher's states are kept: beside all runs, unless the user says so."""
+    return Path(config.states.folder or Path(config.root) / "teacher_states")
+
+
 def refuse_other_config(run: Run, config: SearchConfig) -> None:
     """A name stands for one config, but for what changes no result and for stages that have not begun."""
     if not run.config.exists():
         return
-    known, asked = flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), flat(_plain(config))
+    known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    free += ["sampler", "workers", "time_budget"]
+    free += ["sampler", "workers", "candidate_timeout", "time_budget"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -108,6 +113,7 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
     run.check_writable()
+    check_writable(states_folder(config), "--states.folder")
     config.trainer.check()
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
@@ -168,7 +174,8 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     study.set_user_attr("budget", as_plain(config.search.budget))
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
-    known = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    run.manifest.unlink(missing_ok=True)  # until the end again
+    known = read_yaml(run.config) if run.config.exists() else {}
     write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))
     return job
 
@@ -186,7 +193,7 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
     """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
     needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
     with torch.device("meta"):
-        teacher_shape = AutoModel.from_config(teacher.config, add_pooling_layer=False)
+        teacher_shape = build_encoder(teacher.config)
         for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
             arch = replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
             objective.criterion(build_student(teacher.config, arch), teacher_shape)

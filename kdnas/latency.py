@@ -1,23 +1,34 @@
 """Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
 
+import copy
+import importlib.util
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Measurement, Timer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, UserError, first_line, nearest
+from kdnas.graph import INPUTS, config_beside, open_session, random_batch, write_deployed
 from kdnas.models import build_classifier, max_length, num_parameters, student_config
 
+BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
+ON_ONNX = ("onnxruntime", "onnxruntime-int8")
 _NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
 _FEWEST_ROUNDS = 3
+_MOST_BATCHES = 32  # of a workload
 
 
 @dataclass(frozen=True)
@@ -25,32 +36,61 @@ class LatencySettings:
     """How latency is measured.
 
     Args:
-        device: where the models run: ``cpu``, ``cuda``, ``cuda:1``, ...
+        backend: what runs the model: ``torch`` (float32), ``torch-bf16`` (bfloat16 weights), ``onnxruntime``,
+            ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda`` (torch in float32 on the first GPU).
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on the CPU.
         batch_size: rows a batch.
         length: tokens a row, with the two that the tokenizer adds.
-        num_threads: CPU threads of torch.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of one length: 32
+            batches of a random sample at most, each padded to its longest row.
+        num_threads: CPU threads.
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, or torch sees no such device.
+        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such device.
     """
 
+    backend: str = "torch"
     device: str = "cpu"
     batch_size: int = 1
     length: int = 128
+    lengths: str | None = None
     num_threads: int = 1
     min_seconds: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}")
+        if self.backend == "cuda" and self.device == "cpu":
+            object.__setattr__(self, "device", "cuda")
         devices = _devices()
         if self.device not in devices:
             raise UserError(f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}")
+        if self.backend in ON_ONNX and self.device != "cpu":
+            raise UserError(f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}.")
+        for package in ("onnxruntime", "onnx", "onnxscript") * (self.backend in ON_ONNX):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"backend {self.backend} needs {package}, which is missing: pip install {package}.")
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
                 raise UserError(f"{name} of latency is {value!r}: give a whole number of at least {least}.")
         if not 0 < self.min_seconds < math.inf:
             raise UserError(f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5.")
+
+    def batches(self) -> list[list[int]]:
+        """The lengths of the rows of each batch that is timed.
+
+        Raises:
+            UserError: ``lengths`` is no file of whole numbers above 0.
+        """
+        if self.lengths is None:
+            return [[self.length] * self.batch_size]
+        rows = _read_lengths(self.lengths)
+        random.Random(0).shuffle(rows)
+        size = min(self.batch_size, len(rows))
+        num_batches = min(len(rows) // size, _MOST_BATCHES)
+        return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
 
 @dataclass(frozen=True)
@@ -60,12 +100,18 @@ class Latency:
     Args:
         median_ms: median, in milliseconds.
         iqr_ms: interquartile range, in milliseconds.
-        num_runs: forward passes that were timed (``torch.utils.benchmark`` times short ones in blocks).
+        num_runs: forward passes that were timed, each by itself.
+        p95_ms: what 95 % of the passes stay below, in milliseconds.
+        tokens_per_second: real tokens, without padding.
+        sequences_per_second: rows.
     """
 
     median_ms: float
     iqr_ms: float
     num_runs: int
+    p95_ms: float = math.nan  # as the next two, where the number is from a record
+    tokens_per_second: float = math.nan
+    sequences_per_second: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -88,15 +134,17 @@ class ArchLatency:
         return self.teacher.median_ms / self.student.median_ms
 
 
-def measure_latency(models: Sequence[nn.Module], settings: LatencySettings) -> list[Latency]:
+def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
     """Time the forward pass of each model, all in turn, so that a drifting machine cancels in their ratio.
 
-    Eval mode, float32 (autocast off), inference mode, a batch without padding. Each round gives every model its share
-    of ``min_seconds``, led by an untimed pass; the first round is a warm-up and is dropped.
+    Eval mode, autocast off, inference mode, a real attention mask. Each round gives every model its share of
+    ``min_seconds``, led by an untimed pass; the first round is a warm-up and is dropped. On a GPU, time is that between
+    two events on its stream.
 
     Args:
-        models: models with a Hugging Face ``config``. They come back in the mode and on the device they came in.
-        settings: device, batch, threads and time.
+        models: models with a Hugging Face ``config``, or ONNX files that lie beside their ``config.json``; for a
+            backend of onnxruntime, models are written as ONNX first. They come back as they came in.
+        settings: backend, device, batch, threads and time.
 
     Returns:
         One latency a model, in their order.
@@ -104,26 +152,23 @@ def measure_latency(models: Sequence[nn.Module], settings: LatencySettings) -> l
     Raises:
         UserError: a model takes no input of ``settings.length`` tokens.
     """
-    configs: list[Any] = [model.config for model in models]
+    configs: list[Any] = [config_beside(model) if isinstance(model, Path) else model.config for model in models]
     for config in configs:
-        _check_length(config, settings)
-    with _deployed(models, settings.device), torch.autocast(torch.device(settings.device).type, enabled=False):
-        timers = [
-            Timer(
-                "model(**batch)",
-                globals={"model": model, "batch": _batch(config, settings)},
-                num_threads=settings.num_threads,
-            )
-            for model, config in zip(models, configs, strict=True)
+        check_length(config, settings)
+    lengths = settings.batches()
+    share = settings.min_seconds / _NUM_ROUNDS
+    seconds = partial(_seconds, torch.device(settings.device))
+    rounds: list[list[list[float]]] = []
+    with _threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
+        passes = [
+            [partial(run, _batch(config, rows, settings)) for rows in lengths]
+            for run, config in zip(runs, configs, strict=True)
         ]
-        share = settings.min_seconds / _NUM_ROUNDS
-        rounds: list[list[Measurement]] = []
-        with torch.inference_mode():
-            for timer in timers:
-                timer.blocked_autorange(min_run_time=share)
-            while len(rounds) < _FEWEST_ROUNDS or min(map(_seconds, zip(*rounds, strict=True))) < settings.min_seconds:
-                rounds.append([timer.blocked_autorange(min_run_time=share) for timer in timers])
-    return [_merge(turns) for turns in zip(*rounds, strict=True)]
+        for turn in passes:
+            _timed(turn, seconds, share)
+        while len(rounds) < _FEWEST_ROUNDS or min(map(_total, zip(*rounds, strict=True))) < settings.min_seconds:
+            rounds.append([_timed(turn, seconds, share) for turn in passes])
+    return [_summary(sum(turns, []), lengths) for turns in zip(*rounds, strict=True)]
 
 
 class LatencyMeter:
@@ -140,7 +185,7 @@ class LatencyMeter:
     """
 
     def __init__(self, teacher_config: PreTrainedConfig, settings: LatencySettings) -> None:
-        _check_length(teacher_config, settings)
+        check_length(teacher_config, settings)
         self.teacher_config = teacher_config
         self.settings = settings
         self._known: dict[StudentArch, ArchLatency] = {}
@@ -165,8 +210,12 @@ class LatencyMeter:
         return self._known[arch]
 
     @cached_property
-    def _teacher(self) -> PreTrainedModel:
-        return _build(self.teacher_config)
+    def _teacher(self) -> PreTrainedModel | Path:
+        model = _build(self.teacher_config)
+        if self.settings.backend not in ON_ONNX:
+            return model
+        self._folder = tempfile.TemporaryDirectory(prefix="kdnas-")  # lives as long as the meter
+        return write_deployed(model.eval(), Path(self._folder.name), self.settings.backend == "onnxruntime-int8")
 
 
 def _devices() -> list[str]:
@@ -177,11 +226,32 @@ def _devices() -> list[str]:
     return ["cpu", accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
 
 
-def _check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    longest = max_length(config)
-    if settings.length > longest:
+def _read_lengths(name: str) -> list[int]:
+    try:
+        values = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"lengths of latency: cannot read {name!r}: {first_line(error)}.") from error
+    rows: list[Any] = [value.get("length") if isinstance(value, dict) else value for value in values]
+    wrong = [row for row in rows if isinstance(row, bool) or not isinstance(row, int) or row < 1]
+    if wrong or not rows:
+        found = f"has {wrong[0]!r}" if wrong else "is empty"
         raise UserError(
-            f"length of latency is {settings.length}, but this {config.model_type} takes {longest} tokens at most: "
+            f'lengths of latency: {name!r} {found}: give a whole number above 0, or {{"length": 17}}, a line.'
+        )
+    return rows
+
+
+def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
+    """Refuse rows that a model cannot read.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
+    """
+    longest, asked = max_length(config), max(map(max, settings.batches()))
+    if asked > longest:
+        where = f" in {settings.lengths!r}" if settings.lengths else ""
+        raise UserError(
+            f"length of latency is {asked}{where}, but this {config.model_type} takes {longest} tokens at most: "
             "give a smaller length."
         )
 
@@ -191,14 +261,50 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
         return build_classifier(config)
 
 
-def _batch(config: PreTrainedConfig, settings: LatencySettings) -> dict[str, torch.Tensor]:
-    """Ids from the whole vocabulary except padding, and a mask of ones."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (settings.batch_size, settings.length), generator=generator)
-    if config.pad_token_id is not None:
-        ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _batch(config: PreTrainedConfig, lengths: Sequence[int], settings: LatencySettings) -> dict[str, Any]:
+    if settings.backend in ON_ONNX:
+        batch = random_batch(config, lengths, (*INPUTS, "token_type_ids"))
+        return {name: value.numpy() for name, value in batch.items()}
+    batch = random_batch(config, lengths)
     return {name: value.to(settings.device) for name, value in batch.items()}
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _running(
+    models: Sequence[nn.Module | Path], settings: LatencySettings
+) -> Iterator[list[Callable[[dict[str, Any]], Any]]]:
+    """One function of a batch for each model, as the backend runs it."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    with _deployed(modules, settings.device), torch.autocast(torch.device(settings.device).type, enabled=False):
+        if settings.backend in ON_ONNX:
+            with tempfile.TemporaryDirectory(prefix="kdnas-") as name:
+                yield [_session(model, Path(name) / str(place), settings) for place, model in enumerate(models)]
+        elif settings.backend == "torch-bf16":
+            copies = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
+            yield [partial(_call, model) for model in copies]
+        else:
+            yield [partial(_call, model) for model in modules]
+
+
+def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
+    return model(**batch)
+
+
+def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[[dict[str, Any]], Any]:
+    path = model if isinstance(model, Path) else write_deployed(model, folder, settings.backend == "onnxruntime-int8")
+    session = open_session(path, settings.num_threads)
+    names = [node.name for node in session.get_inputs()]
+    return lambda batch: session.run(None, {name: batch[name] for name in names})
 
 
 @contextmanager
@@ -220,11 +326,43 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
                 module.training = training
 
 
-def _seconds(turns: Iterable[Measurement]) -> float:
-    return sum(sum(turn.raw_times) for turn in turns)
+def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """The time of one pass."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
 
 
-def _merge(turns: Sequence[Measurement]) -> Latency:
-    (whole,) = Measurement.merge(turns)
-    num_runs = sum(len(turn.raw_times) * turn.number_per_run for turn in turns)
-    return Latency(whole.median * 1000, whole.iqr * 1000, num_runs)
+def _timed(
+    turn: Sequence[Callable[[], Any]], seconds: Callable[[Callable[[], Any]], float], share: float
+) -> list[float]:
+    """Seconds of each pass of one model's turn: every batch equally often, the first one once before, untimed."""
+    turn[0]()
+    times: list[float] = []
+    while sum(times) < share:
+        times += [seconds(run) for run in turn]
+    return times
+
+
+def _total(turns: Sequence[list[float]]) -> float:
+    return sum(map(sum, turns))
+
+
+def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
+    """Quantiles over all passes; rates from the median of each batch."""
+    seconds = np.array(times).reshape(-1, len(lengths))
+    low, median, high, most = np.percentile(1000 * seconds, (25, 50, 75, 95)).tolist()
+    cycle = float(np.median(seconds, 0).sum())
+    num_tokens, num_rows = sum(map(sum, lengths)), sum(map(len, lengths))
+    return Latency(median, high - low, len(times), most, num_tokens / cycle, num_rows / cycle)

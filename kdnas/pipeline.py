@@ -3,12 +3,12 @@
 import dataclasses
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from filelock import FileLock, ReadWriteLock, Timeout
@@ -20,11 +20,12 @@ from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.export import export_student
+from kdnas.export_job import export_run, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, prepare, refuse_other_config
 from kdnas.latency import measure_latency
+from kdnas.manifest import write_manifest
 from kdnas.models import (
     build_classifier,
     load_classifier,
@@ -34,12 +35,12 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried, without_password
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
-from kdnas.runs import Run, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, fit, make_trainer
+from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, make_trainer
 
 
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
@@ -57,6 +58,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
+    write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -71,7 +73,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     """
     console = console or Console()
     run = Run(config.root, config.name)
-    if run.report.exists():
+    if run.report.exists() and run.manifest.exists():
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
@@ -81,14 +83,19 @@ def run(config: RunConfig, console: Console | None = None) -> None:
             _full_kd(job, config.full_kd, best)
             if job.task is not None:
                 _finetune(job, config.finetune, job.task, best)
-            _export(job, best)
+            _export(job)
             write_report(run, job.study)
+            write_manifest(run.folder, {"name": run.name, "command": _command()})
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json")))
     console.print(
         f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
     )
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+
+
+def _command() -> list[str]:
+    return [without_password(argument) for argument in sys.argv]
 
 
 @contextmanager
@@ -149,8 +156,11 @@ def _search(job: Job) -> StudentArch:
             progress=progress,
         )
         seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
-        if job.config.workers > 1:
-            run_workers(partial(_work, job.config), job.config.workers, study, show, seconds, run.worker_log)
+        timeout = job.config.candidate_timeout
+        if job.config.workers > 1 or timeout is not None:
+            work = partial(_work, job.config)
+            timeout = 60 * timeout if timeout is not None else math.inf
+            run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
         else:
             best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
@@ -168,7 +178,8 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
             os.dup2(file.fileno(), stream)
         try:
             with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
-                job = prepare(dataclasses.replace(config, workers=1), Console(), is_worker=True)
+                alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
+                job = prepare(alone, Console(), is_worker=True)
             if math.isfinite(deadline):
                 minutes = max(1e-3, deadline - time.time()) / 60
                 job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
@@ -214,6 +225,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     started = time.monotonic()
     last = folder / "last.ckpt"
     if last.exists():
+        check_checkpoint(last)
         job.console.print("Full KD: going on where it was stopped.")
     states = job.states()
     with job.progress() as progress, torch.random.fork_rng():
@@ -223,6 +235,8 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
         weights = job.run.trial(trial.number) / WEIGHTS
         if settings.from_candidate and weights.exists():
+            if (known := trial.user_attrs.get("weights_sha256")) not in (None, file_sha256(weights)):
+                raise UserError(f"{str(weights)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
             module.begin(job.data.select("full"))
             module.load_state_dict(load_file(weights))
         callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]
@@ -294,25 +308,11 @@ def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: Stud
     write_json(folder / "results.json", {"task": about, "models": rows})
 
 
-def _export(job: Job, arch: StudentArch) -> None:
+def _export(job: Job) -> None:
     if job.run.student.exists():
         job.console.print("Export: done.")
         return
-    is_classifier = job.task is not None
-    source = job.run.glue / "student" / "model" if is_classifier else job.run.full_kd / "encoder"
-    card: dict[str, Any] = {"name": job.run.name, "teacher": job.teacher.name, "sections": {}}
-    if is_classifier:
-        results = read_json(job.run.glue / "results.json")
-        row = results["models"]["student"]
-        card["sections"]["Scores"] = {
-            f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
-            "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
-        }
-        latency = job.config.latency
-        card["sections"]["Latency"] = {
-            f"{latency.device}, batch {latency.batch_size} x {latency.length}": f"{row['latency_ms']:.2f} ms",
-            "faster than its teacher": f"{row['speedup']:.1f}x",
-        }
-    card["sections"]["Shape"] = {name: str(value) for name, value in arch.to_dict().items()}
-    parity = export_student(source, job.run.student, card=card)
-    job.console.print(f"Export: ONNX equals torch to {parity['max_abs_difference']:.1e}.")
+    corpus = job.data.corpus
+    assert corpus is not None
+    rows = rows_of_task(job.task) if job.task else rows_of_texts(corpus.train, corpus.held_out)
+    export_run(job.run, rows, job.console)

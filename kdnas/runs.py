@@ -1,5 +1,6 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,10 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -19,7 +21,8 @@ class Run:
     """The folder ``<root>/<name>/`` of one study.
 
     A stage is done when its last file is there: ``best_student.yaml`` (search), ``full_kd/result.json``,
-    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all.
+    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all, and
+    the whole run is done when ``manifest.json`` is there.
 
     Args:
         root: the folder of all runs, normally ``lightning_logs``.
@@ -47,6 +50,7 @@ class Run:
         self.glue = self.folder / "glue"
         self.student = self.folder / "student"
         self.report = self.folder / "report.html"
+        self.manifest = self.folder / MANIFEST
 
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""
@@ -60,22 +64,38 @@ class Run:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.
 
         Raises:
-            UserError: the folder, or the nearest parent that exists, takes no new file.
+            UserError: the folder is a link out of the root, or takes no new file, or the nearest parent does not.
         """
-        place = self.folder
-        try:
-            while not place.exists():
-                place = place.parent
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"Cannot write to {str(self.folder)!r} ({error.strerror} at {str(place)!r}): "
-                "choose another folder with --root, or change its permissions."
-            ) from error
+        if os.path.islink(self.folder):
+            raise UserError(f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root.")
+        check_writable(self.folder, "--root")
 
 
-def write_text(path: Path, text: str) -> None:
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that takes no new file; where it is not there, the nearest parent. Leaves nothing behind.
+
+    Args:
+        folder: to write to.
+        option: that names another.
+
+    Raises:
+        UserError: with the place and the reason.
+    """
+    place = folder
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {str(folder)!r} ({error.strerror} at {str(place)!r}): "
+            f"choose another folder with {option}, or change its permissions."
+        ) from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
 
     The temporary file lies beside its target (a rename works within one file system only) and is synced before it.
@@ -83,8 +103,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -94,14 +114,35 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """``new_file`` of text."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     """``write_text`` of indented JSON. NaN and infinity are refused: JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value that ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value that ``write_json`` wrote.
+
+    Raises:
+        UserError: somebody else wrote it, or the disk has damaged it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged ({first_line(error)}): delete it, and the same command makes it again."
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import first_layers, spread
-from kdnas.distill.narrowing import narrow, project_tables
+from kdnas.distill.narrowing import copied_tables, narrow, start_embeddings
 from kdnas.errors import UserError
-from kdnas.models import embed, embedding_mapping, family_of
+from kdnas.families import arch_of, family_of
+from kdnas.models import embed
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +64,8 @@ class FromEmbeddings(Start):
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         _check_sizes(student, teacher, "hidden_size")
         basis_TS = embedding_basis(teacher, student.config.hidden_size)
-        ours: Any = student.embeddings
-        theirs: Any = teacher.embeddings
-        mapping = embedding_mapping(student)
-        if mapping is not None:  # ALBERT: tables keep their own width, the map behind them is projected
-            ours.load_state_dict(theirs.state_dict())
-            source = embedding_mapping(teacher)
-            mapping.weight.copy_(basis_TS.T @ source.weight)
-            mapping.bias.copy_(basis_TS.T @ source.bias)
-            return Started(frozenset(f"embeddings.{name}" for name, _ in ours.named_parameters()))
-        project_tables(ours, theirs, basis_TS)
-        words = theirs.word_embeddings.weight
-        scale = ours.word_embeddings.weight.std(-1) / words.std(-1)
-        ours.LayerNorm.weight.fill_(float(scale.nanmean()))
-        ours.LayerNorm.bias.copy_(basis_TS.T @ theirs.LayerNorm.bias)
-        return Started()
+        start_embeddings(student, teacher, basis_TS)
+        return Started(copied_tables(student))
 
 
 class FromTeacher(Start):
@@ -93,7 +81,8 @@ class FromTeacher(Start):
     it most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
     computed from the narrowed stream itself, so that each part repairs what the ones before it lost.
 
-    ALBERT's one shared layer cannot follow several of the teacher's at once: a narrower student gets the embeddings.
+    Where the family's layers cannot be narrowed (``narrows`` of ``kdnas.models.FAMILIES``), a narrower student gets the
+    embeddings, and the log says so.
 
     Raises:
         UserError: the student is larger than its teacher in one of its sizes.
@@ -104,30 +93,31 @@ class FromTeacher(Start):
         _check_sizes(student, teacher, "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
         if student.config.hidden_size == teacher.config.hidden_size:
             return self._copy(student, teacher)
-        layers = family_of(student.config).layers(student)
-        if len(set(map(id, layers))) < len(layers) or embedding_mapping(student) is not None:
+        if not family_of(student.config).narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
             return FromEmbeddings()(student, teacher, rows)
-        return Started(heads=narrow(student, teacher, rows))
+        return Started(copied_tables(student), narrow(student, teacher, rows))
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)
         student_layers, teacher_layers = family.layers(student), family.layers(teacher)
         inside_layers = {id(parameter) for layer in student_layers for parameter in layer.parameters()}
+        heads = tuple(spread(student.config.num_attention_heads, teacher.config.num_attention_heads))
         teacher_parameters = dict(teacher.named_parameters())
         for name, parameter in student.named_parameters():
             if id(parameter) not in inside_layers:
-                parameter.copy_(teacher_parameters[name])
-        for layer, source in zip(student_layers, first_layers(len(student_layers), len(teacher_layers)), strict=True):
-            _copy_layer(layer, teacher_layers[source], family.names.intermediate, family.names.output)
-        num_heads = student.config.num_attention_heads
-        heads = tuple(spread(num_heads, teacher.config.num_attention_heads))
+                source = teacher_parameters[name]
+                # MPNet's table of distances has a column a head.
+                parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
+        for layer, number in zip(student_layers, first_layers(len(student_layers), len(teacher_layers)), strict=True):
+            _copy_layer(layer, teacher_layers[number], family.names.intermediate, family.names.output)
         return Started(frozenset(name for name, _ in student.named_parameters()), (heads,) * len(student_layers))
 
 
 def _check_sizes(student: PreTrainedModel, teacher: PreTrainedModel, *names: str) -> None:
+    ours, theirs = arch_of(student.config), arch_of(teacher.config)
     for name in names:
-        size, largest = getattr(student.config, name), getattr(teacher.config, name)
+        size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
             raise UserError(f"{name} is {size}: no student starts from its teacher above the teacher's {largest}.")
 
@@ -153,10 +143,13 @@ def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: 
     wide_in: Any = source.get_submodule(intermediate)
     wide_out: Any = source.get_submodule(output)
     narrow_in: Any = layer.get_submodule(intermediate)
-    importance = wide_in.weight.norm(dim=1) * wide_out.weight.norm(dim=0)
-    kept = importance.topk(len(narrow_in.weight)).indices.sort().values
+    halves = len(wide_in.weight) // wide_out.weight.shape[1]  # 2: the neurons, and the gates of all of them
+    importance = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2)) * wide_out.weight.norm(dim=0)
+    kept = importance.topk(len(narrow_in.weight) // halves).indices.sort().values
+    rows = torch.cat([kept + half * len(importance) for half in range(halves)])
     state = dict(source.state_dict())
-    state[f"{intermediate}.weight"] = wide_in.weight[kept]
-    state[f"{intermediate}.bias"] = wide_in.bias[kept]
+    state[f"{intermediate}.weight"] = wide_in.weight[rows]
+    if wide_in.bias is not None:
+        state[f"{intermediate}.bias"] = wide_in.bias[rows]
     state[f"{output}.weight"] = wide_out.weight[:, kept]
     layer.load_state_dict(state)

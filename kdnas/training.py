@@ -109,6 +109,22 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         trainer.fit(module, datamodule=data, **options)
 
 
+def check_checkpoint(path: Path) -> None:
+    """Look whether a checkpoint can be gone on from; nothing in it is run.
+
+    Raises:
+        UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of Lightning.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(
+            f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to begin anew."
+        ) from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: as Ctrl-C, but the exit code is 143."""
 

@@ -14,19 +14,34 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
     AutoModel,
     BertConfig,
+    CamembertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import View
-from kdnas.models import encode
+from kdnas.models import FAMILIES, encode
+
+
+def examples(number: int) -> settings:
+    """So many random cases of a property; ``KDNAS_EXAMPLES=10000`` for a long run."""
+    return settings(max_examples=int(os.environ.get("KDNAS_EXAMPLES", number)), deadline=None)
+
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
@@ -37,10 +52,52 @@ WORDS = (
 ).split()
 VOCAB = ["[UNUSED]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", *WORDS]
 
+# As alike as BERT, RoBERTa and ALBERT are, most tests take these; tests/test_families.py takes all.
 CONFIGS = {
     "bert": BertConfig,
     "roberta": RobertaConfig,
     "albert": AlbertConfig,
+}
+MORE_CONFIGS = {
+    "xlm-roberta": XLMRobertaConfig,
+    "camembert": CamembertConfig,
+    "electra": ElectraConfig,
+    "distilbert": DistilBertConfig,
+    "mpnet": MPNetConfig,
+    "deberta-v2": DebertaV2Config,
+    "modernbert": ModernBertConfig,
+}
+# What a family's tiny teacher has beside the sizes that all have; None: its config has no such field.
+ODD = {
+    "roberta": dict(type_vocab_size=1),
+    "xlm-roberta": dict(type_vocab_size=1),
+    "camembert": dict(type_vocab_size=1),
+    "albert": dict(embedding_size=16),
+    "electra": dict(embedding_size=32),
+    "distilbert": dict(type_vocab_size=None, layer_norm_eps=None),
+    "mpnet": dict(type_vocab_size=None),
+    # As published: v3 has no table of positions, v2 has the first layer's convolution.
+    "deberta-v2": dict(
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        attention_head_size=32,
+        conv_kernel_size=3,
+    ),
+    "modernbert": dict(
+        type_vocab_size=None,
+        layer_norm_eps=None,
+        norm_eps=3e-6,
+        local_attention=8,
+        cls_token_id=1,
+        sep_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 
@@ -64,6 +121,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_teacher(folder: Path, family: str = "bert", **overrides: object) -> Path:
     """Write a 4-layer, 64-wide, 2-head teacher of the family with its tokenizer."""
+    torch.manual_seed(0)
+    AutoModel.from_config(make_config(family, **overrides)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_config(family: str = "bert", **overrides: object) -> PreTrainedConfig:
+    """The config of ``save_teacher``."""
     values = dict(
         vocab_size=len(VOCAB),
         hidden_size=64,
@@ -71,17 +136,14 @@ def save_teacher(folder: Path, family: str = "bert", **overrides: object) -> Pat
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=40,
-        type_vocab_size=1 if family == "roberta" else 3,
+        type_vocab_size=3,
         pad_token_id=3,
         layer_norm_eps=3e-6,
         initializer_range=0.2,
     )
-    if family == "albert":
-        values["embedding_size"] = 16
-    torch.manual_seed(0)
-    AutoModel.from_config(CONFIGS[family](**(values | overrides))).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    values |= ODD.get(family, {}) | overrides
+    names = FAMILIES[family].fields
+    return (CONFIGS | MORE_CONFIGS)[family](**{names.get(k, k): v for k, v in values.items() if v is not None})
 
 
 def make_rows(num_rows: int, seed: int = 0, longest: int = 24) -> list[str]:
@@ -146,7 +208,7 @@ def view_of(model: PreTrainedModel, batch: Batch) -> View:
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))
 def any_teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher of each family in turn."""
+    """A tiny teacher of BERT, RoBERTa and ALBERT in turn."""
     return save_teacher(tmp_path_factory.mktemp("teacher") / request.param, request.param)
 
 

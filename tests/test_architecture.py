@@ -11,12 +11,19 @@ ROOT = Path(__file__).parents[1] / "kdnas"
 # The reading order: a file imports only from files above it.
 ORDER = """
 errors.py
+pages.py
+safe_yaml.py
+predict.py
 runs.py
+manifest.py
 arch.py
+families.py
 models.py
+graph.py
 data/masking.py
 data/corpus.py
 data/pairs.py
+data/loader.py
 data/datamodule.py
 distill/layer_map.py
 distill/losses.py
@@ -46,13 +53,19 @@ glue/scores.py
 glue/batches.py
 glue/finetune.py
 glue/task_distill.py
+quantize.py
+sentence_export.py
+card.py
 export.py
 report.py
 config.py
+latency_table.py
+export_job.py
 job.py
 pipeline.py
 comparison.py
 plan.py
+options.py
 cli.py
 __main__.py
 """.split()
@@ -175,7 +188,7 @@ def test_importing_a_module_does_nothing():
 
 def test_basenames_are_unique():
     assert list(name_faults(ROOT)) == []
-    assert len({name.rpartition("/")[2] for name in ORDER}) == len(ORDER) == 45
+    assert len({name.rpartition("/")[2] for name in ORDER}) == len(ORDER)
 
 
 def test_no_file_is_longer_than_the_limit():

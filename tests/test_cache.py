@@ -347,7 +347,11 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     tmp_path, tiny_teacher, text_file, monkeypatch
 ):
     def rows(teacher: Path = tiny_teacher, text: Path = text_file, **settings) -> TokenRows:
-        data = KDDataModule(str(teacher), str(text), DataSettings(**({"max_length": 32} | settings)))
+        data = KDDataModule(
+            str(teacher),
+            str(text),
+            DataSettings(**({"max_length": 32, "pair_share": 0.0, "masked_share": 1.0} | settings)),
+        )
         data.setup()
         return data.rows
 

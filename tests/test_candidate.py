@@ -62,7 +62,7 @@ class OneWeightIsNaN(Start):
 def parts(tiny_teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What all candidates share: teacher, its states and the rows."""
     teacher = find_teacher(str(tiny_teacher))
-    settings = DataSettings(max_length=16, batch_tokens=256, held_out_fraction=0.1)
+    settings = DataSettings(max_length=16, batch_tokens=256, held_out_fraction=0.1, pair_share=0.0, masked_share=1.0)
     data = KDDataModule(str(tiny_teacher), str(text_file), settings)
     data.setup()
     states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path_factory.mktemp("states"))))

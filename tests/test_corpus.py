@@ -12,8 +12,8 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows
-from hypothesis import given, settings
+from conftest import examples, make_rows
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kdnas.data import corpus
@@ -147,6 +147,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         ("rows.txt", b" \n\t\n\n", r"rows.txt' has no usable rows \(.*'empty': 3"),
         ("rows.jsonl", b'{"text": " "}\n', r"rows.jsonl' has no usable rows"),
         ("rows.txt", b"one\none\n \n", r"only one usable row \(.*'empty': 1, 'duplicate': 1"),
+        ("rows.txt", b"one\ntwo\n" + 300 * b"one\n", "302 rows, and only 2 of them are usable .*'duplicate': 300"),
         ("rows.txt", b"one\ntwo\n\xff\xfe\n", r"rows.txt' is not UTF-8 in row 3"),
         ("rows.jsonl", b'{"text": "one"}\n{"text": "\xe9"}\n', r"rows.jsonl' is not UTF-8 in row 2"),
         ("rows.csv", b"text\none\ntwo\nth\xe9\n", r"rows.csv' is not UTF-8 in row 3"),
@@ -309,7 +310,7 @@ RECORDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     content=st.one_of(
         st.binary(max_size=80),

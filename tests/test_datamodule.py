@@ -12,7 +12,8 @@ from conftest import make_rows, make_tokenizer, save_teacher
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data import datamodule
-from kdnas.data.datamodule import Batch, DataSettings, KDDataModule, LengthGroupedBatches
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.data.loader import LengthGroupedBatches
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
@@ -28,7 +29,9 @@ def write(path: Path, train: list[str], held_out: list[str]) -> Path:
 
 
 def open_data(teacher: Path, text: Path, split: str = "full", **settings) -> KDDataModule:
-    settings = DataSettings(**(dict(max_length=32, batch_tokens=128, held_out_fraction=0.2) | settings))
+    settings = DataSettings(
+        **(dict(max_length=32, batch_tokens=128, held_out_fraction=0.2, pair_share=0.0, masked_share=1.0) | settings)
+    )
     data = KDDataModule(str(teacher), str(text), settings, split)
     data.setup()
     return data

@@ -1,4 +1,7 @@
+import errno
+import hashlib
 import io
+import json
 import logging
 import re
 import shutil
@@ -20,12 +23,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdnas.arch import StudentArch
-from kdnas.errors import UserError
-from kdnas.export import ParityError, export_student
+from kdnas.errors import ParityError, UserError
+from kdnas.export import export_student, load_student, slower_shapes
+from kdnas.graph import write_onnx
 from kdnas.models import build_classifier, build_student, max_length, student_config
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "model.onnx", "README.md"}
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "manifest.json"}
+FILES |= {"model.onnx", "model.int8.onnx", "predict.py"}
 HOSTILE = 'a: "b" | c\n---\n# [d](http://e) <f> `g'
 CARD = {
     "name": HOSTILE,
@@ -57,6 +62,15 @@ def source(tiny_teacher: Path, tmp_path: Path) -> Path:
     return save_classifier(tiny_teacher, tmp_path / "source")
 
 
+@pytest.fixture(scope="module")
+def graph(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of ``source``."""
+    folder = tmp_path_factory.mktemp("graph")
+    model, tokenizer = load_student(save_classifier(tiny_teacher, folder / "source"))
+    write_onnx(model, folder / "model.onnx", tokenizer.model_input_names)
+    return folder / "model.onnx"
+
+
 def batches(folder: Path, form: str) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = (["paper"], [" ".join(["river"] * 100)], make_rows(5, seed=3))
@@ -86,12 +100,15 @@ def test_the_folder_holds_the_model_twice_with_tokenizer_and_card(classifier):
     _, folder, report = classifier
     assert {path.name for path in folder.iterdir()} == FILES
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
-    assert report == {
-        "max_abs_difference": report["max_abs_difference"],
+    assert report == report | {
         "onnx_megabytes": (folder / "model.onnx").stat().st_size / 1e6,
+        "int8_megabytes": (folder / "model.int8.onnx").stat().st_size / 1e6,
         "safetensors_megabytes": (folder / "model.safetensors").stat().st_size / 1e6,
         "opset": onnx.load(folder / "model.onnx").opset_import[0].version,
     }
+    assert report["int8"]["method"] in ("dynamic", "static") and 0.9 < report["int8"]["cosine"] <= 1
+    assert [(row["batch"], row["length"]) for row in report["latency"]][0] == (1, 16)
+    assert all(row[name] > 0 for row in report["latency"] for name in ("torch_ms", "onnx_ms", "int8_ms"))
     assert 0 <= report["max_abs_difference"] <= 1e-4
     assert {path.name for path in folder.parent.iterdir()} == {"source", "student"}
 
@@ -202,19 +219,21 @@ def ignore_mask(batch):
 @pytest.mark.parametrize(
     ("change_batch", "change_logits", "message"),
     [
-        (dict, add_half, "by 0.5 at batch x length 8 x 16; 0.0001 is allowed"),
-        (dict, lose_a_number, "by nan at batch x length 8 x 16"),
-        (ignore_mask, np.copy, r"by [\d.e-]+ at batch x length [238] x"),
+        (dict, add_half, "by 0.5 at batch x length 8 x 1; 0.0001 is allowed"),
+        (dict, lose_a_number, "by nan at batch x length 8 x 1"),
+        (ignore_mask, np.copy, r"by [\d.e-]+ at batch x length 8 x [235]"),
     ],
 )
 def test_a_graph_that_disagrees_leaves_the_old_folder_as_it_was(
-    source: Path, tmp_path: Path, monkeypatch, change_batch, change_logits, message
+    source: Path, graph: Path, tmp_path: Path, monkeypatch, change_batch, change_logits, message
 ):
     class Off(onnxruntime.InferenceSession):
         def run(self, names, batch):
             return [change_logits(logits) for logits in super().run(names, change_batch(batch))]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
+    # The same weights: what the exporter would write.
+    monkeypatch.setattr("kdnas.export.write_onnx", lambda model, path, names: shutil.copy(graph, path))
     folder = tmp_path / "student"
     folder.mkdir()
     (folder / "old").write_text("old")
@@ -254,3 +273,83 @@ def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(source: Path,
     with pytest.raises(UserError, match=f"Cannot export {re.escape(repr(str(source)))}: .*({reason})"):
         export_student(source, tmp_path / "student", card=PLAIN)
     assert not (tmp_path / "student").exists()
+
+
+# What is new beside the graph
+
+
+@pytest.fixture
+def fast(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of ``source`` without the exporter's seconds."""
+    monkeypatch.setattr("kdnas.export.write_onnx", lambda model, path, names: shutil.copy(graph, path))
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_manifest_has_the_hash_of_every_file_and_what_was_checked(source: Path, tmp_path: Path):
+    report = export_student(source, tmp_path / "student", card=PLAIN, min_seconds=0.001)
+    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
+    assert set(manifest["files"]) == FILES - {"manifest.json"}
+    for name, known in manifest["files"].items():
+        content = (tmp_path / "student" / name).read_bytes()
+        assert known == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert manifest["checks"] == json.loads(json.dumps(report))
+    assert "Licence: not stated" in (tmp_path / "student" / "README.md").read_text()
+    export_student(
+        source, tmp_path / "licensed", card=PLAIN | {"license": "mit", "text": "a b"}, length=9, min_seconds=0.001
+    )
+    text = (tmp_path / "licensed" / "README.md").read_text()
+    assert ModelCard(text).data.license == "mit" and "distilled on a b." in text and "up to 9 tokens" in text
+    assert AutoTokenizer.from_pretrained(tmp_path / "licensed").model_max_length == 9
+
+
+@pytest.mark.usefixtures("fast")
+def test_predict_needs_neither_torch_nor_transformers(source: Path, tmp_path: Path):
+    folder = tmp_path / "student"
+    export_student(source, folder, card=PLAIN, min_seconds=0.001)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'kdnas')))\n"
+        "import runpy; sys.argv = ['predict.py', *sys.argv[1:]]; runpy.run_path('predict.py', run_name='__main__')"
+    )
+
+    def predict(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, capture_output=True, text=True)
+
+    done = predict("the river", "paper " * 100)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["the river", "paper " * 100], padding=True, truncation=True, return_tensors="pt")
+    expected = model(**batch).logits.softmax(-1).max(-1)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["label"] for row in found] == [model.config.id2label[int(i)] for i in expected.indices], done.stderr
+    assert [row["probability"] for row in found] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    pair = json.loads(predict("--int8", "--pair", "the river", "a stone").stdout)
+    batch = tokenizer("the river", "a stone", return_tensors="pt")
+    assert pair["probability"] == pytest.approx(float(model(**batch).logits.softmax(-1).max()), abs=0.05)
+    assert predict().returncode == predict("--pair", "one").returncode == predict("--help").returncode == 2
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("length", [1, 41])
+def test_a_length_beyond_the_positions_is_refused(source: Path, tmp_path: Path, length: int):
+    with pytest.raises(UserError, match=f"length is {length}: the student .* takes from 2 to 40 tokens"):
+        export_student(source, tmp_path / "student", card=PLAIN, length=length)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_full_disk_and_a_wrong_tokenizer_leave_nothing(source: Path, tmp_path: Path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("kdnas.export.write_best_int8", full)
+        export_student(source, tmp_path / "student", card=PLAIN)
+    with monkeypatch.context() as patch, pytest.raises(ParityError, match="The input_ids of predict.py differ"):
+        patch.setattr("kdnas.predict.Predictor.encode", lambda self, texts: {"input_ids": np.zeros((3, 2))})
+        export_student(source, tmp_path / "student", card=PLAIN)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_slower_shapes_are_those_where_int8_is_slower():
+    rows = [{"batch": 1, "length": 16, "onnx_ms": 1.0, "int8_ms": 1.1}, {"batch": 8, "length": 9, "onnx_ms": 3.0}]
+    rows[1]["int8_ms"] = 2.0
+    assert slower_shapes({"latency": rows}) == ["1 x 16"]

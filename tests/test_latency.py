@@ -1,7 +1,9 @@
+import importlib.util
 import itertools
 import math
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from transformers import AutoConfig, BertConfig
 import kdnas.latency
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
+from kdnas.graph import write_deployed
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, LatencySettings, measure_latency
 from kdnas.models import build_classifier, max_length, num_parameters, student_config
 
@@ -67,15 +70,23 @@ def test_more_work_takes_longer_whatever_the_order():
         assert latency.median_ms > 0 and latency.iqr_ms >= 0 and latency.num_runs >= 3
 
 
-def test_time_is_in_milliseconds(monkeypatch):
+def test_times_are_milliseconds_and_rates_a_second(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(
-        kdnas.latency,
-        "Timer",
-        lambda *args, **kwargs: torch.utils.benchmark.Timer(*args, timer=lambda: 0.25 * next(ticks), **kwargs),
-    )
-    (latency,) = measure_latency([Probe()], FAST)
-    assert latency == Latency(median_ms=250.0, iqr_ms=0.0, num_runs=3)
+    monkeypatch.setattr(kdnas.latency.time, "perf_counter", lambda: 0.25 * next(ticks))
+    (latency,) = measure_latency([Probe()], LatencySettings(batch_size=2, length=8, min_seconds=0.01))
+    assert latency == Latency(250.0, 0.0, 3, p95_ms=250.0, tokens_per_second=64.0, sequences_per_second=8.0)
+
+
+def test_quantiles_are_those_of_single_passes():
+    # Two batches, of 2 rows with 3 and 5 tokens and of 1 row with 7, ten passes each.
+    times = [value for i in range(10) for value in (0.001 * (i + 1), 0.011 + 0.001 * i)]
+    latency = kdnas.latency._summary(times, [[3, 5], [7]])
+    assert latency.median_ms == pytest.approx(10.5)
+    assert latency.iqr_ms == pytest.approx(9.5)
+    assert latency.p95_ms == pytest.approx(19.05)
+    assert latency.num_runs == 20
+    assert latency.tokens_per_second == pytest.approx(15 / (0.0055 + 0.0155))
+    assert latency.sequences_per_second == pytest.approx(3 / (0.0055 + 0.0155))
 
 
 def test_models_take_turns_in_several_rounds():
@@ -253,3 +264,131 @@ def test_a_median_that_is_no_time_fails_the_candidate(tiny_teacher: Path, monkey
     for _ in range(2):  # a failure is not remembered
         with pytest.raises(CandidateFailed, match=f"The {role}'s latency .* is {median} ms"):
             meter.measure(ARCH)
+
+
+# Backends
+
+
+@pytest.fixture
+def lengths_file(tmp_path: Path) -> Path:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text('5\n{"length": 9}\n\n17\n3\n')
+    return path
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the graph of a classifier in both precisions."""
+    folder = tmp_path_factory.mktemp("graphs")
+    write_deployed(build_classifier(AutoConfig.from_pretrained(tiny_teacher)).eval(), folder, int8=True)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch-bf16", "onnxruntime"])
+def test_a_model_is_measured_by_a_backend_and_comes_back_as_it_was(tiny_teacher: Path, backend):
+    model = build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (latency,) = measure_latency([model], LatencySettings(backend=backend, length=8, min_seconds=0.01))
+    assert 0 < latency.median_ms <= latency.p95_ms
+    assert latency.tokens_per_second == pytest.approx(8 * latency.sequences_per_second)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all(value.dtype == torch.float32 and value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_bf16_is_in_bfloat16():
+    seen = []
+
+    class Bf16(Probe):
+        def forward(self, **batch):
+            seen.append(self.linear.weight.dtype)
+
+    measure_latency([Bf16()], LatencySettings(backend="torch-bf16", length=8, min_seconds=1e-6))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_graph_is_in_eight_bits_where_that_is_asked_for(graphs: Path):
+    kinds = {path.name: {t.data_type for t in onnx.load(path).graph.initializer} for path in graphs.glob("*.onnx")}
+    assert kinds.keys() == {"model.onnx", "model.int8.onnx"}
+    assert onnx.TensorProto.INT8 in kinds["model.int8.onnx"] and onnx.TensorProto.INT8 not in kinds["model.onnx"]
+    assert (graphs / "model.int8.onnx").stat().st_size < 0.6 * (graphs / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-int8"])
+def test_the_meter_writes_its_teacher_once_and_every_student(tiny_teacher: Path, graphs: Path, monkeypatch, backend):
+    written, opened = [], []
+    open_session = kdnas.latency.open_session
+
+    def write(model, folder, int8):
+        written.append((model.config.hidden_size, model.training, int8))
+        return graphs / ("model.int8.onnx" if int8 else "model.onnx")
+
+    def watch(path, num_threads):
+        opened.append((path.name, num_threads))
+        return open_session(path, num_threads)
+
+    monkeypatch.setattr(kdnas.latency, "write_deployed", write)
+    monkeypatch.setattr(kdnas.latency, "open_session", watch)
+    settings = LatencySettings(backend=backend, length=8, num_threads=2, min_seconds=0.01)
+    meter = LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), settings)
+    assert meter.measure(ARCH).speedup > 0
+    meter.measure(StudentArch(2, 2, 32, 64))
+    int8 = backend == "onnxruntime-int8"
+    assert sorted(written) == [(32, False, int8), (32, False, int8), (64, False, int8)]
+    assert opened == [("model.int8.onnx" if int8 else "model.onnx", 2)] * 4
+
+
+def test_a_workload_is_a_sample_of_real_lengths_with_padding(lengths_file: Path):
+    seen = []
+    settings = LatencySettings(lengths=str(lengths_file), batch_size=2, min_seconds=1e-6)
+    (latency,) = measure_latency([Probe(lambda _, batch: seen.append(batch["attention_mask"].clone()))], settings)
+    assert sorted(itertools.chain(*settings.batches())) == [3, 5, 9, 17]
+    shapes = {tuple(mask.sum(1).tolist()): mask.shape[1] for mask in seen}
+    assert set(shapes) == {tuple(batch) for batch in settings.batches()}
+    assert all(width == max(rows) for rows, width in shapes.items())
+    assert latency.tokens_per_second == pytest.approx(latency.sequences_per_second * 34 / 4)
+
+
+def test_a_long_workload_is_sampled_and_a_short_one_is_one_batch(tmp_path: Path):
+    path = tmp_path / "lengths.jsonl"
+    path.write_text("".join(f"{i + 1}\n" for i in range(1000)))
+    batches = LatencySettings(lengths=str(path), batch_size=4).batches()
+    assert [len(batch) for batch in batches] == [4] * 32
+    assert batches == LatencySettings(lengths=str(path), batch_size=4).batches()
+    assert max(map(max, batches)) > 900 and min(map(min, batches)) < 100
+    path.write_text("4\n5\n")
+    assert sorted(LatencySettings(lengths=str(path), batch_size=8).batches()[0]) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("3\n0\n", "has 0"), ("true\n", "has True"), ('{"size": 3}\n', "has None"), ("3\nx\n", "read")],
+)
+def test_a_file_of_lengths_that_is_none_is_refused(tmp_path: Path, text, message):
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"lengths of latency: .*{message}"):
+        LatencySettings(lengths=str(path)).batches()
+    with pytest.raises(UserError, match="cannot read '/nowhere.jsonl'"):
+        LatencySettings(lengths="/nowhere.jsonl").batches()
+
+
+def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_teacher: Path):
+    lengths_file.write_text("5\n41\n")
+    with pytest.raises(UserError, match="length of latency is 41 in .*lengths.jsonl', .* takes 40 tokens"):
+        LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file)))
+
+
+def test_a_backend_that_is_unknown_or_missing_or_elsewhere_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="backend of latency is 'onnx'. Choose from: cuda, onnxruntime"):
+        LatencySettings(backend="onnx")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(UserError, match="torch sees no device 'cuda' for latency"):
+        LatencySettings(backend="cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert LatencySettings(backend="cuda").device == "cuda"
+    with pytest.raises(UserError, match="backend onnxruntime of latency runs on the CPU, not on 'cuda'"):
+        LatencySettings(backend="onnxruntime", device="cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else "here")
+    with pytest.raises(UserError, match="backend onnxruntime-int8 needs onnxruntime, .*: pip install onnxruntime"):
+        LatencySettings(backend="onnxruntime-int8")

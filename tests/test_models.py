@@ -1,4 +1,4 @@
-"""Every family's teachers and students, and every checkpoint that cannot be a teacher."""
+"""Teachers and students, and every checkpoint that cannot be a teacher; all families are in test_families.py."""
 
 import builtins
 import copy
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB, make_batch, make_tokenizer
+from conftest import VOCAB, make_batch, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
 from transformers.activations import ACT2FN
@@ -20,7 +20,6 @@ from kdnas import models
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError
 from kdnas.models import (
-    FAMILIES,
     build_classifier,
     build_student,
     embed,
@@ -59,11 +58,6 @@ def only_pickled(folder: Path) -> Path:
 def folder(tiny_teacher, tmp_path):
     """A copy of the tiny teacher, to be broken."""
     return Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
-
-
-def test_there_are_three_families_and_a_tiny_teacher_of_each():
-    assert set(FAMILIES) == set(CONFIGS)
-    assert len(FAMILIES) == 3
 
 
 # Teachers
@@ -217,7 +211,7 @@ def test_an_unknown_activation_is_refused_with_the_nearest(tiny_teacher):
 
 
 def test_a_config_of_another_family_is_refused():
-    with pytest.raises(UserError, match="'gpt2' is not supported. Choose from: albert, bert, roberta"):
+    with pytest.raises(UserError, match="'gpt2' is not supported: take an encoder .BERT, RoBERTa, .*, ModernBERT"):
         family_of(GPT2Config())
 
 
@@ -308,7 +302,9 @@ def test_a_config_with_a_bad_value_is_refused(folder):
 @pytest.mark.parametrize("model_type", ["bart", "no-such-type", None, 7])
 def test_another_family_is_refused(model_type, folder):
     edit_json(folder / "config.json", model_type=model_type)
-    assert refused(folder).startswith(f"A teacher of the family {model_type!r} is not supported.")
+    assert refused(folder).startswith(
+        f"A teacher of the family {model_type!r} is not supported: take an encoder (BERT, "
+    )
 
 
 def test_a_decoder_of_another_family_is_refused(tmp_path):
@@ -327,9 +323,7 @@ def test_a_decoder_of_another_family_is_refused(tmp_path):
 )
 def test_a_decoder_of_a_known_family_is_refused(values, folder):
     edit_json(folder / "config.json", **values)
-    assert refused(folder) == (
-        f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (bert, roberta, albert)."
-    )
+    assert f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, " in refused(folder)
 
 
 def test_a_folder_without_tokenizer_is_refused(folder):

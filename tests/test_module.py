@@ -61,7 +61,7 @@ def states(teacher, data, states_settings) -> TeacherStates:
 
 def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
     settings = dict(max_length=32, batch_tokens=300, held_out_fraction=0.3, mask_probability=0.3) | settings
-    data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
+    data = KDDataModule(str(teacher), str(text), DataSettings(**({"pair_share": 0.0, "masked_share": 1.0} | settings)))
     data.setup()
     return data
 

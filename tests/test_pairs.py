@@ -134,7 +134,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
-    settings = dict(max_length=32, batch_tokens=128, mask_probability=0.0, pair_share=0.5) | settings
+    settings = dict(max_length=32, batch_tokens=128, mask_probability=0.0, pair_share=0.5, masked_share=1.0) | settings
     data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
     data.setup()
     return data
@@ -274,4 +274,4 @@ def test_pairs_need_room_for_two_sentences():
     with pytest.raises(UserError, match="^max_length is 7: sentence pairs need at least 8 tokens"):
         DataSettings(pair_share=0.1, max_length=7)
     DataSettings(pair_share=0.1, max_length=8)
-    DataSettings(max_length=7)
+    DataSettings(pair_share=0.0, max_length=7)

@@ -1,6 +1,7 @@
 """The whole job through the command line, on a tiny teacher."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from kdnas.training import fit
 ARTEFACTS = (
     "config.yaml study.db trials.csv best_student.yaml trial_0000 full_kd/result.json full_kd/encoder "
     "glue/results.json glue/teacher/result.json glue/student/result.json glue/random/result.json student/config.json "
-    "student/model.safetensors student/tokenizer.json student/model.onnx report.html"
+    "student/model.safetensors student/tokenizer.json student/model.onnx report.html manifest.json"
 ).split()
 
 
@@ -112,6 +113,10 @@ def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
         "the same table, the same last lines"
     )
     assert snapshot(tmp_path / "logs") == before
+    assert main(["verify", str(run)]) == 0
+    (run / "manifest.json").unlink()  # killed before its last moment
+    assert main(command) == 0
+    assert main(["verify", str(run)]) == 0
 
 
 def test_export_is_a_plain_folder_without_teacher_or_projections(command: list[str], tmp_path: Path) -> None:
@@ -162,7 +167,7 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
         "write_json",
         "evaluate_glue",
         "measure_latency",
-        "export_student",
+        "export_run",
         "write_report",
     ):
         with monkeypatch.context() as patch:
@@ -209,6 +214,44 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]
     assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
+
+
+def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark, run = tmp_path / "ran", tmp_path / "logs/tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_full_kd", lambda *args: [][0])
+        with pytest.raises(IndexError):
+            main([*command, "--task=null"])
+    (run / "full_kd").mkdir()
+    for save, message in (
+        (lambda path: torch.save({"state_dict": Payload(mark)}, path), "holds more than tensors"),
+        (lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)), "holds more than tensors"),
+        (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
+        (lambda path: torch.save({"a": 1}, path), "is no checkpoint of a fit"),
+    ):
+        save(run / "full_kd/last.ckpt")
+        assert main([*command, "--task=null"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and "full_kd/last.ckpt' is" in error and not mark.exists()
+    (run / "full_kd/last.ckpt").unlink()
+    for weights in run.glob("trial_*/weights.safetensors"):
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    assert main([*command, "--task=null"]) == 2
+    assert "weights.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
 
 
 def test_full_kd_goes_on_from_the_best_candidates_weights(

@@ -57,6 +57,13 @@ def test_a_folder_that_nobody_can_write_to_is_refused_with_the_reason():
         Run("/proc/kdnas", "a").check_writable()
 
 
+def test_a_run_that_is_a_link_out_of_the_root_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{tmp_path}/a' is a link to '{tmp_path}/elsewhere'"):
+        Run(tmp_path, "a").check_writable()
+
+
 @pytest.mark.parametrize("mode", [0o555, 0o000])
 def test_a_folder_without_permission_is_refused(mode):
     user = os.geteuid()
@@ -99,6 +106,13 @@ def test_json_comes_back_as_it_was_written(tmp_path):
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
     assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+@pytest.mark.parametrize("content", [b"", b'{"loss": 0.', b"\xff", b"[" * 100_000])
+def test_damaged_json_is_refused_by_name_with_the_remedy(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json' is damaged .*: delete it"):
+        read_json(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -23,7 +23,7 @@ LAYERS = [0, 2, 3]
 
 def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
     settings = dict(max_length=32, batch_tokens=512, held_out_fraction=0.3) | settings
-    data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
+    data = KDDataModule(str(teacher), str(text), DataSettings(**({"pair_share": 0.0, "masked_share": 1.0} | settings)))
     data.setup()
     return data
 

@@ -34,6 +34,8 @@ PACKAGES = {
     "sqlalchemy": ("sa",),
     "sympy": ("sym",),
 }
+# A source with a smaller share of usable rows is the wrong one, or the wrong column.
+LEAST_USABLE = 0.01
 _SKIPPED = {
     "_vendor",
     "_vendored",
@@ -78,7 +80,7 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column, holds a value that is no
-            text or a character that no text holds, or has fewer than two usable rows.
+            text or a character that no text holds, has fewer than two usable rows, or hardly any among many.
     """
     if not 0 < held_out_fraction < 1:
         raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
@@ -94,6 +96,11 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
     if len(splits) < 2:
         found = "only one usable row" if splits else "no usable rows"
         raise UserError(f"{text!r} has {found} ({dropped}): give at least two distinct rows of text.")
+    if len(splits) < LEAST_USABLE * (num_rows := len(splits) + sum(dropped.values())):
+        raise UserError(
+            f"{text!r} has {num_rows:,} rows, and only {len(splits):,} of them are usable ({dropped}): "
+            f"is {column!r} the right column? Remove the others if it is."
+        )
     given = set(splits.values())
     shares = {row: _share(f"{seed}\n{row}") for row, split in splits.items() if split is None}
     fewest, most = int("held_out" not in given), len(shares) - int("train" not in given)

@@ -2,8 +2,7 @@
 
 import copy
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -11,9 +10,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.loader import LengthGroupedBatches, ResumableLoader
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
 from kdnas.errors import UserError
@@ -72,9 +72,9 @@ class DataSettings:
     mini_fraction: float = 0.3
     max_length: int = 128
     batch_tokens: int = 4096
-    pair_share: float = 0.0
+    pair_share: float = 0.5
     mask_probability: float = 0.15
-    masked_share: float = 1.0
+    masked_share: float = 0.5
     num_mask_variants: int = 1
     seed: int = 0
     num_workers: int = 0
@@ -91,7 +91,10 @@ class DataSettings:
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
-            raise UserError(f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens.")
+            raise UserError(
+                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens. "
+                "Without pairs, set pair_share to 0."
+            )
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
@@ -170,97 +173,6 @@ class TokenRows(Dataset[Batch]):
             "sample_ids": torch.from_numpy(np.asarray(sample_ids, dtype=np.int64)),
             "variant": torch.tensor(variant),
         }
-
-
-class LengthGroupedBatches(DistributedSampler[Any]):
-    """Batches of rows of similar length within a budget of tokens, each rank its own; yields (variant, sample ids).
-
-    A DistributedSampler, so that Lightning neither replaces it nor forgets to tell it the epoch.
-
-    Args:
-        padded_lengths: what every row of the dataset is padded to, in tokens.
-        sample_ids: the rows to go through, each once an epoch over all ranks.
-        batch_tokens: rows times padded length of a batch is at most this.
-        shuffle: another order each epoch, and masks by epoch; else sorted by padded length with masks number 0.
-        num_variants: number of masks a row has.
-        seed: of the order.
-        rank: this process.
-        num_ranks: number of processes.
-    """
-
-    def __init__(
-        self,
-        padded_lengths: IntArray,
-        sample_ids: IntArray,
-        batch_tokens: int,
-        *,
-        shuffle: bool,
-        num_variants: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
-    ) -> None:
-        self.padded_lengths, self.sample_ids, self.batch_tokens = padded_lengths, sample_ids, batch_tokens
-        self.shuffle, self.num_variants, self.seed = shuffle, num_variants, seed
-        self.rank, self.num_ranks = rank, num_ranks
-        self.epoch = 0
-
-    def batches(self) -> list[IntArray]:
-        """The batches of this epoch, over all ranks; their number is a multiple of the number of ranks."""
-        generator = np.random.default_rng([self.seed, self.epoch])
-        rows = generator.permutation(self.sample_ids) if self.shuffle else self.sample_ids
-        # Only rows of one padded length change places, so that every epoch has the same number of batches: Lightning
-        # counts them once, and leaves out what a longer epoch has more, and the validation of a shorter one.
-        rows = rows[np.argsort(self.padded_lengths[rows], kind="stable")]
-        batches, start = [], 0
-        for end, length in enumerate(self.padded_lengths[rows]):
-            if (end - start + 1) * length > self.batch_tokens and end > start:
-                batches.append(rows[start:end])
-                start = end
-        batches.append(rows[start:])
-        # DDP waits for every rank at every step: halve the largest batches until all ranks have as many.
-        while len(batches) % self.num_ranks:
-            batches.sort(key=len)
-            largest = batches.pop()
-            if len(largest) < 2:
-                raise UserError(
-                    f"{len(self.sample_ids)} rows cannot be shared by {self.num_ranks} processes: use fewer processes."
-                )
-            batches += [largest[::2], largest[1::2]]
-        return [batches[i] for i in generator.permutation(len(batches))] if self.shuffle else batches
-
-    def __iter__(self) -> Iterator[tuple[int, IntArray]]:
-        variant = self.epoch % self.num_variants if self.shuffle else 0
-        for batch in self.batches()[self.rank :: self.num_ranks]:
-            yield variant, batch
-
-    def __len__(self) -> int:
-        return len(self.batches()) // self.num_ranks
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that goes on within an epoch: its state is the number of batches given, and is kept in checkpoints.
-
-    Its order of rows must be fixed by the epoch, as that of ``LengthGroupedBatches`` is.
-    """
-
-    _num_given = 0
-    _num_to_skip = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch were given; 0 at its end, for the next one begins at the beginning."""
-        return {"num_given": self._num_given % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out so many batches of the next epoch that is gone through."""
-        self._num_to_skip = state["num_given"]
-
-    def __iter__(self) -> Any:
-        # Lightning may call iter() twice before an epoch; what follows runs at the first next().
-        self._num_given, self._num_to_skip = self._num_to_skip, 0
-        for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
-            self._num_given += 1
-            yield batch
 
 
 class KDDataModule(pl.LightningDataModule):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdnas.families import dot_scores
 from kdnas.models import additive_mask
 
 
@@ -36,8 +37,12 @@ def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tens
         key_BATD: the same.
         mask_BT: True on real tokens.
     """
-    scores = (query_BATD * query_BATD.shape[-1] ** -0.5) @ key_BATD.transpose(-1, -2)
-    return (scores + additive_mask(mask_BT, scores.dtype)).softmax(-1)
+    return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
+
+
+def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
+    """``softmax over real tokens m of scores(n, m)``; exactly 0 where m is padding."""
+    return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
 from kdnas.distill.sentences import PairComparison
 from kdnas.distill.teacher import LayerStats, StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.models import Teacher, build_student, encode, find_teacher
+from kdnas.models import Teacher, build_student, encode, find_teacher, refuse_other_inputs
 from kdnas.student_init import FromTeacher, Start, Started
 from kdnas.training import ClipFusedGradients, release_memory
 
@@ -119,6 +119,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, KDDataModule):
             raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
+        if data.tokenizer != self._teacher.name:
+            refuse_other_inputs(find_teacher(data.tokenizer), self._teacher)
         if self.states is None:
             device = str(self.trainer.strategy.root_device)
             self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)

@@ -16,19 +16,50 @@ from transformers.activations import ACT2FN
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import ridge_map
-from kdnas.models import embed, encode, family_of
+from kdnas.families import arch_of, family_of
+from kdnas.models import embed, embedding_mapping, embedding_norm, encode
 
 
-def project_tables(ours: Any, theirs: Any, basis_TS: Tensor) -> None:
-    """Embedding tables in another basis.
+def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
+    """Give a narrower student the teacher's embedding output in another basis, as far as a layer norm lets it.
 
     Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
-    what is left of gamma is how much smaller the projected vector is than the centred one.
+    what is left of gamma is how much smaller the projected vector is than the centred one. Tables of a width of their
+    own stay as they are, and the map behind them is projected.
+
+    Args:
+        student: changed in place.
+        teacher: of the same family.
+        basis_TS: from the teacher's stream to the student's, (H_t, H_s).
     """
-    fold_TS = theirs.LayerNorm.weight[:, None] * basis_TS
-    fold_TS = fold_TS - fold_TS.mean(0)
-    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        getattr(ours, name).weight.copy_(getattr(theirs, name).weight @ fold_TS)
+    ours: Any = student.embeddings
+    theirs: Any = teacher.embeddings
+    mapping, source = embedding_mapping(student), embedding_mapping(teacher)
+    if mapping is not None:
+        ours.load_state_dict(theirs.state_dict())
+        mapping.weight.copy_(basis_TS.T @ source.weight)
+        mapping.bias.copy_(basis_TS.T @ source.bias)
+        return
+    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the tables.
+    fold, shift = (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
+    norm, their_norm = embedding_norm(student), embedding_norm(teacher)
+    centred = their_norm.weight[:, None] * fold
+    centred = centred - centred.mean(0)
+    for name, table in theirs.named_children():
+        if isinstance(table, nn.Embedding):
+            getattr(ours, name).weight.copy_(table.weight @ centred)
+    models: tuple[Any, Any] = (student, teacher)
+    words, their_words = (model.get_input_embeddings().weight for model in models)
+    norm.weight.fill_(float((words.std(-1) / their_words.std(-1)).nanmean()))
+    if norm.bias is not None:
+        norm.bias.copy_(their_norm.bias @ fold + shift)
+
+
+def copied_tables(student: PreTrainedModel) -> frozenset[str]:
+    """The names of the parameters that ``start_embeddings`` leaves as the teacher has them."""
+    if embedding_mapping(student) is None:
+        return frozenset()
+    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
 
 
 def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
@@ -61,6 +92,7 @@ class _Narrowing:
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> None:
         self.student, self.teacher, self.rows = student, teacher, rows
         self.names = family_of(teacher.config).names
+        self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
         self.masks = [batch["attention_mask"].bool() for batch in rows]
         _, embedded = self._embedded(teacher)
         layers = family_of(teacher.config).layers(teacher)
@@ -85,9 +117,8 @@ class _Narrowing:
 
     def _embedded(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """What goes into the embedding's layer norm, and what comes out of it."""
-        embeddings: Any = model.embeddings
         before: list[Tensor] = []
-        with embeddings.LayerNorm.register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
+        with embedding_norm(model).register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
             after = [embed(model, batch) for batch in self.rows]
         flat = [torch.cat([t[mask] for t, mask in zip(ts, self.masks, strict=True)]) for ts in (before, after)]
         return flat[0], flat[1]
@@ -98,10 +129,10 @@ class _Narrowing:
         sources = first_layers(len(ours), len(theirs))
         ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
         self.basis = self._basis([-1, *ends])
-        embeddings: Any = self.student.embeddings
-        project_tables(embeddings, self.teacher.embeddings, self.basis)
-        before, _ = self._embedded(self.student)
-        z = self._fit_norm(embeddings.LayerNorm, before, self.stream[-1] @ self.basis)
+        start_embeddings(self.student, self.teacher, self.basis)
+        before, z = self._embedded(self.student)
+        if embedding_mapping(self.student) is None:
+            z = self._fit_norm(embedding_norm(self.student), before, self.stream[-1] @ self.basis)
         kept = []
         for layer, source, end in zip(ours, sources, ends, strict=True):
             z, heads = self._layer(layer, theirs, source, end, z)
@@ -110,7 +141,7 @@ class _Narrowing:
 
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
-        width = self.student.config.hidden_size
+        width = self.ours.hidden_size
         covariances = [torch.cov(self.stream[layer].float().T).double() for layer in layers]
         total = sum((c / c.trace() for c in covariances), torch.zeros_like(covariances[0]))
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
@@ -124,17 +155,17 @@ class _Narrowing:
         self, layer: nn.Module, theirs: list[nn.Module], source: int, end: int, z: Tensor
     ) -> tuple[Tensor, tuple[int, ...]]:
         """Make one student layer; its stream after it, and the teacher's heads that it has."""
-        names, config = self.names, self.student.config
+        names, ours = self.names, self.ours
         part = layer.get_submodule
         run = self._teacher_layer(theirs[source], self.stream[source - 1].float())
         heads = self._important_heads(theirs[source], run["value"])
         queries, keys, values = self._cut(theirs[source], run, heads)
         for parameter in part(names.key).parameters():
             parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
-        query = fit_linear(part(names.query), z, queries, config.num_attention_heads)
-        key = fit_linear(part(names.key), z, keys, config.num_attention_heads)
-        value = fit_linear(part(names.value), z, values, config.num_attention_heads)
-        context = self._attend(query, key, value, config.num_attention_heads)
+        query = fit_linear(part(names.query), z, queries, ours.num_attention_heads)
+        key = fit_linear(part(names.key), z, keys, ours.num_attention_heads)
+        value = fit_linear(part(names.value), z, values, ours.num_attention_heads)
+        context = self._attend(query, key, value, ours.num_attention_heads)
         target, wanted = self._wanted(
             theirs[source].get_submodule(names.attention_norm), run["attention"], run["attention_scale"]
         )
@@ -142,12 +173,12 @@ class _Narrowing:
         z = self._fit_norm(part(names.attention_norm), z, target)
         out: Any = theirs[source].get_submodule(names.output)
         importance = run["activity"] * (out.weight.T @ self.basis).norm(dim=1)
-        neurons = importance.topk(config.intermediate_size).indices.sort().values
+        neurons = importance.topk(ours.intermediate_size).indices.sort().values
         inner = fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
         del run
         norm = theirs[end].get_submodule(names.output_norm)
         target, wanted = self._wanted(norm, self.stream[end].float(), self.output_scale[end])
-        z = z + fit_linear(part(names.output), ACT2FN[config.hidden_act](inner), wanted - z)
+        z = z + fit_linear(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 
     def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -156,11 +187,11 @@ class _Narrowing:
         part = layer.get_submodule
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
-            context = self._attend(query, key, value, self.teacher.config.num_attention_heads)
+            context = self._attend(query, key, value, self.theirs.num_attention_heads)
             before_norm = x + part(names.attention_output)(context).float()
             attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention)
-            activated = ACT2FN[self.teacher.config.hidden_act](intermediate)
+            activated = ACT2FN[self.theirs.hidden_act](intermediate)
         return {
             "query": query,
             "key": key,
@@ -193,18 +224,18 @@ class _Narrowing:
     def _important_heads(self, source: nn.Module, value: Tensor) -> list[int]:
         """The heads whose values move the stream most, as many as the student has, in their order."""
         out: Any = source.get_submodule(self.names.attention_output)
-        per_head = self.teacher.config.num_attention_heads
+        per_head = self.theirs.num_attention_heads
         moved = [
             (weight @ torch.cov(values.T) * weight).sum()  # the variance of values @ weight.T
             for values, weight in zip(value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True)
         ]
-        chosen = torch.stack(moved).topk(self.student.config.num_attention_heads).indices.tolist()
+        chosen = torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist()
         return sorted(chosen)
 
     def _cut(self, source: nn.Module, run: dict[str, Tensor], heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the kept heads, each in as many dimensions as a student's head has."""
-        num_theirs = self.teacher.config.num_attention_heads
-        size = self.student.config.hidden_size // self.student.config.num_attention_heads
+        num_theirs = self.theirs.num_attention_heads
+        size = self.ours.hidden_size // self.ours.num_attention_heads
         out: Any = source.get_submodule(self.names.attention_output)
         query, key, value = (run[name].chunk(num_theirs, -1) for name in ("query", "key", "value"))
         weights = out.weight.chunk(num_theirs, -1)

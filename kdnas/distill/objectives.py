@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import LastAndSkip, LayerMapping
-from kdnas.distill.losses import attention_map, ridge_map, squared_error
+from kdnas.distill.losses import attention_map, masked_softmax, ridge_map, squared_error
 from kdnas.distill.narrowing import fit_linear
 from kdnas.errors import UserError
-from kdnas.models import family_of, matmul_dtype
+from kdnas.families import Family, attention_part, family_of
+from kdnas.models import matmul_dtype
 from kdnas.student_init import Started
 
 
@@ -49,6 +50,11 @@ class View:
         self._padded, self._real = padded or {}, real or {}
         self._inputs: dict[int, Tensor] = {}
 
+    @property
+    def family(self) -> Family:
+        """The row of the table for the model."""
+        return family_of(self.model.config)
+
     def real(self, layer: int) -> Tensor:
         """States of the real tokens, (N, H)."""
         if layer not in self._real:
@@ -65,19 +71,24 @@ class View:
         return self._padded[layer]
 
     def _input(self, layer: int) -> Tensor:
-        """States as the maps of the next layer take them, converted once."""
+        """What the queries, keys and values of a layer are made of, computed once."""
         if layer not in self._inputs:
-            self._inputs[layer] = self.padded(layer).to(matmul_dtype(self.model))
+            states = self.padded(layer - 1)
+            if self.family.norm_first:
+                states = self.family.layers(self.model)[layer].get_submodule(self.family.names.attention_norm)(states)
+            self._inputs[layer] = states.to(matmul_dtype(self.model))
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
         """Queries, keys or values of a layer, cut into heads, of which only the chosen: (B, A, T, H / num_heads)."""
-        family = family_of(self.model.config)
-        linear: Any = family.layers(self.model)[layer].get_submodule(getattr(family.names, part))
-        weight, bias = (parameter.unflatten(0, (num_heads, -1)) for parameter in (linear.weight, linear.bias))
+        weight, bias = (
+            None if parameter is None else parameter.unflatten(0, (num_heads, -1))
+            for parameter in attention_part(self.family, self.family.layers(self.model)[layer], part)
+        )
+        assert weight is not None
         if chosen is not None:
-            weight, bias = weight[chosen], bias[chosen]
-        flat_BTH = F.linear(self._input(layer - 1), weight.flatten(0, 1), bias.flatten())
+            weight, bias = weight[chosen], None if bias is None else bias[chosen]
+        flat_BTH = F.linear(self._input(layer), weight.flatten(0, 1), None if bias is None else bias.flatten())
         return flat_BTH.unflatten(-1, (len(weight), -1)).transpose(1, 2)
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
@@ -85,8 +96,12 @@ class View:
         if self._maps is not None and chosen is None:
             return self._maps[layer]
         num_heads = self.model.config.num_attention_heads
-        query, key = (self.heads(layer, part, num_heads, chosen) for part in ("query", "key"))
-        return attention_map(query, key, self.mask_BT)
+        if self.family.scores is None:
+            query, key = (self.heads(layer, part, num_heads, chosen) for part in ("query", "key"))
+            return attention_map(query, key, self.mask_BT)
+        query, key = (self.heads(layer, part, num_heads) for part in ("query", "key"))
+        scores = self.family.scores(self.model, layer, query, key)
+        return masked_softmax(scores if chosen is None else scores[:, chosen], self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
         """The mean over the marked tokens of the last layer's states, in float32, (B, H)."""

@@ -1,5 +1,6 @@
 """Muon for the matrices of a student's layers, AdamW for the rest, as one optimizer."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -54,4 +55,4 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may take a parameter of a module whose student is ``student``: a matrix, no table, no projection."""
-    return parameter.ndim == 2 and name.startswith("student.") and "embeddings" not in name
+    return parameter.ndim == 2 and name.startswith("student.") and not re.search("embeddings|attention_bias", name)

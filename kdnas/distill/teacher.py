@@ -11,7 +11,8 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import Batch, KDDataModule, LengthGroupedBatches
+from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distill.cache import Precision, StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError

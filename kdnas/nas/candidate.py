@@ -27,6 +27,7 @@ from kdnas.nas.callbacks import (
     PruneByHeldOutLoss,
     RewardAfterFit,
 )
+from kdnas.runs import file_sha256
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
 
 # In a trial's folder: what was trained, which full KD goes on from.
@@ -136,6 +137,7 @@ class Evaluator:
         weights = self.folder(trial.number) / WEIGHTS
         save_file(module.state_dict(), partial := weights.with_name(f".{WEIGHTS}.partial"))
         os.replace(partial, weights)
+        trial.set_user_attr("weights_sha256", file_sha256(weights))
         for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)

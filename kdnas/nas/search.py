@@ -121,22 +121,41 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def bury_dead(study: Study, is_new: bool = True) -> None:
+def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | None = None) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
     Args:
         study: whose.
         is_new: whether this process has no trial yet.
+        deaths: what processes died of, by their number, as far as that is known.
+
+    Returns:
+        The processes whose trials were ended.
     """
+    buried = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
         is_ours = pid == os.getpid() and not is_new  # else the number was used again
         if host == platform.node() and pid is not None and not is_ours and not _is_alive(pid):
-            try:
-                study.tell(trial.number, state=TrialState.FAIL)
-            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                continue  # another worker that looks at this moment was first
-            _try_again(study, trial)
+            buried.add(pid)
+            if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
+                _try_again(study, trial)
+    return buried
+
+
+def end_trial(study: Study, trial: FrozenTrial, attribute: str, reason: str) -> bool:
+    """Fail a trial of a process that is no more, and write down why.
+
+    Returns:
+        False where it had ended already, or another worker was first.
+    """
+    try:
+        if reason:
+            optuna.Trial(study, trial._trial_id).set_user_attr(attribute, reason)
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        return False
+    return True
 
 
 def _try_again(study: Study, trial: FrozenTrial) -> None:
@@ -153,7 +172,8 @@ def failure_of(trial: FrozenTrial) -> str | None:
     if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
         return None
     if reason is None and "retry_of" in trial.user_attrs:
-        return f"its process died, as that of trial {trial.user_attrs['retry_of']} did"
+        of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
+        return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
     return reason
 
 
@@ -238,6 +258,8 @@ def search(
                 raise
             except Exception as error:  # whatever a candidate dies of, the search goes on
                 reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+                if isinstance(error, MemoryError) or re.search("(?i)out of memory|can.t allocate memory", reason):
+                    reason = f"out of memory: {first_line(error)}"
                 trial.set_user_attr("failed", reason)
                 log.warning("Trial %d failed: %s", trial.number, reason)
                 raise CandidateFailed(reason) from error
@@ -341,7 +363,7 @@ def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
 def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "seconds", "retry_of"):
+        if name not in ("host", "pid", "seconds", "retry_of", "died"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError, nearest
+from kdnas.families import arch_of, check_heads, family_of
 
 MIN_HEAD_SIZE = 16
 
@@ -30,26 +31,29 @@ class SearchSpace:
         """Students no larger than the teacher in any dimension.
 
         Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8 eighths of the teacher's
-        that all head counts divide with at least 16 a head. Heads: divisors of the teacher's heads down to a quarter.
-        Intermediate: a quarter, a half and all of the teacher's. Activation: the teacher's, and ReLU.
+        that all head counts divide with at least 16 a head (an even number where positions are rotations). Heads:
+        divisors of the teacher's heads down to a quarter. Intermediate: a quarter, a half and all of the teacher's.
+        Activation: the teacher's, and ReLU.
 
         Raises:
             UserError: the teacher is too narrow for a head of 16.
         """
-        width, heads = config.hidden_size, config.num_attention_heads
+        teacher = arch_of(config)
+        width, heads = teacher.hidden_size, teacher.num_attention_heads
+        even = 2 if family_of(config).even_heads else 1
         divisors = [h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE]
         if not divisors:
             raise UserError(f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}.")
         most_heads = divisors[-1]
-        depths = [*range(1, 7), 8, 10, 12, *range(16, config.num_hidden_layers + 1, 4)]
+        depths = [*range(1, 7), 8, 10, 12, *range(16, teacher.num_hidden_layers + 1, 4)]
         widths = [width * eighths // 8 for eighths in (2, 3, 4, 6, 8) if width * eighths % 8 == 0]
         return cls(
             {
-                "num_hidden_layers": [depth for depth in depths if depth <= config.num_hidden_layers],
+                "num_hidden_layers": [depth for depth in depths if depth <= teacher.num_hidden_layers],
                 "num_attention_heads": [h for h in divisors if most_heads % h == 0 and 4 * h >= most_heads],
-                "hidden_size": [w for w in widths if w % most_heads == 0 and w // most_heads >= MIN_HEAD_SIZE],
-                "intermediate_size": sorted({max(1, config.intermediate_size // part) for part in (4, 2, 1)}),
-                "hidden_act": list(dict.fromkeys([config.hidden_act, "relu"])),
+                "hidden_size": [w for w in widths if w % (most_heads * even) == 0 and w // most_heads >= MIN_HEAD_SIZE],
+                "intermediate_size": sorted({max(1, teacher.intermediate_size // part) for part in (4, 2, 1)}),
+                "hidden_act": list(dict.fromkeys([teacher.hidden_act, "relu"])),
             }
         )
 
@@ -62,8 +66,9 @@ class SearchSpace:
 
         Raises:
             UserError: a field has no value, a value is larger than the teacher's or no positive number, a width is not
-                divided by a number of heads, or an activation is unknown.
+                divided by a number of heads (or the family refuses the heads), or an activation is unknown.
         """
+        teacher = arch_of(config)
         chosen = {**self.choices, **{name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}}
         for name, values in chosen.items():
             if not values:
@@ -71,9 +76,9 @@ class SearchSpace:
             if name == "hidden_act":
                 continue
             for value in values:
-                if not 1 <= value <= getattr(config, name):
+                if not 1 <= value <= getattr(teacher, name):
                     raise UserError(
-                        f"space.{name} has {value}: a student has from 1 to its teacher's {getattr(config, name)}."
+                        f"space.{name} has {value}: a student has from 1 to its teacher's {getattr(teacher, name)}."
                     )
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
@@ -81,6 +86,7 @@ class SearchSpace:
                     f"space.hidden_size has {width} and space.num_attention_heads {heads}, which does not divide it: "
                     "give widths that every number of heads divides."
                 )
+            check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:
             if activation not in ACT2FN:
                 raise UserError(f"space.hidden_act has {activation!r}, which is unknown.{nearest(activation, ACT2FN)}")

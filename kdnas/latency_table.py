@@ -1,0 +1,158 @@
+"""``kdnas latency``: models beside each other, by backend, batch, length and threads."""
+
+import math
+import os
+import platform
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from kdnas import __version__
+from kdnas.config import LatencyConfig
+from kdnas.errors import UserError
+from kdnas.graph import INT8, ONNX, write_deployed
+from kdnas.latency import ON_ONNX, LatencySettings, check_length, measure_latency
+from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
+from kdnas.runs import new_file, write_json
+
+
+def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
+    """Measure every model in every combination, in turn, and show it: a table, a JSON file and a picture.
+
+    Returns:
+        The rows of the JSON file: ``model``, ``backend``, ``threads``, ``batch``, ``length`` (null for a workload),
+        ``megabytes`` of parameters or of the ONNX file, the fields of ``Latency``, and ``speedup``, how many times
+        faster than the first model in the same combination.
+
+    Raises:
+        UserError: a model cannot be found or is shorter than a length, or a value is out of its range.
+    """
+    combinations = config.settings()
+    models = [_find(name) for name in config.model]
+    for settings in combinations:
+        for model in models:
+            check_length(model.config, settings)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="kdnas-") as name:
+        deployed: dict[str, list[nn.Module | Path]] = {}
+        for settings in combinations:
+            backend = settings.backend
+            if backend not in deployed:
+                folders = [Path(name) / backend / str(place) for place in range(len(models))]
+                deployed[backend] = [_deploy(*pair, backend) for pair in zip(models, folders, strict=True)]
+            latencies = measure_latency(deployed[backend], settings)
+            for model, found, latency in zip(models, deployed[backend], latencies, strict=True):
+                rows.append(
+                    {
+                        "model": model.name,
+                        "backend": backend,
+                        "threads": settings.num_threads,
+                        "batch": settings.batch_size,
+                        "length": None if settings.lengths else settings.length,
+                        "megabytes": _megabytes(found, settings),
+                        **asdict(latency),
+                        "speedup": latencies[0].median_ms / latency.median_ms,
+                    }
+                )
+    path = Path(config.json)
+    write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
+    picture = path.with_suffix(".png")
+    with new_file(picture) as temporary:
+        _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    console.width = max(console.width, 120)  # ten columns do not fold well
+    console.print(_table(rows))
+    console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
+    return rows
+
+
+def _find(name: str) -> Teacher:
+    try:
+        return find_teacher(name)
+    except UserError as error:
+        raise UserError(str(error).replace("The teacher", "The model", 1)) from error
+
+
+def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
+    """What a backend runs: an exported file where there is one, else the graph of this shape."""
+    int8 = backend == "onnxruntime-int8"
+    exported = Path(model.source) / (INT8 if int8 else ONNX)
+    if backend in ON_ONNX and exported.is_file():
+        return exported
+    with torch.random.fork_rng(devices=[]):
+        module = build_classifier(model.config).eval()
+    return write_deployed(module, folder, int8) if backend in ON_ONNX else module
+
+
+def _megabytes(deployed: nn.Module | Path, settings: LatencySettings) -> float:
+    if isinstance(deployed, Path):
+        return deployed.stat().st_size / 1e6
+    return num_parameters(deployed) * (2 if settings.backend == "torch-bf16" else 4) / 1e6
+
+
+def _machine() -> dict[str, Any]:
+    import onnxruntime
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "kdnas": __version__,
+    }
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['batch']} x {row['length'] or 'workload'}"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("model", overflow="fold")
+    table.add_column("backend", no_wrap=True)
+    for heading in ("threads", "batch", "MB", "median (IQR), ms", "p95, ms", "tokens/s", "rows/s", "speed-up"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            Path(row["model"]).name,
+            row["backend"],
+            str(row["threads"]),
+            _shape(row),
+            f"{row['megabytes']:.1f}",
+            f"{row['median_ms']:.2f} ({row['iqr_ms']:.2f})",
+            f"{row['p95_ms']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['sequences_per_second']:,.1f}",
+            f"{row['speedup']:.2f}x",
+        )
+    return table
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """Medians over the shapes of the batch, with the interquartile range, one line a model, backend and threads."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    shapes = list(dict.fromkeys(map(_shape, rows)))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = f"{Path(row['model']).name}, {row['backend']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        lines.setdefault(label, []).append(row)
+    for label, line in lines.items():
+        places = [shapes.index(_shape(row)) for row in line]
+        spread = [row["iqr_ms"] / 2 for row in line]
+        axes.errorbar(places, [row["median_ms"] for row in line], spread, marker="o", capsize=3, label=label)
+    axes.set(xlabel="batch x length", ylabel="median, ms", xticks=range(len(shapes)), xticklabels=shapes, yscale="log")
+    largest = max(row["median_ms"] for row in rows)
+    axes.set_ylim(top=10 ** math.ceil(math.log10(largest)))
+    axes.legend(fontsize=7)
+    return figure

@@ -1,0 +1,73 @@
+"""``manifest.json``: what a finished run, or an exported student, consists of, and whether it still does."""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kdnas import __version__
+from kdnas.errors import UserError
+from kdnas.runs import MANIFEST, file_sha256, read_json, write_json
+
+LIBRARIES = ("torch", "transformers", "lightning", "optuna", "onnxruntime", "numpy")
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
+
+    Args:
+        folder: of a run, or of an exported student.
+        about: what else to say, such as the command.
+    """
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder)}
+    versions = {"kdnas": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in LIBRARIES}
+    write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What counts as a run's: no locks, and nothing that a process which was killed has left half written."""
+    for place, folders, names in os.walk(folder):  # does not follow links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted([*names, *(name for name in folders if (Path(place) / name).is_symlink())]):
+            path = Path(place) / name
+            if not name.startswith(".") and not name.endswith(".lock") and path != folder / MANIFEST:
+                yield path
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """Hold a folder against its manifest; what lies outside is never looked at.
+
+    Returns:
+        How many files the manifest has, and in a line each what is not as it says: files that are missing, changed,
+        links, or not in it.
+
+    Raises:
+        UserError: there is no manifest, or it is none.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} has no manifest.json: no run is there, or it is not finished.")
+    values = read_json(path)
+    files = values.get("files") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"{str(path)!r} is no manifest: it lists no files.")
+    faults = []
+    for name, entry in files.items():
+        target = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            faults.append(f"{name!r}: leaves the folder")
+        elif any(part.is_symlink() for part in (target, *target.parents) if folder in part.parents):
+            faults.append(f"{name}: is a link")
+        elif not target.is_file():
+            faults.append(f"{name}: is missing")
+        elif entry != (found := _entry(target)):
+            faults.append(f"{name}: is not as it was written ({found['bytes']:,} bytes)")
+    names = {str(path.relative_to(folder)) for path in _files(folder)}
+    return len(files), faults + [f"{name}: is not in the manifest" for name in sorted(names - files.keys())]

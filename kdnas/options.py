@@ -1,0 +1,113 @@
+"""Options and YAML into the configs of ``kdnas.config``, and one line for what the parser does not take."""
+
+import json
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from kdnas.config import as_plain
+from kdnas.distill.module import Recipe
+from kdnas.errors import UserError, nearest
+from kdnas.safe_yaml import check_yaml
+
+
+def default_objects() -> dict[str, Any]:
+    """The parser cannot write default objects as YAML, so it is told their class paths."""
+    return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
+
+
+def read_config(
+    config_class: type[Any], command: str, args: Sequence[str], **flags: str
+) -> tuple[Any, dict[str, bool]]:
+    """A config from YAML and options, and the flags (name -> help) that were set."""
+    hints = get_type_hints(config_class)
+    refuse_ambiguous_yaml()
+    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config_class)
+    parser.set_defaults(default_objects() if "recipe" in hints else {})
+    # --time-budget and --time_budget are the same.
+    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
+    args = _gather_lists(args, hints)
+    try:
+        parsed = parser.parse_args(args)
+        _refuse_null(config_class, parsed)
+        options = vars(parser.instantiate(parsed))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise in_one_line(error, parser) from error
+    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    options.pop("config")
+    return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
+
+
+def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``."""
+    lists: dict[str, list[Any]] = {}
+    others: list[str] = []
+    target: list[Any] | None = None
+    for arg in args:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--"):
+            is_list = get_origin(hints.get(name)) is list and not value.startswith("[")
+            target = lists.setdefault(name, []) if is_list else None
+            if is_list and not equals:
+                continue
+        if target is None:
+            others.append(arg)
+            continue
+        item = value if arg.startswith("--") else arg
+        kind = get_args(hints[next(name for name, items in lists.items() if items is target)])[0]
+        target.append(int(item) if kind is int and item.lstrip("-").isdigit() else item)
+    return [*others, *(f"--{name}={json.dumps(items)}" for name, items in lists.items())]
+
+
+def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None:
+    """Refuse null where it is no value, and a value where keys belong: the parser takes both everywhere."""
+    hints = get_type_hints(config_class)
+    for field in fields(config_class):
+        name, hint, value = f"{prefix}{field.name}", hints[field.name], values.get(field.name)
+        if value is None and type(None) not in get_args(hint):
+            raise UserError(f"{name} is null: give a value, or leave it out.")
+        if is_dataclass(hint):
+            if not isinstance(value, Namespace):
+                raise UserError(f"{name} is {value!r:.40}: give its keys, or leave it out.")
+            _refuse_null(hint, value, f"{name}.")  # type: ignore[arg-type]
+
+
+def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:
+    """What the parser says, with the nearest name where it does not know one."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file.")
+    message = " ".join(str(error).split())
+    unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
+    hint = ""
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", message)
+        prefix = f"{group[1]}." if group else ""
+        names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
+        hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
+    return UserError(message.rstrip(".") + "." + hint)
+
+
+@cache
+def refuse_ambiguous_yaml() -> None:
+    """Let the parser read only YAML that means what it says."""
+    parse = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        check_yaml(text)
+        try:
+            return parse(text)
+        except ValueError as error:  # an integer of a million digits
+            raise yaml.YAMLError(str(error)) from error
+
+    set_loader("yaml", load, (yaml.YAMLError,))

@@ -1,0 +1,114 @@
+"""The help pages and the shell's completions, which the command line shows without importing torch.
+
+A page is examples, and below them what the command's parser says: a file, which a test holds to the parser.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+
+import shtab
+
+from kdnas.errors import UserError, nearest
+
+EXAMPLES = {
+    "run": """search, full KD, fine-tuning, export and report, each resumable
+
+  kdnas run --config configs/quickstart.yaml
+  kdnas run --teacher bert-base-uncased --text my.parquet --task my_task/ --name mine --search.budget.speedup 6
+  kdnas run --config configs/quickstart.yaml --search.n_trials 20 --sampler lstm --name lstm
+""",
+    "search": """the search alone, into a study that others can join
+
+  kdnas search --config configs/search.yaml --dry-run       minutes, disk and memory that it will need
+  kdnas search --config configs/search.yaml --workers 2 --time-budget 60
+  kdnas search --config configs/search.yaml --storage postgresql://user:password@host/db
+""",
+    "space": """what students a search may propose, and what they cost
+
+  kdnas space --teacher bert-base-uncased
+  kdnas space --teacher bert-base-uncased --space.num_hidden_layers [4,6]
+""",
+    "glue": """teacher and student on labelled tasks, with the same settings, in one table
+
+  kdnas glue --model bert-base-uncased --model lightning_logs/mine/full_kd/encoder --task stsb --task rte --seeds 3
+  kdnas glue --model bert-base-uncased --data reviews.csv --text-column review --label-column stars
+  kdnas glue --model lightning_logs/mine/full_kd/encoder --task stsb --grid --distill-from my-finetuned-teacher/
+""",
+    "latency": """models beside each other, by backend, batch, length and threads
+
+  kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8
+  kdnas latency --model lightning_logs/mine/student --batch 1 8 --length 16 128 --threads 1 2
+""",
+    "export": """a student as a folder to deploy: Hugging Face, ONNX, int8, predict.py, model card, manifest
+
+  kdnas export --run mine
+  kdnas export --student my_encoder/ --output deployed/
+""",
+    "verify": """whether a finished run is still as its manifest says
+
+  kdnas verify mine
+  kdnas verify /copies/lightning_logs/mine
+""",
+    "fit": """one student, by the Lightning CLI
+
+  kdnas fit --config configs/fit.yaml --data.text my.parquet
+  kdnas fit --config configs/fit.yaml --trainer.accelerator gpu --trainer.devices 4 --trainer.strategy ddp
+""",
+    "validate": """what a checkpoint of fit knows of its teacher
+
+  kdnas validate --config configs/fit.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+""",
+}
+
+
+def page(command: str) -> str:
+    """The help page of a command, as it was shipped.
+
+    Args:
+        command: one of ``EXAMPLES``.
+    """
+    return files("kdnas").joinpath("help", f"{command}.txt").read_text(encoding="utf-8")
+
+
+def render(command: str, run: Callable[[Sequence[str]], None]) -> str:
+    """Make a page anew: the examples, then what the command's own parser says, 100 columns wide.
+
+    Args:
+        command: one of ``EXAMPLES``.
+        run: the command, which takes its options.
+    """
+    shown = io.StringIO()
+    width = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            run(["--help"])
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+    text = re.sub(r"(?m) +$", "", shown.getvalue())
+    return f"kdnas {command}: {EXAMPLES[command]}\n{text.partition(chr(10) * 2)[2].rstrip()}\n"  # without the usage
+
+
+def completion(shell: str) -> str:
+    """A script that completes commands and options.
+
+    Args:
+        shell: ``bash``, ``zsh``, ``fish`` or ``tcsh``.
+
+    Raises:
+        UserError: another shell.
+    """
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise UserError(f"{shell!r} is no shell that can be completed.{nearest(shell, shtab.SUPPORTED_SHELLS)}")
+    parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
+    commands = parser.add_subparsers()
+    for command, example in EXAMPLES.items():
+        options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
+        for option in sorted(set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.]+)", page(command)))):
+            options.add_argument(option)
+    return shtab.complete(parser, shell)

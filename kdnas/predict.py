@@ -1,0 +1,99 @@
+"""Predict with the ONNX graph of this folder; onnxruntime, tokenizers and numpy are all that it needs.
+
+    python predict.py "A text." "Another text."
+    python predict.py --pair "The first sentence." "The second sentence."
+    python predict.py --int8 "A text."
+
+One line of JSON a text: a label with its probability, a number (a regression), or a vector (an encoder).
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+
+class Predictor:
+    """A tokenizer and a graph.
+
+    Args:
+        folder: of the export; the one that this file lies in by default.
+        int8: take ``model.int8.onnx``, not ``model.onnx``.
+        num_threads: CPU threads; 0: as many as cores.
+    """
+
+    def __init__(self, folder: str | Path = Path(__file__).parent, int8: bool = False, num_threads: int = 0) -> None:
+        folder = Path(folder)
+        self.config = _read(folder / "config.json")
+        settings = _read(folder / "tokenizer_config.json")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(int(settings["model_max_length"]))
+        pad_token = settings["pad_token"]
+        pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+        self.tokenizer.enable_padding(pad_id=self.tokenizer.token_to_id(pad_token), pad_token=pad_token)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
+        file = folder / ("model.int8.onnx" if int8 else "model.onnx")
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        pooling = folder / "1_Pooling" / "config.json"
+        self.takes_cls = pooling.exists() and bool(_read(pooling)["pooling_mode_cls_token"])
+        modules = folder / "modules.json"
+        self.normalizes = modules.exists() and any("Normalize" in module["type"] for module in _read(modules))
+
+    def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+        """The graph's inputs, (texts, tokens), of texts or of pairs of texts."""
+        rows = self.tokenizer.encode_batch(list(texts))
+        values = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+            "token_type_ids": [row.type_ids for row in rows],
+        }
+        return {node.name: np.array(values[node.name], dtype=np.int64) for node in self.session.get_inputs()}
+
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
+        """Logits of a classifier, (texts, labels); vectors of an encoder, (texts, width)."""
+        inputs = self.encode(texts)
+        (output,) = self.session.run(None, inputs)
+        if output.ndim == 2:
+            return output
+        mask = inputs["attention_mask"][:, :, None]
+        vectors = output[:, 0] if self.takes_cls else (output * mask).sum(1) / mask.sum(1)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalizes else vectors
+
+    def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Any]:
+        """For each text its label and the probability of it, its number, or its vector."""
+        outputs = self(texts)
+        if not any("ForSequenceClassification" in name for name in self.config["architectures"]):
+            return [row.tolist() for row in outputs]
+        if outputs.shape[1] == 1:
+            return [float(row[0]) for row in outputs]
+        probabilities = np.exp(outputs - outputs.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        labels = self.config["id2label"]
+        return [{"label": labels[str(row.argmax())], "probability": float(row.max())} for row in probabilities]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(args: Sequence[str]) -> int:
+    """The command line, as above."""
+    flags, texts = [arg for arg in args if arg.startswith("--")], [arg for arg in args if not arg.startswith("--")]
+    is_pair = "--pair" in flags
+    if not set(flags) <= {"--int8", "--pair"} or not texts or (is_pair and len(texts) != 2):
+        print(__doc__, file=sys.stderr)
+        return 2
+    predictor = Predictor(int8="--int8" in flags)
+    for prediction in predictor.predict([(texts[0], texts[1])] if is_pair else texts):
+        print(json.dumps(prediction))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

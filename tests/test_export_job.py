@@ -1,0 +1,231 @@
+"""``kdnas export``: what it takes, and what it refuses before anything is written."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows, save_teacher
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import kdnas.export_job
+from kdnas.arch import StudentArch
+from kdnas.cli import main
+from kdnas.errors import ParityError
+from kdnas.models import build_classifier, student_config
+
+ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+REPORT = {
+    "max_abs_difference": 1e-6,
+    "onnx_megabytes": 2.0,
+    "int8_megabytes": 0.5,
+    "int8": {"method": "dynamic", "rows": "rows", "cosine": 0.99, "score": 0.5, "int8_score": 0.49},
+    "latency": [{"batch": 1, "length": 16, "torch_ms": 3.0, "onnx_ms": 1.0, "int8_ms": 2.0}],
+}
+
+
+@pytest.fixture
+def student(tiny_teacher: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The arguments of each export that would be made."""
+    calls: list = []
+
+    def fake(source, folder, **options):
+        calls.append((source, folder, options))
+        return REPORT
+
+    monkeypatch.setattr(kdnas.export_job, "export_student", fake)
+    return calls
+
+
+def task_folder(path: Path) -> Path:
+    path.mkdir()
+    rows = make_rows(40)
+    for name, texts in (("train", rows[:24]), ("validation", rows[24:])):
+        pq.write_table(pa.table({"text": texts, "label": [i % 2 for i in range(len(texts))]}), path / f"{name}.parquet")
+    return path
+
+
+def test_a_student_is_exported_with_the_score_of_its_int8_graph(
+    student: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_folder(tmp_path / "colours")
+    options = [f"--task={task}", f"--teacher={tiny_teacher}", "--license=mit"]
+    assert main(["export", f"--student={student}", *options]) == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "student-export"
+    checks = json.loads((folder / "manifest.json").read_text())["checks"]
+    assert checks["int8"]["rows"] == "16 validation rows of colours"
+    assert f"score {checks['int8']['int8_score']:.3f} (float32 {checks['int8']['score']:.3f})" in shown
+    assert f"cosine {checks['int8']['cosine']:.4f}" in shown and "equals torch to" in shown and str(folder) in shown
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "Its teacher: bert." in card and str(tiny_teacher.parent) not in card
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.hidden_size == 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kdnas.export_job, "export_student", None)
+        assert main(["export", f"--student={student}"]) == 2
+    assert f"The folder {str(folder)!r} exists: give another --output, or --force" in capsys.readouterr().err
+
+
+def test_it_is_said_where_int8_is_slower(student: Path, exported, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", f"--student={student}"]) == 0
+    shown = capsys.readouterr().out
+    assert "On this machine int8 is slower than float32 at 1 x 16: both are kept" in shown
+    assert "score 0.490 (float32 0.500)" in shown
+
+
+def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path: Path, exported) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    assert main(["export", f"--student={student}", f"--output={output}"]) == 2
+    assert exported == []
+    assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
+    assert [call[:2] for call in exported] == [(student, output)]
+    assert main(["export", f"--student={student}", f"--output={student}", "--force"]) == 2
+
+
+def save_run(root: Path, student: Path, teacher: str) -> Path:
+    run = root / "mine"
+    shutil.copytree(student, run / "glue" / "student" / "model")
+    ARCH.to_yaml(run / "best_student.yaml")
+    latency = {"backend": "torch", "device": "cpu", "batch_size": 1, "length": 16, "lengths": None}
+    task = str(task_folder(root / "colours"))
+    config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency}
+    (run / "config.yaml").write_text(json.dumps(config))
+    models = {role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0} for role in ("teacher", "student")}
+    results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
+    (run / "glue" / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: Path, exported) -> None:
+    run = save_run(tmp_path / "logs", student, "someone/bert")
+    assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}"]) == 0
+    source, folder, options = exported[0]
+    assert (source, folder) == (run / "glue" / "student" / "model", run / "student")
+    assert options["make_rows"](AutoTokenizer.from_pretrained(student)).name == "16 validation rows of colours"
+    card = options["card"]
+    assert (card["name"], card["base_model"], card["text"]) == ("mine", "someone/bert", "rows.txt")
+    assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"
+    assert card["sections"]["Latency beside its teacher"] == {
+        "torch on cpu, batch 1 x 16": "2.00 ms, 3.0x faster than its teacher"
+    }
+    assert card["sections"]["Shape"]["hidden_size"] == "32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "run is None and student is None: give one of the two"),
+        (["--run=x", "--student=y"], "run is 'x' and student is 'y': give one of the two"),
+        (["--run=nowhere"], "The run 'nowhere' in 'lightning_logs' has no student yet"),
+        (["--run=../x"], "'../x'"),
+        (["--task=/nowhere"], "'/nowhere'"),
+        (["--text=/nowhere.txt"], "/nowhere.txt"),
+        (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
+        (["--length=41"], "length is 41: the student"),
+        (["--length=long"], "length"),
+        (["--as=onnx"], "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers."),
+        (["--as", "sentence-transformers"], "teacher is None"),
+        (["--forse"], "Did you mean 'force'?"),
+    ],
+)
+def test_bad_input_gets_one_line_and_writes_nothing(
+    options: list[str], message: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_student = not options or options[0].startswith("--run")
+    assert main(["export", *([] if with_student else [f"--student={student}"]), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_folder_without_weights_is_refused(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (student / "model.safetensors").unlink()
+    assert main(["export", f"--student={student}"]) == 2
+    assert f"Cannot export {str(student)!r}" in capsys.readouterr().err
+    assert main(["export", "--student=/nowhere"]) == 2
+    assert "Cannot export '/nowhere': there is no such folder" in capsys.readouterr().err
+
+
+def test_a_student_of_another_teacher_is_refused(
+    student: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_teacher(tmp_path / "other", "roberta")
+    assert main(["export", f"--student={student}", f"--teacher={other}"]) == 2
+    assert f"(bert, 72 words) is not of the teacher {str(other)!r} (roberta" in capsys.readouterr().err
+    smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
+    assert main(["export", f"--student={student}", f"--teacher={smaller}"]) == 2
+    assert "has hidden_size 32, its teacher" in capsys.readouterr().err
+    assert exported == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "kdnas: [Errno 28] No space left on device.\n"),
+        (ParityError("logits differ by 1"), 1, "kdnas: logits differ by 1\n"),
+    ],
+)
+def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
+    student: Path, monkeypatch, capsys: pytest.CaptureFixture[str], error, code, line
+) -> None:
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(kdnas.export_job, "export_student", fail)
+    assert main(["export", f"--student={student}"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_folder_is_pushed_where_a_repository_is_named(
+    student: Path, exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list = []
+
+    class Hub:
+        def whoami(self):
+            calls.append("whoami")
+
+        def create_repo(self, repo, **options):
+            calls.append((repo, options, len(exported)))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            return "https://hub/me/small"
+
+    monkeypatch.setattr(kdnas.export_job, "HfApi", Hub)
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 0
+    folder = Path(f"{student}-export")
+    created = ("me/small", {"private": True, "exist_ok": True}, 1)
+    assert calls == ["whoami", created, ("me/small", folder)]
+    assert "Pushed: https://hub/me/small" in capsys.readouterr().out
+    monkeypatch.setattr(Hub, "upload_folder", lambda *args, **options: [][0])
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "Cannot push to 'me/small': list index out of range" in error and f"The export is in {str(folder)!r}" in error
+    )
+
+
+def test_without_a_login_nothing_is_exported(
+    student: Path, exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hub:
+        def whoami(self):
+            raise ValueError("no token")
+
+    monkeypatch.setattr(kdnas.export_job, "HfApi", Hub)
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    assert "Cannot push to 'me/small': no token. Log in by `hf auth login`." in capsys.readouterr().err
+    assert exported == []

@@ -1,0 +1,138 @@
+"""``kdnas latency``: what it measures, and what it refuses before it measures anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_teacher
+from transformers import AutoConfig
+
+import kdnas.latency_table
+from kdnas.cli import main
+from kdnas.graph import write_deployed
+from kdnas.latency import Latency
+from kdnas.models import build_classifier
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What would be measured; the n-th model takes n ms."""
+    calls: list = []
+
+    def fake(models, settings):
+        calls.append((models, settings))
+        return [Latency(n + 1.0, 0.5, 10, n + 2.0, 1000.0, 10.0) for n in range(len(models))]
+
+    monkeypatch.setattr(kdnas.latency_table, "measure_latency", fake)
+    return calls
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return save_teacher(tmp_path / "student", hidden_size=32, num_hidden_layers=1)
+
+
+def test_every_combination_is_measured_with_all_models_in_turn(
+    tiny_teacher: Path, student: Path, tmp_path: Path, measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out" / "figures.json"
+    options = ["--backend", "torch", "torch-bf16", "--batch", "1", "8", "--length=16", "--length=32", "--threads", "1"]
+    assert main(["latency", "--model", str(tiny_teacher), "--model", str(student), *options, f"--json={path}"]) == 0
+    asked = [(s.backend, s.batch_size, s.length, s.num_threads) for _, s in measured]
+    assert asked == [(b, n, t, 1) for b in ("torch", "torch-bf16") for n in (1, 8) for t in (16, 32)]
+    sizes = [[model.config.hidden_size for model in models] for models, _ in measured]
+    assert sizes == [[64, 32]] * 8
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 16
+    assert rows[1] == {
+        "model": str(student),
+        "backend": "torch",
+        "threads": 1,
+        "batch": 1,
+        "length": 16,
+        "megabytes": rows[1]["megabytes"],
+        "median_ms": 2.0,
+        "iqr_ms": 0.5,
+        "num_runs": 10,
+        "p95_ms": 3.0,
+        "tokens_per_second": 1000.0,
+        "sequences_per_second": 10.0,
+        "speedup": 0.5,
+    }
+    assert rows[9]["megabytes"] == rows[1]["megabytes"] / 2 > 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+    assert "torch-bf16" in capsys.readouterr().out
+
+
+def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, measured) -> None:
+    (student / "model.onnx").write_bytes(b"8" * 3_000_000)
+    assert main(["latency", f"--model={student}", "--backend=onnxruntime", f"--json={tmp_path / 'a.json'}"]) == 2
+    assert measured == []  # 128 tokens are more than the tiny one takes
+    options = ["--length=16", f"--json={tmp_path / 'a.json'}"]
+    assert main(["latency", f"--model={student}", "--backend=onnxruntime", *options]) == 0
+    assert [models for models, _ in measured] == [[student / "model.onnx"]]
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["megabytes"] == 3.0
+
+
+def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    lengths = tmp_path / "lengths.jsonl"
+    lengths.write_text("4\n9\n13\n")
+    written = []
+
+    def write(model, folder, int8):
+        written.append(int8)
+        return write_deployed(model, folder, int8)
+
+    monkeypatch.setattr(kdnas.latency_table, "write_deployed", write)
+    options = [f"--lengths={lengths}", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}", "--batch", "1", "2"]
+    assert main(["latency", f"--model={tiny_teacher}", "--backend=onnxruntime-int8", *options]) == 0
+    assert written == [True]  # once for both batch sizes
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, None), (2, None)]
+    assert all(row["median_ms"] > 0 and row["speedup"] == 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--threads=0", "num_threads of latency is 0"),
+        ("--batch=0", "batch_size of latency is 0"),
+        ("--batch=x", "batch"),
+        ("--length=41", "length of latency is 41, but this bert takes 40 tokens"),
+        ("--backend=onnx", "backend of latency is 'onnx'"),
+        ("--device=tpu", "torch sees no device 'tpu'"),
+        ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),
+        ("--model=/nowhere/at/all", "The model '/nowhere/at/all' does not exist"),
+        ("--min-seconds=0", "min_seconds of latency is 0"),
+        ("--modell=x", "Did you mean 'model'?"),
+    ],
+)
+def test_bad_input_gets_one_line_and_measures_nothing(
+    option: str, message: str, tiny_teacher: Path, tmp_path: Path, measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    lengths = [] if "length" in option else ["--length=16"]
+    assert main(["latency", f"--model={tiny_teacher}", *lengths, f"--json={path}", option]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert measured == [] and not path.exists()
+
+
+def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
+    student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert main(["latency", f"--model={student}", "--backend=cuda", "--length=16"]) == 2
+    assert "torch sees no device 'cuda'" in capsys.readouterr().err
+    (student / "model.safetensors").unlink()
+    assert main(["latency", f"--model={student}", "--length=16"]) == 2
+    assert f"The model {str(student)!r} has no weights" in capsys.readouterr().err
+
+
+def test_the_files_of_a_graph_carry_its_config(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kdnas.graph.write_onnx", lambda model, path: path.write_bytes(b"graph"))
+    config = AutoConfig.from_pretrained(tiny_teacher)
+    path = write_deployed(build_classifier(config), tmp_path / "graph", int8=False)
+    assert AutoConfig.from_pretrained(path.parent).hidden_size == 64

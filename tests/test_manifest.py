@@ -1,0 +1,103 @@
+"""The manifest of a run, and what ``kdnas verify`` finds."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kdnas.cli import main
+from kdnas.errors import UserError
+from kdnas.manifest import verify, write_manifest
+from kdnas.runs import Run, write_text
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "logs", "a")
+    write_text(run.report, "<p>report</p>")
+    write_text(run.student / "model.onnx", "weights")
+    write_text(run.folder / "run.lock", "")
+    write_text(run.folder / ".report.html.x1", "half")
+    write_manifest(run.folder, {"name": "a", "command": ["kdnas", "run"]})
+    return run
+
+
+def test_a_manifest_has_size_and_hash_of_each_file_and_what_made_it(run):
+    values = json.loads(run.manifest.read_text())
+    assert set(values["files"]) == {"report.html", "student/model.onnx"}
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert values["files"]["student/model.onnx"] == {"bytes": 7, "sha256": sha256}
+    assert values["command"] == ["kdnas", "run"] and values["name"] == "a"
+    assert {"kdnas", "python", "torch", "transformers"} <= set(values["versions"])
+    assert verify(run.folder) == (2, [])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    copy = path.with_name(".copy")
+    path.rename(copy)
+    path.symlink_to(copy)
+
+
+def link_folder(path: Path) -> None:
+    os.rename(path.parent, path.parent.parent.parent / "moved")
+    path.parent.symlink_to(path.parent.parent.parent / "moved")
+
+
+@pytest.mark.parametrize(
+    ("damage", "faults"),
+    [
+        (flip, ["student/model.onnx: is not as it was written (7 bytes)"]),
+        (lambda path: path.write_bytes(b""), ["student/model.onnx: is not as it was written (0 bytes)"]),
+        (lambda path: path.unlink(), ["student/model.onnx: is missing"]),
+        (link, ["student/model.onnx: is a link"]),
+        (link_folder, ["student/model.onnx: is a link", "student: is not in the manifest"]),
+        (lambda path: path.with_name("evil.py").touch(), ["student/evil.py: is not in the manifest"]),
+    ],
+)
+def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
+    damage(run.student / "model.onnx")
+    assert verify(run.folder)[1] == faults
+    assert main(["verify", "a", f"--root={run.root}"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == faults
+    assert shown.err.startswith(f"kdnas: {str(run.folder)!r} is not as it was made") and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "student/../../secret", "a\0b"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(name, run, tmp_path):
+    (tmp_path / "logs" / "secret").write_text("x")
+    values = json.loads(run.manifest.read_text())
+    values["files"][name] = {"bytes": 1, "sha256": "0"}
+    run.manifest.write_text(json.dumps(values))
+    assert verify(run.folder)[1] == [f"{name!r}: leaves the folder"]
+
+
+def test_a_whole_run_is_told_by_name_and_by_folder(run, capsys):
+    for place in (["a", f"--root={run.root}"], [str(run.folder)]):
+        assert main(["verify", *place]) == 0
+        assert capsys.readouterr().out.startswith(f"2 files of {str(run.folder)!r} are as they were made.\n")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": {"a": 1}}', '{"files": []}'])
+def test_what_is_no_manifest_is_refused(content, run):
+    run.manifest.write_text(content)
+    with pytest.raises(UserError, match="manifest.json' is no manifest"):
+        verify(run.folder)
+    run.manifest.unlink()
+    with pytest.raises(UserError, match="logs/a' has no manifest.json"):
+        verify(run.folder)
+
+
+@pytest.mark.parametrize("arguments", [[], ["../a"], ["nothing"], ["a", "--rot=x"]])
+def test_a_bad_call_of_verify_gets_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,58 @@
+"""Help pages and completions: shown without torch, and never older than the parsers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdnas
+from kdnas.cli import COMMANDS, main
+from kdnas.pages import EXAMPLES, page
+
+FOLDER = Path(kdnas.__file__).parent / "help"
+
+
+def test_pages_are_what_the_parsers_say() -> None:
+    # In a process of its own: parsers list the subclasses that are imported.
+    code = "import json; from kdnas.cli import COMMANDS; from kdnas.pages import EXAMPLES, render"
+    code += "; print(json.dumps({name: render(name, COMMANDS[name]) for name in EXAMPLES}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    made = json.loads(done.stdout.splitlines()[-1])
+    for command, text in made.items():
+        if os.environ.get("WRITE_PAGES"):
+            (FOLDER / f"{command}.txt").write_text(text, encoding="utf-8")
+        assert page(command) == text, "make the pages anew: WRITE_PAGES=1 pytest tests/test_pages.py"
+
+
+def test_every_command_but_completion_has_a_page() -> None:
+    assert len(EXAMPLES) == 9
+    assert {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
+
+
+def test_help_and_completion_do_not_import_torch() -> None:
+    code = "import sys; from kdnas.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for args in (["run", "--help"], ["completion", "bash"], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "kdnas" in done.stdout
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "completion.bash"
+    assert main(["completion", "bash"]) == 0
+    script.write_text(capsys.readouterr().out)
+    ask = f"source {script}; COMP_WORDS=({{words}}); COMP_CWORD={{place}}; _shtab_kdnas; echo ${{{{COMPREPLY[@]}}}}"
+    for words, place, expected in (("kdnas se", 1, "search"), ("kdnas search --search.n_t", 2, "--search.n_trials")):
+        command = ask.format(words=words, place=place)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.parametrize("args", [["cmd"], [], ["bash", "zsh"]])
+def test_an_unknown_shell_gets_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bash" in error and (len(args) != 1 or args[0] in error)
