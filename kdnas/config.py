@@ -99,6 +99,8 @@ class SearchConfig:
             one device. Latency is measured while the others hold still.
         storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
             default.
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
+            process beside this one, as with several workers, so that one which crashes ends alone. None: no limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
@@ -121,6 +123,7 @@ class SearchConfig:
     pruner: str | dict[str, Any] = "none"
     workers: int = 1
     storage: str | None = None
+    candidate_timeout: float | None = None
     time_budget: float | None = None
     seed: int = 0
     space: SpaceSettings = field(default_factory=SpaceSettings)
@@ -134,8 +137,9 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1.")
-        if self.time_budget is not None and not self.time_budget > 0:
-            raise UserError(f"time_budget is {self.time_budget}: give minutes above 0, such as 30.")
+        for name in ("candidate_timeout", "time_budget"):
+            if (minutes := getattr(self, name)) is not None and not minutes > 0:
+                raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,24 +309,29 @@ class ExportConfig:
         run: name of a finished run.
         student: a Hugging Face folder of a student with its tokenizer, from anywhere.
         root: the folder of all runs.
+        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
+            with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
         output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
         teacher: of the student, for the card; it is checked that the student can be its.
         task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
         text: rows without labels for the same, where there is no task; of a run, its own by default.
         length: where texts are cut, in tokens; as many as the student takes by default.
         license: for the card, by the hub's identifier, such as apache-2.0.
+        hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
         force: replace an output folder that is there.
     """
 
     run: str | None = None
     student: str | None = None
     root: str = "lightning_logs"
+    format: str = "transformers"
     output: str | None = None
     teacher: str | None = None
     task: str | None = None
     text: str | None = None
     length: int | None = None
     license: str | None = None
+    hub_repo: str | None = None
     force: bool = False
 
 
