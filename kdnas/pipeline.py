@@ -35,14 +35,16 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried, without_password
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
 from kdnas.nas.search import search as search_loop
+from kdnas.nas.storage import without_password
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, make_trainer
+from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, honest_signals, make_trainer
 
 
+@honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     """Find the best student within the budget, into ``<root>/<name>/``.
 
@@ -63,6 +65,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     return best
 
 
+@honest_signals()
 def run(config: RunConfig, console: Console | None = None) -> None:
     """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
 
@@ -163,7 +166,7 @@ def _search(job: Job) -> StudentArch:
             run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
         else:
-            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
+            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
     write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)

@@ -20,6 +20,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 import kdnas.nas.search
+import kdnas.nas.storage
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.sampler import make_sampler
@@ -691,15 +692,15 @@ def test_a_queued_trial_is_taken_by_one_worker(url, reopen, monkeypatch):
 
 
 def test_two_workers_may_make_the_tables_at_the_same_moment(url, reopen, monkeypatch):
-    storage, pauses = kdnas.nas.search.RDBStorage, []
+    storage, pauses = kdnas.nas.storage.PatientStorage, []
 
     def first_fails(*args, **options):
         if not pauses:
             raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
         return storage(*args, **options)
 
-    monkeypatch.setattr(kdnas.nas.search, "RDBStorage", first_fails)
-    monkeypatch.setattr(kdnas.nas.search.time, "sleep", pauses.append)
+    monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", first_fails)
+    monkeypatch.setattr(kdnas.nas.storage.time, "sleep", pauses.append)
     assert reopen().trials == []
     assert len(pauses) == 1
 

@@ -1,11 +1,13 @@
 """Several processes that search in one study, on one machine."""
 
+import ctypes
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +63,7 @@ def run_workers(
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
 
     def start(index: int) -> BaseProcess:
-        process = context.Process(target=work, args=(index, deadline), name=f"worker {index}")
+        process = context.Process(target=_child, args=(work, index, deadline), name=f"worker {index}")
         with _environment(index, num_workers):
             process.start()
         return process
@@ -117,6 +119,13 @@ def run_workers(
                     end(worker)
             for worker in workers.values():
                 worker.join(timeout=max(0, until - time.monotonic()))
+
+
+def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
+    """A worker, which ends with the process that started it, also where that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    work(index, deadline)
 
 
 def _cause(code: int) -> str:
