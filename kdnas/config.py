@@ -99,6 +99,8 @@ class SearchConfig:
             one device. Latency is measured while the others hold still.
         storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
             default.
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
+            process beside this one, as with several workers, so that one which crashes ends alone. None: no limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
@@ -121,6 +123,7 @@ class SearchConfig:
     pruner: str | dict[str, Any] = "none"
     workers: int = 1
     storage: str | None = None
+    candidate_timeout: float | None = None
     time_budget: float | None = None
     seed: int = 0
     space: SpaceSettings = field(default_factory=SpaceSettings)
@@ -134,8 +137,9 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1.")
-        if self.time_budget is not None and not self.time_budget > 0:
-            raise UserError(f"time_budget is {self.time_budget}: give minutes above 0, such as 30.")
+        for name in ("candidate_timeout", "time_budget"):
+            if (minutes := getattr(self, name)) is not None and not minutes > 0:
+                raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
 from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Study, open_study, refuse_difference, tried, without_password
+from kdnas.nas.search import Study, open_study, refuse_difference, tried
 from kdnas.nas.space import SearchSpace
+from kdnas.nas.storage import without_password
 from kdnas.runs import Run, check_writable, write_text
 from kdnas.safe_yaml import read_yaml
 
@@ -80,7 +81,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         return
     known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    free += ["sampler", "workers", "time_budget"]
+    free += ["sampler", "workers", "candidate_timeout", "time_budget"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -167,7 +168,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     del identity["search.n_trials"], identity["data.num_workers"]
     sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
     run.folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(config.storage or f"sqlite:///{run.study_db}", run.name, identity, sampler, pruner)
+    study = open_study(config.storage or f"sqlite:///{run.study_db}", run.name, identity, sampler, pruner, run.folder)
     job = Job(**vars(found), study=study)
     if is_worker:
         return job

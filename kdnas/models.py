@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
@@ -163,7 +163,18 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreT
             )
 
 
-def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
+class Reads(Protocol):
+    """Something that reads text: a ``Teacher``, a student."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
     """Refuse a student that does not read what its teacher reads: the same ids for a text, and as many of them.
 
     Raises:

@@ -35,14 +35,16 @@ from kdnas.models import (
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import episode_length
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried, without_password
+from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
 from kdnas.nas.search import search as search_loop
+from kdnas.nas.storage import without_password
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, make_trainer
+from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, honest_signals, make_trainer
 
 
+@honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     """Find the best student within the budget, into ``<root>/<name>/``.
 
@@ -63,6 +65,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     return best
 
 
+@honest_signals()
 def run(config: RunConfig, console: Console | None = None) -> None:
     """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
 
@@ -156,11 +159,14 @@ def _search(job: Job) -> StudentArch:
             progress=progress,
         )
         seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
-        if job.config.workers > 1:
-            run_workers(partial(_work, job.config), job.config.workers, study, show, seconds, run.worker_log)
+        timeout = job.config.candidate_timeout
+        if job.config.workers > 1 or timeout is not None:
+            work = partial(_work, job.config)
+            timeout = 60 * timeout if timeout is not None else math.inf
+            run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
         else:
-            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds)
+            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
     write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
     arch = StudentArch.from_dict(best.user_attrs["arch"])
     arch.to_yaml(run.best_student)
@@ -175,7 +181,8 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
             os.dup2(file.fileno(), stream)
         try:
             with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
-                job = prepare(dataclasses.replace(config, workers=1), Console(), is_worker=True)
+                alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
+                job = prepare(alone, Console(), is_worker=True)
             if math.isfinite(deadline):
                 minutes = max(1e-3, deadline - time.time()) / 60
                 job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))

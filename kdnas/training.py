@@ -126,24 +126,29 @@ def check_checkpoint(path: Path) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, but the exit code is 143."""
+    """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, but the exit code is 143."""
+
+
+TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
 def honest_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM in a fit as KeyboardInterrupt; Lightning makes each a SystemExit, which Optuna does not know.
+    """Signals as KeyboardInterrupt; Lightning makes each a SystemExit, which Optuna does not know.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
     """
 
     def terminate(signum: int, frame: Any) -> None:
         raise Terminated
 
-    # Lightning handles SIGTERM in its loops; the student's start comes before them.
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, terminate)
+    # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a
+    # handler of SIGUSR1 that is there (its own would queue the job again and go on).
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in TERMINATIONS if is_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, terminate)
     try:
         yield
     except SIGTERMException as stop:
@@ -153,8 +158,8 @@ def honest_signals() -> Iterator[None]:
             raise type(stop.__context__) from stop
         raise
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def release_memory() -> None:
@@ -193,7 +198,7 @@ class ClipFusedGradients(pl.LightningModule):
 
 
 class KeepLast(pl.Callback):
-    """Writes a checkpoint after each epoch, every few minutes, and before Ctrl-C or SIGTERM ends the fit.
+    """Writes a checkpoint after each epoch, every few minutes, and before a signal ends the fit.
 
     The signal waits for the end of the step, or of the validation; a second one does not. Random numbers go on as if
     nothing had been, so with a ``ResumableLoader`` a fit that was stopped ends with the weights of one that was not.
@@ -221,10 +226,10 @@ class KeepLast(pl.Callback):
             torch.set_rng_state(self._random)
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *TERMINATIONS)}
 
     def _ask(self, signum: int, frame: Any) -> None:
-        stop = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+        stop = KeyboardInterrupt if signum == signal.SIGINT else Terminated
         if self._asked:
             raise stop
         self._asked = stop

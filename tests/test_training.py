@@ -1,4 +1,6 @@
 import io
+import os
+import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kdnas.errors import UserError
-from kdnas.training import ClipFusedGradients, FitProgress, KeepLast, TrainerSettings, fit, make_trainer
+from kdnas.training import (
+    ClipFusedGradients,
+    FitProgress,
+    KeepLast,
+    Terminated,
+    TrainerSettings,
+    fit,
+    honest_signals,
+    make_trainer,
+)
 
 
 class Data(pl.LightningDataModule):
@@ -125,6 +136,32 @@ def fail(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def test_ctrl_c_is_a_keyboard_interrupt(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(interrupt)]), Steep(), Data())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_terminations_are_told_from_ctrl_c_within_a_fit_and_outside(number, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # where Lightning would queue the job again
+    kill = Call(lambda trainer, module: os.kill(os.getpid(), number))
+    with pytest.raises(Terminated):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [kill]), Steep(), Data())
+    with pytest.raises(Terminated):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), kill]), Steep(), Data())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+    with pytest.raises(Terminated), honest_signals():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path):
+    def twice(trainer, module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it waited")
+
+    with pytest.raises(Terminated):
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "a"), Call(twice)]), Steep(), Data())
+    assert not (tmp_path / "a").exists()
 
 
 def test_other_ends_are_left_as_they_are(tmp_path):

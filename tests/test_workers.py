@@ -1,5 +1,7 @@
 """Several worker processes on one study: shared totals, a killed worker, and stillness while one measures."""
 
+import ctypes
+import math
 import multiprocessing
 import os
 import shutil
@@ -21,7 +23,7 @@ from filelock import ReadWriteLock
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill
-from kdnas.nas.search import open_study, search, trained
+from kdnas.nas.search import failure_of, open_study, search, trained
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.workers import DISK, MOST_DEATHS, run_workers
 
@@ -39,7 +41,12 @@ SPACE = SearchSpace(
 def evaluate(folder: str, deadly: str, trial: optuna.Trial, arch: StudentArch) -> float:
     """Takes a moment. The deadly architecture kills its process, at the first time or always."""
     (Path(folder) / f"{trial.number}-{os.getpid()}-{os.environ['OMP_NUM_THREADS']}").touch()
-    if deadly and arch.num_hidden_layers == 2:
+    if deadly == "deadly" and (arch.num_hidden_layers, arch.hidden_act) == (2, "relu"):
+        if arch.hidden_size == 32:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            time.sleep(600)
+        ctypes.string_at(0)  # native code that dies
+    if deadly in ("once", "always") and arch.num_hidden_layers == 2:
         once = Path(folder) / "once"
         if deadly == "always" or not once.exists():
             once.touch()
@@ -100,7 +107,7 @@ def postgresql() -> Iterator[str]:
 
 
 def start(
-    url: str, folder: Path, n_trials: int, deadly: str = "", seconds: float = 600
+    url: str, folder: Path, n_trials: int, deadly: str = "", seconds: float = 600, timeout: float = math.inf
 ) -> tuple[optuna.Study, list[int]]:
     """Two workers; the study afterwards, and the numbers of the trials that were shown."""
     folder.mkdir()
@@ -112,6 +119,7 @@ def start(
         lambda study, trial: shown.append(trial.number),
         seconds,
         lambda index: folder / f"{index}.log",
+        timeout,
     )
     return study, shown
 
@@ -132,6 +140,29 @@ def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_pat
     (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
     assert again.state.name == "COMPLETE" and again.user_attrs["arch"] == lost[0].user_attrs["arch"]
     assert len(trained(study)) == len(SPACE)
+
+
+def test_a_candidate_that_crashes_and_one_that_hangs_fail_alone_with_their_reasons(url, tmp_path):
+    (tmp_path / "seen").mkdir()
+    study = open_study(url, "s", {})
+    for width in (16, 32):
+        study.enqueue_trial(StudentArch(2, 1, width, 64, "relu").to_dict())
+    run_workers(
+        partial(work, url, 1, str(tmp_path / "seen"), "deadly"),
+        1,
+        study,
+        lambda *_: None,
+        600,
+        lambda index: tmp_path / f"{index}.log",
+        timeout=2,
+    )
+    found = [(trial.state.name, failure_of(trial)) for trial in study.trials]
+    assert found[:3] == [
+        ("FAIL", None),  # tried again
+        ("FAIL", "it took longer than 0.0333333 minutes"),
+        ("FAIL", "its process died (SIGSEGV), as that of trial 0 did"),
+    ]
+    assert found[3:] == [("COMPLETE", None)]
 
 
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):

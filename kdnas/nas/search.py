@@ -10,30 +10,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage
 from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState
-from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
 from kdnas.nas.sampler import make_sampler
 from kdnas.nas.space import SearchSpace
+from kdnas.nas.storage import PatientStorage, connect, keep_result, take_up
 
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[optuna.Trial, StudentArch], float]
 
-# Minutes, not seconds: with a short grace a live but slow worker is declared dead.
-HEARTBEAT_SECONDS = 60
-GRACE_SECONDS = 600
 # A trial has its process's number at once; one without it after so long never gets it.
 BIRTH_SECONDS = 60
 # So many failures before the first success are no bad luck: the search stops and says why.
@@ -46,6 +42,7 @@ def open_study(
     identity: Mapping[str, Any],
     sampler: BaseSampler | None = None,
     pruner: BasePruner | None = None,
+    folder: Path | None = None,
 ) -> Study:
     """Create a study, or go on with it.
 
@@ -56,13 +53,15 @@ def open_study(
         sampler: proposes; TPE by default. One that is seeded must not repeat itself in a second worker or after a
             resume: see ``PerTrialSeed``.
         pruner: ends candidates early; none by default.
+        folder: of the run, where results are kept that the database could not take.
 
     Raises:
         UserError: the database cannot be reached, or the study is there and its identity differs (each difference is
             shown).
     """
+    connected = connect(storage, _try_again)
     study = optuna.create_study(
-        storage=_connect(storage),
+        storage=connected,
         study_name=name,
         sampler=sampler or make_sampler("tpe", seed=0),
         pruner=pruner or optuna.pruners.NopPruner(),  # Optuna's own default prunes by the median, after one epoch
@@ -74,36 +73,10 @@ def open_study(
         study.set_user_attr("identity", dict(identity))
     else:
         refuse_difference(name, known, identity)
+    if folder:
+        take_up(folder, study, connected)
     bury_dead(study)
     return study
-
-
-def _connect(url: str) -> RDBStorage:
-    options: dict[str, Any] = {
-        "heartbeat_interval": HEARTBEAT_SECONDS,
-        "grace_period": GRACE_SECONDS,
-        "heartbeat_stale_trial_callback": _try_again,
-    }
-    try:
-        try:
-            storage = RDBStorage(url, **options)
-        except DBAPIError:  # another worker makes the same tables at this moment
-            time.sleep(1)
-            storage = RDBStorage(url, **options)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(
-            f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
-            "postgresql://user:password@host/database of a server that runs, and install its driver."
-        ) from error
-    if storage.engine.name == "sqlite":
-        # It locks at the first write of a transaction: two workers would take one trial out of the queue.
-        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return storage
-
-
-def without_password(url: str) -> str:
-    """A database's URL that may be shown; it may be no URL at all."""
-    return re.sub(r":[^:@/]*@", ":***@", url)
 
 
 def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -121,22 +94,41 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def bury_dead(study: Study, is_new: bool = True) -> None:
+def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | None = None) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
     Args:
         study: whose.
         is_new: whether this process has no trial yet.
+        deaths: what processes died of, by their number, as far as that is known.
+
+    Returns:
+        The processes whose trials were ended.
     """
+    buried = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
         is_ours = pid == os.getpid() and not is_new  # else the number was used again
         if host == platform.node() and pid is not None and not is_ours and not _is_alive(pid):
-            try:
-                study.tell(trial.number, state=TrialState.FAIL)
-            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                continue  # another worker that looks at this moment was first
-            _try_again(study, trial)
+            buried.add(pid)
+            if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
+                _try_again(study, trial)
+    return buried
+
+
+def end_trial(study: Study, trial: FrozenTrial, attribute: str, reason: str) -> bool:
+    """Fail a trial of a process that is no more, and write down why.
+
+    Returns:
+        False where it had ended already, or another worker was first.
+    """
+    try:
+        if reason:
+            optuna.Trial(study, trial._trial_id).set_user_attr(attribute, reason)
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        return False
+    return True
 
 
 def _try_again(study: Study, trial: FrozenTrial) -> None:
@@ -153,7 +145,8 @@ def failure_of(trial: FrozenTrial) -> str | None:
     if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
         return None
     if reason is None and "retry_of" in trial.user_attrs:
-        return f"its process died, as that of trial {trial.user_attrs['retry_of']} did"
+        of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
+        return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
     return reason
 
 
@@ -191,6 +184,7 @@ def search(
     n_trials: int,
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
     seconds: float = math.inf,
+    folder: Path | None = None,
 ) -> FrozenTrial:
     """Propose, evaluate, tell, until ``n_trials`` distinct candidates are trained in all, or the space has no more.
 
@@ -204,6 +198,7 @@ def search(
         n_trials: a total over all starts and workers; candidates that the pruner ended count.
         callbacks: called after each trial, as Optuna's.
         seconds: of wall clock; no candidate is begun later, and the one that runs is finished.
+        folder: of the run, for a result that the database cannot take.
 
     Returns:
         The best feasible trial.
@@ -211,10 +206,12 @@ def search(
     Raises:
         UserError: ``n_trials`` is below 1, or no candidate meets the constraints.
         CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
+        StoreAway: the database is away.
     """
     if n_trials < 1:
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
     end = time.monotonic() + seconds
+    result: list[tuple[optuna.Trial, float]] = []  # the last
 
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("host", platform.node())
@@ -233,11 +230,14 @@ def search(
                 value = evaluate(trial, arch)
                 if not math.isfinite(value):
                     raise CandidateFailed(f"the reward is {value}")
+                result[:] = [(trial, float(value))]
                 return value
             except (optuna.TrialPruned, OSError):  # a full disk is not the candidate's fault
                 raise
             except Exception as error:  # whatever a candidate dies of, the search goes on
                 reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+                if isinstance(error, MemoryError) or re.search("(?i)out of memory|can.t allocate memory", reason):
+                    reason = f"out of memory: {first_line(error)}"
                 trial.set_user_attr("failed", reason)
                 log.warning("Trial %d failed: %s", trial.number, reason)
                 raise CandidateFailed(reason) from error
@@ -252,7 +252,17 @@ def search(
             study.stop()
 
     if not is_over():
-        study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
+        try:
+            study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
+        except Exception:  # Optuna's own follows where it cannot tell
+            store = getattr(study._storage, "_backend", None)
+            if not isinstance(store, PatientStorage) or not store.away:
+                raise
+            for trial, value in result:
+                if folder and trial._trial_id in store.written:
+                    written = store.written[trial._trial_id]
+                    log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
+            raise store.away from None
     return best_of(study, space, seconds)
 
 
@@ -341,7 +351,7 @@ def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
 def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "seconds", "retry_of"):
+        if name not in ("host", "pid", "seconds", "retry_of", "died"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():

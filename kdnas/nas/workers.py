@@ -1,22 +1,29 @@
 """Several processes that search in one study, on one machine."""
 
+import ctypes
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
-from kdnas.nas.search import bury_dead
+from kdnas.nas.search import bury_dead, end_trial
 from kdnas.training import honest_signals
 
-# A worker that dies is replaced, and its trial tried again; so many deaths a worker are no bad luck.
+# A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
+# or a candidate that is to blame, are no bad luck.
 MOST_DEATHS = 2
 DISK = 3  # exit code, as the command line's
 
@@ -28,8 +35,11 @@ def run_workers(
     show: Callable[[Study, FrozenTrial], None],
     seconds: float,
     log_path: Callable[[int], Path],
+    timeout: float = math.inf,
 ) -> None:
     """Search in processes until all have ended, and show each trial as it ends.
+
+    A candidate that kills its process, or takes too long, ends with its reason, and another process goes on.
 
     Args:
         work: what a worker does, given its number from 0 and the time, as of ``time.time()``, after which it begins
@@ -39,54 +49,90 @@ def run_workers(
         show: called after each trial, as Optuna's callbacks are.
         seconds: of wall clock.
         log_path: where worker number i tells what it does.
+        timeout: seconds that a candidate may take.
 
     Raises:
-        CandidateFailed: worker after worker dies.
+        CandidateFailed: worker after worker dies, and not of its candidates.
         OSError: a worker's disk or network failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers end too.
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
     deadline, num_deaths = time.time() + seconds, 0
+    begun: dict[int, float] = {}  # when each running trial was first seen
+    slow: set[int] = set()  # processes that were ended for their candidate
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
 
-    def start(index: int) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=work, args=(index, deadline), name=f"worker {index}")
+    def start(index: int) -> BaseProcess:
+        process = context.Process(target=_child, args=(work, index, deadline), name=f"worker {index}")
         with _environment(index, num_workers):
             process.start()
         return process
 
     def show_new() -> None:
+        nonlocal num_deaths
         for trial in study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in shown:
                 shown.add(trial.number)
+                num_deaths = 0
                 show(study, trial)
+
+    def end_slow() -> None:
+        by_pid = {worker.pid: worker for worker in workers.values()}
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            worker = by_pid.get(trial.user_attrs.get("pid"))
+            if worker is None or trial.user_attrs.get("host") != platform.node() or "arch" not in trial.user_attrs:
+                continue  # another machine's, or it waits for others
+            if time.monotonic() > begun.setdefault(trial.number, time.monotonic()) + timeout:
+                worker.kill()  # native code hears of no signal that can be caught
+                worker.join()
+                slow.add(worker.pid or 0)
+                end_trial(study, trial, "failed", f"it took longer than {timeout / 60:g} minutes")
 
     workers = {index: start(index) for index in range(num_workers)}
     try:
         with honest_signals():
             while workers:
                 multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
+                end_slow()
                 for index, code in [(index, worker.exitcode) for index, worker in workers.items()]:
                     if code == 0:
                         del workers[index]
                     elif code == DISK:
                         raise OSError(f"A worker's disk or network failed: see {str(log_path(index))!r}")
                     elif code is not None:
-                        num_deaths += 1
+                        pid = workers[index].pid or 0
+                        if pid not in slow | bury_dead(study, deaths={pid: _cause(code)}):
+                            num_deaths += 1  # no candidate was the cause
                         if num_deaths > MOST_DEATHS * num_workers:
                             raise CandidateFailed(
                                 f"{num_deaths} worker processes died, the last with exit code {code}: "
                                 f"see {str(log_path(index))!r}"
                             )
-                        bury_dead(study)
                         workers[index] = start(index)
                 show_new()
     finally:
-        for worker in workers.values():
-            worker.join(timeout=20)  # Ctrl-C reaches them too
-            if worker.is_alive():
-                worker.terminate()
-                worker.join()
+        # Ctrl-C reaches them too; SIGTERM may not. All together takes less than the ten seconds that one has.
+        for end, seconds in ((None, 2), (BaseProcess.terminate, 5), (BaseProcess.kill, 1)):
+            until = time.monotonic() + seconds
+            for worker in workers.values():
+                if end and worker.is_alive():
+                    end(worker)
+            for worker in workers.values():
+                worker.join(timeout=max(0, until - time.monotonic()))
+
+
+def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
+    """A worker, which ends with the process that started it, also where that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    work(index, deadline)
+
+
+def _cause(code: int) -> str:
+    """What an exit code of a process says."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"{signal.Signals(-code).name}{', perhaps out of memory' if -code == signal.SIGKILL else ''}"
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""The study's database, which may be away: calls are tried again, and a finished result is kept beside it."""
+
+import functools
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+
+from kdnas.errors import UserError, first_line
+from kdnas.runs import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+# Minutes, not seconds: with a short grace a live but slow worker is declared dead.
+HEARTBEAT_SECONDS = 60
+GRACE_SECONDS = 600
+# A server that restarts is back in seconds, one that is moved in minutes.
+PATIENCE_SECONDS = 600.0
+
+
+class StoreAway(OSError):
+    """The database has been away for too long."""
+
+
+def _patient(call: Callable[..., Any]) -> Any:
+    """The same call of RDBStorage, each of which is one transaction, tried until the database answers."""
+
+    @functools.wraps(call)
+    def patient(self: "PatientStorage", *args: Any, **options: Any) -> Any:
+        end, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
+        if call.__name__ in _KEPT:
+            self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
+        while True:
+            try:
+                answer = call(self, *args, **options)
+                self.away = None
+                if call.__name__ == "set_trial_state_values":
+                    self.written.pop(args[0], None)
+                return answer
+            except (StorageInternalError, DBAPIError) as error:
+                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                if not isinstance(cause, OperationalError | InterfaceError):
+                    raise
+                if self.away or time.monotonic() > end:
+                    self.away = StoreAway(f"The study's database has not answered for {PATIENCE_SECONDS:g} s")
+                    if call.__name__ in _KEPT:
+                        return None  # it is written down with the result
+                    raise self.away from error
+                if pause == 0.1:
+                    log.warning("The study's database does not answer; waiting for it.")
+                time.sleep(pause)
+                pause = min(2 * pause, 5)
+            except UpdateFinishedTrialError:
+                if pause == 0.1 or call.__name__ != "set_trial_state_values":
+                    raise
+                return True  # stored the first time, and only the answer was lost
+
+    return patient
+
+
+_KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's RDBStorage, for a database that may be away: ``PATIENCE_SECONDS`` of trying, then ``StoreAway``.
+
+    Args:
+        url: SQLAlchemy's.
+        options: of RDBStorage.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.away: StoreAway | None = None
+        self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
+        # A connection that the server has cut meanwhile is noticed before it is used.
+        super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)
+
+    get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = _patient(RDBStorage.get_study_name_from_id)
+    get_study_directions = _patient(RDBStorage.get_study_directions)
+    get_study_user_attrs = _patient(RDBStorage.get_study_user_attrs)
+    get_study_system_attrs = _patient(RDBStorage.get_study_system_attrs)
+    set_study_user_attr = _patient(RDBStorage.set_study_user_attr)
+    set_study_system_attr = _patient(RDBStorage.set_study_system_attr)
+    _create_new_trial = _patient(RDBStorage._create_new_trial)
+    _set_trial_param = _patient(RDBStorage._set_trial_param)
+    set_trial_state_values = _patient(RDBStorage.set_trial_state_values)
+    set_trial_intermediate_value = _patient(RDBStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _patient(RDBStorage.set_trial_user_attr)
+    set_trial_system_attr = _patient(RDBStorage.set_trial_system_attr)
+    get_trial_user_attrs = _patient(RDBStorage.get_trial_user_attrs)
+    get_trial_system_attrs = _patient(RDBStorage.get_trial_system_attrs)
+    get_trial_id_from_study_id_trial_number = _patient(RDBStorage.get_trial_id_from_study_id_trial_number)
+    get_trial = _patient(RDBStorage.get_trial)
+    _get_trials = _patient(RDBStorage._get_trials)
+    _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
+    _get_stale_trial_ids = _patient(RDBStorage._get_stale_trial_ids)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Tell that a trial is alive; where the database is away, the next beat does."""
+        try:
+            super().record_heartbeat(trial_id)
+        except (StorageInternalError, DBAPIError) as error:
+            log.debug("No heartbeat of trial %d: %s", trial_id, error)
+
+
+def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) -> PatientStorage:
+    """The database of a study, its tables made where they are not there.
+
+    Args:
+        url: SQLAlchemy's.
+        try_again: called for a trial whose process, somewhere, has stopped beating.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    options: dict[str, Any] = {
+        "heartbeat_interval": HEARTBEAT_SECONDS,
+        "grace_period": GRACE_SECONDS,
+        "heartbeat_stale_trial_callback": try_again,
+    }
+    try:
+        try:
+            storage = PatientStorage(url, **options)
+        except DBAPIError:  # another worker makes the same tables at this moment
+            time.sleep(1)
+            storage = PatientStorage(url, **options)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise UserError(
+            f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
+            "postgresql://user:password@host/database of a server that runs, and install its driver."
+        ) from error
+    if storage.engine.name == "sqlite":
+        # It locks at the first write of a transaction: two workers would take one trial out of the queue.
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
+
+
+def without_password(url: str) -> str:
+    """A database's URL that may be shown; it may be no URL at all."""
+    return re.sub(r":[^:@/]*@", ":***@", url)
+
+
+def keep_result(folder: Path, study: str, number: int, written: list[list[Any]], value: float) -> Path:
+    """Write down a finished trial that the database could not take; ``take_up`` gives it to it.
+
+    Args:
+        folder: of the run.
+        study: its name.
+        number: of the trial.
+        written: what was written of it, as ``PatientStorage`` keeps it.
+        value: of the trial.
+    """
+    path = folder / f"unsent_{number:04d}.json"
+    write_json(path, {"study": study, "number": number, "written": written, "value": value})
+    return path
+
+
+def take_up(folder: Path, study: optuna.Study, storage: RDBStorage) -> None:
+    """Give the study the results that were kept, each once; those of other studies are left alone."""
+    for path in sorted(folder.glob("unsent_*.json")):
+        kept = read_json(path)
+        if kept["study"] != study.study_name:
+            continue
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, kept["number"])
+        try:
+            for name, *args in kept["written"]:
+                if name in _KEPT:
+                    getattr(storage, name)(trial_id, *args)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [kept["value"]])
+            log.info("Trial %d: its result, which the database could not take, is stored.", kept["number"])
+        except UpdateFinishedTrialError:
+            log.warning("Trial %d was given up by another worker before its result came.", kept["number"])
+        path.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""A database that is away: a short while nobody notices, and for ever no finished result is lost."""
+
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+import kdnas.nas.storage
+from kdnas.nas.search import open_study, search, trained
+from kdnas.nas.space import SearchSpace
+from kdnas.nas.storage import StoreAway
+
+SPACE = SearchSpace(
+    {
+        "num_hidden_layers": [1, 2, 3],
+        "num_attention_heads": [1],
+        "hidden_size": [16],
+        "intermediate_size": [64],
+        "hidden_act": ["gelu"],
+    }
+)
+
+
+class Outage:
+    """Fails the next so many statements."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.left = 0.0
+        self.failed = 0
+        event.listen(study._storage._backend.engine, "before_cursor_execute", self)
+
+    def __call__(self, connection, cursor, statement, parameters, context, executemany):
+        if self.left > 0:
+            self.left -= 1
+            self.failed += 1
+            raise sqlite3.OperationalError("the server closed the connection unexpectedly")
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """Time passes without being waited for."""
+    now, pauses = [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+        pauses.append(seconds)
+
+    monkeypatch.setattr(kdnas.nas.storage.time, "sleep", sleep)
+    monkeypatch.setattr(kdnas.nas.storage.time, "monotonic", lambda: now[0])
+    return pauses
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    return lambda: open_study(f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("when", ["within", "at its end"])
+def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once(when, start, tmp_path, pauses):
+    study = start()
+    outage = Outage(study)
+
+    def evaluate(trial, arch):
+        outage.left = 7
+        if when == "within":
+            trial.set_user_attr("loss", 0.5)
+            assert outage.left == 0
+        return float(arch.num_hidden_layers)
+
+    search(evaluate, SPACE, study, 3, folder=tmp_path)
+    assert sorted(trial.value for trial in trained(study)) == [1, 2, 3]
+    assert outage.failed == 21 and len(pauses) > 3
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    assert not list(tmp_path.glob("unsent*"))
+
+
+@pytest.mark.parametrize("when", ["within", "at its end"])
+def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next_start(when, start, tmp_path):
+    study = start()
+    outage = Outage(study)
+
+    def evaluate(trial, arch):
+        if trial.number == 1 and when == "within":
+            outage.left = float("inf")
+        trial.set_user_attr("loss", 0.25)
+        if trial.number == 1:
+            outage.left = float("inf")
+        return 0.75
+
+    with pytest.raises(StoreAway, match="database has not answered for 600 s"):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    (kept,) = tmp_path.glob("unsent*")
+    assert kept.name == "unsent_0001.json"
+    study = start()
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert (study.trials[1].value, study.trials[1].user_attrs["loss"]) == (0.75, 0.25)
+    assert "arch" in study.trials[1].user_attrs and not kept.exists()
+    search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
+    assert len(trained(study)) == 3 and len(study.trials) == 3
+
+
+def test_a_candidate_that_is_not_finished_when_the_database_is_gone_is_tried_again(start, tmp_path):
+    study = start()
+    outage = Outage(study)
+
+    def evaluate(trial, arch):
+        outage.left = float("inf")
+        trial.set_constraint("budget", 0.0)  # which reads
+        pytest.fail("it went on")
+
+    with pytest.raises(StoreAway):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    assert not list(tmp_path.glob("unsent*"))
+
+
+def test_a_missed_heartbeat_is_no_failure(start):
+    study = start()
+    trial = study.ask()
+    outage = Outage(study)
+    outage.left = 1
+    study._storage.record_heartbeat(trial._trial_id)
+    assert outage.failed == 1
+
+
+def test_another_error_of_the_database_is_not_waited_for(start, pauses):
+    study = start()
+    with pytest.raises(KeyError):
+        study._storage.get_trial(99)
+    with pytest.raises(OperationalError), study._storage._backend.engine.connect() as connection:
+        connection.exec_driver_sql("nonsense")
+    assert pauses == []
+
+
+def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tmp_path, caplog):
+    study = start()
+    trial = study.ask()
+    kdnas.nas.storage.keep_result(tmp_path, "s", trial.number, [["set_trial_user_attr", "loss", 1.0]], 0.5)
+    kdnas.nas.storage.keep_result(tmp_path, "other", 7, [], 0.5)
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    again = start()
+    assert [trial.state.name for trial in again.trials] == ["FAIL"]
+    assert [path.name for path in tmp_path.glob("unsent*")] == ["unsent_0007.json"]
+    assert "Trial 0 was given up" in caplog.text
