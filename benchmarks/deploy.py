@@ -153,7 +153,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 model = finetuned(role, source, task, place, progress)
                 exports[role] = place / "export"
                 card = {"name": f"{role}-{task.task.name}", "teacher": TEACHER, "sections": {}}
-                export_student(model, exports[role], card=card, make_rows=rows_of_task(task))
+                if not exports[role].exists():
+                    export_student(model, exports[role], card=card, make_rows=rows_of_task(task))
             rows += measure(task, exports)
     table = Table("task", "model", "variant", "MB", "ms", "speed-up", "score")
     for row in rows:

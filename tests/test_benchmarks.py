@@ -198,39 +198,6 @@ def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
     assert fidelity.agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx({"tau": -1.0, "rho": -1.0})
 
 
-def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tiny_teacher):
-    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(max_length=32))
-    (random,) = glue.random_starts([model, model])
-    torch.manual_seed(1)
-    first, second = random.make(3), random.make(3)
-    for classifier in (first, second):
-        assert (classifier.config.num_hidden_layers, classifier.config.hidden_size) == (4, 64)
-        assert classifier.config.num_labels == 3
-    weights = [classifier.bert.embeddings.word_embeddings.weight for classifier in (first, second, model.make(3))]
-    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert random.key != model.key and random.name == "random, 4 x 64"
-
-
-def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher, tmp_path):
-    task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=20)))
-    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32))
-    seen: list[list[list[int]]] = [[], [], []]
-    for rows, seconds in zip(seen, glue.SIDES.values(), strict=True):
-
-        def make(num_labels, rows=rows):
-            classifier = model.make(num_labels)
-            classifier.register_forward_pre_hook(
-                lambda _, args, given: rows.extend(
-                    [token for token in row if token != 3] for row in given["input_ids"].tolist()
-                ),
-                with_kwargs=True,
-            )
-            return classifier
-
-        assert seconds(dataclasses.replace(model, make=make), task, tmp_path / "run") > 0
-    assert len(seen[0]) == 40 and sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
-
-
 def test_error_of_a_ratio_is_the_median_of_relative_differences():
     rows = [{"searched": s, "exported": 0.5} for s in (0.5, 0.55, 0.4)]
     assert latency.median_error(rows) == pytest.approx(0.1)
@@ -263,3 +230,36 @@ def test_the_summary_of_a_deployment_is_the_worse_of_the_tasks():
     rows += [row("b", "student", "torch fp32", 6.0, 0.70), row("b", "student", "ONNX int8", 16.0, 0.71)]
     found = deploy.summary(rows)
     assert found == {"int8_speedup": 16.0, "int8_points_lost": pytest.approx(1.0)}
+
+
+def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tiny_teacher):
+    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(max_length=32))
+    (random,) = glue.random_starts([model, model])
+    torch.manual_seed(1)
+    first, second = random.make(3), random.make(3)
+    for classifier in (first, second):
+        assert (classifier.config.num_hidden_layers, classifier.config.hidden_size) == (4, 64)
+        assert classifier.config.num_labels == 3
+    weights = [classifier.bert.embeddings.word_embeddings.weight for classifier in (first, second, model.make(3))]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert random.key != model.key and random.name == "random, 4 x 64"
+
+
+def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher, tmp_path):
+    task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=20)))
+    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32))
+    seen: list[list[list[int]]] = [[], [], []]
+    for rows, seconds in zip(seen, glue.SIDES.values(), strict=True):
+
+        def make(num_labels, rows=rows):
+            classifier = model.make(num_labels)
+            classifier.register_forward_pre_hook(
+                lambda _, args, given: rows.extend(
+                    [token for token in row if token != 3] for row in given["input_ids"].tolist()
+                ),
+                with_kwargs=True,
+            )
+            return classifier
+
+        assert seconds(dataclasses.replace(model, make=make), task, tmp_path / "run") > 0
+    assert len(seen[0]) == 40 and sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
