@@ -315,7 +315,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
 
 @fault("F05", "a disk that is full while the teacher's states are stored; then it is larger")
 def full_disk(bench: Bench, row: Row) -> None:
-    for kilobytes in (32, 64, 128, 256):
+    for kilobytes in (64,) if bench.quick else (32, 64, 128, 256):
         with tmpfs(bench.folder / "small", f"size={kilobytes}k") as disk:
             name = bench.new_name()
             args = bench.search(name, f"--states.folder={disk}")
@@ -375,7 +375,7 @@ def shards(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018 (stores them)
     (shard,) = (bench.folder / "states").rglob("*.bin")
     whole = shard.read_bytes()
-    for what, damage in damages(shard).items():
+    for what, damage in list(damages(shard).items())[:: 4 if bench.quick else 1]:
         damage()
         name = bench.new_name()
         code, error = bench.call(bench.search(name))
