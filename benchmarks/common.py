@@ -57,14 +57,15 @@ def read_config(name: str) -> FitConfig:
     return FitConfig(found.arch, found.recipe, found.data, values["trainer"])
 
 
-def options(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def options(name: str, description: str, text: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ``--text`` where there is text to train on."""
     parser = argparse.ArgumentParser(
         prog=f"{name}.py", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small part of it, in about 50 s on two cores")
     parser.add_argument("--json", type=Path, default=OUTPUT / f"{name}.json", help="where the figures go")
-    parser.add_argument("--text", help="rows to train on: anything that --text of kdnas takes (default: quickstart's)")
+    if text:
+        parser.add_argument("--text", help="rows to train on, as for --text of kdnas (default: quickstart's)")
     return parser
 
 

@@ -12,6 +12,15 @@ from kdnas.models import num_parameters
 
 _TAGS = ("knowledge-distillation", "neural-architecture-search", "kdnas", "onnx")
 
+_SENTENCES = """With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+print(SentenceTransformer(".").encode(["The text to read."]))
+```
+
+"""
+
 
 def model_card(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Mapping[str, Any], report: Mapping[str, Any]
@@ -32,7 +41,10 @@ def model_card(
         if output == "logits"
         else ("text encoder", "AutoModel", "feature-extraction")
     )
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": pipeline_tag, "tags": list(_TAGS)}
+    library = "transformers"
+    if "sentences" in report:
+        library, pipeline_tag = "sentence-transformers", "sentence-similarity"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline_tag, "tags": list(_TAGS)}
     front |= {name: str(card[name]) for name in ("base_model", "license") if card.get(name)}
     sections = {**card["sections"], **_checks(report)}
     tables = "".join(
@@ -67,7 +79,7 @@ batch = tokenizer(["The text to read."], padding=True, truncation=True, return_t
 print(model(**batch).{output})
 ```
 
-With onnxruntime:
+{_SENTENCES if "sentences" in report else ""}With onnxruntime:
 
 ```python
 from onnxruntime import InferenceSession
@@ -95,7 +107,22 @@ def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         f"model.onnx, {row['int8_ms']:.2f} ms model.int8.onnx"
         for row in report["latency"]
     }
-    return {"The exported files": scores, "Latency, one CPU thread": latency}
+    sections = {"The exported files": scores, "Latency, one CPU thread": latency}
+    if "sentences" in report:
+        sections = {"Sentence vectors": sentence_lines(report["sentences"]), **sections}
+    return sections
+
+
+def sentence_lines(found: Mapping[str, Any]) -> dict[str, str]:
+    """How a sentence encoder compares with its teacher."""
+    lines = {
+        "pooling": found["pooling"] + ", normalized" * found["normalized"],
+        "cosine to the teacher's vectors": f"{found['cosine']:.4f} (held-out texts, through a linear map)",
+    }
+    if "spearman" in found:
+        scores = f"{found['spearman']:.3f} (its teacher {found['teacher_spearman']:.3f})"
+        lines[f"{found['task']}, Spearman of the cosine"] = scores
+    return lines
 
 
 def _plain(value: Any) -> str:

@@ -224,6 +224,8 @@ def _export(args: Sequence[str]) -> None:
 
     _quieten()
     args = ["--force=true" if arg == "--force" else arg for arg in args]
+    # ``as`` can be no name in Python.
+    args = [f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg for arg in args]
     export(read_config(ExportConfig, "export", args)[0], Console())
 
 

@@ -111,7 +111,7 @@ def with_help(
     """
     helpers = {}
     for task in tasks:
-        teacher = load_task_teacher(teachers[task.task.name], task.task, plain.tokenizer)
+        teacher = load_task_teacher(teachers[task.task.name], task.task, plain)
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         helpers[task.task.name] = Helper(key, partial(TaskDistillModule, teacher=teacher, distill=distill))
@@ -120,12 +120,10 @@ def with_help(
 
 def short_names(sources: Sequence[str]) -> list[str]:
     """The shortest ends of paths that tell them apart: ``a/student`` and ``b/student``, or ``teacher``."""
-    parts = [Path(source).parts or (source,) for source in sources]
-    for length in itertools.count(1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names) or length > max(map(len, parts)):
-            return names
-    raise AssertionError("not reached")
+    parts = [Path(source).parts for source in sources]
+    longest = max(map(len, parts), default=1)
+    ends = [["/".join(part[-length:]) for part in parts] for length in range(1, longest + 1)]
+    return next((names for names in ends if len(set(names)) == len(names)), list(sources))
 
 
 def _safe(name: str) -> str:

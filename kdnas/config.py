@@ -309,24 +309,29 @@ class ExportConfig:
         run: name of a finished run.
         student: a Hugging Face folder of a student with its tokenizer, from anywhere.
         root: the folder of all runs.
+        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
+            with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
         output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
         teacher: of the student, for the card; it is checked that the student can be its.
         task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
         text: rows without labels for the same, where there is no task; of a run, its own by default.
         length: where texts are cut, in tokens; as many as the student takes by default.
         license: for the card, by the hub's identifier, such as apache-2.0.
+        hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
         force: replace an output folder that is there.
     """
 
     run: str | None = None
     student: str | None = None
     root: str = "lightning_logs"
+    format: str = "transformers"
     output: str | None = None
     teacher: str | None = None
     task: str | None = None
     text: str | None = None
     length: int | None = None
     license: str | None = None
+    hub_repo: str | None = None
     force: bool = False
 
 

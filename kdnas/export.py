@@ -18,12 +18,13 @@ from transformers import (
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import family_of, max_length
+from kdnas.families import family_of, leave_out_marks, max_length
 from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.quantize import Rows, random_rows, write_best_int8
 from kdnas.runs import new_folder, write_text
+from kdnas.sentence_export import Sentences, add_sentence_files
 
 
 def export_student(
@@ -33,6 +34,7 @@ def export_student(
     card: Mapping[str, Any],
     make_rows: Callable[[PreTrainedTokenizerBase], Rows] | None = None,
     length: int | None = None,
+    sentences: Sentences | None = None,
     tolerance: float = 1e-4,
     min_seconds: float = 0.1,
 ) -> dict[str, Any]:
@@ -47,13 +49,14 @@ def export_student(
         card: for the model card, see ``model_card``.
         make_rows: from the tokenizer the rows that the int8 graph is chosen and scored on; random words by default.
         length: where texts are cut, in tokens; as many as the model takes by default.
+        sentences: make it a folder for sentence-transformers, with this teacher's pooling.
         tolerance: largest difference of an output between torch and onnxruntime.
         min_seconds: of each measurement of latency.
 
     Returns:
         ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``, ``opset``, ``int8``
         (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, for one thread, ``torch_ms``,
-        ``onnx_ms`` and ``int8_ms``).
+        ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see ``add_sentence_files``) where that is asked for.
 
     Raises:
         UserError: the source has no model or no tokenizer that loads whole, or the length is beyond its positions.
@@ -70,6 +73,7 @@ def export_student(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.copyfile(Path(__file__).with_name("predict.py"), temporary / "predict.py")
+        compared = add_sentence_files(temporary, model, tokenizer, sentences) if sentences else None
         exact, int8 = temporary / ONNX, temporary / INT8
         write_onnx(model, exact, tokenizer.model_input_names)
         difference = _check_parity(model, tokenizer, exact, tolerance)
@@ -85,6 +89,7 @@ def export_student(
             "opset": OPSET,
             "int8": chosen,
             "latency": _latency(model, exact, int8, longest, min_seconds),
+            **({"sentences": compared} if compared else {}),
         }
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
         write_manifest(temporary, {"checks": report})
@@ -126,6 +131,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
+    leave_out_marks(tokenizer, config)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
 

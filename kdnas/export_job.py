@@ -1,24 +1,29 @@
 """``kdnas export``, and the last stage of a run: which student, which rows, which words on the card."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.arch import StudentArch
+from kdnas.card import sentence_lines
 from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line, nearest
 from kdnas.export import export_student, load_student, slower_shapes
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import Teacher, find_teacher
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
+from kdnas.sentence_export import Sentences, check_sentences
+
+FORMATS = ("transformers", "sentence-transformers")
 
 MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
@@ -35,12 +40,17 @@ def export(config: ExportConfig, console: Console) -> Path:
     """
     if (config.run is None) == (config.student is None):
         raise UserError(f"run is {config.run!r} and student is {config.student!r}: give one of the two.")
+    is_sentences = config.format == "sentence-transformers"
+    if config.format not in FORMATS:
+        raise UserError(f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}")
+    teacher_name = config.teacher
     if config.run is not None:
         run = Run(config.root, config.run)
-        source, folder, known = _source_of(run), run.student, _config_of(run)
+        source, folder, known = _source_of(run, is_sentences), run.student, _config_of(run)
+        teacher_name = teacher_name or (known["teacher"] if is_sentences else None)
         card = _run_card(run)
-        task_name, text = config.task or _task_of(run, known.get("task")), config.text
-        if not task_name and not text:
+        task_name, text = config.task or (None if is_sentences else _task_of(run, known.get("task"))), config.text
+        if not text and (is_sentences or not task_name):
             text = str(run.text) if known["text"] == QUICKSTART else known["text"]
     else:
         assert config.student is not None
@@ -52,21 +62,70 @@ def export(config: ExportConfig, console: Console) -> Path:
         raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
     if folder.exists() and folder.resolve() == source.resolve():
         raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
-    if config.teacher is not None:
-        teacher = find_teacher(config.teacher)
+    if teacher_name is not None:
+        teacher = find_teacher(teacher_name)
         _check_teacher(source, teacher)
-        card |= _teacher_words(config.teacher)
+        card |= _teacher_words(teacher_name)
+    elif is_sentences:
+        raise UserError("teacher is None: for sentence-transformers a student pools as its teacher; give --teacher.")
     if config.license:
         card["license"] = config.license
+    if config.hub_repo:
+        check_hub(config.hub_repo)
+    task = load_task(task_name) if task_name else None
+    corpus = load_corpus(text) if text else None
+    sentences = _sentences(teacher, corpus, task) if is_sentences else None
     make_rows = None
-    if task_name:
-        make_rows = rows_of_task(load_task(task_name))
-    elif text:
-        make_rows = rows_of_corpus(load_corpus(text))
-    report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length)
+    if sentences:
+        make_rows = rows_of_texts(sentences.train, sentences.held_out)
+    elif task:
+        make_rows = rows_of_task(task)
+    elif corpus:
+        make_rows = rows_of_texts(corpus.train, corpus.held_out)
+    report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
     say(report, console)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
+    if config.hub_repo:
+        console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
     return folder
+
+
+def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
+    """The texts that vectors are compared on: a corpus, or else the task's own sentences."""
+    check_sentences(task)
+    if corpus is not None:
+        return Sentences(teacher, corpus.train, corpus.held_out, task)
+    if task is None:
+        raise UserError("text and task are None: vectors are compared on texts; give --text, or --task stsb, or both.")
+    train, held_out = (
+        [text for name in task.task.columns for text in rows[name]] for rows in (task.train, task.validation)
+    )
+    return Sentences(teacher, train, held_out, task)
+
+
+def check_hub(repo: str) -> None:
+    """Refuse now, not after the export, where nobody is logged in.
+
+    Raises:
+        UserError: the hub cannot be reached or knows no token.
+    """
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, an old one, no network
+        raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. Log in by `hf auth login`.") from error
+
+
+def push(folder: Path, repo: str) -> str:
+    """Push a folder to the hub, into a private repository if it is new, and give the address.
+
+    Raises:
+        UserError: the hub refuses; the folder stays.
+    """
+    try:
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
+    except Exception as error:  # a bad name, no right, no network
+        raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. The export is in {str(folder)!r}.") from error
 
 
 def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
@@ -79,9 +138,9 @@ def rows_of_task(task: LoadedTask) -> MakeRows:
     return lambda tokenizer: task_rows(task, tokenizer, min(128, tokenizer.model_max_length))
 
 
-def rows_of_corpus(corpus: Corpus) -> MakeRows:
+def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
     """Rows without labels."""
-    return lambda tokenizer: text_rows(corpus.train, corpus.held_out, tokenizer, min(128, tokenizer.model_max_length))
+    return lambda tokenizer: text_rows(train, held_out, tokenizer, min(128, tokenizer.model_max_length))
 
 
 def say(report: dict[str, Any], console: Console) -> None:
@@ -99,6 +158,8 @@ def say(report: dict[str, Any], console: Console) -> None:
             f"Latency, batch {row['batch']} x {row['length']}, 1 thread: torch {row['torch_ms']:.2f} ms, "
             f"model.onnx {row['onnx_ms']:.2f} ms, model.int8.onnx {row['int8_ms']:.2f} ms."
         )
+    for name, words in sentence_lines(report["sentences"]).items() if "sentences" in report else ():
+        show(f"Sentence vectors, {name}: {words}.")
     slower = slower_shapes(report)
     if slower:
         show(
@@ -106,8 +167,8 @@ def say(report: dict[str, Any], console: Console) -> None:
         )
 
 
-def _source_of(run: Run) -> Path:
-    for source in (run.glue / "student" / "model", run.full_kd / "encoder"):
+def _source_of(run: Run, is_encoder: bool = False) -> Path:
+    for source in (run.glue / "student" / "model", run.full_kd / "encoder")[is_encoder:]:
         if source.is_dir():
             return source
     raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
-from kdnas.families import family_of, find_family, marks_pairs, titles
+from kdnas.families import family_of, find_family, leave_out_marks, marks_pairs, titles
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 
@@ -141,6 +141,7 @@ def find_teacher(name: str) -> Teacher:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
     _check_tokenizer(name, tokenizer, config)
+    leave_out_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
 
 
@@ -163,7 +164,18 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreT
             )
 
 
-def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
+class Reads(Protocol):
+    """Something that reads text: a ``Teacher``, a student."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
     """Refuse a student that does not read what its teacher reads: the same ids for a text, and as many of them.
 
     Raises:

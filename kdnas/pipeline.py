@@ -20,7 +20,7 @@ from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.export_job import export_run, rows_of_corpus, rows_of_task
+from kdnas.export_job import export_run, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, prepare, refuse_other_config
@@ -315,5 +315,7 @@ def _export(job: Job) -> None:
     if job.run.student.exists():
         job.console.print("Export: done.")
         return
-    assert job.data.corpus is not None
-    export_run(job.run, rows_of_task(job.task) if job.task else rows_of_corpus(job.data.corpus), job.console)
+    corpus = job.data.corpus
+    assert corpus is not None
+    rows = rows_of_task(job.task) if job.task else rows_of_texts(corpus.train, corpus.held_out)
+    export_run(job.run, rows, job.console)

@@ -42,7 +42,8 @@ class Predictor:
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         pooling = folder / "1_Pooling" / "config.json"
         self.takes_cls = pooling.exists() and bool(_read(pooling)["pooling_mode_cls_token"])
-        self.normalizes = (folder / "2_Normalize").exists()
+        modules = folder / "modules.json"
+        self.normalizes = modules.exists() and any("Normalize" in module["type"] for module in _read(modules))
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         """The graph's inputs, (texts, tokens), of texts or of pairs of texts."""

@@ -43,14 +43,14 @@ def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int)
     """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on."""
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
-    train, validation = data.rows
-    data.rows = [], _sample(train, NUM_TO_CHOOSE_ON)
-    choose = list(data.val_dataloader())
-    reported = _sample(validation, MOST_TO_REPORT)
-    data.rows = [], reported
-    report = list(data.val_dataloader())
-    as_numpy = [[{name: value.numpy() for name, value in b.items()} for b in split] for split in (choose, report)]
-    return Rows(as_numpy[0], as_numpy[1], f"{len(reported):,} validation rows of {task.task.name}", task.task)
+    choose = _sample(data.rows["train"], NUM_TO_CHOOSE_ON)
+    reported = _sample(data.rows[task.task.validations[0]], MOST_TO_REPORT)
+
+    def batches(rows: list[dict[str, Any]]) -> list[Feed]:
+        data.rows = dict.fromkeys(task.task.validations, rows)
+        return [{name: value.numpy() for name, value in batch.items()} for batch in data.val_dataloader()[0]]
+
+    return Rows(batches(choose), batches(reported), f"{len(reported):,} validation rows of {task.task.name}", task.task)
 
 
 def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:

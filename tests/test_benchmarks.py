@@ -1,25 +1,33 @@
+import dataclasses
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_task
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.arch import StudentArch
+from kdnas.comparison import contender
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import LayerStats, LiveTeacher, TeacherStates
+from kdnas.glue.finetune import FinetuneSettings
+from kdnas.glue.tasks import load_task
 from kdnas.models import build_student, find_teacher
 from kdnas.student_init import Started
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import deploy
 import fidelity
+import glue
+import latency
 import quality
 import recipe
 import samplers
@@ -35,13 +43,14 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [fidelity, quality, recipe, samplers, step])
+@pytest.mark.parametrize("benchmark", [deploy, fidelity, glue, latency, quality, recipe, samplers, step])
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(option in shown for option in ("--quick", "--json", "--text"))
+    assert all(option in shown for option in ("--quick", "--json"))
+    assert ("--text" in shown) == (benchmark is not glue)
 
 
 def test_original_config_is_what_the_original_did():
@@ -187,3 +196,70 @@ def test_spread_architectures_have_every_choice_alike():
 def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
     assert fidelity.agreement([1, 2, 3, 4], [10, 20, 30, 50]) == pytest.approx({"tau": 1.0, "rho": 1.0})
     assert fidelity.agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx({"tau": -1.0, "rho": -1.0})
+
+
+def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tiny_teacher):
+    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(max_length=32))
+    (random,) = glue.random_starts([model, model])
+    torch.manual_seed(1)
+    first, second = random.make(3), random.make(3)
+    for classifier in (first, second):
+        assert (classifier.config.num_hidden_layers, classifier.config.hidden_size) == (4, 64)
+        assert classifier.config.num_labels == 3
+    weights = [classifier.bert.embeddings.word_embeddings.weight for classifier in (first, second, model.make(3))]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert random.key != model.key and random.name == "random, 4 x 64"
+
+
+def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher, tmp_path):
+    task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=20)))
+    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32))
+    seen: list[list[list[int]]] = [[], [], []]
+    for rows, seconds in zip(seen, glue.SIDES.values(), strict=True):
+
+        def make(num_labels, rows=rows):
+            classifier = model.make(num_labels)
+            classifier.register_forward_pre_hook(
+                lambda _, args, given: rows.extend(
+                    [token for token in row if token != 3] for row in given["input_ids"].tolist()
+                ),
+                with_kwargs=True,
+            )
+            return classifier
+
+        assert seconds(dataclasses.replace(model, make=make), task, tmp_path / "run") > 0
+    assert len(seen[0]) == 40 and sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
+
+
+def test_error_of_a_ratio_is_the_median_of_relative_differences():
+    rows = [{"searched": s, "exported": 0.5} for s in (0.5, 0.55, 0.4)]
+    assert latency.median_error(rows) == pytest.approx(0.1)
+
+
+def test_exported_files_are_measured_in_turn_by_their_own_clock(tmp_path, monkeypatch):
+    now, calls = [0.0], []
+
+    def run_of(folder, backend):
+        def run():
+            calls.append((folder.name, backend))
+            now[0] += {"student": 0.25, "teacher": 1.0}[folder.name]
+
+        return run
+
+    monkeypatch.setattr(latency, "run_of", run_of)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    assert latency.ratio_of_files(tmp_path / "student", tmp_path / "teacher", "torch", 9.0) == 0.25
+    order = [name for name, _ in calls]
+    turns = [name for place, name in enumerate(order) if place == 0 or order[place - 1] != name]
+    assert turns == ["student", "teacher"] * 10
+
+
+def test_the_summary_of_a_deployment_is_the_worse_of_the_tasks():
+    def row(task, model, variant, speedup, score):
+        return {"task": task, "model": model, "variant": variant, "speedup": speedup, "score": score}
+
+    rows = [row("a", "teacher", "ONNX int8", 3.0, 0.1)]
+    rows += [row("a", "student", "torch fp32", 6.0, 0.80), row("a", "student", "ONNX int8", 20.0, 0.79)]
+    rows += [row("b", "student", "torch fp32", 6.0, 0.70), row("b", "student", "ONNX int8", 16.0, 0.71)]
+    found = deploy.summary(rows)
+    assert found == {"int8_speedup": 16.0, "int8_points_lost": pytest.approx(1.0)}

@@ -135,6 +135,8 @@ def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: 
         (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
         (["--length=41"], "length is 41: the student"),
         (["--length=long"], "length"),
+        (["--as=onnx"], "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers."),
+        (["--as", "sentence-transformers"], "teacher is None"),
         (["--forse"], "Did you mean 'force'?"),
     ],
 )
@@ -184,3 +186,46 @@ def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
     monkeypatch.setattr(kdnas.export_job, "export_student", fail)
     assert main(["export", f"--student={student}"]) == code
     assert capsys.readouterr().err == line
+
+
+def test_a_folder_is_pushed_where_a_repository_is_named(
+    student: Path, exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list = []
+
+    class Hub:
+        def whoami(self):
+            calls.append("whoami")
+
+        def create_repo(self, repo, **options):
+            calls.append((repo, options, len(exported)))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            return "https://hub/me/small"
+
+    monkeypatch.setattr(kdnas.export_job, "HfApi", Hub)
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 0
+    folder = Path(f"{student}-export")
+    created = ("me/small", {"private": True, "exist_ok": True}, 1)
+    assert calls == ["whoami", created, ("me/small", folder)]
+    assert "Pushed: https://hub/me/small" in capsys.readouterr().out
+    monkeypatch.setattr(Hub, "upload_folder", lambda *args, **options: [][0])
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "Cannot push to 'me/small': list index out of range" in error and f"The export is in {str(folder)!r}" in error
+    )
+
+
+def test_without_a_login_nothing_is_exported(
+    student: Path, exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hub:
+        def whoami(self):
+            raise ValueError("no token")
+
+    monkeypatch.setattr(kdnas.export_job, "HfApi", Hub)
+    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    assert "Cannot push to 'me/small': no token. Log in by `hf auth login`." in capsys.readouterr().err
+    assert exported == []

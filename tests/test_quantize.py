@@ -45,8 +45,7 @@ def test_rows_of_a_task_are_chosen_on_training_rows_and_reported_on_validation_r
     task = LoadedTask(
         Task("tiny", ("text",), 3),
         {"text": texts[:40], "label": [i % 3 for i in range(40)]},
-        {"text": texts[40:], "label": [i % 3 for i in range(20)]},
-        "",
+        {"validation": {"text": texts[40:], "label": [i % 3 for i in range(20)]}},
     )
     found = task_rows(task, AutoTokenizer.from_pretrained(tiny_teacher), 12)
     count = [sum(len(batch["labels"]) for batch in split) for split in (found.choose, found.report)]

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import make_tokenizer, save_teacher, write_task
+from conftest import make_config, make_tokenizer, save_teacher, write_task
 
 from kdnas.errors import UserError
 from kdnas.glue.batches import GLUEDataModule
@@ -18,8 +19,10 @@ from kdnas.glue.task_distill import (
     task_loss,
 )
 from kdnas.glue.tasks import TASKS, load_task
-from kdnas.models import build_classifier, load_classifier
+from kdnas.models import Teacher, build_classifier, load_classifier
 from kdnas.training import TrainerSettings
+
+STUDENT = Teacher("a student", "", make_config(), make_tokenizer())
 
 
 def test_soft_loss_by_hand():
@@ -98,7 +101,7 @@ def fit(module: GLUEModule, data: GLUEDataModule, num_epochs: int, *callbacks: p
 
 def test_a_student_comes_nearer_to_its_teachers_answers_and_states(tmp_path, student):
     task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=40)))
-    teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher")), task.task, make_tokenizer())
+    teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher")), task.task, STUDENT)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     data = GLUEDataModule(task, make_tokenizer(), batch_size=8, max_length=30)
     settings = FinetuneSettings(learning_rate=3e-3)
@@ -138,7 +141,7 @@ def test_a_student_comes_nearer_to_its_teachers_answers_and_states(tmp_path, stu
 
 def test_a_regression_has_a_teacher_too(tmp_path):
     task = load_task(str(write_task(tmp_path / "stsb", ("sentence1", "sentence2"), [0.5, 4.0])))
-    teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher", 1)), task.task, make_tokenizer())
+    teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher", 1)), task.task, STUDENT)
     student = build_classifier(teacher.config, 1)
 
     def make_module(*given):
@@ -161,17 +164,17 @@ def test_a_regression_has_a_teacher_too(tmp_path):
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
     rte = TASKS["rte"]
     with pytest.raises(UserError, match="bare' is not fine-tuned: it has no head for 'rte'"):
-        load_task_teacher(str(save_teacher(tmp_path / "bare")), rte, make_tokenizer())
+        load_task_teacher(str(save_teacher(tmp_path / "bare")), rte, STUDENT)
     with pytest.raises(UserError, match="three' has 3 outputs, and 'rte' needs 2"):
-        load_task_teacher(str(save_classifier(tmp_path / "three", 3)), rte, make_tokenizer())
+        load_task_teacher(str(save_classifier(tmp_path / "three", 3)), rte, STUDENT)
     names = save_classifier(tmp_path / "names")
     model = load_classifier(names, 2)
     model.config.id2label = {0: "not_entailment", 1: "entailment"}
     model.save_pretrained(names)
     with pytest.raises(UserError, match="has the classes not_entailment, entailment, and 'rte' has entailment, not_"):
-        load_task_teacher(str(names), rte, make_tokenizer())
+        load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
     other.add_tokens(["unheard"])
-    with pytest.raises(UserError, match="fits' has another tokenizer than the student"):
-        load_task_teacher(str(save_classifier(tmp_path / "fits")), rte, other)
-    assert load_task_teacher(str(tmp_path / "fits"), rte, make_tokenizer()).config.num_labels == 2
+    with pytest.raises(UserError, match="'a student' cannot learn from .*fits': its tokenizer has other tokens"):
+        load_task_teacher(str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other))
+    assert load_task_teacher(str(tmp_path / "fits"), rte, STUDENT).config.num_labels == 2

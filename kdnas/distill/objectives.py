@@ -21,7 +21,7 @@ from kdnas.distill.layer_map import LastAndSkip, LayerMapping
 from kdnas.distill.losses import attention_map, masked_softmax, ridge_map, squared_error
 from kdnas.distill.narrowing import fit_linear
 from kdnas.errors import UserError
-from kdnas.families import attention_part, family_of
+from kdnas.families import Family, attention_part, family_of
 from kdnas.models import matmul_dtype
 from kdnas.student_init import Started
 
@@ -46,10 +46,14 @@ class View:
         maps: Sequence[Tensor] | None = None,
     ) -> None:
         self.model, self.batch, self._maps = model, batch, maps
-        self.family = family_of(model.config)
         self.mask_BT = batch["attention_mask"].bool()
         self._padded, self._real = padded or {}, real or {}
         self._inputs: dict[int, Tensor] = {}
+
+    @property
+    def family(self) -> Family:
+        """The row of the table for the model."""
+        return family_of(self.model.config)
 
     def real(self, layer: int) -> Tensor:
         """States of the real tokens, (N, H)."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.errors import UserError, first_line
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
 from kdnas.glue.tasks import Task
-from kdnas.models import find_teacher
+from kdnas.models import Reads, find_teacher, refuse_other_inputs
 
 # Enough tokens for a map between two widths; the start takes a second.
 _BATCHES_TO_BEGIN_WITH = 32
@@ -162,16 +162,16 @@ def _last_state(answer: Any) -> Tensor:
     return answer.hidden_states[-1]
 
 
-def load_task_teacher(source: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_task_teacher(source: str, task: Task, student: Reads) -> PreTrainedModel:
     """A teacher that was fine-tuned on a task, in eval mode and frozen.
 
     Args:
         source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
         task: what it must have been fine-tuned on.
-        tokenizer: the student's, which must be the teacher's too.
+        student: the encoder that shall learn from it; it must read text as the teacher does.
 
     Raises:
-        UserError: there is none, it has no trained head for this task, or its tokenizer is another one.
+        UserError: there is none, it has no trained head for this task, or it reads text in another way.
     """
     found = find_teacher(source)
     if not any("ForSequenceClassification" in name for name in found.config.architectures or ()):
@@ -188,10 +188,7 @@ def load_task_teacher(source: str, task: Task, tokenizer: PreTrainedTokenizerBas
             f"The teacher {source!r} has the classes {', '.join(names)}, and {task.name!r} has "
             f"{', '.join(task.label_names)}: take one with the same order."
         )
-    if found.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"The teacher {source!r} has another tokenizer than the student: their tokens must be the same."
-        )
+    refuse_other_inputs(student, found)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             found.source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True

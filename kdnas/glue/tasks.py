@@ -177,7 +177,7 @@ def load_labelled(data: str, text_columns: Sequence[str], label_column: str, hel
     files = [find_file(path, "train"), find_file(path, "validation", "dev")] if path.is_dir() else [path]
     tables = [read_table(file, text_columns) for file in files]
     columns = ("sentence",) if len(text_columns) == 1 else ("sentence1", "sentence2")
-    task = Task(path.stem, columns, num_labels=0)
+    task = Task(path.resolve().name if path.is_dir() else path.stem, columns, num_labels=0)
     names = dict(zip((*columns, "label"), (*text_columns, label_column), strict=True))
     if label_column in tables[0].column_names and pa.types.is_floating(tables[0].column(label_column).type):
         task = replace(task, num_labels=1, metrics=TASKS["stsb"].metrics)

@@ -1,0 +1,109 @@
+"""From Python: ``from kdnas import distill, search``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from kdnas import pipeline
+from kdnas.arch import StudentArch
+from kdnas.config import SearchConfig, SearchSettings
+from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.teacher import StatesSettings
+from kdnas.models import find_teacher
+from kdnas.nas.candidate import Budget
+from kdnas.runs import Run
+from kdnas.training import FitProgress, KeepLast, TrainerSettings, fit, make_trainer
+
+
+def search(
+    teacher: str,
+    text: str,
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    num_parameters: int | None = None,
+    n_trials: int = 20,
+    num_epochs: int = 2,
+    **settings: Any,
+) -> StudentArch:
+    """Find the best student within a budget, as ``kdnas search`` does; the same call again goes on.
+
+    Args:
+        teacher: a folder, a hub name, or ``quickstart``.
+        text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
+        speedup: times as fast as the teacher, at least.
+        latency_ms: milliseconds, at most.
+        num_parameters: at most.
+        n_trials: distinct candidates to train in all.
+        num_epochs: of each candidate's mini-KD.
+        settings: the other fields of ``kdnas.config.SearchConfig``, such as ``name``, ``sampler``, ``workers``.
+
+    Returns:
+        The best student's shape.
+
+    Raises:
+        UserError: anything that the user can mend, before anything is trained.
+    """
+    asked = SearchSettings(n_trials, num_epochs, Budget(speedup, latency_ms, num_parameters))
+    return pipeline.search(SearchConfig(teacher=teacher, text=text, search=asked, **settings))
+
+
+def distill(
+    teacher: str,
+    text: str,
+    arch: StudentArch,
+    *,
+    num_epochs: int = 10,
+    recipe: Recipe = Recipe(),
+    data: DataSettings = DataSettings(),
+    states: StatesSettings = StatesSettings(),
+    trainer: TrainerSettings = TrainerSettings(),
+    name: str = "distill",
+    root: str = "lightning_logs",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Distil one student on all rows, as the full KD of ``kdnas run`` does; after Ctrl-C the same call goes on.
+
+    Args:
+        teacher: a folder, a hub name, or ``quickstart``.
+        text: as for ``search``.
+        arch: the student's shape.
+        num_epochs: passes over the rows.
+        recipe: objective, start and rates.
+        data: how text becomes batches.
+        states: where the teacher's states are kept.
+        trainer: device and precision.
+        name: of the folder for TensorBoard, below ``root``.
+        root: the folder of all runs.
+        seed: of the weights that are not the teacher's.
+
+    Returns:
+        The student, a plain transformers model in eval mode on the CPU; ``save_pretrained`` keeps it.
+
+    Raises:
+        UserError: anything that the user can mend, before anything is trained.
+    """
+    run = Run(root, name)
+    run.check_writable()
+    trainer.check()
+    found = find_teacher(teacher)
+    rows = KDDataModule(teacher, text, data)
+    with Progress(transient=True) as progress, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = HiddenStateDistillModule(found, arch, recipe, states)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        last = Path(run.folder / "last.ckpt")
+        resumes = last.exists()
+        callbacks = [FitProgress(progress, "distillation"), KeepLast(last)]
+        fit(
+            make_trainer(trainer, run.folder, num_epochs, callbacks, resumes),
+            module,
+            rows,
+            ckpt_path=last if resumes else None,
+        )
+    last.unlink()
+    return module.student.cpu().eval()

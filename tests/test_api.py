@@ -1,0 +1,74 @@
+"""From teacher to student in a script."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import kdnas
+from kdnas import api
+from kdnas.arch import StudentArch
+from kdnas.data.datamodule import DataSettings
+from kdnas.distill.teacher import StatesSettings
+from kdnas.errors import UserError
+from kdnas.latency import LatencySettings
+
+
+def test_five_lines_from_teacher_to_student(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    from kdnas import distill, search
+
+    data = DataSettings(max_length=24, batch_tokens=256)
+    latency = LatencySettings(length=16, min_seconds=0.01)
+    arch = search(str(tiny_teacher), str(text_file), speedup=0.01, n_trials=1, num_epochs=1, data=data, latency=latency)
+    assert isinstance(arch, StudentArch)
+    assert StudentArch.from_yaml(Path("lightning_logs/kdnas/best_student.yaml")) == arch
+    student = distill(str(tiny_teacher), str(text_file), arch, num_epochs=1, data=data)
+    student.save_pretrained("student")
+    assert AutoModel.from_pretrained("student").config.hidden_size == arch.hidden_size
+    assert len(AutoTokenizer.from_pretrained(tiny_teacher)) == student.config.vocab_size
+    assert not Path("lightning_logs/distill/last.ckpt").exists()
+    with pytest.raises(UserError, match="speedup is 0"):
+        search(str(tiny_teacher), str(text_file), speedup=0)
+
+
+def test_a_stopped_distillation_goes_on(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch, data = StudentArch(1, 2, 64, 64), DataSettings(max_length=24, batch_tokens=256)
+    options = dict(num_epochs=2, data=data, states=StatesSettings(str(tmp_path / "states")), root=str(tmp_path))
+    whole = api.distill(str(tiny_teacher), str(text_file), arch, **options).state_dict()
+
+    class Stops(api.KeepLast):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(api, "KeepLast", Stops)
+        api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
+    assert (tmp_path / "stopped" / "last.ckpt").exists()
+    found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_importing_kdnas_imports_nothing_else() -> None:
+    code = "import sys, kdnas; from kdnas import distill; assert 'torch' not in sys.modules; print(kdnas.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{kdnas.__version__}\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'serch'"):
+        kdnas.serch  # noqa: B018
+
+
+def test_the_stub_names_what_can_be_imported() -> None:
+    stub = ast.parse((Path(kdnas.__file__).parent / "__init__.pyi").read_text())
+    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == {"distill", "search"}
+    for name in names:
+        assert callable(getattr(kdnas, name)) and callable(getattr(api, name))
