@@ -11,8 +11,8 @@ help: ## List the targets
 quickstart: $(ENV) ## The whole job on a real teacher and real text, into lightning_logs/quickstart/
 	@.venv/bin/kdnas run --config configs/quickstart.yaml $(ARGS)
 
-test: $(ENV) ## The test suite; ARGS="tests/test_arch.py -k yaml" runs a part of it
-	@.venv/bin/python -m pytest $(ARGS)
+test: $(ENV) ## The test suite on all cores; ARGS="tests/test_arch.py -k yaml" runs a part of it
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(ENV) ## Style, format and types
 	@.venv/bin/ruff check .
