@@ -24,8 +24,10 @@ from kdnas.student_init import Started
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import deploy
 import fidelity
 import glue
+import latency
 import quality
 import recipe
 import samplers
@@ -41,7 +43,7 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [fidelity, glue, quality, recipe, samplers, step])
+@pytest.mark.parametrize("benchmark", [deploy, fidelity, glue, latency, quality, recipe, samplers, step])
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])
@@ -194,6 +196,40 @@ def test_spread_architectures_have_every_choice_alike():
 def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
     assert fidelity.agreement([1, 2, 3, 4], [10, 20, 30, 50]) == pytest.approx({"tau": 1.0, "rho": 1.0})
     assert fidelity.agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx({"tau": -1.0, "rho": -1.0})
+
+
+def test_error_of_a_ratio_is_the_median_of_relative_differences():
+    rows = [{"searched": s, "exported": 0.5} for s in (0.5, 0.55, 0.4)]
+    assert latency.median_error(rows) == pytest.approx(0.1)
+
+
+def test_exported_files_are_measured_in_turn_by_their_own_clock(tmp_path, monkeypatch):
+    now, calls = [0.0], []
+
+    def run_of(folder, backend):
+        def run():
+            calls.append((folder.name, backend))
+            now[0] += {"student": 0.25, "teacher": 1.0}[folder.name]
+
+        return run
+
+    monkeypatch.setattr(latency, "run_of", run_of)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    assert latency.ratio_of_files(tmp_path / "student", tmp_path / "teacher", "torch", 9.0) == 0.25
+    order = [name for name, _ in calls]
+    turns = [name for place, name in enumerate(order) if place == 0 or order[place - 1] != name]
+    assert turns == ["student", "teacher"] * 10
+
+
+def test_the_summary_of_a_deployment_is_the_worse_of_the_tasks():
+    def row(task, model, variant, speedup, score):
+        return {"task": task, "model": model, "variant": variant, "speedup": speedup, "score": score}
+
+    rows = [row("a", "teacher", "ONNX int8", 3.0, 0.1)]
+    rows += [row("a", "student", "torch fp32", 6.0, 0.80), row("a", "student", "ONNX int8", 20.0, 0.79)]
+    rows += [row("b", "student", "torch fp32", 6.0, 0.70), row("b", "student", "ONNX int8", 16.0, 0.71)]
+    found = deploy.summary(rows)
+    assert found == {"int8_speedup": 16.0, "int8_points_lost": pytest.approx(1.0)}
 
 
 def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tiny_teacher):
