@@ -68,7 +68,7 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with _quiet("torch.onnx"):
+        with _quiet("torch.onnx"), _quiet("onnxscript"):
             torch.onnx.export(
                 model,
                 kwargs=batch,
