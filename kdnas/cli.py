@@ -246,16 +246,14 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             parser.link_arguments("model.teacher", "data.tokenizer")
             parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
-        def before_instantiate_classes(self) -> None:
-            path = self.config[subcommand].get("ckpt_path")
-            if path and os.path.isfile(path):
-                check_checkpoint(Path(path))
-
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             try:
                 super().parse_arguments(parser, args)
             except (ArgumentError, UnicodeDecodeError) as error:
                 raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
+            path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
+            if path and os.path.isfile(path):
+                check_checkpoint(Path(path))
 
     with honest_signals():
         KDCLI(

@@ -18,7 +18,7 @@ from transformers import (
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import family_of, max_length
+from kdnas.families import family_of, leave_out_marks, max_length
 from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
@@ -131,6 +131,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
+    leave_out_marks(tokenizer, config)
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
@@ -258,6 +258,12 @@ def max_length(config: PreTrainedConfig) -> int:
 def marks_pairs(config: PreTrainedConfig) -> bool:
     """Whether a model of this config tells the second sentence of a pair by ``token_type_ids``."""
     return getattr(config, "type_vocab_size", 0) > 1
+
+
+def leave_out_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Make a tokenizer give no ``token_type_ids`` where the model has no use for them, or refuses them."""
+    if not marks_pairs(config):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
 
 
 def arch_of(config: PreTrainedConfig) -> StudentArch:

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
-from kdnas.families import family_of, find_family, marks_pairs, titles
+from kdnas.families import family_of, find_family, leave_out_marks, marks_pairs, titles
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 
@@ -141,6 +141,7 @@ def find_teacher(name: str) -> Teacher:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
     _check_tokenizer(name, tokenizer, config)
+    leave_out_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
 
 

@@ -1,10 +1,12 @@
 """Tiny teachers of every family, with vocabulary, padding id and eps that are not the defaults."""
 
 import os
+import signal
 
 from kdnas.cli import set_environment
 
 set_environment()  # before torch is imported
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from pathlib import Path

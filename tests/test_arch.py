@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,3 +122,26 @@ def test_a_file_that_holds_no_architecture_is_refused_in_one_line(content, messa
         StudentArch.from_yaml(path)
     assert "\n" not in str(caught.value)
     assert "lacks" in message or str(path) in str(caught.value)
+
+
+ODD = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=5), st.just([1]))
+
+
+@examples(60)
+@given(
+    st.one_of(
+        st.binary(max_size=40),
+        st.dictionaries(st.sampled_from([*VALUES, "hidden_sise", 1, None]), ODD).map(
+            lambda odd: yaml.safe_dump(VALUES | odd).encode()
+        ),
+    )
+)
+def test_any_file_gives_an_architecture_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    try:
+        arch = StudentArch.from_yaml(path)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert arch.hidden_size % arch.num_attention_heads == 0

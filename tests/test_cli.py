@@ -285,6 +285,30 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
 
 
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
+    command: str, tiny_teacher: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    config, checkpoint = tmp_path / "fit.yaml", tmp_path / "evil.ckpt"
+    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)
+    error = refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
+    assert "evil.ckpt' is damaged or holds more than tensors" in error
+    assert not (tmp_path / "ran").exists()
+
+
 def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
     search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

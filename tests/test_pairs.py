@@ -8,7 +8,7 @@ import pytest
 from conftest import VOCAB, WORDS, make_rows, save_teacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AlbertTokenizer, BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import AlbertTokenizer, AutoConfig, BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
@@ -172,6 +172,10 @@ def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monke
     tokenizer = template(family)
     teacher = save_teacher(tmp_path / family, family)
     tokenizer.save_pretrained(teacher)
+    config = AutoConfig.from_pretrained(teacher)
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    config.update({name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None})
+    config.save_pretrained(teacher)
     data = open_data(teacher, text, max_length=max_length, batch_tokens=8 * max_length)
     texts = data.corpus.train + data.corpus.held_out
     batches = [*data.train_dataloader(), *data.val_dataloader()]

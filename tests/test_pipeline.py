@@ -30,6 +30,7 @@ from kdnas.distill.module import Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import trained
+from kdnas.options import read_config
 from kdnas.training import fit
 
 ARTEFACTS = (
@@ -357,9 +358,7 @@ def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
     assert flat(plain)["search.n_trials"] == 3
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain))
-    from kdnas.cli import _config
-
-    assert as_plain(_config(RunConfig, "run", ["--config", str(path)])[0]) == plain
+    assert as_plain(read_config(RunConfig, "run", ["--config", str(path)])[0]) == plain
 
 
 def test_candidates_that_all_fail_end_with_one_line(

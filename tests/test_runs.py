@@ -7,6 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdnas.errors import CandidateFailed, UserError, nearest
 from kdnas.runs import Run, new_folder, read_json, write_json, write_text
@@ -22,6 +25,17 @@ def test_names_that_are_no_plain_names_are_refused(name):
     with pytest.raises(UserError) as caught:
         Run("logs", name)
     assert repr(name) in str(caught.value)
+
+
+@examples(200)
+@given(st.one_of(st.text(), st.text("ab/.\\\0\n-_~%é", max_size=6)))
+def test_any_name_is_refused_or_one_folder_within_the_root(name):
+    try:
+        run = Run("/logs", name)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert os.path.normpath(run.folder) == f"/logs/{name}" and "/" not in name
 
 
 def test_making_a_run_touches_no_disk(tmp_path):

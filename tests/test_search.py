@@ -528,6 +528,33 @@ def test_a_search_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
     assert story(other)[:2] != story(unbroken)[:2]
 
 
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])  # nobody hears of the first: the trial stays as it is
+def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_does(url, stop):
+    def finished(study):
+        """Without numbers: those of the trials that were broken off are gone."""
+        reasons = [t.user_attrs.get("failed", "") for t in study.trials]
+        kept = [t for t, why in zip(study.trials, reasons, strict=True) if t.state.name != "FAIL" or "by zero" in why]
+        return [(t.params, t.value, t.state, "twin_of" in t.user_attrs) for t in kept]
+
+    calls = []
+
+    def stopped(trial, arch):
+        calls.append(trial.number)
+        if len(calls) in (1, 4, 8):
+            raise stop
+        return answer(trial, arch)
+
+    def open_it(name):
+        return open_study(url, name + stop.__name__, {}, make_sampler("tpe", 3))
+
+    search(answer, SPACE, open_it("unbroken"), n_trials=9)
+    for _ in range(3):
+        with pytest.raises(stop):
+            search(stopped, SPACE, open_it("broken"), n_trials=9)
+    search(stopped, SPACE, open_it("broken"), n_trials=9)
+    assert finished(open_it("broken")) == finished(open_it("unbroken"))
+
+
 # Dead workers
 
 WORKER = """

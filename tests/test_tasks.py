@@ -1,8 +1,14 @@
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, make_tokenizer, write_table, write_task
+from conftest import examples, make_rows, make_tokenizer, write_table, write_task
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdnas.errors import UserError
 from kdnas.glue.batches import GLUEDataModule
@@ -331,3 +337,34 @@ def test_settings_are_chosen_on_training_rows_alone(tmp_path):
     few = load_task(str(write_task(tmp_path / "few", labels=(0, 1), num_rows=2)))
     with pytest.raises(UserError, match="label [01] of 'few' has too few training rows"):
         few.for_choosing(0.1)
+
+
+CELLS = st.one_of(st.none(), st.integers(-1, 3), st.floats(), st.text(max_size=4), st.binary(max_size=3))
+COLUMN = st.one_of(*(st.lists(cells, min_size=3, max_size=3) for cells in (CELLS, st.integers(0, 1), st.text("ab"))))
+
+
+@examples(60)
+@given(
+    name=st.sampled_from(["mine", "stsb", "cola", "mnli"]),
+    columns=st.dictionaries(
+        st.sampled_from(["sentence", "sentence1", "sentence2", "premise", "hypothesis", "label", "text", ""]), COLUMN
+    ),
+    content=st.none() | st.binary(max_size=40) | st.text('a1\t\n,"', max_size=20).map(str.encode),
+    suffix=st.sampled_from([".parquet", ".csv", ".tsv"]),
+)
+def test_any_files_give_a_task_or_one_line(name, columns, content, suffix):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / name
+        folder.mkdir()
+        for split in ("train", "validation", "validation_matched", "validation_mismatched"):
+            if content is None:
+                with suppress(pa.ArrowException):  # cells of a column that have no type in common
+                    pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+            else:
+                (folder / f"{split}{suffix}").write_bytes(content)
+        try:
+            loaded = load_task(str(folder))
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert loaded.train["label"] and all(loaded.validations.values())

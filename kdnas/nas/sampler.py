@@ -47,12 +47,24 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
+def turn_of(study: Study, trial: FrozenTrial) -> int:
+    """The number that a trial would have, had no process died or been interrupted.
+
+    What is drawn for a trial depends on this, so that a study which was broken off goes on as an unbroken one.
+    """
+    again = {t.number: t.user_attrs["again"] for t in study.get_trials(deepcopy=False) if "again" in t.user_attrs}
+    number = trial.number
+    while number in again:
+        number = again[number]
+    return number - sum(other < number for other in again)
+
+
 class PerTrialSeed(BaseSampler):
-    """Any Optuna sampler, made anew for each trial with a seed from (seed, trial number).
+    """Any Optuna sampler, made anew for each trial with a seed from (seed, turn of the trial).
 
     A seeded sampler proposes the same again after a resume and in a second worker, since the state of its generator is
-    not in the study. Trial numbers are unique in a study, so these seeds are too, and a resumed study proposes what the
-    unbroken one would have proposed.
+    not in the study. Turns are unique, but for a trial that is tried again, so these seeds are too, and a resumed study
+    proposes what the unbroken one would have proposed.
 
     Args:
         make: makes a sampler of a seed; what it learns must come from the study (TPE, random, GP do).
@@ -63,29 +75,29 @@ class PerTrialSeed(BaseSampler):
         self._make, self._seed = make, seed
         self._samplers: dict[int, BaseSampler] = {}
 
-    def _of(self, trial: FrozenTrial) -> BaseSampler:
+    def _of(self, study: Study, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._samplers:
-            self._samplers[trial.number] = self._make(seed_of(self._seed, trial.number))
+            self._samplers[trial.number] = self._make(seed_of(self._seed, turn_of(study, trial)))
         return self._samplers[trial.number]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._of(trial).infer_relative_search_space(study, trial)
+        return self._of(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
+        return self._of(study, trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._of(study, trial).sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._of(trial).before_trial(study, trial)
+        self._of(study, trial).before_trial(study, trial)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._of(trial).after_trial(study, trial, state, values)
+        self._of(study, trial).after_trial(study, trial, state, values)
         self._samplers.pop(trial.number, None)
 
 
@@ -148,7 +160,7 @@ class LSTMSampler(BaseSampler):
             return {}
         known, feasible, rewards = self._recall(study, trial, space)
         choices = [distribution.choices for distribution in space.values()]
-        generator = torch.Generator().manual_seed(seed_of(self._seed, trial.number))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, turn_of(study, trial)))
         refused = {point for point, is_feasible in feasible.items() if not is_feasible}
         pool_PF = _pool([len(values) for values in choices], (known, refused), generator)
         if refused:
@@ -184,7 +196,7 @@ class LSTMSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         self._raise_error_if_multi_objective(study)
-        sampler = RandomSampler(seed=seed_of(self._seed, trial.number, param_name))
+        sampler = RandomSampler(seed=seed_of(self._seed, turn_of(study, trial), param_name))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
-from kdnas.nas.sampler import make_sampler
+from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import PatientStorage, connect, keep_result, take_up
 
@@ -136,7 +136,7 @@ def _try_again(study: Study, trial: FrozenTrial) -> None:
     params = trial.params or trial.system_attrs.get("fixed_params")
     if params and "retry_of" not in trial.user_attrs:
         log.info("Trial %d died with its process; it is tried again.", trial.number)
-        study.enqueue_trial(params, user_attrs={"retry_of": trial.number})
+        study.enqueue_trial(params, user_attrs={"retry_of": trial.number, "again": trial.number})
 
 
 def failure_of(trial: FrozenTrial) -> str | None:
@@ -224,7 +224,7 @@ def search(
             trial.set_user_attr("arch", arch.to_dict())
             twin = _find_twin(study, arch)
             if twin is not None:
-                _queue_unseen(study, space, trial.number)
+                _queue_unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
                 return _answer(trial, twin)
             try:
                 value = evaluate(trial, arch)
@@ -300,7 +300,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError) as stop:
         trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
-        study.enqueue_trial(trial.params)
+        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
         raise
 
 
@@ -351,7 +351,7 @@ def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
 def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "seconds", "retry_of", "died"):
+        if name not in ("host", "pid", "seconds", "retry_of", "died", "again"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():
@@ -364,13 +364,13 @@ def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     return twin.value
 
 
-def _queue_unseen(study: Study, space: SearchSpace, number: int) -> None:
-    """Put an architecture that the study does not know next in the queue, the same one for the same trial number."""
+def _queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
+    """Put an architecture that the study does not know next in the queue, the same one for the same turn."""
     seen = [trial.user_attrs["arch"] for trial in _settled(study)]
     unseen = [arch for arch in space if arch.to_dict() not in seen]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
     unseen = [arch for arch in unseen if arch.to_dict() not in taken]
     if unseen:
-        draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
+        draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
         study.enqueue_trial(unseen[draw % len(unseen)].to_dict())
