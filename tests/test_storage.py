@@ -6,7 +6,7 @@ from pathlib import Path
 import optuna
 import pytest
 from sqlalchemy import event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
 from kdnas.nas.search import open_study, search, trained
@@ -27,7 +27,8 @@ SPACE = SearchSpace(
 class Outage:
     """Fails the next so many statements."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, error: type[Exception] = sqlite3.OperationalError) -> None:
+        self.error = error
         self.left = 0.0
         self.failed = 0
         event.listen(study._storage._backend.engine, "before_cursor_execute", self)
@@ -36,7 +37,7 @@ class Outage:
         if self.left > 0:
             self.left -= 1
             self.failed += 1
-            raise sqlite3.OperationalError("the server closed the connection unexpectedly")
+            raise self.error("the server closed the connection unexpectedly")
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +59,17 @@ def start(tmp_path: Path):
     return lambda: open_study(f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path)
 
 
-@pytest.mark.parametrize("when", ["within", "at its end"])
-def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once(when, start, tmp_path, pauses):
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("within", sqlite3.OperationalError),
+        ("at its end", sqlite3.OperationalError),
+        ("at its end", PendingRollbackError),  # a connection that PostgreSQL cut between two queries
+    ],
+)
+def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once(when, error, start, tmp_path, pauses):
     study = start()
-    outage = Outage(study)
+    outage = Outage(study, error)
 
     def evaluate(trial, arch):
         outage.left = 7

@@ -13,7 +13,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import UserError, first_line
 from kdnas.runs import read_json, write_json
@@ -48,7 +48,7 @@ def _patient(call: Callable[..., Any]) -> Any:
                 return answer
             except (StorageInternalError, DBAPIError) as error:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                if not isinstance(cause, OperationalError | InterfaceError):
+                if not isinstance(cause, _AWAY):
                     raise
                 if self.away or time.monotonic() > end:
                     self.away = StoreAway(f"The study's database has not answered for {PATIENCE_SECONDS:g} s")
@@ -67,6 +67,8 @@ def _patient(call: Callable[..., Any]) -> Any:
     return patient
 
 
+# The last is what Optuna's own second query says after the first was cut.
+_AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
 
 
