@@ -36,6 +36,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -91,6 +92,7 @@ class Bench:
         self.canary, self.logs = folder / "CANARY", folder / "logs"
         self.teacher, self.text = folder / "teacher", folder / "rows.txt"
         self._number, self._reference = 0, None
+        self.started: list[subprocess.Popen[str]] = []
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]
@@ -151,7 +153,9 @@ class Bench:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         program = [sys.executable, "-W", "ignore", "-m", "kdnas", *args]
-        return subprocess.Popen(program, env=environment, text=True, start_new_session=True, **(pipes | options))
+        process = subprocess.Popen(program, env=environment, text=True, start_new_session=True, **(pipes | options))
+        self.started.append(process)
+        return process
 
     def refuse(self, row: Row, name: str, args: Sequence[str], words: str = "", codes: Sequence[int] = (2,)) -> None:
         """A command that must end with one line, and make nothing."""
@@ -177,9 +181,12 @@ class Bench:
 
     def trials(self, name: str) -> list[optuna.trial.FrozenTrial]:
         path = self.logs / name / "study.db"
-        try:
-            return optuna.load_study(study_name=name, storage=f"sqlite:///{path}").trials if path.exists() else []
-        except KeyError:  # not made yet
+        if not path.exists():
+            return []
+        try:  # the tables are made by the search alone
+            storage = optuna.storages.RDBStorage(f"sqlite:///{path}", skip_table_creation=True)
+            return optuna.load_study(study_name=name, storage=storage).trials
+        except (KeyError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
             return []
 
     def story(self, name: str) -> list[Any]:
@@ -295,7 +302,11 @@ def signals(bench: Bench, row: Row) -> None:
         time.sleep(bench.random.uniform(0, 2))
         start = time.monotonic()
         os.killpg(process.pid, number)
-        _, error = process.communicate()
+        try:
+            _, error = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, error = process.communicate()
         row.tried += 1
         row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
         row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])

@@ -93,7 +93,7 @@ def make_trainer(
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,
         logger=TensorBoardLogger(folder.parent, name="", version=folder.name),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, NoticeSignals()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -130,6 +130,27 @@ class Terminated(KeyboardInterrupt):
 
 
 TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1)
+_asked: list[type[KeyboardInterrupt]] = []  # since the outermost honest_signals began
+
+
+def notice_signals() -> None:
+    """Raise again what Python has swallowed: it prints and ignores an exception in a finaliser, and a signal's too.
+
+    Raises:
+        KeyboardInterrupt: a signal has asked for the end.
+    """
+    if _asked:
+        raise _asked[0]
+
+
+class NoticeSignals(pl.Callback):
+    """``notice_signals`` after each batch."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        notice_signals()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        notice_signals()
 
 
 @contextmanager
@@ -140,15 +161,17 @@ def honest_signals() -> Iterator[None]:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
     """
 
-    def terminate(signum: int, frame: Any) -> None:
-        raise Terminated
+    def end(signum: int, frame: Any) -> None:
+        _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)
+        raise _asked[-1]
 
     # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a
     # handler of SIGUSR1 that is there (its own would queue the job again and go on).
-    is_main = threading.current_thread() is threading.main_thread()
-    ours = [number for number in TERMINATIONS if is_main and signal.getsignal(number) == signal.SIG_DFL]
+    numbers = (signal.SIGINT, *TERMINATIONS) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
     for number in ours:
-        signal.signal(number, terminate)
+        signal.signal(number, end)
     try:
         yield
     except SIGTERMException as stop:
@@ -158,8 +181,10 @@ def honest_signals() -> Iterator[None]:
             raise type(stop.__context__) from stop
         raise
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, old in ours.items():
+            signal.signal(number, old)
+        if ours:
+            _asked.clear()
 
 
 def release_memory() -> None:

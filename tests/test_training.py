@@ -1,6 +1,7 @@
 import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -151,6 +152,29 @@ def test_terminations_are_told_from_ctrl_c_within_a_fit_and_outside(number, tmp_
     with pytest.raises(Terminated), honest_signals():
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+class Deaf:
+    """Its finaliser is where the signal comes: Python prints the exception, and goes on."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_python_swallows_is_noticed_at_the_next_batch(number, end, tmp_path):
+    steps = []
+    count = Call(lambda trainer, module: steps.append(trainer.global_step))
+    with pytest.raises(KeyboardInterrupt) as stopped, honest_signals():
+        Deaf(number)
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [count]), Steep(), Data())
+    assert stopped.type is end and steps == [1]
+    fit(make_trainer(settings(), tmp_path / "fit", 1), Steep(), Data())  # it was for that one alone
 
 
 def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path):

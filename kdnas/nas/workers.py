@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_trial
-from kdnas.training import honest_signals
+from kdnas.training import honest_signals, notice_signals
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.
@@ -93,6 +93,7 @@ def run_workers(
         with honest_signals():
             while workers:
                 multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
+                notice_signals()
                 end_slow()
                 for index, code in [(index, worker.exitcode) for index, worker in workers.items()]:
                     if code == 0:
