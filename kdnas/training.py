@@ -165,6 +165,10 @@ def honest_signals() -> Iterator[None]:
         _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)
         raise _asked[-1]
 
+    def say_others(unraisable: Any) -> None:
+        if unraisable.exc_type not in (KeyboardInterrupt, Terminated):  # those are noticed later
+            say(unraisable)
+
     # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a
     # handler of SIGUSR1 that is there (its own would queue the job again and go on).
     numbers = (signal.SIGINT, *TERMINATIONS) if threading.current_thread() is threading.main_thread() else ()
@@ -172,6 +176,9 @@ def honest_signals() -> Iterator[None]:
     ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
     for number in ours:
         signal.signal(number, end)
+    say = sys.unraisablehook
+    if ours:
+        sys.unraisablehook = say_others
     try:
         yield
     except SIGTERMException as stop:
@@ -184,6 +191,7 @@ def honest_signals() -> Iterator[None]:
         for number, old in ours.items():
             signal.signal(number, old)
         if ours:
+            sys.unraisablehook = say
             _asked.clear()
 
 

@@ -165,7 +165,7 @@ class Deaf:
         time.sleep(0.01)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # nor is a traceback shown
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_that_python_swallows_is_noticed_at_the_next_batch(number, end, tmp_path):
     steps = []
