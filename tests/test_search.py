@@ -294,13 +294,6 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
 
 
-def test_a_trial_that_was_lost_before_it_had_a_process_is_not_waited_for(study, worker, monkeypatch):
-    monkeypatch.setattr(kdnas.nas.search, "BIRTH_SECONDS", 0)
-    worker.ask()
-    search(value_of, THREE, study, n_trials=3)
-    assert len(trained(study)) == 3
-
-
 def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(study, worker, monkeypatch):
     running_trial(worker, ONE)
     for arch in (TWO, OTHER):
@@ -529,7 +522,19 @@ def test_a_search_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])  # nobody hears of the first: the trial stays as it is
-def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_does(url, stop):
+@pytest.mark.parametrize("where", ["training", "proposing"])
+def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_does(url, where, stop):
+    class Stopping(SearchSpace):
+        def suggest(self, trial):
+            trial.suggest_categorical("num_hidden_layers", self.choices["num_hidden_layers"])
+            perhaps_stop("proposing")
+            return super().suggest(trial)
+
+    def perhaps_stop(at):
+        calls.append(at)
+        if at == where and calls.count(at) in (1, 4, 8):
+            raise stop
+
     def finished(study):
         """Without numbers: those of the trials that were broken off are gone."""
         reasons = [t.user_attrs.get("failed", "") for t in study.trials]
@@ -539,19 +544,17 @@ def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_do
     calls = []
 
     def stopped(trial, arch):
-        calls.append(trial.number)
-        if len(calls) in (1, 4, 8):
-            raise stop
+        perhaps_stop("training")
         return answer(trial, arch)
 
     def open_it(name):
-        return open_study(url, name + stop.__name__, {}, make_sampler("tpe", 3))
+        return open_study(url, name + where + stop.__name__, {}, make_sampler("tpe", 3))
 
     search(answer, SPACE, open_it("unbroken"), n_trials=9)
     for _ in range(3):
         with pytest.raises(stop):
-            search(stopped, SPACE, open_it("broken"), n_trials=9)
-    search(stopped, SPACE, open_it("broken"), n_trials=9)
+            search(stopped, Stopping(SPACE.choices), open_it("broken"), n_trials=9)
+    search(stopped, Stopping(SPACE.choices), open_it("broken"), n_trials=9)
     assert finished(open_it("broken")) == finished(open_it("unbroken"))
 
 
@@ -635,10 +638,9 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_no_obstacle(study, r
     assert "RUNNING" not in states(study)
 
 
-@pytest.mark.parametrize("attrs", [{"host": "elsewhere", "pid": 2**22 + 1}, {"pid": os.getppid()}, {}])
+@pytest.mark.parametrize("attrs", [{"host": "elsewhere", "pid": 2**22 + 1}, {"pid": os.getppid()}])
 def test_trials_of_the_living_and_of_other_machines_are_left_alone(study, reopen, attrs):
-    host = {"host": kdnas.nas.search.platform.node()} if "pid" in attrs else {}
-    running_trial(study, ONE, **(host | attrs))
+    running_trial(study, ONE, **attrs)
     assert states(reopen()) == ["RUNNING"]
 
 
@@ -649,6 +651,31 @@ def test_a_process_of_another_user_is_alive(study, reopen, monkeypatch):
     monkeypatch.setattr(os, "kill", forbid)
     running_trial(study, ONE, host=kdnas.nas.search.platform.node(), pid=os.getpid() + 1)
     assert states(reopen()) == ["RUNNING"]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_trial_has_its_process_from_its_first_instant(queued, study, worker, reopen, monkeypatch):
+    """A kill between two writes would leave it running for ever: nobody could tell whose it is."""
+    if queued:
+        study.enqueue_trial(ONE.to_dict())
+    monkeypatch.setattr(kdnas.nas.storage.os, "getpid", lambda: 2**22 + 1)
+    study.ask()
+    (trial,) = worker.get_trials(deepcopy=False)
+    assert (trial.state, trial.user_attrs["pid"]) == (TrialState.RUNNING, 2**22 + 1)
+    monkeypatch.undo()
+    again = reopen()
+    assert states(again) == ["FAIL", "WAITING"]
+    assert again.trials[1].system_attrs["fixed_params"] == (ONE.to_dict() if queued else {})
+
+
+def test_a_queued_trial_that_another_took_keeps_its_process(study, reopen):
+    other = reopen()
+    study.enqueue_trial(ONE.to_dict())
+    other.ask()
+    trial = other.trials[0]
+    other._storage.set_trial_user_attr(trial._trial_id, "pid", os.getppid())
+    assert not study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    assert other.trials[0].user_attrs["pid"] == os.getppid()
 
 
 def test_two_workers_that_start_after_a_crash_queue_its_trial_once(study, reopen, worker, monkeypatch):

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 Evaluate = Callable[[optuna.Trial, StudentArch], float]
 
-# A trial has its process's number at once; one without it after so long never gets it.
-BIRTH_SECONDS = 60
 # So many failures before the first success are no bad luck: the search stops and says why.
 MOST_FAILURES = 5
 
@@ -133,10 +130,16 @@ def end_trial(study: Study, trial: FrozenTrial, attribute: str, reason: str) -> 
 
 def _try_again(study: Study, trial: FrozenTrial) -> None:
     """Queue the trial of a process that died, once."""
-    params = trial.params or trial.system_attrs.get("fixed_params")
-    if params and "retry_of" not in trial.user_attrs:
+    had_begun = "arch" in trial.user_attrs
+    if ("retry_of" if had_begun else "again") not in trial.user_attrs:
         log.info("Trial %d died with its process; it is tried again.", trial.number)
-        study.enqueue_trial(params, user_attrs={"retry_of": trial.number, "again": trial.number})
+        _queue_again(study, trial, **({"retry_of": trial.number} if had_begun else {}))
+
+
+def _queue_again(study: Study, trial: FrozenTrial, **attrs: Any) -> None:
+    """Queue a trial that was broken off; where it had no architecture yet, the sampler proposes the same again."""
+    params = trial.params if "arch" in trial.user_attrs else trial.system_attrs.get("fixed_params", {})
+    study.enqueue_trial(params, user_attrs={"again": trial.number, **attrs})
 
 
 def failure_of(trial: FrozenTrial) -> str | None:
@@ -214,10 +217,8 @@ def search(
     result: list[tuple[optuna.Trial, float]] = []  # the last
 
     def objective(trial: optuna.Trial) -> float:
-        trial.set_user_attr("host", platform.node())
-        trial.set_user_attr("pid", os.getpid())
-        arch = space.suggest(trial)
         with _tried_again(study, trial):
+            arch = space.suggest(trial)
             if not _is_needed(study, space, trial.number, n_trials, end):
                 trial.set_user_attr("not_needed", True)
                 raise CandidateFailed("not needed: others train the last candidates, or the time is over")
@@ -300,7 +301,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError) as stop:
         trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        _queue_again(study, study.get_trials(deepcopy=False)[trial.number])
         raise
 
 
@@ -314,7 +315,7 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
     while time.monotonic() <= end:
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = [trial for trial in running if trial.number < number and not _was_lost(trial)]
+        before = [trial for trial in running if trial.number < number]
         num_missing = min(n_trials - len(tried(study)), len(space) - len(_seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
@@ -322,12 +323,6 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
         bury_dead(study, is_new=False)
         optuna.storages.fail_stale_trials(study)
     return False
-
-
-def _was_lost(trial: FrozenTrial) -> bool:
-    """Whether a running trial's process died before it could write down its number; no heartbeat tells."""
-    age = (datetime.now() - (trial.datetime_start or datetime.now())).total_seconds()
-    return "pid" not in trial.user_attrs and age > BIRTH_SECONDS
 
 
 def _settled(study: Study) -> list[FrozenTrial]:
@@ -351,7 +346,7 @@ def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
 def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "seconds", "retry_of", "died", "again"):
+        if name not in ("host", "pid", "seconds", "retry_of", "died", "again", "queued_for"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():
@@ -366,6 +361,8 @@ def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
 
 def _queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
     """Put an architecture that the study does not know next in the queue, the same one for the same turn."""
+    if any(trial.user_attrs.get("queued_for") == turn for trial in study.get_trials(deepcopy=False)):
+        return  # by this trial, before its process died
     seen = [trial.user_attrs["arch"] for trial in _settled(study)]
     unseen = [arch for arch in space if arch.to_dict() not in seen]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
@@ -373,4 +370,4 @@ def _queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
     unseen = [arch for arch in unseen if arch.to_dict() not in taken]
     if unseen:
         draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
-        study.enqueue_trial(unseen[draw % len(unseen)].to_dict())
+        study.enqueue_trial(unseen[draw % len(unseen)].to_dict(), user_attrs={"queued_for": turn})

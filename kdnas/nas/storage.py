@@ -2,15 +2,18 @@
 
 import functools
 import logging
+import os
+import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
@@ -72,6 +75,10 @@ _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
 
 
+def _owner() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid()}
+
+
 class PatientStorage(RDBStorage):
     """Optuna's RDBStorage, for a database that may be away: ``PATIENCE_SECONDS`` of trying, then ``StoreAway``.
 
@@ -93,9 +100,7 @@ class PatientStorage(RDBStorage):
     get_study_system_attrs = _patient(RDBStorage.get_study_system_attrs)
     set_study_user_attr = _patient(RDBStorage.set_study_user_attr)
     set_study_system_attr = _patient(RDBStorage.set_study_system_attr)
-    _create_new_trial = _patient(RDBStorage._create_new_trial)
     _set_trial_param = _patient(RDBStorage._set_trial_param)
-    set_trial_state_values = _patient(RDBStorage.set_trial_state_values)
     set_trial_intermediate_value = _patient(RDBStorage.set_trial_intermediate_value)
     set_trial_user_attr = _patient(RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _patient(RDBStorage.set_trial_system_attr)
@@ -106,6 +111,27 @@ class PatientStorage(RDBStorage):
     _get_trials = _patient(RDBStorage._get_trials)
     _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
     _get_stale_trial_ids = _patient(RDBStorage._get_stale_trial_ids)
+
+    # A trial runs and has the number of its process at the same instant, so whoever finds it knows whether it is alive.
+
+    @_patient
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        if template_trial is None:
+            template_trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=_owner())
+        return super()._create_new_trial(study_id, template_trial)
+
+    @_patient
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state == TrialState.RUNNING:
+            session = self.scoped_session()  # this thread's, whose transaction the call below ends
+            try:
+                trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                for name, value in _owner().items() if trial.state == TrialState.WAITING else ():
+                    self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, name, value)
+            except BaseException:
+                session.rollback()
+                raise
+        return super().set_trial_state_values(trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Tell that a trial is alive; where the database is away, the next beat does."""
