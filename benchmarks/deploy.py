@@ -170,7 +170,6 @@ def main(args: Sequence[str] | None = None) -> None:
     Console().print(table)
     found = summary(rows)
     Console().print(found)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.json, {"machine": machine(), **found, "length": LENGTH, "rows": rows})
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):

@@ -208,7 +208,6 @@ def main(args: Sequence[str] | None = None) -> None:
         results["seconds"] = clock(timed, chosen.rounds, Path(folder))
     results["machine"] = machine()
     show(results, console)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(chosen.json, results)
     console.print(f"Figures: {chosen.json}")
 

@@ -323,7 +323,6 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
         results = measure(chosen, Path(folder))
     show(results, console)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(chosen.json, results)
     draw(results, chosen.json.with_suffix(".png"))
     console.print(f"Figures: {chosen.json} and {chosen.json.with_suffix('.png')}")

@@ -401,7 +401,6 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
         results = measure(chosen.text, chosen.quick, Progress(console=console, transient=True), Path(folder))
     show(results, console)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(chosen.json, results)
     console.print(f"Figures: {chosen.json}")
 

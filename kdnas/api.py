@@ -1,6 +1,5 @@
 """From Python: ``from kdnas import distill, search``."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from kdnas.distill.teacher import StatesSettings
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget
 from kdnas.runs import Run
-from kdnas.training import FitProgress, KeepLast, TrainerSettings, fit, make_trainer
+from kdnas.training import FitProgress, TrainerSettings, fit_resumable
 
 
 def search(
@@ -96,14 +95,6 @@ def distill(
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
         run.folder.mkdir(parents=True, exist_ok=True)
-        last = Path(run.folder / "last.ckpt")
-        resumes = last.exists()
-        callbacks = [FitProgress(progress, "distillation"), KeepLast(last)]
-        fit(
-            make_trainer(trainer, run.folder, num_epochs, callbacks, resumes),
-            module,
-            rows,
-            ckpt_path=last if resumes else None,
-        )
-    last.unlink()
+        fit_resumable(trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")])
+    (run.folder / "last.ckpt").unlink()
     return module.student.cpu().eval()

@@ -188,7 +188,8 @@ def _glue(args: Sequence[str]) -> None:
     from kdnas.options import read_config
 
     _quieten("lightning.pytorch", "lightning.fabric")
-    glue(read_config(GlueConfig, "glue", ["--grid={}" if arg == "--grid" else arg for arg in args])[0])
+    args = ["--grid={}" if arg == "--grid" else arg for arg in args]
+    glue(read_config(GlueConfig, "glue", args)[0], _console())
 
 
 def _verify(args: Sequence[str]) -> None:
@@ -196,7 +197,7 @@ def _verify(args: Sequence[str]) -> None:
 
     from kdnas.manifest import verify
     from kdnas.options import in_one_line
-    from kdnas.runs import Run, file_sha256
+    from kdnas.runs import MANIFEST, Run, file_sha256
 
     parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
     parser.add_argument("run", type=str, help="name or folder of a finished run")
@@ -212,12 +213,10 @@ def _verify(args: Sequence[str]) -> None:
     if faults:
         raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
     print(f"{num_files} files of {str(folder)!r} are as they were made.")
-    print(f"sha256 of its manifest: {file_sha256(folder / 'manifest.json')}")
+    print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")
 
 
 def _export(args: Sequence[str]) -> None:
-    from rich.console import Console
-
     from kdnas.config import ExportConfig
     from kdnas.export_job import export
     from kdnas.options import read_config
@@ -226,7 +225,7 @@ def _export(args: Sequence[str]) -> None:
     args = ["--force=true" if arg == "--force" else arg for arg in args]
     # ``as`` can be no name in Python.
     args = [f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg for arg in args]
-    export(read_config(ExportConfig, "export", args)[0], Console())
+    export(read_config(ExportConfig, "export", args)[0], _console())
 
 
 def _lightning(subcommand: str, args: Sequence[str]) -> None:

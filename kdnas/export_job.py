@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import Teacher, find_teacher
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
+from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
 
 FORMATS = ("transformers", "sentence-transformers")
@@ -46,7 +46,7 @@ def export(config: ExportConfig, console: Console) -> Path:
     teacher_name = config.teacher
     if config.run is not None:
         run = Run(config.root, config.run)
-        source, folder, known = _source_of(run, is_sentences), run.student, _config_of(run)
+        source, folder, known = _source_of(run, is_sentences), run.student, read_yaml(run.config)
         teacher_name = teacher_name or (known["teacher"] if is_sentences else None)
         card = _run_card(run)
         task_name, text = config.task or (None if is_sentences else _task_of(run, known.get("task"))), config.text
@@ -176,10 +176,6 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
     )
 
 
-def _config_of(run: Run) -> dict[str, Any]:
-    return dict(yaml.safe_load(run.config.read_text(encoding="utf-8")))
-
-
 def _task_of(run: Run, name: str | None) -> str | None:
     return str(run.text / "which_package") if name == QUICKSTART else name
 
@@ -192,7 +188,7 @@ def _teacher_words(teacher: str) -> dict[str, str]:
 
 
 def _run_card(run: Run) -> dict[str, Any]:
-    config = _config_of(run)
+    config = read_yaml(run.config)
     card: dict[str, Any] = {"name": run.name, **_teacher_words(config["teacher"]), "sections": {}}
     card["text"] = "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
     if (run.glue / "results.json").exists():

@@ -274,9 +274,8 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
     inputs = _embedding_inputs(model, batch)
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
-        if (
-            maps and not family_of(model.config).own_mask
-        ):  # the mask that models make is float32, and would make float32 of the maps
+        if maps and not family_of(model.config).own_mask:
+            # The mask that models make is float32, and would make float32 of the maps.
             inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool(), matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 

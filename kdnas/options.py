@@ -25,7 +25,17 @@ def default_objects() -> dict[str, Any]:
 def read_config(
     config_class: type[Any], command: str, args: Sequence[str], **flags: str
 ) -> tuple[Any, dict[str, bool]]:
-    """A config from YAML and options, and the flags (name -> help) that were set."""
+    """A config from YAML and options, and which flags were set.
+
+    Args:
+        config_class: of ``kdnas.config``; its fields are the options.
+        command: of ``kdnas``, for the help.
+        args: options.
+        flags: name -> help of options that are set or not, and no part of the config.
+
+    Raises:
+        UserError: an option or a key that there is not, or a value that it cannot have.
+    """
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)

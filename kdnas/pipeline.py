@@ -41,7 +41,7 @@ from kdnas.nas.storage import without_password
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import front_table, result_table, trials_frame, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
-from kdnas.training import FitProgress, KeepLast, check_checkpoint, fit, honest_signals, make_trainer
+from kdnas.training import FitProgress, fit_resumable, honest_signals
 
 
 @honest_signals()
@@ -228,7 +228,6 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     started = time.monotonic()
     last = folder / "last.ckpt"
     if last.exists():
-        check_checkpoint(last)
         job.console.print("Full KD: going on where it was stopped.")
     states = job.states()
     with job.progress() as progress, torch.random.fork_rng():
@@ -242,10 +241,8 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
                 raise UserError(f"{str(weights)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
             module.begin(job.data.select("full"))
             module.load_state_dict(load_file(weights))
-        callbacks = [FitProgress(progress, "full KD"), KeepLast(last)]
-        trainer = make_trainer(job.config.trainer, folder, settings.num_epochs, callbacks, resume=last.exists())
-        data = job.data.select("full")
-        fit(trainer, module, data, ckpt_path=last if last.exists() else None)
+        data, bar = job.data.select("full"), FitProgress(progress, "full KD")
+        fit_resumable(job.config.trainer, folder, settings.num_epochs, module, data, [bar])
     with new_folder(folder / "encoder") as encoder:
         module.student.save_pretrained(encoder)
         job.teacher.tokenizer.save_pretrained(encoder)

@@ -95,13 +95,11 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
     metrics = make_metrics(task)
     for output, batch in zip(found, batches, strict=True):
         predicted = torch.from_numpy(output)
-        metrics.update(predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1), _labels(batch))
+        metrics.update(
+            predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1), torch.from_numpy(batch["labels"])
+        )
     values = [float(value) for value in metrics.compute().values()]
     return sum(values) / len(values)
-
-
-def _labels(batch: Feed) -> torch.Tensor:
-    return torch.from_numpy(batch["labels"])
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdnas.distill.losses import ridge_map
 from kdnas.errors import ParityError, UserError
 from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import LoadedTask
@@ -88,7 +89,8 @@ def add_sentence_files(
     _check_vectors(student, model, tokenizer, pooling, normalized, sentences.held_out[:8])
 
     train, held_out = list(sentences.train[:MOST_TEXTS]), list(sentences.held_out[:MOST_TEXTS])
-    mapped = _fit(_vectors(student, train), _vectors(teacher, train))(_vectors(student, held_out))
+    weights = ridge_map(_vectors(student, train), _vectors(teacher, train)).float()
+    mapped = _vectors(student, held_out) @ weights[:-1] + weights[-1]
     cosine = F.cosine_similarity(mapped, _vectors(teacher, held_out)).mean()
     report = {"pooling": pooling, "normalized": normalized, "cosine": float(cosine)}
     if sentences.task is not None:
@@ -142,12 +144,3 @@ def _check_vectors(
 
 def _vectors(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)))
-
-
-def _fit(inputs: torch.Tensor, targets: torch.Tensor) -> Any:
-    """The least-squares map, with a constant; a little ridge where texts are few."""
-    x = F.pad(inputs.double(), (0, 1), value=1.0)
-    gram = x.T @ x
-    gram += 1e-4 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    weights = torch.linalg.solve(gram, x.T @ targets.double())
-    return lambda vectors: (F.pad(vectors.double(), (0, 1), value=1.0) @ weights).float()

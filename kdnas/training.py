@@ -109,6 +109,28 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         trainer.fit(module, datamodule=data, **options)
 
 
+def fit_resumable(
+    settings: TrainerSettings,
+    folder: Path,
+    num_epochs: int,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    callbacks: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
+    """``fit`` that the same call goes on with, from ``folder/last.ckpt``; whoever has kept the result deletes that.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    last = folder / "last.ckpt"
+    resume = last.exists()
+    if resume:
+        check_checkpoint(last)
+    trainer = make_trainer(settings, folder, num_epochs, [*callbacks, KeepLast(last)], resume)
+    fit(trainer, module, data, ckpt_path=last if resume else None)
+    return trainer
+
+
 def check_checkpoint(path: Path) -> None:
     """Look whether a checkpoint can be gone on from; nothing in it is run.
 

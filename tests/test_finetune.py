@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from kdnas.errors import CandidateFailed, UserError
 from kdnas.glue import finetune
 from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.glue.task_distill import TaskDistillModule
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import load_classifier, num_parameters
 from kdnas.training import TrainerSettings
@@ -161,7 +164,7 @@ def test_a_finished_fine_tuning_is_answered_from_the_record(teacher, task, tmp_p
             "32-true",
             "num_epochs .* 3",
         ),
-        (SETTINGS, "bf16-mixed", "precision of fine-tuning is 'bf16-mixed', and .* was made with '32-true'"),
+        (SETTINGS, "bf16-mixed", "precision of fine-tuning is 'bf16-mixed', and it was begun with '32-true'"),
     ],
 )
 def test_a_record_of_other_settings_is_refused(teacher, task, tmp_path, other, precision, message):
@@ -445,3 +448,35 @@ def test_more_tokens_than_the_model_takes_are_refused_at_the_start(tmp_path, tas
     with pytest.raises(UserError, match="max_length is 128: this model takes at most 40 tokens"):
         evaluate(model, task, tmp_path / "run", FinetuneSettings())
     assert not (tmp_path / "run").exists()
+
+
+class StopsAt(pl.Callback):
+    """Ctrl-C in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("helped", [False, True], ids=["alone", "with a teacher"])
+def test_what_was_stopped_goes_on_in_the_middle_of_an_epoch_and_ends_as_what_was_not(teacher, task, tmp_path, helped):
+    distiller = partial(TaskDistillModule, teacher=classifier(teacher).eval()) if helped else None
+
+    def tune(folder: Path, settings: FinetuneSettings = LONGER, **options):
+        start = classifier(teacher)
+        make = partial(evaluate_glue, start, make_tokenizer(), task, settings, make_module=distiller)
+        return make(folder=tmp_path / folder, **options), start.state_dict()
+
+    result, whole = tune("whole")
+    with pytest.raises(KeyboardInterrupt):
+        tune("stopped", callbacks=[StopsAt(19)])  # the fourth step of the third epoch
+    with pytest.raises(UserError, match="learning_rate of fine-tuning is 0.5, and it was begun with 0.001"):
+        tune("stopped", dataclasses.replace(LONGER, learning_rate=0.5))
+    again, resumed = tune("stopped")
+    assert [row["epoch"] for row in again["history"]] == [0, 1, 2, 3] and again["history"] == result["history"]
+    for name, values in whole.items():
+        assert torch.equal(values, resumed[name]), name
+    assert not (tmp_path / "stopped" / "last.ckpt").exists()

@@ -4,16 +4,15 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdnas.data.corpus import Corpus, load_corpus
-from kdnas.data.loader import LengthGroupedBatches, ResumableLoader
+from kdnas.data.loader import LengthGroupedBatches, ResumableDataModule, ResumableLoader
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
 from kdnas.errors import UserError
@@ -175,7 +174,7 @@ class TokenRows(Dataset[Batch]):
         }
 
 
-class KDDataModule(pl.LightningDataModule):
+class KDDataModule(ResumableDataModule):
     """Masked batches for distillation: 30 % of the training rows (``mini``) or all of them (``full``).
 
     Args:
@@ -192,8 +191,6 @@ class KDDataModule(pl.LightningDataModule):
         self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
         self.corpus: Corpus | None = None
         self.rows: TokenRows | None = None
-        self._train_loader: ResumableLoader | None = None
-        self._loader_state: dict[str, int] | None = None  # of a checkpoint
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once.
@@ -306,22 +303,7 @@ class KDDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        self._train_loader = self.loader(self.train_ids(), shuffle=True)
-        if self._loader_state is not None:
-            self._train_loader.load_state_dict(self._loader_state)
-            self._loader_state = None
-        return self._train_loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where in the epoch a checkpoint is written.
-
-        Lightning keeps loaders' states too, but does not give them back where the schedule asks for the number of
-        steps, for the loader is made before the state is read then.
-        """
-        return {"train_loader": self._train_loader.state_dict()} if self._train_loader else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loader_state = state_dict.get("train_loader")
+        return self.resumable(self.loader(self.train_ids(), shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self.loader(self.held_out_ids(), shuffle=False)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -100,3 +101,29 @@ class ResumableLoader(DataLoader[Any]):
         for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
             self._num_given += 1
             yield batch
+
+
+class ResumableDataModule(pl.LightningDataModule):
+    """A data module whose checkpoints say where in the epoch they were written.
+
+    Lightning keeps loaders' states too, but does not give them back where the schedule asks for the number of steps,
+    for the loader is made before the state is read then.
+    """
+
+    _train_loader: ResumableLoader | None = None
+    _loader_state: dict[str, int] | None = None
+
+    def resumable(self, loader: ResumableLoader) -> ResumableLoader:
+        """The loader of the training rows, told where to go on."""
+        if self._loader_state is not None:
+            loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        self._train_loader = loader
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's state."""
+        return {"train_loader": self._train_loader.state_dict()} if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader_state = state_dict.get("train_loader")

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from kdnas.data.loader import ResumableDataModule, ResumableLoader
 from kdnas.glue.rows import Columns
 from kdnas.glue.tasks import LoadedTask
 
@@ -47,7 +48,7 @@ class LengthGroupedSampler(Sampler[int]):
         yield from [*batches.flatten().tolist(), *rows[full:].tolist()]
 
 
-class GLUEDataModule(pl.LightningDataModule):
+class GLUEDataModule(ResumableDataModule):
     """Batches of a task, padded to their longest row: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
 
     Training rows come grouped by length, in another order each epoch; validation rows come sorted by length.
@@ -88,15 +89,19 @@ class GLUEDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Rows of similar length together, shuffled by seed and epoch."""
         rows = self.rows["train"]
-        return self._loader(
-            rows, LengthGroupedSampler([len(row["input_ids"]) for row in rows], self.batch_size, self.seed)
-        )
+        lengths = [len(row["input_ids"]) for row in rows]
+        return self.resumable(self._loader(rows, LengthGroupedSampler(lengths, self.batch_size, self.seed)))
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """Rows sorted by length, for each split that is scored."""
         splits = [self.rows[split] for split in self.task.task.validations]
         return [self._loader(sorted(rows, key=lambda row: len(row["input_ids"]))) for rows in splits]
 
-    def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> DataLoader[dict[str, Any]]:
-        collate = DataCollatorWithPadding(self.tokenizer)
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)
+    def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> ResumableLoader:
+        return ResumableLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=DataCollatorWithPadding(self.tokenizer),
+            generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
+        )

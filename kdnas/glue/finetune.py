@@ -19,7 +19,7 @@ from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import LoadedTask, Task
 from kdnas.models import max_length, num_parameters
 from kdnas.runs import new_folder, read_json, write_json
-from kdnas.training import ClipFusedGradients, TrainerSettings, fit, make_trainer
+from kdnas.training import ClipFusedGradients, TrainerSettings, fit_resumable
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,22 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """The score after each epoch."""
+    """The score after each epoch; a fit goes on only where rows and settings are those that it was begun with.
 
-    def __init__(self) -> None:
+    Args:
+        made_with: what says so.
+    """
+
+    def __init__(self, made_with: dict[str, Any]) -> None:
         self.rows: list[dict[str, float]] = []
+        self.made_with = made_with
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "made_with": self.made_with}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+        _refuse_other(self.made_with, state_dict["made_with"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.rows.append({"epoch": trainer.current_epoch, "score": float(trainer.callback_metrics["val/score"])})
@@ -184,18 +196,25 @@ def finished(
     if not (folder / "result.json").is_file():
         return None
     known = dict(read_json(folder / "result.json"))
-    if known["task_sha256"] != task.sha256:
-        raise UserError(
-            f"The rows of {task.task.name!r} are not those that {str(folder)!r} was made with: give a new run name."
-        )
-    asked = {**asdict(settings), "precision": trainer_settings.precision}
-    for name, value in {**known["settings"], "precision": known["precision"]}.items():
+    made_with = _made_with(task, settings, trainer_settings)
+    _refuse_other(made_with, {name: known.get(name, known["settings"].get(name)) for name in made_with})
+    return known
+
+
+def _made_with(task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings) -> dict[str, Any]:
+    return {"task": task.task.name, "task_sha256": task.sha256, "precision": trainer_settings.precision} | asdict(
+        settings
+    )
+
+
+def _refuse_other(asked: dict[str, Any], known: dict[str, Any]) -> None:
+    if known["task_sha256"] != asked["task_sha256"]:
+        raise UserError(f"The rows of {asked['task']!r} are not those that it was begun with: give a new run name.")
+    for name, value in known.items():
         if asked[name] != value:
             raise UserError(
-                f"{name} of fine-tuning is {asked[name]!r}, and {str(folder)!r} was made with {value!r}: "
-                "give a new run name."
+                f"{name} of fine-tuning is {asked[name]!r}, and it was begun with {value!r}: give a new run name."
             )
-    return known
 
 
 def evaluate_glue(
@@ -220,7 +239,7 @@ def evaluate_glue(
         task: the task with its rows.
         settings: how it is trained.
         folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last, ``result.json``.
-            Where that is there already, nothing is trained and it is returned.
+            Where that is there already, nothing is trained and it is returned; from ``last.ckpt`` it goes on.
         trainer_settings: device and precision.
         callbacks: more of Lightning's callbacks, such as a progress bar.
         make_module: what trains the classifier; ``GLUEModule`` by default.
@@ -233,7 +252,7 @@ def evaluate_glue(
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
-            made with other settings.
+            begun with other settings.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -249,15 +268,14 @@ def evaluate_glue(
         classifier.config.id2label = dict(enumerate(task.task.label_names))
         classifier.config.label2id = {name: label for label, name in enumerate(task.task.label_names)}
     attention = classifier.config._attn_implementation
-    history = _History()
+    history = _History(_made_with(task, settings, trainer_settings))
     data = GLUEDataModule(
         task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
     )
-    trainer = make_trainer(trainer_settings, folder, settings.num_epochs, [history, *callbacks])
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
-        fit(trainer, module, data)
+        trainer = fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
     classifier.eval()
     classifier.set_attn_implementation(attention)
     if keep_model:
@@ -278,4 +296,5 @@ def evaluate_glue(
         "precision": trainer_settings.precision,
     }
     write_json(folder / "result.json", result)
+    (folder / "last.ckpt").unlink()
     return result

@@ -1,5 +1,6 @@
 """Task distillation: a classifier learns from a fine-tuned teacher, on the task's own rows."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -126,10 +127,15 @@ class TaskDistillModule(GLUEModule):
     def on_fit_start(self) -> None:
         """Let the projection begin as the best linear map, so that the classifier is not driven by a random one."""
         self.teacher.to(self.device).eval()
+        if not self.trainer.ckpt_path:
+            self._begin_projection()
+        super().on_fit_start()
+
+    def _begin_projection(self) -> None:
         self.classifier.eval()
         pairs = []
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for _, batch in zip(range(_BATCHES_TO_BEGIN_WITH), data.train_dataloader(), strict=False):
+        loader: Any = self.trainer.train_dataloader
+        for batch in itertools.islice(loader, _BATCHES_TO_BEGIN_WITH):
             batch = {name: value.to(self.device) for name, value in batch.items()}
             with torch.no_grad():
                 states = [_last_state(classify(model, batch, True)) for model in (self.classifier, self.teacher)]
@@ -139,7 +145,6 @@ class TaskDistillModule(GLUEModule):
         with torch.no_grad():
             self.projection.weight.copy_(weights[:-1].T)
             self.projection.bias.copy_(weights[-1])
-        super().on_fit_start()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """What is trained on, of a batch."""
