@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
-from kdnas.data.datamodule import KDDataModule
+from kdnas.data.datamodule import KDDataModule, Split
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.objectives import Objective, needed_layers
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
@@ -52,11 +52,11 @@ class Found:
         """With the folder that is used."""
         return replace(self.config.states, folder=str(states_folder(self.config)))
 
-    def states(self) -> TeacherStates:
-        """Of the target layers, computed now if they are not there."""
+    def states(self, split: Split) -> TeacherStates:
+        """Of the target layers, for the rows of a split and the held-out ones, computed now if they are not there."""
         accelerator = self.config.trainer.accelerator
         device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-        return open_states(self.teacher, self.data, self.target_layers, self.states_settings, device)
+        return open_states(self.teacher, self.data.select(split), self.target_layers, self.states_settings, device)
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -125,7 +125,7 @@ def _search(job: Job) -> StudentArch:
         return StudentArch.from_yaml(run.best_student)
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
-    states = job.states()  # before the live display: building them shows its own bar
+    states = job.states("mini")  # before the live display: building them shows its own bar
     episode = episode_length(job.config.sampler)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
     with job.progress() as progress:
@@ -229,7 +229,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     last = folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on where it was stopped.")
-    states = job.states()
+    states = job.states("full")
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)

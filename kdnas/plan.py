@@ -190,22 +190,21 @@ def plan(found: Found) -> Plan:
             arch = found.space.smallest()
             measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / "smallest")
     cache = state_cache(found.teacher, found.data, found.target_layers, found.states_settings)
-    fits = cache.num_bytes() <= config.states.max_gb * 1e9
-    num_tokens = int(found.data.rows.lengths.sum()) * config.data.num_mask_variants
-    missing = cache.num_missing_bytes() / cache.num_bytes()
+    mini = found.data.select("mini")
+    row_ids = np.concatenate([mini.train_ids(), mini.held_out_ids()])
+    size, num_tokens = cache.num_bytes(row_ids), int(found.data.rows.lengths[row_ids].sum())
+    fits = size <= config.states.max_gb * 1e9
+    missing = cache.num_missing_bytes(row_ids) / size
     mean_seconds = float(np.mean(list(measured.values())))
     num_trials = min(settings.n_trials, max(1, round((1 - refused_share) * len(found.space))))
     num_refusals = min(num_trials * refused_share / max(1 - refused_share, 1 / len(found.space)), len(found.space))
     per_token = timed.seconds / timed.num_tokens
     search = num_trials * mean_seconds + num_refusals * latency_seconds
     if not fits:  # the teacher runs in every step
-        mini = found.data.select("mini")
-        lengths = found.data.rows.lengths
-        seen = lengths[mini.train_ids()].sum() + lengths[mini.held_out_ids()].sum()
-        search += num_trials * settings.num_epochs * float(seen) * per_token
+        search += num_trials * settings.num_epochs * num_tokens * per_token
     return Plan(
-        states_seconds=missing * num_tokens * per_token if fits else 0.0,
-        states_bytes=cache.num_bytes() if fits else 0,
+        states_seconds=missing * num_tokens * config.data.num_mask_variants * per_token if fits else 0.0,
+        states_bytes=size if fits else 0,
         candidate_seconds=measured,
         num_trials=num_trials,
         refused_share=refused_share,

@@ -141,7 +141,7 @@ def test_a_cache_that_is_there_asks_no_teacher(folder):
 
 
 def test_an_interrupted_build_goes_on_after_its_last_whole_shard(folder):
-    teacher = FakeTeacher(num_batches=14)
+    teacher = FakeTeacher(num_batches=16)
     with pytest.raises(KeyboardInterrupt):
         open_cache(folder).build(teacher, BATCH_TOKENS)
     done = shards(folder)
@@ -426,7 +426,7 @@ def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder
     check(build(folder)[0])
 
 
-@pytest.mark.parametrize(("num_passes", "num_done"), [(3, 0), (16, 4)])
+@pytest.mark.parametrize(("num_passes", "num_done"), [(3, 0), (21, 4)])
 def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder, num_passes, num_done):
     context = multiprocessing.get_context("fork")
     reached, answers = context.Event(), context.SimpleQueue()

@@ -11,6 +11,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.distill import cache
 from kdnas.distill import teacher as teacher_module
 from kdnas.distill.cache import StateCache
 from kdnas.distill.losses import contextual_share
@@ -128,8 +129,25 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
         assert torch.equal(one, other)
 
 
+def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 12)
+    settings = StatesSettings(str(tmp_path))
+    mini = open_states(teacher, data.select("mini"), LAYERS, settings)
+    first = {path.name: path.stat().st_mtime_ns for path in mini.source.folder.glob("*.bin")}
+    num_bytes = sum(path.stat().st_size for path in mini.source.folder.glob("*.bin"))
+    row_ids = np.concatenate([data.select("mini").train_ids(), data.held_out_ids()])
+    assert num_bytes == mini.source.num_bytes(row_ids) < 0.7 * mini.source.num_bytes()
+    full = open_states(teacher, data, LAYERS, settings)
+    both = {path.name: path.stat().st_mtime_ns for path in full.source.folder.glob("*.bin")}
+    assert first.items() < both.items() and full.stats == mini.stats
+    batch = data.rows[0, row_ids[::7]]
+    for one, other in zip(mini(batch).values(), full(batch).values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_statistics_are_those_of_numpy_and_scikit_learn(teacher, data, states):
-    train, held_out = (oracle(teacher, data, ids) for ids in (data.train_ids(), data.held_out_ids()))
+    mini = data.select("mini").train_ids()
+    train, held_out = (oracle(teacher, data, ids) for ids in (mini, data.held_out_ids()))
     for layer in LAYERS:
         stats = states.stats[layer]
         assert stats.variance == pytest.approx(np.var(train[layer + 1], axis=0).mean(), rel=5e-3)

@@ -266,12 +266,14 @@ class KDDataModule(ResumableDataModule):
 
     def train_ids(self) -> IntArray:
         """Sample ids of the training rows of this split. Those of ``mini`` are a seeded draw from those of ``full``."""
+        order = self.draw_order()
+        share = 1.0 if self.split == "full" else self.settings.mini_fraction
+        return np.sort(order[: max(1, round(share * len(order)))])
+
+    def draw_order(self) -> IntArray:
+        """Sample ids of all training rows in the order in which a share of them is drawn."""
         assert self.corpus is not None
-        num_rows = len(self.corpus.train)
-        if self.split == "full":
-            return np.arange(num_rows)
-        order = np.random.default_rng(self.settings.seed).permutation(num_rows)
-        return np.sort(order[: max(1, round(self.settings.mini_fraction * num_rows))])
+        return np.random.default_rng(self.settings.seed).permutation(len(self.corpus.train))
 
     def held_out_ids(self) -> IntArray:
         """Sample ids of the held-out rows, in no split."""

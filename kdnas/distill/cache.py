@@ -1,7 +1,8 @@
 """The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
 
-A cache is a folder of shards. A shard holds the states of some rows, rows sorted by length: an array (L, T) of records
-of H numbers, for L layers and T real tokens. A shard's name holds its place and the hash of place and bytes, so a whole
+A cache is a folder of shards. A shard holds the states of some rows of similar length: an array (L, T) of records
+of H numbers, for L layers and T real tokens. Rows that a search needs lie apart from the others, whose states are
+computed when they are asked for. A shard's name holds its place and the hash of place and bytes, so a whole
 shard is known by itself: one that is missing, cut, damaged or in another's place is computed again, and there is no
 index that could disagree. The folder's name is the hash of everything that the states depend on.
 """
@@ -28,15 +29,24 @@ from kdnas.data.masking import IntArray
 from kdnas.errors import UserError
 
 Precision = Literal["float16", "int8"]
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 64 << 20
+# The rows, in the order in which they are asked for, are cut into so many parts, each sorted by length.
+PARTS = 20
 
 
 def cache_key(
-    teacher_sha256: str, rows: TokenRows, layers: Sequence[int], num_variants: int, precision: Precision = "float16"
+    teacher_sha256: str,
+    rows: TokenRows,
+    layers: Sequence[int],
+    num_variants: int,
+    precision: Precision = "float16",
+    order: IntArray | None = None,
 ) -> str:
-    """The hash of all that the states depend on: weights, inputs (text, tokenizer, cut, masks), layers and format."""
+    """The hash of all that the states and their places depend on; arguments as of ``StateCache``."""
+    placed = b"" if order is None else order.astype(np.int64).tobytes()
     parts = [FORMAT, precision, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
+    parts.append(hashlib.sha256(placed).hexdigest())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -83,6 +93,7 @@ class StateCache:
         hidden_size: H, width of the teacher.
         num_variants: mask variants a row has.
         precision: of the stored numbers.
+        order: all row numbers, in the order in which shares of them are asked for; their own by default.
     """
 
     def __init__(
@@ -93,50 +104,64 @@ class StateCache:
         hidden_size: int,
         num_variants: int,
         precision: Precision = "float16",
+        order: IntArray | None = None,
     ) -> None:
         self.folder, self.rows, self.layers = folder, rows, list(layers)
         self.num_variants = num_variants
         self._record = record_of(precision, hidden_size)
         self._bytes_a_token = len(self.layers) * self._record.itemsize
-        order = np.argsort(rows.lengths, kind="stable")
-        pieces = (np.cumsum(rows.lengths[order]) - 1) * self._bytes_a_token // SHARD_BYTES
-        self._shard_rows: list[IntArray] = np.split(order, np.flatnonzero(np.diff(pieces)) + 1)
+        part = np.arange(len(rows)) * PARTS // len(rows)
+        if order is not None:
+            part = part[np.argsort(order)]
+        placed = np.lexsort((rows.lengths, part))
+        pieces = (np.cumsum(rows.lengths[placed]) - 1) * self._bytes_a_token // SHARD_BYTES
+        # Sorted again, for a shard of a small text holds several parts.
+        self._shard_rows: list[IntArray] = [
+            piece[np.argsort(rows.lengths[piece], kind="stable")]
+            for piece in np.split(placed, np.flatnonzero(np.diff(pieces)) + 1)
+        ]
         self._shard_of: IntArray = np.empty(len(rows), dtype=np.int64)
         self._start: IntArray = np.empty(len(rows), dtype=np.int64)
         for shard, row_ids in enumerate(self._shard_rows):
             self._shard_of[row_ids] = shard
             self._start[row_ids] = np.cumsum(rows.lengths[row_ids]) - rows.lengths[row_ids]
         self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
-        self._names: list[str] = []
+        self._names: dict[tuple[int, int], str] = {}
 
-    def num_bytes(self) -> int:
-        """Size of the whole cache on disk."""
-        return int(self.rows.lengths.sum()) * self._bytes_a_token * self.num_variants
+    def num_bytes(self, row_ids: IntArray | None = None) -> int:
+        """Size on disk of the shards that hold these rows; of the whole cache by default."""
+        return sum(self._num_bytes(shard) for _, shard in self._places(row_ids))
 
-    def num_missing_bytes(self) -> int:
+    def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
         """Of those, what is not there yet, by the names of the shards alone."""
-        places = ((variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows)))
+        places = self._places(row_ids)
         missing = (place for place in places if not any(self.folder.glob(f"{self._prefix(*place)}.*.bin")))
         return sum(self._num_bytes(shard) for _, shard in missing)
 
-    def build(self, teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int) -> None:
+    def build(
+        self,
+        teacher: Callable[[Batch], Sequence[Tensor]],
+        batch_tokens: int,
+        row_ids: IntArray | None = None,
+    ) -> None:
         """Compute the shards that are missing or damaged, and open the cache. One process builds, others wait for it.
 
         Args:
             teacher: gives the states (N, H) of each stored layer for a batch.
             batch_tokens: padded tokens of a batch.
+            row_ids: rows that will be asked for; all by default.
 
         Raises:
             UserError: the disk has too little room, or fills up meanwhile; whole shards are kept for the next build.
         """
-        needed = self.num_bytes()
+        needed = self.num_bytes(row_ids)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "lock"):
                 for leftover in self.folder.glob(".*.partial"):
                     leftover.unlink()
                 names: dict[tuple[int, int], str | None] = {}
-                places = [(variant, shard) for variant in self._variants() for shard in range(len(self._shard_rows))]
+                places = self._places(row_ids)
                 for place in _tracked(places, "stored teacher states: check"):
                     names[place] = self._find(*place)
                 missing = [place for place in places if names[place] is None]
@@ -146,7 +171,7 @@ class StateCache:
                 for place, name in self._fill(missing, teacher, batch_tokens):
                     names[place] = name
                     needed -= self._num_bytes(place[1])
-                self._names = [name for name in names.values() if name is not None]
+                self._names = {place: name for place, name in names.items() if name is not None}
         except OSError as error:  # others use the disk too
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -172,8 +197,9 @@ class StateCache:
             mapped.madvise(mmap.MADV_DONTNEED)
         return [unpack(layer_states) for layer_states in states]
 
-    def _variants(self) -> range:
-        return range(self.num_variants)
+    def _places(self, row_ids: IntArray | None) -> list[tuple[int, int]]:
+        shards = range(len(self._shard_rows)) if row_ids is None else np.unique(self._shard_of[row_ids]).tolist()
+        return [(variant, shard) for variant in range(self.num_variants) for shard in shards]
 
     def _num_tokens(self, shard: int) -> int:
         return int(self.rows.lengths[self._shard_rows[shard]].sum())
@@ -263,7 +289,7 @@ class StateCache:
         )
 
     def _open(self, variant: int, shard: int) -> tuple[mmap.mmap, np.ndarray]:
-        name = self._names[variant * len(self._shard_rows) + shard]
+        name = self._names[variant, shard]
         if name not in self._maps:
             with (self.folder / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

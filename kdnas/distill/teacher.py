@@ -113,9 +113,10 @@ def state_cache(teacher: Teacher, data: KDDataModule, layers: Iterable[int], set
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
     wanted, num_variants = sorted(set(layers)), data.settings.num_mask_variants
-    key = cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision)
+    order = np.concatenate([data.held_out_ids(), data.draw_order()])
+    key = cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision, order)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
-    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, num_variants, settings.precision)
+    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, num_variants, settings.precision, order)
 
 
 def open_states(
@@ -125,7 +126,7 @@ def open_states(
     settings: StatesSettings = StatesSettings(),
     device: str = "cpu",
 ) -> TeacherStates:
-    """The states of these layers for all rows of the data, computed now if no cache of them is there.
+    """The states of these layers for the rows of the data's split and the held-out ones, computed now if not there.
 
     Args:
         teacher: whose states.
@@ -139,21 +140,23 @@ def open_states(
     """
     live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings)
     wanted, folder = cache.layers, cache.folder
-    source: StateSource = cache
-    if cache.num_bytes() > settings.max_gb * 1e9:
-        source = live
+    row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
+    size = cache.num_bytes(row_ids)
+    source: StateSource = live
+    if size > settings.max_gb * 1e9:
         log.info(
             "The teacher runs live: its states would take %.1f GB, the budget is %.1f GB.",
-            cache.num_bytes() / 1e9,
+            size / 1e9,
             settings.max_gb,
         )
     else:
-        log.info("Teacher states: %.2f GB in %s", cache.num_bytes() / 1e9, folder)
+        source = cache
+        log.info("Teacher states: %.2f GB in %s", size / 1e9, folder)
         batch_tokens = (
             data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
         )
-        cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens)
-    stats_file = folder / f"stats_{len(data.select('full').train_ids())}.json"
+        cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
+    stats_file = folder / f"stats_{len(data.select('mini').train_ids())}.json"
     stats_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not stats_file.exists():
@@ -183,7 +186,7 @@ def measure_stats(
         device: where the model runs.
     """
     embedded, states = [], []
-    for ids in (data.select("full").train_ids(), data.held_out_ids()):
+    for ids in (data.select("mini").train_ids(), data.held_out_ids()):  # the same ones for every split
         batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
         model.to(device)  # type: ignore[arg-type]
         embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
