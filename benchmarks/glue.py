@@ -3,8 +3,8 @@
     python benchmarks/glue.py --glue data/glue --model STUDENT [--model ANOTHER] [--seeds 3] [--quick] [--json PATH]
 
 The table: five tasks (SST-2 cut to 6,000 training rows), official validation rows, the score after the last epoch. The
-teacher is MiniLM-L6; every ``--model`` is a student's folder, and it is trained a second time with the help of the
-fine-tuned teacher. A student of the same shape starts at random, anew for each seed. All are
+teacher is MiniLM-L6; every ``--model`` is a student's folder, and the first is trained a second time with the help of
+the fine-tuned teacher. A student of the same shape starts at random, anew for each seed. All are
 trained alike but for the rate, which was chosen on rows split off from training rows (LOG.md); ``--grid`` chooses it,
 and the batch size, for each model and task. Runs are kept in ``--folder``, and go on where they were stopped.
 
@@ -80,7 +80,7 @@ def compare(chosen: Any, tasks: Sequence[LoadedTask], console: Console) -> dict[
         )
         comparison.run()
         places = {task.task.name: str(chosen.folder / teacher.folder(task) / "seed_0" / "model") for task in tasks}
-        helped = [with_help(model, places, tasks, TaskDistillSettings()) for model in models]
+        helped = [with_help(model, places, tasks, TaskDistillSettings()) for model in models[:1]]
         return dataclasses.replace(comparison, contenders=[*contenders, *helped]).run()
 
 

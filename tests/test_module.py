@@ -357,23 +357,42 @@ class Signal(pl.Callback):
                 os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("place", ["first", "middle", "last but one", "last"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(teacher, data, states, tmp_path, place, number):
+DROPPED = {"objective": HiddenStates(), "dropout": True}  # the random numbers go on too
+
+
+@pytest.fixture(scope="module")
+def unbroken(teacher, data, states):
+    """A fit of three epochs and the rows that it saw."""
+    whole, seen = make(teacher, states, **DROPPED), Signal(-1)
+    trainer(seen, num_epochs=3).fit(whole, datamodule=data)
+    return whole, seen.seen
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("first", signal.SIGTERM),
+        ("middle", signal.SIGINT),
+        ("middle", signal.SIGTERM),
+        ("last but one", signal.SIGUSR1),
+        ("last", signal.SIGINT),
+    ],
+)
+def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(
+    teacher, data, states, tmp_path, unbroken, place, number
+):
+    whole, seen = unbroken
     num_steps = len(data.train_dataloader())
     assert num_steps > 3
     step = num_steps + {"first": 0, "middle": 2, "last but one": num_steps - 2, "last": num_steps - 1}[place]
-    recipe = {"objective": HiddenStates(), "dropout": True}  # the random numbers go on too
-    whole, unbroken = make(teacher, states, **recipe), Signal(-1)
-    trainer(unbroken, num_epochs=3).fit(whole, datamodule=data)
     last, broken = tmp_path / "last.ckpt", Signal(step, number)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        fit(trainer(KeepLast(last), broken, num_epochs=3), make(teacher, states, **recipe), data)
+        fit(trainer(KeepLast(last), broken, num_epochs=3), make(teacher, states, **DROPPED), data)
     assert isinstance(stopped.value, Terminated) == (number != signal.SIGINT)
     assert len(broken.seen) == step + 1  # the step itself is finished and kept
-    resumed, rest = make(teacher, states, **recipe), Signal(-1)
+    resumed, rest = make(teacher, states, **DROPPED), Signal(-1)
     fit(trainer(KeepLast(last), rest, num_epochs=3), resumed, data, ckpt_path=last)
-    assert broken.seen + rest.seen == unbroken.seen
+    assert broken.seen + rest.seen == seen
     assert resumed.history == whole.history
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
