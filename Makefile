@@ -2,7 +2,10 @@ PYTHON ?= python3.11
 ARGS ?=
 ENV := .venv/.complete
 
-.PHONY: help quickstart test lint bench
+# What users go through, and each library's part in it.
+LOWEST := $(patsubst %,tests/test_%.py,api cli corpus export latency models module pipeline report sampler scores storage)
+
+.PHONY: help quickstart test lint bench lowest audit
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -21,6 +24,14 @@ lint: $(ENV) ## Style, format and types
 
 bench: $(ENV) ## Every benchmark in benchmarks/
 	@set -e; for file in $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))); do .venv/bin/python $$file $(ARGS); done
+
+lowest: $(ENV) ## A part of the test suite with the lowest versions that setup.cfg admits, in .venv-lowest
+	@.venv/bin/uv venv -q --clear --python .venv/bin/python .venv-lowest
+	@.venv/bin/uv pip install -q --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev,quickstart]'
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal $(or $(ARGS),$(LOWEST))
+
+audit: $(ENV) ## Known vulnerabilities of the locked versions, as the package index lists them
+	@.venv/bin/uv tool run pip-audit --strict --requirement requirements.txt --no-deps --disable-pip $(ARGS)
 
 # Written last, so that an interrupted installation is done again.
 $(ENV): requirements.txt setup.cfg pyproject.toml

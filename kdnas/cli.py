@@ -30,7 +30,8 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
-them as YAML. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
+`--quiet` and `--log-level debug|info|warning|error` go with every command.
 `eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
 """
 
@@ -233,7 +234,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml
+    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.training import check_checkpoint, honest_signals
 
     quiet = not log.isEnabledFor(logging.INFO)
@@ -258,7 +259,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
         KDCLI(
             HiddenStateDistillModule,
             KDDataModule,
-            args=[subcommand, *args],
+            args=[subcommand, *with_shipped_configs(args)],
             parser_kwargs={"exit_on_error": False},
             trainer_defaults={"enable_progress_bar": False} if quiet else None,
         )

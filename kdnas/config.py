@@ -200,7 +200,7 @@ class LatencyConfig:
         """How each combination is measured.
 
         Raises:
-            UserError: a value is out of its range, or a backend is not there.
+            UserError: a value is out of its range, or a backend is unknown.
         """
         return [
             LatencySettings(

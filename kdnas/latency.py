@@ -1,7 +1,6 @@
 """Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
 
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -47,7 +46,7 @@ class LatencySettings:
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such device.
+        UserError: a value is out of range, the backend is unknown, or torch sees no such device.
     """
 
     backend: str = "torch"
@@ -68,9 +67,6 @@ class LatencySettings:
             raise UserError(f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}")
         if self.backend in ON_ONNX and self.device != "cpu":
             raise UserError(f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}.")
-        for package in ("onnxruntime", "onnx", "onnxscript") * (self.backend in ON_ONNX):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"backend {self.backend} needs {package}, which is missing: pip install {package}.")
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:

@@ -6,6 +6,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -15,6 +16,11 @@ from kdnas.config import as_plain
 from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, nearest
 from kdnas.safe_yaml import check_yaml
+
+_CONFIG_HELP = (
+    "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
+    "kdnas ships."
+)
 
 
 def default_objects() -> dict[str, Any]:
@@ -39,14 +45,14 @@ def read_config(
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML of these options; what comes later wins.")
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
     parser.set_defaults(default_objects() if "recipe" in hints else {})
     # --time-budget and --time_budget are the same.
     args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
-    args = _gather_lists(args, hints)
+    args = _gather_lists(with_shipped_configs(args), hints)
     try:
         parsed = parser.parse_args(args)
         _refuse_null(config_class, parsed)
@@ -57,6 +63,23 @@ def read_config(
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
+
+
+def with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """The options with ``--config configs/NAME.yaml`` as the file that kdnas ships, where no such file is here.
+
+    Raises:
+        UserError: kdnas ships none of that name either.
+    """
+    found = list(args)
+    for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
+        path = Path(arg if before == "--config" else arg.partition("--config=")[2])
+        if path.parent == Path("configs") and not path.exists():
+            shipped = {file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
+            if path.name not in shipped:
+                raise UserError(f"There is no {str(path)!r}.{nearest(path, (f'configs/{name}' for name in shipped))}")
+            found[place] = arg.removesuffix(str(path)) + str(shipped[path.name])
+    return found
 
 
 def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:

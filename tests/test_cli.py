@@ -57,14 +57,31 @@ def test_help_of_a_command_teaches_units_and_defaults(command: str, capsys: pyte
     assert "disk budget for one of them, in GB" in shown
 
 
-def test_every_config_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_config_is_parsed_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     commands = {"quickstart": "run", "search": "search", "glue": "glue", "fit": "fit", "original": "fit"}
     assert {path.stem for path in Path("configs").glob("*")} == set(commands)
+    monkeypatch.chdir(tmp_path)
     for name, command in commands.items():
         with pytest.raises(SystemExit) as ended:
             main([command, "--config", f"configs/{name}.yaml", "--print_config"])
         assert ended.value.code == 0
         assert yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    Path("configs/search.yaml").write_text("teacher: mine\ntext: mine\n")
+    with pytest.raises(SystemExit):
+        main(["search", "--config=configs/search.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["teacher"] == "mine"
+    for command in ("run", "fit"):
+        error = refused([command, "--config=configs/quickstrat.yaml"], capsys)
+        assert error == "kdnas: There is no 'configs/quickstrat.yaml'. Did you mean 'configs/quickstart.yaml'?\n"
 
 
 def test_quiet_and_log_level_go_with_every_command(

@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -378,7 +377,7 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
         LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file)))
 
 
-def test_a_backend_that_is_unknown_or_missing_or_elsewhere_is_refused(monkeypatch):
+def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
     with pytest.raises(UserError, match="backend of latency is 'onnx'. Choose from: cuda, onnxruntime"):
         LatencySettings(backend="onnx")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
@@ -389,6 +388,3 @@ def test_a_backend_that_is_unknown_or_missing_or_elsewhere_is_refused(monkeypatc
     assert LatencySettings(backend="cuda").device == "cuda"
     with pytest.raises(UserError, match="backend onnxruntime of latency runs on the CPU, not on 'cuda'"):
         LatencySettings(backend="onnxruntime", device="cuda")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else "here")
-    with pytest.raises(UserError, match="backend onnxruntime-int8 needs onnxruntime, .*: pip install onnxruntime"):
-        LatencySettings(backend="onnxruntime-int8")

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -19,8 +20,8 @@ from packaging.version import Version
 import kdnas
 
 ROOT = Path(__file__).parents[1]
-# Needed, though not imported by name: Lightning's logger, and torch's exporter.
-NOT_IMPORTED = {"tensorboard", "onnxscript"}
+# Needed, though not imported by name: Lightning's logger, torch's exporter, onnxruntime's int8, Optuna's sampler gp.
+NOT_IMPORTED = {"tensorboard", "onnxscript", "onnx", "scipy"}
 # Imported where an option asks for it; the message names the extra.
 OPTIONAL = {"sentence-transformers"}
 
@@ -115,8 +116,23 @@ def test_the_lock_names_exact_public_versions_only():
 
 def test_every_dependency_is_explained_to_contributors():
     rows = re.findall(r"^\| (\w[\w, -]*) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    explained = {canonicalize_name(name) for row in rows for name in row.split(", ")} - {"package"}
+    explained = {canonicalize_name(name) for row in rows for name in row.split(", ")} - {"package", "ours"}
     assert explained == {canonicalize_name(r.name) for r in everything_declared()} - {"setuptools"}
+
+
+def test_what_is_written_by_hand_is_there_and_has_a_reason():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n### By hand")[2]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) == table.count("\n| `") > 10
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kdnas").rglob("*.py"))
+    assert [name for name, _, _ in rows if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)] == []
+
+
+def test_every_extra_is_named_where_it_is_needed_and_no_other():
+    files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "kdnas").rglob("*.py")]
+    named = {extra for file in files for extra in re.findall(r"kdnas\[([\w-]+)\]", file.read_text(encoding="utf-8"))}
+    assert named == set(setup_cfg()["options.extras_require"]) - {"dev"}
+    assert len(named) == 4
 
 
 def test_files_that_are_not_python_are_shipped():
@@ -127,11 +143,42 @@ def test_files_that_are_not_python_are_shipped():
     assert [name for name in others if not any(fnmatch(f"/{name}", f"*{glob.lstrip('*')}") for glob in globs)] == []
 
 
-def test_the_version_has_an_entry_in_the_changelog():
-    assert f"\n## [{kdnas.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_changelog_is_a_kept_one_and_has_this_version():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# Changelog"
+    releases = [line for line in lines if line.startswith("## ")]
+    assert re.fullmatch(rf"## \[{kdnas.__version__}\] - (unreleased|\d{{4}}-\d\d-\d\d)", releases[0])
+    kinds = {line for line in lines if line.startswith("###")}
+    assert kinds <= {f"### {kind}" for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")}
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md"])
+def test_it_can_be_cited():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cff)
+    assert (cff["version"], cff["license"]) == (kdnas.__version__, setup_cfg()["metadata"]["license_expression"])
+
+
+def test_the_forms_for_issues_ask_in_fields_of_their_own():
+    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir() if path.stem != "config"]
+    assert {path.name for path in forms} == {"bug.yml", "feature.yml"}
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= set(form)
+        assert {field["type"] for field in form["body"]} == {"textarea"}
+        assert all(field["attributes"]["label"] for field in form["body"])
+        assert len({field["id"] for field in form["body"]}) == len(form["body"]) > 2
+
+
+def test_a_commit_passes_the_tools_of_make_lint():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert repo["repo"] == "local"
+    hooks = [hook["entry"].removesuffix(" --force-exclude") for hook in repo["hooks"]]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert hooks == re.findall(r"^\t@(\.venv/bin/(?:ruff \w+|mypy))", makefile, re.MULTILINE)
+    assert len(hooks) == 3
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_the_papers_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(text) > 100

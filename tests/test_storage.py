@@ -1,6 +1,7 @@
 """A database that is away: a short while nobody notices, and for ever no finished result is lost."""
 
 import sqlite3
+import sys
 from pathlib import Path
 
 import optuna
@@ -9,9 +10,10 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
+from kdnas.errors import UserError
 from kdnas.nas.search import open_study, search, trained
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import StoreAway
+from kdnas.nas.storage import StoreAway, connect
 
 SPACE = SearchSpace(
     {
@@ -152,3 +154,9 @@ def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tm
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert [path.name for path in tmp_path.glob("unsent*")] == ["unsent_0007.json"]
     assert "Trial 0 was given up" in caplog.text
+
+
+def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r"'postgresql://me:\*\*\*@host/db' needs .*psycopg.*'kdnas\[postgres\]'"):
+        connect("postgresql://me:secret@host/db", lambda study, trial: None)

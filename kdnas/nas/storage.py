@@ -149,7 +149,7 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
         try_again: called for a trial whose process, somewhere, has stopped beating.
 
     Raises:
-        UserError: it cannot be reached.
+        UserError: it cannot be reached, or its driver is not installed.
     """
     options: dict[str, Any] = {
         "heartbeat_interval": HEARTBEAT_SECONDS,
@@ -162,10 +162,16 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
         except DBAPIError:  # another worker makes the same tables at this moment
             time.sleep(1)
             storage = PatientStorage(url, **options)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
+    except ImportError as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"The database {without_password(url)!r} needs a driver that is not installed ({reason}): "
+            "pip install 'kdnas[postgres]', or the driver of another database."
+        ) from error
+    except (SQLAlchemyError, ValueError) as error:
         raise UserError(
             f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
-            "postgresql://user:password@host/database of a server that runs, and install its driver."
+            "postgresql://user:password@host/database of a server that runs."
         ) from error
     if storage.engine.name == "sqlite":
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
