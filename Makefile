@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 ARGS ?=
 ENV := .venv/.complete
 
-.PHONY: help quickstart test lint bench
+.PHONY: help quickstart test lint bench docs
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -21,6 +21,9 @@ lint: $(ENV) ## Style, format and types
 
 bench: $(ENV) ## Every benchmark in benchmarks/
 	@set -e; for file in $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))); do .venv/bin/python $$file $(ARGS); done
+
+docs: $(ENV) ## The documentation as a site, into site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
 
 # Written last, so that an interrupted installation is done again.
 $(ENV): requirements.txt setup.cfg pyproject.toml
