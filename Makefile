@@ -5,7 +5,7 @@ ENV := .venv/.complete
 # What users go through, and each library's part in it.
 LOWEST := $(patsubst %,tests/test_%.py,api cli corpus export latency models module pipeline report sampler scores storage)
 
-.PHONY: help quickstart test lint bench lowest audit
+.PHONY: help quickstart test lint bench docs lowest audit
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -32,6 +32,9 @@ lowest: $(ENV) ## A part of the test suite with the lowest versions that setup.c
 
 audit: $(ENV) ## Known vulnerabilities of the locked versions, as the package index lists them
 	@.venv/bin/uv tool run pip-audit --strict --requirement requirements.txt --no-deps --disable-pip $(ARGS)
+
+docs: $(ENV) ## The documentation as a site, into site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
 
 # Written last, so that an interrupted installation is done again.
 $(ENV): requirements.txt setup.cfg pyproject.toml

@@ -74,8 +74,9 @@ class Predictor:
             return [float(row[0]) for row in outputs]
         probabilities = np.exp(outputs - outputs.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
-        labels = self.config["id2label"]
-        return [{"label": labels[str(row.argmax())], "probability": float(row.max())} for row in probabilities]
+        names = self.config.get("id2label", {})  # transformers saves none where there are two classes without names
+        best = [(int(row.argmax()), float(row.max())) for row in probabilities]
+        return [{"label": names.get(str(i), f"LABEL_{i}"), "probability": probability} for i, probability in best]
 
 
 def _read(path: Path) -> Any:

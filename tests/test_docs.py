@@ -1,28 +1,79 @@
-"""What the docs tell readers to write does what they say."""
+"""What the docs tell readers to write does what they say, and the site is built from them without a warning."""
 
+import doctest
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import make_rows, save_teacher, write_table, write_task
 
-from kdnas.cli import main
+from kdnas.cli import COMMANDS, USAGE, main
+from kdnas.pages import EXAMPLES, page
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What a command cannot do without; --print_config does not ask for it.
+NEEDED = {"run": {"teacher", "text"}, "search": {"teacher", "text"}, "space": {"teacher"}}
+NEEDED |= {"glue": {"model"}, "latency": {"model"}, "fit": {"config"}, "validate": {"config"}}
+# The same run, in seconds.
+TINY = {
+    "data.max_length": 24,
+    "data.batch_tokens": 256,
+    "search.n_trials": 1,
+    "search.num_epochs": 1,
+    "search.budget.speedup": 0.01,
+    "full_kd.num_epochs": 1,
+    "finetune.num_epochs": 1,
+    "finetune.max_length": 24,
+    "latency.length": 16,
+    "latency.min_seconds": 0.01,
+}
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+def blocks(path: Path, *languages: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page, in order: language and text."""
+    return [
+        found
+        for found in re.findall(r"(?ms)^```(\w+)\n(.*?)^```", path.read_text(encoding="utf-8"))
+        if found[0] in languages
+    ]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of each ``kdnas`` in fenced or indented lines of a page."""
+    lines = re.findall(r"(?m)^ {4}\S.*", text)
+    for block in re.findall(r"(?ms)^```bash\n(.*?)^```", text):
+        lines += block.splitlines()
+    for line in lines:
+        if found := re.search(r"(?:^|[ /])kdnas ([a-z].*)", line):
+            yield shlex.split(found[1], comments=True)
+
+
+def answer(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
+    """Exit code, output and error of a command."""
+    capsys.readouterr()
+    try:
+        code: object = main(args)
+    except SystemExit as end:  # after --print_config
+        code = end.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture
-def my_kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the page's ``my_kd.py`` and ``my_kd.yaml``."""
-    code, (config,) = blocks("extend.md", "python"), blocks("extend.md", "yaml")
+def my_kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the page's ``my_kd.py`` and ``my_kd.yaml``, and our configs."""
+    code, ((_, config),) = blocks(ROOT / "docs/extend.md", "python"), blocks(ROOT / "docs/extend.md", "yaml")
     assert len(code) == 5
-    (tmp_path / "my_kd.py").write_text("\n\n".join(code))
+    (tmp_path / "my_kd.py").write_text("\n\n".join(text for _, text in code))
     (tmp_path / "my_kd.yaml").write_text(config)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -40,10 +91,10 @@ def test_own_mapping_objective_start_and_callback_train(
         "--data.settings.batch_tokens=256",
     ]
     options += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    assert main(["fit", "--config", str(ROOT / "configs" / "fit.yaml"), "--config", "my_kd.yaml", *options]) == 0
+    assert main(["fit", "--config", "configs/fit.yaml", "--config", "my_kd.yaml", *options]) == 0
     shares = re.findall(r"contextual share (-?[\d.]+)", capsys.readouterr().out)
     assert len(shares) == 2
-    saved = yaml.safe_load(next(my_kd.rglob("config.yaml")).read_text())
+    saved = yaml.safe_load(next((my_kd / "lightning_logs").rglob("config.yaml")).read_text())
     objective = saved["model"]["recipe"]["objective"]["init_args"]["objectives"]
     assert [part["class_path"].rpartition(".")[2] for part in objective] == ["HiddenStates", "Direction"]
 
@@ -56,3 +107,114 @@ def test_own_sampler_and_start_are_searched_with(my_kd: Path, tiny_teacher: Path
     rows = (my_kd / "lightning_logs/kdnas/trials.csv").read_text().splitlines()
     depth = rows[0].split(",").index("num_hidden_layers")
     assert [int(row.split(",")[depth]) for row in rows[1:3]][0] == 1
+
+
+def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in PAGES]
+    # Help pages have columns of commands, options and words.
+    texts += [re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t) for t in (USAGE, *EXAMPLES.values())]
+    found = [args for text in texts for args in commands(text)]
+    assert len(found) > 60
+    for command, *args in found:
+        lacking = {f"--{name}" for name in NEEDED.get(command, ())} - {arg.partition("=")[0] for arg in args}
+        assert not lacking or "--config" in args, (command, args)
+    # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
+    for command in {*EXAMPLES, *(args[0] for args in found)} - {"verify", "completion"}:
+        together = [arg for name, *args in found if name == command for arg in args]
+        code, _, error = answer([command, *together, "--print_config"], capsys)
+        assert together and code == 0, error
+    for args in found:
+        if args[0] in ("verify", "completion"):
+            code, _, error = answer(args, capsys)
+            assert code == 0 or re.search("has no manifest.json|run name '/", error), error
+
+
+def test_options_targets_and_yaml_in_the_prose_are_there(my_kd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"--print_config", "--quiet", "--log-level", "--as", "--help", "--config"}
+    options |= {option for name in EXAMPLES for option in re.findall(r"--[\w.]+", page(name))}
+    makefile = (ROOT / "Makefile").read_text()
+    num_options = 0
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for inline in re.findall(r"(?<!`)`((?:kdnas|--)[^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", text)):
+            words = inline.split()
+            assert words[0] != "kdnas" or len(words) == 1 or words[1] in {*COMMANDS, "COMMAND"}, (path.name, inline)
+            for option in re.findall(r"(?:^|\s)(--[\w.-]+)", inline):
+                num_options += 1
+                spellings = (option, "--" + option[2:].replace("-", "_"))
+                is_group = option.endswith(".") and any(known.startswith(option) for known in options)  # --data.*
+                assert is_group or options.intersection(spellings), (path.name, inline)
+        for target in re.findall(r"`make ([a-z]+)|^(?: {4}|)make ([a-z]+)", text, re.MULTILINE):
+            assert f"\n{''.join(target)}:" in makefile, (path.name, target)
+        for _, block in blocks(path, "yaml"):
+            if path.name != "extend.md" and "--8<--" not in block:
+                Path("block.yaml").write_text(block)
+                asked = (["run", "--teacher=a", "--text=b"], ["glue", "--model=a", "--task=stsb"])
+                codes = [answer([*args, "--config=block.yaml", "--print_config"], capsys)[0] for args in asked]
+                assert 0 in codes, (path.name, block)
+    assert num_options > 50
+
+
+def test_what_the_pages_run_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_teacher(Path("bert-base-uncased"))
+    write_table(Path("my.parquet"), text=make_rows(120))
+    write_task(Path("my_task"))
+    (run,) = [args for args in commands((ROOT / "docs/tutorial.md").read_text()) if args[:2] == ["run", "--teacher"]]
+    assert main([*run, *(f"--{name}={value}" for name, value in TINY.items())]) == 0
+    for name in ("quickstart", "other"):
+        Path("lightning_logs", name).symlink_to("mine")
+    shutil.copytree("lightning_logs/mine/student", "deployed")  # what `kdnas export` writes too
+
+    files = (ROOT / "docs/reference/files.md").read_text().partition("Without `--task`")[0]
+    names = re.findall(r"(?m)^\| `([\w./]+)` \|", files)
+    assert len(names) > 10
+    assert [name for name in names if not Path("lightning_logs/mine", name).exists()] == []
+
+    count = {"python": 0, "pycon": 0, "bash": 0}
+    for path in PAGES:
+        if path.name in ("README.md", "extend.md"):  # tests/test_api.py, and above
+            continue
+        names_of_page: dict[str, object] = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "path", list(sys.path))
+            for language, text in blocks(path, "python", "pycon", "bash"):
+                if language == "python":
+                    exec(compile(text, str(path), "exec"), names_of_page)
+                    count[language] += 1
+                elif language == "pycon":
+                    example = doctest.DocTestParser().get_doctest(text, names_of_page, path.name, str(path), 0)
+                    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+                    names_of_page |= example.globs
+                    count[language] += 1
+                for line in text.splitlines() if language == "bash" else ():
+                    if "python predict.py" in line:
+                        command = line.replace("python ", f"{sys.executable} ")
+                        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+                        assert done.returncode == 0 and '"probability"' in done.stdout, done.stderr
+                        count[language] += 1
+                    elif line.startswith("kdnas verify"):
+                        assert main(shlex.split(line)[1:]) == 0
+                        count[language] += 1
+            sys.modules.pop("predict", None)
+    assert count["python"] > 8 and count["pycon"] > 3 and count["bash"] > 3, count
+
+
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert len(pages) == len(PAGES)  # of README.md none, and one for what is not found
+    for name, text in pages.items():
+        assert not re.search(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""", text), name
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+    for folder, target, suffix in (("kdnas/help", "commands", ".txt"), ("configs", "configs", ".yaml")):
+        text = (ROOT / f"docs/reference/{target}.md").read_text()
+        included = set(re.findall(rf'--8<-- "{folder}/(\w+){suffix}"', text))
+        assert included == {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}
+    assert "shared_projection" in pages["reference/distillation/index.html"], "docstrings are there"

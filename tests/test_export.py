@@ -321,6 +321,10 @@ def test_predict_needs_neither_torch_nor_transformers(source: Path, tmp_path: Pa
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["label"] for row in found] == [model.config.id2label[int(i)] for i in expected.indices], done.stderr
     assert [row["probability"] for row in found] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("id2label")["0"] == "LABEL_0"
+    (folder / "config.json").write_text(json.dumps(config))  # as transformers saves two classes without names
+    assert predict("the river", "paper " * 100).stdout == done.stdout
     pair = json.loads(predict("--int8", "--pair", "the river", "a stone").stdout)
     batch = tokenizer("the river", "a stone", return_tensors="pt")
     assert pair["probability"] == pytest.approx(float(model(**batch).logits.softmax(-1).max()), abs=0.05)
