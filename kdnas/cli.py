@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError
@@ -19,7 +20,7 @@ log = logging.getLogger("kdnas")
 
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
-  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report
+  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report; --smoke tries it first
   kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
   kdnas space   --teacher DIR                       what students a search may propose, and what they cost
   kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
@@ -34,6 +35,8 @@ them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that k
 `--quiet` and `--log-level debug|info|warning|error` go with every command.
 `eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
 """
+
+DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -70,10 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        print(f"kdnas: {error}{_goes_on(args[0])}", file=sys.stderr)
+        print(f"kdnas: {error}{_goes_on(args)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
-        print(f"kdnas: interrupted{_goes_on(args[0])}", file=sys.stderr)
+        print(f"kdnas: interrupted{_goes_on(args)}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
 
@@ -106,8 +109,9 @@ def set_environment() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
 
 
-def _goes_on(command: str) -> str:
-    return "; the same command goes on from here." if command in ("run", "search") else "."
+def _goes_on(args: Sequence[str]) -> str:
+    resumes = args[0] in ("run", "search") and not {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
+    return "; the same command goes on from here." if resumes else "."
 
 
 def _quieten(*loggers: str) -> None:
@@ -134,29 +138,43 @@ def _console() -> Any:
 
 
 def _run(args: Sequence[str]) -> None:
+    from rich.console import Console
+
     from kdnas.config import RunConfig
+    from kdnas.nas.storage import without_password
     from kdnas.options import read_config
     from kdnas.pipeline import run
+    from kdnas.plan import plan
+    from kdnas.smoke import smoke
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    run(read_config(RunConfig, "run", args)[0], _console())
+    trial = "every stage on 64 rows of the text and the task, in about a minute; nothing of it is kept"
+    config, flags = read_config(RunConfig, "run", args, dry_run=DRY_RUN, smoke=trial)
+    if flags["dry_run"] and flags["smoke"]:
+        raise UserError("--dry-run and --smoke are two things: give one of them.")
+    if flags["dry_run"]:
+        Console().print(plan(config).table())
+    elif flags["smoke"]:
+        console = _console()
+        smoke(config, console)
+        command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
+        console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
+    else:
+        run(config, _console())
 
 
 def _search(args: Sequence[str]) -> None:
     from rich.console import Console
 
     from kdnas.config import SearchConfig
-    from kdnas.job import look
     from kdnas.options import read_config
     from kdnas.pipeline import search
     from kdnas.plan import plan
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    dry_run = "measure a few steps, say what the search will need, and leave it at that"
-    config, flags = read_config(SearchConfig, "search", args, dry_run=dry_run)
+    config, flags = read_config(SearchConfig, "search", args, dry_run=DRY_RUN)
     if flags["dry_run"]:
-        console = Console()
-        console.print(plan(look(config, console)).table())
+        Console().print(plan(config).table())
     else:
         search(config, _console())
 

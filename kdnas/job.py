@@ -98,8 +98,48 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
     return plain | ({"storage": without_password(config.storage)} if config.storage else {})
 
 
+def check_place(config: SearchConfig) -> Run:
+    """The run, whose folders can be written and are no other config's; nothing is written.
+
+    Raises:
+        UserError: the name stands for another config, or a folder takes no new file.
+    """
+    run = Run(config.root, config.name)
+    refuse_other_config(run, config)
+    run.check_writable()
+    check_writable(states_folder(config), "--states.folder")
+    return run
+
+
+def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
+    """Look at everything but text and task, cheapest first; nothing is written.
+
+    Args:
+        config: of the search or the run.
+        is_worker: whether another process has looked already.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    run = check_place(config)
+    config.trainer.check()
+    make_sampler(config.sampler), make_pruner(config.pruner)
+    teacher = find_teacher(config.teacher)
+    space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
+    _check_objective(config.recipe.objective, teacher, space)
+    meter = LatencyMeter(teacher.config, config.latency)
+    if not is_worker:
+        _refuse_impossible_budget(config, teacher, space)
+    if isinstance(config, RunConfig) and config.task and config.finetune.max_length > max_length(teacher.config):
+        raise UserError(
+            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
+            f"{max_length(teacher.config)} tokens."
+        )
+    return run, teacher, space, meter
+
+
 def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Found:
-    """Look at everything that the user gave, cheapest first, before anything is trained.
+    """Look at everything that the user gave, before anything is trained.
 
     Nothing is written but the quickstart's text, where that is asked for.
 
@@ -111,24 +151,8 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     Raises:
         UserError: anything that the user can mend.
     """
-    run = Run(config.root, config.name)
-    refuse_other_config(run, config)
-    run.check_writable()
-    check_writable(states_folder(config), "--states.folder")
-    config.trainer.check()
-    make_sampler(config.sampler), make_pruner(config.pruner)
-    teacher = find_teacher(config.teacher)
-    space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
-    _check_objective(config.recipe.objective, teacher, space)
-    meter = LatencyMeter(teacher.config, config.latency)
-    if not is_worker:
-        _refuse_impossible_budget(config, teacher, space)
+    run, teacher, space, meter = check(config, is_worker)
     text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
-    if isinstance(config, RunConfig) and task_source and config.finetune.max_length > max_length(teacher.config):
-        raise UserError(
-            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
-            f"{max_length(teacher.config)} tokens."
-        )
     if QUICKSTART in (text, task_source):
         path = build_quickstart_text(run.text)
         text = str(path) if text == QUICKSTART else text

@@ -65,7 +65,6 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     return best
 
 
-@honest_signals()
 def run(config: RunConfig, console: Console | None = None) -> None:
     """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
 
@@ -80,21 +79,49 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
-        job = prepare(config, console)
-        with _alone(run):
-            best = _search(job)
-            _full_kd(job, config.full_kd, best)
-            if job.task is not None:
-                _finetune(job, config.finetune, job.task, best)
-            _export(job)
-            write_report(run, job.study)
-            write_manifest(run.folder, {"name": run.name, "command": _command()})
+        seconds = run_stages(config, console)
+        shown = ", ".join(f"{stage} {taken / 60:.1f}" for stage, taken in seconds.items())
+        console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json")))
     console.print(
         f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
     )
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+
+
+@honest_signals()
+def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
+    """What of a run is not done yet; arguments and errors are those of ``run``.
+
+    Returns:
+        The seconds of each stage, in order.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        seconds[stage] = time.monotonic() - begin
+
+    run = Run(config.root, config.name)
+    with timed("reading"):
+        job = prepare(config, console)
+    with _alone(run):
+        with timed("search"):
+            best = _search(job)
+        with timed("full KD"):
+            _full_kd(job, config.full_kd, best)
+        if job.task is not None:
+            with timed("fine-tuning"):
+                _finetune(job, config.finetune, job.task, best)
+        with timed("export"):
+            _export(job)
+        with timed("report"):
+            write_report(run, job.study)
+            write_manifest(run.folder, {"name": run.name, "command": _command()})
+    return seconds
 
 
 def _command() -> list[str]:

@@ -1,216 +1,275 @@
-"""What a search will cost, measured before it is begun on a few steps of a few students."""
+"""What a search or a run will need, measured before it is begun: a few steps, on a few rows from all over the text."""
 
-import dataclasses
-import resource
-import sys
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.arch import StudentArch
-from kdnas.config import SpaceConfig
-from kdnas.data.datamodule import Batch
-from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.teacher import LiveTeacher, TeacherStates, measure_stats, state_cache
-from kdnas.job import Found, look
-from kdnas.models import find_teacher
-from kdnas.training import fit, make_trainer
+from kdnas.config import RunConfig, SearchConfig, SpaceConfig
+from kdnas.data.datamodule import KDDataModule, TokenRows
+from kdnas.distill.teacher import TeacherStates, measure_stats, state_cache
+from kdnas.job import Found, check_place, look, states_folder
+from kdnas.latency import LatencyMeter
+from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
+from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
+from kdnas.runs import nearest_folder
+from kdnas.smoke import Sizes, with_few_rows
 
-NUM_STUDENTS = 4  # drawn from the space, within the budget
-MOST_LOOKS = 24  # at students that may be refused
-NUM_STEPS, NUM_WARM_UP = 8, 2
-NUM_VAL_BATCHES = 3
+MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
+MOST_LOOKS, SECONDS_OF_LOOKS = 16, 6.0  # at students that may be refused
+# Most of an export is the tracing of the graph, and grows with neither text nor task: so long it took for MiniLM's
+# student of 4 layers on two cores (LOG.md).
+EXPORT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage is expected to need.
+
+    Args:
+        name: of the stage.
+        seconds: of wall clock.
+        disk_bytes: that it takes at most, in the folder of all runs.
+        memory_bytes: at its peak.
+    """
+
+    name: str
+    seconds: float
+    disk_bytes: float = 0
+    memory_bytes: float = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search is expected to need.
+    """What a search or a run is expected to need, begun anew.
 
     Args:
-        states_seconds: to compute the teacher's states and store them; 0 where they are there, or it runs live.
-        states_bytes: that they take on disk.
-        candidate_seconds: of each measured student, latency and mini-KD.
-        num_trials: candidates that will be trained: those asked for, or fewer where few are within the budget.
-        refused_share: share of the students that the budget refuses.
-        search_seconds: of all candidates, teacher's states not counted.
-        memory_bytes: of all workers, at their peak.
+        stages: in order.
+        free_bytes: of the disk that it writes to.
+        measured_on: in words.
     """
 
-    states_seconds: float
-    states_bytes: int
-    candidate_seconds: dict[StudentArch, float]
-    num_trials: int
-    refused_share: float
-    search_seconds: float
-    memory_bytes: int
+    stages: list[Stage]
+    free_bytes: int
+    measured_on: str
 
     def table(self) -> Table:
         """For the terminal: a row a stage."""
-        table = Table("stage", "minutes", "disk", "memory", title="What the search will need, about")
-        memory = f"{self.memory_bytes / 1e9:.1f} GB"
-        table.add_row("teacher states", _minutes(self.states_seconds), f"{self.states_bytes / 1e9:.2f} GB", memory)
-        table.add_row(f"{self.num_trials} candidates", _minutes(self.search_seconds), "", memory)
-        table.add_row("in all", _minutes(self.states_seconds + self.search_seconds), "", "", style="bold")
+        needed = sum(stage.disk_bytes for stage in self.stages)
+        free = f"{self.free_bytes / 1e9:.2f} GB of the disk are free"
+        caption = f"[red]Only {free}.[/red]" if needed > self.free_bytes else f"{free}."
+        table = Table("stage", "minutes", "disk", "memory", title="What it will need, about")
+        table.caption = f"Measured on {self.measured_on}. {caption}"
+        for stage in [*self.stages, Stage("in all", sum(stage.seconds for stage in self.stages), needed)]:
+            table.add_row(
+                stage.name,
+                f"{stage.seconds / 60:.1f}",
+                f"{stage.disk_bytes / 1e9:.2f} GB" if stage.disk_bytes else "",
+                f"{stage.memory_bytes / 1e9:.1f} GB" if stage.memory_bytes else "",
+                style="bold" if stage.name == "in all" else None,
+            )
         return table
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f}"
-
-
-class _Timed:
-    """A live teacher that counts its seconds, so that they can be told from the student's."""
-
-    def __init__(self, teacher: LiveTeacher) -> None:
-        self.teacher, self.seconds, self.num_tokens = teacher, 0.0, 0
-
-    def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        begin = time.perf_counter()
-        states = self.teacher(batch, layers)
-        self.seconds += time.perf_counter() - begin
-        self.num_tokens += len(states[0])
-        return states
-
-
-class _Clock(pl.Callback):
-    """Seconds a token of training and of validation, and of what comes before, without the teacher's.
+@dataclass(frozen=True)
+class Sample:
+    """A search or a run on a few rows.
 
     Args:
-        teacher: whose seconds do not count.
+        config: of the whole.
+        sizes: of the whole.
+        found: the few rows, looked at.
+        folder: for what is measured.
     """
 
-    def __init__(self, teacher: _Timed) -> None:
-        self.teacher = teacher
-        self.start_seconds = 0.0
-        self.train: list[tuple[float, int]] = []  # seconds, tokens
-        self.val: list[tuple[float, int]] = []
-        self.begin()
+    config: SearchConfig
+    sizes: Sizes
+    found: Found
+    folder: Path
 
-    def now(self) -> float:
-        return time.perf_counter() - self.teacher.seconds
+    @property
+    def rows(self) -> TokenRows:
+        """The few rows."""
+        assert self.found.data.rows is not None
+        return self.found.data.rows
 
-    def begin(self) -> None:
-        self._last = self.now()
+    @property
+    def scale(self) -> float:
+        """How many times as many rows the whole has."""
+        return self.sizes.num_rows / len(self.rows)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start_seconds = self.now() - self._last
-        self.begin()
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """How many the whole has in training rows, and in held-out ones."""
+        data = self.found.data
+        train, held_out = (int(self.rows.lengths[ids].sum()) for ids in (data.train_ids(), data.held_out_ids()))
+        return self.scale * train, self.scale * held_out
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self._note(self.train, batch)
+    def memory(self) -> float:
+        """Bytes at the peak of the whole: of this process until now, with all rows as text and tokens."""
+        corpus = self.found.data.corpus
+        assert corpus is not None
+        a_token = 8 + 4 * self.config.data.num_mask_variants
+        held = sum(map(len, corpus.train)) + a_token * int(self.rows.lengths.sum())
+        return peak_memory() + (self.scale - 1) * held
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.begin()
-
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, *indices: int) -> None:
-        self._note(self.val, batch)
-
-    def _note(self, steps: list[tuple[float, int]], batch: Batch) -> None:
-        steps.append((self.now() - self._last, int(batch["attention_mask"].sum())))
-        self.begin()
-
-
-def _rate(steps: list[tuple[float, int]], num_warm_up: int) -> float:
-    """Seconds a token."""
-    counted = steps[num_warm_up:] or steps
-    return sum(seconds for seconds, _ in counted) / max(1, sum(tokens for _, tokens in counted))
-
-
-def _timed_states(found: Found) -> TeacherStates:
-    """The teacher's states, live, from a teacher whose seconds are counted."""
-    model, layers = found.teacher.model, found.target_layers
-    stats = measure_stats(model, LiveTeacher(model), layers, found.data, "cpu")
-    return TeacherStates(_Timed(LiveTeacher(model)), layers, found.teacher.config.hidden_size, stats)
+    def candidate_seconds(self, rates: Rates) -> float:
+        """Of a candidate's mini-KD."""
+        train, held_out = self.tokens
+        return rates.seconds(self.config.search.num_epochs, self.config.data.mini_fraction * train, held_out)
 
 
-def candidate_seconds(found: Found, arch: StudentArch, states: TeacherStates, folder: Path) -> float:
-    """The seconds of one candidate's mini-KD on stored states, extended from a few of its steps.
+def plan(config: SearchConfig) -> Plan:
+    """Measure a few students on a few rows, and extend it to the search or run; nothing stays on the disk.
 
     Args:
-        found: what was asked for.
-        arch: of the student.
-        states: the teacher's, live and timed.
-        folder: for the Trainer's logs.
+        config: of the search or run.
+
+    Raises:
+        UserError: anything that the user can mend.
     """
-    assert isinstance(states.source, _Timed)
-    data, num_epochs = found.data.select("mini"), found.config.search.num_epochs
-    clock = _Clock(states.source)
-    module = HiddenStateDistillModule(found.teacher, arch, found.config.recipe)
-    module.states = states
-    trainer = make_trainer(found.config.trainer, folder, 1, [clock])
-    trainer.limit_train_batches, trainer.limit_val_batches = NUM_STEPS, NUM_VAL_BATCHES
-    fit(trainer, module, data)
-    assert data.rows is not None
-    num_train, num_val = (int(data.rows.lengths[ids].sum()) for ids in (data.train_ids(), data.held_out_ids()))
-    return clock.start_seconds + num_epochs * (
-        num_train * _rate(clock.train, NUM_WARM_UP) + num_val * _rate(clock.val, 1)
+    check_place(config)
+    with tempfile.TemporaryDirectory(prefix="kdnas-") as name, torch.random.fork_rng():
+        num_task_rows = NUM_STEPS * config.finetune.batch_size if isinstance(config, RunConfig) else 0
+        small, sizes = with_few_rows(config, Path(name), MOST_ROWS, 4 * MOST_TOKENS, num_task_rows)
+        quick = replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05))
+        found = look(replace(small, latency=quick), Console(quiet=True))
+        sample = Sample(config, sizes, found, Path(name))
+        reading = _reading(sample)
+        sample, states, storing, of_full_kd = _storing(sample)
+        latencies, refused_share = _latencies(found)
+        distillation = Distillation(sample.found, latencies, states, sample.folder)
+        stages = [reading, storing, _searching(sample, distillation, latencies, refused_share)]
+        if isinstance(config, RunConfig):
+            stages += of_full_kd + _later(sample, config, distillation, latencies)
+        return Plan(
+            stages,
+            shutil.disk_usage(nearest_folder(states_folder(config))).free,
+            f"{len(sample.rows):,} of {sizes.num_rows:,} rows and {len(distillation.measured)} students",
+        )
+
+
+def _reading(sample: Sample) -> Stage:
+    """Reading, cutting into tokens, masks; what it takes to find the teacher does not grow with the rows."""
+    data, laps = sample.found.data, [time.perf_counter()]
+    find_teacher(data.tokenizer)
+    laps.append(time.perf_counter())
+    again = KDDataModule(data.tokenizer, data.text, data.settings)
+    again.setup()
+    assert again.rows is not None
+    again.rows.sha256(data.settings.num_mask_variants)
+    laps.append(time.perf_counter())
+    seconds = max(0.0, laps[2] - laps[1] - (laps[1] - laps[0]))
+    return Stage("reading the text", sample.scale * seconds, memory_bytes=sample.memory())
+
+
+def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]:
+    """The teacher's states: of the few rows, and what those of the whole will need.
+
+    Returns:
+        The sample, whose teacher runs live if it will in the search; its states; the stage before the search; and what
+        full KD needs of the teacher.
+    """
+    config, found = sample.config, sample.found
+    real = replace(config.states, folder=str(states_folder(config)))
+    whole = state_cache(found.teacher, found.data, found.target_layers, real)  # the same, if the few rows are all
+    train, held_out = sample.tokens
+    of_search = (config.data.mini_fraction * train + held_out) / (train + held_out)
+    num_bytes, missing = sample.scale * whole.num_bytes(), whole.num_missing_bytes() / whole.num_bytes()
+    most_bytes = 1e9 * config.states.max_gb
+    if of_search * num_bytes > most_bytes:
+        live = replace(found.config, states=replace(found.config.states, max_gb=0))
+        sample = replace(sample, found=(found := replace(found, config=live)))
+    laps = [time.perf_counter()]
+    states = found.states("full")
+    laps.append(time.perf_counter())
+    measure_stats(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
+    laps.append(time.perf_counter())
+    measuring = laps[2] - laps[1]  # what errors are measured against: stored too
+    one_pass = sample.scale * max(0.0, laps[1] - laps[0] - measuring)
+    memory = sample.memory()
+    if of_search * num_bytes > most_bytes:
+        return sample, states, Stage("teacher, live", measuring, memory_bytes=memory), []
+    first = Stage(
+        "teacher states",
+        missing * of_search * one_pass + (missing > 0) * measuring,
+        of_search * num_bytes,
+        memory,
     )
-
-
-def plan(found: Found) -> Plan:
-    """Measure a few students and extend it to the search; nothing stays on the disk.
-
-    Args:
-        found: what was asked for, looked at.
-    """
-    config, settings = found.config, found.config.search
-    generator = np.random.default_rng(config.seed)
-    assert found.data.rows is not None
-    with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
-        folder = Path(name)
-        states = _timed_states(found)
-        timed = states.source
-        assert isinstance(timed, _Timed)
-        archs = list(found.space)
-        measured: dict[StudentArch, float] = {}
-        num_refused = 0
-        for place in generator.permutation(len(archs))[:MOST_LOOKS]:
-            arch, begin = archs[place], time.perf_counter()
-            violation, _ = settings.budget.violation(found.meter.measure(arch))
-            latency_seconds = time.perf_counter() - begin
-            if violation > 0:
-                num_refused += 1
-                continue
-            measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / str(len(measured)))
-            if len(measured) == NUM_STUDENTS:
-                break
-        refused_share = num_refused / (num_refused + len(measured))
-        if not measured:  # a tight budget: ``look`` has seen that the smallest student meets it
-            arch = found.space.smallest()
-            measured[arch] = latency_seconds + candidate_seconds(found, arch, states, folder / "smallest")
-    cache = state_cache(found.teacher, found.data, found.target_layers, found.states_settings)
-    mini = found.data.select("mini")
-    row_ids = np.concatenate([mini.train_ids(), mini.held_out_ids()])
-    size, num_tokens = cache.num_bytes(row_ids), int(found.data.rows.lengths[row_ids].sum())
-    fits = size <= config.states.max_gb * 1e9
-    missing = cache.num_missing_bytes(row_ids) / size
-    mean_seconds = float(np.mean(list(measured.values())))
-    num_trials = min(settings.n_trials, max(1, round((1 - refused_share) * len(found.space))))
-    num_refusals = min(num_trials * refused_share / max(1 - refused_share, 1 / len(found.space)), len(found.space))
-    per_token = timed.seconds / timed.num_tokens
-    search = num_trials * mean_seconds + num_refusals * latency_seconds
-    if not fits:  # the teacher runs in every step
-        search += num_trials * settings.num_epochs * num_tokens * per_token
-    return Plan(
-        states_seconds=missing * num_tokens * config.data.num_mask_variants * per_token if fits else 0.0,
-        states_bytes=size if fits else 0,
-        candidate_seconds=measured,
-        num_trials=num_trials,
-        refused_share=refused_share,
-        search_seconds=search / min(config.workers, max(1, torch.cuda.device_count())),  # cores are shared
-        memory_bytes=peak_memory() * config.workers,
+    if not isinstance(config, RunConfig):
+        return sample, states, first, []
+    if num_bytes > most_bytes:
+        passes = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
+        return sample, states, first, [Stage("teacher, live in full KD", passes, memory_bytes=memory)]
+    rest = Stage(
+        "teacher states, other rows", missing * (1 - of_search) * one_pass, (1 - of_search) * num_bytes, memory
     )
+    return sample, states, first, [rest]
+
+
+def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
+    """Milliseconds of some students within the budget, at least of the smallest; and the share that it refuses."""
+    latencies: dict[StudentArch, float] = {}
+    num_refused, archs, end = 0, list(found.space), time.perf_counter() + SECONDS_OF_LOOKS
+    for place in np.random.default_rng(found.config.seed).permutation(len(archs))[:MOST_LOOKS]:
+        measured = found.meter.measure(archs[place])
+        if found.config.search.budget.violation(measured)[0] > 0:
+            num_refused += 1
+        else:
+            latencies[archs[place]] = measured.student.median_ms
+        if latencies and time.perf_counter() > end:
+            break
+    refused_share = num_refused / (num_refused + len(latencies))
+    smallest = found.space.smallest()
+    return latencies or {smallest: found.meter.measure(smallest).student.median_ms}, refused_share
+
+
+def _searching(
+    sample: Sample, distillation: Distillation, latencies: dict[StudentArch, float], refused_share: float
+) -> Stage:
+    config, space = sample.config, sample.found.space
+    begin = time.perf_counter()
+    LatencyMeter(sample.found.teacher.config, config.latency).measure(distillation.measured[-1])
+    a_look = time.perf_counter() - begin
+    num_trials = min(config.search.n_trials, max(1, round((1 - refused_share) * len(space))))
+    num_refused = min(num_trials * refused_share / max(1 - refused_share, 1 / len(space)), len(space))
+    candidate = float(np.mean([sample.candidate_seconds(distillation.rates(ms)) for ms in latencies.values()]))
+    seconds = num_trials * candidate + (num_trials + num_refused) * a_look
+    seconds /= min(config.workers, max(1, torch.cuda.device_count()))  # cores are shared
+    if config.time_budget is not None:
+        seconds = min(seconds, 60 * config.time_budget + candidate)
+    kept = min(3, num_trials) * distillation.num_bytes
+    return Stage(f"{num_trials} candidates", seconds, kept, config.workers * sample.memory())
+
+
+def _later(
+    sample: Sample, config: RunConfig, distillation: Distillation, latencies: dict[StudentArch, float]
+) -> list[Stage]:
+    """What follows a search."""
+    found, sizes = sample.found, sample.sizes
+    best = max(latencies, key=latencies.__getitem__)  # nearly as slow as the budget lets it be
+    student_bytes = 4 * num_parameters(build_classifier(student_config(found.teacher.config, best)))
+    full = distillation.rates(latencies[best]).seconds(config.full_kd.num_epochs, *sample.tokens)
+    # A checkpoint too, while it lasts: weights, and what the optimizer knows of each.
+    stages = [Stage("full KD", full, student_bytes + 3 * distillation.num_bytes)]
+    if found.task is not None:
+        num_labels = found.task.task.num_labels
+        teacher = load_classifier(found.teacher.source, num_labels)
+        student = build_classifier(student_config(found.teacher.config, best), num_labels)
+        for name, model, copies in (("teacher", teacher, 1), ("student and random start", student, 2)):
+            rates = finetuning_rates(found, config.finetune, model, sample.folder / name)
+            seconds = rates.seconds(config.finetune.num_epochs, sizes.num_train, sizes.num_validation)
+            stages.append(Stage(f"fine-tuning, {name}", copies * seconds, copies * 4 * num_parameters(model)))
+    stages.append(Stage("export", EXPORT_SECONDS, 2.25 * student_bytes))  # float32 twice, and int8
+    return [replace(stage, memory_bytes=sample.memory()) for stage in stages]
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
@@ -219,33 +278,34 @@ def show_space(config: SpaceConfig, console: Console) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
-    with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
-        if not config.text:
-            text = Path(name) / "random.txt"
-            text.write_text(
-                "\n".join(_random_rows(find_teacher(config.teacher).tokenizer, config.data.max_length)),
-                encoding="utf-8",
-            )
-        found = look(dataclasses.replace(config, text=config.text or str(text), root=name), Console(quiet=True))
-        states = _timed_states(found)
+    with tempfile.TemporaryDirectory(prefix="kdnas-") as name, torch.random.fork_rng():
+        folder = Path(name)
+        if is_random := not config.text:
+            text = folder / "random.txt"
+            rows = _random_rows(find_teacher(config.teacher).tokenizer, config.data.max_length)
+            text.write_text("\n".join(rows), encoding="utf-8")
+        config = replace(config, text=config.text or str(text), root=name)
+        small, sizes = with_few_rows(config, folder, MOST_ROWS, 4 * MOST_TOKENS)
+        found = look(small, Console(quiet=True))
+        sample, states = Sample(config, sizes, found, folder), found.states("full")
         costs = Table("", "student", "parameters", "speed-up", "seconds a candidate", "memory")
         for label, arch in (("smallest", found.space.smallest()), ("largest", found.space.largest())):
             latency = found.meter.measure(arch)
-            seconds = candidate_seconds(found, arch, states, Path(name) / label)
+            rates, _ = distillation_rates(found, arch, states, folder / label)
             costs.add_row(
                 label,
                 str(arch),
                 f"{latency.num_parameters / 1e6:.1f} M",
                 f"{latency.speedup:.1f}x",
-                f"{seconds:.0f}",
+                f"{sample.candidate_seconds(rates):.0f}",
                 f"{peak_memory() / 1e9:.1f} GB",
             )
     console.print(f"{len(found.space)} students of {config.teacher}: every combination of", highlight=False)
     for field, values in found.space.choices.items():
         console.print(f"  {field}: {values}", highlight=False)
     console.print(costs)
-    num_rows, epochs = len(found.data.select("mini").train_ids()), config.search.num_epochs
-    words = f"{num_rows:,} rows" if config.text else f"{num_rows:,} random rows; give --text for yours"
+    num_rows, epochs = round(config.data.mini_fraction * sizes.num_rows), config.search.num_epochs
+    words = f"{num_rows:,} {'random rows; give --text for yours' if is_random else 'rows'}"
     console.print(f"A candidate: {epochs} epochs on {words}, the teacher's states stored.", highlight=False)
 
 
@@ -255,9 +315,3 @@ def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[st
     lengths = generator.integers(4, max_length, size=2_000)
     drawn = [generator.integers(len(tokenizer), size=length) for length in lengths]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn]
-
-
-def peak_memory() -> int:
-    """Bytes that this process had in memory at its peak."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -83,8 +83,7 @@ def check_writable(folder: Path, option: str) -> None:
     """
     place = folder
     try:
-        while not place.exists():
-            place = place.parent
+        place = nearest_folder(folder)
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -92,6 +91,13 @@ def check_writable(folder: Path, option: str) -> None:
             f"Cannot write to {str(folder)!r} ({error.strerror} at {str(place)!r}): "
             f"choose another folder with {option}, or change its permissions."
         ) from error
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest of its parents that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 @contextmanager

@@ -21,6 +21,7 @@ families.py
 models.py
 graph.py
 data/masking.py
+data/readers.py
 data/corpus.py
 data/pairs.py
 data/loader.py
@@ -66,6 +67,8 @@ job.py
 pipeline.py
 comparison.py
 api.py
+smoke.py
+rates.py
 plan.py
 options.py
 cli.py

@@ -16,7 +16,7 @@ from conftest import examples, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdnas.data import corpus
+from kdnas.data import corpus, readers
 from kdnas.data.corpus import Corpus, build_quickstart_text, load_corpus
 from kdnas.errors import UserError
 
@@ -56,7 +56,7 @@ SUFFIXES = [".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt"]
 
 
 def test_there_are_six_formats():
-    assert list(corpus._READERS) == SUFFIXES
+    assert list(readers._READERS) == SUFFIXES
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -1,25 +1,23 @@
-"""Text sources: parquet, JSON lines, CSV, plain text, a folder, the hub, or the docstrings of installed packages."""
+"""The rows to learn from and those held out; and the quickstart's text, the docstrings of installed packages."""
 
 import ast
-import csv
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from kdnas.errors import UserError, first_line
+from kdnas.data.readers import all_rows
+from kdnas.errors import UserError
 from kdnas.runs import new_folder
 
 QUICKSTART = "quickstart"
@@ -86,7 +84,7 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
         raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
     dropped = {"empty": 0, "duplicate": 0}
     splits: dict[str, str | None] = {}
-    for row, split in _rows(text, column):
+    for row, split in all_rows(text, column):
         if row is None or not row.strip():
             dropped["empty"] += 1
         elif row in splits:
@@ -117,133 +115,6 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
 def _share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
-def _rows(text: str, column: str) -> Iterator[tuple[str | None, str | None]]:
-    kinds = ", ".join(_READERS)
-    suffix = Path(text).suffix.lower()
-    if os.path.isfile(text):
-        if suffix not in _READERS:
-            raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
-        files = [Path(text)]
-    elif os.path.isdir(text):
-        paths = sorted(path for path in Path(text).iterdir() if path.is_file() and not path.name.startswith("."))
-        files = [path for path in paths if path.suffix.lower() in _READERS]
-        if not files:
-            raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
-    elif suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
-        yield from _checked(text, _hub(text, column), column)
-        return
-    else:
-        raise UserError(
-            f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name)."
-        )
-    for path in files:
-        yield from _checked(str(path), _READERS[path.suffix.lower()](path, column), column)
-
-
-def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[tuple[str | None, str | None]]:
-    number = 0
-    try:
-        for number, row in enumerate(rows, 1):
-            if column not in row:
-                columns = ", ".join(map(repr, row)) or "none"
-                raise UserError(
-                    f"{name!r} has no column {column!r} (row {number}): choose from its columns, {columns}."
-                )
-            value, split = row[column], row.get("split")
-            if not isinstance(value, str | None):
-                raise UserError(
-                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, row {number}: give text."
-                )
-            if value and (found := _FORBIDDEN.search(value)):
-                raise UserError(
-                    f"{name!r} has the character {found[0]!r} in row {number}: no text holds it, remove it."
-                )
-            if split not in (None, "", "train", "held_out"):
-                raise UserError(f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'.")
-            yield value, split
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8.") from error
-    except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): is it cut off, or another format?"
-        ) from error
-
-
-_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs: JSON can spell both
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            yield line.decode("utf-8" if number else "utf-8-sig")
-
-
-def _txt(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    return ({column: line.rstrip("\r\n")} for line in _lines(path))
-
-
-def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    for line in _lines(path):
-        row = json.loads(line) if line.strip() else {column: None}
-        if not isinstance(row, dict):
-            raise ValueError(f"{type(row).__name__}, not an object with columns")
-        yield row
-
-
-def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)  # a row may be longer than the module's 131,072 characters
-    try:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
-            if None in row:
-                raise ValueError("more fields than the header: a delimiter inside a text needs quotes")
-            yield row
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size:
-        with pq.ParquetFile(path) as file:
-            names = _wanted(file.schema_arrow.names, column)
-            for batch in file.iter_batches(columns=names):
-                for values in zip(*batch.columns, strict=True):
-                    yield {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
-
-
-def _hub(name: str, column: str) -> Iterator[dict[str, Any]]:
-    import datasets
-    from huggingface_hub import HfApi, is_offline_mode
-
-    try:
-        if not is_offline_mode():
-            HfApi().dataset_info(name, timeout=5)  # fails at once without a network; load_dataset tries for 23 s
-        rows = datasets.load_dataset(name, split="train")  # knows no remote code since 4.0
-    except Exception as error:  # the HTTP client's own errors among them
-        raise UserError(
-            f"The text {name!r} was not found, here or on the hub ({first_line(error)}): give a file, a folder, "
-            "or a hub data set that can be reached (HF_HUB_OFFLINE=1 for one in the cache)."
-        ) from error
-    yield from rows.select_columns(_wanted(rows.column_names, column))
-
-
-def _wanted(names: list[str], column: str) -> list[str]:
-    """The columns to read; all, where the one asked for is missing: the message lists them."""
-    return [name for name in names if name in (column, "split")] if column in names else names
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
-    ".parquet": _parquet,
-    ".jsonl": _jsonl,
-    ".json": _jsonl,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".txt": _txt,
-}
 
 
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:

@@ -1,10 +1,12 @@
 """Rows of labelled tasks: read from parquet, csv and tsv, and parted."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -93,3 +95,13 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
     sides = [[i for i, text in enumerate(texts) if (text in held_out) == side] for side in (False, True)]
     train, validation = ({name: [values[i] for i in rows] for name, values in columns.items()} for rows in sides)
     return train, validation
+
+
+def in_turn(labels: Sequence[Any], most: int) -> list[int]:
+    """The numbers of at most so many rows, drawn at random (always the same), of each label as many as there are."""
+    seen: Counter[Any] = Counter()
+    turns = []
+    for row in np.random.default_rng(0).permutation(len(labels)).tolist():
+        turns.append((seen[labels[row]], row))
+        seen[labels[row]] += 1
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])[:most]]

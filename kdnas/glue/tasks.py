@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kdnas.errors import UserError, first_line, nearest
-from kdnas.glue.rows import Columns, find_file, part, read_table
+from kdnas.glue.rows import Columns, find_file, in_turn, part, read_table
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,23 @@ class LoadedTask:
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
             raise UserError(f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out.")
         return LoadedTask(replace(self.task, validations=("validation",)), train, {"validation": held_out})
+
+    def save(self, folder: Path, most: int) -> Path:
+        """Write a folder that ``load_task`` reads, with at most so many rows of each split: of each label as many.
+
+        Args:
+            folder: takes the folder of the task, which has its name.
+            most: rows of a split; more training rows where there are more classes.
+        """
+        place = folder / self.task.name
+        place.mkdir(parents=True)
+        for split, rows in {"train": self.train, **self.validations}.items():
+            chosen = in_turn(rows["label"], max(most, self.task.num_labels))
+            few = {name: [values[row] for row in chosen] for name, values in rows.items()}
+            if self.task.label_names:
+                few["label"] = [self.task.label_names[label] for label in few["label"]]
+            pq.write_table(pa.table(few), place / f"{split}.parquet")
+        return place
 
 
 def load_task(source: str) -> LoadedTask:

@@ -1,0 +1,223 @@
+"""Rows out of text sources: parquet, JSON lines, CSV, plain text, a folder of them, the hub. All, or some."""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdnas.errors import UserError, first_line
+
+Rows = Iterable[tuple[str | None, str | None]]  # text and split
+
+# Of a source with more rows or bytes, so many are read where some are asked for, from so many places.
+MOST_ROWS = 50_000
+MOST_BYTES = 256 << 20
+PLACES = 16
+_COUNTED_BYTES = 16 << 20  # of a file: of these the lines are counted
+
+
+def all_rows(text: str, column: str) -> Rows:
+    """Every row of a source, in order: its text, and its split where it has one.
+
+    Args:
+        text: as of ``load_corpus``.
+        column: that holds the text.
+
+    Raises:
+        UserError: as of ``load_corpus``, for the first row that is wrong.
+    """
+    files = _files(text)
+    if files is None:
+        yield from _checked(text, _hub(text, column), column)
+    for path in files or ():
+        yield from _checked(str(path), _READERS[path.suffix.lower()](path, column, 0.0), column)
+
+
+def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None]], int]:
+    """Rows from all over a source, read in seconds however large it is, and about how many it has.
+
+    A source of up to ``MOST_ROWS`` is read whole. Of a larger one as many come from ``PLACES`` places: files, parquet's
+    row groups, and anywhere in a file of lines; a csv file, whose fields may hold newlines, is read from its beginning.
+
+    Args:
+        text: as of ``load_corpus``.
+        column: that holds the text.
+
+    Raises:
+        UserError: as of ``load_corpus``, for the first of these rows that is wrong.
+    """
+    files = _files(text)
+    if files is None:
+        whole = _hub(text, column)
+        chosen = whole.select(range(0, len(whole), max(1, -(-len(whole) // MOST_ROWS))))
+        return list(_checked(text, chosen, column)), len(whole)
+    some = files[:: -(-len(files) // PLACES)]
+    num_bytes, num_bytes_of_some = (sum(path.stat().st_size for path in paths) for paths in (files, some))
+    num_rows = round(sum(map(_count, some)) * num_bytes / max(1, num_bytes_of_some))
+    if num_rows <= MOST_ROWS and num_bytes <= MOST_BYTES:
+        rows = list(all_rows(text, column))
+        return rows, len(rows)
+    found: list[tuple[str | None, str | None]] = []
+    num_places = PLACES // len(some)
+    for path in some:
+        places = 1 if path.suffix.lower() in (".csv", ".tsv") else num_places
+        for place in range(places):
+            rows_here = max(1, min(MOST_ROWS, num_rows) // (len(some) * places))
+            name = f"{path} from {place / places:.0%} on" if place else str(path)
+            read = _checked(name, _READERS[path.suffix.lower()](path, column, place / places), column)
+            left = MOST_BYTES // (len(some) * places)
+            for row in islice(read, rows_here):
+                found.append(row)
+                left -= len(row[0] or "")
+                if left < 0:
+                    break
+    return found, num_rows
+
+
+def _files(text: str) -> list[Path] | None:
+    """The files of a source; None: it is a data set of the hub."""
+    kinds = ", ".join(_READERS)
+    suffix = Path(text).suffix.lower()
+    if os.path.isfile(text):
+        if suffix not in _READERS:
+            raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
+        return [Path(text)]
+    if os.path.isdir(text):
+        paths = sorted(path for path in Path(text).iterdir() if path.is_file() and not path.name.startswith("."))
+        files = [path for path in paths if path.suffix.lower() in _READERS]
+        if not files:
+            raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
+        return files
+    if suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        return None
+    raise UserError(
+        f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name)."
+    )
+
+
+def _count(path: Path) -> int:
+    """About how many rows a file has; none where it cannot be told: reading it says why."""
+    if path.suffix.lower() == ".parquet":
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except (pa.ArrowException, OSError):
+            return 0
+    with path.open("rb") as file:
+        head = file.read(_COUNTED_BYTES)
+    return round(head.count(b"\n") * path.stat().st_size / max(1, len(head)))
+
+
+def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[tuple[str | None, str | None]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            if column not in row:
+                columns = ", ".join(map(repr, row)) or "none"
+                raise UserError(
+                    f"{name!r} has no column {column!r} (row {number}): choose from its columns, {columns}."
+                )
+            value, split = row[column], row.get("split")
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, row {number}: give text."
+                )
+            if value and (found := _FORBIDDEN.search(value)):
+                raise UserError(
+                    f"{name!r} has the character {found[0]!r} in row {number}: no text holds it, remove it."
+                )
+            if split not in (None, "", "train", "held_out"):
+                raise UserError(f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'.")
+            yield value, split
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8.") from error
+    except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): is it cut off, or another format?"
+        ) from error
+
+
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs: JSON can spell both
+
+
+def _lines(path: Path, start: float = 0.0) -> Iterator[str]:
+    with path.open("rb") as file:
+        if start:
+            file.seek(int(start * path.stat().st_size))
+            file.readline()  # the rest of one
+        for number, line in enumerate(file):
+            yield line.decode("utf-8" if number or start else "utf-8-sig")
+
+
+def _txt(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+    return ({column: line.rstrip("\r\n")} for line in _lines(path, start))
+
+
+def _jsonl(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+    for line in _lines(path, start):
+        row = json.loads(line) if line.strip() else {column: None}
+        if not isinstance(row, dict):
+            raise ValueError(f"{type(row).__name__}, not an object with columns")
+        yield row
+
+
+def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+    limit = csv.field_size_limit(2**31 - 1)  # a row may be longer than the module's 131,072 characters
+    try:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
+            if None in row:
+                raise ValueError("more fields than the header: a delimiter inside a text needs quotes")
+            yield row
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+    if path.stat().st_size:
+        with pq.ParquetFile(path) as file:
+            names = _wanted(file.schema_arrow.names, column)
+            groups = range(int(start * file.num_row_groups), file.num_row_groups)
+            for batch in file.iter_batches(columns=names, row_groups=groups):
+                for values in zip(*batch.columns, strict=True):
+                    yield {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+
+
+def _hub(name: str, column: str) -> Any:
+    """The rows of a data set, ``datasets``' own."""
+    import datasets
+    from huggingface_hub import HfApi, is_offline_mode
+
+    try:
+        if not is_offline_mode():
+            HfApi().dataset_info(name, timeout=5)  # fails at once without a network; load_dataset tries for 23 s
+        rows = datasets.load_dataset(name, split="train")  # knows no remote code since 4.0
+    except Exception as error:  # the HTTP client's own errors among them
+        raise UserError(
+            f"The text {name!r} was not found, here or on the hub ({first_line(error)}): give a file, a folder, "
+            "or a hub data set that can be reached (HF_HUB_OFFLINE=1 for one in the cache)."
+        ) from error
+    return rows.select_columns(_wanted(rows.column_names, column))
+
+
+def _wanted(names: list[str], column: str) -> list[str]:
+    """The columns to read; all, where the one asked for is missing: the message lists them."""
+    return [name for name in names if name in (column, "split")] if column in names else names
+
+
+_READERS: dict[str, Callable[[Path, str, float], Iterator[dict[str, Any]]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".txt": _txt,
+}
