@@ -1,12 +1,14 @@
 """From teacher to student in a script."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_table
 from transformers import AutoModel, AutoTokenizer
 
 import kdnas
@@ -17,25 +19,29 @@ from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.latency import LatencySettings
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_five_lines_from_teacher_to_student(
     tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    from kdnas import distill, search
-
-    data = DataSettings(max_length=24, batch_tokens=256)
-    latency = LatencySettings(length=16, min_seconds=0.01)
-    arch = search(str(tiny_teacher), str(text_file), speedup=0.01, n_trials=1, num_epochs=1, data=data, latency=latency)
-    assert isinstance(arch, StudentArch)
-    assert StudentArch.from_yaml(Path("lightning_logs/kdnas/best_student.yaml")) == arch
-    student = distill(str(tiny_teacher), str(text_file), arch, num_epochs=1, data=data)
-    student.save_pretrained("student")
-    assert AutoModel.from_pretrained("student").config.hidden_size == arch.hidden_size
-    assert len(AutoTokenizer.from_pretrained(tiny_teacher)) == student.config.vocab_size
+    Path("bert-base-uncased").symlink_to(tiny_teacher)
+    write_table(Path("my.parquet"), text=text_file.read_text().splitlines())
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    found = {
+        "data": DataSettings(max_length=24, batch_tokens=256),
+        "latency": LatencySettings(length=16, min_seconds=0.01),
+    }
+    lines = lines.replace("speedup=6", "speedup=0.01, n_trials=1, num_epochs=1, data=data, latency=latency")
+    exec(lines.replace("arch)", "arch, num_epochs=1, data=data)"), found)
+    assert isinstance(found["arch"], StudentArch)
+    assert StudentArch.from_yaml(Path("lightning_logs/kdnas/best_student.yaml")) == found["arch"]
+    assert AutoModel.from_pretrained("my_student").config.hidden_size == found["arch"].hidden_size
+    assert len(AutoTokenizer.from_pretrained(tiny_teacher)) == found["student"].config.vocab_size
     assert not Path("lightning_logs/distill/last.ckpt").exists()
     with pytest.raises(UserError, match="speedup is 0"):
-        search(str(tiny_teacher), str(text_file), speedup=0)
+        found["search"]("bert-base-uncased", "my.parquet", speedup=0)
 
 
 def test_a_stopped_distillation_goes_on(
