@@ -28,6 +28,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
   kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
+  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
   kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
@@ -247,6 +248,14 @@ def _export(args: Sequence[str]) -> None:
     export(read_config(ExportConfig, "export", args)[0], _console())
 
 
+def _report(args: Sequence[str]) -> None:
+    from kdnas.config import ReportConfig
+    from kdnas.options import read_config
+    from kdnas.report_job import report
+
+    report(read_config(ReportConfig, "report", args)[0], _console())
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -298,6 +307,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "report": _report,
     "verify": _verify,
     "completion": _completion,
 }
