@@ -110,6 +110,14 @@ def set_environment() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
 
 
+def show_logs() -> None:
+    """Tell on the terminal what is logged, each line above the bars of a live display."""
+    handler = logging.lastResort  # looks up sys.stderr for each line, where a live display puts itself
+    assert handler is not None
+    handler.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
 def _goes_on(args: Sequence[str]) -> str:
     resumes = args[0] in ("run", "search") and not {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
     return "; the same command goes on from here." if resumes else "."
@@ -126,7 +134,7 @@ def _quieten(*loggers: str) -> None:
     transformers_logging.disable_progress_bar()
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    show_logs()
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
 
