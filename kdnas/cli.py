@@ -28,6 +28,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
   kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
+  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
   kdnas verify  RUN                                 whether a finished run is still as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
@@ -109,6 +110,14 @@ def set_environment() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
 
 
+def show_logs() -> None:
+    """Tell on the terminal what is logged, each line above the bars of a live display."""
+    handler = logging.lastResort  # looks up sys.stderr for each line, where a live display puts itself
+    assert handler is not None
+    handler.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
 def _goes_on(args: Sequence[str]) -> str:
     resumes = args[0] in ("run", "search") and not {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
     return "; the same command goes on from here." if resumes else "."
@@ -125,7 +134,7 @@ def _quieten(*loggers: str) -> None:
     transformers_logging.disable_progress_bar()
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    show_logs()
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
 
@@ -247,6 +256,14 @@ def _export(args: Sequence[str]) -> None:
     export(read_config(ExportConfig, "export", args)[0], _console())
 
 
+def _report(args: Sequence[str]) -> None:
+    from kdnas.config import ReportConfig
+    from kdnas.options import read_config
+    from kdnas.report_job import report
+
+    report(read_config(ReportConfig, "report", args)[0], _console())
+
+
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -298,6 +315,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "glue": _glue,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "report": _report,
     "verify": _verify,
     "completion": _completion,
 }

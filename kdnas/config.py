@@ -335,6 +335,30 @@ class ExportConfig:
     force: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What ``kdnas report`` is asked for: a run whose report is made anew, or several to compare.
+
+    Args:
+        run: names of runs, finished or not; once for each.
+        root: the folder of all runs.
+        output: the page; by default ``report.html`` of the run or, of several, ``comparison.html`` in the root.
+        storage: SQLAlchemy URL of the studies' database, where the run's own config hides its password.
+
+    Raises:
+        UserError: no run, or one is given twice.
+    """
+
+    run: list[str]
+    root: str = "lightning_logs"
+    output: str | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run or len(set(self.run)) < len(self.run):
+            raise UserError(f"run is {self.run}: give one at least, and none twice.")
+
+
 def as_plain(value: Any) -> Any:
     """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
     if dataclasses.is_dataclass(value):

@@ -27,6 +27,30 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
 
 
+def renew(folder: Path, path: Path) -> None:
+    """Write down one file of a finished folder that was rightly made anew; nothing else is looked at.
+
+    Args:
+        folder: of a run; without a manifest it is not finished, and nothing is written.
+        path: of the file; one outside the folder is none of its files.
+
+    Raises:
+        UserError: the manifest is none.
+    """
+    if path.is_relative_to(folder) and (folder / MANIFEST).is_file():
+        values = _read(folder / MANIFEST)
+        values["files"][path.relative_to(folder).as_posix()] = _entry(path)
+        write_json(folder / MANIFEST, values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    files = values.get("files") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"{str(path)!r} is no manifest: it lists no files.")
+    return dict(values)
+
+
 def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
@@ -54,10 +78,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no manifest.json: no run is there, or it is not finished.")
-    values = read_json(path)
-    files = values.get("files") if isinstance(values, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise UserError(f"{str(path)!r} is no manifest: it lists no files.")
+    files = _read(path)["files"]
     faults = []
     for name, entry in files.items():
         target = folder / name

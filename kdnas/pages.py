@@ -51,6 +51,11 @@ EXAMPLES = {
   kdnas export --run mine
   kdnas export --student my_encoder/ --output deployed/
 """,
+    "report": """the report of a run made anew, or several runs beside each other, finished or not
+
+  kdnas report --run mine
+  kdnas report --run tpe --run lstm --run random --output searches.html
+""",
     "verify": """whether a finished run is still as its manifest says
 
   kdnas verify mine

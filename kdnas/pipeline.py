@@ -32,14 +32,16 @@ from kdnas.models import (
     num_parameters,
     student_config,
 )
+from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
-from kdnas.nas.sampler import episode_length
+from kdnas.nas.sampler import lstm_of
 from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
+from kdnas.nas.trials import front_table, trials_frame
 from kdnas.nas.workers import DISK, run_workers
-from kdnas.report import front_table, result_table, trials_frame, write_report
+from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.training import FitProgress, fit_resumable, honest_signals
 
@@ -153,9 +155,10 @@ def _search(job: Job) -> StudentArch:
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states("mini")  # before the live display: building them shows its own bar
-    episode = episode_length(job.config.sampler)
+    lstm = lstm_of(job.config.sampler)
+    episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
-    with job.progress() as progress:
+    with job.progress() as progress, SearchBoard(run.folder / "search", explores) as board:
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
         def show(study: Study, trial: FrozenTrial) -> None:
@@ -168,6 +171,7 @@ def _search(job: Job) -> StudentArch:
                 job.console.print(str(ModelRanking.of(rewards, episode)), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
+            board(study)
 
         evaluate = Evaluator(
             teacher=job.teacher,

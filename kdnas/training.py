@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import signal
 import sys
@@ -237,7 +238,7 @@ class ClipFusedGradients(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together.
+        """Clip the norm of all gradients together, and log it as it was before.
 
         Raises:
             UserError: the algorithm is another, or the precision scales the gradients.
@@ -248,8 +249,8 @@ class ClipFusedGradients(pl.LightningModule):
             raise UserError(
                 f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
             )
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        self.log("train/grad_norm", norm)
 
 
 class KeepLast(pl.Callback):
@@ -315,32 +316,38 @@ class KeepLast(pl.Callback):
 
 
 class FitProgress(pl.Callback):
-    """Shows the steps of a fit, with the time that is left, in a bar that others share.
+    """Shows the steps of a fit, and below them those of its epoch, with the time that is left, in a display of bars.
 
     Args:
-        progress: the live display.
+        progress: the live display, which others share.
         description: what is being fitted.
     """
 
     def __init__(self, progress: Progress, description: str) -> None:
         self.progress, self.description = progress, description
-        self.task: TaskID | None = None
+        self.tasks: list[TaskID] = []  # the fit's, the epoch's
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.task = self.progress.add_task(
-            self.description, total=int(trainer.estimated_stepping_batches), completed=trainer.global_step
-        )
+        num_steps = int(trainer.estimated_stepping_batches)
+        done = trainer.global_step
+        self.tasks = [self.progress.add_task(self.description, total=num_steps, completed=done)]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for task in self.tasks[1:]:
+            self.progress.remove_task(task)
+        name = f"  epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        self.tasks[1:] = [self.progress.add_task(name, total=trainer.num_training_batches)]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=trainer.global_step)
+        for task, done in zip(self.tasks, (trainer.global_step, batch_idx + 1), strict=True):
+            self.progress.update(task, completed=done)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-            self.task = None
+        for task in self.tasks:
+            self.progress.remove_task(task)
+        self.tasks = []
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -39,6 +39,9 @@ class Tiny(HiddenStateDistillModule):
     def setup(self, stage: str | None = None) -> None:
         pass
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return []
+
     def on_train_start(self) -> None:
         pass
 

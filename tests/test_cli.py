@@ -99,6 +99,25 @@ def test_quiet_and_log_level_go_with_every_command(
     assert "There is no command" in refused(["--quiet"], capsys)
 
 
+def test_what_is_logged_stands_above_the_bars_of_a_live_display() -> None:
+    code = """
+import logging
+from rich.console import Console
+from rich.progress import Progress
+from kdnas.cli import show_logs
+show_logs()
+log = logging.getLogger("kdnas")
+log.setLevel("INFO")
+log.info("before")
+with Progress(console=Console(force_terminal=True)) as progress:
+    progress.add_task("search", total=2)
+    log.info("within")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "before\n"
+    assert "within\n" in done.stdout and "search" in done.stdout.partition("within")[2]
+
+
 def test_module_is_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "kdnas", "serch"], capture_output=True, text=True)
     assert done.returncode == 2

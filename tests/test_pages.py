@@ -28,7 +28,7 @@ def test_pages_are_what_the_parsers_say() -> None:
 
 
 def test_every_command_but_completion_has_a_page() -> None:
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 10
     assert {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
 
 

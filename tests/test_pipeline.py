@@ -19,6 +19,7 @@ from conftest import WORDS, make_rows, save_teacher
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from kdnas import pipeline
@@ -473,6 +474,36 @@ def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.
     assert results["models"]["student"]["speedup"] > 1.5
 
 
+def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None:
+    """What TensorBoard is shown of a search of two epochs by two workers: its own progress once, and every trial's."""
+
+    def events(folder: Path) -> EventAccumulator:
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+        return EventAccumulator(str(folder)).Reload()
+
+    progress = events(run / "search")
+    best = [event.value for event in progress.Scalars("search/best_reward")]
+    assert [event.step for event in progress.Scalars("search/reward")] == [1, 2, 3, 4]
+    assert best == sorted(best) and best[-1] == pytest.approx(max(trial.value for trial in candidates))
+    assert [event.value for event in progress.Scalars("search/exploration_ratio")] == [1, 0, 0, 0]
+    assert progress.Images("search/pareto")
+    for trial in candidates:
+        shown = events(run / f"trial_{trial.number:04d}")
+        depth = trial.user_attrs["arch"]["num_hidden_layers"]
+        assert (
+            f"| num_hidden_layers | 4 | {depth} |"
+            in shown.Tensors("student/text_summary")[0].tensor_proto.string_val[0].decode()
+        )
+        scalars = shown.Tags()["scalars"]
+        wanted = "train/loss train/learning_rate train/grad_norm train/tokens_per_second val/loss val/contextual_share "
+        wanted += "teacher_layer_3/r2 hp/reward hp/loss hp/latency_ms"
+        assert set(wanted.split()) <= set(scalars)
+        steps = [event.step for event in shown.Scalars("train/loss")]
+        for name in ("learning_rate", "grad_norm", "tokens_per_second"):
+            found = shown.Scalars(f"train/{name}")
+            assert [event.step for event in found] == steps and all(event.value > 0 for event in found)
+
+
 def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys):
     """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
     options = [
@@ -489,5 +520,6 @@ def test_two_workers_search_one_study_with_the_controller(command, tmp_path, cap
     assert len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
     assert len(pd.read_csv(run / "trials.csv")) >= 4
     assert (run / "worker_0.log").exists() and (run / "worker_1.log").exists()
+    _check_curves(run, trained(study))
     assert main(search) == 0
     assert "4 candidates are done" in capsys.readouterr().out

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import io
 import math
 import re
@@ -11,7 +13,8 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
-from kdnas.report import front_table, result_rows, result_table, trials_frame, write_report
+from kdnas.nas.trials import front_table, trials_frame
+from kdnas.report import result_rows, result_table, write_report
 from kdnas.runs import Run, write_json, write_text
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr", "col"}
@@ -46,7 +49,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, self.getpos()
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.texts.append(data)
 
 
@@ -134,8 +137,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.fixture
-def study() -> optuna.Study:
+def every_kind() -> optuna.Study:
     """Two finished, one refused, one failed, one that repeats the best, one whose process died, one in the queue."""
     study = make_study(budget={"speedup": 4.0, "latency_ms": None})
     add(study, TrialState.COMPLETE, 0.71, **trained(1, 2.5, 0.3333, 0.7111))
@@ -148,9 +150,10 @@ def study() -> optuna.Study:
     return study
 
 
-@pytest.fixture
-def whole(run: Run) -> Run:
+def whole(root: Path, name: str = "fake") -> Run:
     """A run whose stages are all done."""
+    run = Run(root, name)
+    write_text(run.config, yaml.safe_dump(CONFIG))
     kd = trained(2, 4.0, 0.1818, 0.0)
     names = ("arch", "num_parameters", "loss", "contextual_share", "sentence_r2", "seconds", "history")
     write_json(run.full_kd / "result.json", {name: kd[name] for name in names} | {"num_rows": 90, "num_epochs": 2})
@@ -158,32 +161,33 @@ def whole(run: Run) -> Run:
     return run
 
 
-def test_the_report_is_one_well_formed_file_that_asks_for_nothing(whole, study):
-    path = write_report(whole, study)
-    assert path == whole.report
-    assert sorted(file.name for file in whole.folder.iterdir()) == ["config.yaml", "full_kd", "glue", "report.html"]
-    html = path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a whole run with every kind of trial."""
+    return write_report(whole(tmp_path_factory.mktemp("logs")), every_kind()).read_text(encoding="utf-8")
+
+
+def test_the_report_is_one_well_formed_file_that_asks_for_nothing(html):
     page = Page(html)
     assert html.startswith("<!doctype html>")
-    assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"} == set()
+    assert {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"} == set()
     urls = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "xlink:href") if name in attrs]
     assert [url for url in urls if not url.startswith("#")] == []
     assert re.findall(r"@import|url\((?!#)", html) == []
-    assert {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"} in [
-        attrs for _, attrs in page.tags
-    ]
+    (script,) = re.findall(r"(?s)<script>(.*?)</script>", html)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert {"http-equiv": "Content-Security-Policy", "content": policy} in [attrs for _, attrs in page.tags]
 
 
-def test_ids_are_unique_and_every_reference_within_the_pictures_is_met(whole, study):
-    html = write_report(whole, study).read_text(encoding="utf-8")
+def test_ids_are_unique_and_every_reference_within_the_pictures_is_met(html):
     ids = [attrs["id"] for _, attrs in Page(html).tags if "id" in attrs]
     assert len(ids) == len(set(ids)) > 4
     assert set(re.findall(r'(?:href="|url\()#(\w+)', html)) == set(ids)
     assert len(svgs(html)) == 4
 
 
-def test_every_trial_is_there_with_its_numbers_best_first(whole, study):
-    html = write_report(whole, study).read_text(encoding="utf-8")
+def test_every_trial_is_there_with_its_numbers_best_first(html):
     numbers = ["2.46", "4.00", "5.0x", "0.2222", "0.7778", "0.125", "0.8222", "12.3"]
     assert row_of(html, 1) == ["1", "finished", "2 x 64, 2 heads, 96 relu", *numbers, ""]
     assert row_of(html, 4)[1:2] + row_of(html, 4)[-1:] == ["repeated", "same shape as trial 1"]
@@ -196,21 +200,22 @@ def test_every_trial_is_there_with_its_numbers_best_first(whole, study):
     assert "2 finished, 1 repeated, 1 refused, 1 failed, 1 interrupted." in Page(html).text
 
 
-def test_the_headline_is_computed_from_the_final_figures(whole, study):
-    text = Page(write_report(whole, study).read_text()).text
+def test_the_headline_is_computed_from_the_final_figures(html):
+    text = Page(html).text
     assert "The best of 5 candidates has 2.1 M parameters, is 5.0x as fast and keeps 97 % of its teacher's acc" in text
     assert "Its shape: 2 layers x 64 wide, 2 heads, 96 intermediate, relu." in text
     assert "Its accuracy is 0.776, its teacher's 0.800; the same shape, started at random" in text
 
 
-def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_kept(whole, study):
-    write_json(whole.glue / "results.json", make_results(share_kept=None))
-    html = write_report(whole, study).read_text()
+def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_kept(tmp_path):
+    run = whole(tmp_path)
+    write_json(run.glue / "results.json", make_results(share_kept=None))
+    html = write_report(run, every_kind()).read_text()
     assert "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s sentence vectors." in html
     assert result_rows(make_results(share_kept=None))[1]["share kept (%)"] == "-"
 
 
-def test_the_page_and_the_terminal_show_the_same_final_table(whole, study):
+def test_the_page_and_the_terminal_show_the_same_final_table(html):
     rows = result_rows(make_results())
     assert [list(row.values()) for row in rows] == [
         ["teacher", "11.17", "44.7", "20.00", "0.25", "1.0x", "0.800", "100.0"],
@@ -219,7 +224,6 @@ def test_the_page_and_the_terminal_show_the_same_final_table(whole, study):
     ]
     headings = ["model", "parameters (M)", "MB", "latency (ms)", "IQR (ms)", "speed-up", "accuracy", "share kept (%)"]
     assert [list(row) for row in rows] == [headings] * 3
-    html = write_report(whole, study).read_text()
     console = Console(file=io.StringIO(), width=80)
     console.print(result_table(make_results()))
     lines = console.file.getvalue().splitlines()
@@ -229,10 +233,11 @@ def test_the_page_and_the_terminal_show_the_same_final_table(whole, study):
         assert [line.split() for line in lines].count(" ".join(row.values()).split()) == 1
 
 
-def test_what_was_asked_is_said(whole, study):
-    text = Page(write_report(whole, study, title="My run").read_text()).text
+def test_what_was_asked_is_said(tmp_path):
+    run = whole(tmp_path)
+    text = Page(write_report(run, every_kind(), title="My run").read_text()).text
     assert "teacher bert-tiny text notes.parquet task topics budget at least 4x as fast as the teacher" in text
-    assert f"tensorboard --logdir {whole.folder}" in text
+    assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
     assert text.startswith("My run")
     assert re.search(r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*", text)
@@ -274,18 +279,26 @@ def test_the_front_goes_through_the_candidates_that_none_beats_in_both(run):
     assert len(re.findall("[ML]", front)) == 3  # one step between two candidates
 
 
-def test_the_pareto_picture_shows_each_measured_candidate_once(whole, study):
-    pareto = svgs(write_report(whole, study).read_text())[0]
-    assert sorted(re.findall(r"<title>(.*?)</title>", pareto)) == ["trial 0", "trial 1", "trial 2", "trial 3"]
+def test_the_pareto_picture_shows_each_measured_candidate_once(html):
+    pareto = svgs(html)[0]
+    assert sorted(re.findall(r"<title>(.*?)</title>", pareto)) == [
+        "trial 0: 1 x 64, 2 heads, 2.50 ms, 8.0x, loss 0.3333, contextual share 0.125, reward 0.7111",
+        "trial 1: 2 x 64, 2 heads, 4.00 ms, 5.0x, loss 0.2222, contextual share 0.125, reward 0.8222",
+        "trial 2: 3 x 64, 2 heads, 6.25 ms, 3.2x",
+        "trial 3: 4 x 64, 2 heads, 1.25 ms, 16.0x",
+    ]
     assert pareto.count("#d9722b") > 0  # the best one
 
 
-def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(whole, study):
-    _, errors, shares, scores = svgs(write_report(whole, study).read_text())
+def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(html):
+    _, errors, shares, scores = svgs(html)
     for picture in (errors, shares):
-        assert re.findall(r"<title>(.*?)</title>", picture) == ["trial 0", "trial 1", "full KD"]
+        names = ["trial 0", "trial 1", "full KD"]
+        assert [tip.partition(":")[0] for tip in re.findall(r"<title>(.*?)</title>", picture)] == names
         assert re.findall(r"<text[^>]*>(\d)</text>", picture) == ["1", "2"]  # epochs count from 1
-    assert set(re.findall(r"<title>(.*?)</title>", scores)) == {"teacher", "best student", "random start"}
+    assert "<title>trial 1: 0.444, 0.222</title>" in errors
+    tips = ["teacher: 0.400, 0.800", "best student: 0.388, 0.776", "random start: 0.300, 0.600"]
+    assert sorted(re.findall(r"<title>(.*?)</title>", scores)) == sorted(tips)
 
 
 def test_text_from_outside_stays_text(run):
@@ -298,7 +311,7 @@ def test_text_from_outside_stays_text(run):
     add(study, TrialState.COMPLETE, 0.7, **trained(1, 2.5, 0.3, 0.7))
     add(study, TrialState.FAIL, **measured(2, 1.5, failed=evil))
     page = Page(write_report(run, study, title=evil).read_text())
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 1
     # title twice, sentence, teacher, fine-tuning, heading, axis, caption, headline, reason, config
     assert page.text.count(evil) == 11
     console = Console(file=io.StringIO(), width=300)
@@ -314,17 +327,18 @@ def test_brackets_in_a_metric_are_no_markup_of_the_terminal():
     assert "[bold]f1" in console.file.getvalue()
 
 
-def test_without_a_labelled_task_its_sections_are_left_out(whole, study):
-    (whole.glue / "results.json").unlink()
-    html = write_report(whole, study).read_text()
+def test_without_a_labelled_task_its_sections_are_left_out(tmp_path):
+    run = whole(tmp_path)
+    (run.glue / "results.json").unlink()
+    html = write_report(run, every_kind()).read_text()
     text = Page(html).text
     assert "Teacher beside student" not in text and "ine-tun" not in text
     assert "explains 82 % of the variance of its teacher's sentence vectors." in text
     assert len(svgs(html)) == 3
 
 
-def test_a_search_alone_is_reported_from_its_best_trial(run, study):
-    text = Page(write_report(run, study).read_text()).text
+def test_a_search_alone_is_reported_from_its_best_trial(run):
+    text = Page(write_report(run, every_kind()).read_text()).text
     assert "The best of 5 candidates has 2.5 M parameters, is 5.0x as fast and explains 78 %" in text
 
 
@@ -362,15 +376,16 @@ def test_numbers_that_are_none_are_shown_as_a_dash_and_leave_a_gap(run):
     assert len(svgs(html)) == 3
 
 
-def test_the_same_run_gives_the_same_bytes(whole, study):
-    first = write_report(whole, study).read_bytes()
-    assert write_report(whole, study).read_bytes() == first
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    run, study = whole(tmp_path), every_kind()
+    first = write_report(run, study).read_bytes()
+    assert write_report(run, study).read_bytes() == first
     ended = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete)
     assert f"<dd>{ended:%Y-%m-%d %H:%M}</dd>" in first.decode()
 
 
-def test_the_frame_has_one_row_a_trial_and_whole_numbers_stay_whole(study):
-    frame = trials_frame(study)
+def test_the_frame_has_one_row_a_trial_and_whole_numbers_stay_whole():
+    frame = trials_frame(every_kind())
     assert ",".join(frame) == (
         "number,state,num_hidden_layers,num_attention_heads,hidden_size,intermediate_size,hidden_act,loss,"
         "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,front,seconds,reason"

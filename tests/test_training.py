@@ -265,11 +265,11 @@ def test_a_fit_is_shown_step_by_step_and_removed_at_its_end(tmp_path, progress):
     shown = []
 
     def look(trainer, module):
-        task = progress.tasks[-1]
-        shown.append((task.description, task.completed, task.total))
+        shown.append([(task.description, task.completed, task.total) for task in progress.tasks[1:]])
 
     fit(make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), Call(look)]), Steep(), Data())
-    assert shown == [("full KD", step, 6) for step in range(1, 7)]
+    epochs = [(f"  epoch {epoch} of 2", step, 3) for epoch in (1, 2) for step in (1, 2, 3)]
+    assert shown == [[("full KD", step, 6), epoch] for step, epoch in enumerate(epochs, 1)]
     assert progress.task_ids == [other]
 
 

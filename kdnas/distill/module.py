@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.distill.attention import AttentionMaps
+from kdnas.distill.curves import StudentCurves
 from kdnas.distill.layer_map import LastLayer
 from kdnas.distill.losses import contextual_share
 from kdnas.distill.metrics import RidgeProbe, TermErrors
@@ -19,7 +21,8 @@ from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
 from kdnas.distill.sentences import PairComparison
 from kdnas.distill.teacher import LayerStats, StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.models import Teacher, build_student, encode, find_teacher, refuse_other_inputs
+from kdnas.families import arch_of
+from kdnas.models import Teacher, build_student, encode, find_teacher, num_parameters, refuse_other_inputs
 from kdnas.student_init import FromTeacher, Start, Started
 from kdnas.training import ClipFusedGradients, release_memory
 
@@ -114,6 +117,25 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=1e-2)
         self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
         self.history: list[dict[str, float]] = []
+
+    def describe(self) -> str:
+        """The student beside its teacher, and what it is asked, as Markdown."""
+        teacher, student = arch_of(self._teacher.config).to_dict(), self.arch.to_dict()
+        teacher["parameters"], student["parameters"] = (
+            f"{num_parameters(model):,}" for model in (self._teacher.model, self.student)
+        )
+        rows = "".join(f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items())
+        terms = "".join(f"- {term.name}, weight {term.weight:g}\n" for term in self.terms)
+        num_copied = len(self.started.copied) if self.started else 0
+        return (
+            f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
+            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} began as the teacher's. It learns:\n\n"
+            f"{terms}"
+        )
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The same curves in mini-KD, full KD and ``kdnas fit``."""
+        return [StudentCurves()]
 
     def setup(self, stage: str | None = None) -> None:
         data = getattr(self.trainer, "datamodule", None)

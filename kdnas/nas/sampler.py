@@ -136,6 +136,10 @@ class LSTMSampler(BaseSampler):
         self._seed, self._controller = seed, controller
         self.num_candidates, self._num_episodes = num_candidates, num_episodes
 
+    def exploration(self, num_trained: int) -> float:
+        """The share of picks that explore, after so many trained candidates."""
+        return exploration_ratio(num_trained, self.num_candidates, self._num_episodes)
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The categorical parameters that are in every trial with the same choices.
 
@@ -168,9 +172,8 @@ class LSTMSampler(BaseSampler):
             pool_PF = pool_PF[likely_feasible(choices, judged_KF, feasible_K, pool_PF)]
         trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
         history = History(trained_TF, torch.tensor(list(rewards.values())), self.num_candidates)
-        exploration = exploration_ratio(len(rewards), self.num_candidates, self._num_episodes)
         controller = self._controller(choices, generator)
-        picked = pool_PF[controller.propose(history, pool_PF, generator, exploration)].tolist()
+        picked = pool_PF[controller.propose(history, pool_PF, generator, self.exploration(len(rewards)))].tolist()
         return {name: values[index] for name, values, index in zip(space, choices, picked, strict=True)}
 
     def _recall(
@@ -254,10 +257,10 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
     return PerTrialSeed(make, seed)
 
 
-def episode_length(spec: Spec) -> int | None:
-    """Candidates an episode of the sampler that a spec asks for; None where it knows no episodes."""
+def lstm_of(spec: Spec) -> LSTMSampler | None:
+    """The sampler with an LSTM controller that a spec asks for; None where it asks for another."""
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
-    return _make(found, arguments, "sampler").num_candidates if issubclass(found, LSTMSampler) else None
+    return _make(found, arguments, "sampler") if issubclass(found, LSTMSampler) else None
 
 
 def make_pruner(spec: Spec) -> BasePruner:

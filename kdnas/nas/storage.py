@@ -15,7 +15,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import UserError, first_line
@@ -177,6 +177,33 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return storage
+
+
+def read_study(storage: str | Path, name: str) -> optuna.Study:
+    """A study to look at; nothing is written to its database.
+
+    Args:
+        storage: SQLAlchemy URL of the database, or the path of an SQLite file.
+        name: of the study.
+
+    Raises:
+        UserError: there is no such database or no such study, or it cannot be read.
+    """
+    shown = without_password(str(storage))
+    try:
+        url = make_url(f"sqlite:///{storage}" if isinstance(storage, Path) else storage)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            raise UserError(f"There is no study in {shown!r}: no search was begun there, or give its --storage.")
+        database = RDBStorage(url.render_as_string(hide_password=False), skip_table_creation=True)
+        study = optuna.load_study(study_name=name, storage=database)
+        study.get_trials(deepcopy=False)
+    except KeyError as error:
+        raise UserError(f"There is no study {name!r} in {shown!r}: give its database with --storage.") from error
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"The study's database {shown!r} cannot be read ({first_line(error.__cause__ or error)})."
+        ) from error
+    return study
 
 
 def without_password(url: str) -> str:

@@ -1,0 +1,41 @@
+"""What TensorBoard shows of a student beside its losses: rate, speed, and in words what it is."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class StudentCurves(pl.Callback):
+    """Logs the peak learning rate and the tokens a second of each step that is logged, and the student as text.
+
+    Tokens are real ones, of all devices; the time is that between two logged steps, without validation.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("student", pl_module.describe())  # type: ignore[operator]
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self._begun, self._num_tokens = time.perf_counter(), 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_epoch_start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._num_tokens += batch["attention_mask"].sum()  # a tensor: nobody waits for the device
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
+            per_second = self._num_tokens * trainer.world_size / (time.perf_counter() - self._begun)
+            pl_module.log("train/tokens_per_second", per_second)
+            self.on_train_epoch_start()

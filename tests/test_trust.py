@@ -1,0 +1,65 @@
+"""What a run's figures say of each other, on numbers worked out by hand."""
+
+import pytest
+from optuna.trial import TrialState
+from test_report import add, make_results, make_study, measured, trained
+
+from kdnas.nas.trials import trials_frame
+from kdnas.trust import checks
+
+
+def found(histories=None, full_kd=None, results=None, exported=None, best=1):
+    """The checks of two trained candidates and one that was refused, by their names."""
+    study = make_study()
+    add(study, TrialState.COMPLETE, 0.6, **trained(1, 2.0, 0.4, 0.6))
+    add(study, TrialState.COMPLETE, 0.75, **trained(2, 4.0, 0.25, 0.75))
+    add(study, TrialState.PRUNED, **measured(3, 5.0, refused="slow") | {"speedup": 4.2})
+    return {
+        check.name: check for check in checks(trials_frame(study), best, histories or {}, full_kd, results, exported)
+    }
+
+
+def test_the_runner_up_and_the_teachers_drift_are_told():
+    shown = found()
+    assert "the next, trial 0, 0.6000, 20.0% less" in shown["Is the best one the best?"].words
+    assert "The teacher, measured beside each of 3, took 20.00 to 21.00 ms" in shown["Is the latency real?"].words
+    assert shown["Is the latency real?"].good is None and shown["More than a table of words?"].good
+    assert set(shown) == {"Is the best one the best?", "More than a table of words?", "Is the latency real?"}
+    assert found(best=None) == {}
+
+
+@pytest.mark.parametrize(("first", "agreement", "good"), [([1, 2, 3, 4], "1.00", True), ([4, 3, 1, 2], "-0.80", False)])
+def test_rankings_after_the_first_and_the_last_epoch_are_compared(first, agreement, good):
+    histories = {i: [{"loss": loss}, {"loss": 0.1 * i}] for i, loss in enumerate(first, 1)}
+    check = found(histories)["Was the ranking settled?"]
+    assert f"4 candidates agree to {agreement} (" in check.words and check.good is good
+    assert "Was the ranking settled?" not in found({1: histories[1], 2: histories[2]})
+    assert "Was the ranking settled?" not in found({i: [{"loss": None}, {"loss": 1}] for i in range(4)})
+
+
+@pytest.mark.parametrize(("again", "good"), [(4.2, True), (5.0, False)])
+def test_a_latency_that_is_another_at_the_end_is_marked(again, good):
+    check = found(results=make_results(latency_ms=again))["Is the latency real?"]
+    assert check.good is good and f"{again / 4 - 1:+.0%}" in check.words
+
+
+def test_a_score_is_as_sure_as_its_rows_allow():
+    shown = found(results=make_results())  # 0.776 on 60 rows, 0.6 from a random start
+    assert "uncertain by 0.105 (95 %)" in shown["How sure is the score?"].words
+    assert shown["Did distillation help?"].good and "(+0.176)" in shown["Did distillation help?"].words
+    assert not found(results=make_results(score=0.69))["Did distillation help?"].good, "0.09 is within 0.117"
+    results = make_results()
+    results["task"]["metric"] = "pearson"
+    assert "How sure is the score?" not in found(results=results)
+
+
+def test_the_context_after_full_kd_and_the_files_are_told():
+    exported = {
+        "max_abs_difference": 2e-6,
+        "int8": {"cosine": 0.99, "score": 0.776, "int8_score": 0.77, "rows": "60 rows"},
+    }
+    shown = found(full_kd={"loss": 0.2, "contextual_share": -0.01}, exported=exported)
+    check = shown["More than a table of words?"]
+    assert "knows -1.0%; loss 0.2500 in the search, 0.2000 after full KD" in check.words and check.good is False
+    assert "torch to 2e-06" in shown["Do the exported files agree?"].words
+    assert "scores 0.770 where float32 scores 0.776 (60 rows)" in shown["Do the exported files agree?"].words
