@@ -61,7 +61,8 @@ def third_party(files: Iterable[Path]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add((node.module or "").partition(".")[0])
     distributions = importlib.metadata.packages_distributions()
-    names -= {*sys.stdlib_module_names, "kdnas", "conftest", *(file.stem for file in ROOT.glob("benchmarks/*.py"))}
+    ours = (file.stem for place in ("benchmarks", "tests") for file in ROOT.glob(f"{place}/*.py"))
+    names -= {*sys.stdlib_module_names, "kdnas", *ours}
     return {canonicalize_name(distributions[name][0]) for name in names}
 
 
