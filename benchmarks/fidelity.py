@@ -63,8 +63,8 @@ def spread_archs(space: SearchSpace, number: int) -> list[StudentArch]:
 
 def part_of(data: KDDataModule, share: float) -> KDDataModule:
     """The same rows, of which a share is trained on: up to ``mini_fraction`` a part of the mini split's."""
-    assert data.corpus is not None
-    order = np.random.default_rng(data.settings.seed).permutation(len(data.corpus.train))
+    assert data.rows is not None
+    order = np.random.default_rng(data.settings.seed).permutation(data.rows.num_train)
     chosen = np.sort(order[: max(1, round(share * len(order)))])
     other = copy.copy(data)
     other.train_ids = lambda: chosen  # type: ignore[method-assign]

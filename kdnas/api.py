@@ -90,7 +90,7 @@ def distill(
     run.check_writable()
     trainer.check()
     found = find_teacher(teacher)
-    rows = KDDataModule(teacher, text, data)
+    rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
     with Progress(transient=True) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)

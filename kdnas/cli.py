@@ -107,6 +107,8 @@ def set_environment() -> None:
     # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
+    os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
 
 
@@ -270,7 +272,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
-    from kdnas.training import check_checkpoint, honest_signals
+    from kdnas.training import check_checkpoint, honest_signals, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -286,6 +288,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 super().parse_arguments(parser, args)
             except (ArgumentError, UnicodeDecodeError) as error:
                 raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
+            strategy = self.config[subcommand].trainer.strategy
+            refuse_strategy(getattr(strategy, "class_path", strategy).rpartition(".")[2])
             path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
             if path and os.path.isfile(path):
                 check_checkpoint(Path(path))

@@ -141,7 +141,7 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
 def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Found:
     """Look at everything that the user gave, before anything is trained.
 
-    Nothing is written but the quickstart's text, where that is asked for.
+    Nothing is written but the text's tokens, and the quickstart's text where that is asked for.
 
     Args:
         config: of the search or the run.
@@ -158,13 +158,13 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
         text = str(path) if text == QUICKSTART else text
         task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
     task = load_task(task_source) if task_source else None
-    data = KDDataModule(config.teacher, text, replace(config.data, seed=config.seed))
+    data = KDDataModule(config.teacher, text, replace(config.data, seed=config.seed), folder=str(run.tokens))
     data.setup()
-    assert data.corpus is not None
-    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.corpus.dropped.items() if count)
+    assert data.rows is not None
+    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.rows.dropped.items() if count)
     console.print(
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
-        f"Text: {len(data.corpus.train):,} rows, {len(data.corpus.held_out):,} held out{dropped}.  "
+        f"Text: {len(data.train_ids()):,} rows, {len(data.held_out_ids()):,} held out{dropped}.  "
         f"Space: {len(space)} students.",
         highlight=False,
         soft_wrap=True,
@@ -176,13 +176,13 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     """``look``, then open the study and write the config down; arguments and errors are the same."""
     found = look(config, console, is_worker)
     run, data, space = found.run, found.data, found.space
-    assert data.rows is not None and data.corpus is not None
+    assert data.rows is not None
     identity = flat(
         {
             "begins as": first_layers.__name__,  # with the same settings, other students than those of another rule
             "teacher": found.teacher.weights_sha256(),
-            "text": data.rows.sha256(data.settings.num_mask_variants),
-            "num_train_rows": len(data.corpus.train),
+            "text": data.rows.sha256,
+            "num_train_rows": data.rows.num_train,
             "space": {name: list(values) for name, values in space.choices.items()},
             "states.precision": config.states.precision,
             **({"pruner": config.pruner} if config.pruner != "none" else {}),

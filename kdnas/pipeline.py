@@ -343,7 +343,9 @@ def _export(job: Job) -> None:
     if job.run.student.exists():
         job.console.print("Export: done.")
         return
-    corpus = job.data.corpus
-    assert corpus is not None
-    rows = rows_of_task(job.task) if job.task else rows_of_texts(corpus.train, corpus.held_out)
+    if job.task:
+        rows = rows_of_task(job.task)
+    else:
+        corpus = job.data.read_corpus()
+        rows = rows_of_texts(corpus.train, corpus.held_out)
     export_run(job.run, rows, job.console)

@@ -23,6 +23,7 @@ from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, fine
 from kdnas.runs import nearest_folder
 from kdnas.smoke import Sizes, with_few_rows
 
+ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
 MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
 MOST_LOOKS, SECONDS_OF_LOOKS = 16, 6.0  # at students that may be refused
 # Most of an export is the tracing of the graph, and grows with neither text nor task: so long it took for MiniLM's
@@ -114,12 +115,8 @@ class Sample:
         return self.scale * train, self.scale * held_out
 
     def memory(self) -> float:
-        """Bytes at the peak of the whole: of this process until now, with all rows as text and tokens."""
-        corpus = self.found.data.corpus
-        assert corpus is not None
-        a_token = 8 + 4 * self.config.data.num_mask_variants
-        held = sum(map(len, corpus.train)) + a_token * int(self.rows.lengths.sum())
-        return peak_memory() + (self.scale - 1) * held
+        """Bytes at the peak of the whole: of this process until now, with what all rows need, whose text lies in files."""
+        return peak_memory() + (self.scale - 1) * ROW_BYTES * len(self.rows)
 
     def candidate_seconds(self, rates: Rates) -> float:
         """Of a candidate's mini-KD."""
@@ -162,13 +159,13 @@ def _reading(sample: Sample) -> Stage:
     data, laps = sample.found.data, [time.perf_counter()]
     find_teacher(data.tokenizer)
     laps.append(time.perf_counter())
-    again = KDDataModule(data.tokenizer, data.text, data.settings)
+    again = KDDataModule(data.tokenizer, data.text, data.settings, folder=str(sample.folder / "tokens"))
     again.setup()
     assert again.rows is not None
-    again.rows.sha256(data.settings.num_mask_variants)
     laps.append(time.perf_counter())
     seconds = max(0.0, laps[2] - laps[1] - (laps[1] - laps[0]))
-    return Stage("reading the text", sample.scale * seconds, memory_bytes=sample.memory())
+    num_bytes = sum(path.stat().st_size for path in again.rows.folder.iterdir())
+    return Stage("reading the text", sample.scale * seconds, sample.scale * num_bytes, sample.memory())
 
 
 def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]:

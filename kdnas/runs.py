@@ -1,6 +1,7 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -40,6 +41,7 @@ class Run:
         self.name = name
         self.root = Path(root)
         self.folder = self.root / name
+        self.tokens = self.root / "tokens"
         self.config = self.folder / "config.yaml"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
@@ -149,6 +151,17 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class KeptFile(io.FileIO):
+    """A file that is read piece by piece, and stays readable where its name is removed; closed with its last user."""
+
+    def piece(self, start: int, size: int) -> bytes:
+        """So many bytes from a place; processes and threads do not disturb each other."""
+        return os.pread(self.fileno(), size, start)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @contextmanager

@@ -68,6 +68,21 @@ class TrainerSettings:
             raise UserError(f"accelerator is {self.accelerator!r}: {first_line(error)}.") from error
 
 
+def refuse_strategy(name: str) -> None:
+    """Refuse what cuts the student into pieces: its optimizer and its gradients' norm need whole matrices.
+
+    Args:
+        name: of one of Lightning's strategies, or of its class.
+
+    Raises:
+        UserError: it is not one that trains a whole student on each device.
+    """
+    if name not in ("auto", "single_device", "SingleDeviceStrategy", "DDPStrategy") and not name.startswith("ddp"):
+        raise UserError(
+            f"strategy is {name!r}: give 'ddp' for several devices, or 'auto'; a student is small, and whole on each."
+        )
+
+
 def make_trainer(
     settings: TrainerSettings,
     folder: Path,
@@ -232,6 +247,17 @@ class ClipFusedGradients(pl.LightningModule):
     bfloat16 has no gradient scaler, so there is nothing to undo before the norm is taken.
     """
 
+    def setup(self, stage: str | None = None) -> None:
+        """Look at the precision before anything is computed.
+
+        Raises:
+            UserError: it scales the gradients.
+        """
+        if stage == "fit" and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
+            )
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -241,14 +267,10 @@ class ClipFusedGradients(pl.LightningModule):
         """Clip the norm of all gradients together, and log it as it was before.
 
         Raises:
-            UserError: the algorithm is another, or the precision scales the gradients.
+            UserError: the algorithm is another.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped.")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
-            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
 

@@ -9,6 +9,7 @@ set_environment()  # before torch is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from kdnas.data import datamodule
 from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import View
 from kdnas.models import FAMILIES, encode
@@ -206,6 +208,14 @@ def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
 def view_of(model: PreTrainedModel, batch: Batch) -> View:
     """A model's states on a batch, in float32."""
     return View(model, batch, padded=dict(enumerate(encode(model, batch).hidden_states, -1)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where data modules keep tokenised texts that were told no other place; shared, as they are between runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "TOKENS", folder := tmp_path_factory.mktemp("tokens"))
+        yield folder
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))

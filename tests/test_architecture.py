@@ -26,6 +26,7 @@ data/readers.py
 data/corpus.py
 data/pairs.py
 data/loader.py
+data/tokens.py
 data/datamodule.py
 distill/layer_map.py
 distill/losses.py

@@ -34,6 +34,7 @@ import quality
 import recipe
 import samplers
 import step
+import text
 
 ARCH = StudentArch(2, 2, 32, 64)
 
@@ -45,7 +46,7 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [deploy, fidelity, glue, latency, quality, recipe, samplers, step])
+@pytest.mark.parametrize("benchmark", [deploy, fidelity, glue, latency, quality, recipe, samplers, step, text])
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])
@@ -73,6 +74,14 @@ def test_cut_text_keeps_the_sides_apart_and_draws_the_same_rows(text_file, tmp_p
     sides = tables[0].to_pandas().groupby("split")["text"].apply(set)
     assert (len(sides["train"]), len(sides["held_out"])) == (40, 5)
     assert not sides["train"] & sides["held_out"]
+
+
+def test_a_large_text_repeats_rows_that_are_no_duplicates(tmp_path):
+    rows = ["one row", "another row", "a third"]
+    text.write_text(path := tmp_path / "rows.parquet", rows, 1e6)
+    found = pq.read_table(path)["text"].to_pylist()
+    assert 1_000_000 <= sum(map(len, found)) < path.stat().st_size < 3_000_000
+    assert len(set(found)) == len(found) and {row.rpartition(" ")[0] for row in found} == set(rows)
 
 
 def test_machine_says_what_a_figure_was_measured_on():

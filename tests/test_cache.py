@@ -1,4 +1,5 @@
 import errno
+import functools
 import mmap
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ import torch
 from conftest import make_rows, save_teacher
 from torch import Tensor
 
-from kdnas.data.datamodule import Batch, DataSettings, KDDataModule, TokenRows
+from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.data.masking import Masker
+from kdnas.data.tokens import TokenRows, write_rows
 from kdnas.distill import cache as cache_module
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.errors import UserError
@@ -28,10 +31,15 @@ from kdnas.models import find_teacher
 LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 
 
+@functools.cache
 def token_rows() -> TokenRows:
     generator = np.random.default_rng(0)
     rows = [generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(NUM_ROWS)]
-    return TokenRows(rows, Masker(4, 70, [3], probability=0.3), pad_token_id=3, max_length=12)
+    with tempfile.TemporaryDirectory() as name:  # it may be removed once it is open
+        masker = Masker(4, 70, [3], probability=0.3)
+        numbered = ((row, len(row)) for row in rows)
+        write_rows(Path(name), numbered, masker, num_train=30, dropped={}, num_variants=VARIANTS)
+        return TokenRows(Path(name), pad_token_id=3, max_length=12)
 
 
 def states_of(batch: Batch) -> list[Tensor]:
@@ -73,7 +81,7 @@ def folder(tmp_path) -> Path:
 
 
 def open_cache(folder: Path) -> StateCache:
-    return StateCache(folder, token_rows(), LAYERS, WIDTH, VARIANTS)
+    return StateCache(folder, token_rows(), LAYERS, WIDTH)
 
 
 def build(folder: Path) -> tuple[StateCache, Counter]:
@@ -365,30 +373,30 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     trained.save_pretrained(tmp_path / "trained")
     shutil.copytree(tiny_teacher, tmp_path / "trained", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safet*"))
 
-    key = cache_key(weights, rows(), LAYERS, 1)
+    key = cache_key(weights, rows(), LAYERS)
     others = [
-        cache_key(find_teacher(str(tmp_path / "trained")).weights_sha256(), rows(), LAYERS, 1),
-        cache_key(weights, rows(vocabulary), LAYERS, 1),
-        cache_key(weights, rows(text=tmp_path / "other.txt"), LAYERS, 1),
-        cache_key(weights, rows(mask_probability=0.16), LAYERS, 1),
-        cache_key(weights, rows(masked_share=0.5), LAYERS, 1),
-        cache_key(weights, rows(pair_share=0.5), LAYERS, 1),
-        cache_key(weights, rows(pair_share=1.0), LAYERS, 1),
-        cache_key(weights, rows(seed=1), LAYERS, 1),
-        cache_key(weights, rows(max_length=16), LAYERS, 1),
-        cache_key(weights, rows(held_out_fraction=0.5), LAYERS, 1),
-        cache_key(weights, rows(), [1, 2], 1),
-        cache_key(weights, rows(), [1], 1),
-        cache_key(weights, rows(), LAYERS, 2),
+        cache_key(find_teacher(str(tmp_path / "trained")).weights_sha256(), rows(), LAYERS),
+        cache_key(weights, rows(vocabulary), LAYERS),
+        cache_key(weights, rows(text=tmp_path / "other.txt"), LAYERS),
+        cache_key(weights, rows(mask_probability=0.16), LAYERS),
+        cache_key(weights, rows(masked_share=0.5), LAYERS),
+        cache_key(weights, rows(pair_share=0.5), LAYERS),
+        cache_key(weights, rows(pair_share=1.0), LAYERS),
+        cache_key(weights, rows(seed=1), LAYERS),
+        cache_key(weights, rows(max_length=16), LAYERS),
+        cache_key(weights, rows(held_out_fraction=0.5), LAYERS),
+        cache_key(weights, rows(), [1, 2]),
+        cache_key(weights, rows(), [1]),
+        cache_key(weights, rows(num_mask_variants=2), LAYERS),
     ]
-    others.append(cache_key(weights, rows(), LAYERS, 1, "int8"))
+    others.append(cache_key(weights, rows(), LAYERS, "int8"))
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
-        others.append(cache_key(weights, rows(), LAYERS, 1))
+        others.append(cache_key(weights, rows(), LAYERS))
     assert len({key, *others}) == 1 + len(others) == 16
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
-    assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS, 1) == key
+    assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS) == key
 
 
 def build_slowly(folder: Path, barrier, answers) -> None:
@@ -470,8 +478,8 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
 
 @pytest.mark.parametrize("width", [384, 66])
 def test_int8_takes_half_the_disk_and_is_off_by_half_a_step_at_most(folder, width):
-    whole = StateCache(folder / "float16", token_rows(), LAYERS, width, VARIANTS)
-    small = StateCache(folder / "int8", token_rows(), LAYERS, width, VARIANTS, "int8")
+    whole = StateCache(folder / "float16", token_rows(), LAYERS, width)
+    small = StateCache(folder / "int8", token_rows(), LAYERS, width, "int8")
     assert small.num_bytes() / whole.num_bytes() == pytest.approx((width + 4) / (2 * width))
 
     def teacher(batch: Batch) -> list[Tensor]:
@@ -493,5 +501,5 @@ def test_int8_takes_half_the_disk_and_is_off_by_half_a_step_at_most(folder, widt
         step = exact.abs().amax(-1, keepdim=True) / 127
         assert ((exact - rounded).abs() <= 0.52 * step + 1e-3 * exact.abs()).all()
         assert 0 < (exact - rounded).square().mean() < 3e-4 * exact.square().mean()
-    reopened = StateCache(small.folder, token_rows(), LAYERS, width, VARIANTS, "int8")
+    reopened = StateCache(small.folder, token_rows(), LAYERS, width, "int8")
     reopened.build(lambda batch: pytest.fail("it is there"), BATCH_TOKENS)

@@ -1,12 +1,14 @@
 """The command line: what it teaches, and the one line that bad input gets."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_rows, save_teacher
 from transformers import BertConfig, BertModel
@@ -244,6 +246,18 @@ def test_bad_teachers_get_one_line(search: list[str], tmp_path: Path, capsys: py
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
+    tmp_path: Path, tiny_teacher: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=2, strategy="fsdp", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    by_class = "--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"
+    for options, name in (([], "fsdp"), ([by_class], "FSDPStrategy")):
+        error = refused(["fit", "--config", str(config), *options], capsys)
+        assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
+    assert list(tmp_path.iterdir()) == [config]
+
+
 def test_disk_that_is_too_small_is_refused(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,31 +284,91 @@ model:
   recipe: {{objective: {{class_path: kdnas.distill.objectives.HiddenStates}}}}
 data:
   text: {text}
+  folder: {folder}/tokens
   settings: {{max_length: 24, batch_tokens: 256}}
 """
 
 
+SEEN = """
+import lightning.pytorch as pl
+
+
+class Seen(pl.Callback):
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with open(f"{self.folder}/{trainer.current_epoch}-{trainer.global_rank}.txt", "a") as file:
+            print(*batch["sample_ids"].tolist(), file=file)
+"""
+
+
 @pytest.mark.slow
-def test_fit_runs_on_two_processes_and_its_checkpoint_loads_in_one(
-    tiny_teacher: Path, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        "cpu",
+        pytest.param(
+            "gpu",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+        ),
+    ],
+)
+def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
+    accelerator: str, tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdnas.arch import StudentArch
     from kdnas.distill.module import HiddenStateDistillModule, Recipe
     from kdnas.distill.objectives import HiddenStates
 
-    config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=2, strategy="ddp", folder=tmp_path, teacher=tiny_teacher, text=text_file))
-    command = [sys.executable, "-m", "kdnas", "fit", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
-    arch = StudentArch(2, 2, 64, 64)
-    module = HiddenStateDistillModule.load_from_checkpoint(
-        checkpoint, teacher=str(tiny_teacher), arch=arch, recipe=Recipe(objective=HiddenStates())
+    (tmp_path / "seen.py").write_text(SEEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "kept").mkdir()
+
+    def command(name: str, devices: int, strategy: str) -> list[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = folder / "fit.yaml"
+        options = dict(devices=devices, strategy=strategy, folder=folder, teacher=tiny_teacher, text=text_file)
+        config.write_text(FIT.format(**options))
+        kept = [f"--model.states.folder={tmp_path}/kept/states", f"--data.folder={tmp_path}/kept/tokens"]
+        callback = ["--trainer.callbacks=seen.Seen", f"--trainer.callbacks.folder={folder}"]
+        return ["fit", "--config", str(config), f"--trainer.accelerator={accelerator}", *kept, *callback]
+
+    def result(name: str) -> HiddenStateDistillModule:
+        (checkpoint,) = (tmp_path / name / "lightning_logs").rglob("*.ckpt")
+        return HiddenStateDistillModule.load_from_checkpoint(
+            checkpoint,
+            teacher=str(tiny_teacher),
+            arch=StudentArch(2, 2, 64, 64),
+            recipe=Recipe(objective=HiddenStates()),
+        )
+
+    def seen(name: str, epoch: int, rank: int) -> list[list[int]]:
+        lines = (tmp_path / name / f"{epoch}-{rank}.txt").read_text().splitlines()
+        return [[int(number) for number in line.split()] for line in lines]
+
+    paths = os.pathsep.join([str(tmp_path), str(Path(kdnas.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "kdnas", *command("two", 2, "ddp")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": paths},
     )
-    assert [row["epoch"] for row in module.history] == [0, 1]
-    assert module.history[1]["loss"] != module.history[0]["loss"]
-    assert len(list((tmp_path / "states").iterdir())) == 1, "both processes share one cache"
+    assert done.returncode == 0, done.stderr
+    for kept in ("states", "tokens"):
+        assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, "both share one"
+    assert main([*command("one", 1, "auto"), "--trainer.accumulate_grad_batches=2"]) == 0
+    for epoch in range(2):
+        ranks, alone = [seen("two", epoch, rank) for rank in range(2)], seen("one", epoch, 0)
+        assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == alone
+        assert sorted(sum(alone, [])) == list(range(len(sum(alone, [])))), "each row once"
+    two, one = result("two"), result("one")
+    assert [row["epoch"] for row in two.history] == [0, 1]
+    assert two.history[1]["loss"] < two.history[0]["loss"]
+    for ours, theirs in zip(two.history, one.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
@@ -335,8 +409,6 @@ class Payload:
 def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     command: str, tiny_teacher: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
     config, checkpoint = tmp_path / "fit.yaml", tmp_path / "evil.ckpt"
     config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
     torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)

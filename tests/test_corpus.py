@@ -4,6 +4,7 @@ import random
 import re
 import sys
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -48,8 +49,12 @@ def write(path: Path, rows: list[str | None], **columns: list) -> Path:
     return path
 
 
+def sides(found: Corpus) -> tuple[list[str], list[str]]:
+    return list(found.train), list(found.held_out)
+
+
 def every(found: Corpus) -> list[str]:
-    return sorted(found.train + found.held_out)
+    return sorted(found.texts)
 
 
 SUFFIXES = [".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt"]
@@ -65,7 +70,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert every(found) == sorted(ROWS)
     assert found.dropped == {"empty": 2, "duplicate": 1}
     expected = load_corpus(str(write(tmp_path / "expected.txt", ROWS)), held_out_fraction=0.3)
-    assert (found.train, found.held_out) == (expected.train, expected.held_out)
+    assert sides(found) == sides(expected)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[:5])
@@ -102,7 +107,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     found = load_corpus(str(tmp_path), held_out_fraction=1e-9)
     rows = ["one", "two", "three", "four", "five"]
-    assert found.train == [row for row in rows if row not in found.held_out]
+    assert list(found.train) == [row for row in rows if row not in found.held_out]
     assert every(found) == sorted(rows)
     assert found.dropped["duplicate"] == 1
 
@@ -237,6 +242,49 @@ def test_a_folder_without_text_is_refused(tmp_path):
         load_corpus(str(tmp_path))
 
 
+def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):
+    rows = [f"{row} é" for row in make_rows(50)]
+    path, folder = write(tmp_path / "rows.txt", rows), tmp_path / "folder"
+    folder.mkdir()
+    found = load_corpus(str(path), held_out_fraction=0.2, folder=folder)
+    assert list(folder.iterdir()) == [], "it has no name, so a kill leaves none"
+    path.unlink()
+    texts = found.texts
+    assert [texts[i] for i in range(50)] == list(texts) == texts[:] == [*found.train, *found.held_out]
+    assert (texts[-1], texts[1:9:3]) == (list(texts)[-1], list(texts)[1:9:3])
+    assert len(found.train) == found.num_train == 50 - len(found.held_out)
+    with pytest.raises(IndexError):
+        texts[50]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".txt"])
+def test_a_text_is_in_no_memory_whatever_its_size(tmp_path, suffix):
+    words = " ".join(make_rows(100))
+    rows = [f"{number} {words}" for number in range(2_000)]
+    table = pa.table({"text": rows})
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":  # in one row group
+        pages = dict(data_page_size=1 << 16, write_batch_size=16)
+        pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=len(rows), **pages)
+        assert pq.ParquetFile(path).num_row_groups == 1
+    else:
+        write(path, rows)
+    size, pool, before = path.stat().st_size, pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    assert size > 10_000_000
+    lengths = list(map(len, rows))
+    del rows, table
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        found = load_corpus(str(path), folder=tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < size / 2
+    assert len(found.texts) == len(lengths)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_a_fraction_outside_zero_and_one_is_refused(text_file, fraction):
     with pytest.raises(UserError, match=f"held_out_fraction is {fraction}"):
@@ -268,14 +316,14 @@ def test_neither_order_nor_duplicates_nor_other_rows_change_where_a_row_goes(tmp
     random.Random(0).shuffle(shuffled)
     first = load_corpus(str(write(tmp_path / "first.txt", rows)), held_out_fraction=0.2)
     second = load_corpus(str(write(tmp_path / "second.jsonl", shuffled)), held_out_fraction=0.2)
-    assert first.train == [row for row in rows if row in first.train]
+    assert list(first.train) == [row for row in rows if row in set(first.train)]
     assert set(first.held_out) == set(second.held_out) & set(rows)
     assert not set(second.held_out) & set(second.train)
 
 
 def test_another_seed_holds_out_other_rows(text_file):
     first, again, other = (load_corpus(str(text_file), held_out_fraction=0.2, seed=seed) for seed in (0, 0, 1))
-    assert first == again
+    assert sides(first) == sides(again)
     assert set(first.held_out) != set(other.held_out)
     assert every(first) == every(other)
 
@@ -290,14 +338,14 @@ def test_each_side_gets_at_least_one_row(tmp_path, fraction):
 def test_a_split_column_decides(tmp_path, suffix):
     path = write(tmp_path / f"rows{suffix}", ["one", "two", "three"], split=["held_out", "train", "held_out"])
     found = load_corpus(str(path))
-    assert (found.train, found.held_out) == (["two"], ["one", "three"])
+    assert sides(found) == (["two"], ["one", "three"])
 
 
 def test_rows_without_a_split_are_drawn_and_a_twin_stays_on_the_first_side(tmp_path):
     rows = ["one", "two", "three", "one"]
     path = write(tmp_path / "rows.parquet", rows, split=["held_out", None, None, "train"])
     found = load_corpus(str(path), held_out_fraction=1e-9)
-    assert (found.train, found.held_out) == (["two", "three"], ["one"])
+    assert sides(found) == (["two", "three"], ["one"])
     found = load_corpus(str(path), held_out_fraction=1 - 1e-9)
     assert len(found.train) == 1
 
@@ -395,7 +443,7 @@ def test_the_text_loads_with_its_own_split(fake_packages, tmp_path):
     path = build_quickstart_text(tmp_path / "text", rows_per_package=66)
     rows = pq.read_table(path).to_pylist()
     found = load_corpus(str(path), held_out_fraction=0.9, seed=5)
-    assert found.held_out == [row["text"] for row in rows if row["split"] == "held_out"]
+    assert list(found.held_out) == [row["text"] for row in rows if row["split"] == "held_out"]
     assert found.dropped == {"empty": 0, "duplicate": 0}
 
 

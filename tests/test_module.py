@@ -217,6 +217,22 @@ def test_every_precision_that_trains_a_student_trains(teacher, data, states, pre
     assert 0 < module.history[-1]["loss"] < 2 and module.student.config._attn_implementation == "eager"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_gb", [0, 20])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fit_on_a_gpu_learns_as_one_on_the_cpu_does(teacher, data, tmp_path, max_gb, precision):
+    losses = []
+    for accelerator, device in (("cpu", "cpu"), ("gpu", "cuda")):
+        source = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path / device), max_gb=max_gb), device)
+        module = make(teacher, source, objective=DEFAULT_OBJECTIVE)
+        trainer(accelerator=accelerator, precision=precision, num_epochs=2).fit(module, datamodule=data)
+        losses.append([row["loss"] for row in module.history])
+    teacher.model.to("cpu")
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1][1] < losses[1][0]
+
+
 def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
     before = teacher.weights_sha256()
     module = make(teacher, states, learning_rate=3e-3, matrix_learning_rate=5e-3)

@@ -12,7 +12,9 @@ from transformers import AlbertTokenizer, AutoConfig, BertTokenizer, PreTrainedT
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.data.masking import Masker
 from kdnas.data.pairs import make_pair
+from kdnas.data.tokens import TokenRows, write_rows
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
 
@@ -133,15 +135,15 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
+def open_data(teacher: Path, text: Path, folder: Path | None = None, **settings) -> KDDataModule:
     settings = dict(max_length=32, batch_tokens=128, mask_probability=0.0, pair_share=0.5, masked_share=1.0) | settings
-    data = KDDataModule(str(teacher), str(text), DataSettings(**settings))
+    data = KDDataModule(str(teacher), str(text), DataSettings(**settings), folder=folder and str(folder))
     data.setup()
     return data
 
 
 def rows_of(data: KDDataModule) -> list[list[int]]:
-    return [row.tolist() for row in np.split(data.rows.masked(0), data.rows.offsets[1:-1])]
+    return [data.rows.masked(0, i).tolist() for i in range(len(data.rows))]
 
 
 def is_pair(data: KDDataModule) -> np.ndarray:
@@ -176,8 +178,8 @@ def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monke
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     config.update({name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None})
     config.save_pretrained(teacher)
-    data = open_data(teacher, text, max_length=max_length, batch_tokens=8 * max_length)
-    texts = data.corpus.train + data.corpus.held_out
+    data = open_data(teacher, text, tmp_path, max_length=max_length, batch_tokens=8 * max_length)
+    texts = data.read_corpus().texts
     batches = [*data.train_dataloader(), *data.val_dataloader()]
     assert max(batch["input_ids"].shape[1] for batch in batches) == max_length
     seen = 0
@@ -230,12 +232,12 @@ def test_pairs_depend_on_seed_and_row_alone(tiny_teacher, text):
 
 
 def test_rows_are_paired_within_mini_within_the_other_training_rows_and_within_held_out(
-    tiny_teacher, text, monkeypatch
+    tiny_teacher, text, tmp_path, monkeypatch
 ):
     asked = []
     monkeypatch.setattr(datamodule, "make_pair", lambda row, other, rng: asked.append((row, other)))
-    data = open_data(tiny_teacher, text, pair_share=1.0)
-    texts = data.corpus.train + data.corpus.held_out
+    data = open_data(tiny_teacher, text, tmp_path, pair_share=1.0)
+    texts = data.read_corpus().texts
     parts = {texts[i]: "train" for i in data.train_ids()}
     parts |= {texts[i]: "mini" for i in data.select("mini").train_ids()}
     parts |= {texts[i]: "held out" for i in data.held_out_ids()}
@@ -254,12 +256,16 @@ def test_a_row_that_is_alone_in_its_part_stays_single(tiny_teacher, tmp_path):
     assert not is_pair(data)[[data.held_out_ids()[0], data.select("mini").train_ids()[0]]].any()
 
 
-def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, text):
+def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, text, tmp_path):
     data, single = (open_data(tiny_teacher, text, pair_share=share) for share in (0.5, 0.0))
-    before = data.rows.sha256(1)
-    assert before != single.rows.sha256(1)
-    data.rows.second_starts[np.flatnonzero(is_pair(data))[0]] += 1
-    assert data.rows.sha256(1) != before
+    assert data.rows.sha256 != single.rows.sha256
+    sums = set()
+    for second_start in (4, 5, 6):
+        folder = tmp_path / str(second_start)
+        folder.mkdir()
+        write_rows(folder, [([1, 7, 8, 2, 9, 2], second_start)], Masker(4, 70, [1, 2, 3]), num_train=1, dropped={})
+        sums.add(TokenRows(folder, 3, 8).sha256)
+    assert len(sums) == 3
 
 
 def test_a_text_that_is_no_token_has_no_second_sentence(tmp_path, text, monkeypatch):
@@ -267,7 +273,7 @@ def test_a_text_that_is_no_token_has_no_second_sentence(tmp_path, text, monkeypa
     teacher = save_teacher(tmp_path / "bert")
     tokenizer.save_pretrained(teacher)
     monkeypatch.setattr(datamodule, "make_pair", lambda row, other, rng: ("the model", "\0"))
-    data = open_data(teacher, text, pair_share=1.0)
+    data = open_data(teacher, text, tmp_path, pair_share=1.0)
     assert set(map(tuple, rows_of(data))) == {
         tuple(tokenizer.convert_tokens_to_ids(["[CLS]", "the", "model", "[SEP]", "[SEP]"]))
     }

@@ -1,6 +1,7 @@
 """Some rows of a source: from all over it, and never all of a large one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdnas.data import readers
-from kdnas.data.readers import all_rows, some_rows
+from kdnas.data.readers import all_rows, some_rows, text_sha256
 from kdnas.errors import UserError
 
 NUMBERS = list(range(400))
@@ -83,3 +84,39 @@ def test_a_wrong_row_is_told_with_its_place(small: None, tmp_path: Path) -> None
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(UserError, match="cut.parquet' cannot be read at row 1"):
         some_rows(str(tmp_path / "cut.parquet"), "text")
+
+
+def test_a_source_s_hash_is_that_of_its_files_and_formats(tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    first = write(tmp_path / "some" / "a.txt")
+    sums = [
+        text_sha256(str(path), "text") for path in (first, tmp_path / "some", shutil.copy(first, tmp_path / "b.csv"))
+    ]
+    assert sums[0] == sums[1], "a folder is what it holds"
+    write(tmp_path / "some" / "b.txt", NUMBERS[:7])
+    sums.append(text_sha256(str(tmp_path / "some"), "text"))
+    (tmp_path / "some" / "b.txt").rename(tmp_path / "some" / "0.txt")
+    sums.append(text_sha256(str(tmp_path / "some"), "text"))
+    first.write_text(first.read_text()[::-1])
+    sums.append(text_sha256(str(first), "text"))
+    assert len(set(sums)) == 5
+    with pytest.raises(UserError, match="missing.txt' does not exist"):
+        text_sha256(str(tmp_path / "missing.txt"), "text")
+
+
+def test_a_hub_source_s_hash_is_its_fingerprint_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    for rows in (["one", "two"], ["one", "two"], ["one", "three"]):
+        held = datasets.Dataset.from_dict({"text": rows})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, held=held, **options: held)
+        sums.append(text_sha256("some-one/some.data", "text"))
+    assert sums[0] == sums[1] != sums[2]
+
+
+def test_a_file_that_cannot_be_read_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(readers, "file_sha256", refuse)
+    with pytest.raises(UserError, match=r"rows.txt' cannot be read \(.*Permission denied"):
+        text_sha256(str(write(tmp_path / "rows.txt")), "text")

@@ -84,7 +84,7 @@ def test_stored_states_are_live_ones_in_float16(teacher, data, tmp_path):
         given.append((batch, live(batch, LAYERS)))
         return given[-1][1]
 
-    stored = StateCache(tmp_path, data.rows, LAYERS, 64, num_variants=3)
+    stored = StateCache(tmp_path, data.rows, LAYERS, 64)
     stored.build(remember, batch_tokens=512)
     assert {int(batch["variant"]) for batch, _ in given} == {0, 1, 2}
     for batch, states in given:

@@ -7,11 +7,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kdnas.cli import set_environment
 from kdnas.errors import UserError
 from kdnas.training import (
     ClipFusedGradients,
@@ -22,6 +25,7 @@ from kdnas.training import (
     fit,
     honest_signals,
     make_trainer,
+    refuse_strategy,
 )
 
 
@@ -92,6 +96,29 @@ def test_an_accelerator_that_is_not_there_is_refused():
         TrainerSettings(accelerator="tpu-9").check()
 
 
+def test_strategies_that_keep_a_student_whole_are_taken_and_all_others_refused():
+    names = [*StrategyRegistry.available_strategies(), "auto", "model_parallel", "dpp"]
+    refused = set()
+    for name in names:
+        try:
+            refuse_strategy(name)
+        except UserError as error:
+            assert str(error).startswith(f"strategy is {name!r}: give 'ddp'")
+            refused.add(name)
+    taken = set(names) - refused
+    assert {"auto", "ddp", "single_device"} < taken and all("ddp" in name for name in taken - {"auto", "single_device"})
+    assert {"fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3", "xla", "model_parallel", "dpp"} <= refused
+
+
+def test_a_precision_that_scales_gradients_is_refused_before_the_first_step(tmp_path):
+    steps = []
+    trainer = make_trainer(settings(), tmp_path / "fit", 1, [Call(lambda trainer, module: steps.append(module))])
+    trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match="^precision is '16-mixed': take 'bf16-mixed'"):
+        fit(trainer, Steep(), Data())
+    assert not steps
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_of_a_fused_optimizer_are_clipped_together(tmp_path, precision):
     for clip, expected in ((0.5, 0.5), (0.0, None)):
@@ -108,6 +135,13 @@ def test_gradients_of_a_fused_optimizer_are_clipped_together(tmp_path, precision
             assert norms == pytest.approx([expected] * 6, rel=1e-3)
         else:
             assert min(norms) > 100
+
+
+def test_float32_matmuls_are_tf32_on_a_gpu_unless_the_user_has_said_no(monkeypatch):
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+    set_environment()
+    assert os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] == "0"
 
 
 def test_the_precision_is_the_one_asked_for(tmp_path):

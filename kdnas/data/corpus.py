@@ -1,24 +1,30 @@
-"""The rows to learn from and those held out; and the quickstart's text, the docstrings of installed packages."""
+"""The rows to learn from and those held out, in a file; and the quickstart's text, the docstrings of packages."""
 
 import ast
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from kdnas.data.masking import IntArray
 from kdnas.data.readers import all_rows
 from kdnas.errors import UserError
-from kdnas.runs import new_folder
+from kdnas.runs import KeptFile, new_folder
 
 QUICKSTART = "quickstart"
 # Installed with kdnas[quickstart], each with at least 1,300 paragraphs of prose, and what else each is called in text.
@@ -34,6 +40,7 @@ PACKAGES = {
 }
 # A source with a smaller share of usable rows is the wrong one, or the wrong column.
 LEAST_USABLE = 0.01
+_SPLITS = (None, "train", "held_out")
 _SKIPPED = {
     "_vendor",
     "_vendored",
@@ -48,22 +55,68 @@ _SKIPPED = {
 }
 
 
+class Texts(Sequence[str]):
+    """Rows of text in a file, each read when it is asked for; a slice is a list.
+
+    Args:
+        file: the rows in UTF-8.
+        starts: where each begins, in bytes.
+        sizes: bytes of each.
+    """
+
+    def __init__(self, file: KeptFile, starts: IntArray, sizes: IntArray) -> None:
+        self._file, self._starts, self._sizes = file, starts, sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        return self._file.piece(int(self._starts[place]), int(self._sizes[place])).decode()
+
+    def take(self, places: IntArray) -> "Texts":
+        """Some of the rows, in this order."""
+        return Texts(self._file, self._starts[places], self._sizes[places])
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Distinct rows of text, split into two sides that share none.
 
     Args:
-        train: rows to learn from, in the order of the source.
-        held_out: rows that nothing is trained on.
+        texts: all rows: those to learn from, in the order of the source, then those that nothing is trained on.
+        num_train: how many are to learn from.
         dropped: rows left out by rule: ``empty`` (null, missing or only space) and ``duplicate`` (seen before).
     """
 
-    train: list[str]
-    held_out: list[str]
+    texts: Texts
+    num_train: int
     dropped: dict[str, int]
 
+    @property
+    def train(self) -> Texts:
+        """The rows to learn from."""
+        return self.texts.take(np.arange(self.num_train))
 
-def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0.05, seed: int = 0) -> Corpus:
+    @property
+    def held_out(self) -> Texts:
+        """The rows that nothing is trained on."""
+        return self.texts.take(np.arange(self.num_train, len(self.texts)))
+
+
+def load_corpus(
+    text: str,
+    *,
+    column: str = "text",
+    held_out_fraction: float = 0.05,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
     A column ``split`` with the values ``train`` and ``held_out`` decides where it is filled. All other rows are drawn
@@ -75,6 +128,8 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
         column: the column that holds the text; a ``.txt`` file has but one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
         seed: another seed holds out other rows.
+        folder: where the rows lie, in a file without a name that ends with the corpus; by default where the system
+            has its temporary files.
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column, holds a value that is no
@@ -82,34 +137,48 @@ def load_corpus(text: str, *, column: str = "text", held_out_fraction: float = 0
     """
     if not 0 < held_out_fraction < 1:
         raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
-    dropped = {"empty": 0, "duplicate": 0}
-    splits: dict[str, str | None] = {}
-    for row, split in all_rows(text, column):
-        if row is None or not row.strip():
-            dropped["empty"] += 1
-        elif row in splits:
-            dropped["duplicate"] += 1
-        else:
-            splits[row] = split or None
-    if len(splits) < 2:
-        found = "only one usable row" if splits else "no usable rows"
+    num_empty = 0
+    sizes, digests, marks = array("q"), bytearray(), bytearray()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for row, split in all_rows(text, column):
+            if row is None or not row.strip():
+                num_empty += 1
+                continue
+            content = row.encode()
+            digests += hashlib.sha256(f"{seed}\n".encode() + content).digest()[:16]
+            marks.append(_SPLITS.index(split or None))
+            sizes.append(file.write(content))
+        file.flush()
+        kept = KeptFile(os.dup(file.fileno()))
+    lengths = np.frombuffer(sizes, np.int64)
+    texts = Texts(kept, np.cumsum(lengths) - lengths, lengths)
+    high, low = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64).T
+    order = np.lexsort((low, high))  # stable: of equal rows the first one comes first
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[order[1:]] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    texts, high, splits = texts.take(is_new), high[is_new], np.frombuffer(marks, np.uint8)[is_new]
+    dropped = {"empty": num_empty, "duplicate": len(order) - len(texts)}
+    if len(texts) < 2:
+        found = "only one usable row" if len(texts) else "no usable rows"
         raise UserError(f"{text!r} has {found} ({dropped}): give at least two distinct rows of text.")
-    if len(splits) < LEAST_USABLE * (num_rows := len(splits) + sum(dropped.values())):
+    if len(texts) < LEAST_USABLE * (num_rows := len(texts) + sum(dropped.values())):
         raise UserError(
-            f"{text!r} has {num_rows:,} rows, and only {len(splits):,} of them are usable ({dropped}): "
+            f"{text!r} has {num_rows:,} rows, and only {len(texts):,} of them are usable ({dropped}): "
             f"is {column!r} the right column? Remove the others if it is."
         )
-    given = set(splits.values())
-    shares = {row: _share(f"{seed}\n{row}") for row, split in splits.items() if split is None}
+    given = {_SPLITS[mark] for mark in np.unique(splits)}
+    drawn_from = np.flatnonzero(splits == 0)
+    shares = (high[drawn_from] >> 16) / 2**48  # in [0, 1)
     fewest, most = int("held_out" not in given), len(shares) - int("train" not in given)
     if fewest > most:
         raise UserError(
             f"All rows of {text!r} have the split {given.pop()!r}: give 'train' and 'held_out', or neither."
         )
-    num_drawn = sum(share < held_out_fraction for share in shares.values())
-    held_out = set(sorted(shares, key=shares.__getitem__)[: min(max(num_drawn, fewest), most)])
-    held_out.update(row for row, split in splits.items() if split == "held_out")
-    return Corpus([row for row in splits if row not in held_out], [row for row in splits if row in held_out], dropped)
+    num_drawn = int((shares < held_out_fraction).sum())
+    is_held_out = splits == _SPLITS.index("held_out")
+    is_held_out[drawn_from[np.argsort(shares, kind="stable")[: min(max(num_drawn, fewest), most)]]] = True
+    places = np.argsort(is_held_out, kind="stable")
+    return Corpus(texts.take(places), int((~is_held_out).sum()), dropped)
 
 
 def _share(text: str) -> float:

@@ -2,47 +2,39 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import tokenizers
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import transformers
+from filelock import FileLock
+from rich.progress import track
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from kdnas.data.corpus import Corpus, load_corpus
 from kdnas.data.loader import LengthGroupedBatches, ResumableDataModule, ResumableLoader
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
+from kdnas.data.readers import text_sha256
+from kdnas.data.tokens import Batch as Batch
+from kdnas.data.tokens import TokenRows as TokenRows
+from kdnas.data.tokens import is_whole, write_rows
 from kdnas.errors import UserError
 from kdnas.models import find_teacher, max_length
+from kdnas.runs import new_folder
 
 Split = Literal["mini", "full"]
 
-# A batch's length is a multiple of this, so that shapes repeat: each new shape makes new kernels.
-LENGTH_STEP = 8
+TOKENS = Path("lightning_logs/tokens")
+FORMAT = 1  # of what is kept there: another number where other code makes other tokens, pairs or masks
+ROWS_AT_A_TIME = 256  # of text and tokens in memory
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
-
-
-def padded(lengths: IntArray, max_length: int) -> IntArray:
-    """The lengths that rows of these lengths are padded to, at most ``max_length``."""
-    return np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, max_length)
-
-
-class Batch(TypedDict):
-    """B rows of similar length, padded to T tokens.
-
-    ``input_ids`` (B, T), masked; ``attention_mask`` (B, T), 1 on real tokens; ``token_type_ids`` (B, T), 1 from a
-    second sentence's first token to the row's end, as BERT has it; ``sample_ids`` (B,); ``variant`` (), the number of
-    the rows' masks. N, the number of real tokens, is ``attention_mask.sum()``.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor
-    sample_ids: Tensor
-    variant: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,80 +92,6 @@ class DataSettings:
             raise UserError(f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit.")
 
 
-class TokenRows(Dataset[Batch]):
-    """All rows as one array of token ids; a batch is asked for as (variant, sample ids).
-
-    Args:
-        rows: token ids of each row, special tokens included.
-        masker: makes the masks.
-        pad_token_id: id of the padding token.
-        max_length: no batch is padded to more.
-        second_starts: where in each row the second sentence begins, the row's length where there is none (in all rows,
-            by default).
-        masked_share: share of the rows that is masked at all.
-    """
-
-    def __init__(
-        self,
-        rows: list[list[int]],
-        masker: Masker,
-        pad_token_id: int,
-        max_length: int,
-        *,
-        second_starts: Sequence[int] | None = None,
-        masked_share: float = 1.0,
-    ) -> None:
-        self.lengths: IntArray = np.array([len(row) for row in rows], dtype=np.int64)
-        self.padded_lengths = padded(self.lengths, max_length)
-        self.second_starts: IntArray = self.lengths if second_starts is None else np.array(second_starts, np.int64)
-        self.masked_share = masked_share
-        self.offsets: IntArray = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.pad_token_id = pad_token_id
-        self._tokens = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
-        self._masker = masker
-        self._masked: dict[int, IntArray] = {}
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def masked(self, variant: int) -> IntArray:
-        """The masked token ids of all rows, one after the other; made once a variant."""
-        if variant not in self._masked:
-            rows = np.split(self._tokens, self.offsets[1:-1])
-            draws = [
-                row_generator(Draw.WHETHER_MASKED, self._masker.seed, i, variant).random() for i in range(len(rows))
-            ]
-            masked = [
-                self._masker(row, i, variant) if draw < self.masked_share else row
-                for i, (row, draw) in enumerate(zip(rows, draws, strict=True))
-            ]
-            self._masked[variant] = np.concatenate(masked).astype(np.int32)
-        return self._masked[variant]
-
-    def sha256(self, num_variants: int) -> str:
-        """The hash of every input that a model will see: text, tokenizer, cut, pairs, masks and order are in it."""
-        digest = hashlib.sha256(self.lengths.tobytes() + self.second_starts.tobytes())
-        for variant in range(num_variants):
-            digest.update(self.masked(variant).tobytes())
-        return digest.hexdigest()
-
-    def __getitem__(self, index: tuple[int, IntArray]) -> Batch:
-        variant, sample_ids = index
-        masked, lengths = self.masked(variant), self.lengths[sample_ids]
-        places = np.arange(self.padded_lengths[sample_ids].max())
-        input_ids = np.full((len(sample_ids), len(places)), self.pad_token_id, dtype=np.int64)
-        attention_mask = places < lengths[:, None]
-        second = attention_mask & (places >= self.second_starts[sample_ids][:, None])
-        input_ids[attention_mask] = np.concatenate([masked[self.offsets[i] : self.offsets[i + 1]] for i in sample_ids])
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
-            "token_type_ids": torch.from_numpy(second.astype(np.int64)),
-            "sample_ids": torch.from_numpy(np.asarray(sample_ids, dtype=np.int64)),
-            "variant": torch.tensor(variant),
-        }
-
-
 class KDDataModule(ResumableDataModule):
     """Masked batches for distillation: 30 % of the training rows (``mini``) or all of them (``full``).
 
@@ -182,18 +100,25 @@ class KDDataModule(ResumableDataModule):
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
         settings: how text becomes batches.
         split: which training rows; the held-out rows are the same for both.
+        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens`` in the folder of
+            all runs.
     """
 
     def __init__(
-        self, tokenizer: str, text: str, settings: DataSettings = DataSettings(), split: Split = "full"
+        self,
+        tokenizer: str,
+        text: str,
+        settings: DataSettings = DataSettings(),
+        split: Split = "full",
+        folder: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
-        self.corpus: Corpus | None = None
+        self.folder = Path(folder) if folder else TOKENS
         self.rows: TokenRows | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split and tokenise, once.
+        """Open the tokenised text. The first process that asks for it reads, splits and tokenises; others wait.
 
         Raises:
             UserError: the text or the tokenizer cannot be used, or ``max_length`` is more than the teacher takes.
@@ -207,11 +132,48 @@ class KDDataModule(ResumableDataModule):
                 f"max_length is {settings.max_length}: the teacher {self.tokenizer!r} takes at most "
                 f"{max_length(teacher.config)} tokens."
             )
-        self.corpus = load_corpus(
-            self.text, column=settings.column, held_out_fraction=settings.held_out_fraction, seed=settings.seed
-        )
         tokenizer = teacher.tokenizer
         assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None
+        folder = self.folder / self._key(tokenizer)
+        if not is_whole(folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f"{folder.name}.lock"):
+                if not is_whole(folder):  # another process may have made it meanwhile
+                    for leftover in self.folder.glob(f".{folder.name}.*"):
+                        shutil.rmtree(leftover)
+                    with new_folder(folder) as new:
+                        self._write(new, tokenizer)
+        self.rows = TokenRows(folder, tokenizer.pad_token_id, settings.max_length)
+
+    def read_corpus(self) -> Corpus:
+        """The rows of text themselves."""
+        settings = self.settings
+        return load_corpus(
+            self.text,
+            column=settings.column,
+            held_out_fraction=settings.held_out_fraction,
+            seed=settings.seed,
+            folder=self.folder if self.folder.exists() else None,
+        )
+
+    def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The hash of all that the rows depend on."""
+        told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
+        libraries = [tokenizers.__version__, transformers.__version__]
+        parts = [
+            FORMAT,
+            libraries,
+            type(tokenizer),
+            told,
+            tokenizer.truncation_side,
+            settings,
+            text_sha256(self.text, self.settings.column),
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        settings, corpus = self.settings, self.read_corpus()
         masker = Masker(
             tokenizer.mask_token_id,
             len(tokenizer),
@@ -219,44 +181,58 @@ class KDDataModule(ResumableDataModule):
             settings.mask_probability,
             settings.seed,
         )
-        texts = self.corpus.train + self.corpus.held_out
-        pairs = self._make_pairs(texts)
-        rows: dict[int, list[int]] = {}
-        second_starts: dict[int, int] = {}
-        for places in ([i for i in range(len(texts)) if i not in pairs], list(pairs)):
-            if places:  # tokenizers cannot do nothing
-                columns = zip(*(pairs.get(i, (texts[i],)) for i in places), strict=True)
-                encoded = tokenizer(
-                    *map(list, columns), truncation="longest_first", max_length=settings.max_length, verbose=False
-                )
-                for number, i in enumerate(places):
-                    rows[i] = encoded["input_ids"][number]
-                    sentences = encoded.sequence_ids(number) if i in pairs else []
-                    second_starts[i] = sentences.index(1) if 1 in sentences else len(rows[i])
-        self.rows = TokenRows(
-            [rows[i] for i in range(len(texts))],
+        write_rows(
+            folder,
+            self._tokenised(corpus, tokenizer),
             masker,
-            tokenizer.pad_token_id,
-            settings.max_length,
-            second_starts=[second_starts[i] for i in range(len(texts))],
+            num_train=corpus.num_train,
+            dropped=corpus.dropped,
+            num_variants=settings.num_mask_variants,
             masked_share=settings.masked_share,
         )
 
-    def _make_pairs(self, texts: list[str]) -> dict[int, tuple[str, str]]:
+    def _tokenised(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+        """The token ids of each row, and where its second sentence begins."""
+        texts, make = corpus.texts, self._pair_maker(corpus)
+        starts = range(0, len(texts), ROWS_AT_A_TIME)
+        for start in track(starts, "tokens", transient=True, disable=len(starts) < 2, show_speed=False):
+            places = range(start, min(start + ROWS_AT_A_TIME, len(texts)))
+            pairs = {i: pair for i in places if (pair := make(i))}
+            rows: dict[int, tuple[list[int], int]] = {}
+            for some in ([i for i in places if i not in pairs], list(pairs)):
+                if some:  # tokenizers cannot do nothing
+                    columns = zip(*(pairs.get(i) or (texts[i],) for i in some), strict=True)
+                    encoded = tokenizer(
+                        *map(list, columns),
+                        truncation="longest_first",
+                        max_length=self.settings.max_length,
+                        verbose=False,
+                    )
+                    for number, i in enumerate(some):
+                        ids = encoded["input_ids"][number]
+                        sentences = encoded.sequence_ids(number) if i in pairs else []
+                        rows[i] = ids, sentences.index(1) if 1 in sentences else len(ids)
+            yield from (rows[i] for i in places)
+
+    def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
         """Sample id -> sentence pair. No text gets into another split: a row is paired with rows of its own part."""
-        settings = self.settings
-        if not settings.pair_share:
-            return {}
-        mini = self.select("mini").train_ids()
-        pairs = {}
-        for part in (mini, np.setdiff1d(self.select("full").train_ids(), mini), self.held_out_ids()):
-            for place, sample_id in enumerate(part.tolist()):
-                generator = row_generator(Draw.PAIR, settings.seed, sample_id)
-                if generator.random() < settings.pair_share and len(part) > 1:
-                    other = part[(place + generator.integers(1, len(part))) % len(part)]
-                    if pair := make_pair(texts[sample_id], texts[other], generator):
-                        pairs[sample_id] = pair
-        return pairs
+        settings, texts = self.settings, corpus.texts
+        mini = self._ids("mini", corpus.num_train)
+        rest = np.setdiff1d(np.arange(corpus.num_train), mini)
+        parts = (mini, rest, np.arange(corpus.num_train, len(texts)))
+        part_of, place_of = np.empty((2, len(texts)), dtype=np.int64)
+        for number, part in enumerate(parts):
+            part_of[part], place_of[part] = number, np.arange(len(part))
+
+        def make(sample_id: int) -> tuple[str, str] | None:
+            part = parts[part_of[sample_id]]
+            generator = row_generator(Draw.PAIR, settings.seed, sample_id)
+            if not (generator.random() < settings.pair_share and len(part) > 1):
+                return None
+            other = part[(place_of[sample_id] + generator.integers(1, len(part))) % len(part)]
+            return make_pair(texts[sample_id], texts[other], generator)
+
+        return make
 
     def select(self, split: Split) -> "KDDataModule":
         """The same rows and masks with another split of the training rows; nothing is read or tokenised again."""
@@ -266,19 +242,25 @@ class KDDataModule(ResumableDataModule):
 
     def train_ids(self) -> IntArray:
         """Sample ids of the training rows of this split. Those of ``mini`` are a seeded draw from those of ``full``."""
-        order = self.draw_order()
-        share = 1.0 if self.split == "full" else self.settings.mini_fraction
-        return np.sort(order[: max(1, round(share * len(order)))])
+        assert self.rows is not None, "call setup() first"
+        return self._ids(self.split, self.rows.num_train)
 
     def draw_order(self) -> IntArray:
         """Sample ids of all training rows in the order in which a share of them is drawn."""
-        assert self.corpus is not None
-        return np.random.default_rng(self.settings.seed).permutation(len(self.corpus.train))
+        assert self.rows is not None, "call setup() first"
+        return self._order(self.rows.num_train)
+
+    def _order(self, num_rows: int) -> IntArray:
+        return np.random.default_rng(self.settings.seed).permutation(num_rows)
+
+    def _ids(self, split: Split, num_rows: int) -> IntArray:
+        share = 1.0 if split == "full" else self.settings.mini_fraction
+        return np.sort(self._order(num_rows)[: max(1, round(share * num_rows))])
 
     def held_out_ids(self) -> IntArray:
         """Sample ids of the held-out rows, in no split."""
-        assert self.corpus is not None
-        return np.arange(len(self.corpus.train), len(self.corpus.train) + len(self.corpus.held_out))
+        assert self.rows is not None, "call setup() first"
+        return np.arange(self.rows.num_train, len(self.rows))
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
         """Batches of these rows, this process's share of them."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -75,7 +76,11 @@ class LengthGroupedBatches(DistributedSampler[Any]):
             yield variant, batch
 
     def __len__(self) -> int:
-        return len(self.batches()) // self.num_ranks
+        return self._num_batches
+
+    @cached_property
+    def _num_batches(self) -> int:
+        return len(self.batches()) // self.num_ranks  # in every epoch
 
 
 class ResumableLoader(DataLoader[Any]):

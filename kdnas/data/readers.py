@@ -1,6 +1,7 @@
 """Rows out of text sources: parquet, JSON lines, CSV, plain text, a folder of them, the hub. All, or some."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdnas.errors import UserError, first_line
+from kdnas.runs import file_sha256
 
 Rows = Iterable[tuple[str | None, str | None]]  # text and split
 
@@ -21,6 +23,8 @@ MOST_ROWS = 50_000
 MOST_BYTES = 256 << 20
 PLACES = 16
 _COUNTED_BYTES = 16 << 20  # of a file: of these the lines are counted
+# A row group may be as large as its file: so many bytes and rows of it are held at a time (with pre_buffer, all).
+PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Rows:
@@ -79,6 +83,28 @@ def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None
                 if left < 0:
                     break
     return found, num_rows
+
+
+def text_sha256(text: str, column: str) -> str:
+    """A hash by which sources are told apart: of files that of their bytes, of a hub data set its fingerprint's.
+
+    Args:
+        text: as of ``load_corpus``; its rows are not looked at.
+        column: that holds the text.
+
+    Raises:
+        UserError: the source is missing or unreadable.
+    """
+    files = _files(text)
+    try:
+        parts = (
+            [_hub(text, column)._fingerprint]
+            if files is None
+            else [f"{path.suffix.lower()} {file_sha256(path)}" for path in files]
+        )
+    except OSError as error:
+        raise UserError(f"{text!r} cannot be read ({first_line(error)}): check it and its permissions.") from error
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _files(text: str) -> list[Path] | None:
@@ -183,10 +209,10 @@ def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
     if path.stat().st_size:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             names = _wanted(file.schema_arrow.names, column)
             groups = range(int(start * file.num_row_groups), file.num_row_groups)
-            for batch in file.iter_batches(columns=names, row_groups=groups):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=names, row_groups=groups):
                 for values in zip(*batch.columns, strict=True):
                     yield {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
 

@@ -39,13 +39,12 @@ def cache_key(
     teacher_sha256: str,
     rows: TokenRows,
     layers: Sequence[int],
-    num_variants: int,
     precision: Precision = "float16",
     order: IntArray | None = None,
 ) -> str:
     """The hash of all that the states and their places depend on; arguments as of ``StateCache``."""
     placed = b"" if order is None else order.astype(np.int64).tobytes()
-    parts = [FORMAT, precision, teacher_sha256, rows.sha256(num_variants), list(layers), num_variants]
+    parts = [FORMAT, precision, teacher_sha256, rows.sha256, list(layers), rows.num_variants]
     parts.append(hashlib.sha256(placed).hexdigest())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -91,7 +90,6 @@ class StateCache:
         rows: the rows whose states are stored.
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
-        num_variants: mask variants a row has.
         precision: of the stored numbers.
         order: all row numbers, in the order in which shares of them are asked for; their own by default.
     """
@@ -102,12 +100,10 @@ class StateCache:
         rows: TokenRows,
         layers: Sequence[int],
         hidden_size: int,
-        num_variants: int,
         precision: Precision = "float16",
         order: IntArray | None = None,
     ) -> None:
         self.folder, self.rows, self.layers = folder, rows, list(layers)
-        self.num_variants = num_variants
         self._record = record_of(precision, hidden_size)
         self._bytes_a_token = len(self.layers) * self._record.itemsize
         part = np.arange(len(rows)) * PARTS // len(rows)
@@ -199,7 +195,7 @@ class StateCache:
 
     def _places(self, row_ids: IntArray | None) -> list[tuple[int, int]]:
         shards = range(len(self._shard_rows)) if row_ids is None else np.unique(self._shard_of[row_ids]).tolist()
-        return [(variant, shard) for variant in range(self.num_variants) for shard in shards]
+        return [(variant, shard) for variant in range(self.rows.num_variants) for shard in shards]
 
     def _num_tokens(self, shard: int) -> int:
         return int(self.rows.lengths[self._shard_rows[shard]].sum())

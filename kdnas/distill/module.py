@@ -138,6 +138,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return [StudentCurves()]
 
     def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, KDDataModule):
             raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")

@@ -112,11 +112,11 @@ class TeacherStates:
 def state_cache(teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings) -> StateCache:
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
-    wanted, num_variants = sorted(set(layers)), data.settings.num_mask_variants
+    wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
-    key = cache_key(teacher.weights_sha256(), data.rows, wanted, num_variants, settings.precision, order)
+    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
-    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, num_variants, settings.precision, order)
+    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
 
 
 def open_states(

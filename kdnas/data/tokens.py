@@ -1,0 +1,164 @@
+"""Rows of token ids in a folder: made once of a text, read row by row, shared by every worker and rank.
+
+A folder appears whole. It holds, for all rows one after the other, ``lengths.bin`` and ``second_starts.bin`` (int64),
+the masked token ids of each variant, ``variant00.bin``, ... (int32), and ``about.<hash of what is in it>.json``, which
+has the hash of all these.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdnas.data.masking import Draw, IntArray, Masker, row_generator
+from kdnas.runs import KeptFile
+
+# A batch's length is a multiple of this, so that shapes repeat: each new shape makes new kernels.
+LENGTH_STEP = 8
+
+
+def padded(lengths: IntArray, max_length: int) -> IntArray:
+    """The lengths that rows of these lengths are padded to, at most ``max_length``."""
+    return np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, max_length)
+
+
+class Batch(TypedDict):
+    """B rows of similar length, padded to T tokens.
+
+    ``input_ids`` (B, T), masked; ``attention_mask`` (B, T), 1 on real tokens; ``token_type_ids`` (B, T), 1 from a
+    second sentence's first token to the row's end, as BERT has it; ``sample_ids`` (B,); ``variant`` (), the number of
+    the rows' masks. N, the number of real tokens, is ``attention_mask.sum()``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    sample_ids: Tensor
+    variant: Tensor
+
+
+def write_rows(
+    folder: Path,
+    rows: Iterable[tuple[list[int], int]],
+    masker: Masker,
+    *,
+    num_train: int,
+    dropped: dict[str, int],
+    num_variants: int = 1,
+    masked_share: float = 1.0,
+) -> None:
+    """Mask rows and write them, one by one.
+
+    Args:
+        folder: is there, and empty.
+        rows: token ids of each, special tokens included, and where in it the second sentence begins: its length where
+            there is none.
+        masker: makes the masks.
+        num_train: so many of the rows, the first ones, are to learn from.
+        dropped: rows of the text that are left out, by reason.
+        num_variants: how many masks a row has.
+        masked_share: share of the rows that is masked at all.
+    """
+    lengths, second_starts = array("q"), array("q")
+    with ExitStack() as stack:
+        files = [stack.enter_context(_variant(folder, variant).open("wb")) for variant in range(num_variants)]
+        for sample_id, (ids, second_start) in enumerate(rows):
+            row = np.array(ids, dtype=np.int64)
+            lengths.append(len(row))
+            second_starts.append(second_start)
+            for variant, file in enumerate(files):
+                draw = row_generator(Draw.WHETHER_MASKED, masker.seed, sample_id, variant).random()
+                masked = masker(row, sample_id, variant) if draw < masked_share else row
+                file.write(masked.astype(np.int32).tobytes())
+    for name, values in (("lengths", lengths), ("second_starts", second_starts)):
+        (folder / f"{name}.bin").write_bytes(values.tobytes())
+    about = {"num_train": num_train, "dropped": dropped, "num_variants": num_variants, "sha256": _sha256(folder)}
+    content = json.dumps(about)
+    (folder / _about(content)).write_text(content)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether rows were written there, and are as they were written."""
+    return any(
+        path.name == _about(content := path.read_bytes().decode(errors="replace"))
+        and json.loads(content)["sha256"] == _sha256(folder)
+        for path in folder.glob("about.*")
+    )
+
+
+def _about(content: str) -> str:
+    return f"about.{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+def _variant(folder: Path, variant: int) -> Path:
+    return folder / f"variant{variant:02d}.bin"
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.bin")):  # lengths, second_starts, variants
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+class TokenRows(Dataset[Batch]):
+    """The rows of a folder; a batch is asked for as (variant, sample ids).
+
+    Args:
+        folder: of ``write_rows``.
+        pad_token_id: id of the padding token.
+        max_length: no batch is padded to more.
+
+    Attributes:
+        sha256: hash of every input that a model will see: text, tokenizer, cut, pairs, masks and order are in it.
+    """
+
+    def __init__(self, folder: Path, pad_token_id: int, max_length: int) -> None:
+        self.folder, self.pad_token_id, self.max_length = folder, pad_token_id, max_length
+        about = json.loads(next(folder.glob("about.*")).read_text())
+        self.num_train: int = about["num_train"]
+        self.dropped: dict[str, int] = about["dropped"]
+        self.num_variants: int = about["num_variants"]
+        self.sha256: str = about["sha256"]
+        self.lengths: IntArray = np.fromfile(folder / "lengths.bin", dtype=np.int64)
+        self.second_starts: IntArray = np.fromfile(folder / "second_starts.bin", dtype=np.int64)
+        self.padded_lengths = padded(self.lengths, max_length)
+        self._starts: IntArray = np.cumsum(self.lengths) - self.lengths
+        self._files = [KeptFile(_variant(folder, variant)) for variant in range(self.num_variants)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenRows, (self.folder, self.pad_token_id, self.max_length)  # open files go to no other process
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def masked(self, variant: int, sample_id: int) -> IntArray:
+        """The masked token ids of a row."""
+        size = np.dtype(np.int32).itemsize
+        start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
+        return np.frombuffer(self._files[variant].piece(size * start, size * length), dtype=np.int32)
+
+    def __getitem__(self, index: tuple[int, IntArray]) -> Batch:
+        variant, sample_ids = index
+        lengths = self.lengths[sample_ids]
+        places = np.arange(self.padded_lengths[sample_ids].max())
+        input_ids = np.full((len(sample_ids), len(places)), self.pad_token_id, dtype=np.int64)
+        attention_mask = places < lengths[:, None]
+        second = attention_mask & (places >= self.second_starts[sample_ids][:, None])
+        input_ids[attention_mask] = np.concatenate([self.masked(variant, i) for i in sample_ids])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
+            "token_type_ids": torch.from_numpy(second.astype(np.int64)),
+            "sample_ids": torch.from_numpy(np.asarray(sample_ids, dtype=np.int64)),
+            "variant": torch.tensor(variant),
+        }
