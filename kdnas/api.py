@@ -1,5 +1,6 @@
 """From Python: ``from kdnas import distill, search``."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from kdnas import pipeline
 from kdnas.arch import StudentArch
 from kdnas.config import SearchConfig, SearchSettings
+from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.teacher import StatesSettings
@@ -90,6 +92,9 @@ def distill(
     run.check_writable()
     trainer.check()
     found = find_teacher(teacher)
+    if text == QUICKSTART:
+        text = str(build_quickstart_text(run.text))
+    states = replace(states, folder=states.folder or str(run.root / "teacher_states"))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
     with Progress(transient=True) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -37,7 +37,7 @@ them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that k
 `eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
 """
 
-DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+_DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -148,23 +148,29 @@ def _console() -> Any:
     return Console(quiet=not log.isEnabledFor(logging.INFO))
 
 
-def _run(args: Sequence[str]) -> None:
+def _plan(config: Any) -> None:
     from rich.console import Console
 
+    from kdnas.plan import plan
+
+    log.setLevel(max(log.level, logging.WARNING))  # where the few rows are that it measures on
+    Console().print(plan(config).table())
+
+
+def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
     from kdnas.nas.storage import without_password
     from kdnas.options import read_config
     from kdnas.pipeline import run
-    from kdnas.plan import plan
     from kdnas.smoke import smoke
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     trial = "every stage on 64 rows of the text and the task, in about a minute; nothing of it is kept"
-    config, flags = read_config(RunConfig, "run", args, dry_run=DRY_RUN, smoke=trial)
+    config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial)
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
     if flags["dry_run"]:
-        Console().print(plan(config).table())
+        _plan(config)
     elif flags["smoke"]:
         console = _console()
         smoke(config, console)
@@ -175,17 +181,14 @@ def _run(args: Sequence[str]) -> None:
 
 
 def _search(args: Sequence[str]) -> None:
-    from rich.console import Console
-
     from kdnas.config import SearchConfig
     from kdnas.options import read_config
     from kdnas.pipeline import search
-    from kdnas.plan import plan
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    config, flags = read_config(SearchConfig, "search", args, dry_run=DRY_RUN)
+    config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN)
     if flags["dry_run"]:
-        Console().print(plan(config).table())
+        _plan(config)
     else:
         search(config, _console())
 

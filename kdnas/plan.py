@@ -25,7 +25,7 @@ from kdnas.smoke import Sizes, with_few_rows
 
 ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
 MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
-MOST_LOOKS, SECONDS_OF_LOOKS = 16, 6.0  # at students that may be refused
+FEWEST_LOOKS, MOST_LOOKS, SECONDS_OF_LOOKS = 8, 24, 6.0  # at students that may be refused
 # Most of an export is the tracing of the graph, and grows with neither text nor task: so long it took for MiniLM's
 # student of 4 layers on two cores (LOG.md).
 EXPORT_SECONDS = 30.0
@@ -222,7 +222,7 @@ def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
             num_refused += 1
         else:
             latencies[archs[place]] = measured.student.median_ms
-        if latencies and time.perf_counter() > end:
+        if latencies and num_refused + len(latencies) >= FEWEST_LOOKS and time.perf_counter() > end:
             break
     refused_share = num_refused / (num_refused + len(latencies))
     smallest = found.space.smallest()

@@ -136,6 +136,7 @@ def _shrunk(config: RunConfig, folder: Path) -> RunConfig:
     return replace(
         small,
         workers=min(config.workers, NUM_CANDIDATES),
+        data=replace(small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)),  # of few rows, a few
         search=replace(
             config.search, n_trials=min(config.search.n_trials, NUM_CANDIDATES), num_epochs=1, budget=Budget()
         ),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_rows, save_teacher
+from conftest import make_rows, save_teacher, write_task
 from transformers import BertConfig, BertModel
 
 import kdnas
@@ -452,14 +452,33 @@ def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.
     assert "smallest" in shown and "1 layers" in shown and "largest" in shown and "random rows" in shown
 
 
-def test_a_dry_run_says_what_a_search_will_need_and_leaves_nothing(
+def stages(shown: str) -> list[str]:
+    """The stages in the table of a dry run."""
+    return re.findall(r"(?m)^│ (\w.*?) +│ +\d+\.\d", shown)
+
+
+def test_a_dry_run_says_what_a_run_will_need_and_leaves_nothing(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*search, "--dry-run", "--search.budget.speedup=0.01"]) == 0
+    command = ["run", *search[1:], f"--task={write_task(tmp_path / 'task')}", "--finetune.max_length=24", "--dry-run"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command) == 0
+    assert sorted(tmp_path.rglob("*")) == before
     shown = capsys.readouterr().out
-    for heading in ("teacher states", "candidates", "minutes", "disk", "memory", "GB"):
+    assert stages(shown) == [
+        "reading the text",
+        "teacher states",
+        "1 candidates",
+        "teacher states, other rows",
+        "full KD",
+        "fine-tuning, teacher",
+        "fine-tuning, student and random start",
+        "export",
+        "in all",
+    ]
+    for heading in ("minutes", "disk", "memory", "120 of 120 rows", "of the disk are free"):
         assert heading in shown
-    assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
+    assert "give one of them" in refused([*command, "--smoke"], capsys)
 
 
 def test_dashes_and_underscores_are_the_same_in_options(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,10 +493,12 @@ def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     from kdnas.nas.candidate import Budget
 
     assert main([*search, "--search.budget.speedup=0.01"]) == 0
-    monkeypatch.setattr(StateCache, "num_bytes", lambda cache: 3_000_000_000)  # large enough to be seen
+    monkeypatch.setattr(StateCache, "num_bytes", lambda cache, *rows: 3_000_000_000)  # large enough to be seen
     assert main([*search, "--search.budget.speedup=0.01", "--dry-run"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "teacher states" in line)
-    assert " 0.0 " in line and "3.00 GB" in line
+    shown = capsys.readouterr().out
+    assert stages(shown) == ["reading the text", "teacher states", "1 candidates", "in all"]
+    line = next(line for line in shown.splitlines() if "teacher states" in line)
+    assert " 0.0 " in line and "0.97 GB" in line, "a third of the rows"
     fewest = iter(["the first glance"])  # the smallest student alone is within the budget
     monkeypatch.setattr(Budget, "violation", lambda *args: (0.0, "") if next(fewest, None) else (1.0, "slow"))
     assert main([*search, "--dry-run", "--name=other"]) == 0
