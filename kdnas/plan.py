@@ -115,7 +115,7 @@ class Sample:
         return self.scale * train, self.scale * held_out
 
     def memory(self) -> float:
-        """Bytes at the peak of the whole: of this process until now, and what all rows need, whose text lies in files."""
+        """Bytes at the peak of the whole: of this process until now, and what all rows need; their text is in files."""
         return peak_memory() + (self.scale - 1) * ROW_BYTES * len(self.rows)
 
     def candidate_seconds(self, rates: Rates) -> float:
