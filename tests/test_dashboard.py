@@ -47,9 +47,9 @@ def dashboard(study_db: Path) -> Iterator[str]:
 
 def ask(url: str) -> Any:
     """The JSON at an address, once there is one."""
-    for _ in range(600):
+    for _ in range(3000):
         try:
-            with urlopen(url, timeout=60) as answer:
+            with urlopen(url, timeout=300) as answer:
                 return json.load(answer)
         except URLError:
             time.sleep(0.1)
