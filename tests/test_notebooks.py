@@ -91,7 +91,7 @@ def test_all_of_them_run_on_tiny_inputs(
         whole.cells += [new_code_cell("%reset -f"), new_code_cell(parameters)]
         whole.cells += [new_code_cell(cell.source) for cell in cells[1:]]
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    NotebookClient(whole, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(whole, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     shown = [output for cell in whole.cells for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 9
     for run in ("notebook_lstm", "notebook_samplers", "notebook_glue", "notebook_kd"):
