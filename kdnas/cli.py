@@ -15,6 +15,7 @@ from typing import Any
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
 from kdnas.pages import EXAMPLES, completion, page
+from kdnas.supervisor import supervise
 
 log = logging.getLogger("kdnas")
 
@@ -65,6 +66,16 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         set_environment()
+        if args[0] in ("run", "search"):
+            return supervise(partial(_exit_code, args))
+        return _exit_code(args)
+    except UserError as error:
+        print(f"kdnas: {error}", file=sys.stderr)
+        return 2
+
+
+def _exit_code(args: list[str]) -> int:
+    try:
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)

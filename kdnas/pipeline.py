@@ -43,6 +43,7 @@ from kdnas.nas.trials import front_table, trials_frame
 from kdnas.nas.workers import DISK, run_workers
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.supervisor import EARLIER
 from kdnas.training import FitProgress, fit_resumable, honest_signals
 
 
@@ -189,7 +190,8 @@ def _search(job: Job) -> StudentArch:
             stillness=ReadWriteLock(run.stillness),
             progress=progress,
         )
-        seconds = 60 * job.config.time_budget if job.config.time_budget is not None else math.inf
+        minutes = job.config.time_budget
+        seconds = math.inf if minutes is None else max(0.0, 60 * minutes - EARLIER.seconds)
         timeout = job.config.candidate_timeout
         if job.config.workers > 1 or timeout is not None:
             work = partial(_work, job.config)

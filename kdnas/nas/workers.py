@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_trial
+from kdnas.supervisor import cause
 from kdnas.training import honest_signals, notice_signals
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
@@ -102,7 +103,7 @@ def run_workers(
                         raise OSError(f"A worker's disk or network failed: see {str(log_path(index))!r}")
                     elif code is not None:
                         pid = workers[index].pid or 0
-                        if pid not in slow | bury_dead(study, deaths={pid: _cause(code)}):
+                        if pid not in slow | bury_dead(study, deaths={pid: cause(code)}):
                             num_deaths += 1  # no candidate was the cause
                         if num_deaths > MOST_DEATHS * num_workers:
                             raise CandidateFailed(
@@ -127,13 +128,6 @@ def _child(work: Callable[[int, float], None], index: int, deadline: float) -> N
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
     work(index, deadline)
-
-
-def _cause(code: int) -> str:
-    """What an exit code of a process says."""
-    if code >= 0:
-        return f"exit code {code}"
-    return f"{signal.Signals(-code).name}{', perhaps out of memory' if -code == signal.SIGKILL else ''}"
 
 
 @contextmanager

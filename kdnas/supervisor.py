@@ -1,0 +1,128 @@
+"""A command in a child process: what kills the child ends a candidate, not the search.
+
+The child is forked before anything heavy is imported, so it costs milliseconds; where a candidate has killed it,
+another one goes on.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A signal to a whole process group has reached the child by then; one that has not was for the parent alone.
+WAIT_SECONDS = 0.3
+
+
+@dataclass
+class Earlier:
+    """What a child knows of those before it.
+
+    Args:
+        deaths: what each died of, by its process number.
+        seconds: that they took together.
+    """
+
+    deaths: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+EARLIER = Earlier()
+_at_candidate = mmap.mmap(-1, 1)  # parent and child see the same
+
+
+@contextmanager
+def candidate() -> Iterator[None]:
+    """Say that a candidate is to blame if the process dies now."""
+    _at_candidate[0] = 1
+    try:
+        yield
+    finally:
+        _at_candidate[0] = 0
+
+
+def cause(code: int) -> str:
+    """What an exit code of a process, as Python gives it, says."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"{signal.Signals(-code).name}{', perhaps out of memory' if -code == signal.SIGKILL else ''}"
+
+
+def supervise(command: Callable[[], int]) -> int:
+    """Run a command in a child, and again in another one when a candidate has killed it.
+
+    Without a child where there is no ``fork``, where a debugger looks on, and where torch is loaded already (in a
+    notebook, in a test): its threads do not survive a fork.
+
+    Args:
+        command: gives an exit code.
+
+    Returns:
+        The exit code; 130 or 143 after a signal; 1 where the child died of something else than a candidate.
+    """
+    if not hasattr(os, "fork") or "torch" in sys.modules or sys.gettrace():
+        return command()
+    while True:
+        started = time.monotonic()
+        pid, code, asked = _run(command)
+        if code >= 0:
+            return code
+        if asked or not _at_candidate[0]:
+            what = "interrupted" if asked else f"the process died ({cause(code)})"
+            print(f"kdnas: {what}; the same command goes on from here.", file=sys.stderr)
+            return (130 if asked[0] == signal.SIGINT else 143) if asked else 1
+        log.warning("The process died (%s) with its candidate; the search goes on in another.", cause(code))
+        _at_candidate[0] = 0
+        EARLIER.deaths[pid] = cause(code)
+        EARLIER.seconds += time.monotonic() - started
+
+
+def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
+    """One child: its process number, its exit code, and the signals that this process got meanwhile."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    asked: list[int] = []
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is clear who handles them
+    pid = os.fork()
+    if pid == 0:
+        os.close(told)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends with its parent
+        if os.getppid() != parent:
+            os._exit(1)
+        # The parent sees which signals have come here, even while native code keeps Python from handling them.
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        raise SystemExit(command())
+    os.close(tell)
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
+        end = time.monotonic() + WAIT_SECONDS
+        while select.select([told], [], [], max(0, end - time.monotonic()))[0]:
+            if os.read(told, 1) in (b"", bytes([number])):  # it has ended, or knows
+                return
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(told)

@@ -1,0 +1,138 @@
+"""A command in a child: what a candidate's death costs, how signals get there, and that nothing outlives the parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdnas import supervisor
+
+# ``kdnas search`` with another body, in a process without torch.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from kdnas import cli, supervisor
+
+def note(text):
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{text} {os.getpid()}\\n")
+
+def search(args):
+    earlier = supervisor.EARLIER
+    note(f"begun {','.join(earlier.deaths.values())}")
+    body(earlier)
+
+def told(number, frame):
+    note(f"told {signal.Signals(number).name}")
+
+def wait_for_signals():
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGINT, told)
+    note("ready")
+    while not os.path.exists(sys.argv[1] + ".end"):
+        time.sleep(0.02)
+
+cli.COMMANDS["search"] = search
+BODY
+code = cli.main(["search"])
+note("ended")
+sys.exit(code)
+"""
+
+
+def program(body: str, notes: Path) -> list[str]:
+    lines = "def body(earlier):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    return [sys.executable, "-c", PROGRAM.replace("BODY", lines), str(notes)]
+
+
+def seen(notes: Path) -> list[str]:
+    """What was noted, without the numbers of processes."""
+    return [line.rpartition(" ")[0].strip() for line in notes.read_text().splitlines()] if notes.exists() else []
+
+
+def wait_for(notes: Path, text: str) -> None:
+    deadline = time.monotonic() + 30
+    while text not in seen(notes):
+        assert time.monotonic() < deadline, f"{text!r} never came"
+        time.sleep(0.02)
+
+
+DIE = """
+if len(earlier.deaths) < 2:
+    with supervisor.candidate():
+        os.kill(os.getpid(), signal.SIGSEGV if not earlier.deaths else signal.SIGKILL)
+assert earlier.seconds > 0
+"""
+
+
+def test_a_candidate_that_kills_its_process_leaves_the_command_alive(tmp_path):
+    done = subprocess.run(program(DIE.strip(), tmp_path / "notes"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert seen(tmp_path / "notes") == [
+        "begun",
+        "begun SIGSEGV",
+        "begun SIGSEGV,SIGKILL, perhaps out of memory",
+        "ended",
+    ]
+    assert "The process died (SIGSEGV) with its candidate; the search goes on in another." in done.stderr
+
+
+def test_another_death_ends_the_command_with_one_line(tmp_path):
+    body = "with supervisor.candidate():\n    pass\nos.kill(os.getpid(), signal.SIGABRT)"
+    done = subprocess.run(program(body, tmp_path / "notes"), capture_output=True, text=True)
+    assert (done.returncode, seen(tmp_path / "notes")) == (1, ["begun", "ended"])
+    assert done.stderr == "kdnas: the process died (SIGABRT); the same command goes on from here.\n"
+
+
+def test_an_exit_code_is_handed_on_and_what_follows_is_done_once(tmp_path):
+    done = subprocess.run(program("raise OSError('no disk')", tmp_path / "notes"), capture_output=True, text=True)
+    assert (done.returncode, seen(tmp_path / "notes")) == (3, ["begun", "ended"])
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the parent", "to both"])
+def test_a_signal_comes_once(send, tmp_path):
+    notes = tmp_path / "notes"
+    process = subprocess.Popen(program("wait_for_signals()", notes), start_new_session=True)
+    wait_for(notes, "ready")
+    send(process.pid, signal.SIGTERM)
+    wait_for(notes, "told SIGTERM")
+    time.sleep(2 * supervisor.WAIT_SECONDS)
+    send(process.pid, signal.SIGINT)
+    wait_for(notes, "told SIGINT")
+    time.sleep(2 * supervisor.WAIT_SECONDS)
+    Path(f"{notes}.end").touch()
+    assert process.wait(timeout=30) == 0
+    assert seen(notes) == ["begun", "ready", "told SIGTERM", "told SIGINT", "ended"]
+
+
+def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
+    notes = tmp_path / "notes"
+    body = "note('ready')\ntime.sleep(60)"
+    process = subprocess.Popen(program(body, notes), stderr=subprocess.PIPE, text=True)
+    wait_for(notes, "ready")
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
+
+
+def test_the_child_ends_with_its_parent(tmp_path):
+    notes = tmp_path / "notes"
+    process = subprocess.Popen(program("note('ready')\ntime.sleep(60)", notes))
+    wait_for(notes, "ready")
+    child = int(notes.read_text().split()[-1])
+    assert child != process.pid
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, "it goes on alone"
+        time.sleep(0.02)
+
+
+def test_where_torch_is_loaded_there_is_no_child():
+    assert "torch" in sys.modules
+    assert supervisor.supervise(os.getpid) == os.getpid()
