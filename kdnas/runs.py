@@ -1,16 +1,21 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
+import ctypes
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from kdnas.errors import UserError, first_line
 
@@ -106,20 +111,91 @@ def nearest_folder(folder: Path) -> Path:
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
 
-    The temporary file lies beside its target (a rename works within one file system only) and is synced before it.
+    The temporary file lies beside its target: a rename works within one file system only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    with _removed_if_it_fails(Path(temporary), path):
         with os.fdopen(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        publish(Path(temporary), path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file its name. What it holds is on the disk before, and the name afterwards."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prefix(path: Path) -> str:
+    """How the temporary names of this process begin, so that others can tell whether it is alive."""
+    return f".{path.name}.{platform.node()}-{os.getpid()}."
+
+
+@contextmanager
+def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        # safetensors has an error of its own for a full disk; and a write does not say where.
+        if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have left half written."""
+    mine = re.compile(rf"\..*\.{re.escape(platform.node())}-(\d+)\.\w+")
+    for path in list(folder.rglob(".*")):
+        if (found := mine.fullmatch(path.name)) and not is_alive(int(found[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in words that no other process of this machine has; None where that cannot be seen."""
+    return _stat(pid)[1]
+
+
+def is_alive(pid: int, begun: str | None = None) -> bool:
+    """Whether a process lives on this machine.
+
+    Args:
+        pid: its number, which another one may have had before.
+        begun: its ``process_start``, if that is known.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    state, found = _stat(pid)
+    return state != "Z" and (begun is None or found in (begun, None))
+
+
+def _stat(pid: int) -> tuple[str, str | None]:
+    """What Linux says of a process: its state (Z: it has ended, and its parent has not looked), and its start."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[19]}"
+    except OSError:
+        return "", None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,22 +244,36 @@ class KeptFile(io.FileIO):
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears whole: fill the one that is yielded, and it is renamed to ``path`` at the end.
 
-    An exception removes it. A folder that is there already is put aside only then, and never seen half deleted.
+    An exception removes it. A folder that is there already changes places with it only then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
+    with _removed_if_it_fails(temporary, path):
         yield temporary
         os.chmod(temporary, 0o755)
         for file in temporary.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
+            _sync(file)
+        _sync(temporary)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
+            shutil.rmtree(temporary)
         else:
             os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change names: in one step on Linux, else in three that are taken back if one fails."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE; not every file system can
+    if swap and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return
+    aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other)))
+    os.replace(other, aside)
+    try:
+        os.replace(one, other)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(aside, other)
         raise
+    os.replace(aside, one)

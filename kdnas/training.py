@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import Progress, TaskID
 
 from kdnas.errors import UserError, first_line
+from kdnas.runs import publish
 
 REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
@@ -323,7 +324,7 @@ class KeepLast(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
         trainer.save_checkpoint(partial)
-        os.replace(partial, self.path)
+        publish(partial, self.path)
         self._saved = time.monotonic()
         if self._asked:
             raise self._asked

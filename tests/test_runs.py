@@ -1,8 +1,12 @@
 """Run folders, files that appear whole, and the two kinds of error."""
 
+import errno
+import itertools
 import json
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,9 +14,20 @@ import pytest
 from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from kdnas.errors import CandidateFailed, UserError, nearest
-from kdnas.runs import Run, new_folder, read_json, write_json, write_text
+from kdnas.runs import (
+    Run,
+    is_alive,
+    new_file,
+    new_folder,
+    process_start,
+    read_json,
+    sweep,
+    write_json,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "a", "7", "_x", "a.b-c_D", "x" * 100])
@@ -156,6 +171,78 @@ def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
         assert (target / "old").exists()
     assert [child.name for child in target.iterdir()] == ["new"]
     assert [child.name for child in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("on_linux", [True, False])
+def test_whichever_call_fails_old_or_new_is_there_whole(on_linux, tmp_path, monkeypatch):
+    """Every call that reaches the disk fails once, the first, the second, ..., until nothing fails any more."""
+    if not on_linux:
+        monkeypatch.setattr("kdnas.runs.ctypes.CDLL", lambda name: None)
+    write_text(tmp_path / "file", "old")
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("old")
+    calls: list[str] = []
+
+    def failing(name, real, number):
+        def call(*args, **options):
+            calls.append(name)
+            if len(calls) == number:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*args, **options)
+
+        return call
+
+    for number in itertools.count(1):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "chmod", "open", "rmdir"):
+                patch.setattr(os, name, failing(name, getattr(os, name), number))
+            try:
+                write_text(tmp_path / "file", f"new {number}")
+                with new_folder(tmp_path / "folder") as folder:
+                    (folder / "a").write_text(f"new {number}")
+                    (folder / "b").touch()
+            except OSError as error:
+                assert error.errno == errno.EIO
+        text, other = (tmp_path / "file").read_text(), (tmp_path / "folder" / "a").read_text()
+        assert {text, other} <= {"old", *(f"new {n}" for n in range(1, number + 1))}
+        assert (tmp_path / "folder" / "b").exists() == (other != "old")
+        if len(calls) < number:
+            break
+    assert text == other == f"new {number}" and number > 12
+
+
+def test_what_a_killed_process_has_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path):
+    kill = "import os; from pathlib import Path; from kdnas.runs import *; folder = Path(os.sys.argv[1])\n"
+    kill += "with new_folder(folder / 'student') as new, new_file(folder / 'a' / 'b.json'):\n"
+    kill += "    (new / 'half').touch(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", kill, str(tmp_path)]).returncode == -9
+    (tmp_path / ".gitignore").touch()
+    assert len(list(tmp_path.rglob(".*"))) == 3
+    with new_folder(tmp_path / "other") as alive:
+        sweep(tmp_path)
+        assert sorted(tmp_path.rglob(".*")) == sorted([alive, tmp_path / ".gitignore"])
+
+
+def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    no_space = pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/student'")
+    with no_space as found, new_folder(tmp_path / "student"):
+        raise full
+    assert found.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=f"Quota exceeded: '{tmp_path}/a'"), new_file(tmp_path / "a"):
+        raise OSError(errno.EDQUOT, "Quota exceeded")  # as a write tells it
+    with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "student"):
+        raise SafetensorError("header too large")
+
+
+def test_a_process_that_has_ended_is_not_alive_though_nobody_has_looked():
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    begun = process_start(process.pid)
+    assert is_alive(process.pid, begun) and not is_alive(process.pid, "another time")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_alive(process.pid, begun)
+    process.wait()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

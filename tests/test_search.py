@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from sqlalchemy.exc import OperationalError
 
 import kdnas.nas.search
 import kdnas.nas.storage
+from kdnas import supervisor
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import MOST_FAILURES, open_study, refuse_difference, search, trained, tried
+from kdnas.nas.search import MOST_FAILURES, end_trial, failure_of, open_study, refuse_difference, search, trained, tried
 from kdnas.nas.space import SearchSpace
+from kdnas.runs import process_start
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -120,7 +123,8 @@ def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Tr
     """A trial that somebody is at."""
     study.enqueue_trial(arch.to_dict())
     trial = study.ask()
-    for name, value in {"arch": arch.to_dict(), "pid": os.getppid(), **attrs}.items():
+    here = {"host": platform.node(), "pid": os.getppid(), "begun": None}
+    for name, value in ({"arch": arch.to_dict()} | here | attrs).items():
         trial.set_user_attr(name, value)
     return trial
 
@@ -638,10 +642,42 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_no_obstacle(study, r
     assert "RUNNING" not in states(study)
 
 
-@pytest.mark.parametrize("attrs", [{"host": "elsewhere", "pid": 2**22 + 1}, {"pid": os.getppid()}])
+@pytest.mark.parametrize("attrs", [{"host": "elsewhere", "pid": 2**22 + 1}, {"begun": process_start(os.getppid())}])
 def test_trials_of_the_living_and_of_other_machines_are_left_alone(study, reopen, attrs):
     running_trial(study, ONE, **attrs)
     assert states(reopen()) == ["RUNNING"]
+
+
+def test_a_number_that_another_process_has_now_is_no_life(study, reopen):
+    running_trial(study, ONE, begun="before the machine was started again 77")
+    assert states(reopen()) == ["FAIL", "WAITING"]
+
+
+def test_who_is_slow_is_alive_and_other_machines_are_given_up_later(study, reopen):
+    """A clock that was set, or a process that was stopped for an hour."""
+    here = running_trial(study, ONE, begun=process_start(os.getppid()))
+    there = running_trial(study, TWO, host="elsewhere")
+    for trial in (here, there):
+        study._storage.record_heartbeat(trial._trial_id)
+    with study._storage._backend.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+    optuna.storages.fail_stale_trials(study)
+    assert states(study) == ["RUNNING", "FAIL", "WAITING"]
+    assert kdnas.nas.storage.GRACE_SECONDS > kdnas.nas.storage.PATIENCE_SECONDS + kdnas.nas.storage.HEARTBEAT_SECONDS
+
+
+@pytest.mark.parametrize("when", ["it writes", "it ends"])
+def test_a_worker_whose_trial_was_given_up_goes_on_with_the_next(when, study, worker, caplog):
+    def give_up(trial, arch):
+        if trial.number == 0:
+            end_trial(worker, worker.trials[0], "died", "its heart did not beat")
+            if when == "it writes":
+                trial.set_user_attr("loss", 0.5)
+        return value_of(trial, arch)
+
+    search(give_up, SPACE, study, n_trials=2)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert "Trial 0 was given up" in caplog.text
 
 
 def test_a_process_of_another_user_is_alive(study, reopen, monkeypatch):
@@ -649,7 +685,7 @@ def test_a_process_of_another_user_is_alive(study, reopen, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", forbid)
-    running_trial(study, ONE, host=kdnas.nas.search.platform.node(), pid=os.getpid() + 1)
+    running_trial(study, ONE, pid=os.getpid() + 1)
     assert states(reopen()) == ["RUNNING"]
 
 
@@ -678,14 +714,23 @@ def test_a_queued_trial_that_another_took_keeps_its_process(study, reopen):
     assert other.trials[0].user_attrs["pid"] == os.getppid()
 
 
-def test_two_workers_that_start_after_a_crash_queue_its_trial_once(study, reopen, worker, monkeypatch):
-    dead = running_trial(worker, ONE, host=kdnas.nas.search.platform.node(), pid=2**22 + 1)
+def test_who_kills_its_process_is_known_to_the_next_one(study, reopen, monkeypatch):
+    seen = []
+    search(lambda trial, arch: seen.append(supervisor._at_candidate[0]) or 1.0, SPACE, study, n_trials=1)
+    assert seen == [1] and not supervisor._at_candidate[0]
+    monkeypatch.setitem(supervisor.EARLIER.deaths, 2**22 + 1, "SIGSEGV")
+    running_trial(study, ONE, pid=2**22 + 1, retry_of=7)
+    assert failure_of(reopen().trials[-1]) == "its process died (SIGSEGV), as that of trial 7 did"
 
-    def other_was_first(pid):
+
+def test_two_workers_that_start_after_a_crash_queue_its_trial_once(study, reopen, worker, monkeypatch):
+    dead = running_trial(worker, ONE, pid=2**22 + 1)
+
+    def other_was_first(pid, begun):
         worker.tell(dead, state=TrialState.FAIL)
         return False
 
-    monkeypatch.setattr(kdnas.nas.search, "_is_alive", other_was_first)
+    monkeypatch.setattr(kdnas.nas.storage, "is_alive", other_was_first)
     assert states(reopen()) == ["FAIL"]
 
 

@@ -1,6 +1,5 @@
 """One candidate: budget gate, module, Trainer, fit, latency, reward."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import optuna
 import torch
 from filelock import ReadWriteLock
 from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
@@ -27,7 +26,7 @@ from kdnas.nas.callbacks import (
     PruneByHeldOutLoss,
     RewardAfterFit,
 )
-from kdnas.runs import file_sha256
+from kdnas.runs import file_sha256, new_file
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
 
 # In a trial's folder: what was trained, which full KD goes on from.
@@ -135,8 +134,8 @@ class Evaluator:
         finally:
             self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
         weights = self.folder(trial.number) / WEIGHTS
-        save_file(module.state_dict(), partial := weights.with_name(f".{WEIGHTS}.partial"))
-        os.replace(partial, weights)
+        with new_file(weights) as file:
+            file.write(save(module.state_dict()))
         trial.set_user_attr("weights_sha256", file_sha256(weights))
         for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])

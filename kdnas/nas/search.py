@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import PatientStorage, connect, keep_result, take_up
+from kdnas.nas.storage import PatientStorage, connect, is_alive_here, is_here, keep_result, take_up
+from kdnas.supervisor import EARLIER, candidate
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def open_study(
         refuse_difference(name, known, identity)
     if folder:
         take_up(folder, study, connected)
-    bury_dead(study)
+    bury_dead(study, deaths=EARLIER.deaths)
     return study
 
 
@@ -104,9 +104,8 @@ def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | Non
     """
     buried = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
-        is_ours = pid == os.getpid() and not is_new  # else the number was used again
-        if host == platform.node() and pid is not None and not is_ours and not _is_alive(pid):
+        pid = trial.user_attrs.get("pid")
+        if is_here(trial) and (is_new if pid == os.getpid() else not is_alive_here(trial)):
             buried.add(pid)
             if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
                 _try_again(study, trial)
@@ -151,18 +150,6 @@ def failure_of(trial: FrozenTrial) -> str | None:
         of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
         return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
     return reason
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def trained(study: Study) -> list[FrozenTrial]:
@@ -214,9 +201,11 @@ def search(
     if n_trials < 1:
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
     end = time.monotonic() + seconds
+    current: list[optuna.Trial] = []
     result: list[tuple[optuna.Trial, float]] = []  # the last
 
     def objective(trial: optuna.Trial) -> float:
+        current[:] = [trial]
         with _tried_again(study, trial):
             arch = space.suggest(trial)
             if not _is_needed(study, space, trial.number, n_trials, end):
@@ -228,7 +217,8 @@ def search(
                 _queue_unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
                 return _answer(trial, twin)
             try:
-                value = evaluate(trial, arch)
+                with candidate():
+                    value = evaluate(trial, arch)
                 if not math.isfinite(value):
                     raise CandidateFailed(f"the reward is {value}")
                 result[:] = [(trial, float(value))]
@@ -252,13 +242,16 @@ def search(
         if is_over():
             study.stop()
 
-    if not is_over():
+    while not is_over():
         try:
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
         except Exception:  # Optuna's own follows where it cannot tell
             store = getattr(study._storage, "_backend", None)
             if not isinstance(store, PatientStorage) or not store.away:
-                raise
+                if not current or not study.get_trials(deepcopy=False)[current[0].number].state.is_finished():
+                    raise
+                log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
+                continue
             for trial, value in result:
                 if folder and trial._trial_id in store.written:
                     written = store.written[trial._trial_id]
@@ -346,7 +339,7 @@ def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
 def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "seconds", "retry_of", "died", "again", "queued_for"):
+        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():

@@ -19,15 +19,16 @@ from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import UserError, first_line
-from kdnas.runs import read_json, write_json
+from kdnas.runs import is_alive, process_start, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 # Minutes, not seconds: with a short grace a live but slow worker is declared dead.
 HEARTBEAT_SECONDS = 60
-GRACE_SECONDS = 600
 # A server that restarts is back in seconds, one that is moved in minutes.
 PATIENCE_SECONDS = 600.0
+# No heart beats while the database is away.
+GRACE_SECONDS = 900
 
 
 class StoreAway(OSError):
@@ -76,7 +77,17 @@ _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid()}
+    return {"host": platform.node(), "pid": os.getpid(), "begun": process_start(os.getpid())}
+
+
+def is_here(trial: FrozenTrial) -> bool:
+    """Whether it runs, or ran, on this machine."""
+    return trial.user_attrs.get("host") == platform.node()
+
+
+def is_alive_here(trial: FrozenTrial) -> bool:
+    """Whether its process lives on this machine."""
+    return is_here(trial) and is_alive(trial.user_attrs["pid"], trial.user_attrs.get("begun"))
 
 
 class PatientStorage(RDBStorage):
@@ -110,7 +121,6 @@ class PatientStorage(RDBStorage):
     get_trial = _patient(RDBStorage.get_trial)
     _get_trials = _patient(RDBStorage._get_trials)
     _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
-    _get_stale_trial_ids = _patient(RDBStorage._get_stale_trial_ids)
 
     # A trial runs and has the number of its process at the same instant, so whoever finds it knows whether it is alive.
 
@@ -132,6 +142,12 @@ class PatientStorage(RDBStorage):
                 session.rollback()
                 raise
         return super().set_trial_state_values(trial_id, state, values)
+
+    @_patient
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        stale = super()._get_stale_trial_ids(study_id)
+        # Here we can look: a process that is stopped, or a clock that was set, must not cost a trial.
+        return [number for number in stale if not is_alive_here(self.get_trial(number))]
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Tell that a trial is alive; where the database is away, the next beat does."""
