@@ -45,7 +45,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     shown = capsys.readouterr().out
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"

@@ -267,7 +267,7 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
                 begins_with.append(float(module.student.get_input_embeddings().weight.abs().sum()))
         fit(trainer, module, data, **options)
 
-    monkeypatch.setattr("kdnas.pipeline.fit", watch)
+    monkeypatch.setattr("kdnas.training.fit", watch)
     without_task = [option for option in command if not option.startswith("--task")]
     assert main([*without_task, "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 0
     run = tmp_path / "logs" / "tiny"

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,8 +142,15 @@ class KDDataModule(ResumableDataModule):
                 if not is_whole(folder):  # another process may have made it meanwhile
                     for leftover in self.folder.glob(f".{folder.name}.*"):
                         shutil.rmtree(leftover)
-                    with new_folder(folder) as new:
-                        self._write(new, tokenizer)
+                    try:
+                        with new_folder(folder) as new:
+                            self._write(new, tokenizer)
+                    except UserError:
+                        (self.folder / f"{folder.name}.lock").unlink()
+                        for empty in (self.folder, self.folder.parent):
+                            with suppress(OSError):
+                                empty.rmdir()
+                        raise
         self.rows = TokenRows(folder, tokenizer.pad_token_id, settings.max_length)
 
     def read_corpus(self) -> Corpus:

@@ -24,11 +24,17 @@ class StudentCurves(pl.Callback):
     ) -> None:
         pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
+    def on_train_start(self, *args: Any) -> None:
+        self._restart()  # a fit that goes on within an epoch does not start one
+
     def on_train_epoch_start(self, *args: Any) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
         self._begun, self._num_tokens = time.perf_counter(), 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_train_epoch_start()
+        self._restart()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,4 +44,4 @@ class StudentCurves(pl.Callback):
         if trainer.global_step % every == 0:
             per_second = self._num_tokens * trainer.world_size / (time.perf_counter() - self._begun)
             pl_module.log("train/tokens_per_second", per_second)
-            self.on_train_epoch_start()
+            self._restart()

@@ -102,9 +102,9 @@ def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | Non
     Returns:
         The processes whose trials were ended.
     """
-    buried = set()
+    buried: set[int] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        pid = trial.user_attrs.get("pid")
+        pid = trial.user_attrs.get("pid", 0)
         if is_here(trial) and (is_new if pid == os.getpid() else not is_alive_here(trial)):
             buried.add(pid)
             if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
