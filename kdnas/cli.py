@@ -1,9 +1,12 @@
 """The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
 
 import argparse
+import dataclasses
+import errno
 import logging
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from argparse import ArgumentError
@@ -15,7 +18,7 @@ from typing import Any
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
 from kdnas.pages import EXAMPLES, completion, page
-from kdnas.supervisor import supervise
+from kdnas.supervisor import EARLIER, supervise
 
 log = logging.getLogger("kdnas")
 
@@ -85,7 +88,7 @@ def _exit_code(args: list[str]) -> int:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        print(f"kdnas: {error}{_goes_on(args)}", file=sys.stderr)
+        print(f"kdnas: {error}{_room(error)}{_goes_on(args)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
         print(f"kdnas: interrupted{_goes_on(args)}", file=sys.stderr)
@@ -136,6 +139,12 @@ def _goes_on(args: Sequence[str]) -> str:
     return "; the same command goes on from here." if resumes else "."
 
 
+def _room(error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not error.filename:
+        return ""
+    return f" ({shutil.disk_usage(os.path.dirname(error.filename) or '.').free:,} bytes are free there)"
+
+
 def _quieten(*loggers: str) -> None:
     """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
     from transformers.utils import logging as transformers_logging
@@ -168,6 +177,16 @@ def _plan(config: Any) -> None:
     Console().print(plan(config).table())
 
 
+FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
+
+
+def _new(config: Any) -> Any:
+    """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
+    from kdnas.runs import free_name
+
+    return dataclasses.replace(config, name=free_name(config.root, config.name, bool(EARLIER.deaths)))
+
+
 def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
     from kdnas.nas.storage import without_password
@@ -177,7 +196,7 @@ def _run(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     trial = "every stage on 64 rows of the text and the task, in about a minute; nothing of it is kept"
-    config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial)
+    config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW)
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
     if flags["dry_run"]:
@@ -188,7 +207,7 @@ def _run(args: Sequence[str]) -> None:
         command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
         console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
     else:
-        run(config, _console())
+        run(_new(config) if flags["force_new"] else config, _console())
 
 
 def _search(args: Sequence[str]) -> None:
@@ -197,7 +216,8 @@ def _search(args: Sequence[str]) -> None:
     from kdnas.pipeline import search
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN)
+    config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
+    config = _new(config) if flags["force_new"] else config
     if flags["dry_run"]:
         _plan(config)
     else:

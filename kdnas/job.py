@@ -25,7 +25,7 @@ from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import Study, open_study, refuse_difference, tried
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import without_password
-from kdnas.runs import Run, check_writable, write_text
+from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import read_yaml
 
 
@@ -174,10 +174,17 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     return Found(config, run, console, teacher, data, task, space, meter)
 
 
-def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> Job:
-    """``look``, then open the study and write the config down; arguments and errors are the same."""
-    found = look(config, console, is_worker)
-    run, data, space = found.run, found.data, found.space
+def begin(found: Found, is_worker: bool = False) -> Job:
+    """Open the study, and write the config down.
+
+    Args:
+        found: by ``look``.
+        is_worker: whether another process has written already.
+
+    Raises:
+        UserError: the study was made with other settings, or full KD of its best student has begun.
+    """
+    config, run, data, space = found.config, found.run, found.data, found.space
     assert data.rows is not None
     identity = flat(
         {
@@ -198,6 +205,7 @@ def prepare(config: SearchConfig, console: Console, is_worker: bool = False) -> 
     job = Job(**vars(found), study=study)
     if is_worker:
         return job
+    sweep(run.folder)
     study.set_user_attr("budget", as_plain(config.search.budget))
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import platform
 import sys
 import time
 import traceback
@@ -23,7 +24,7 @@ from kdnas.errors import CandidateFailed, UserError
 from kdnas.export_job import export_run, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
-from kdnas.job import Job, prepare, refuse_other_config
+from kdnas.job import Job, begin, look, refuse_other_config
 from kdnas.latency import measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import (
@@ -57,7 +58,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    job = prepare(config, console or Console())
+    job = begin(look(config, console or Console()))
     best = _search(job)
     job.console.print(front_table(job.study))
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
@@ -104,14 +105,15 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
 
     @contextmanager
     def timed(stage: str) -> Iterator[None]:
-        begin = time.monotonic()
+        started = time.monotonic()
         yield
-        seconds[stage] = time.monotonic() - begin
+        seconds[stage] = time.monotonic() - started
 
     run = Run(config.root, config.name)
     with timed("reading"):
-        job = prepare(config, console)
+        found = look(config, console)
     with _alone(run):
+        job = begin(found)
         with timed("search"):
             best = _search(job)
         with timed("full KD"):
@@ -134,14 +136,18 @@ def _command() -> list[str]:
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """Two processes must not do the same stages; a search may have more workers."""
-    lock = FileLock(run.folder / "run.lock")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "run.lock"
+    lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
+        holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
         raise UserError(
-            f"The run {run.name!r} is being made by another process: wait for it, or add a worker by `kdnas search`."
+            f"The run {run.name!r} is being made by {holder:.200}: wait for it, or add a worker by `kdnas search`."
         ) from error
     try:
+        path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
     finally:
         lock.release()
@@ -215,7 +221,7 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
         try:
             with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
                 alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
-                job = prepare(alone, Console(), is_worker=True)
+                job = begin(look(alone, Console(), is_worker=True), is_worker=True)
             if math.isfinite(deadline):
                 minutes = max(1e-3, deadline - time.time()) / 60
                 job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))

@@ -78,6 +78,27 @@ class Run:
         check_writable(self.folder, "--root")
 
 
+def free_name(root: str | Path, name: str, is_taken: bool = False) -> str:
+    """The first of ``name``, ``name-2``, ``name-3``, ... that no run has.
+
+    Args:
+        root: the folder of all runs.
+        name: of a run.
+        is_taken: give the one before it, which this command has taken already.
+
+    Raises:
+        UserError: the name is not such a name.
+    """
+    number = 1
+    while Run(root, _numbered(name, number)).folder.exists():
+        number += 1
+    return _numbered(name, number - is_taken)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number < 2 else f"{name}-{number}"
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Refuse a folder that takes no new file; where it is not there, the nearest parent. Leaves nothing behind.
 

@@ -122,8 +122,19 @@ def make_trainer(
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
     """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
     release_memory()
-    with honest_signals():
+    with honest_signals(), _one_error():
         trainer.fit(module, datamodule=data, **options)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """TensorBoard's thread prints that the disk is full, and the next call of its writer raises the same."""
+    say = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else say(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = say
 
 
 def fit_resumable(

@@ -197,6 +197,23 @@ def test_bad_value_gets_one_line_and_makes_nothing(
         assert "DDP in `kdnas fit`" in refused(["run", *search[1:], option], capsys)
 
 
+def test_force_new_takes_the_next_free_name_and_keeps_it_after_a_crash(
+    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdnas import pipeline, supervisor
+
+    names: list[str] = []
+    monkeypatch.setattr(pipeline, "search", lambda config, console: names.append(config.name))
+    for taken in ([], ["kdnas"], ["kdnas-2"]):
+        for name in taken:
+            (tmp_path / "logs" / name).mkdir(parents=True)
+        assert main([*search, "--force-new"]) == 0
+    monkeypatch.setitem(supervisor.EARLIER.deaths, 77, "SIGSEGV")
+    assert main([*search, "--force-new"]) == 0
+    assert main(search) == 0
+    assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas-2", "kdnas"]
+
+
 def test_under_torchrun_a_search_is_refused(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,11 +91,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
     assert every(load_corpus(str(tmp_path / "rows.csv"))) == ["one", "three", "two"]
 
 
-def test_nulls_and_blank_lines_are_dropped_and_counted(tmp_path):
+def test_nulls_blank_lines_and_duplicates_are_dropped_counted_and_told(tmp_path, caplog):
     write(tmp_path / "rows.parquet", ["one", None, "two"])
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n\n{"text": null}\n{"text": "two"}')
     assert load_corpus(str(tmp_path / "rows.parquet")).dropped == {"empty": 1, "duplicate": 0}
     assert load_corpus(str(tmp_path / "rows.jsonl")).dropped == {"empty": 2, "duplicate": 0}
+    (tmp_path / "rows.txt").write_text("one\none\n\ntwo\n" + "two\n" * 100)
+    load_corpus(str(tmp_path / "rows.txt"))
+    assert caplog.messages[-1] == f"'{tmp_path}/rows.txt': 1 empty and 101 duplicate rows are left out."
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):

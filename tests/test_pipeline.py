@@ -1,6 +1,7 @@
 """The whole job through the command line, on a tiny teacher."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -373,14 +374,24 @@ def test_candidates_that_all_fail_end_with_one_line(
     assert "no luck 17" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_run_that_another_process_makes_is_refused(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_is_none(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
     folder = tmp_path / "logs" / "tiny"
     folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "run.lock").write_text("process 77 of here, since noon")  # its process may be dead
     with FileLock(folder / "run.lock"):
+        before = snapshot(folder)
         assert main(command) == 2
-    assert "'tiny' is being made by another process" in capsys.readouterr().err
+        assert snapshot(folder) == before
+    assert "'tiny' is being made by process 77 of here, since noon: wait for it" in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "_search", interrupt)
+    assert main(command) == 130
+    assert (folder / "run.lock").read_text().startswith(f"process {os.getpid()} of ")
 
 
 def test_rows_of_a_task_that_changed_are_noticed(

@@ -485,13 +485,14 @@ def test_an_interrupted_candidate_is_tried_first_when_the_search_goes_on(study, 
     assert len(trained(study)) == 3
 
 
-def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])  # the latter: a full disk
+def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen, stop):
     def interrupt(trial, arch):
-        raise KeyboardInterrupt
+        raise stop
 
     evaluate = Recorded(interrupt)
     for _ in range(MOST_FAILURES + 1):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(stop):
             search(evaluate, SPACE, reopen(), n_trials=1)
     assert len(set(evaluate.asked)) == 1
     assert search(value_of, SPACE, reopen(), n_trials=1).number == MOST_FAILURES + 1

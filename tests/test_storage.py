@@ -112,6 +112,33 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
     assert len(trained(study)) == 3 and len(study.trials) == 3
 
 
+class Full(sqlite3.OperationalError):
+    sqlite_errorname = "SQLITE_FULL"
+
+
+def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(start, tmp_path, pauses):
+    study = start()
+    outage = Outage(study, Full)
+
+    def evaluate(trial, arch):
+        outage.left = float("inf")
+        return 0.75
+
+    with pytest.raises(StoreAway, match=rf"'{tmp_path}/study.db' cannot be written \(.*\), [\d,]+ bytes are free"):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    assert pauses == []
+    assert [trial.value for trial in start().trials] == [0.75]
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_with_its_bytes(start, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OperationalError("CREATE TABLE studies", {}, Full("database or disk is full"))
+
+    monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", full)
+    with pytest.raises(StoreAway, match=rf"'{tmp_path}/study.db' cannot be written .*, [\d,]+ bytes are free there"):
+        start()
+
+
 def test_a_candidate_that_is_not_finished_when_the_database_is_gone_is_tried_again(start, tmp_path):
     study = start()
     outage = Outage(study)

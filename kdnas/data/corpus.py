@@ -27,6 +27,8 @@ from kdnas.data.readers import all_rows
 from kdnas.errors import UserError
 from kdnas.runs import KeptFile, new_folder
 
+log = logging.getLogger(__name__)
+
 QUICKSTART = "quickstart"
 # Installed with kdnas[quickstart], each with at least 1,300 paragraphs of prose, and what else each is called in text.
 PACKAGES = {
@@ -92,7 +94,7 @@ class Corpus:
     Args:
         texts: all rows: those to learn from, in the order of the source, then those that nothing is trained on.
         num_train: how many are to learn from.
-        dropped: rows left out by rule: ``empty`` (null, missing or only space) and ``duplicate`` (seen before).
+        dropped: rows left out by rule: as the log says: ``empty`` (null, missing or only space) and ``duplicate``.
     """
 
     texts: Texts
@@ -167,6 +169,9 @@ def load_corpus(
             f"{text!r} has {num_rows:,} rows, and only {len(texts):,} of them are usable ({dropped}): "
             f"is {column!r} the right column? Remove the others if it is."
         )
+    if any(dropped.values()):
+        counts = " and ".join(f"{count:,} {why}" for why, count in dropped.items() if count)
+        log.warning("%r: %s rows are left out.", text, counts)
     given = {_SPLITS[mark] for mark in np.unique(splits)}
     drawn_from = np.flatnonzero(splits == 0)
     shares = (high[drawn_from] >> 16) / 2**48  # in [0, 1)

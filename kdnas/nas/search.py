@@ -87,7 +87,7 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         shown = "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
         raise UserError(
             f"The run {name!r} was made with other settings ({shown}): "
-            f"go back to them, or give a new name, such as --name {name}-2."
+            f"go back to them, or give a new name, such as --name {name}-2 (--force-new does)."
         )
 
 
@@ -104,7 +104,7 @@ def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | Non
     """
     buried: set[int] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        pid = trial.user_attrs.get("pid", 0)
+        pid: int = trial.user_attrs.get("pid", 0)
         if is_here(trial) and (is_new if pid == os.getpid() else not is_alive_here(trial)):
             buried.add(pid)
             if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
@@ -245,10 +245,10 @@ def search(
     while not is_over():
         try:
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
-        except Exception:  # Optuna's own follows where it cannot tell
+        except Exception as error:  # Optuna's own follows where it cannot tell
             store = getattr(study._storage, "_backend", None)
             if not isinstance(store, PatientStorage) or not store.away:
-                if not current or not study.get_trials(deepcopy=False)[current[0].number].state.is_finished():
+                if not _was_given_up(error):
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
                 continue
@@ -258,6 +258,12 @@ def search(
                     log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
             raise store.away from None
     return best_of(study, space, seconds)
+
+
+def _was_given_up(error: BaseException | None) -> bool:
+    """Whether Optuna says that a trial had ended before it was told so."""
+    ended = isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith("Cannot tell a ")
+    return error is not None and (ended or _was_given_up(error.__context__))
 
 
 def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import optuna
@@ -54,8 +55,9 @@ def _patient(call: Callable[..., Any]) -> Any:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
                 if not isinstance(cause, _AWAY):
                     raise
-                if self.away or time.monotonic() > end:
-                    self.away = StoreAway(f"The study's database has not answered for {PATIENCE_SECONDS:g} s")
+                disk = _disk_failure(cause, self.engine.url.database)
+                if self.away or disk or time.monotonic() > end:
+                    self.away = StoreAway(disk or f"The study's database has not answered for {PATIENCE_SECONDS:g} s")
                     if call.__name__ in _KEPT:
                         return None  # it is written down with the result
                     raise self.away from error
@@ -74,6 +76,15 @@ def _patient(call: Callable[..., Any]) -> Any:
 # The last is what Optuna's own second query says after the first was cut.
 _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
+
+
+def _disk_failure(error: Exception, database: str | None) -> str:
+    """In a line, what of SQLite's errors no waiting mends: a full disk, one that fails, one that is read-only."""
+    name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
+    if not name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY")):
+        return ""
+    place = Path(database or "").parent
+    return f"{str(database)!r} cannot be written ({first_line(error)}), {disk_usage(place).free:,} bytes are free there"
 
 
 def _owner() -> dict[str, Any]:
@@ -166,6 +177,7 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
 
     Raises:
         UserError: it cannot be reached, or its driver is not installed.
+        StoreAway: its disk is full, or fails.
     """
     options: dict[str, Any] = {
         "heartbeat_interval": HEARTBEAT_SECONDS,
@@ -185,6 +197,8 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
             "pip install 'kdnas[postgres]', or the driver of another database."
         ) from error
     except (SQLAlchemyError, ValueError) as error:
+        if disk := _disk_failure(error, url.rpartition("sqlite:///")[2]):
+            raise StoreAway(disk) from error
         raise UserError(
             f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
             "postgresql://user:password@host/database of a server that runs."
