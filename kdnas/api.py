@@ -33,6 +33,8 @@ def search(
 ) -> StudentArch:
     """Find the best student within a budget, as ``kdnas search`` does; the same call again goes on.
 
+    It trains in this process, which a candidate that crashes in native code ends; the command's search survives that.
+
     Args:
         teacher: a folder, a hub name, or ``quickstart``.
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.

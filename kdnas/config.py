@@ -100,7 +100,7 @@ class SearchConfig:
         storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
             default.
         candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
-            process beside this one, as with several workers, so that one which crashes ends alone. None: no limit.
+            process beside this one, as with several workers. None: no limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
