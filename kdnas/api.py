@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from kdnas import pipeline
@@ -17,7 +17,7 @@ from kdnas.distill.teacher import StatesSettings
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget
 from kdnas.runs import Run
-from kdnas.training import FitProgress, TrainerSettings, fit_resumable
+from kdnas.training import FitProgress, TrainerSettings, fit_resumable, live_progress
 
 
 def search(
@@ -98,7 +98,7 @@ def distill(
         text = str(build_quickstart_text(run.text))
     states = replace(states, folder=states.folder or str(run.root / "teacher_states"))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
-    with Progress(transient=True) as progress, torch.random.fork_rng():
+    with live_progress(Console()) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.runs import Run, read_json, write_json, write_text
-from kdnas.training import FitProgress, TrainerSettings
+from kdnas.training import FitProgress, TrainerSettings, live_progress
 
 MakeModule = Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule]
 
@@ -359,7 +359,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         contenders += [with_help(one, teachers, tasks, config.distill) for one in plain[1:] or plain]
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run.folder / "run.lock", blocking=False), Progress(console=console, transient=True) as progress:
+        with FileLock(run.folder / "run.lock", blocking=False), live_progress(console) as progress:
             write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
             results = Comparison(
                 run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress

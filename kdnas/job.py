@@ -27,6 +27,7 @@ from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import without_password
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import read_yaml
+from kdnas.training import live_progress
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Found:
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # Of all that was done: within the usual 30 seconds hardly a candidate ends, and no time would be shown.
-        return Progress(*columns, console=self.console, transient=True, speed_estimate_period=math.inf)
+        return live_progress(self.console, *columns, speed_estimate_period=math.inf)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TaskID
 
 from kdnas.errors import UserError, first_line
 from kdnas.runs import publish
@@ -347,6 +348,20 @@ class KeepLast(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
+    """Bars that vanish; in a notebook without stdout and stderr, for there a line without an end would flush itself.
+
+    Args:
+        console: where they are shown.
+        columns: rich's.
+        options: of ``Progress``.
+    """
+    captures = not console.is_jupyter
+    return Progress(
+        *columns, console=console, transient=True, redirect_stdout=captures, redirect_stderr=captures, **options
+    )
 
 
 class FitProgress(pl.Callback):

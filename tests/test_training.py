@@ -1,6 +1,7 @@
 import io
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from kdnas.training import (
     TrainerSettings,
     fit,
     honest_signals,
+    live_progress,
     make_trainer,
     refuse_strategy,
 )
@@ -338,3 +340,10 @@ def test_a_fit_that_fails_is_removed_too(tmp_path: Path, progress, end):
     with pytest.raises((KeyboardInterrupt, SystemExit, ZeroDivisionError)):
         fit(trainer, Steep(), Data())
     assert progress.task_ids == []
+
+
+@pytest.mark.parametrize("in_notebook", [True, False])
+def test_bars_in_a_notebook_leave_stderr_alone(in_notebook):
+    before = sys.stderr
+    with live_progress(Console(force_jupyter=in_notebook, file=io.StringIO(), force_terminal=True)):
+        assert (sys.stderr is before) == in_notebook
