@@ -21,8 +21,8 @@ EXAMPLES = {
   kdnas run --config configs/quickstart.yaml
   kdnas run --teacher bert-base-uncased --text my.parquet --task my_task/ --name mine --search.budget.speedup 6
   kdnas run --config configs/quickstart.yaml --search.n_trials 20 --sampler lstm --name lstm
-  kdnas run --config mine.yaml --smoke        every stage on 64 rows, in about a minute: does it all work?
-  kdnas run --config mine.yaml --dry-run      minutes, disk and memory that it will need
+  kdnas run --config configs/quickstart.yaml --smoke      every stage on 64 rows, in a minute: does it all work?
+  kdnas run --config configs/quickstart.yaml --dry-run    minutes, disk and memory that it will need
 """,
     "search": """the search alone, into a study that others can join
 

@@ -154,7 +154,9 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
     save_teacher(Path("bert-base-uncased"))
     write_table(Path("my.parquet"), text=make_rows(120))
     write_task(Path("my_task"))
-    (run,) = [args for args in commands((ROOT / "docs/tutorial.md").read_text()) if args[:2] == ["run", "--teacher"]]
+    found = [args for args in commands((ROOT / "docs/tutorial.md").read_text()) if args[:2] == ["run", "--teacher"]]
+    run, smoke, dry_run = found
+    assert smoke == [*run, "--smoke"] and dry_run == [*run, "--dry-run"]
     ours = [args for args in commands((ROOT / "docs/extend.md").read_text()) if args[0] == "search"]
     assert [ours[0][3], ours[0][5]] == ["--sampler", "--recipe.start"]  # a run takes them as a search does
     assert main([*run, *ours[0][3:], *(f"--{name}={value}" for name, value in TINY.items())]) == 0
