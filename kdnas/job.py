@@ -1,6 +1,7 @@
 """What all stages share once the user's input is known to be good."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Found:
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, console=self.console, transient=True)
+        # Of all that was done: within the usual 30 seconds hardly a candidate ends, and no time would be shown.
+        return Progress(*columns, console=self.console, transient=True, speed_estimate_period=math.inf)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
+from kdnas.job import Found
 from kdnas.training import (
     ClipFusedGradients,
     FitProgress,
@@ -318,6 +320,16 @@ def test_a_resumed_fit_is_shown_from_where_it_goes_on(tmp_path, progress):
     trainer = make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), Begin()])
     fit(trainer, Steep(), Data(), ckpt_path=tmp_path / "last.ckpt")
     assert shown == [(3, 6)]
+
+
+def test_the_time_that_is_left_is_told_where_candidates_take_minutes():
+    progress, now = Found.progress(SimpleNamespace(console=Console(file=io.StringIO()))), 0.0
+    progress.get_time = lambda: now
+    bar = progress.add_task("search", total=4, completed=1)
+    for completed in (2, 3):
+        now += 600
+        progress.update(bar, completed=completed)
+    assert progress.tasks[0].time_remaining == 600
 
 
 @pytest.mark.parametrize("end", [interrupt, leave, fail])

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import tempfile
@@ -225,7 +226,8 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
         return True
 
     rows: list[dict[str, str]] = []
-    for package, root in track(roots.items(), "Reading docstrings", console=Console(stderr=True), transient=True):
+    console = Console(stderr=True, quiet=logging.getLogger("kdnas").level > logging.INFO)
+    for package, root in track(roots.items(), "Reading docstrings", console=console, transient=True):
         rows += _package_rows(package, root, rows_per_package, is_new)
     rows.sort(key=lambda row: _share(row["text"]))
     with new_folder(folder) as new:

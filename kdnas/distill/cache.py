@@ -9,6 +9,7 @@ index that could disagree. The folder's name is the hash of everything that the 
 
 import errno
 import hashlib
+import logging
 import mmap
 import os
 import shutil
@@ -79,7 +80,8 @@ def unpack(packed: np.ndarray) -> Tensor:
 
 
 def _tracked(places: list[tuple[int, int]], description: str) -> Iterable[tuple[int, int]]:
-    return track(places, description, transient=True, disable=len(places) < 2, show_speed=False)
+    is_quiet = logging.getLogger("kdnas").level > logging.INFO
+    return track(places, description, transient=True, disable=len(places) < 2 or is_quiet, show_speed=False)
 
 
 class StateCache:
