@@ -213,7 +213,7 @@ def _asked(run: Run, config: Mapping[str, Any], budget: Mapping[str, float]) -> 
     sampler, search = config.get("sampler", "tpe"), config.get("search", {})
     by = sampler if isinstance(sampler, str) else sampler.get("class_path")
     return {name: str(config[name]) for name in ("teacher", "text", "task") if config.get(name)} | {
-        "search": f"{search.get('n_trials', '-')} candidates by {by}, {search.get('num_epochs', '-')} epochs each",
+        "search": f"{search.get('n_trials', '-')} candidates by {by}, epochs of each: {search.get('num_epochs', '-')}",
         "budget": ", ".join(limits[name].format(limit) for name, limit in budget.items() if limit) or "none",
         "configuration": str(run.config),
         "look closer": f"tensorboard --logdir {shlex.quote(str(run.folder))}",

@@ -129,7 +129,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         num_copied = len(self.started.copied) if self.started else 0
         return (
             f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
-            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} began as the teacher's. It learns:\n\n"
+            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} began as copies of the teacher's. "
+            "It learns:\n\n"
             f"{terms}"
         )
 
