@@ -17,8 +17,10 @@ import os, signal, sys, time
 from pathlib import Path
 from kdnas import cli, supervisor
 
+NOTES = sys.argv[1]
+
 def note(text):
-    with open(sys.argv[1], "a") as file:
+    with open(NOTES, "a") as file:
         file.write(f"{text} {os.getpid()}\\n")
 
 def search(args):
@@ -33,12 +35,13 @@ def wait_for_signals():
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
     note("ready")
-    while not os.path.exists(sys.argv[1] + ".end"):
+    while not os.path.exists(NOTES + ".end"):
         time.sleep(0.02)
 
 cli.COMMANDS["search"] = search
 BODY
-code = cli.main(["search"])
+sys.argv[1:] = ["search"]
+code = cli.main()
 note("ended")
 sys.exit(code)
 """
@@ -136,3 +139,10 @@ def test_the_child_ends_with_its_parent(tmp_path):
 def test_where_torch_is_loaded_there_is_no_child():
     assert "torch" in sys.modules
     assert supervisor.supervise(os.getpid) == os.getpid()
+
+
+def test_a_call_from_python_stays_in_its_process(tmp_path):
+    code = "import os, sys; from kdnas import cli; cli.COMMANDS['search'] = lambda args: print(os.getpid()); "
+    code += "print(os.getpid()); assert cli.main(['search']) == 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert len(set(done.stdout.split())) == 1, done.stderr
