@@ -351,17 +351,9 @@ class KeepLast(pl.Callback):
 
 
 def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """Bars that vanish; in a notebook without stdout and stderr, for there a line without an end would flush itself.
-
-    Args:
-        console: where they are shown.
-        columns: rich's.
-        options: of ``Progress``.
-    """
-    captures = not console.is_jupyter
-    return Progress(
-        *columns, console=console, transient=True, redirect_stdout=captures, redirect_stderr=captures, **options
-    )
+    """Bars that vanish; in a notebook without stdout and stderr, for there a line without an end would flush itself."""
+    options |= dict.fromkeys(("redirect_stdout", "redirect_stderr"), not console.is_jupyter)
+    return Progress(*columns, console=console, transient=True, **options)
 
 
 class FitProgress(pl.Callback):
