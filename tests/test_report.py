@@ -236,8 +236,9 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
 def test_what_was_asked_is_said(tmp_path):
     run = whole(tmp_path)
     text = Page(write_report(run, every_kind(), title="My run").read_text()).text
-    asked = "teacher bert-tiny text notes.parquet task topics search 3 candidates by tpe, - epochs each"
-    assert f"{asked} budget at least 4x as fast as the teacher" in text
+    assert "teacher bert-tiny text notes.parquet task topics search 3 candidates by tpe" in text
+    assert "budget at least 4x as fast as the teacher" in text
+    assert f"Distil it on all rows, export it kdnas run --config {run.config}" in text
     assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
     assert text.startswith("My run")
