@@ -1,4 +1,4 @@
-"""The notebooks: they define nothing, were really run, are small, and run on anything."""
+"""The notebooks: they define nothing, are small, and run on anything."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_there_are_four() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_explains_defines_nothing_and_was_run(name: str) -> None:
+def test_a_notebook_explains_and_defines_nothing(name: str) -> None:
     notebook = read(name)
     cells = code_cells(notebook)
     trees = [ast.parse(cell.source) for cell in cells]
@@ -36,9 +36,7 @@ def test_a_notebook_explains_defines_nothing_and_was_run(name: str) -> None:
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     assert not [node for tree in trees for node in ast.walk(tree) if isinstance(node, definitions)]
     assert len(notebook.cells) - len(cells) > len(cells) / 2, "text goes with code"
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom, once"
     outputs = [output for cell in cells for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     content = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
     assert len(content) < 200_000 and "/root/" not in content and "/work/" not in content
