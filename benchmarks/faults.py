@@ -7,16 +7,22 @@ searches that end ``unequal`` to an unbroken one: all should be 0. ``worst_wait_
 
     python benchmarks/faults.py --quick                  without servers and many kills, in under four minutes
     python benchmarks/faults.py --only F01,F13           some of them, as often as in the whole run
+    python benchmarks/faults.py --soak 120               two workers, killed every two minutes: what grows?
 """
 
 import argparse
+import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -46,6 +52,21 @@ from kdnas.runs import write_json
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 N_TRIALS = 4
+# A start that kills its process for one shape, in the way that the environment says.
+DEADLY = """
+import ctypes, os
+from kdnas.student_init import FromTeacher
+
+class Deadly(FromTeacher):
+    def __call__(self, student, teacher, rows):
+        if (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 16):
+            if os.environ["DEADLY"] == "crash":
+                ctypes.string_at(0)
+            held = []
+            while True:
+                held.append(b"x" * (1 << 24))
+        return super().__call__(student, teacher, rows)
+"""
 
 
 @dataclass
@@ -65,6 +86,10 @@ class Row:
     not_run: str = ""
     notes: list[str] = field(default_factory=list)
 
+    def leave_out(self, reason: object) -> None:
+        """A part of the fault that cannot be made here."""
+        self.notes.append(f"not run: {reason}")
+
     def is_bad(self) -> bool:
         return any((self.lost, self.duplicated, self.executed, self.undetected, self.zombies, self.unequal))
 
@@ -72,6 +97,10 @@ class Row:
         if count:
             setattr(self, kind, getattr(self, kind) + count)
             self.notes.append(f"{kind}: {str(note)[-300:]}")
+
+
+class NotRun(Exception):
+    """A fault that cannot be made here, and why."""
 
 
 class Payload:
@@ -90,7 +119,7 @@ class Bench:
     def __init__(self, folder: Path, quick: bool, seed: int) -> None:
         self.folder, self.quick, self.random = folder, quick, random.Random(seed)
         self.canary, self.logs = folder / "CANARY", folder / "logs"
-        self.teacher, self.text = folder / "teacher", folder / "rows.txt"
+        self.teacher, self.text, self.task = folder / "teacher", folder / "rows.txt", folder / "first_word"
         self._number, self._reference = 0, None
         self.started: list[subprocess.Popen[str]] = []
         torch.set_num_threads(1)
@@ -112,6 +141,11 @@ class Bench:
         BertModel(config).save_pretrained(self.teacher)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(self.teacher)
         self.text.write_text("".join(" ".join(self.random.choices(WORDS, k=12)) + "\n" for _ in range(200)))
+        self.task.mkdir()
+        for split, num_rows in (("train", 96), ("validation", 30)):
+            rows = [f"{WORDS[i % 3]} {' '.join(self.random.choices(WORDS, k=6))}\t{i % 3}\n" for i in range(num_rows)]
+            (self.task / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+        (folder / "deadly.py").write_text(DEADLY)
 
     def new_name(self) -> str:
         self._number += 1
@@ -136,6 +170,11 @@ class Bench:
         }
         return [command, *(f"--{key}={value}" for key, value in options.items()), *more]
 
+    def job(self, name: str) -> list[str]:
+        """The same for the whole job, with a labelled task."""
+        options = {"task": self.task, "full_kd.num_epochs": 2, "finetune.num_epochs": 2, "finetune.max_length": 24}
+        return self.search(name, *(f"--{key}={value}" for key, value in options.items()), command="run")
+
     def call(self, args: Sequence[str]) -> tuple[int, str]:
         """Exit code and stderr of a command in this process; -1 with the exception where one comes through."""
         errors = io.StringIO()
@@ -150,9 +189,14 @@ class Bench:
 
     def start(self, args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """The same in a process group of its own, whose output is kept."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return self.start_program(["-m", "kdnas", *args], **options)
+
+    def start_program(self, args: Sequence[str], before: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+        """Python in a process group of its own; what comes ``before`` it may be strace."""
+        paths = os.pathsep.join([str(ROOT), str(self.folder)])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | options.pop("environment", {})
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        program = [sys.executable, "-W", "ignore", "-m", "kdnas", *args]
+        program = [*before, sys.executable, "-W", "ignore", *args]
         process = subprocess.Popen(program, env=environment, text=True, start_new_session=True, **(pipes | options))
         self.started.append(process)
         return process
@@ -201,7 +245,24 @@ class Bench:
             assert code == 0, error
         return self._reference
 
-    def check(self, row: Row, name: str, acknowledged: dict[int, float], error: str = "", one: bool = True) -> None:
+    def acknowledged(self, name: str) -> dict[int, float]:
+        """The finished trials and their values."""
+        return {t.number: t.value for t in self.trials(name) if t.state.name == "COMPLETE"}
+
+    def wait_for_candidate(self, process: subprocess.Popen[str], name: str, number: int = 0) -> None:
+        """Until a candidate of this number, or a later one, has begun, or the process has ended."""
+        while process.poll() is None and not any("arch" in t.user_attrs for t in self.trials(name)[number:]):
+            time.sleep(0.2)
+
+    def check(
+        self,
+        row: Row,
+        name: str,
+        acknowledged: dict[int, float],
+        error: str = "",
+        one: bool = True,
+        num_trials: int = N_TRIALS,
+    ) -> None:
         """I1 to I8 after a search of one worker, or of several, has ended, however often it was broken off."""
         trials = self.trials(name)
         values = {t.number: t.value for t in trials if t.state.name == "COMPLETE"}
@@ -210,7 +271,7 @@ class Bench:
         counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
         numbers = [t.number for t in trials]
         row.fault("duplicated", f"{numbers}", len(numbers) - len(set(numbers)))  # I2
-        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - N_TRIALS))
+        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - num_trials))
         row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in trials))  # I3
         faults = verify(self.logs / name)[1]
         row.fault("undetected", faults, len(faults))  # I4
@@ -226,12 +287,32 @@ class Bench:
         self.look_at_canary(row, name)  # I8
 
     def check_processes(self, row: Row, name: str) -> None:
-        mine = f"--name={name}\0".encode()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):
-                row.fault("zombies", f"process {path.parent.name}", mine in path.read_bytes() + b"\0")
+        """None goes on after ten seconds, and no lock is held."""
+        ended, end = {process.pid for process in self.started if process.poll() is not None}, time.monotonic() + 10
+        while left := processes_of(ended):
+            if time.monotonic() > end:
+                row.fault("zombies", f"processes {left}", len(left))
+                break
+            time.sleep(0.2)
         with FileLock(self.logs / name / "check.lock", timeout=1):
             (self.logs / name / "check.lock").unlink(missing_ok=True)
+
+
+def processes_of(sessions: set[int]) -> list[Path]:
+    """The folders in /proc of all that these processes, each of which began a session, have started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state != "Z":
+                found.append(path.parent)
+    return found
+
+
+def has(path: Path, content: bytes) -> bool:
+    with suppress(OSError):
+        return content in path.read_bytes() + b"\0"
+    return False
 
 
 FAULTS: dict[str, tuple[str, bool, Callable[[Bench, Row], None]]] = {}
@@ -247,33 +328,28 @@ def fault(name: str, what: str, quick: bool = True) -> Callable[[Any], Any]:
     return put
 
 
-def broken_search(bench: Bench, row: Row, times: int, stop: Callable[[subprocess.Popen[str], float], None]) -> None:
-    """Break a search off at a random instant so many times, and let it end; then check."""
-    bench.reference  # noqa: B018 (made before the clock starts)
-    start = time.monotonic()
-    process = bench.start(bench.search(bench.new_name()))
-    process.communicate()
-    whole = time.monotonic() - start
-    for _ in range(times):
-        name, acknowledged = bench.new_name(), {}
-        process = bench.start(bench.search(name))
-        stop(process, bench.random.uniform(0.3, 1.0) * whole)
-        acknowledged = {t.number: t.value for t in bench.trials(name) if t.state.name == "COMPLETE"}
-        process = bench.start(bench.search(name))
-        _, error = process.communicate()
-        row.tried += 1
-        bench.check(row, name, acknowledged, error)
+def kill_all(process: subprocess.Popen[str]) -> str:
+    """kill -9 of its process group; what it told."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[1]
 
 
 @fault("F01", "kill -9 of a search and its process group, at a random instant")
 def kill(bench: Bench, row: Row) -> None:
-    def stop(process: subprocess.Popen[str], seconds: float) -> None:
-        time.sleep(seconds)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-    broken_search(bench, row, 2 if bench.quick else 50, stop)
+    bench.reference  # noqa: B018 (made before the clock starts)
+    start = time.monotonic()
+    bench.start(bench.search(bench.new_name())).communicate()
+    whole = time.monotonic() - start
+    for _ in range(2 if bench.quick else 50):
+        name = bench.new_name()
+        process = bench.start(bench.search(name))
+        time.sleep(bench.random.uniform(0.3, 1.0) * whole)
+        kill_all(process)
+        acknowledged = bench.acknowledged(name)
+        _, error = bench.start(bench.search(name)).communicate()
+        row.tried += 1
+        bench.check(row, name, acknowledged, error)
 
 
 @fault("F02", "kill -9 of one of two workers; the other goes on, and a third takes its place", quick=False)
@@ -281,39 +357,88 @@ def kill_worker(bench: Bench, row: Row) -> None:
     for _ in range(3 if bench.quick else 50):
         name = bench.new_name()
         process = bench.start(bench.search(name, "--workers=2"))
-        while process.poll() is None and not any("arch" in t.user_attrs for t in bench.trials(name)):
-            time.sleep(0.2)
+        bench.wait_for_candidate(process, name)
         time.sleep(bench.random.uniform(0, 2))
         pids = [t.user_attrs["pid"] for t in bench.trials(name) if t.state.name == "RUNNING" and "pid" in t.user_attrs]
         with suppress(ProcessLookupError, IndexError):
             os.kill(bench.random.choice(pids), signal.SIGKILL)
-        acknowledged = {t.number: t.value for t in bench.trials(name) if t.state.name == "COMPLETE"}
+        acknowledged = bench.acknowledged(name)
         _, error = process.communicate()
         row.tried += 1
         bench.check(row, name, acknowledged, error, one=False)
 
 
-@fault("F04", "SIGTERM, SIGINT and SIGUSR1: exit code, time, and the trial is not left running")
+STAGES = {
+    "states": "config.yaml",
+    "search": "trial_0000",
+    "full KD": "best_student.yaml",
+    "fine-tuning": "full_kd/result.json",
+    "export": "glue/results.json",
+    "report": "student",
+}
+
+
+@fault("F03", "kill -9 in each stage of a run: the figures and the student's weights end the same", quick=False)
+def kill_stages(bench: Bench, row: Row) -> None:
+    def outcome(run: Path) -> list[Any]:
+        kd, glue = (json.loads((run / name).read_text()) for name in ("full_kd/result.json", "glue/results.json"))
+        scores = {role: line["score"] for role, line in glue["models"].items()}
+        weights = hashlib.sha256((run / "student" / "model.safetensors").read_bytes()).hexdigest()
+        return [kd["arch"], kd["history"], scores, weights, bench.story(run.name)]
+
+    whole = bench.logs / bench.new_name()
+    process = bench.start(bench.job(whole.name))
+    begins, start = {}, time.monotonic()
+    while process.poll() is None:
+        begins |= {s: time.monotonic() for s, name in STAGES.items() if s not in begins and (whole / name).exists()}
+        time.sleep(0.02)
+    assert process.returncode == 0, process.communicate()[1]
+    unbroken, expected = time.monotonic() - start, outcome(whole)
+    ends = [*list(begins.values())[1:], time.monotonic()]
+    for (stage, begin), end in zip(begins.items(), ends, strict=True):
+        for _ in range(1 if bench.quick else 10):
+            run = bench.logs / bench.new_name()
+            process = bench.start(bench.job(run.name))
+            while process.poll() is None and not (run / STAGES[stage]).exists():
+                time.sleep(0.02)
+            time.sleep(bench.random.uniform(0, end - begin))
+            kill_all(process)
+            acknowledged, start = bench.acknowledged(run.name), time.monotonic()
+            process = bench.start(bench.job(run.name))
+            _, error = process.communicate()
+            row.tried += 1
+            row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
+            bench.check(row, run.name, acknowledged, error)
+            row.fault("undetected", f"{stage}: {error}", process.returncode != 0)
+            row.fault("unequal", stage, process.returncode == 0 and outcome(run) != expected)
+    row.notes.append(f"an unbroken run takes {unbroken:.0f} s")
+
+
+@fault("F04", "SIGTERM, SIGINT, SIGUSR1, SIGINT twice, and with loader workers: exit code, time, no trial left running")
 def signals(bench: Bench, row: Row) -> None:
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
-    for number in list(codes) * (1 if bench.quick else 10):
+    cases = [(number, 1, 0) for number in codes] + [(signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
+    for number, times, num_workers in cases * (1 if bench.quick else 12):
         name = bench.new_name()
-        process = bench.start(bench.search(name, "--search.num_epochs=100000"))
-        while process.poll() is None and not any("arch" in t.user_attrs for t in bench.trials(name)):
-            time.sleep(0.2)
+        args = bench.search(name, "--search.num_epochs=100000", f"--data.num_workers={num_workers}")
+        process = bench.start(args)
+        bench.wait_for_candidate(process, name)
         time.sleep(bench.random.uniform(0, 2))
         start = time.monotonic()
-        os.killpg(process.pid, number)
+        for _ in range(times):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            time.sleep(0.05)
         try:
             _, error = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            process.kill()
-            _, error = process.communicate()
+            error = kill_all(process)
         row.tried += 1
         row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
         row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])
         row.fault("undetected", error, "Traceback" in error)
-        row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
+        if times == 1:  # the second does not wait for the trial to be told
+            row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
         bench.check_processes(row, name)
 
 
@@ -343,6 +468,20 @@ def full_disk(bench: Bench, row: Row) -> None:
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
             row.fault("unequal", kilobytes, bench.story(name) != bench.story(bench.reference))
+    for kilobytes in (420,) if bench.quick else range(20, 460, 40):  # the run itself
+        with tmpfs(bench.folder / "small", f"size={kilobytes}k") as disk:
+            name, logs = bench.new_name(), bench.logs
+            args = bench.search(name, f"--root={disk}")
+            code, error = bench.call(args)
+            row.tried += 1
+            full = code == 3 and "bytes are free" in error and "Traceback" not in error
+            row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not full)
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            code, error = bench.call(args)
+            row.fault("undetected", error, code != 0)
+            story, bench.logs = bench.story(bench.reference), disk
+            row.fault("unequal", kilobytes, bench.story(name) != story)
+            bench.logs = logs
 
 
 @fault("F06", "a limit on the size of files, and then none", quick=False)
@@ -363,6 +502,31 @@ def file_limit(bench: Bench, row: Row) -> None:
         code, error = bench.call(bench.search(name))
         row.fault("undetected", error, code != 0)
         row.fault("unequal", limit, bench.story(name) != bench.story(bench.reference))
+
+
+SYSTEM_CALLS = ("fsync", "pwrite64", "rename", "ftruncate", "write")
+
+
+@fault("F07", "the N-th system call of a search fails, once: fsync, pwrite64, rename, ftruncate, write", quick=False)
+def failing_calls(bench: Bench, row: Row) -> None:
+    if not shutil.which("strace"):
+        raise NotRun("needs strace")
+    for call in SYSTEM_CALLS[: 2 if bench.quick else None]:
+        for number in (3,) if bench.quick else (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233):
+            name = bench.new_name()
+            strace = ["strace", "-f", "--seccomp-bpf", "-o", "/dev/null", f"--trace={call}"]
+            strace.append(f"--inject={call}:error=EIO:when={number}")  # counted in each thread
+            process = bench.start_program(["-m", "kdnas", *bench.search(name)], strace)
+            _, error = process.communicate()
+            row.tried += 1
+            bad = process.returncode not in (0, 1, 2, 3) or "Traceback" in error
+            row.fault("undetected", f"{call} {number}: exit {process.returncode}, {error}", bad)
+            acknowledged = bench.acknowledged(name)
+            code, error = bench.call(bench.search(name))
+            row.fault("undetected", f"after {call} {number}: {error}", code != 0)
+            bench.check(row, name, acknowledged)
+            if process.returncode == 0 and number > 55:
+                break  # so many are not made
 
 
 def damages(shard: Path) -> dict[str, Callable[[], None]]:
@@ -400,6 +564,30 @@ def shards(bench: Bench, row: Row) -> None:
         row.fault("unequal", what, bench.story(name) != bench.story(bench.reference))
 
 
+@fault("F09", "two searches store one teacher's states at once; in half of the rounds one is killed", quick=False)
+def two_builders(bench: Bench, row: Row) -> None:
+    bench.reference  # noqa: B018
+    (whole,) = (bench.folder / "states").rglob("*.bin")
+    for number in range(1 if bench.quick else 20):
+        states, names = bench.folder / f"states{number}", [bench.new_name(), bench.new_name()]
+        one, other = (bench.start(bench.search(name, f"--states.folder={states}")) for name in names)
+        if number % 2 == 0:
+            while one.poll() is None and not list(states.glob("*/lock")):
+                time.sleep(0.01)
+            time.sleep(bench.random.uniform(0, 0.3))
+            kill_all(one)
+            one = bench.start(bench.search(names[0], f"--states.folder={states}"))
+        for name, process in zip(names, (one, other), strict=True):
+            _, error = process.communicate()
+            row.tried += 1
+            bench.check(row, name, {}, error)
+        stored = [
+            (path.name, path.read_bytes()) for path in states.rglob("*") if path.is_file() and path.name != "lock"
+        ]
+        row.fault("unequal", [name for name, _ in stored], stored != [(whole.name, whole.read_bytes())])
+        shutil.rmtree(states)
+
+
 @fault("F11", "candidates with a reward, loss or latency that is NaN or infinite")
 def not_finite(bench: Bench, row: Row) -> None:
     from kdnas.nas.search import open_study, search
@@ -422,7 +610,50 @@ def not_finite(bench: Bench, row: Row) -> None:
             row.fault("undetected", f"{value} at {place}", states[place] != "FAIL" or best.value != 0.5)
 
 
-@fault("F12", "candidates that take more memory than RLIMIT_AS leaves (a cgroup's killer: as F02, SIGKILL)")
+@contextmanager
+def memory_group(megabytes: int) -> Iterator[Path]:
+    """A cgroup (version 1 or 2) whose processes the kernel kills when they take more."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    root = old if old.is_dir() else new
+    group, limit = root / f"kdnas-faults-{os.getpid()}", "memory.limit_in_bytes" if root == old else "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(megabytes << 20))
+    except OSError as error:
+        raise NotRun(f"no cgroup of memory can be made: {error}") from error
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def deadly_search(bench: Bench, row: Row, way: str, signal_name: str, **options: Any) -> None:
+    """One of four students kills the process; the search, with its defaults, goes on with the others."""
+    from kdnas.nas.search import failure_of
+
+    name = bench.new_name()
+    space = ["--space.num_attention_heads=[1]", "--space.intermediate_size=[16,32]", "--space.hidden_act=[gelu]"]
+    args = bench.search(name, "--recipe.start=deadly.Deadly", "--search.n_trials=3", *space)
+    process = bench.start(args, environment={"DEADLY": way}, **options)
+    _, error = process.communicate()
+    row.tried += 1
+    row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0 or "Traceback" in error)
+    trials = [t for t in bench.trials(name) if "twin_of" not in t.user_attrs]
+    deadly = [t for t in trials if (t.params["num_hidden_layers"], t.params["intermediate_size"]) == (2, 16)]
+    died = [t.state.name == "FAIL" and signal_name in t.user_attrs.get("died", "") for t in deadly]
+    row.fault("undetected", f"{way}: {[failure_of(t) for t in deadly]}", died != [True, True])
+    row.fault("lost", [t.state.name for t in trials], abs(sum(t.state.name == "COMPLETE" for t in trials) - 3))
+    row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
+    bench.check_processes(row, name)
+
+
+@fault("F36", "candidates that crash in native code, in a search with its defaults")
+def crash(bench: Bench, row: Row) -> None:
+    for _ in range(1 if bench.quick else 10):
+        deadly_search(bench, row, "crash", "SIGSEGV")
+
+
+@fault("F12", "candidates that take more memory than RLIMIT_AS, or a cgroup, leaves")
 def memory(bench: Bench, row: Row) -> None:
     import resource
 
@@ -455,10 +686,14 @@ def memory(bench: Bench, row: Row) -> None:
     row.fault("undetected", "others failed", sum(t.state.name == "FAIL" and not t.number % 2 for t in study.trials))
     release_memory()  # as each fit begins
     row.fault("zombies", f"{(pages(1) - before) >> 20} MB more", pages(1) - before > 128 << 20)
+    if bench.quick:
+        return row.leave_out("a cgroup's limit (not in --quick)")
+    with memory_group(2048) as group:
 
+        def enter() -> None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
 
-class NotRun(Exception):
-    """A fault that cannot be made here, and why."""
+        deadly_search(bench, row, "memory", "SIGKILL", preexec_fn=enter)
 
 
 def outage(bench: Bench, row: Row, pauses: Sequence[float], cut: bool) -> None:
@@ -501,20 +736,33 @@ def outage(bench: Bench, row: Row, pauses: Sequence[float], cut: bool) -> None:
             call("psql", f"--host={folder}", "--username=kdnas", "--dbname=postgres", f"--command={sql}")
         else:
             call("pg_ctl", "--mode=immediate", f"--pgdata={folder}/data", "stop")
-            time.sleep(seconds)
+            time.sleep(seconds if seconds <= 60 else 15)
             call(*server, "start")
+
+    def open_it() -> Any:
+        return open_study(f"postgresql://kdnas@/postgres?host={folder}", name, {}, folder=bench.folder)
 
     try:
         for seconds in pauses:
             name = bench.new_name()
             evaluated.clear()
-            study = open_study(f"postgresql://kdnas@/postgres?host={folder}", name, {}, folder=bench.folder)
+            study = open_it()
             thread = threading.Thread(target=disturb, args=(seconds,))
             thread.start()
+            if seconds > 60:  # longer than it is waited for
+                with mock.patch("kdnas.nas.storage.PATIENCE_SECONDS", 5.0):
+                    try:
+                        search(evaluate, space, study, 15, folder=bench.folder)
+                        row.fault("undetected", f"{name}: nobody noticed")
+                    except OSError:
+                        pass
+                    thread.join()
+                study = open_it()
+                row.fault("zombies", "a kept result was not stored", len(list(bench.folder.glob("unsent_*"))))
             search(evaluate, space, study, 15, folder=bench.folder)
             thread.join()
             row.tried += 1
-            row.fault("lost", name, len(set(evaluated)) - len(trained(study)))
+            row.fault("lost", name, abs(len(set(evaluated)) - len(trained(study))))
             row.fault("duplicated", name, len(evaluated) - len(set(evaluated)))
             row.fault("zombies", name, sum(t.state.name in ("RUNNING", "WAITING") for t in study.trials))
     finally:
@@ -522,9 +770,9 @@ def outage(bench: Bench, row: Row, pauses: Sequence[float], cut: bool) -> None:
         shutil.rmtree(folder)
 
 
-@fault("F13", "PostgreSQL stopped in a search, for 5 s and for 60 s (for ever: tests/test_storage.py)", quick=False)
+@fault("F13", "PostgreSQL stopped in a search: for 5 s, for 60 s, and for longer than it is waited for", quick=False)
 def server_stopped(bench: Bench, row: Row) -> None:
-    outage(bench, row, [5.0] if bench.quick else [5.0] * 10 + [60.0] * 10, cut=False)
+    outage(bench, row, [5.0, math.inf] if bench.quick else [5.0, 60.0, math.inf] * 10, cut=False)
 
 
 @fault("F14", "connections to PostgreSQL cut in a search", quick=False)
@@ -683,7 +931,17 @@ def ddp(bench: Bench, row: Row) -> None:
         bench.refuse(row, "torchrun", bench.search(bench.new_name()), "WORLD_SIZE is 2")
 
 
-@fault("F31", "files from next year (a clock that steps back within a trial: not run, libfaketime is not here)")
+def libfaketime() -> Path:
+    """Debian's package faketime, or the one of the same name from the package index."""
+    found = [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]
+    if spec := importlib.util.find_spec("libfaketime"):
+        found += Path(spec.origin or "").parent.rglob("libfaketime.so.1")
+    if not found:
+        raise NotRun("a clock that steps needs libfaketime")
+    return found[0]
+
+
+@fault("F31", "files from next year, and a clock that steps back and forth by an hour while candidates train")
 def clock(bench: Bench, row: Row) -> None:
     run, next_year = bench.logs / bench.reference, time.time() + 365 * 86400
     for path in [*run.rglob("*"), *(bench.folder / "states").rglob("*")]:
@@ -696,7 +954,24 @@ def clock(bench: Bench, row: Row) -> None:
         row.fault("undetected", error, code != 0)
     row.fault("unequal", "the states were stored again", abs(shard.stat().st_mtime - next_year) > 1)
     row.fault("unequal", name, bench.story(name) != bench.story(bench.reference))
-    row.fault("undetected", "negative time", sum(t.user_attrs.get("seconds", 0) < 0 for t in bench.trials(name)))
+    try:
+        library = libfaketime()
+    except NotRun as reason:
+        return row.leave_out(reason)
+    for _ in range(1 if bench.quick else 5):
+        name, clock_file = bench.new_name(), bench.folder / "clock"
+        clock_file.write_text("+0\n")
+        fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock_file), "FAKETIME_NO_CACHE": "1"}
+        process = bench.start(bench.search(name), environment=fake | {"FAKETIME_DONT_FAKE_MONOTONIC": "1"})
+        bench.wait_for_candidate(process, name)
+        for step in itertools.cycle(("-3600\n", "+3600\n")):
+            clock_file.write_text(step)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.7)
+                break
+        row.tried += 1
+        bench.check(row, name, {}, process.communicate()[1])
+        row.fault("undetected", "negative time", sum(t.user_attrs.get("seconds", 0) < 0 for t in bench.trials(name)))
 
 
 @fault("F32", "an output folder that cannot be written to: told at the start")
@@ -716,7 +991,7 @@ def other_config(bench: Bench, row: Row) -> None:
     row.fault("lost", "the search", bench.story(bench.reference) == [])
 
 
-@fault("F34", "a finished search again: nothing is done, and its files stay")
+@fault("F34", "a finished search again, two starts of a search at once, and (not in --quick) of a run")
 def again(bench: Bench, row: Row) -> None:
     before = bench.story(bench.reference)
     for _ in range(2 if bench.quick else 20):
@@ -724,20 +999,212 @@ def again(bench: Bench, row: Row) -> None:
         row.tried += 1
         row.fault("undetected", error, code != 0)
         row.fault("unequal", "", bench.story(bench.reference) != before)
-    acknowledged = {t.number: t.value for t in bench.trials(bench.reference) if t.state.name == "COMPLETE"}
-    bench.check(row, bench.reference, acknowledged)
+    bench.check(row, bench.reference, bench.acknowledged(bench.reference))
+    for _ in range(1 if bench.quick else 20):
+        name = bench.new_name()
+        both = [bench.start(bench.search(name)) for _ in range(2)]
+        errors = [process.communicate()[1] for process in both]
+        row.tried += 1
+        row.fault("undetected", errors, any(process.returncode for process in both))
+        bench.check(row, name, {}, "".join(errors), one=False)
+    for _ in range(0 if bench.quick else 3):
+        name = bench.new_name()
+        both = [bench.start(bench.job(name)) for _ in range(2)]
+        errors = [process.communicate()[1] for process in both]
+        row.tried += 1
+        codes = sorted(process.returncode for process in both)
+        told = "is being made by process" in "".join(errors)
+        row.fault("undetected", f"{codes} {errors}", codes != [0, 2] or not told)
+        bench.check(row, name, {}, "".join(errors))
+
+
+@fault(
+    "F35",
+    "kill -9 again and again, each time when a start and a candidate could be done: each makes progress",
+    quick=False,
+)
+def kill_again_and_again(bench: Bench, row: Row) -> None:
+    name, num_trials = bench.new_name(), 6 if bench.quick else 20
+    args = bench.search(name, f"--search.n_trials={num_trials}")
+    start, known, seconds = time.monotonic(), 0, 0.0
+    while True:
+        process, begun = bench.start(args), time.monotonic()
+        if not seconds:  # the first shows how long that takes
+            bench.wait_for_candidate(process, name, 2)
+            seconds = 1.5 * (time.monotonic() - begun)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, begun + seconds - time.monotonic()))
+        _, error = process.returncode, kill_all(process)
+        row.tried += 1
+        row.fault("undetected", error, "Traceback" in error)
+        finished = len(bench.acknowledged(name))
+        row.fault("lost", f"no progress after {finished} trials", finished <= known and process.returncode != 0)
+        known = finished
+        if process.returncode == 0 or time.monotonic() > start + 600:
+            break
+    row.fault("undetected", "it never ended", process.returncode != 0)
+    row.fault("duplicated", f"{known} finished", abs(known - num_trials))
+    row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
+    row.notes.append(f"killed every {seconds:.0f} s: {60 * known / (time.monotonic() - start):.1f} trials a minute")
+
+
+# A worker of a study whose candidates take a moment; it writes down what it has finished.
+SHORT = """
+import sys, time
+from kdnas.nas.search import open_study, search
+from kdnas.nas.space import SearchSpace
+
+url, path, n_trials, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+space = SearchSpace({
+    "num_hidden_layers": list(range(1, 13)), "num_attention_heads": [1, 2], "hidden_size": [32, 64],
+    "intermediate_size": [64, 128, 256, 512, 1024], "hidden_act": ["gelu", "relu"],
+})
+
+def evaluate(trial, arch):
+    time.sleep(seconds)
+    return arch.num_hidden_layers + arch.intermediate_size / 7
+
+def note(study, trial):
+    if trial.state.name == "COMPLETE":
+        with open(path, "a") as file:
+            file.write(f"{trial.number} {trial.value}\\n")
+
+search(evaluate, space, open_study(url, "short", {}), n_trials, [note])
+"""
+
+
+def short_study(folder: Path) -> optuna.Study:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", skip_table_creation=True)
+    return optuna.load_study(study_name="short", storage=storage)
+
+
+@fault("F37", "four workers on one SQLite study, 200 trials: exact counts", quick=False)
+def four_workers(bench: Bench, row: Row) -> None:
+    from kdnas.nas.search import trained
+
+    folder, num_trials = bench.folder / "short", 40 if bench.quick else 200
+    folder.mkdir()
+    args = ["-c", SHORT, f"sqlite:///{folder}/study.db"]
+    workers = [bench.start_program([*args, str(folder / str(i)), str(num_trials), "0.01"]) for i in range(4)]
+    for worker in workers:
+        _, error = worker.communicate()
+        row.fault("undetected", error, worker.returncode != 0 or "Traceback" in error)
+    study = short_study(folder)
+    lines = [line.split() for path in folder.glob("[0-3]") for line in path.read_text().splitlines()]
+    values = {t.number: t.value for t in study.trials if t.state.name == "COMPLETE"}
+    row.tried = len(trained(study))
+    row.fault("lost", "told, not stored", sum(values.get(int(n)) != float(value) for n, value in lines))
+    row.fault("lost", "stored, not told", len(values.keys() - {int(n) for n, _ in lines}))
+    row.fault("duplicated", f"{row.tried} trained", abs(row.tried - num_trials))
+    row.fault("duplicated", "told twice", len(lines) - len({n for n, _ in lines}))
+    numbers = [t.number for t in study.trials]
+    row.fault("duplicated", "numbers", numbers != list(range(len(numbers))))
+    row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in study.trials))
+    row.fault("undetected", "only some of them worked", len(list(folder.glob("[0-3]"))) < 4)
+
+
+@fault(
+    "F38", "a worker that is stopped for an hour, by the database's clock, is alive: its trial is its own", quick=False
+)
+def slow_worker(bench: Bench, row: Row) -> None:
+    folder = bench.folder / "slow"
+    folder.mkdir()
+    args = ["-c", SHORT, f"sqlite:///{folder}/study.db"]
+    slow = bench.start_program([*args, str(folder / "slow.txt"), "8", "3"])
+    while slow.poll() is None and not has(folder / "study.db", b"hidden_act"):
+        time.sleep(0.1)
+    time.sleep(1)
+    slow.send_signal(signal.SIGSTOP)
+    (mine,) = (t.number for t in short_study(folder).trials if t.state.name == "RUNNING")
+    with sqlite3.connect(folder / "study.db", timeout=60) as database:
+        database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+    quick = bench.start_program([*args, str(folder / "quick.txt"), "8", "0.1"])
+    deadline = time.monotonic() + 300
+    while quick.poll() is None and sum(t.state.is_finished() for t in short_study(folder).trials) < 7:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    time.sleep(2)  # it waits for the last one, and looks whether its worker is alive
+    states = {t.number: t.state.name for t in short_study(folder).trials}
+    row.fault("undetected", f"trial {mine} was given up: {states}", states[mine] != "RUNNING")
+    slow.send_signal(signal.SIGCONT)
+    for process in (slow, quick):
+        _, error = process.communicate()
+        row.fault("undetected", error, process.returncode != 0 or "Traceback" in error)
+    trials = short_study(folder).trials
+    row.tried += 1
+    row.fault("lost", states, trials[mine].state.name != "COMPLETE")
+    row.fault("duplicated", states, abs(sum("twin_of" not in t.user_attrs for t in trials if t.value is not None) - 8))
 
 
 NOT_HERE = {
-    "F03": ("kill -9 in each stage of a run", "not written; tests/test_pipeline.py interrupts each stage"),
-    "F07": (
-        "the N-th system call fails",
-        "not written; tests/test_cache.py and tests/test_runs.py let single writes fail",
-    ),
-    "F09": ("two builders of one cache, one killed", "made by tests/test_cache.py, with processes and kills"),
     "F10": ("a torn line of the journal", "void: studies live in SQLite or PostgreSQL"),
-    "F35": ("a kill every 2 s for 2 minutes", "not written; a start of the command takes longer than 2 s"),
 }
+
+
+def usage(bench: Bench, name: str, session: int) -> dict[str, float]:
+    """What a search holds now: the largest process's memory, its open files, and bytes on the disk by kind."""
+    megabytes, files = [0.0], [0]
+    for folder in processes_of({session}):
+        with suppress(OSError):
+            megabytes.append(int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+            files.append(len(list((folder / "fd").iterdir())))
+    sizes = {"database": 0, "trials": 0, "other": 0}
+    for path in (bench.logs / name).rglob("*"):
+        with suppress(OSError):
+            place = path.relative_to(bench.logs / name).parts[0]
+            kind = "database" if place.startswith("study.db") else "trials" if place.startswith("trial") else "other"
+            sizes[kind] += path.stat().st_size if path.is_file() else 0
+    return {
+        "megabytes": max(megabytes),
+        "files": max(files),
+        **{f"{kind}_kb": size / 1e3 for kind, size in sizes.items()},
+    }
+
+
+def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list[dict[str, float]]:
+    """Two workers search, and one of them, or all, are killed every two minutes: what grows, and is there progress?"""
+    name, rounds = bench.new_name(), []
+    sizes = "[" + ",".join(map(str, range(8, 65))) + "]"
+    acts = "[gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid]"
+    space = [f"--space.intermediate_size={sizes}", f"--space.hidden_act={acts}", "--space.hidden_size=[16,32]"]
+    args = bench.search(name, "--workers=2", "--search.n_trials=3000", "--sampler=random", *space)
+    process, end, acknowledged = bench.start(args), time.monotonic() + 60 * minutes, {}
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+            break
+        known, acknowledged = acknowledged, bench.acknowledged(name)
+        row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
+        row.fault("lost", f"no progress in round {len(rounds)}", len(acknowledged) == len(known))
+        rounds.append({"trials": len(acknowledged), **usage(bench, name, process.pid)})
+        print({key: round(value) for key, value in rounds[-1].items()}, flush=True)
+        row.tried += 1
+        if len(rounds) % 2:
+            running = [t for t in bench.trials(name) if t.state.name == "RUNNING" and "pid" in t.user_attrs]
+            with suppress(ProcessLookupError, IndexError):
+                os.kill(bench.random.choice(running).user_attrs["pid"], signal.SIGKILL)
+        else:
+            error = kill_all(process)
+            row.fault("undetected", error, "Traceback" in error)
+            process = bench.start(args)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate()
+    row.fault("undetected", error, "Traceback" in error or process.returncode not in (0, 143))
+    acknowledged, known = bench.acknowledged(name), acknowledged
+    row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
+    numbers = [t.number for t in bench.trials(name)]
+    row.fault("duplicated", "numbers", numbers != list(range(len(numbers))))
+    row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
+    bench.check_processes(row, name)
+    if len(rounds) > 1:
+        first, last = rounds[0], rounds[-1]
+        # A trial in memory is some kilobytes: parameters, attributes, the history of its epochs.
+        allowed = {"megabytes": 64 + 0.05 * (last["trials"] - first["trials"]), "files": 8, "other_kb": 1000}
+        for key, more in allowed.items():
+            row.fault("undetected", f"{key}: {first[key]:.0f} to {last[key]:.0f}", last[key] > first[key] + more)
+    return rounds
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -747,6 +1214,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--quick", action="store_true", help="those without servers and many kills, in under four minutes"
     )
     parser.add_argument("--only", default="", help="ids, separated by commas")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="two workers for so long, killed every 2 minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the instants at which is killed")
     parser.add_argument("--json", type=Path, default=OUTPUT / "faults.json", help="where the figures go")
     options = parser.parse_args(args)
@@ -757,9 +1225,14 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     rows = [Row(name, what, not_run=why) for name, (what, why) in NOT_HERE.items() if not wanted or name in wanted]
+    more: dict[str, Any] = {}
+    if options.soak:
+        wanted, rows = ["soak"], [Row("soak", f"two workers for {options.soak:g} minutes, killed every two")]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kdnas-faults-") as folder:
         bench = Bench(Path(folder), options.quick, options.seed)
+        if options.soak:
+            more["rounds"] = soak(bench, rows[0], options.soak)
         for name, (what, quick, function) in FAULTS.items():
             if (wanted and name not in wanted) or (options.quick and not quick and not wanted):
                 continue
@@ -788,7 +1261,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for note in row.notes:
             console.print(f"{row.id}: {note}", markup=False)
     figures = {"seed": options.seed, "seconds": seconds, "quick": options.quick, "machine": machine()}
-    write_json(options.json, figures | {"rows": [asdict(row) for row in rows]})
+    write_json(options.json, figures | more | {"rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -328,6 +328,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
             if path and os.path.isfile(path):
                 check_checkpoint(Path(path))
+            elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
+                raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
 
     with honest_signals():
         KDCLI(

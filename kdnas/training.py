@@ -124,7 +124,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
     release_memory()
     with honest_signals(), _one_error():
-        trainer.fit(module, datamodule=data, **options)
+        trainer.fit(module, datamodule=data, weights_only=True, **options)
 
 
 @contextmanager
