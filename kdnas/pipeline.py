@@ -262,6 +262,7 @@ def _line(trial: FrozenTrial) -> str:
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     folder = job.run.full_kd
     if (folder / "result.json").exists():
+        (folder / "last.ckpt").unlink(missing_ok=True)
         job.console.print("Full KD: done.")
         return
     started = time.monotonic()

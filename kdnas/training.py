@@ -145,7 +145,7 @@ def fit_resumable(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     callbacks: Sequence[pl.Callback] = (),
-) -> pl.Trainer:
+) -> None:
     """``fit`` that the same call goes on with, from ``folder/last.ckpt``; whoever has kept the result deletes that.
 
     Raises:
@@ -157,7 +157,6 @@ def fit_resumable(
         check_checkpoint(last)
     trainer = make_trainer(settings, folder, num_epochs, [*callbacks, KeepLast(last)], resume)
     fit(trainer, module, data, ckpt_path=last if resume else None)
-    return trainer
 
 
 def check_checkpoint(path: Path) -> None:

@@ -482,3 +482,24 @@ def test_what_was_stopped_goes_on_in_the_middle_of_an_epoch_and_ends_as_what_was
     for name, values in whole.items():
         assert torch.equal(values, resumed[name]), name
     assert not (tmp_path / "stopped" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("last_call", ["new_folder", "write_json"])
+def test_what_was_stopped_at_its_very_end_is_not_trained_again(teacher, task, tmp_path, monkeypatch, last_call):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    result = evaluate(classifier(teacher), task, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, last_call, stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(classifier(teacher), task, tmp_path / "run")
+    steps = Steps()
+    again = evaluate(classifier(teacher), task, tmp_path / "run", callbacks=[steps])
+    assert steps.losses == []
+    assert {name: again[name] for name in ("metrics", "history")} == {
+        name: result[name] for name in ("metrics", "history")
+    }
+    (tmp_path / "run" / "last.ckpt").touch()  # killed before this was deleted
+    evaluate(classifier(teacher), task, tmp_path / "run")
+    assert not (tmp_path / "run" / "last.ckpt").exists()

@@ -164,7 +164,9 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """The score after each epoch; a fit goes on only where rows and settings are those that it was begun with.
+    """The score after each epoch, and all that was measured after the last.
+
+    A fit goes on only where rows and settings are those that it was begun with.
 
     Args:
         made_with: what says so.
@@ -172,17 +174,19 @@ class _History(pl.Callback):
 
     def __init__(self, made_with: dict[str, Any]) -> None:
         self.rows: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
         self.made_with = made_with
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "made_with": self.made_with}
+        return {"rows": self.rows, "last": self.last, "made_with": self.made_with}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
+        self.rows, self.last = list(state_dict["rows"]), state_dict["last"]
         _refuse_other(self.made_with, state_dict["made_with"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.rows.append({"epoch": trainer.current_epoch, "score": float(trainer.callback_metrics["val/score"])})
+        self.last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": trainer.current_epoch, "score": self.last["val/score"]})
 
 
 def finished(
@@ -258,6 +262,7 @@ def evaluate_glue(
     """
     known = finished(folder, task, settings, trainer_settings)
     if known is not None:
+        (folder / "last.ckpt").unlink(missing_ok=True)
         return known
     if settings.max_length > max_length(classifier.config):
         raise UserError(
@@ -275,7 +280,7 @@ def evaluate_glue(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
-        trainer = fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
+        fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
     classifier.eval()
     classifier.set_attn_implementation(attention)
     if keep_model:
@@ -287,7 +292,7 @@ def evaluate_glue(
         "task": task.task.name,
         "task_sha256": task.sha256,
         "score": history.rows[-1]["score"],
-        "metrics": {name: float(trainer.callback_metrics[f"val/{name}"]) for name in metrics},
+        "metrics": {name: history.last[f"val/{name}"] for name in metrics},
         "num_parameters": num_parameters(classifier),
         "megabytes": sum(p.numel() * p.element_size() for p in classifier.parameters()) / 1e6,
         "seconds": time.perf_counter() - start,
