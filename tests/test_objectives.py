@@ -27,7 +27,7 @@ from kdnas.distill.objectives import (
     WeightedSum,
     needed_layers,
 )
-from kdnas.distill.sentences import PairComparison, SentenceState
+from kdnas.distill.sentences import PairComparison, SentenceSimilarity, SentenceState
 from kdnas.errors import UserError
 from kdnas.models import build_student, find_teacher
 from kdnas.student_init import FromTeacher, Started
@@ -52,6 +52,7 @@ OBJECTIVES = {
     "relations": AttentionRelations(num_heads=4),
     "cls": SentenceState("cls"),
     "mean": SentenceState("mean"),
+    "similarity": SentenceSimilarity(),
     "pairs": PairComparison(),
     "nested": NESTED,
 }
@@ -102,6 +103,8 @@ def test_the_needed_layers_are_enough_and_there_is_one_error_a_term(teacher, obj
 
 @any_objective
 def test_errors_add_up_over_rows_and_padding_never_counts(teacher, objective):
+    if isinstance(objective, SentenceSimilarity):
+        pytest.skip("rows are compared with the others of their batch")
     student, criterion = make(objective, teacher)
     batch = make_batch(5)
     with torch.no_grad():
@@ -143,6 +146,7 @@ def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the
         AttentionRelations(num_heads=4),
         SentenceState("cls"),
         SentenceState("mean"),
+        SentenceSimilarity(),
     ],
 )
 def test_a_copy_of_the_teacher_is_nearly_without_error_once_the_projections_are_fitted(teacher, objective):
@@ -204,6 +208,7 @@ def test_a_nested_objective_survives_fit_too(tmp_path, capsys):
         (AttentionRelations(layer=0), {2: {-1}}),
         (AttentionRelations(layer=-6), {2: {-1}}),
         (SentenceState("cls"), {1: {5}, 4: {5}}),
+        (SentenceSimilarity(), {1: {5}, 4: {5}}),
         (PairComparison(), {1: {5}, 4: {5}}),
         (WeightedSum([AttentionRelations(2), HiddenStates(LastLayer())], [1, 1]), {2: {1, 5}}),
     ],

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.distill.objectives import View
-from kdnas.distill.sentences import PairComparison, SentenceState
+from kdnas.distill.sentences import PairComparison, SentenceSimilarity, SentenceState
 from kdnas.errors import UserError
 from kdnas.models import build_student, find_teacher
 from kdnas.student_init import Started
@@ -89,6 +89,45 @@ def test_a_fitted_sentence_map_is_measured_against_the_teacher_s_variance(teache
 def test_an_unknown_pooling_is_refused(pooling):
     with pytest.raises(UserError, match=f"pooling is {pooling!r}: give cls or mean"):
         SentenceState(pooling)
+
+
+def cosines(view: View, batch: dict) -> np.ndarray:
+    """Of each row's mean state with each other row's."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    vectors = [vector(states, length, "mean") for states, length in zip(last(view), lengths, strict=True)]
+    return np.array(
+        [
+            [u @ v / np.linalg.norm(u) / np.linalg.norm(v) for j, v in enumerate(vectors) if j != i]
+            for i, u in enumerate(vectors)
+        ]
+    )
+
+
+def test_the_error_of_similarity_is_that_of_plain_loops_over_the_teacher_s_variance(teacher, student):
+    criterion = SentenceSimilarity().criterion(student, teacher)
+    batches = [make_batch(6, seed) for seed in range(3)]
+    ours, theirs = ([view_of(model, batch) for batch in batches] for model in (student, teacher))
+    with torch.no_grad():
+        criterion.fit(Started(), ours, theirs)
+    known = [cosines(view, batch) for view, batch in zip(theirs, batches, strict=True)]
+    assert criterion.variance.item() == pytest.approx(np.var(known), rel=1e-3)
+    for one, other, batch, wanted in zip(ours, theirs, batches, known, strict=True):
+        ((error, count),) = criterion(one, other)
+        squares = ((cosines(one, batch) - wanted) ** 2).mean(1)
+        assert (error.item(), count) == (pytest.approx(squares.sum() / np.var(known), rel=1e-3), 6)
+    assert [(term.name, term.weight) for term in criterion.terms] == [("sentence_similarity", 1.0)]
+
+
+def test_vectors_that_are_turned_and_stretched_are_as_alike_as_before(teacher, student):
+    batch = {"attention_mask": torch.ones(3, 2, dtype=torch.long)}
+    theirs = torch.randn(3, 2, 32)
+    turned = 5 * theirs @ torch.linalg.qr(torch.randn(32, 32))[0]
+    criterion = SentenceSimilarity().criterion(student, teacher)
+    ((error, _),) = criterion(View(student, batch, {1: turned}), View(teacher, batch, {3: theirs}))
+    assert error.item() == pytest.approx(0, abs=1e-10)
+    alone = {"attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    ((error, count),) = criterion(View(student, alone, {1: turned[:1]}), View(teacher, alone, {3: theirs[:1]}))
+    assert (error.item(), count) == (0, 0), "a row alone"
 
 
 def comparison(states: np.ndarray, types: np.ndarray, length: int) -> np.ndarray:

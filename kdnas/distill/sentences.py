@@ -1,4 +1,4 @@
-"""Objectives on whole rows: the state of [CLS], the mean state, and how the two sentences of a pair compare."""
+"""Objectives on whole rows: [CLS], the mean state, how alike rows are, and how the two sentences of a pair compare."""
 
 from collections.abc import Sequence
 
@@ -61,6 +61,51 @@ class _SentenceState(Criterion):
         targets = torch.cat([self._vector(view) for view in teachers])
         self.variance.copy_(targets.var(0, correction=0).mean().clamp_min(1e-6))
         fit_linear(self.projection, torch.cat([self._vector(view) for view in students]), targets, strength=1e-3)
+
+
+class SentenceSimilarity(Objective):
+    """How alike the rows of a batch are to the student, against how alike they are to the teacher.
+
+    With s and t the means of the last states over real tokens, the error of row i is the mean over the other rows j of
+    ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. No projection stands
+    between: what is searched with the teacher's vectors by cosine can be searched with the student's own. The one
+    objective whose errors depend on which rows share a batch. After Passalis and Tefas 2018, who match the cosines of
+    a batch as probabilities.
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _SentenceSimilarity()
+
+
+class _SentenceSimilarity(Criterion):
+    variance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms = [Term("sentence_similarity", 1.0)]
+        self.register_buffer("variance", torch.ones(()))
+
+    @staticmethod
+    def cosines(view: View) -> Tensor:
+        """Of each row with each other row, (B, B - 1)."""
+        vectors_BH = F.normalize(view.pooled(view.mask_BT))
+        others = ~torch.eye(len(vectors_BH), dtype=torch.bool, device=vectors_BH.device)
+        with torch.autocast(vectors_BH.device.type, enabled=False):
+            return (vectors_BH @ vectors_BH.T)[others].view(len(vectors_BH), len(vectors_BH) - 1)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        ours, theirs = self.cosines(student), self.cosines(teacher)
+        num_others = ours.shape[1]  # a row alone has nothing to be compared with
+        error = (ours - theirs).square().sum() / max(num_others, 1) / self.variance
+        return [(error, len(ours) if num_others else 0)]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        cosines = torch.cat([self.cosines(view).flatten() for view in teachers])
+        if len(cosines) > 1:
+            self.variance.copy_(cosines.var(correction=0).clamp_min(1e-6))
 
 
 class PairComparison(Objective):
