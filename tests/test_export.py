@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -69,6 +70,14 @@ def graph(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer = load_student(save_classifier(tiny_teacher, folder / "source"))
     write_onnx(model, folder / "model.onnx", tokenizer.model_input_names)
     return folder / "model.onnx"
+
+
+def test_onnxruntime_does_not_fuse_additions_with_the_norms_behind_them(graph: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as_it_runs.onnx")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "as_it_runs.onnx").graph.node)
+    assert kinds["LayerNormalization"] == kinds["Sum"] > 1 and "SkipLayerNormalization" not in kinds
 
 
 def batches(folder: Path, form: str) -> list[dict]:
