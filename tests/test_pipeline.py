@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -55,16 +56,15 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def command(tiny_teacher: Path, text_file: Path, task_folder: Path, tmp_path: Path) -> list[str]:
-    """``kdnas run`` on the quickstart's YAML, shrunk."""
+@pytest.fixture(scope="session")
+def command_in(tiny_teacher: Path, text_file: Path, task_folder: Path) -> Callable[[Path], list[str]]:
+    """``kdnas run`` on the quickstart's YAML, shrunk, in a folder."""
     options = {
         "config": "configs/quickstart.yaml",
         "teacher": tiny_teacher,
         "text": text_file,
         "task": task_folder,
         "name": "tiny",
-        "root": tmp_path / "logs",
         "data.max_length": 24,
         "data.batch_tokens": 256,
         "search.n_trials": 2,
@@ -75,9 +75,27 @@ def command(tiny_teacher: Path, text_file: Path, task_folder: Path, tmp_path: Pa
         "finetune.max_length": 24,
         "latency.length": 16,
         "latency.min_seconds": 0.01,
-        "states.folder": tmp_path / "states",
     }
-    return ["run", *(f"--{name}={value}" for name, value in options.items())]
+    shrunk = ["run", *(f"--{name}={value}" for name, value in options.items())]
+    return lambda folder: [*shrunk, f"--root={folder / 'logs'}", f"--states.folder={folder / 'states'}"]
+
+
+@pytest.fixture
+def command(command_in: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    return command_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(command_in: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that was run to its end; its folder is ``finished_run``'s. Tests leave it as it is."""
+    command = command_in(tmp_path_factory.mktemp("finished"))
+    assert main(command) == 0
+    return command
+
+
+@pytest.fixture
+def finished_run(finished: list[str]) -> Path:
+    return Path(next(o for o in finished if o.startswith("--root=")).partition("=")[2]) / "tiny"
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
@@ -122,9 +140,8 @@ def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
     assert main(["verify", str(run)]) == 0
 
 
-def test_export_is_a_plain_folder_without_teacher_or_projections(command: list[str], tmp_path: Path) -> None:
-    assert main(command) == 0
-    run = tmp_path / "logs" / "tiny"
+def test_export_is_a_plain_folder_without_teacher_or_projections(finished_run: Path, tmp_path: Path) -> None:
+    run = finished_run
     best = StudentArch.from_yaml(run / "best_student.yaml")
     encoder = AutoModel.from_pretrained(run / "student")
     classifier = AutoModelForSequenceClassification.from_pretrained(run / "student")
@@ -313,16 +330,15 @@ def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: p
     ],
 )
 def test_another_config_under_the_same_name_is_refused(
-    option: str, key: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, key: str, finished: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, "--task=null"]) == 0
-    before = snapshot(tmp_path / "logs")
+    before = snapshot(finished_run)
     capsys.readouterr()
-    assert main([*command, "--task=null", option]) == 2
+    assert main([*finished, option]) == 2
     error = capsys.readouterr().err
     assert key in error and option.partition("=")[2] in error and "--name tiny-2" in error
     assert error.count("\n") == 1
-    assert snapshot(tmp_path / "logs") == before
+    assert snapshot(finished_run) == before
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(
