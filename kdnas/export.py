@@ -26,6 +26,8 @@ from kdnas.quantize import Rows, random_rows, write_best_int8
 from kdnas.runs import new_folder, write_text
 from kdnas.sentence_export import Sentences, add_sentence_files
 
+OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
 
 def export_student(
     source: Path,
@@ -105,13 +107,16 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
 
     Raises:
-        UserError: the folder has no model or no tokenizer that loads whole.
+        UserError: the folder has no model or no tokenizer that loads whole, or a head of another kind.
     """
     here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}  # a lost folder is no hub's name
     try:
         if not os.path.isdir(source):
             raise FileNotFoundError("there is no such folder")
         config = AutoConfig.from_pretrained(source, **here)
+        lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
+        if lost:
+            raise ValueError(f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences")
         is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
         factory = AutoModelForSequenceClassification if is_classifier else AutoModel
         model, info = factory.from_pretrained(

@@ -21,7 +21,13 @@ import torch
 from conftest import make_rows, save_teacher
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from kdnas.arch import StudentArch
 from kdnas.errors import ParityError, UserError
@@ -268,9 +274,14 @@ def lose_head(source: Path) -> None:
     (source / "config.json").write_text(config)
 
 
+def tag_tokens(source: Path) -> None:
+    AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (tag_tokens, "the head of BertForTokenClassification would be lost"),
         (remove_tokenizer, "has no tokenizer"),
         (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
         (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
