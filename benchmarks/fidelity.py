@@ -131,7 +131,7 @@ def distil(
     begin = time.monotonic()
     module = HiddenStateDistillModule(find_teacher(TEACHER), arch, config.recipe)
     module.states = states
-    settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"])
+    settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"] or "auto")
     fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
     seconds = time.monotonic() - begin
     result = {"arch": arch.to_dict(), "seconds": seconds, "history": module.history, "scores": Scores(module, data)()}

@@ -56,7 +56,7 @@ def distil(
     states = StatesSettings(str(OUTPUT / "teacher_states"), 0 if recipe_name == "original" else 40)
     module = HiddenStateDistillModule(TEACHER, SHAPES[shape], config.recipe, states)
     settings = TrainerSettings(
-        precision=config.trainer["precision"], gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0)
+        precision=config.trainer["precision"] or "auto", gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0)
     )
     trainer = make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)])
     fit(trainer, module, data)

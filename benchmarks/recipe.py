@@ -205,7 +205,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     watch = HeldOutError(batches, variance, num_steps=QUICK_STEPS if chosen.quick else None)
     settings = TrainerSettings(
         accelerator="cpu",
-        precision=config.trainer["precision"],
+        precision=config.trainer["precision"] or "auto",
         gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0),
     )
     train(original, theirs, watch, settings, num_epochs, folder / "original", "the original's recipe")

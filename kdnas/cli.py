@@ -307,6 +307,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
+    from kdnas.precision import trainer_precision
     from kdnas.training import check_checkpoint, honest_signals, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
@@ -323,8 +324,10 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 super().parse_arguments(parser, args)
             except (ArgumentError, UnicodeDecodeError) as error:
                 raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
-            strategy = self.config[subcommand].trainer.strategy
-            refuse_strategy(getattr(strategy, "class_path", strategy).rpartition(".")[2])
+            trainer = self.config[subcommand].trainer
+            refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy).rpartition(".")[2])
+            if trainer.precision is None:
+                trainer.precision = trainer_precision(trainer.accelerator)
             path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
             if path and os.path.isfile(path):
                 check_checkpoint(Path(path))

@@ -22,6 +22,7 @@ arch.py
 families.py
 models.py
 graph.py
+precision.py
 data/masking.py
 data/readers.py
 data/corpus.py

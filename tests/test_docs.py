@@ -17,6 +17,7 @@ from conftest import make_rows, save_teacher, write_table, write_task
 
 from kdnas.cli import COMMANDS, USAGE, main
 from kdnas.pages import EXAMPLES, page
+from kdnas.precision import trainer_precision
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -96,6 +97,7 @@ def test_own_mapping_objective_start_and_callback_train(
     shares = re.findall(r"contextual share (-?[\d.]+)", capsys.readouterr().out)
     assert len(shares) == 2
     saved = yaml.safe_load(next((my_kd / "lightning_logs").rglob("config.yaml")).read_text())
+    assert saved["trainer"]["precision"] == trainer_precision("cpu"), "what was measured is kept"
     objective = saved["model"]["recipe"]["objective"]["init_args"]["objectives"]
     assert [part["class_path"].rpartition(".")[2] for part in objective] == ["HiddenStates", "Direction"]
 

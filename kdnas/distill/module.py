@@ -23,6 +23,7 @@ from kdnas.distill.teacher import LayerStats, StatesSettings, TeacherStates, ope
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.families import arch_of
 from kdnas.models import Teacher, build_student, encode, find_teacher, num_parameters, refuse_other_inputs
+from kdnas.precision import autocast
 from kdnas.student_init import FromTeacher, Start, Started
 from kdnas.training import ClipFusedGradients, release_memory
 
@@ -166,7 +167,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
         self.started = self.recipe.start(self.student, teacher, rows)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast("cpu"):
             views = [self.views(batch) for batch in rows]
         self.criterion.fit(self.started, [student for student, _ in views], [teacher for _, teacher in views])
         del views

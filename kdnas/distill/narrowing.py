@@ -18,6 +18,7 @@ from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import ridge_map
 from kdnas.families import arch_of, family_of
 from kdnas.models import embed, embedding_mapping, embedding_norm, encode
+from kdnas.precision import autocast
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
@@ -105,7 +106,7 @@ class _Narrowing:
                 norm = layer.get_submodule(self.names.output_norm)
                 hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
             for batch, mask in zip(rows, self.masks, strict=True):
-                with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
+                with autocast(teacher.device.type):
                     states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
                 for i, state in enumerate(states):
                     # In half precision: all layers of a wide teacher are gigabytes otherwise.
@@ -185,7 +186,7 @@ class _Narrowing:
         """What the parts of a teacher layer give for the stream x, flat; most in float32."""
         names = self.names
         part = layer.get_submodule
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with autocast(x.device.type):
             query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
             context = self._attend(query, key, value, self.theirs.num_attention_heads)
             before_norm = x + part(names.attention_output)(context).float()

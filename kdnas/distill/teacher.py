@@ -17,6 +17,7 @@ from kdnas.distill.cache import Precision, StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
 from kdnas.models import Teacher, embed, encode
+from kdnas.precision import autocast
 from kdnas.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class LiveTeacher:
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
         device = batch["input_ids"].device
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device.type):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
         assert states is not None
         real = batch["attention_mask"].flatten().nonzero()[:, 0]  # once for all layers

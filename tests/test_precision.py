@@ -1,0 +1,47 @@
+"""Which precision is taken where none is given."""
+
+import pytest
+import torch
+from torch import nn
+
+from kdnas import precision
+from kdnas.precision import autocast, bf16_is_faster, trainer_precision
+from kdnas.training import TrainerSettings, make_trainer
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16 is faster", "float32 is faster"])
+def bf16_wins(request, monkeypatch) -> bool:
+    """A machine on which one of them takes half the time of the other."""
+    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0 if request.param else 0.5}
+    monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+    bf16_is_faster.cache_clear()
+    yield request.param
+    bf16_is_faster.cache_clear()
+
+
+def test_a_cpu_takes_what_it_multiplies_faster_and_what_is_given_is_kept(bf16_wins, tmp_path):
+    def found(**settings) -> str:
+        return make_trainer(TrainerSettings("cpu", **settings), tmp_path, 1).precision
+
+    assert found() == trainer_precision("cpu") == ("bf16-mixed" if bf16_wins else "32-true")
+    assert (found(precision="32-true"), found(precision="bf16-mixed")) == ("32-true", "bf16-mixed")
+    assert trainer_precision("gpu") == "bf16-mixed"
+    with autocast("cpu"):
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == (torch.bfloat16 if bf16_wins else torch.float32)
+
+
+def test_where_a_gpu_is_seen_auto_does_not_ask_the_cpu(bf16_wins, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert trainer_precision("auto") == "bf16-mixed"
+
+
+def test_it_is_measured_once_without_a_trace_in_what_is_drawn_next(monkeypatch):
+    measured, seconds = [], precision._seconds
+    monkeypatch.setattr(precision, "_seconds", lambda dtype: measured.append(dtype) or seconds(dtype))
+    bf16_is_faster.cache_clear()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert bf16_is_faster("cpu") == bf16_is_faster("cpu")
+    assert torch.rand(1) == expected
+    assert measured == [torch.bfloat16, torch.float32]
