@@ -136,8 +136,7 @@ def distil(
     seconds = time.monotonic() - begin
     result = {"arch": arch.to_dict(), "seconds": seconds, "history": module.history, "scores": Scores(module, data)()}
     with new_folder(folder / "encoder") as encoder:
-        module.student.save_pretrained(encoder)
-        find_teacher(TEACHER).tokenizer.save_pretrained(encoder)
+        module.save_student(encoder)
     write_json(folder / "result.json", result)
     return result
 

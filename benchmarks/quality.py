@@ -61,8 +61,7 @@ def distil(
     trainer = make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)])
     fit(trainer, module, data)
     with new_folder(folder / "encoder") as encoder:
-        module.student.save_pretrained(encoder)
-        find_teacher(TEACHER).tokenizer.save_pretrained(encoder)
+        module.save_student(encoder)
     write_json(
         folder / "result.json",
         {

@@ -308,6 +308,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.distill.module import HiddenStateDistillModule
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.precision import trainer_precision
+    from kdnas.runs import new_folder
     from kdnas.training import check_checkpoint, honest_signals, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
@@ -333,6 +334,13 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 check_checkpoint(Path(path))
             elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
                 raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
+
+        def after_fit(self) -> None:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "encoder"
+            if self.trainer.is_global_zero:
+                with new_folder(folder) as temporary:
+                    self.model.save_student(temporary)
+                log.info("The student, with its tokenizer: %s", folder)
 
     with honest_signals():
         KDCLI(

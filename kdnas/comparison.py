@@ -382,7 +382,7 @@ def _tasks(config: GlueConfig) -> Iterator[LoadedTask]:
         if config.data is None:
             yield load_task(name)
         elif name not in TASKS:
-            raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS)}")
+            raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS, True)}")
         elif not (folder := Path(config.data, name)).is_dir():
             raise UserError(f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a task.")
         else:

@@ -16,19 +16,21 @@ class ParityError(RuntimeError):
     """A file of an export does not compute what the model computes: nothing is exported (exit code 1)."""
 
 
-def nearest(name: object, choices: Iterable[str]) -> str:
+def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:
     """A hint for a name that does not exist.
 
     Args:
         name: what was written; not always text, where it comes from YAML.
         choices: the names that there are.
+        always_list: them too.
 
     Returns:
-        ``" Did you mean 'x'?"`` where one is close, else ``" Choose from: a, b, c."``.
+        ``" Did you mean 'x'?"`` where one is close, else ``" Choose from: a, b, c."``, or both.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Choose from: {', '.join(names)}." if always_list or not close else hint
 
 
 def first_line(error: BaseException) -> str:

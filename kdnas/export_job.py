@@ -10,14 +10,13 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from kdnas.arch import StudentArch
 from kdnas.card import sentence_lines
 from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.export import export_student, load_student, slower_shapes
 from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.models import Teacher, find_teacher
+from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
 from kdnas.safe_yaml import read_yaml
@@ -57,6 +56,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         source, folder = Path(config.student), Path(f"{config.student.rstrip('/')}-export")
         task_name, text = config.task, config.text
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
+        card |= {"text": Path(text).name} if text else {}
     folder = Path(config.output) if config.output else folder
     if folder.exists() and not config.force:
         raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
@@ -204,19 +204,18 @@ def _run_card(run: Run) -> dict[str, Any]:
         card["sections"]["Latency beside its teacher"] = {
             shape: f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
         }
-    arch = StudentArch.from_yaml(run.best_student).to_dict()
-    card["sections"]["Shape"] = {name: str(value) for name, value in arch.items()}
     return card
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student of another teacher's run, as far as vocabularies and sizes tell."""
-    model, tokenizer = load_student(source)
-    if tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or model.config.model_type != teacher.config.model_type:
+    """Refuse a student of another teacher's run, as far as families, what they read, and sizes tell."""
+    model, _ = load_student(source)
+    if model.config.model_type != teacher.config.model_type:
         raise UserError(
-            f"The student {str(source)!r} ({model.config.model_type}, {len(tokenizer):,} words) is not of the teacher "
-            f"{teacher.name!r} ({teacher.config.model_type}, {len(teacher.tokenizer):,} words): give its own --teacher."
+            f"The student {str(source)!r} ({model.config.model_type}) is not of the teacher {teacher.name!r} "
+            f"({teacher.config.model_type}): give its own --teacher."
         )
+    refuse_other_inputs(find_teacher(str(source)), teacher)
     for name in ("num_hidden_layers", "hidden_size"):
         ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
         if ours > theirs:

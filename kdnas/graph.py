@@ -128,7 +128,7 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
 def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
     """Write the graph beside its config, and give the file to measure."""
     model.config.save_pretrained(folder)
-    write_onnx(model, folder / ONNX)
+    write_onnx(model, folder / ONNX, (*INPUTS, *["token_type_ids"] * marks_pairs(model.config)))
     if not int8:
         return folder / ONNX
     write_int8(folder / ONNX, folder / INT8)

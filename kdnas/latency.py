@@ -1,6 +1,7 @@
 """Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
 
 import copy
+import importlib.util
 import json
 import math
 import random
@@ -46,7 +47,7 @@ class LatencySettings:
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, the backend is unknown, or torch sees no such device.
+        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such device.
     """
 
     backend: str = "torch"
@@ -60,6 +61,8 @@ class LatencySettings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UserError(f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}")
+        if self.backend in ON_ONNX and importlib.util.find_spec("onnxruntime") is None:
+            raise UserError(f"backend {self.backend} of latency needs onnxruntime: pip install 'kdnas'.")
         if self.backend == "cuda" and self.device == "cpu":
             object.__setattr__(self, "device", "cuda")
         devices = _devices()

@@ -190,7 +190,9 @@ def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
     elif max_length(student.config) != max_length(teacher.config):
         reason = f"it takes {max_length(student.config)} tokens, its teacher {max_length(teacher.config)}"
     if reason:
-        raise UserError(f"{student.name!r} cannot learn from {teacher.name!r}: {reason}. Take one made for the other.")
+        raise UserError(
+            f"{student.name!r} does not read as {teacher.name!r} does: {reason}. Take one made for the other."
+        )
 
 
 def _quickstart_folder() -> str:

@@ -68,7 +68,7 @@ EXAMPLES = {
 """,
     "validate": """what a checkpoint of fit knows of its teacher
 
-  kdnas validate --config configs/fit.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+  kdnas validate --config configs/fit.yaml --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt
 """,
 }
 

@@ -284,8 +284,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         data, bar = job.data.select("full"), FitProgress(progress, "full KD")
         fit_resumable(job.config.trainer, folder, settings.num_epochs, module, data, [bar])
     with new_folder(folder / "encoder") as encoder:
-        module.student.save_pretrained(encoder)
-        job.teacher.tokenizer.save_pretrained(encoder)
+        module.save_student(encoder)
     final = {name: module.history[-1][name] for name in ("loss", "contextual_share", "sentence_r2")}
     write_json(
         folder / "result.json",

@@ -154,8 +154,9 @@ def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
         static.unlink(missing_ok=True)
     result = compare(source, target, rows.report, rows.task)
     if not result["cosine"] >= LEAST_COSINE:  # NaN too
+        output = open_session(source).get_outputs()[0].name
         raise ParityError(
-            f"The outputs of {target.name} have a cosine of {result['cosine']:.3f} to those of {source.name} on "
+            f"{output} of {target.name} has a cosine of {result['cosine']:.3f} to those of {source.name} on "
             f"{rows.name}; {LEAST_COSINE} is needed."
         )
     return {"method": method, "rows": rows.name, **result}

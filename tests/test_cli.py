@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from conftest import make_rows, save_teacher, write_task
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 from kdnas.cli import COMMANDS, main
+from kdnas.models import find_teacher
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -404,6 +405,9 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert {"val/loss", "val/contextual_share", "val/sentence_r2"} <= set(tags)
     saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
     assert saved["model"]["arch"]["hidden_size"] == 64
+    (encoder,) = (tmp_path / "lightning_logs").rglob("encoder")
+    assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
+    assert find_teacher(str(encoder)).tokenizer.get_vocab() == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
     (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     capsys.readouterr()
     assert main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0

@@ -203,7 +203,7 @@ def test_all_nine_tasks_are_fine_tuned(command, models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task=stsbb"], "The task 'stsbb' is none of GLUE. Did you mean 'stsb'?"),
+        (["--task=stsbb"], "The task 'stsbb' is none of GLUE. Did you mean 'stsb'? Choose from: cola, mnli,"),
         (["--task=xyz"], "Choose from: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."),
         (["--task=cola"], "cola' does not exist"),
         (["--task=rte", "--task=rte"], "task is ['rte', 'rte']"),
@@ -240,6 +240,13 @@ def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(comm
         ({"sentence1": ["a", None], "sentence2": ["a", "b"], "label": [0, 1]}, "Row 1 (from 0)"),
     ):
         write_table(folder / "train.parquet", **columns)
+        assert message in refused(command, capsys)
+    write_table(folder / "train.parquet", sentence1=["a", "b"], sentence2=["a", "b"], label=[0, 1])
+    for columns, message in (
+        ({"sentence1": ["a"], "sentence2": ["a"], "label": [2]}, "label 2"),
+        ({"sentence1": [], "sentence2": [], "label": []}, "There are no validation rows"),
+    ):
+        write_table(folder / "validation.parquet", **columns)
         assert message in refused(command, capsys)
     assert not (tmp_path / "logs").exists()
 

@@ -190,7 +190,7 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
                 else:
                     for line in re.findall(r"(?m)^kdnas verify.*", text):
                         assert main(shlex.split(line)[1:]) == 0
-                    for line in re.findall(r"(?m)^cd .*python predict.py.*", text):
+                    for line in re.findall(r"(?m)^python \S*predict.py.*", text):
                         command = line.replace("python", sys.executable)
                         done = subprocess.run(command, shell=True, capture_output=True, text=True)
                         assert done.returncode == 0 and '"probability"' in done.stdout, done.stderr

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import re
@@ -31,7 +32,7 @@ from transformers import (
 
 from kdnas.arch import StudentArch
 from kdnas.errors import ParityError, UserError
-from kdnas.export import export_student, load_student, slower_shapes
+from kdnas.export import _parity_lengths, export_student, load_student, slower_shapes
 from kdnas.graph import write_onnx
 from kdnas.models import build_classifier, build_student, max_length, student_config
 
@@ -43,7 +44,7 @@ CARD = {
     "name": HOSTILE,
     "teacher": HOSTILE,
     "base_model": HOSTILE,
-    "sections": {"Shape": ARCH.to_dict(), "Scores": {"accuracy": 0.8125, HOSTILE: HOSTILE}},
+    "sections": {"Scores": {"accuracy": 0.8125, HOSTILE: HOSTILE}},
 }
 PLAIN = {"name": "tiny", "teacher": "a tiny teacher", "sections": {}}
 
@@ -84,6 +85,13 @@ def test_onnxruntime_does_not_fuse_additions_with_the_norms_behind_them(graph: P
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "as_it_runs.onnx").graph.node)
     assert kinds["LayerNormalization"] == kinds["Sum"] > 1 and "SkipLayerNormalization" not in kinds
+
+
+@pytest.mark.parametrize("longest", [2, 3, 40, 512])
+def test_lengths_that_are_checked_go_from_one_token_to_the_longest(longest: int) -> None:
+    lengths = _parity_lengths(longest)
+    assert lengths == sorted(set(lengths)) and (lengths[0], lengths[-1]) == (1, longest)
+    assert all(after <= 2 * before for before, after in itertools.pairwise(lengths))
 
 
 def batches(folder: Path, form: str) -> list[dict]:
@@ -159,6 +167,7 @@ def test_the_card_is_valid_and_nothing_from_outside_breaks_it(classifier):
         "pipeline_tag": "text-classification",
         "tags": ["knowledge-distillation", "neural-architecture-search", "kdnas", "onnx"],
         "base_model": HOSTILE,
+        "license": "unknown",
     }
     plain = r'a: "b" \| c --- \# \[d\](http://e) \<f\> \`g'
     assert f"\n# {plain}\n" in text

@@ -91,11 +91,10 @@ def test_a_result_has_everything_and_is_written_last(teacher, task, tmp_path):
     result = evaluate(model, task, tmp_path / "run" / "teacher")
     folder = tmp_path / "run" / "teacher"
     assert json.loads((folder / "result.json").read_text()) == result
-    assert (
-        list(result)
-        == "task task_sha256 score metrics num_parameters megabytes seconds history settings precision".split()
-    )
+    names = "task task_sha256 score metrics num_parameters megabytes seconds history settings precision trained_in"
+    assert list(result) == names.split()
     assert result["task"] == "words"
+    assert (result["precision"], result["trained_in"]) == ("32-true", "32-true")
     assert result["metrics"] == {"accuracy": result["score"]}
     assert [row["epoch"] for row in result["history"]] == [0, 1]
     assert result["num_parameters"] == num_parameters(model)

@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -375,6 +376,12 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
     lengths_file.write_text("5\n41\n")
     with pytest.raises(UserError, match="length of latency is 41 in .*lengths.jsonl', .* takes 40 tokens"):
         LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file)))
+
+
+def test_a_backend_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="backend onnxruntime-int8 of latency needs onnxruntime: pip install 'kdnas'"):
+        LatencySettings("onnxruntime-int8")
 
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):

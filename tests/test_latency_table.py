@@ -132,7 +132,7 @@ def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
 
 
 def test_the_files_of_a_graph_carry_its_config(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("kdnas.graph.write_onnx", lambda model, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr("kdnas.graph.write_onnx", lambda model, path, names: path.write_bytes(b"graph"))
     config = AutoConfig.from_pretrained(tiny_teacher)
     path = write_deployed(build_classifier(config), tmp_path / "graph", int8=False)
     assert AutoConfig.from_pretrained(path.parent).hidden_size == 64

@@ -32,6 +32,7 @@ from kdnas.distill.layer_map import Even
 from kdnas.distill.module import Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
+from kdnas.graph import open_session
 from kdnas.nas.search import trained
 from kdnas.options import read_config
 from kdnas.training import fit
@@ -472,6 +473,23 @@ def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(command: list[str
     assert error.splitlines()[-1] == "kdnas: interrupted; the same command goes on from here."
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
+
+
+def test_a_search_measures_by_the_backend_that_is_asked_for(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def watch(path: Path, num_threads: int) -> object:
+        opened.append(path.name)
+        return open_session(path, num_threads)
+
+    monkeypatch.setattr("kdnas.latency.open_session", watch)
+    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    assert main([*search, "--latency.backend=onnxruntime-int8", "--search.n_trials=1"]) == 0
+    assert opened == ["model.int8.onnx"] * len(opened) and len(opened) >= 2, "student and teacher"
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
+    assert all(trial.user_attrs["latency_ms"] > 0 for trial in trained(study))
 
 
 @pytest.mark.slow

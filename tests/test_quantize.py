@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 import kdnas.quantize
 from kdnas.errors import ParityError
 from kdnas.glue.tasks import LoadedTask, Task
-from kdnas.graph import write_onnx
+from kdnas.graph import write_int8, write_onnx
 from kdnas.models import build_classifier
 from kdnas.quantize import Rows, cosine, random_rows, score, task_rows, text_rows, write_best_int8
 
@@ -63,6 +63,20 @@ def test_rows_of_texts_are_held_out_where_they_are_reported(tiny_teacher: Path) 
     assert not np.array_equal(found.choose[0]["input_ids"][0], found.report[0]["input_ids"][0])
 
 
+def test_matrices_have_a_scale_a_column_and_the_table_of_words_is_in_eight_bits(graph: Path, tmp_path: Path) -> None:
+    exact, int8 = onnx.load(graph), tmp_path / "int8.onnx"
+    write_int8(graph, int8)
+    arrays = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(int8).graph.initializer}
+    matrices = {node.input[1] for node in exact.graph.node if node.op_type == "MatMul"}
+    weights = [one for one in exact.graph.initializer if one.name in matrices]
+    assert len(weights) > 4
+    for weight in weights:
+        assert arrays[f"{weight.name}_quantized"].dtype == np.int8
+        assert arrays[f"{weight.name}_scale"].shape == (weight.dims[1],)
+    (words,) = (one for one in exact.graph.initializer if one.name.endswith("word_embeddings.weight"))
+    assert arrays[f"{words.name}_quantized"].dtype.itemsize == 1
+
+
 def test_cosine_by_hand() -> None:
     ones = np.ones((2, 32), np.float32)
     assert cosine([ones], [ones * [[1], [-1]]]) == pytest.approx(0.0)  # mean over two tokens, 1 and -1
@@ -109,5 +123,5 @@ def test_outputs_that_have_little_to_do_with_each_other_are_refused(
     graph: Path, rows: Rows, tmp_path: Path, monkeypatch, value
 ) -> None:
     monkeypatch.setattr(kdnas.quantize, "cosine", lambda *args: value)
-    with pytest.raises(ParityError, match=f"outputs of model.int8.onnx have a cosine of {value:.3f} .* 0.9 is needed"):
+    with pytest.raises(ParityError, match=f"logits of model.int8.onnx has a cosine of {value:.3f} .* 0.9 is needed"):
         write_best_int8(graph, tmp_path / "model.int8.onnx", rows)

@@ -175,6 +175,6 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
     other.add_tokens(["unheard"])
-    with pytest.raises(UserError, match="'a student' cannot learn from .*fits': its tokenizer has other tokens"):
+    with pytest.raises(UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"):
         load_task_teacher(str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other))
     assert load_task_teacher(str(tmp_path / "fits"), rte, STUDENT).config.num_labels == 2

@@ -77,7 +77,7 @@ class Skip(LayerMapping):
 
 
 class LastAndSkip(LayerMapping):
-    """Two teacher layers a student layer, ``Last`` then ``Skip``: the default, as in the original."""
+    """Two teacher layers a student layer, ``Last`` then ``Skip``, as in the original; ``HiddenStates`` has it unset."""
 
     def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
         sizes = (student_layer, num_student_layers, num_teacher_layers)

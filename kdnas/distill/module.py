@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -172,6 +173,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.criterion.fit(self.started, [student for student, _ in views], [teacher for _, teacher in views])
         del views
         release_memory()
+
+    def save_student(self, folder: Path) -> None:
+        """Write the student as transformers does, with its teacher's tokenizer."""
+        self.student.save_pretrained(folder)
+        self._teacher.tokenizer.save_pretrained(folder)
 
     def on_train_start(self) -> None:
         self.student.train(self.recipe.dropout)

@@ -252,7 +252,7 @@ def evaluate_glue(
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
         ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score),
-        ``settings``, ``precision``.
+        ``settings``, ``precision`` as asked for, and ``trained_in``, what ``auto`` stood for.
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
@@ -281,6 +281,7 @@ def evaluate_glue(
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
         fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
+    trained_in = str(module.trainer.precision)
     classifier.eval()
     classifier.set_attn_implementation(attention)
     if keep_model:
@@ -299,6 +300,7 @@ def evaluate_glue(
         "history": history.rows,
         "settings": asdict(settings),
         "precision": trainer_settings.precision,
+        "trained_in": trained_in,
     }
     write_json(folder / "result.json", result)
     (folder / "last.ckpt").unlink()

@@ -152,7 +152,7 @@ def load_task(source: str) -> LoadedTask:
     """
     if not os.path.isdir(source):  # Path("") would be the current folder
         if source not in TASKS:
-            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS)}")
+            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
     folder = Path(source).resolve()
     task = TASKS.get(folder.name.lower().replace("-", ""))
