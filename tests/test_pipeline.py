@@ -81,6 +81,10 @@ def command_in(tiny_teacher: Path, text_file: Path, task_folder: Path) -> Callab
     return lambda folder: [*shrunk, f"--root={folder / 'logs'}", f"--states.folder={folder / 'states'}"]
 
 
+def interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def command(command_in: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
     return command_in(tmp_path)
@@ -178,9 +182,6 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
         study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{run}/study.db")
         return [(t.number, t.value, t.params) for t in study.trials]
 
-    def interrupt(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     known: list[tuple[int, float | None, dict[str, object]]] = []
     # What is called last in each stage, in the order of the stages; all that comes before it is done for good.
     for last_call in (
@@ -229,7 +230,8 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
         return whole(self, batch, batch_idx)  # type: ignore[arg-type]
 
     monkeypatch.setattr(HiddenStateDistillModule, "training_step", count)
-    assert main(command) == 0
+    monkeypatch.setattr(pipeline, "export_run", interrupt)
+    assert main(command) == 130
     assert "going on where it was stopped" in capsys.readouterr().out
     assert set(steps) == {1}, "epoch 0 is not done again"
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
@@ -287,8 +289,8 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
         fit(trainer, module, data, **options)
 
     monkeypatch.setattr("kdnas.training.fit", watch)
-    without_task = [option for option in command if not option.startswith("--task")]
-    assert main([*without_task, "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 0
+    monkeypatch.setattr(pipeline, "export_run", interrupt)  # it takes seconds, and is another's test
+    assert main([*command, "--task=null", "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 130
     run = tmp_path / "logs" / "tiny"
     kept = sorted(path.parent.name for path in run.glob("trial_*/weights.safetensors"))
     assert len(kept) == 3
@@ -343,14 +345,14 @@ def test_another_config_under_the_same_name_is_refused(
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_rows(120, seed=5)))
     own = [*command, f"--teacher={teacher}", f"--text={text}", "--task=null"]
-    assert main(own) == 0
-    (tmp_path / "logs" / "tiny" / "report.html").unlink()
+    monkeypatch.setattr(pipeline, "_full_kd", interrupt)
+    assert main(own) == 130
 
     model = AutoModel.from_pretrained(teacher)
     model.encoder.layer[0].output.dense.weight.data[0, 0] += 1
@@ -394,9 +396,6 @@ def test_candidates_that_all_fail_end_with_one_line(
 def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_is_none(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     folder = tmp_path / "logs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
@@ -433,9 +432,6 @@ def test_rows_of_a_task_that_changed_are_noticed(
 def test_what_changes_no_result_may_change_before_its_stage(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_full_kd", interrupt)
         assert main(command) == 130
