@@ -10,7 +10,8 @@ and the batch size, for each model and task. Runs are kept in ``--folder``, and 
 
 The seconds: the teacher on 1,000 of STS-B's training rows, by us and by transformers.Trainer in turn, nothing measured
 or saved in between: once with the defaults of run_glue.py (float32, every row padded to 128 tokens), once told to do
-as we do (bf16, rows of similar length together). And the 4 x 192 student's four epochs on all, with the measuring.
+as we do (our precision, rows of similar length together). And the 4 x 192 student's four epochs on all rows, with the
+measuring.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from kdnas.glue.task_distill import TaskDistillSettings
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencySettings
 from kdnas.models import build_classifier, student_config
+from kdnas.precision import trainer_precision
 from kdnas.runs import write_json
 from kdnas.training import TrainerSettings, fit, make_trainer
 
@@ -115,7 +117,7 @@ def trainer_seconds(model: Contender, task: LoadedTask, folder: Path, *, as_we_d
         num_train_epochs=settings.num_epochs,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
-        bf16=as_we_do,
+        bf16=as_we_do and trainer_precision("auto") == "bf16-mixed",
         train_sampling_strategy="group_by_length" if as_we_do else "random",
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
@@ -132,7 +134,7 @@ def trainer_seconds(model: Contender, task: LoadedTask, folder: Path, *, as_we_d
 
 SIDES: dict[str, Callable[[Contender, LoadedTask, Path], float]] = {
     "kdnas": our_seconds,
-    "Trainer, bf16 and by length": partial(trainer_seconds, as_we_do=True),
+    "Trainer, our precision, by length": partial(trainer_seconds, as_we_do=True),
     "Trainer, run_glue.py's defaults": partial(trainer_seconds, as_we_do=False),
 }
 
