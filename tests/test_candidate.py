@@ -135,7 +135,7 @@ def test_a_budget_that_is_not_above_zero_is_refused(name, value):
 def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tmp_path):
     study = new_study()
     trial = study.ask()
-    evaluator = make(num_epochs=2, recipe=Recipe(learning_rate=3e-3, matrix_learning_rate=5e-3))
+    evaluator = make(num_epochs=2, recipe=Recipe(learning_rate=1e-2, matrix_learning_rate=1e-2))
     value = evaluator(trial, ARCH)
     study.tell(trial, value)
     frozen = study.trials[0]
