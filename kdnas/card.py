@@ -46,7 +46,8 @@ def model_card(
     if "sentences" in report:
         library, pipeline_tag = "sentence-transformers", "sentence-similarity"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline_tag, "tags": list(_TAGS)}
-    front |= {name: str(card[name]) for name in ("base_model",) if card.get(name)}
+    if card.get("base_model"):
+        front["base_model"] = str(card["base_model"])
     front["license"] = str(card.get("license") or "unknown")  # the hub's word for it
     shape = {name: str(value) for name, value in arch_of(model.config).to_dict().items()}
     sections = {"Shape": shape, **card["sections"], **_checks(report)}
@@ -108,8 +109,7 @@ def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     latency = {
         f"batch {row['batch']} x {row['length']}": f"{row['torch_ms']:.2f} ms torch, {row['onnx_ms']:.2f} ms "
         f"model.onnx, {row['int8_ms']:.2f} ms model.int8.onnx"
-        + " (slower than model.onnx: take that)"
-        * (row["int8_ms"] > row["onnx_ms"])
+        + (" (slower than model.onnx: take that)" if row["int8_ms"] > row["onnx_ms"] else "")
         for row in report["latency"]
     }
     sections = {"The exported files": scores, "Latency, one CPU thread": latency}
