@@ -6,7 +6,8 @@ The table: five tasks (SST-2 cut to 6,000 training rows), official validation ro
 teacher is MiniLM-L6; every ``--model`` is a student's folder, and the first is trained a second time with the help of
 the fine-tuned teacher. A student of the same shape starts at random, anew for each seed. All are
 trained alike but for the rate, which was chosen on rows split off from training rows (LOG.md); ``--grid`` chooses it,
-and the batch size, for each model and task. Runs are kept in ``--folder``, and go on where they were stopped.
+and the batch size, for each model and task. Runs are kept in ``--folder``, and go on where they were stopped; those
+of another machine too, where ``--precision`` says what they were trained in.
 
 The seconds: the teacher on 1,000 of STS-B's training rows, by us and by transformers.Trainer in turn, nothing measured
 or saved in between: once with the defaults of run_glue.py (float32, every row padded to 128 tokens), once told to do
@@ -76,7 +77,7 @@ def compare(chosen: Any, tasks: Sequence[LoadedTask], console: Console) -> dict[
             contenders=[teacher],
             tasks=tasks,
             seeds=chosen.seeds,
-            trainer=TrainerSettings(),
+            trainer=TrainerSettings(precision=chosen.precision),
             latency=LatencySettings(length=64),
             grid=Grid() if chosen.grid else None,
             progress=progress,
@@ -194,6 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
     parser.add_argument("--model", action="append", default=[], help="a student's folder; once for each")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--precision", default="auto", help="of the table's runs, as of trainer.precision")
     parser.add_argument("--rounds", type=int, default=3, help="of the clock; medians are shown")
     parser.add_argument("--grid", action="store_true", help="choose rate and batch size for each model and task")
     parser.add_argument("--folder", type=Path, default=OUTPUT / "glue", help="where the runs are kept")

@@ -208,7 +208,7 @@ def _run_card(run: Run) -> dict[str, Any]:
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student of another teacher's run, as far as families, what they read, and sizes tell."""
+    """Refuse a student of another teacher, as its config says, or else families, what they read, and sizes."""
     model, _ = load_student(source)
     if model.config.model_type != teacher.config.model_type:
         raise UserError(
@@ -223,3 +223,9 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
                 f"The student {str(source)!r} has {name} {ours}, its teacher {teacher.name!r} {theirs}: "
                 "give its own --teacher."
             )
+    known = getattr(model.config, "teacher_sha256", None)
+    if known not in (None, teacher.weights_sha256()):
+        raise UserError(
+            f"The student {str(source)!r} learned from other weights (sha256 {known[:8]}) than those of "
+            f"{teacher.name!r} ({teacher.weights_sha256()[:8]}): give its own --teacher."
+        )

@@ -151,18 +151,20 @@ def fit_resumable(
     """``fit`` that the same call goes on with, from ``folder/last.ckpt``; whoever has kept the result deletes that.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged, or of another version.
     """
     last = folder / "last.ckpt"
     resume = last.exists()
     if resume:
-        check_checkpoint(last)
+        kept = check_checkpoint(last).get("callbacks", {}).get(KeepLast.__qualname__, {})
+        if kept.get("format") != KeepLast.FORMAT:
+            raise UserError(f"{str(last)!r} was written by another version of kdnas: delete it to begin anew.")
     trainer = make_trainer(settings, folder, num_epochs, [*callbacks, KeepLast(last)], resume)
     fit(trainer, module, data, ckpt_path=last if resume else None)
 
 
-def check_checkpoint(path: Path) -> None:
-    """Look whether a checkpoint can be gone on from; nothing in it is run.
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint that can be gone on from; nothing in it is run.
 
     Raises:
         UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of Lightning.
@@ -175,6 +177,7 @@ def check_checkpoint(path: Path) -> None:
         ) from error
     if not isinstance(found, dict) or "state_dict" not in found:
         raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
+    return found
 
 
 class Terminated(KeyboardInterrupt):
@@ -301,6 +304,8 @@ class KeepLast(pl.Callback):
         every_seconds: the most that a kill can cost.
     """
 
+    FORMAT = 1  # another where modules or loaders keep something else
+
     def __init__(self, path: Path, every_seconds: float = 300) -> None:
         self.path, self.every_seconds = path, every_seconds
         self._asked: type[KeyboardInterrupt] | None = None
@@ -308,7 +313,7 @@ class KeepLast(pl.Callback):
         self._random: torch.Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": torch.get_rng_state()}
+        return {"random": torch.get_rng_state(), "format": self.FORMAT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random = state_dict["random"]

@@ -15,7 +15,7 @@ import kdnas.export_job
 from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
-from kdnas.models import build_classifier, student_config
+from kdnas.models import build_classifier, find_teacher, student_config
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 REPORT = {
@@ -169,7 +169,14 @@ def test_a_student_of_another_teacher_is_refused(
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert main(["export", f"--student={student}", f"--teacher={smaller}"]) == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err
+    twin, own = save_teacher(tmp_path / "twin", initializer_range=0.1), save_teacher(tmp_path / "own")
+    config = json.loads((student / "config.json").read_text())
+    config["teacher_sha256"] = find_teacher(str(own)).weights_sha256()
+    (student / "config.json").write_text(json.dumps(config))
+    assert main(["export", f"--student={student}", f"--teacher={twin}"]) == 2
+    assert f"learned from other weights (sha256 {config['teacher_sha256'][:8]})" in capsys.readouterr().err
     assert exported == []
+    assert main(["export", f"--student={student}", f"--teacher={own}"]) == 0
 
 
 @pytest.mark.parametrize(

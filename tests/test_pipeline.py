@@ -33,6 +33,7 @@ from kdnas.distill.module import Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
 from kdnas.graph import open_session
+from kdnas.models import find_teacher
 from kdnas.nas.search import trained
 from kdnas.options import read_config
 from kdnas.training import fit
@@ -153,6 +154,8 @@ def test_export_is_a_plain_folder_without_teacher_or_projections(finished_run: P
     for name, value in best.to_dict().items():
         assert getattr(encoder.config, name) == value
     assert classifier.config.num_labels == 3
+    teacher = yaml.safe_load((run / "config.yaml").read_text())["teacher"]
+    assert classifier.config.teacher_sha256 == find_teacher(teacher).weights_sha256()
     with safe_open(run / "student" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert names == set(classifier.state_dict())
@@ -253,11 +256,12 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
         (lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)), "holds more than tensors"),
         (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
         (lambda path: torch.save({"a": 1}, path), "is no checkpoint of a fit"),
+        (lambda path: torch.save({"state_dict": {}}, path), "was written by another version of kdnas"),
     ):
         save(run / "full_kd/last.ckpt")
         assert main([*command, "--task=null"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert message in error and "full_kd/last.ckpt' is" in error and not mark.exists()
+        assert message in error and "full_kd/last.ckpt' " in error and not mark.exists()
     (run / "full_kd/last.ckpt").unlink()
     for weights in run.glob("trial_*/weights.safetensors"):
         content = bytearray(weights.read_bytes())
