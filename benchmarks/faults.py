@@ -1165,14 +1165,15 @@ def usage(bench: Bench, name: str, session: int) -> dict[str, float]:
 def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list[dict[str, float]]:
     """Two workers search, and one of them, or all, are killed every two minutes: what grows, and is there progress?"""
     name, rounds = bench.new_name(), []
-    sizes = "[" + ",".join(map(str, range(8, 65))) + "]"
-    acts = "[gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid]"
+    sizes = "[" + ",".join(map(str, range(2, 65))) + "]"
+    acts = "[gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid,gelu_fast,mish,leaky_relu,linear,relu2,gelu_10]"
     space = [f"--space.intermediate_size={sizes}", f"--space.hidden_act={acts}", "--space.hidden_size=[16,32]"]
-    args = bench.search(name, "--workers=2", "--search.n_trials=3000", "--sampler=random", *space)
+    args = bench.search(name, "--workers=2", "--search.n_trials=20000", "--sampler=random", *space)
     process, end, acknowledged = bench.start(args), time.monotonic() + 60 * minutes, {}
     while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=seconds)
+            row.fault("undetected", f"the search ended by itself, exit {process.returncode}")
             break
         known, acknowledged = acknowledged, bench.acknowledged(name)
         row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
