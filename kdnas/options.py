@@ -73,7 +73,7 @@ def with_shipped_configs(args: Sequence[str]) -> list[str]:
     """
     found = list(args)
     for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
-        path = Path(arg if before == "--config" else arg.partition("--config=")[2])
+        path = Path(arg if before in ("-c", "--config") else arg.partition("--config=")[2])
         if path.parent == Path("configs") and not path.exists():
             shipped = {file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
             if path.name not in shipped:

@@ -68,7 +68,7 @@ def test_every_config_is_parsed_from_any_folder(
     monkeypatch.chdir(tmp_path)
     for name, command in commands.items():
         with pytest.raises(SystemExit) as ended:
-            main([command, "--config", f"configs/{name}.yaml", "--print_config"])
+            main([command, "-c" if command == "fit" else "--config", f"configs/{name}.yaml", "--print_config"])
         assert ended.value.code == 0
         assert yaml.safe_load(capsys.readouterr().out)
 
