@@ -98,7 +98,7 @@ def distill(
         text = str(build_quickstart_text(run.text))
     states = replace(states, folder=states.folder or str(run.root / "teacher_states"))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
-    with live_progress(Console()) as progress, torch.random.fork_rng():
+    with live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def _console() -> Any:
     """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
     from rich.console import Console
 
-    return Console(quiet=not log.isEnabledFor(logging.INFO))
+    return Console(markup=False, quiet=not log.isEnabledFor(logging.INFO))
 
 
 def _plan(config: Any) -> None:
@@ -233,7 +233,7 @@ def _space(args: Sequence[str]) -> None:
     from kdnas.plan import show_space
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    show_space(read_config(SpaceConfig, "space", args)[0], Console())
+    show_space(read_config(SpaceConfig, "space", args)[0], Console(markup=False))
 
 
 def _latency(args: Sequence[str]) -> None:
@@ -244,7 +244,7 @@ def _latency(args: Sequence[str]) -> None:
     from kdnas.options import read_config
 
     _quieten()
-    latency_table(read_config(LatencyConfig, "latency", args)[0], Console())
+    latency_table(read_config(LatencyConfig, "latency", args)[0], Console(markup=False))
 
 
 def _glue(args: Sequence[str]) -> None:
@@ -309,7 +309,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.precision import trainer_precision
     from kdnas.runs import new_folder
-    from kdnas.training import check_checkpoint, honest_signals, refuse_strategy
+    from kdnas.training import WholeFiles, check_checkpoint, honest_signals, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -334,6 +334,11 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 check_checkpoint(Path(path))
             elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
                 raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
+
+        def instantiate_trainer(self, **options: Any) -> Any:
+            trainer = super().instantiate_trainer(**options)
+            trainer.strategy.checkpoint_io = WholeFiles()
+            return trainer
 
         def after_fit(self) -> None:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "encoder"

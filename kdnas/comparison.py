@@ -337,7 +337,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         UserError: anything that the user can mend, before anything is trained.
         CandidateFailed: a loss is not finite.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     run = Run(config.root, config.name)
     run.check_writable()
     config.trainer.check()

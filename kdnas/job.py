@@ -207,12 +207,15 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     if is_worker:
         return job
     sweep(run.folder)
-    study.set_user_attr("budget", as_plain(config.search.budget))
+    if study.user_attrs.get("budget") != (budget := as_plain(config.search.budget)):
+        study.set_user_attr("budget", budget)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
-    run.manifest.unlink(missing_ok=True)  # until the end again
     known = read_yaml(run.config) if run.config.exists() else {}
-    write_text(run.config, yaml.safe_dump(known | _plain(config), sort_keys=False))
+    asked = known | _plain(config)
+    if asked != known or not run.best_student.exists() or len(tried(study)) < config.search.n_trials:
+        run.manifest.unlink(missing_ok=True)  # until the end again
+        write_text(run.config, yaml.safe_dump(asked, sort_keys=False))
     return job
 
 

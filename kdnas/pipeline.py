@@ -41,11 +41,11 @@ from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, t
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, trials_frame
-from kdnas.nas.workers import DISK, run_workers
+from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.supervisor import EARLIER
-from kdnas.training import FitProgress, fit_resumable, honest_signals
+from kdnas.training import FitProgress, fit_resumable, honest_signals, one_error
 
 
 @honest_signals()
@@ -58,13 +58,14 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    job = begin(look(config, console or Console()))
+    job = begin(look(config, console or Console(markup=False)))
     best = _search(job)
     job.console.print(front_table(job.study))
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
-    write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
+    if not job.run.manifest.exists():
+        write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -77,7 +78,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     run = Run(config.root, config.name)
     if run.report.exists() and run.manifest.exists():
         refuse_other_config(run, config)
@@ -165,7 +166,7 @@ def _search(job: Job) -> StudentArch:
     lstm = lstm_of(job.config.sampler)
     episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
-    with job.progress() as progress, SearchBoard(run.folder / "search", explores) as board:
+    with job.progress() as progress, SearchBoard(run.folder / "search", explores) as board, one_error(run.folder):
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
         def show(study: Study, trial: FrozenTrial) -> None:
@@ -219,13 +220,16 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
         for stream in (1, 2):  # the libraries' chatter too
             os.dup2(file.fileno(), stream)
         try:
-            with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
-                alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
-                job = begin(look(alone, Console(), is_worker=True), is_worker=True)
-            if math.isfinite(deadline):
-                minutes = max(1e-3, deadline - time.time()) / 60
-                job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
-            _search(job)
+            with honest_signals():
+                with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
+                    alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
+                    job = begin(look(alone, Console(markup=False), is_worker=True), is_worker=True)
+                if math.isfinite(deadline):
+                    minutes = max(1e-3, deadline - time.time()) / 60
+                    job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
+                _search(job)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
         except (UserError, CandidateFailed) as error:  # the process that started it finds the same
             print(error)
         except OSError:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import io
 import math
 import os
 import signal
@@ -17,14 +18,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, TaskID
 
 from kdnas.errors import UserError, first_line
 from kdnas.precision import trainer_precision
-from kdnas.runs import publish
+from kdnas.runs import new_file
 
+# Of the ten seconds that a signal gives.
+LONGEST_WAIT = 5.0
 REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
 
@@ -114,6 +119,7 @@ def make_trainer(
         max_epochs=num_epochs,
         logger=TensorBoardLogger(folder.parent, name="", version=folder.name),
         callbacks=[*callbacks, NoticeSignals()],
+        plugins=[WholeFiles()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -125,17 +131,24 @@ def make_trainer(
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
     """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
     release_memory()
-    with honest_signals(), _one_error():
+    with honest_signals(), one_error(Path(trainer.log_dir or trainer.default_root_dir)):
         trainer.fit(module, datamodule=data, weights_only=True, **options)
 
 
 @contextmanager
-def _one_error() -> Iterator[None]:
-    """TensorBoard's thread prints that the disk is full, and the next call of its writer raises the same."""
+def one_error(folder: Path) -> Iterator[None]:
+    """TensorBoard's thread prints that the disk is full, and the next call of its writer raises the same.
+
+    Args:
+        folder: that it writes to, of which its error says nothing.
+    """
     say = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else say(args)
     try:
         yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
     finally:
         threading.excepthook = say
 
@@ -292,12 +305,22 @@ class ClipFusedGradients(pl.LightningModule):
         self.log("train/grad_norm", norm)
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are old or new, never a part: Lightning's way leads over another file system's folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a number
+        torch.save(checkpoint, buffer)
+        with new_file(Path(path)) as file:
+            file.write(buffer.getbuffer())
+
+
 class KeepLast(pl.Callback):
     """Writes a checkpoint after each epoch, every few minutes, and before a signal ends the fit.
 
-    The signal waits for the end of the step, or of the validation; a second one does not. Random numbers go on as if
-    nothing had been, so with a ``ResumableLoader`` a fit that was stopped ends with the weights of one that was not.
-    ModelCheckpoint writes in place, or by way of another file system: a kill at the wrong time leaves a part of a file.
+    The signal waits for the end of the step, or for ``LONGEST_WAIT`` seconds of a validation, after which the
+    checkpoint is the one before it; a second one does not. Random numbers go on as if nothing had been, so with a
+    ``ResumableLoader`` a fit that was stopped ends with the weights of one that was not.
 
     Args:
         path: of the checkpoint.
@@ -309,6 +332,7 @@ class KeepLast(pl.Callback):
     def __init__(self, path: Path, every_seconds: float = 300) -> None:
         self.path, self.every_seconds = path, every_seconds
         self._asked: type[KeyboardInterrupt] | None = None
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
         self._random: torch.Tensor | None = None
 
@@ -329,7 +353,11 @@ class KeepLast(pl.Callback):
         stop = KeyboardInterrupt if signum == signal.SIGINT else Terminated
         if self._asked:
             raise stop
-        self._asked = stop
+        self._asked, self._asked_at = stop, time.monotonic()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self._asked and time.monotonic() - self._asked_at > LONGEST_WAIT:
+            raise self._asked
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         # After the last batch comes the end of the epoch.
@@ -340,9 +368,7 @@ class KeepLast(pl.Callback):
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        trainer.save_checkpoint(partial)
-        publish(partial, self.path)
+        trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
         if self._asked:
             raise self._asked
@@ -371,7 +397,7 @@ class FitProgress(pl.Callback):
     """
 
     def __init__(self, progress: Progress, description: str) -> None:
-        self.progress, self.description = progress, description
+        self.progress, self.description = progress, escape(description)
         self.tasks: list[TaskID] = []  # the fit's, the epoch's
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,8 +14,10 @@ from conftest import make_rows, save_teacher, write_task
 from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
+import kdnas.pipeline
 from kdnas.cli import COMMANDS, main
 from kdnas.models import find_teacher
+from kdnas.training import WholeFiles
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -390,8 +392,19 @@ def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
 
 
 def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
-    tiny_teacher: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    saved_by, save = [], WholeFiles.save_checkpoint
+
+    def watch(self, checkpoint, path, storage_options=None):
+        saved_by.append(Path(path).name)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", watch)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tmp_path / "fit.yaml"
@@ -409,6 +422,7 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
     assert find_teacher(str(encoder)).tokenizer.get_vocab() == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
     (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
+    assert saved_by == [checkpoint.name]
     capsys.readouterr()
     assert main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
     shown = re.search(r"val/loss\D+([\d.]+)", capsys.readouterr().out)
@@ -465,6 +479,28 @@ def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("kdnas: The database ") and "secret" not in error
     assert not list((tmp_path / "logs").rglob("config.yaml"))
+
+
+def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
+    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_first(self, trial, arch):
+        if trial.number == 0:
+            raise RuntimeError("[enforce fail at x] [/y]")
+        return evaluate(self, trial, arch)
+
+    evaluate = kdnas.pipeline.Evaluator.__call__
+    monkeypatch.setattr(kdnas.pipeline.Evaluator, "__call__", fail_first)
+    assert main(search) == 0
+    assert "failed, RuntimeError: [enforce fail at x] [/y]" in capsys.readouterr().out
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*") if path.suffix != ".lock"}
+
+    before = files()
+    assert main(search) == 0
+    assert "Best student" in capsys.readouterr().out
+    assert files() == before
 
 
 def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

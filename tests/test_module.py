@@ -423,6 +423,26 @@ def test_a_second_signal_does_not_wait_for_the_step(teacher, data, states, tmp_p
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_waits_for_the_end_of_a_short_validation_alone(teacher, data, states, tmp_path, monkeypatch):
+    class InValidation(pl.Callback):
+        seen = 0
+
+        def on_validation_batch_start(self, *args):
+            self.seen += 1
+            if self.seen == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    last, num_batches = tmp_path / "last.ckpt", len(data.val_dataloader())
+    assert num_batches > 1
+    for wait, num_seen in ((60.0, num_batches), (0.0, 1)):
+        monkeypatch.setattr("kdnas.training.LONGEST_WAIT", wait)
+        looks = InValidation()
+        with pytest.raises(Terminated):
+            fit(trainer(KeepLast(last), looks), make(teacher, states), data)
+        assert looks.seen == num_seen
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+
+
 def test_a_checkpoint_is_written_every_few_minutes(teacher, data, states, tmp_path):
     class Kill(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,5 +1,6 @@
 """The search loop, driven by a two-line ``evaluate``: totals, twins, failures, interruptions, dead and busy workers."""
 
+import errno
 import math
 import os
 import platform
@@ -485,17 +486,46 @@ def test_an_interrupted_candidate_is_tried_first_when_the_search_goes_on(study, 
     assert len(trained(study)) == 3
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])  # the latter: a full disk
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen, stop):
     def interrupt(trial, arch):
         raise stop
 
     evaluate = Recorded(interrupt)
     for _ in range(MOST_FAILURES + 1):
-        with pytest.raises(stop):
+        with pytest.raises(type(stop)):
             search(evaluate, SPACE, reopen(), n_trials=1)
     assert len(set(evaluate.asked)) == 1
     assert search(value_of, SPACE, reopen(), n_trials=1).number == MOST_FAILURES + 1
+
+
+def test_memory_that_a_call_of_the_system_lacks_is_the_candidates_fault(study):
+    def fail_first(trial, arch):
+        if trial.number == 0:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return value_of(trial, arch)
+
+    search(fail_first, SPACE, study, n_trials=2)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[0].user_attrs["failed"] == "out of memory: [Errno 12] Cannot allocate memory"
+
+
+def test_a_trial_ends_and_is_queued_again_at_one_instant(study, reopen, monkeypatch):
+    def killed(*args):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+
+        def interrupt(trial, arch):
+            patch.setattr(kdnas.nas.storage.PatientStorage, "_get_prepared_new_trial", killed)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search(interrupt, SPACE, study, n_trials=1)
+    assert states(study) == ["RUNNING"], "neither has happened"
+    study = reopen()
+    assert states(study) == ["FAIL", "WAITING"]
+    assert study.trials[1].user_attrs["again"] == 0
 
 
 def answer(trial: optuna.Trial, arch: StudentArch) -> float:

@@ -13,7 +13,7 @@ import kdnas.nas.storage
 from kdnas.errors import UserError
 from kdnas.nas.search import open_study, search, trained
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import StoreAway, connect
+from kdnas.nas.storage import StoreAway, connect, without_password
 
 SPACE = SearchSpace(
     {
@@ -110,6 +110,49 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
     assert "arch" in study.trials[1].user_attrs and not kept.exists()
     search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
     assert len(trained(study)) == 3 and len(study.trials) == 3
+
+
+@pytest.mark.parametrize("when", ["within", "at its end"])
+def test_a_signal_while_the_database_is_away_ends_the_search_at_once_and_keeps_the_result(
+    when, start, tmp_path, pauses, monkeypatch
+):
+    study = start()
+    outage = Outage(study)
+    wait = kdnas.nas.storage.time.sleep
+
+    def interrupted(seconds):
+        wait(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kdnas.nas.storage.time, "sleep", interrupted)
+
+    def evaluate(trial, arch):
+        outage.left = float("inf")
+        if when == "within":
+            trial.set_user_attr("loss", 0.25)
+        return 0.75
+
+    with pytest.raises(KeyboardInterrupt):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    assert sum(pauses) < 5
+    (trial,) = start().get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL))
+    assert trial.value == (0.75 if when == "at its end" else None)
+    assert not list(tmp_path.glob("unsent*")), "taken up"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:a/b@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:a:b@c@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+        ("sqlite:////tmp/a:b/study.db", "sqlite:////tmp/a:b/study.db"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_no_password_is_shown(url, shown):
+    assert without_password(url) == shown
 
 
 class Full(sqlite3.OperationalError):

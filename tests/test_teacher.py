@@ -116,6 +116,25 @@ def test_a_cache_above_the_budget_is_not_made_and_the_log_says_so(teacher, data,
         assert not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: re.sub(r"(\.\d)", ".7", text, count=1),
+        lambda text: text[:30],
+        lambda text: '{"3": {"variance": 1}}',
+    ],
+)
+def test_damaged_statistics_are_measured_anew(teacher, data, states, damage, tmp_path, caplog):
+    folder = tmp_path / "states"
+    shutil.copytree(Path(states.source.folder).parent, folder)
+    (path,) = folder.rglob("stats_*.json")
+    before = path.read_text()
+    path.write_text(damage(before))
+    assert path.read_text() != before
+    assert open_states(teacher, data, LAYERS, StatesSettings(str(folder))).stats == states.stats
+    assert "is damaged; it is measured anew" in caplog.text and path.read_text() == before
+
+
 def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
     teacher, data, states, monkeypatch, tmp_path
 ):

@@ -1,7 +1,9 @@
 import io
 import os
+import resource
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,20 +265,26 @@ def test_a_fit_goes_on_after_its_last_whole_epoch_and_ends_as_an_unbroken_one(tm
         assert torch.equal(one, other)
 
 
-def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_cannot_take_leaves_the_one_before_and_nothing_else(tmp_path, monkeypatch):
     last = tmp_path / "last.ckpt"
     fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(last)]), Steep(), Data())
     before = last.read_bytes()
     torch.load(last, weights_only=True)
 
-    def save_a_part(self, path, *args, **kwargs):
-        Path(path).write_bytes(b"part")
-        raise OSError("No space left on device")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = set(tmp_path.rglob("*"))
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", save_a_part)
-    with pytest.raises(OSError, match="No space left"):
-        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(last)]), Steep(), Data())
+    def fill(trainer, module):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(fill), KeepLast(last)], True), Steep(), Data())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert full.value.filename in (str(last), str(tmp_path / "fit"))
     assert last.read_bytes() == before
+    assert {path for path in tmp_path.rglob("*") if "tfevents" not in path.name} <= files
 
 
 def test_the_event_file_of_an_interrupted_fit_is_removed_and_nothing_else(tmp_path):

@@ -70,6 +70,11 @@ def without_disk(index: int, deadline: float) -> None:
     os._exit(DISK)
 
 
+def deaf(index: int, deadline: float) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    time.sleep(600)
+
+
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db"
@@ -175,6 +180,20 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
     with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log"):
         run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
+
+
+def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatch):
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = set(multiprocessing.active_children())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kdnas.nas.workers.notice_signals", stop)
+        patch.setattr("multiprocessing.process.BaseProcess.join", stop)
+        run_workers(deaf, 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path / "log")
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.join(timeout=10)
+        assert worker.exitcode == -signal.SIGKILL
 
 
 def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):

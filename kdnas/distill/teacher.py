@@ -1,9 +1,12 @@
 """The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,11 +163,30 @@ def open_states(
     stats_file = folder / f"stats_{len(data.select('mini').train_ids())}.json"
     stats_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        if not stats_file.exists():
-            measured = measure_stats(teacher.model, source, wanted, data, device)
-            write_json(stats_file, {str(layer): asdict(stats) for layer, stats in measured.items()})
-    stats = {int(layer): LayerStats(**values) for layer, values in read_json(stats_file).items()}
+        stats = _read_stats(stats_file)
+        if stats is None:
+            stats = measure_stats(teacher.model, source, wanted, data, device)
+            layers_of = {str(layer): asdict(found) for layer, found in stats.items()}
+            write_json(stats_file, {"layers": layers_of, "sha256": _sha256(layers_of)})
     return TeacherStates(source, wanted, teacher.config.hidden_size, stats)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_stats(path: Path) -> dict[int, LayerStats] | None:
+    """What was measured before; None where it was not, or is damaged."""
+    try:
+        found = read_json(path)
+        if found["sha256"] == _sha256(found["layers"]):
+            return {int(layer): LayerStats(**values) for layer, values in found["layers"].items()}
+    except FileNotFoundError:
+        return None
+    except (UserError, KeyError, TypeError):
+        pass
+    log.warning("%s is damaged; it is measured anew.", path)
+    return None
 
 
 def _to(batch: Batch, device: str) -> Batch:

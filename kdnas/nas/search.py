@@ -1,5 +1,6 @@
 """The one search loop. It is handed ``evaluate``, and knows nothing of models."""
 
+import errno
 import hashlib
 import logging
 import math
@@ -16,19 +17,21 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import PatientStorage, connect, is_alive_here, is_here, keep_result, take_up
+from kdnas.nas.storage import PatientStorage, StoreAway, connect, is_alive_here, is_here, keep_result, take_up
 from kdnas.supervisor import EARLIER, candidate
 
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[optuna.Trial, StudentArch], float]
 
+# Of the disk, which is not the candidate's fault; others, such as ENOMEM, are.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
 # So many failures before the first success are no bad luck: the search stops and says why.
 MOST_FAILURES = 5
 
@@ -56,7 +59,7 @@ def open_study(
         UserError: the database cannot be reached, or the study is there and its identity differs (each difference is
             shown).
     """
-    connected = connect(storage, _try_again)
+    connected = connect(storage, _successor)
     study = optuna.create_study(
         storage=connected,
         study_name=name,
@@ -107,38 +110,48 @@ def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | Non
         pid: int = trial.user_attrs.get("pid", 0)
         if is_here(trial) and (is_new if pid == os.getpid() else not is_alive_here(trial)):
             buried.add(pid)
-            if end_trial(study, trial, "died", (deaths or {}).get(pid, "")):
-                _try_again(study, trial)
+            end_trial(study, trial, "died", (deaths or {}).get(pid, ""), _successor(trial))
     return buried
 
 
-def end_trial(study: Study, trial: FrozenTrial, attribute: str, reason: str) -> bool:
-    """Fail a trial of a process that is no more, and write down why.
+def end_trial(
+    study: Study, trial: FrozenTrial, attribute: str, reason: str, successor: FrozenTrial | None = None
+) -> None:
+    """Fail a trial of a process that is no more, and write down why, unless another worker was first.
 
-    Returns:
-        False where it had ended already, or another worker was first.
+    Args:
+        study: whose.
+        trial: which.
+        attribute: the name of the reason.
+        reason: in words; may be empty.
+        successor: queued in its place.
     """
+    store = _store(study)
     try:
+        if store and successor:
+            store.successors[trial._trial_id] = successor
         if reason:
             optuna.Trial(study, trial._trial_id).set_user_attr(attribute, reason)
         study.tell(trial.number, state=TrialState.FAIL)
     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-        return False
-    return True
+        if store:
+            store.successors.pop(trial._trial_id, None)
 
 
-def _try_again(study: Study, trial: FrozenTrial) -> None:
-    """Queue the trial of a process that died, once."""
+def _successor(trial: FrozenTrial) -> FrozenTrial | None:
+    """What is queued in place of a trial whose process died: the same, once."""
     had_begun = "arch" in trial.user_attrs
-    if ("retry_of" if had_begun else "again") not in trial.user_attrs:
-        log.info("Trial %d died with its process; it is tried again.", trial.number)
-        _queue_again(study, trial, **({"retry_of": trial.number} if had_begun else {}))
+    if ("retry_of" if had_begun else "again") in trial.user_attrs:
+        return None
+    log.info("Trial %d died with its process; it is tried again.", trial.number)
+    return _again(trial, **({"retry_of": trial.number} if had_begun else {}))
 
 
-def _queue_again(study: Study, trial: FrozenTrial, **attrs: Any) -> None:
-    """Queue a trial that was broken off; where it had no architecture yet, the sampler proposes the same again."""
+def _again(trial: FrozenTrial, **attrs: Any) -> FrozenTrial:
+    """A trial that was broken off, to be queued; where it had no architecture, the sampler proposes the same again."""
     params = trial.params if "arch" in trial.user_attrs else trial.system_attrs.get("fixed_params", {})
-    study.enqueue_trial(params, user_attrs={"again": trial.number, **attrs})
+    system_attrs, user_attrs = {"fixed_params": params}, {"again": trial.number, **attrs}
+    return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs=user_attrs)
 
 
 def failure_of(trial: FrozenTrial) -> str | None:
@@ -223,11 +236,13 @@ def search(
                     raise CandidateFailed(f"the reward is {value}")
                 result[:] = [(trial, float(value))]
                 return value
-            except (optuna.TrialPruned, OSError):  # a full disk is not the candidate's fault
+            except optuna.TrialPruned:
                 raise
             except Exception as error:  # whatever a candidate dies of, the search goes on
+                if isinstance(error, StoreAway) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+                    raise
                 reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
-                if isinstance(error, MemoryError) or re.search("(?i)out of memory|can.t allocate memory", reason):
+                if isinstance(error, MemoryError) or re.search("(?i)out of memory|can(no|.)t allocate memory", reason):
                     reason = f"out of memory: {first_line(error)}"
                 trial.set_user_attr("failed", reason)
                 log.warning("Trial %d failed: %s", trial.number, reason)
@@ -245,9 +260,9 @@ def search(
     while not is_over():
         try:
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
-        except Exception as error:  # Optuna's own follows where it cannot tell
-            store = getattr(study._storage, "_backend", None)
-            if not isinstance(store, PatientStorage) or not store.away:
+        except Exception as error:  # Optuna's own follows where it cannot tell, or is stopped while it does
+            store = _store(study)
+            if store is None or not (store.away or store.stopped):
                 if not _was_given_up(error):
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
@@ -256,7 +271,7 @@ def search(
                 if folder and trial._trial_id in store.written:
                     written = store.written[trial._trial_id]
                     log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
-            raise store.away from None
+            raise store.stopped or store.away or error from None
     return best_of(study, space, seconds)
 
 
@@ -295,13 +310,23 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
 
 @contextmanager
 def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
-    """Queue a trial again that something else than its candidate ends."""
+    """Have a trial tried again that something else than its candidate ends."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as stop:
+        store = _store(study)
+        assert store is not None, "open_study() gives it"
+        if isinstance(stop, KeyboardInterrupt):
+            store.stopped = stop
         trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
-        _queue_again(study, study.get_trials(deepcopy=False)[trial.number])
+        store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
         raise
+
+
+def _store(study: Study) -> PatientStorage | None:
+    """The database itself, without Optuna's cache."""
+    store = getattr(study._storage, "_backend", None)
+    return store if isinstance(store, PatientStorage) else None
 
 
 def _seen(study: Study) -> set[StudentArch]:

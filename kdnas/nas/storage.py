@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 60
 # A server that restarts is back in seconds, one that is moved in minutes.
 PATIENCE_SECONDS = 600.0
+# After a signal, for what is left to say.
+HURRY_SECONDS = 2.0
 # No heart beats while the database is away.
 GRACE_SECONDS = 900
 
@@ -41,7 +43,7 @@ def _patient(call: Callable[..., Any]) -> Any:
 
     @functools.wraps(call)
     def patient(self: "PatientStorage", *args: Any, **options: Any) -> Any:
-        end, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
+        begin, pause = time.monotonic(), 0.1
         if call.__name__ in _KEPT:
             self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
         while True:
@@ -51,19 +53,27 @@ def _patient(call: Callable[..., Any]) -> Any:
                 if call.__name__ == "set_trial_state_values":
                     self.written.pop(args[0], None)
                 return answer
+            except KeyboardInterrupt as stop:
+                self.stopped = stop
+                raise
             except (StorageInternalError, DBAPIError) as error:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
                 if not isinstance(cause, _AWAY):
                     raise
                 disk = _disk_failure(cause, self.engine.url.database)
-                if self.away or disk or time.monotonic() > end:
-                    self.away = StoreAway(disk or f"The study's database has not answered for {PATIENCE_SECONDS:g} s")
+                patience = HURRY_SECONDS if self.stopped else PATIENCE_SECONDS
+                if self.away or disk or time.monotonic() > begin + patience:
+                    self.away = StoreAway(disk or f"The study's database has not answered for {patience:g} s")
                     if call.__name__ in _KEPT:
                         return None  # it is written down with the result
                     raise self.away from error
                 if pause == 0.1:
                     log.warning("The study's database does not answer; waiting for it.")
-                time.sleep(pause)
+                try:
+                    time.sleep(pause)
+                except KeyboardInterrupt as stop:
+                    self.stopped, self.away = stop, StoreAway("The study's database does not answer")
+                    raise
                 pause = min(2 * pause, 5)
             except UpdateFinishedTrialError:
                 if pause == 0.1 or call.__name__ != "set_trial_state_values":
@@ -106,11 +116,15 @@ class PatientStorage(RDBStorage):
 
     Args:
         url: SQLAlchemy's.
+        successor: gives, for a trial whose process, somewhere, has stopped beating, what is queued in its place.
         options: of RDBStorage.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], **options: Any) -> None:
+        self.successor = successor
+        self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial fails
         self.away: StoreAway | None = None
+        self.stopped: KeyboardInterrupt | None = None  # by a signal: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         # A connection that the server has cut meanwhile is noticed before it is used.
         super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)
@@ -134,6 +148,7 @@ class PatientStorage(RDBStorage):
     _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
 
     # A trial runs and has the number of its process at the same instant, so whoever finds it knows whether it is alive.
+    # One that fails and is tried again is queued at the same instant, so it is never lost, nor tried by two.
 
     @_patient
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
@@ -152,13 +167,29 @@ class PatientStorage(RDBStorage):
             except BaseException:
                 session.rollback()
                 raise
-        return super().set_trial_state_values(trial_id, state, values)
+        if state == TrialState.FAIL and trial_id in self.successors:
+            session = self.scoped_session()
+            try:
+                study_id: Any = models.TrialModel.find_or_raise_by_id(trial_id, session).study_id
+                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+                self._get_prepared_new_trial(study_id, self.successors[trial_id], session)
+            except BaseException:
+                session.rollback()
+                raise
+        done = super().set_trial_state_values(trial_id, state, values)
+        self.successors.pop(trial_id, None)
+        return done
 
     @_patient
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         stale = super()._get_stale_trial_ids(study_id)
         # Here we can look: a process that is stopped, or a clock that was set, must not cost a trial.
-        return [number for number in stale if not is_alive_here(self.get_trial(number))]
+        trials = {trial_id: self.get_trial(trial_id) for trial_id in stale}
+        dead = {trial_id: trial for trial_id, trial in trials.items() if not is_alive_here(trial)}
+        for trial_id, trial in dead.items():
+            if (successor := self.successor(trial)) is not None:
+                self.successors[trial_id] = successor
+        return list(dead)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Tell that a trial is alive; where the database is away, the next beat does."""
@@ -168,12 +199,12 @@ class PatientStorage(RDBStorage):
             log.debug("No heartbeat of trial %d: %s", trial_id, error)
 
 
-def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) -> PatientStorage:
+def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None]) -> PatientStorage:
     """The database of a study, its tables made where they are not there.
 
     Args:
         url: SQLAlchemy's.
-        try_again: called for a trial whose process, somewhere, has stopped beating.
+        successor: as ``PatientStorage`` takes it.
 
     Raises:
         UserError: it cannot be reached, or its driver is not installed.
@@ -182,14 +213,13 @@ def connect(url: str, try_again: Callable[[optuna.Study, FrozenTrial], None]) ->
     options: dict[str, Any] = {
         "heartbeat_interval": HEARTBEAT_SECONDS,
         "grace_period": GRACE_SECONDS,
-        "heartbeat_stale_trial_callback": try_again,
     }
     try:
         try:
-            storage = PatientStorage(url, **options)
+            storage = PatientStorage(url, successor, **options)
         except DBAPIError:  # another worker makes the same tables at this moment
             time.sleep(1)
-            storage = PatientStorage(url, **options)
+            storage = PatientStorage(url, successor, **options)
     except ImportError as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(
@@ -238,7 +268,7 @@ def read_study(storage: str | Path, name: str) -> optuna.Study:
 
 def without_password(url: str) -> str:
     """A database's URL that may be shown; it may be no URL at all."""
-    return re.sub(r":[^:@/]*@", ":***@", url)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url))
 
 
 def keep_result(folder: Path, study: str, number: int, written: list[list[Any]], value: float) -> Path:

@@ -79,7 +79,8 @@ def front(frame: pd.DataFrame, size: str) -> pd.Index:
         frame: of ``trials_frame``.
         size: the column of the other measure.
     """
-    trained = frame[np.isfinite(frame["loss"]) & frame["reward"].notna() & ~is_twin(frame)].sort_values([size, "loss"])
+    is_trained = (frame["state"] == "COMPLETE") & np.isfinite(frame["loss"]) & frame["reward"].notna()
+    trained = frame[is_trained & ~is_twin(frame)].sort_values([size, "loss"])
     return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
 
 

@@ -26,7 +26,8 @@ from kdnas.training import honest_signals, notice_signals
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.
 MOST_DEATHS = 2
-DISK = 3  # exit code, as the command line's
+# Exit codes, as the command line's.
+DISK, INTERRUPTED = 3, 130
 
 
 def run_workers(
@@ -114,13 +115,18 @@ def run_workers(
                 show_new()
     finally:
         # Ctrl-C reaches them too; SIGTERM may not. All together takes less than the ten seconds that one has.
-        for end, seconds in ((None, 2), (BaseProcess.terminate, 5), (BaseProcess.kill, 1)):
-            until = time.monotonic() + seconds
+        try:
+            for end, seconds in ((None, 2), (BaseProcess.terminate, 5), (BaseProcess.kill, 1)):
+                until = time.monotonic() + seconds
+                for worker in workers.values():
+                    if end and worker.is_alive():
+                        end(worker)
+                for worker in workers.values():
+                    worker.join(timeout=max(0, until - time.monotonic()))
+        except BaseException:  # a second signal; multiprocessing itself would wait for them at the exit
             for worker in workers.values():
-                if end and worker.is_alive():
-                    end(worker)
-            for worker in workers.values():
-                worker.join(timeout=max(0, until - time.monotonic()))
+                worker.kill()
+            raise
 
 
 def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
