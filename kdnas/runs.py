@@ -175,7 +175,7 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
         # safetensors has an error of its own for a full disk; and a write does not say where.
         if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         raise
 

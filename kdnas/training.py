@@ -147,7 +147,8 @@ def one_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(folder)
+        if error.errno and error.filename is None:
+            error.filename = str(folder)
         raise
     finally:
         threading.excepthook = say

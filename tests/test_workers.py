@@ -10,8 +10,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import optuna
 import pytest
 from filelock import ReadWriteLock
 
+import kdnas.nas.storage
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill
@@ -70,6 +72,22 @@ def without_disk(index: int, deadline: float) -> None:
     os._exit(DISK)
 
 
+def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> None:
+    """One candidate, which ends when the database is away."""
+    kdnas.nas.storage.PATIENCE_SECONDS = 4.0
+
+    def train(trial: optuna.Trial, arch: StudentArch) -> float:
+        (folder / f"training-{index}").touch()
+        while not (folder / "stopped").exists():
+            time.sleep(0.1)
+        return 0.5
+
+    try:
+        search(train, SPACE, open_study(url, "s", {}), 2, folder=folder)
+    except OSError:
+        raise SystemExit(DISK) from None
+
+
 def deaf(index: int, deadline: float) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     time.sleep(600)
@@ -80,14 +98,27 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def any_url(request: pytest.FixtureRequest) -> str:
     """A database without a study, in a file or on a server."""
     return str(request.getfixturevalue("url" if request.param == "sqlite" else "postgresql"))
 
 
+@dataclass
+class Server:
+    """A database, and what starts and stops it."""
+
+    url: str
+    control: Callable[[str], None]
+
+
 @pytest.fixture
-def postgresql() -> Iterator[str]:
+def postgresql(server: Server) -> str:
+    return server.url
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
     """A PostgreSQL server of the test's own, which no other process on the machine can see."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
@@ -101,12 +132,16 @@ def postgresql() -> Iterator[str]:
     def call(*command: str) -> None:
         subprocess.run([programs[-1] / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL, **account)
 
+    def control(action: str) -> None:
+        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+        how = ("--wait", f"--log={folder}/log", f"--options={options}") if action == "start" else ("--mode=immediate",)
+        call("pg_ctl", f"--pgdata={folder}/data", *how, action)
+
     try:
         call("initdb", "--no-sync", "--auth=trust", "--username=kdnas", f"--pgdata={folder}/data")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        call("pg_ctl", "--wait", f"--pgdata={folder}/data", f"--log={folder}/log", f"--options={options}", "start")
-        yield f"postgresql://kdnas@/postgres?host={folder}"
-        call("pg_ctl", "--mode=immediate", f"--pgdata={folder}/data", "stop")
+        control("start")
+        yield Server(f"postgresql://kdnas@/postgres?host={folder}", control)
+        control("stop")
     finally:
         shutil.rmtree(folder)
 
@@ -180,6 +215,33 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
     with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log"):
         run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
+
+
+@pytest.mark.postgres
+def test_results_of_two_workers_are_kept_where_the_database_stays_away_and_taken_up_by_the_next_start(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("kdnas.nas.storage.PATIENCE_SECONDS", 3.0)  # the workers' is longer
+    monkeypatch.setattr("kdnas.nas.workers.PATIENCE_SECONDS", 3.0)
+    study = open_study(server.url, "s", {})
+
+    def stop_when_both_train() -> None:
+        while len(list(tmp_path.glob("training-*"))) < 2:
+            time.sleep(0.1)
+        server.control("stop")
+        (tmp_path / "stopped").touch()
+
+    stopper = threading.Thread(target=stop_when_both_train)
+    stopper.start()
+    work = partial(work_until_stopped, server.url, tmp_path)
+    with pytest.raises(OSError, match="has not answered for 3 s"):
+        run_workers(work, 2, study, lambda *trial: None, math.inf, lambda index: tmp_path / "log")
+    stopper.join()
+    assert sorted(path.name for path in tmp_path.glob("unsent_*")) == ["unsent_0000.json", "unsent_0001.json"]
+    server.control("start")
+    study = open_study(server.url, "s", {}, folder=tmp_path)
+    assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)] * 2
+    assert not list(tmp_path.glob("unsent_*"))
 
 
 def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatch):

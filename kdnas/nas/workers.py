@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_trial
+from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway
 from kdnas.supervisor import cause
 from kdnas.training import honest_signals, notice_signals
 
@@ -113,6 +114,11 @@ def run_workers(
                             )
                         workers[index] = start(index)
                 show_new()
+    except StoreAway:
+        until = time.monotonic() + 2 * PATIENCE_SECONDS
+        for worker in workers.values():  # each finds that out by itself, and keeps its result
+            worker.join(timeout=max(0, until - time.monotonic()))
+        raise
     finally:
         # Ctrl-C reaches them too; SIGTERM may not. All together takes less than the ten seconds that one has.
         try:
