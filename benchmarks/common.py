@@ -9,6 +9,8 @@ set_environment()
 import argparse
 import logging
 import platform
+import shutil
+import subprocess
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +102,15 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "kdnas": __version__,
+        "commit": _commit(),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
     }
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return done.stdout.strip() or None if done else None
 
 
 def _cpu_info() -> list[str]:

@@ -39,7 +39,7 @@ from common import OUTPUT, ROOT, machine  # isort: skip (before torch)
 
 import optuna
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
@@ -294,8 +294,12 @@ class Bench:
                 row.fault("zombies", f"processes {left}", len(left))
                 break
             time.sleep(0.2)
-        with FileLock(self.logs / name / "check.lock", timeout=1):
-            (self.logs / name / "check.lock").unlink(missing_ok=True)
+        locks = [self.logs / name / "run.lock", self.logs / name / "search" / "search.lock"]
+        for path in [lock for lock in locks if lock.exists()] + list((self.folder / "states").glob("*/lock")):
+            try:
+                FileLock(path).acquire(timeout=1).lock.release()
+            except Timeout:
+                row.fault("zombies", f"{path} is held")
 
 
 def processes_of(sessions: set[int]) -> list[Path]:
@@ -386,7 +390,13 @@ def kill_stages(bench: Bench, row: Row) -> None:
         weights = hashlib.sha256((run / "student" / "model.safetensors").read_bytes()).hexdigest()
         return [kd["arch"], kd["history"], scores, weights, bench.story(run.name)]
 
+    def forget_states() -> None:
+        for folder in (bench.folder / "states", bench.logs / "tokens"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    bench.reference  # noqa: B018 (stores them)
     whole = bench.logs / bench.new_name()
+    forget_states()
     process = bench.start(bench.job(whole.name))
     begins, start = {}, time.monotonic()
     while process.poll() is None:
@@ -398,6 +408,8 @@ def kill_stages(bench: Bench, row: Row) -> None:
     for (stage, begin), end in zip(begins.items(), ends, strict=True):
         for _ in range(1 if bench.quick else 10):
             run = bench.logs / bench.new_name()
+            if stage == "states":
+                forget_states()
             process = bench.start(bench.job(run.name))
             while process.poll() is None and not (run / STAGES[stage]).exists():
                 time.sleep(0.02)
@@ -414,16 +426,14 @@ def kill_stages(bench: Bench, row: Row) -> None:
     row.notes.append(f"an unbroken run takes {unbroken:.0f} s")
 
 
-@fault("F04", "SIGTERM, SIGINT, SIGUSR1, SIGINT twice, and with loader workers: exit code, time, no trial left running")
+@fault(
+    "F04",
+    "SIGTERM, SIGINT, SIGUSR1, SIGINT twice, in a search, full KD and fine-tuning: code, time, what is left",
+)
 def signals(bench: Bench, row: Row) -> None:
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
-    cases = [(number, 1, 0) for number in codes] + [(signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
-    for number, times, num_workers in cases * (1 if bench.quick else 12):
-        name = bench.new_name()
-        args = bench.search(name, "--search.num_epochs=100000", f"--data.num_workers={num_workers}")
-        process = bench.start(args)
-        bench.wait_for_candidate(process, name)
-        time.sleep(bench.random.uniform(0, 2))
+
+    def end(process: subprocess.Popen[str], number: int, times: int = 1) -> None:
         start = time.monotonic()
         for _ in range(times):
             with suppress(ProcessLookupError):
@@ -434,9 +444,35 @@ def signals(bench: Bench, row: Row) -> None:
         except subprocess.TimeoutExpired:
             error = kill_all(process)
         row.tried += 1
-        row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
+        wait = time.monotonic() - start
+        row.worst_wait_s = max(row.worst_wait_s, wait)
+        row.fault("undetected", f"it took {wait:.1f} s", wait > 10)
         row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])
         row.fault("undetected", error, "Traceback" in error)
+
+    for folder in ("full_kd", "glue") if bench.quick else ("full_kd", "glue") * 5:
+        for number in (signal.SIGTERM,) if bench.quick else codes:
+            name = bench.new_name()
+            args = bench.job(name) + ["--full_kd.num_epochs=40", "--finetune.num_epochs=40"]
+            process = bench.start(args)
+            while process.poll() is None and not list((bench.logs / name / folder).rglob("last.ckpt")):
+                time.sleep(0.02)
+            time.sleep(bench.random.uniform(0, 0.3))
+            end(process, number)
+            kept = list((bench.logs / name / folder).rglob("last.ckpt"))
+            row.fault("lost", f"no checkpoint in {folder}", not kept)
+            code, error = bench.call(args)
+            row.fault("undetected", f"after {folder}: {code} {error}", code != 0)
+            bench.check(row, name, {}, error)
+    cases = [(number, 1, 0) for number in codes] + [(signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
+    for number, times, num_workers in cases * (1 if bench.quick else 12):
+        name = bench.new_name()
+        args = bench.search(name, "--search.num_epochs=100000", f"--data.num_workers={num_workers}")
+        args += ["--workers=2"] * (bench.random.random() < 0.25)
+        process = bench.start(args)
+        bench.wait_for_candidate(process, name)
+        time.sleep(bench.random.uniform(0, 2))
+        end(process, number, times)
         if times == 1:  # the second does not wait for the trial to be told
             row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
         bench.check_processes(row, name)
@@ -581,9 +617,7 @@ def two_builders(bench: Bench, row: Row) -> None:
             _, error = process.communicate()
             row.tried += 1
             bench.check(row, name, {}, error)
-        stored = [
-            (path.name, path.read_bytes()) for path in states.rglob("*") if path.is_file() and path.name != "lock"
-        ]
+        stored = [(path.name, path.read_bytes()) for path in states.rglob("*.bin")]
         row.fault("unequal", [name for name, _ in stored], stored != [(whole.name, whole.read_bytes())])
         shutil.rmtree(states)
 
@@ -1202,14 +1236,16 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list
     if len(rounds) > 1:
         first, last = rounds[0], rounds[-1]
         # A trial in memory is some kilobytes: parameters, attributes, the history of its epochs.
-        allowed = {"megabytes": 64 + 0.05 * (last["trials"] - first["trials"]), "files": 8, "other_kb": 1000}
+        # A line of the table, what a worker tells of it, and its points in TensorBoard are a kilobyte or two.
+        num_trials = last["trials"] - first["trials"]
+        allowed = {"megabytes": 64 + 0.05 * num_trials, "files": 8, "other_kb": 1000 + 2 * num_trials}
         for key, more in allowed.items():
             row.fault("undetected", f"{key}: {first[key]:.0f} to {last[key]:.0f}", last[key] > first[key] + more)
     return rounds
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the faults, print a table, and write JSON."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the faults, print a table, and write JSON after each of them; the exit code is 1 where one is bad."""
     parser = argparse.ArgumentParser(prog="faults.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--quick", action="store_true", help="those without servers and many kills, in under four minutes"
@@ -1230,6 +1266,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.soak:
         wanted, rows = ["soak"], [Row("soak", f"two workers for {options.soak:g} minutes, killed every two")]
     started = time.monotonic()
+
+    def write() -> None:
+        seconds = time.monotonic() - started
+        figures = {"seed": options.seed, "seconds": seconds, "quick": options.quick, "machine": machine()}
+        write_json(options.json, figures | more | {"rows": [asdict(row) for row in rows]})
+
     with tempfile.TemporaryDirectory(prefix="kdnas-faults-") as folder:
         bench = Bench(Path(folder), options.quick, options.seed)
         if options.soak:
@@ -1244,7 +1286,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 row.not_run = str(reason)
             except subprocess.CalledProcessError as error:
                 row.not_run = f"{' '.join(map(str, error.cmd))}: {error.stderr!r}"
+            except Exception as error:  # of the benchmark itself, or let through by what it calls
+                row.fault("undetected", f"{type(error).__name__}: {error}")
             rows.append(row)
+            write()
             print(
                 f"{name}: {'BAD' if row.is_bad() else row.not_run or 'ok'}, {time.monotonic() - begun:.0f} s",
                 flush=True,
@@ -1261,9 +1306,9 @@ def main(args: Sequence[str] | None = None) -> None:
     for row in rows:
         for note in row.notes:
             console.print(f"{row.id}: {note}", markup=False)
-    figures = {"seed": options.seed, "seconds": seconds, "quick": options.quick, "machine": machine()}
-    write_json(options.json, figures | more | {"rows": [asdict(row) for row in rows]})
+    write()
+    return int(any(row.is_bad() for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,7 @@ from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.runs import Run, read_json, write_json, write_text
-from kdnas.training import FitProgress, TrainerSettings, live_progress
+from kdnas.training import FitProgress, TrainerSettings, honest_signals, live_progress
 
 MakeModule = Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule]
 
@@ -325,6 +325,7 @@ def _cell(mean: float, spread: float | None) -> str:
     return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"  # two lines: five tasks fit 80 columns
 
 
+@honest_signals()
 def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune models on tasks and show what each reaches, into ``<root>/<name>/``.
 

@@ -21,12 +21,14 @@ from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
 from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
+from kdnas.training import honest_signals
 
 FORMATS = ("transformers", "sentence-transformers")
 
 MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
 
+@honest_signals()
 def export(config: ExportConfig, console: Console) -> Path:
     """Export the student of a run, or any student, into one folder; say what was checked.
 

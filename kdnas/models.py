@@ -247,7 +247,7 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """An encoder of this config with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
-    return AutoModel.from_config(config, dtype=torch.float32, **family_of(config).build)
+    return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build)
 
 
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -307,7 +307,7 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
     """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = num_labels, None
-    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:

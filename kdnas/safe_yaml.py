@@ -18,8 +18,8 @@ def check_yaml(text: str) -> None:
     """Refuse YAML that loads, but not as whoever reads it would think; no object is made.
 
     Raises:
-        yaml.YAMLError: a key is given twice, a value contains itself, or all is too large once its aliases are written
-            out.
+        yaml.YAMLError: a key is given twice, a value contains itself or a NUL, which no name of a file can have, or all
+            is too large once its aliases are written out.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
@@ -38,6 +38,8 @@ def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node,
         raise yaml.YAMLError(f"a value contains itself, {where}")
     if len(above) > MOST_LEVELS:
         raise yaml.YAMLError(f"it is nested more than {MOST_LEVELS} levels deep, {where}")
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise yaml.YAMLError(f"a value contains a NUL, {where}")
     if node not in known:
         known[node] = 1 + sum(_count(child, (*above, node), known) for child in _children(node))
         if known[node] > MOST_NODES:

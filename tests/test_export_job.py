@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -195,6 +197,12 @@ def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
     monkeypatch.setattr(kdnas.export_job, "export_student", fail)
     assert main(["export", f"--student={student}"]) == code
     assert capsys.readouterr().err == line
+
+
+def test_sigterm_ends_an_export_with_one_line(student, monkeypatch, capsys):
+    monkeypatch.setattr(kdnas.export_job, "export_student", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["export", f"--student={student}"]) == 143
+    assert capsys.readouterr().err == "kdnas: interrupted.\n"
 
 
 def test_a_folder_is_pushed_where_a_repository_is_named(

@@ -505,9 +505,9 @@ def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.
         "search.n_trials": 1,
         "search.num_epochs": 1,
         "search.budget.speedup": 2,
-        "full_kd.num_epochs": 3,
-        "finetune.num_epochs": 2,
-        "finetune.learning_rate": 3e-4,
+        "full_kd.num_epochs": 1,
+        "finetune.num_epochs": 1,
+        "finetune.learning_rate": 5e-4,
     }
     assert main(["run", *(f"--{name}={value}" for name, value in options.items())]) == 0
     run = tmp_path / "logs" / "quickstart"
