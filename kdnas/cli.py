@@ -38,7 +38,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
 `--quiet` and `--log-level debug|info|warning|error` go with every command.
-`eval "$(kdnas completion bash)"` (or zsh, fish, tcsh) completes commands and options by TAB.
+`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and options by TAB.
 """
 
 _DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
@@ -56,14 +56,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if args[0] == "--version":
+    if args[:1] == ["--version"]:
         print(__version__)
         return 0
     try:
-        args = _set_log_level(args)
+        args = _set_log_level(args) if args else ["--help"]
+        if args[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
         if args[0] in EXAMPLES and args[1:] in (["-h"], ["--help"]):
@@ -309,7 +309,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.precision import trainer_precision
     from kdnas.runs import new_folder
-    from kdnas.training import WholeFiles, check_checkpoint, honest_signals, refuse_strategy
+    from kdnas.signals import honest_signals
+    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)

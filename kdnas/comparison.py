@@ -30,7 +30,8 @@ from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.runs import Run, read_json, write_json, write_text
-from kdnas.training import FitProgress, TrainerSettings, honest_signals, live_progress
+from kdnas.signals import honest_signals
+from kdnas.training import FitProgress, TrainerSettings, live_progress
 
 MakeModule = Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule]
 

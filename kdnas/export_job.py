@@ -21,7 +21,7 @@ from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
 from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
-from kdnas.training import honest_signals
+from kdnas.signals import honest_signals
 
 FORMATS = ("transformers", "sentence-transformers")
 

@@ -83,8 +83,9 @@ def with_shipped_configs(args: Sequence[str]) -> list[str]:
 
 
 def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``."""
+    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``, where the last one was."""
     lists: dict[str, list[Any]] = {}
+    places: dict[str, int] = {}  # of each list among the others
     others: list[str] = []
     target: list[Any] | None = None
     for arg in args:
@@ -92,15 +93,19 @@ def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
         if arg.startswith("--"):
             is_list = get_origin(hints.get(name)) is list and not value.startswith("[")
             target = lists.setdefault(name, []) if is_list else None
-            if is_list and not equals:
-                continue
+            if is_list:
+                places[name] = len(others)
+                if not equals:
+                    continue
         if target is None:
             others.append(arg)
             continue
         item = value if arg.startswith("--") else arg
         kind = get_args(hints[next(name for name, items in lists.items() if items is target)])[0]
         target.append(int(item) if kind is int and item.lstrip("-").isdigit() else item)
-    return [*others, *(f"--{name}={json.dumps(items)}" for name, items in lists.items())]
+    for name, place in sorted(places.items(), key=lambda item: -item[1]):
+        others.insert(place, f"--{name}={json.dumps(lists[name])}")
+    return others
 
 
 def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None:

@@ -44,8 +44,9 @@ from kdnas.nas.trials import front_table, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
-from kdnas.training import FitProgress, fit_resumable, honest_signals, one_error
+from kdnas.training import FitProgress, fit_resumable, one_error
 
 
 @honest_signals()

@@ -41,6 +41,7 @@ distill/cache.py
 distill/teacher.py
 distill/metrics.py
 distill/optimizers.py
+signals.py
 training.py
 distill/curves.py
 distill/module.py

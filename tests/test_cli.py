@@ -46,7 +46,7 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == main([]) == 0
+    assert main(["--help"]) == main([]) == main(["--quiet", "--help"]) == 0
     shown = capsys.readouterr().out
     assert len(COMMANDS) == 11
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
@@ -87,6 +87,33 @@ def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
     for command in ("run", "fit"):
         error = refused([command, "--config=configs/quickstrat.yaml"], capsys)
         assert error == "kdnas: There is no 'configs/quickstrat.yaml'. Did you mean 'configs/quickstart.yaml'?\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "models", "seeds"),
+    [
+        (["--config=a.yaml", "--config=b.yaml"], ["b"], 2),
+        (["--config=b.yaml", "--config=a.yaml"], ["a"], 2),
+        (["--model", "x", "--model=y", "--seeds=3", "--config=a.yaml"], ["a"], 3),
+        (["--config=a.yaml", "--model", "x", "y", "--seeds=3", "--config=b.yaml"], ["b"], 2),
+        (["--config=b.yaml", "--seeds=3", "--model", "x", "--model", "y"], ["x", "y"], 3),
+    ],
+)
+def test_what_comes_later_wins(
+    options: list[str],
+    models: list[str],
+    seeds: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("model: [a]\n")
+    Path("b.yaml").write_text("model: [b]\nseeds: 2\n")
+    with pytest.raises(SystemExit):
+        main(["glue", *options, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["model"], found["seeds"]) == (models, seeds)
 
 
 def test_quiet_and_log_level_go_with_every_command(
@@ -501,6 +528,16 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     assert main(search) == 0
     assert "Best student" in capsys.readouterr().out
     assert files() == before
+
+
+def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> None:
+    command = [sys.executable, "-m", "kdnas", *search, "--search.n_trials=2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "", "NO_COLOR": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"[\x1b\r]", done.stdout + done.stderr)
+    assert len(re.findall(r"(?m)^trial +\d+  ", done.stdout)) == 2
 
 
 def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

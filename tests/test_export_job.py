@@ -200,7 +200,9 @@ def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
 
 
 def test_sigterm_ends_an_export_with_one_line(student, monkeypatch, capsys):
-    monkeypatch.setattr(kdnas.export_job, "export_student", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        kdnas.export_job, "export_student", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM)
+    )
     assert main(["export", f"--student={student}"]) == 143
     assert capsys.readouterr().err == "kdnas: interrupted.\n"
 

@@ -25,8 +25,9 @@ from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.models import Teacher, find_teacher
+from kdnas.signals import Terminated
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
-from kdnas.training import KeepLast, Terminated, fit
+from kdnas.training import KeepLast, fit
 
 NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 SHORT = StudentArch(num_hidden_layers=3, num_attention_heads=2, hidden_size=64, intermediate_size=64)

@@ -21,14 +21,13 @@ from torch.utils.data import DataLoader
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
 from kdnas.job import Found
+from kdnas.signals import Terminated, honest_signals
 from kdnas.training import (
     ClipFusedGradients,
     FitProgress,
     KeepLast,
-    Terminated,
     TrainerSettings,
     fit,
-    honest_signals,
     live_progress,
     make_trainer,
     refuse_strategy,

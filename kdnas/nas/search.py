@@ -314,12 +314,11 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as stop:
-        store = _store(study)
-        assert store is not None, "open_study() gives it"
-        if isinstance(stop, KeyboardInterrupt):
-            store.stopped = stop
-        trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
-        store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
+        if (store := _store(study)) is not None:  # a study in memory is not gone on with
+            if isinstance(stop, KeyboardInterrupt):
+                store.stopped = stop
+            trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
+            store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
         raise
 
 

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway
+from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
-from kdnas.training import honest_signals, notice_signals
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.

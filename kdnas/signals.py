@@ -1,0 +1,70 @@
+"""Signals as exceptions that every library here lets through, and none that is swallowed."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, but the exit code is 143."""
+
+
+TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1)
+_asked: list[type[KeyboardInterrupt]] = []  # since the outermost honest_signals began
+
+
+def notice_signals() -> None:
+    """Raise again what Python has swallowed: it prints and ignores an exception in a finaliser, and a signal's too.
+
+    Raises:
+        KeyboardInterrupt: a signal has asked for the end.
+    """
+    if _asked:
+        raise _asked[0]
+
+
+@contextmanager
+def honest_signals() -> Iterator[None]:
+    """Signals as KeyboardInterrupt; Lightning makes each a SystemExit, which Optuna does not know.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
+    """
+
+    def end(signum: int, frame: Any) -> None:
+        _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)
+        raise _asked[-1]
+
+    def say_others(unraisable: Any) -> None:
+        if unraisable.exc_type not in (KeyboardInterrupt, Terminated):  # those are noticed later
+            say(unraisable)
+
+    # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a
+    # handler of SIGUSR1 that is there (its own would queue the job again and go on).
+    numbers = (signal.SIGINT, *TERMINATIONS) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in ours:
+        signal.signal(number, end)
+    say = sys.unraisablehook
+    if ours:
+        sys.unraisablehook = say_others
+    try:
+        yield
+    except SIGTERMException as stop:
+        raise Terminated from stop
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise type(stop.__context__) from stop
+        raise
+    finally:
+        for number, old in ours.items():
+            signal.signal(number, old)
+        if ours:
+            sys.unraisablehook = say
+            _asked.clear()
