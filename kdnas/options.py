@@ -83,7 +83,7 @@ def with_shipped_configs(args: Sequence[str]) -> list[str]:
 
 
 def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists: ``--batch=[1, 8]``, where the last one was."""
+    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists, ``--batch=[1, 8]``, where the last was."""
     lists: dict[str, list[Any]] = {}
     places: dict[str, int] = {}  # of each list among the others
     others: list[str] = []
