@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from kdnas.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
+# Beside the runs, below their root.
+SHARED = ("tokens", "teacher_states")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -35,7 +37,7 @@ class Run:
         name: letters, digits, ``_``, ``-`` and ``.``; at most 100; no path.
 
     Raises:
-        UserError: the name is not such a name, or the folder cannot be written.
+        UserError: the name is not such a name, or that of a folder that all runs share.
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
@@ -43,10 +45,12 @@ class Run:
             raise UserError(
                 f"The run name {name!r} is not valid: use letters, digits, '_', '-', '.' (at most 100, no '.' first)."
             )
+        if name in SHARED:
+            raise UserError(f"The run name {name!r} is the folder that all runs share: choose another.")
         self.name = name
         self.root = Path(root)
         self.folder = self.root / name
-        self.tokens = self.root / "tokens"
+        self.tokens = self.root / SHARED[0]
         self.config = self.folder / "config.yaml"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"

@@ -289,7 +289,10 @@ def keep_result(folder: Path, study: str, number: int, written: list[list[Any]],
 def take_up(folder: Path, study: optuna.Study, storage: RDBStorage) -> None:
     """Give the study the results that were kept, each once; those of other studies are left alone."""
     for path in sorted(folder.glob("unsent_*.json")):
-        kept = read_json(path)
+        try:
+            kept = read_json(path)
+        except FileNotFoundError:  # another start was faster
+            continue
         if kept["study"] != study.study_name:
             continue
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, kept["number"])
