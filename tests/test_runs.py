@@ -35,7 +35,9 @@ def test_plain_names_are_valid(name):
     assert Run("logs", name).folder == Path("logs") / name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "a\n", "é", "a\\b", "x" * 101, "tokens"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "a\n", "é", "a\\b", "x" * 101, "tokens"]
+)
 def test_names_that_are_no_plain_names_are_refused(name):
     with pytest.raises(UserError) as caught:
         Run("logs", name)
