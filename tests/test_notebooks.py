@@ -39,6 +39,8 @@ def test_a_notebook_explains_and_defines_nothing(name: str) -> None:
     assert len(notebook.cells) - len(cells) > len(cells) / 2, "text goes with code"
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1, "of a real run, with pictures"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run once, from top to bottom"
     content = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
     assert len(content) < 200_000
     assert not [path for path in (str(ROOT.resolve().parent), sys.prefix) if path in content]
