@@ -51,13 +51,14 @@ def test_a_stopped_distillation_goes_on(
     options = dict(num_epochs=2, data=data, states=StatesSettings(str(tmp_path / "states")), root=str(tmp_path))
     whole = api.distill(str(tiny_teacher), str(text_file), arch, **options).state_dict()
 
-    class Stops(training.KeepLast):
-        def on_train_epoch_end(self, trainer, pl_module):
-            super().on_train_epoch_end(trainer, pl_module)
-            raise KeyboardInterrupt
+    keep = training.KeepLast.on_train_epoch_end
+
+    def stop(self, trainer, pl_module):
+        keep(self, trainer, pl_module)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "KeepLast", Stops)
+        patch.setattr(training.KeepLast, "on_train_epoch_end", stop)
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     assert (tmp_path / "stopped" / "last.ckpt").exists()
     found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()
