@@ -355,6 +355,8 @@ class FitProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if len(self.tasks) == 1:  # Lightning begins no epoch that it goes on within
+            self.on_train_epoch_start(trainer, pl_module)
         for task, done in zip(self.tasks, (trainer.global_step, batch_idx + 1), strict=True):
             self.progress.update(task, completed=done)
 

@@ -331,6 +331,22 @@ def test_a_resumed_fit_is_shown_from_where_it_goes_on(tmp_path, progress):
     assert shown == [(3, 6)]
 
 
+def test_a_fit_that_goes_on_within_an_epoch_is_shown_too(tmp_path, progress):
+    class Ask(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    last, shown = tmp_path / "last.ckpt", []
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(settings(), tmp_path / "fit", 2, [KeepLast(last), Ask()]), Steep(), Data())
+    look = Call(lambda trainer, module: shown.append([task.completed for task in progress.tasks]))
+    trainer = make_trainer(settings(), tmp_path / "fit", 2, [FitProgress(progress, "full KD"), look, KeepLast(last)])
+    fit(trainer, Steep(), Data(), ckpt_path=last)
+    assert [len(tasks) for tasks in shown] == [2] * len(shown)
+    assert shown[0] == [3, 3] and shown[-1] == [trainer.global_step, 3]
+
+
 def test_the_time_that_is_left_is_told_where_candidates_take_minutes():
     progress, now = Found.progress(SimpleNamespace(console=Console(file=io.StringIO()))), 0.0
     progress.get_time = lambda: now
