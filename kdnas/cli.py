@@ -185,7 +185,9 @@ def _new(config: Any) -> Any:
     """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
     from kdnas.runs import free_name
 
-    return dataclasses.replace(config, name=free_name(config.root, config.name, bool(EARLIER.deaths)))
+    name = free_name(config.root, config.name, bool(EARLIER.deaths))
+    log.info("Begun anew as %s.", name)
+    return dataclasses.replace(config, name=name)
 
 
 def _run(args: Sequence[str]) -> None:

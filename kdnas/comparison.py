@@ -372,7 +372,15 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     for name, row in results["models"].items():
         if row.get("gap_closed") is not None:
             console.print(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.", highlight=False)
+    busy = [name for name, row in results["models"].items() if row["latency_iqr_ms"] > 0.1 * row["latency_ms"]]
+    if busy:
+        console.print(
+            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(f"Every run: {run.folder / 'runs.jsonl'}", soft_wrap=True, highlight=False)
+    console.print(f"The models: {run.folder}/TASK/MODEL/seed_0/model", soft_wrap=True, highlight=False)
     return results
 
 

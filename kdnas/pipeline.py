@@ -60,12 +60,13 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
         UserError: anything that the user can mend, before anything is trained.
     """
     job = begin(look(config, console or Console(markup=False)))
+    was_done = job.run.manifest.exists()  # then begin() has left everything as it was, and so does the rest
     best = _search(job)
     job.console.print(front_table(job.study))
     refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
-    if not job.run.manifest.exists():
+    if not was_done:
         write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best

@@ -45,7 +45,7 @@ class DataSettings:
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
         held_out_fraction: share of the rows that no student ever trains on; candidates are scored on them.
-        mini_fraction: share of the training rows that a candidate of the search sees.
+        mini_fraction: share of the training rows that a candidate of the search sees, above 0 and below 1.
         max_length: longer rows are cut, in tokens; with the special tokens.
         batch_tokens: rows times padded length of a batch is at most this.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words never do.

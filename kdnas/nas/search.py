@@ -298,7 +298,9 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
     except ValueError as error:  # no trial is complete and feasible
         if _failed(study) and not trained(study):
             reason = failure_of(_failed(study)[-1])
-            raise CandidateFailed(f"Every candidate within the budget failed; the last one: {reason}") from error
+            raise CandidateFailed(
+                f"Every candidate failed; the last one: {reason}. None is tried again: mend the cause, then --force-new."
+            ) from error
         if tried(study) and not trained(study):
             raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
         if len(_seen(study)) < len(space) and math.isfinite(seconds):
