@@ -58,7 +58,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command_teaches_units_and_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "share of the training rows that a candidate of the search sees. (type: float, default: 0.3)" in shown
+    assert "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)" in shown
     assert "disk budget for one of them, in GB" in shown
 
 

@@ -91,6 +91,14 @@ def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
     assert len(before) == 4
     assert main(command) == 0
     assert times(tmp_path) == before and results(tmp_path) == asked
+    for share, is_told in ((0.5, True), (0.0, False)):
+        for row in asked["models"].values():
+            row["latency_iqr_ms"] = share * row["latency_ms"]
+        (tmp_path / "logs" / "mine" / "results.json").write_text(json.dumps(asked))
+        capsys.readouterr()
+        assert main(command) == 0
+        shown = capsys.readouterr().out
+        assert ("The latency of teacher, student spread by more than a tenth" in shown) == is_told
 
 
 def test_a_comparison_goes_on_with_more_tasks_and_models(command, tmp_path, capsys):

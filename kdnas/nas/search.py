@@ -299,7 +299,7 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
         if _failed(study) and not trained(study):
             reason = failure_of(_failed(study)[-1])
             raise CandidateFailed(
-                f"Every candidate failed; the last one: {reason}. None is tried again: mend the cause, then --force-new."
+                f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
             ) from error
         if tried(study) and not trained(study):
             raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
