@@ -30,6 +30,7 @@ from kdnas.nas.sampler import make_sampler
 from kdnas.nas.search import MOST_FAILURES, end_trial, failure_of, open_study, refuse_difference, search, trained, tried
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import process_start
+from kdnas.signals import Terminated
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -497,6 +498,15 @@ def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen, 
             search(evaluate, SPACE, reopen(), n_trials=1)
     assert len(set(evaluate.asked)) == 1
     assert search(value_of, SPACE, reopen(), n_trials=1).number == MOST_FAILURES + 1
+
+
+def test_a_signal_that_a_loaders_worker_hears_first_is_no_failure(study):
+    def end(trial, arch):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    with pytest.raises(Terminated):
+        search(end, SPACE, study, n_trials=1)
+    assert states(study) == ["FAIL", "WAITING"] and failure_of(study.trials[0]) is None
 
 
 def test_memory_that_a_call_of_the_system_lacks_is_the_candidates_fault(study):

@@ -24,6 +24,7 @@ from kdnas.errors import CandidateFailed, UserError, first_line
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import PatientStorage, StoreAway, connect, is_alive_here, is_here, keep_result, take_up
+from kdnas.signals import Terminated
 from kdnas.supervisor import EARLIER, candidate
 
 log = logging.getLogger(__name__)
@@ -241,6 +242,8 @@ def search(
             except Exception as error:  # whatever a candidate dies of, the search goes on
                 if isinstance(error, StoreAway) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
                     raise
+                if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
+                    raise Terminated from error
                 reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
                 if isinstance(error, MemoryError) or re.search("(?i)out of memory|can(no|.)t allocate memory", reason):
                     reason = f"out of memory: {first_line(error)}"
@@ -317,8 +320,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
-            if isinstance(stop, KeyboardInterrupt):
-                store.stopped = stop
+            store.stopped = stop if isinstance(stop, KeyboardInterrupt) else None
             trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
             store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
         raise
