@@ -195,7 +195,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
     parser.add_argument("--model", action="append", default=[], help="a student's folder; once for each")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
-    parser.add_argument("--precision", default="auto", help="of the table's runs, as of trainer.precision")
+    parser.add_argument(
+        "--precision", choices=("auto", "32-true", "bf16-mixed"), default="auto", help="of the table's runs"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of the clock; medians are shown")
     parser.add_argument("--grid", action="store_true", help="choose rate and batch size for each model and task")
     parser.add_argument("--folder", type=Path, default=OUTPUT / "glue", help="where the runs are kept")

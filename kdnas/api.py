@@ -96,7 +96,7 @@ def distill(
     found = find_teacher(teacher)
     if text == QUICKSTART:
         text = str(build_quickstart_text(run.text))
-    states = replace(states, folder=states.folder or str(run.root / "teacher_states"))
+    states = replace(states, folder=states.folder or str(run.states))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
     with live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)

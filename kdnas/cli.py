@@ -305,6 +305,7 @@ def _report(args: Sequence[str]) -> None:
 
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+    from lightning.pytorch.plugins import TorchCheckpointIO
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
@@ -340,7 +341,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
         def instantiate_trainer(self, **options: Any) -> Any:
             trainer = super().instantiate_trainer(**options)
-            trainer.strategy.checkpoint_io = WholeFiles()
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
+                trainer.strategy.checkpoint_io = WholeFiles()
             return trainer
 
         def after_fit(self) -> None:

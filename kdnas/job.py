@@ -75,7 +75,7 @@ class Job(Found):
 
 def states_folder(config: SearchConfig) -> Path:
     """Where the teacher's states are kept: beside all runs, unless the user says so."""
-    return Path(config.states.folder or Path(config.root) / "teacher_states")
+    return Path(config.states.folder or Run(config.root, config.name).states)
 
 
 def refuse_other_config(run: Run, config: SearchConfig) -> None:

@@ -50,7 +50,7 @@ class Run:
         self.name = name
         self.root = Path(root)
         self.folder = self.root / name
-        self.tokens = self.root / SHARED[0]
+        self.tokens, self.states = (self.root / shared for shared in SHARED)
         self.config = self.folder / "config.yaml"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
@@ -144,14 +144,9 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
         os.chmod(temporary, 0o644)
-        publish(Path(temporary), path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a file its name. What it holds is on the disk before, and the name afterwards."""
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+        _sync(Path(temporary))  # what it holds is on the disk before, and the name afterwards
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, but the exit code is 143."""
@@ -35,6 +33,7 @@ def honest_signals() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
     """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # a second, which the search itself needs not
 
     def end(signum: int, frame: Any) -> None:
         _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)

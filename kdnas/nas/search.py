@@ -237,10 +237,8 @@ def search(
                     raise CandidateFailed(f"the reward is {value}")
                 result[:] = [(trial, float(value))]
                 return value
-            except optuna.TrialPruned:
-                raise
             except Exception as error:  # whatever a candidate dies of, the search goes on
-                if isinstance(error, StoreAway) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+                if isinstance(error, (optuna.TrialPruned, StoreAway)) or getattr(error, "errno", None) in DISK_ERRORS:
                     raise
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error
@@ -265,7 +263,8 @@ def search(
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
         except Exception as error:  # Optuna's own follows where it cannot tell, or is stopped while it does
             store = _store(study)
-            if store is None or not (store.away or store.stopped):
+            stop = (store.stopped or store.away) if store else None
+            if store is None or stop is None:
                 if not _was_given_up(error):
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
@@ -274,7 +273,7 @@ def search(
                 if folder and trial._trial_id in store.written:
                     written = store.written[trial._trial_id]
                     log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
-            raise store.stopped or store.away or error from None
+            raise stop from None
     return best_of(study, space, seconds)
 
 
@@ -320,7 +319,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
-            store.stopped = stop if isinstance(stop, KeyboardInterrupt) else None
+            store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
             trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
             store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
         raise
