@@ -29,6 +29,7 @@ from kdnas.arch import StudentArch
 from kdnas.data.corpus import build_quickstart_text, load_corpus
 from kdnas.data.datamodule import DataSettings
 from kdnas.distill.module import Recipe
+from kdnas.runs import new_file
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "lightning_logs" / "benchmarks"
@@ -87,7 +88,8 @@ def cut_text(text: str | None, folder: Path, *, share: float = 1.0, most: int | 
     held_out = corpus.held_out[: max(1, most // 8) if most else None]
     split = ["train"] * len(train) + ["held_out"] * len(held_out)
     path = folder / "rows.parquet"
-    pq.write_table(pa.table({"text": train + held_out, "split": split}), path)
+    with new_file(path) as file:  # another part of the benchmark may be reading it
+        pq.write_table(pa.table({"text": train + held_out, "split": split}), file)
     return str(path)
 
 

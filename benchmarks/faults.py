@@ -663,7 +663,7 @@ def memory_group(megabytes: int) -> Iterator[Path]:
 
 def deadly_search(bench: Bench, row: Row, way: str, signal_name: str, **options: Any) -> None:
     """One of four students kills the process; the search, with its defaults, goes on with the others."""
-    from kdnas.nas.search import failure_of
+    from kdnas.nas.record import failure_of
 
     name = bench.new_name()
     space = ["--space.num_attention_heads=[1]", "--space.intermediate_size=[16,32]", "--space.hidden_act=[gelu]"]
@@ -691,7 +691,8 @@ def crash(bench: Bench, row: Row) -> None:
 def memory(bench: Bench, row: Row) -> None:
     import resource
 
-    from kdnas.nas.search import failure_of, open_study, search
+    from kdnas.nas.record import failure_of
+    from kdnas.nas.search import open_study, search
     from kdnas.nas.space import SearchSpace
     from kdnas.training import release_memory
 
@@ -737,7 +738,8 @@ def outage(bench: Bench, row: Row, pauses: Sequence[float], cut: bool) -> None:
         raise NotRun("needs Debian's package postgresql")
     import threading
 
-    from kdnas.nas.search import open_study, search, trained
+    from kdnas.nas.record import trained
+    from kdnas.nas.search import open_study, search
     from kdnas.nas.space import SearchSpace
 
     account: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
@@ -1114,7 +1116,7 @@ def short_study(folder: Path) -> optuna.Study:
 
 @fault("F37", "four workers on one SQLite study, 200 trials: exact counts", quick=False)
 def four_workers(bench: Bench, row: Row) -> None:
-    from kdnas.nas.search import trained
+    from kdnas.nas.record import trained
 
     folder, num_trials = bench.folder / "short", 40 if bench.quick else 200
     folder.mkdir()

@@ -2,10 +2,12 @@
 
 Architectures spread over the teacher's space are distilled on 10 % and on 30 % of a text for 1, 2 and 4 epochs, and on
 all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
-probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs, MiniLMv2's relations. Each score
-of each short distillation is held against the same score after the long one, and against GLUE (STS-B and MRPC) of some
-of the students, by Kendall's tau and Spearman's rho. What is done is kept in ``--folder`` and not done again;
-``--part 0 2`` and ``--part 1 2`` share the work, and the same without it shows the tables.
+probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
+MiniLMv2's relations. Each score of each short distillation is held against the same score after the long one, and
+against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are those of the
+distillation and of the score itself. What is done is kept in ``--folder`` and not done again; ``--part 0 2`` and
+``--part 1 2`` share the work, and the same without it shows the tables. A sentence's partner in a pair is drawn from
+the rows of a search's split, so a tenth of the rows means a tenth of the steps, and some more rows seen as partners.
 
     python benchmarks/fidelity.py --text train.parquet --glue glue
 """
@@ -35,7 +37,6 @@ from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.metrics import RidgeProbe
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.distill.objectives import View
-from kdnas.distill.sentences import PairComparison
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import load_task
@@ -48,6 +49,7 @@ SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]
 TASKS = ("stsb", "mrpc")
 # All are errors: lower is better.
 SCORES = ("loss", "original", "tokens", "cls", "pooled", "pairs", "relations")
+DEFAULT = ("30-2", "loss")  # of a search: share of the rows in per cent and epochs; what the reward is made of
 
 
 def spread_archs(space: SearchSpace, number: int) -> list[StudentArch]:
@@ -72,7 +74,9 @@ def part_of(data: KDDataModule, share: float) -> KDDataModule:
 
 
 class Scores:
-    """Every score of a student on the held-out rows, as errors.
+    """Every score of a student on the held-out rows, as errors, and the seconds that each takes after the fit.
+
+    The recipe's loss and its comparison of pairs are there already.
 
     Args:
         module: distilled.
@@ -83,7 +87,7 @@ class Scores:
         self.module, self.batches = module, list(data.loader(data.held_out_ids(), shuffle=False))
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> tuple[dict[str, float], dict[str, float]]:
         module, states, last = self.module, self.module.states, self.module.arch.num_hidden_layers - 1
         assert states is not None
         module.student.eval()
@@ -93,31 +97,50 @@ class Scores:
         # The original's: every student layer on its two teacher layers, by the best map in place of a trained one.
         num_layers = (module.arch.num_hidden_layers, module._teacher.config.num_hidden_layers)
         mapped = [(i, j) for i, layers in enumerate(LastAndSkip()(*num_layers)) for j in layers]
-        probes |= {f"{i}-{j}": RidgeProbe(width, target, 1e-3) for i, j in mapped}
-        criteria = {
-            "pairs": PairComparison().criterion(module.student, module._teacher.model),
-            "relations": AttentionRelations(num_heads=12).criterion(module.student, module._teacher.model),
-        }
-        sums = dict.fromkeys(criteria, torch.zeros(2, dtype=torch.float64))
+        of_layers = {(i, j): RidgeProbe(width, target, 1e-3) for i, j in mapped}
+        relations = AttentionRelations(num_heads=12).criterion(module.student, module._teacher.model)
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def tokens(student: View, teacher: View) -> None:
+            probes["tokens"].update(student.real(last), teacher.real(module.last_layer))
+
+        def cls(student: View, teacher: View) -> None:
+            first = student.batch["attention_mask"].cumsum(1).sub(1).eq(0)
+            probes["cls"].update(student.padded(last)[first], teacher.padded(module.last_layer)[first])
+
+        def pooled(student: View, teacher: View) -> None:
+            probes["pooled"].update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
+
+        def original(student: View, teacher: View) -> None:
+            for (i, j), probe in of_layers.items():
+                probe.update(student.real(i), teacher.real(j))
+
+        def related(student: View, teacher: View) -> None:
+            ((error, count),) = relations(student, teacher)
+            sums.add_(torch.tensor([float(error), float(count)]))
+
+        measures = {"tokens": tokens, "cls": cls, "pooled": pooled, "original": original, "relations": related}
+        seconds = dict.fromkeys(SCORES, 0.0)
         for batch in self.batches:
+            begin = time.perf_counter()
             student, _ = module.views(batch)
             teacher = View(module._teacher.model, batch, real=states(batch))  # of all layers
-            probes["tokens"].update(student.real(last), teacher.real(module.last_layer))
-            first = batch["attention_mask"].cumsum(1).sub(1).eq(0)
-            probes["cls"].update(student.padded(last)[first], teacher.padded(module.last_layer)[first])
-            probes["pooled"].update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
-            for i, j in mapped:
-                probes[f"{i}-{j}"].update(student.real(i), teacher.real(j))
-            for name, criterion in criteria.items():
-                ((error, count),) = criterion(student, teacher)
-                sums[name] = sums[name] + torch.tensor([float(error), float(count)], dtype=torch.float64)
-        errors = {
-            name: float(error / variance) for name, (error, variance) in ((n, p.compute()) for n, p in probes.items())
-        }
-        found = {name: errors[name] for name in ("tokens", "cls", "pooled")}
-        found["original"] = statistics.mean(errors[f"{i}-{j}"] for i, j in mapped)
-        found |= {name: float(total / count.clamp_min(1)) for name, (total, count) in sums.items()}
-        return found | {"loss": module.history[-1]["loss"]}
+            forward = time.perf_counter() - begin
+            for name, measure in measures.items():
+                begin = time.perf_counter()
+                measure(student, teacher)
+                seconds[name] += forward + time.perf_counter() - begin
+
+        def share(probe: RidgeProbe) -> float:
+            error, variance = probe.compute()
+            return float(error / variance)
+
+        found = {name: share(probe) for name, probe in probes.items()}
+        found["original"] = statistics.mean(map(share, of_layers.values()))
+        found["relations"] = float(sums[0] / sums[1].clamp_min(1))
+        found["loss"] = module.history[-1]["loss"]
+        found["pairs"] = float(module.trainer.callback_metrics["terms/pair_comparison"])
+        return found, seconds
 
 
 def distil(
@@ -134,7 +157,8 @@ def distil(
     settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"] or "auto")
     fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
     seconds = time.monotonic() - begin
-    result = {"arch": arch.to_dict(), "seconds": seconds, "history": module.history, "scores": Scores(module, data)()}
+    scores, of_scores = Scores(module, data)()
+    result = {"arch": arch.to_dict(), "seconds": seconds, "scores": scores, "score_seconds": of_scores}
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
     write_json(folder / "result.json", result)
@@ -199,9 +223,16 @@ def main(args: Sequence[str] | None = None) -> None:
     report(found, glue, f"100-{chosen.epochs}", chosen.json)
 
 
-def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Kendall's tau and Spearman's rho of two rankings."""
-    return {"tau": float(kendalltau(scores, reference)[0]), "rho": float(spearmanr(scores, reference)[0])}
+def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Kendall's tau and Spearman's rho of two rankings, and the 95 % bootstrap interval of tau over the students."""
+    pairs, generator = np.array([scores, reference]), np.random.default_rng(0)
+    drawn = [kendalltau(*pairs[:, generator.integers(len(scores), size=len(scores))])[0] for _ in range(500)]
+    low, high = np.nanquantile(drawn, (0.025, 0.975)).tolist()
+    return {
+        "tau": float(kendalltau(*pairs)[0]),
+        "interval": [low, high],
+        "rho": float(spearmanr(*pairs)[0]),
+    }
 
 
 def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, path: Path) -> None:
@@ -212,26 +243,28 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
         seconds = statistics.mean(results[number]["seconds"] for number in numbers)
         for score in SCORES:
             mine = [results[number]["scores"][score] for number in numbers]
-            row: dict[str, Any] = {"setting": setting, "score": score, "seconds": seconds}
+            row: dict[str, Any] = {"setting": setting, "score": score}
+            row["seconds"] = seconds + statistics.mean(results[n]["score_seconds"][score] for n in numbers)
             row["full_kd"] = agreement(mine, [found[long][number]["scores"][score] for number in numbers])
             row["full_kd_loss"] = agreement(mine, [found[long][number]["scores"]["loss"] for number in numbers])
             if len(glue) > 1:  # lower error, higher score
                 row["glue"] = agreement([-results[number]["scores"][score] for number in glue], list(glue.values()))
             rows.append(row)
-    table = Table(
-        "share %-epochs", "seconds", "score", "tau to the same after full KD", "tau to its loss", "tau to GLUE"
-    )
+    columns = {"full_kd": "tau to the same after full KD", "full_kd_loss": "to its loss", "glue": "to GLUE"}
+    table = Table("share %-epochs", "score", "seconds", *columns.values())
     for row in rows:
-        cells = [row["full_kd"]["tau"], row["full_kd_loss"]["tau"], row.get("glue", {}).get("tau")]
-        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        table.add_row(row["setting"], f"{row['seconds']:.0f}", row["score"], *shown)
+        shown = [_with_interval(row[column]) if column in row else "-" for column in columns]
+        table.add_row(row["setting"], row["score"], f"{row['seconds']:.1f}", *shown)
     console = Console(width=120)
     console.print(table)
-    good = [row for row in rows if row["setting"] != long and row["full_kd"]["tau"] >= 0.8]
+    default = next((row for row in rows if (row["setting"], row["score"]) == DEFAULT), None)
+    if default:
+        console.print(f"A search's default, {' by '.join(DEFAULT)}: tau {_with_interval(default['full_kd'])} to full KD.")
+    good = [row for row in rows if row["setting"] != long and row["full_kd_loss"]["tau"] >= 0.8]
     cheapest = min(good, key=lambda row: row["seconds"], default=None)
     console.print(
-        f"The cheapest with tau of at least 0.8 to full KD: {cheapest['setting']} by {cheapest['score']}, "
-        f"{cheapest['seconds']:.0f} s a candidate."
+        f"The cheapest with tau of at least 0.8 to the loss after full KD: {cheapest['setting']} by "
+        f"{cheapest['score']}, {cheapest['seconds']:.0f} s a candidate."
         if cheapest
         else "None has a tau of 0.8 to full KD."
     )
@@ -246,6 +279,11 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
     axes.set(xlabel="seconds a candidate", ylabel="Kendall's tau to the same score after full KD")
     axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
+def _with_interval(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['tau']:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

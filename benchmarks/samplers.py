@@ -4,7 +4,8 @@
 where it was stopped. Without it, the product's own search loop runs on the table, once for each sampler and seed: the
 evaluations until the best reward so far is within 1 % of the table's best, regret by evaluations, and wall seconds a
 proposal. Searches are paired by seed where two samplers are compared. Then the same for pruners, on the held-out losses
-after each epoch: the share of the training seconds that they save, and the best reward that they lose.
+after each epoch: the share of the training seconds that they save, and the best reward that they lose. A candidate that
+a pruner ended is never the best, as in the product.
 
     python benchmarks/samplers.py --make --text train.parquet     the table, about an hour and a half on two cores
     python benchmarks/samplers.py                                 the replays
@@ -26,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 from filelock import ReadWriteLock
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,8 +40,9 @@ from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.latency import LatencyMeter, LatencySettings
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget, Evaluator
+from kdnas.nas.record import tried
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import search, tried
+from kdnas.nas.search import search
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import read_json, write_json
 from kdnas.training import TrainerSettings
@@ -68,6 +71,7 @@ def make(chosen: Any, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(chosen.text, folder, share=SHARE)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
+    part, num_parts = chosen.part
     # All rows but one in a hundred: the text is cut already.
     data = KDDataModule(TEACHER, text, replace(config.data, mini_fraction=0.99))
     data.setup()
@@ -87,12 +91,11 @@ def make(chosen: Any, console: Console) -> None:
         alpha=defaults.alpha,
         beta=defaults.beta,
         seed=0,
-        folder=lambda number: folder / f"trial_{number:04d}",
+        folder=lambda number: folder / f"part_{part}" / f"trial_{number:04d}",
         stillness=ReadWriteLock(folder / "stillness.lock"),
     )
     archs = list(SPACE)
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
-    part, num_parts = chosen.part
     order = np.random.default_rng(0).permutation(len(archs)).tolist()
     for number in track(order[part::num_parts], "students", console=console):
         path = folder / f"{number}.json"
@@ -123,10 +126,11 @@ def make(chosen: Any, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Known:
-    """A student of the table: its reward, and its held-out loss after each epoch."""
+    """A student of the table: its reward, its held-out loss after each epoch, and the seconds of all of them."""
 
     reward: float
     losses: list[float]
+    seconds: float
 
 
 def replay(
@@ -150,15 +154,16 @@ def replay(
         most: evaluations.
     """
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
-    num_epochs = 0
+    trained = 0.0
 
     def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
-        nonlocal num_epochs
+        nonlocal trained
         factor = table[arch].reward / (1 - table[arch].losses[-1]) if by == "reward" else 1.0
-        for epoch, loss in enumerate(table[arch].losses):
-            num_epochs += 1
+        losses = table[arch].losses
+        for epoch, loss in enumerate(losses):
+            trained += table[arch].seconds / len(losses)
             trial.report((1 - loss) * factor, epoch)
-            if trial.should_prune():
+            if epoch + 1 < len(losses) and trial.should_prune():  # as the product: what is paid for is kept
                 raise optuna.TrialPruned
         return table[arch].reward
 
@@ -166,10 +171,12 @@ def replay(
     search(evaluate, space, study, min(most, len(space)))
     seconds = (time.perf_counter() - begin) / len(study.trials)
     best = max(known.reward for known in table.values())
-    values = [-math.inf if trial.value is None else trial.value for trial in tried(study)][:most]
+    values = [
+        trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf for trial in tried(study)
+    ][:most]
     regrets = [(best - value) / abs(best) for value in np.maximum.accumulate(values).tolist()]
     reached = next((number for number, regret in enumerate(regrets, 1) if regret <= WITHIN), None)
-    return {"regrets": regrets, "reached": reached, "seconds": seconds, "epochs": num_epochs / len(values)}
+    return {"regrets": regrets, "reached": reached, "seconds": seconds, "trained_seconds": trained}
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -197,8 +204,10 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if chosen.quick:
         chosen.seeds = min(chosen.seeds, 5)
+    if not chosen.table.exists():
+        raise SystemExit(f"{chosen.table} is not there: make it by --make.")
     rows = json.loads(gzip.decompress(chosen.table.read_bytes()))["rows"]
-    table = {StudentArch.from_dict(row["arch"]): Known(row["reward"], row["losses"]) for row in rows}
+    table = {StudentArch.from_dict(row["arch"]): Known(row["reward"], row["losses"], row["seconds"]) for row in rows}
     space = SearchSpace({name: list(dict.fromkeys(row["arch"][name] for row in rows)) for name in rows[0]["arch"]})
     assert len(space) == len(table), "the table is a whole space"
     found: dict[str, list[dict[str, Any]]] = {}
@@ -216,16 +225,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
     """Table of what pruners save and lose, and its rows."""
-    table = Table("pruner", "epochs trained", "regret at the end", "its mean less none's")
+    table = Table("pruner", "seconds trained", "regret at the end", "its mean less none's")
     table.title = f"{PRUNED_TRIALS} candidates by TPE, pruned; {len(pruned['none'])} seeds"
     rows = []
     for name, runs in pruned.items():
         lost = [run["regrets"][-1] - whole["regrets"][-1] for run, whole in zip(runs, pruned["none"], strict=True)]
-        epochs = sum(run["epochs"] for run in runs) / sum(run["epochs"] for run in pruned["none"])
+        seconds = sum(run["trained_seconds"] for run in runs) / sum(run["trained_seconds"] for run in pruned["none"])
         regret = statistics.mean(run["regrets"][-1] for run in runs)
-        rows.append({"pruner": name, "epochs": epochs, "regret": regret, "lost": interval(lost)})
+        rows.append({"pruner": name, "seconds": seconds, "regret": regret, "lost": interval(lost)})
         low, high = rows[-1]["lost"]
-        table.add_row(name, f"{epochs:.0%}", f"{regret:.2%}", f"{low:+.2%} to {high:+.2%}")
+        table.add_row(name, f"{seconds:.0%}", f"{regret:.2%}", f"{low:+.2%} to {high:+.2%}")
     console.print(table)
     return rows
 
@@ -248,16 +257,20 @@ def show(
         for other in ("random", "tpe"):
             if other in needed and other != name:
                 row[f"less_{other}"] = interval([a - b for a, b in zip(needed[name], needed[other], strict=True)])
+        if "random" in needed:
+            row["of_random"] = row["mean"] / statistics.mean(needed["random"])
         rows.append(row)
     title = f"Evaluations to come within 1 % of the best of {num_archs}; {len(next(iter(needed.values())))} seeds"
     table = Table(title=title)
-    for heading in ("sampler", "median", "quartiles", "mean", "mean less random's", "mean less TPE's", "ms a proposal"):
+    pairs = ("mean less random's", "mean less TPE's")
+    for heading in ("sampler", "median", "quartiles", "mean", "of random's", *pairs, "ms a proposal"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for row in rows:
         low, high = row["quartiles"]
-        pairs = [row.get(f"less_{other}") for other in ("random", "tpe")]
-        shown = ["" if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}" for pair in pairs]
-        cells = [f"{row['median']:.0f}", f"{low:.0f} to {high:.0f}", f"{row['mean']:.1f}", *shown]
+        found_pairs = [row.get(f"less_{other}") for other in ("random", "tpe")]
+        shown = ["" if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}" for pair in found_pairs]
+        of_random = f"{row['of_random']:.0%}" if "of_random" in row else ""
+        cells = [f"{row['median']:.0f}", f"{low:.0f} to {high:.0f}", f"{row['mean']:.1f}", of_random, *shown]
         table.add_row(row["sampler"], *cells, f"{1000 * row['seconds_a_proposal']:.0f}")
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)

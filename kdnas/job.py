@@ -21,8 +21,9 @@ from kdnas.errors import UserError
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
 from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
+from kdnas.nas.record import Study, tried
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Study, open_study, refuse_difference, tried
+from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import without_password
 from kdnas.runs import Run, check_writable, sweep, write_text

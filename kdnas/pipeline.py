@@ -36,11 +36,12 @@ from kdnas.models import (
 from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
+from kdnas.nas.record import FrozenTrial, Study, failure_of, trained, tried
 from kdnas.nas.sampler import lstm_of
-from kdnas.nas.search import FrozenTrial, Study, best_of, failure_of, trained, tried
+from kdnas.nas.search import best_of
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
-from kdnas.nas.trials import front_table, trials_frame
+from kdnas.nas.trials import front_table, in_words, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
@@ -63,7 +64,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     was_done = job.run.manifest.exists()  # then begin() has left everything as it was, and so does the rest
     best = _search(job)
     job.console.print(front_table(job.study))
-    refused = sum("refused" in trial.user_attrs for trial in job.study.get_trials(deepcopy=False))
+    refused = sum(in_words(trial) == "refused" for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
     if not was_done:
@@ -177,8 +178,9 @@ def _search(job: Job) -> StudentArch:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
             if episode and len(rewards) // episode > episodes[-1]:
+                ended = episodes[-1]
                 episodes.append(len(rewards) // episode)
-                job.console.print(str(ModelRanking.of(rewards, episode)), highlight=False, soft_wrap=True)
+                job.console.print(str(ModelRanking.of(rewards, episode, ended)), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
             board(study)
@@ -258,7 +260,7 @@ def _line(trial: FrozenTrial) -> str:
     if trial.state.name == "FAIL":
         return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
     if trial.state.name == "PRUNED":
-        return head + "pruned"
+        return f"{head}stopped early, {attrs['stopped_early']}, {attrs['seconds']:.0f} s"
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
         f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kdnas import __version__
 from kdnas.arch import StudentArch
-from kdnas.nas.search import FrozenTrial, Study
+from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
 from kdnas.pictures import BLUE, GREY, INK, ORANGE, as_svg, curves, pareto
 from kdnas.runs import Run, read_json, write_text

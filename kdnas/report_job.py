@@ -10,7 +10,7 @@ from kdnas.arch import StudentArch
 from kdnas.config import ReportConfig, flat
 from kdnas.errors import UserError, nearest
 from kdnas.manifest import renew
-from kdnas.nas.search import Study, trained
+from kdnas.nas.record import Study, trained
 from kdnas.nas.storage import read_study
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import COLOURS, as_svg, best_so_far, fronts

@@ -48,6 +48,7 @@ distill/module.py
 latency.py
 nas/reward.py
 nas/space.py
+nas/record.py
 nas/controller.py
 nas/sampler.py
 nas/callbacks.py

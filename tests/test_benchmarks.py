@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import write_task
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.arch import StudentArch
@@ -170,7 +171,7 @@ def test_original_that_was_better_before_its_end_is_timed_there():
 
 SMALL_SPACE = samplers.SearchSpace({**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]})
 SMALL_TABLE = {
-    arch: samplers.Known(1 - loss, [1 - (1 - loss) / 2, loss])
+    arch: samplers.Known(1 - loss, [1 - (1 - loss) / 2, loss], 10.0)
     for arch in SMALL_SPACE
     for loss in [1 - 0.3 * arch.num_hidden_layers - arch.intermediate_size / 1e6]
 }
@@ -178,7 +179,7 @@ SMALL_TABLE = {
 
 def test_a_replay_finds_the_best_of_a_table_and_counts_distinct_evaluations():
     found = samplers.replay(SMALL_TABLE, SMALL_SPACE, "random", seed=3)
-    assert len(found["regrets"]) == len(SMALL_SPACE) == 16 and found["epochs"] == 2
+    assert len(found["regrets"]) == len(SMALL_SPACE) == 16 and found["trained_seconds"] == 160
     assert found["regrets"][-1] == 0 and found["regrets"] == sorted(found["regrets"], reverse=True)
     reached = found["reached"]
     assert found["regrets"][reached - 1] <= samplers.WITHIN
@@ -186,9 +187,34 @@ def test_a_replay_finds_the_best_of_a_table_and_counts_distinct_evaluations():
 
 
 @pytest.mark.parametrize("by", ["loss", "reward"])
-def test_a_pruned_replay_trains_fewer_epochs_of_as_many_candidates(by):
+def test_a_pruned_replay_trains_as_many_candidates_in_less_time(by):
     found = samplers.replay(SMALL_TABLE, SMALL_SPACE, "random", 3, "median", by, most=12)
-    assert len(found["regrets"]) == 12 and 1 < found["epochs"] < 2
+    assert len(found["regrets"]) == 12 and 60 < found["trained_seconds"] < 120
+
+
+def test_a_pruned_replay_never_finds_what_the_pruner_ended():
+    """The best is the worst after its first epoch; what it showed there is above every reward."""
+    best = max(SMALL_TABLE, key=lambda arch: SMALL_TABLE[arch].reward)
+    table = {
+        arch: samplers.Known(0.2 if arch == best else 0.1, [0.4 if arch == best else 0.3, 0.8], 10.0)
+        for arch in SMALL_SPACE
+    }
+    whole = samplers.replay(table, SMALL_SPACE, "random", 3)
+    pruned = samplers.replay(table, SMALL_SPACE, "random", 3, "median")
+    assert whole["regrets"][-1] == 0 and pruned["regrets"][-1] == pytest.approx(0.5)
+
+
+def test_pruners_are_shown_beside_none():
+    runs = [{"trained_seconds": 100.0, "regrets": [0.5, 0.1]}, {"trained_seconds": 100.0, "regrets": [0.5, 0.0]}]
+    less = [run | {"trained_seconds": 60.0, "regrets": [0.5, run["regrets"][-1] + 0.2]} for run in runs]
+    none, median = samplers.show_pruners({"none": runs, "median": less}, Console(quiet=True))
+    assert none["seconds"] == 1 and median["seconds"] == pytest.approx(0.6)
+    assert median["regret"] == pytest.approx(0.25) and median["lost"] == pytest.approx((0.2, 0.2))
+
+
+def test_a_table_that_is_not_made_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="no.gz is not there: make it by --make"):
+        samplers.main(["--table", str(tmp_path / "no.gz")])
 
 
 def test_an_interval_holds_the_mean_of_differences():
@@ -205,8 +231,37 @@ def test_spread_architectures_have_every_choice_alike():
 
 
 def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
-    assert fidelity.agreement([1, 2, 3, 4], [10, 20, 30, 50]) == pytest.approx({"tau": 1.0, "rho": 1.0})
-    assert fidelity.agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx({"tau": -1.0, "rho": -1.0})
+    same, opposite = (fidelity.agreement([1, 2, 3, 4], other) for other in ([10, 20, 30, 50], [4, 3, 2, 1]))
+    assert same == {"tau": 1.0, "interval": [1.0, 1.0], "rho": 1.0}
+    assert opposite == {"tau": -1.0, "interval": [-1.0, -1.0], "rho": -1.0}
+    low, high = fidelity.agreement([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])["interval"]
+    assert low < 13 / 15 < high == 1
+
+
+def test_the_cheapest_setting_is_that_which_ranks_as_full_kd_in_the_least_time(tmp_path, capsys):
+    losses = {"10-1": [3, 1, 2, 4, 5], "30-2": [1, 2, 3, 4, 5], "30-4": [1, 2, 3, 4, 5], "100-4": [2, 4, 6, 8, 10]}
+    found = {
+        setting: {
+            str(number): {
+                "seconds": float(setting.split("-")[0]) * float(setting.split("-")[1]),
+                "scores": dict.fromkeys(fidelity.SCORES, 0.5 + loss),
+                "score_seconds": {score: 0.0 if score == "loss" else 1.0 for score in fidelity.SCORES},
+            }
+            for number, loss in enumerate(values)
+        }
+        for setting, values in losses.items()
+    }
+    fidelity.report(found, {"0": 0.9, "2": 0.8, "4": 0.7}, "100-4", tmp_path / "found.json")
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert (written["cheapest"]["setting"], written["cheapest"]["score"], written["cheapest"]["seconds"]) == (
+        *("30-2", "loss", 60.0),
+    )
+    rows = {(row["setting"], row["score"]): row for row in written["rows"]}
+    assert rows["10-1", "loss"]["full_kd"]["tau"] == pytest.approx(0.6) and rows["30-2", "cls"]["seconds"] == 61
+    assert rows["30-4", "tokens"]["glue"]["tau"] == 1  # a lower error, a higher score
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "A search's default, 30-2 by loss: tau 1.00 (1.00 to 1.00) to full KD." in shown
+    assert "30-2 by loss, 60 s a candidate." in shown and (tmp_path / "found.png").exists()
 
 
 def test_error_of_a_ratio_is_the_median_of_relative_differences():

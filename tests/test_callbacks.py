@@ -106,9 +106,17 @@ def test_the_held_out_score_of_each_epoch_is_reported(tmp_path):
 def test_the_fit_ends_where_the_pruner_says_so(tmp_path):
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
     module = Tiny([0.5, 0.75, 0.1])
-    with pytest.raises(optuna.TrialPruned, match=r"pruned after epoch 1: held-out loss 0\.7500"):
+    with pytest.raises(optuna.TrialPruned, match=r"^held-out loss 0\.7500 after epoch 2 of 3$"):
         fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
     assert module.global_step == 2 * STEPS
+    assert study.trials[0].user_attrs == {"stopped_early": "held-out loss 0.7500 after epoch 2 of 3"}
+
+
+def test_what_is_trained_to_its_end_is_never_pruned(tmp_path):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
+    module = Tiny([0.5, 0.75])
+    fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
+    assert module.global_step == 2 * STEPS and study.trials[0].intermediate_values == {0: 0.5, 1: 0.25}
 
 
 def test_the_median_pruner_sees_a_higher_score_as_better(tmp_path):

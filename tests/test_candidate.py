@@ -28,6 +28,7 @@ from kdnas.nas.candidate import Budget, Evaluator
 from kdnas.nas.reward import reward
 from kdnas.nas.search import search
 from kdnas.nas.space import SearchSpace
+from kdnas.nas.trials import trials_frame
 from kdnas.runs import Run
 from kdnas.student_init import RandomStart, Start, Started
 from kdnas.training import TrainerSettings
@@ -256,6 +257,9 @@ def test_a_pruner_ends_a_candidate_early(make):
     assert trial.state == TrialState.PRUNED
     assert list(trial.intermediate_values) == [0]
     assert "refused" not in trial.user_attrs and trial.constraints == {"budget": 0.0}
+    (row,) = trials_frame(study).to_dict("records")
+    assert row["state"] == "PRUNED" and row["seconds"] > 0
+    assert row["reason"].startswith("held-out loss ") and row["reason"].endswith(" after epoch 1 of 3")
 
 
 def test_the_same_arch_and_seed_score_the_same_whatever_was_trained_before(make):

@@ -189,6 +189,7 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--search.budget.speedup=1e9", "the fastest possible, 1 layers x 32 wide"),
         ("--search.budget.num_parameters=100", "the fastest possible, 1 layers x 32 wide"),
         ("--sampler=lstn", "There is no sampler 'lstn'"),
+        ("--sampler=lstn", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe."),
         ("--sampler=optuna.samplers.TPESampler2", "There is no sampler 'optuna.samplers.TPESampler2'"),
         ("--sampler=optuna.pruners.NopPruner", "is no sampler"),
         ('--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}', "does not take"),

@@ -59,6 +59,9 @@ def test_ranking_by_hand():
         ModelRanking(2, ("b", 0.5), None, ("f", 0.5)),  # b was there first
         ModelRanking(2, ("g", 0.6), ("g", 0.6), ("f", 0.5)),
     ]
+    # Of an episode that has ended.
+    assert ModelRanking.of(trained, 3, 0) == ModelRanking(0, ("b", 0.5), ("b", 0.5), None)
+    assert ModelRanking.of(trained, 3, 1) == ModelRanking(1, ("b", 0.5), ("f", 0.5), ("b", 0.5))
 
 
 def test_ranking_in_words():

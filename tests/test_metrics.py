@@ -95,6 +95,15 @@ def test_a_probe_takes_half_precision():
     assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
+def test_a_probe_is_exact_under_autocast():
+    batches = make_batches(60, 40)
+    probe = RidgeProbe(3, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for batch in batches:
+            probe.update(*batch)
+    assert [float(value) for value in probe.compute()] == pytest.approx(oracle(batches, 1e-3), rel=1e-3)
+
+
 def test_the_error_of_a_term_is_a_mean_over_everything_whatever_the_batches():
     errors = TermErrors(3)
     errors.update(torch.tensor([6.0, 1.0, 0.0]), torch.tensor([3.0, 1.0, 0.0]))

@@ -18,11 +18,20 @@ from optuna.testing.pytest_samplers import (
     RelativeSamplerTestCase,
     SingleOnlySamplerTestCase,
 )
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.errors import UserError
 from kdnas.nas.controller import Controller, EnsembleLSTM, RewardLSTM
-from kdnas.nas.sampler import POOL_SIZE, PRUNERS, SAMPLERS, LSTMSampler, PerTrialSeed, make_pruner, make_sampler
+from kdnas.nas.sampler import (
+    POOL_SIZE,
+    PRUNERS,
+    SAMPLERS,
+    LSTMSampler,
+    PerTrialSeed,
+    make_pruner,
+    make_sampler,
+    turn_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -338,13 +347,15 @@ def test_exploration_counts_distinct_trained_candidates_and_ends_at_zero(spy):
     for place, params in enumerate(POINTS[::-1][:7]):
         proposed(study)
         add(study, params)
-        if place == 2:  # none of these is a candidate that was trained
+        if place == 2:
+            add(study, POINTS[3], TrialState.PRUNED, intermediate_values={0: 0.5})  # tried, and ended by a pruner
+            # None of these was trained.
             add(study, params)
             add(study, POINTS[0], TrialState.PRUNED)
             add(study, POINTS[1], TrialState.PRUNED, constraints={"budget": 0.5})
             add(study, POINTS[2], TrialState.FAIL)
     assert [(trained, exploration) for trained, exploration, _ in spy.asked] == [
-        *[(1, 1.0), (2, 0.5), (3, 0.5), (4, 0.0), (5, 0.0), (6, 0.0)]
+        *[(1, 1.0), (2, 0.5), (3, 0.0), (4, 0.0), (5, 0.0), (6, 0.0)]
     ]
 
 
@@ -439,10 +450,53 @@ def test_every_pruner_is_made(name):
     assert isinstance(make_pruner(name), optuna.pruners.BasePruner)
 
 
+def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
+    median = {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 0}}
+    patient = {"class_path": "optuna.pruners.PatientPruner", "init_args": {"wrapped_pruner": median, "patience": 0}}
+    fixed = {
+        "class_path": "optuna.samplers.PartialFixedSampler",
+        "init_args": {"fixed_params": {"x": 7}, "base_sampler": {"class_path": "optuna.samplers.RandomSampler"}},
+    }
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(fixed), pruner=make_pruner(patient))
+
+    def falling(trial: optuna.Trial) -> float:
+        for step in range(4):
+            trial.report(-step * (trial.number + 1), step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return trial.suggest_int("x", 0, 9) + trial.suggest_int("y", 0, 9)
+
+    study.optimize(falling, n_trials=3)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert study.trials[0].params["x"] == 7
+    with pytest.raises(UserError, match="is no pruner"):
+        make_pruner(patient | {"init_args": {"wrapped_pruner": fixed, "patience": 0}})
+
+
+def test_a_trial_tried_again_takes_no_turn_under_hyperband_either():
+    """A sampler sees the trials of its own bracket alone; the turn counts all."""
+    pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=9)
+    study = optuna.create_study(pruner=pruner)
+    for number in range(6):
+        study.add_trial(create_trial(value=0, user_attrs={"again": 1} if number == 2 else {}))
+    turns = []
+
+    class Asked(optuna.samplers.RandomSampler):
+        def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+            turns.append((trial.number, turn_of(study, trial), len(study.get_trials(deepcopy=False))))
+
+    study.sampler = Asked()
+    for _ in range(6):
+        study.ask()
+    assert [(number, turn) for number, turn, _ in turns] == [(number, number - 1) for number in range(6, 12)]
+    assert min(seen for _, _, seen in turns) < 6
+
+
 @pytest.mark.parametrize(
     ("make", "spec", "message"),
     [
         (make_sampler, "tpee", "There is no sampler 'tpee': give a class path, or a short name. Did you mean 'tpe'"),
+        (make_sampler, "tpee", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe"),
         (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
         (make_sampler, {"init_args": {}}, "There is no sampler None"),
         (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),

@@ -27,7 +27,8 @@ from kdnas import supervisor
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import MOST_FAILURES, end_trial, failure_of, open_study, refuse_difference, search, trained, tried
+from kdnas.nas.record import failure_of, trained, tried
+from kdnas.nas.search import MOST_FAILURES, end_trial, open_study, refuse_difference, search
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import process_start
 from kdnas.signals import Terminated
@@ -288,6 +289,22 @@ def test_after_a_twin_comes_one_that_no_other_worker_is_at_or_will_take_next(stu
     assert len(trained(study)) == 3
 
 
+def test_what_another_worker_is_training_is_not_trained_beside_it(study, worker):
+    busy = running_trial(worker, ONE)
+    study.enqueue_trial(ONE.to_dict())
+
+    def while_the_other_ends(trial: optuna.Trial, arch: StudentArch) -> float:
+        if busy.number not in [t.number for t in trained(worker)]:
+            worker.tell(busy, 0.5)
+        return value_of(trial, arch)
+
+    evaluate = Recorded(while_the_other_ends)
+    search(evaluate, THREE, study, n_trials=3)
+    assert sorted(map(str, evaluate.asked)) == sorted(map(str, (TWO, OTHER)))
+    assert study.trials[1].state == TrialState.FAIL and study.trials[1].user_attrs["not_needed"]
+    assert study.trials[2].user_attrs["queued_for"] == 1
+
+
 def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_than_asked(study, worker, monkeypatch):
     busy = running_trial(worker, ONE)
     for arch in (TWO, OTHER):
@@ -454,11 +471,12 @@ def test_where_all_trained_candidates_break_a_constraint_there_is_no_best(study)
 
 
 def test_the_best_is_the_trial_that_was_trained_and_not_its_twin(study, worker):
-    slow = running_trial(worker, OTHER)  # proposed before, and answered after, the one that is trained
+    slow = running_trial(worker, OTHER, arch=None)  # proposed before, and answered after, the one that is trained
     study.enqueue_trial(OTHER.to_dict())
 
     def evaluate(trial, arch):
         if arch != OTHER and slow.number not in [t.number for t in study.trials if t.state == TrialState.COMPLETE]:
+            slow.set_user_attr("arch", OTHER.to_dict())
             slow.set_user_attr("twin_of", 1)
             worker.tell(slow, value_of(slow, OTHER))
         return value_of(trial, arch)

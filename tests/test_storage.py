@@ -11,7 +11,8 @@ from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
 from kdnas.errors import UserError
-from kdnas.nas.search import open_study, search, trained
+from kdnas.nas.record import trained
+from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import StoreAway, connect, without_password
 

@@ -25,7 +25,8 @@ import kdnas.nas.storage
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill
-from kdnas.nas.search import failure_of, open_study, search, trained
+from kdnas.nas.record import failure_of, trained
+from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.workers import DISK, MOST_DEATHS, run_workers
 

@@ -65,12 +65,13 @@ class RidgeProbe(Metric):
         self.num_batches += 1
         # Copies: Trainer.validate leaves inference tensors, which a fit may not change.
         self.xx, self.xy, self.yy = self.xx.clone(), self.xy.clone(), self.yy.clone()
-        for half, rows in halves:
-            inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
-            self.xx[half] += inputs.T @ inputs
-            self.xy[half] += inputs.T @ targets
-            self.yy[half] += targets.square().sum(0)
+        with torch.autocast(inputs_ND.device.type, enabled=False):  # products of bfloat16 would be off by a percent
+            for half, rows in halves:
+                inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
+                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
+                self.xx[half] += inputs.T @ inputs
+                self.xy[half] += inputs.T @ targets
+                self.yy[half] += targets.square().sum(0)
 
     def reset(self) -> None:
         """Forget all batches."""

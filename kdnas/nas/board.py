@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
-from kdnas.nas.search import Study, trained
+from kdnas.nas.record import Study, trained
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
 

@@ -28,6 +28,8 @@ class FailOnNonFiniteLoss(pl.Callback):
 class PruneByHeldOutLoss(pl.Callback):
     """Reports ``1 - loss`` on held-out rows after each epoch, and ends the fit where the study's pruner says so.
 
+    Not after the last epoch: what is paid for is kept, for the pruner sees the loss alone, and the reward decides.
+
     Args:
         trial: the candidate's trial.
     """
@@ -40,8 +42,10 @@ class PruneByHeldOutLoss(pl.Callback):
             return
         epoch, loss = trainer.current_epoch, float(trainer.callback_metrics["val_loss"])
         self.trial.report(1 - loss, step=epoch)
-        if self.trial.should_prune():
-            raise optuna.TrialPruned(f"pruned after epoch {epoch}: held-out loss {loss:.4f}")
+        if epoch + 1 != trainer.max_epochs and self.trial.should_prune():
+            reason = f"held-out loss {loss:.4f} after epoch {epoch + 1} of {trainer.max_epochs}"
+            self.trial.set_user_attr("stopped_early", reason)
+            raise optuna.TrialPruned(reason)
 
 
 class HoldStill(pl.Callback):

@@ -132,6 +132,7 @@ class Evaluator:
                 trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
                 fit(trainer, module, self.data.select("mini"))
         finally:
+            trial.set_user_attr("seconds", time.monotonic() - started)
             self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
         weights = self.folder(trial.number) / WEIGHTS
         with new_file(weights) as file:
@@ -141,7 +142,6 @@ class Evaluator:
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
         trial.set_user_attr("reward", rewarded.reward)
-        trial.set_user_attr("seconds", time.monotonic() - started)
         return rewarded.reward
 
     def _gate(self, trial: optuna.Trial, latency: ArchLatency) -> None:

@@ -18,7 +18,7 @@ State = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ModelRanking(Generic[Arch]):
-    """Who leads in the episode that the next candidate belongs to.
+    """Who leads in an episode.
 
     Args:
         episode: its number, from 0.
@@ -33,15 +33,20 @@ class ModelRanking(Generic[Arch]):
     previous_best: tuple[Arch, float] | None
 
     @classmethod
-    def of(cls, trained: Sequence[tuple[Arch, float]], num_candidates: int) -> "ModelRanking[Arch]":
+    def of(
+        cls, trained: Sequence[tuple[Arch, float]], num_candidates: int, episode: int | None = None
+    ) -> "ModelRanking[Arch]":
         """The ranking after some candidates; of two with the same reward the earlier leads.
 
         Args:
             trained: distinct candidates with their rewards (higher is better), in their order.
             num_candidates: an episode.
+            episode: whose ranking, when it has ended; None: that which the next candidate belongs to.
         """
-        episode = len(trained) // num_candidates
+        if episode is None:
+            episode = len(trained) // num_candidates
         start = episode * num_candidates
+        trained = trained[: start + num_candidates]
 
         def best(part: Sequence[tuple[Arch, float]]) -> tuple[Arch, float] | None:
             return max(part, key=lambda pair: pair[1], default=None)

@@ -52,7 +52,9 @@ def turn_of(study: Study, trial: FrozenTrial) -> int:
 
     What is drawn for a trial depends on this, so that a study which was broken off goes on as an unbroken one.
     """
-    again = {t.number: t.user_attrs["again"] for t in study.get_trials(deepcopy=False) if "again" in t.user_attrs}
+    # Of all trials: a sampler under Hyperband is handed a study of its bracket's alone.
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    again = {t.number: t.user_attrs["again"] for t in trials if "again" in t.user_attrs}
     number = trial.number
     while number in again:
         number = again[number]
@@ -136,9 +138,9 @@ class LSTMSampler(BaseSampler):
         self._seed, self._controller = seed, controller
         self.num_candidates, self._num_episodes = num_candidates, num_episodes
 
-    def exploration(self, num_trained: int) -> float:
-        """The share of picks that explore, after so many trained candidates."""
-        return exploration_ratio(num_trained, self.num_candidates, self._num_episodes)
+    def exploration(self, num_tried: int) -> float:
+        """The share of picks that explore, after so many candidates, whether a pruner ended them or not."""
+        return exploration_ratio(num_tried, self.num_candidates, self._num_episodes)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The categorical parameters that are in every trial with the same choices.
@@ -162,7 +164,7 @@ class LSTMSampler(BaseSampler):
         space = {name: dist for name, dist in search_space.items() if isinstance(dist, CategoricalDistribution)}
         if not space:
             return {}
-        known, feasible, rewards = self._recall(study, trial, space)
+        known, feasible, rewards, num_tried = self._recall(study, trial, space)
         choices = [distribution.choices for distribution in space.values()]
         generator = torch.Generator().manual_seed(seed_of(self._seed, turn_of(study, trial)))
         refused = {point for point, is_feasible in feasible.items() if not is_feasible}
@@ -173,17 +175,21 @@ class LSTMSampler(BaseSampler):
         trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
         history = History(trained_TF, torch.tensor(list(rewards.values())), self.num_candidates)
         controller = self._controller(choices, generator)
-        picked = pool_PF[controller.propose(history, pool_PF, generator, self.exploration(len(rewards)))].tolist()
+        picked = pool_PF[controller.propose(history, pool_PF, generator, self.exploration(num_tried))].tolist()
         return {name: values[index] for name, values, index in zip(space, choices, picked, strict=True)}
 
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
-    ) -> tuple[set[Point], dict[Point, bool], dict[Point, float]]:
-        """What the study knows: every point, which of those with constraints kept them, and what feasible ones earn."""
+    ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
+        """What the study knows: every point, which of those with constraints kept them, and what feasible ones earn.
+
+        And how many were tried: those that a pruner ended count, though they have no reward to learn from.
+        """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
         feasible: dict[Point, bool] = {}
         rewards: dict[Point, float] = {}
+        stopped: set[Point] = set()
         for other in study.get_trials(deepcopy=False):
             point = _point(other, space)
             if point is None or other.number == trial.number:
@@ -193,7 +199,9 @@ class LSTMSampler(BaseSampler):
                 feasible[point] = all(violation <= 0 for violation in other.constraints.values())
             if other.state == TrialState.COMPLETE and math.isfinite(other.values[0]) and feasible.get(point, True):
                 rewards.setdefault(point, sign * other.values[0])
-        return known, feasible, rewards
+            if other.state == TrialState.PRUNED and other.intermediate_values:
+                stopped.add(point)
+        return known, feasible, rewards, len(stopped | rewards.keys())
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -283,7 +291,7 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        hint = nearest(path, known)
+        hint = nearest(path, known, always_list=True)
         raise UserError(f"There is no {kind} {path!r}: give a class path, or a short name.{hint}") from error
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
@@ -292,6 +300,10 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
 
 
 def _make(found: type[Any], arguments: dict[str, Any], kind: str) -> Any:
+    known, base = (SAMPLERS, BaseSampler) if kind == "sampler" else (PRUNERS, BasePruner)
+    for name, value in arguments.items():  # some are wrapped around another
+        if isinstance(value, Mapping) and "class_path" in value:
+            arguments = arguments | {name: _make(*_find(value, known, base, kind), kind)}
     try:
         return found(**arguments)
     except Exception as error:  # each class refuses in its own way

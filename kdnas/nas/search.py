@@ -1,7 +1,6 @@
 """The one search loop. It is handed ``evaluate``, and knows nothing of models."""
 
 import errno
-import hashlib
 import logging
 import math
 import os
@@ -15,12 +14,12 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.study import Study as Study
-from optuna.trial import FrozenTrial as FrozenTrial
-from optuna.trial import TrialState, create_trial
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
+from kdnas.nas.record import answer, failed, failure_of, find_twin, queue_unseen, rivals, seen, trained, tried
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import PatientStorage, StoreAway, connect, is_alive_here, is_here, keep_result, take_up
@@ -155,32 +154,6 @@ def _again(trial: FrozenTrial, **attrs: Any) -> FrozenTrial:
     return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs=user_attrs)
 
 
-def failure_of(trial: FrozenTrial) -> str | None:
-    """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
-    reason = trial.user_attrs.get("failed")
-    if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
-        return None
-    if reason is None and "retry_of" in trial.user_attrs:
-        of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
-        return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
-    return reason
-
-
-def trained(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained to their end."""
-    return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
-
-
-def tried(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained, to their end or until the pruner had seen enough."""
-    first: dict[StudentArch, FrozenTrial] = {}  # two workers may have been at the same one at the same time
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        was_trained = trial.state == TrialState.COMPLETE or trial.intermediate_values
-        if was_trained and "twin_of" not in trial.user_attrs:
-            first.setdefault(StudentArch.from_dict(trial.user_attrs["arch"]), trial)
-    return list(first.values())
-
-
 def search(
     evaluate: Evaluate,
     space: SearchSpace,
@@ -223,13 +196,15 @@ def search(
         with _tried_again(study, trial):
             arch = space.suggest(trial)
             if not _is_needed(study, space, trial.number, n_trials, end):
-                trial.set_user_attr("not_needed", True)
-                raise CandidateFailed("not needed: others train the last candidates, or the time is over")
+                raise _not_needed(trial, "others train the last candidates, or the time is over")
             trial.set_user_attr("arch", arch.to_dict())
-            twin = _find_twin(study, arch)
+            twin, others = find_twin(study, arch), rivals(study, arch, trial.number)
+            if twin is not None or others:
+                queue_unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
             if twin is not None:
-                _queue_unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
-                return _answer(trial, twin)
+                return answer(trial, twin)
+            if others:
+                raise _not_needed(trial, f"trial {others[0].number} trains the same")
             try:
                 with candidate():
                     value = evaluate(trial, arch)
@@ -251,8 +226,8 @@ def search(
 
     def is_over() -> bool:
         num_tried = len(tried(study))
-        only_fails = num_tried == 0 and len(_failed(study)) >= MOST_FAILURES
-        return num_tried >= n_trials or len(_seen(study)) >= len(space) or only_fails or time.monotonic() > end
+        only_fails = num_tried == 0 and len(failed(study)) >= MOST_FAILURES
+        return num_tried >= n_trials or len(seen(study)) >= len(space) or only_fails or time.monotonic() > end
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
@@ -298,14 +273,14 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
     try:
         best = study.best_trial
     except ValueError as error:  # no trial is complete and feasible
-        if _failed(study) and not trained(study):
-            reason = failure_of(_failed(study)[-1])
+        if failed(study) and not tried(study):
+            reason = failure_of(failed(study)[-1])
             raise CandidateFailed(
                 f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
             ) from error
         if tried(study) and not trained(study):
             raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
-        if len(_seen(study)) < len(space) and math.isfinite(seconds):
+        if len(seen(study)) < len(space) and math.isfinite(seconds):
             minutes = f"{seconds / 60:g}"
             raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
         raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
@@ -331,18 +306,13 @@ def _store(study: Study) -> PatientStorage | None:
     return store if isinstance(store, PatientStorage) else None
 
 
-def _seen(study: Study) -> set[StudentArch]:
-    """The architectures that the study can answer."""
-    return {StudentArch.from_dict(trial.user_attrs["arch"]) for trial in _settled(study)}
-
-
 def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end: float) -> bool:
     """Whether a trial must run for ``n_trials`` to be trained; waits while those before it may make it superfluous."""
     while time.monotonic() <= end:
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         before = [trial for trial in running if trial.number < number]
-        num_missing = min(n_trials - len(tried(study)), len(space) - len(_seen(study)))
+        num_missing = min(n_trials - len(tried(study)), len(space) - len(seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
         time.sleep(0.5)
@@ -351,49 +321,8 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
     return False
 
 
-def _settled(study: Study) -> list[FrozenTrial]:
-    """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [t for t in finished if "arch" in t.user_attrs and (t.state != TrialState.FAIL or failure_of(t))]
+def _not_needed(trial: optuna.Trial, why: str) -> CandidateFailed:
+    trial.set_user_attr("not_needed", True)
+    return CandidateFailed(f"not needed: {why}")
 
 
-def _failed(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that failed by their own fault."""
-    return [t for t in _settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs]
-
-
-def _find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
-    for trial in _settled(study):
-        if trial.user_attrs["arch"] == arch.to_dict() and "twin_of" not in trial.user_attrs:
-            return trial
-    return None
-
-
-def _answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
-    """End a trial as its twin ended."""
-    for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for"):
-            trial.set_user_attr(name, value)
-    trial.set_user_attr("twin_of", twin.number)
-    for name, violation in twin.constraints.items():
-        trial.set_constraint(name, violation)
-    if twin.state == TrialState.PRUNED:
-        raise optuna.TrialPruned(f"as trial {twin.number}")
-    if twin.state == TrialState.FAIL:
-        raise CandidateFailed(failure_of(twin))
-    assert twin.value is not None
-    return twin.value
-
-
-def _queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
-    """Put an architecture that the study does not know next in the queue, the same one for the same turn."""
-    if any(trial.user_attrs.get("queued_for") == turn for trial in study.get_trials(deepcopy=False)):
-        return  # by this trial, before its process died
-    seen = [trial.user_attrs["arch"] for trial in _settled(study)]
-    unseen = [arch for arch in space if arch.to_dict() not in seen]
-    others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
-    unseen = [arch for arch in unseen if arch.to_dict() not in taken]
-    if unseen:
-        draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
-        study.enqueue_trial(unseen[draw % len(unseen)].to_dict(), user_attrs={"queued_for": turn})

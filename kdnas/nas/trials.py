@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from kdnas.arch import StudentArch
-from kdnas.nas.search import failure_of
+from kdnas.nas.record import failure_of
 from kdnas.tables import as_text, text_table
 
 ARCH = [field.name for field in fields(StudentArch)]
@@ -59,7 +59,7 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     rows = []
     for trial in begun(study):
         attrs = trial.user_attrs
-        reason = attrs.get("refused") or attrs.get("failed") or failure_of(trial)
+        reason = attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed") or failure_of(trial)
         if "twin_of" in attrs:
             reason = f"same shape as trial {attrs['twin_of']}"
         found = {"number": trial.number, "state": trial.state.name, "reason": reason}

@@ -1,0 +1,98 @@
+"""What a study knows of architectures: which were trained, what became of each, and what it can answer."""
+
+import hashlib
+
+import optuna
+from optuna.study import Study as Study
+from optuna.trial import FrozenTrial as FrozenTrial
+from optuna.trial import TrialState
+
+from kdnas.arch import StudentArch
+from kdnas.errors import CandidateFailed
+from kdnas.nas.space import SearchSpace
+
+
+def failure_of(trial: FrozenTrial) -> str | None:
+    """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
+    reason = trial.user_attrs.get("failed")
+    if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
+        return None
+    if reason is None and "retry_of" in trial.user_attrs:
+        of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
+        return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
+    return reason
+
+
+def trained(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained to their end."""
+    return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
+
+
+def tried(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained, to their end or until the pruner had seen enough."""
+    first: dict[StudentArch, FrozenTrial] = {}  # two workers may have been at the same one at the same time
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        was_trained = trial.state == TrialState.COMPLETE or trial.intermediate_values
+        if was_trained and "twin_of" not in trial.user_attrs:
+            first.setdefault(StudentArch.from_dict(trial.user_attrs["arch"]), trial)
+    return list(first.values())
+
+
+def seen(study: Study) -> set[StudentArch]:
+    """The architectures that the study can answer."""
+    return {StudentArch.from_dict(trial.user_attrs["arch"]) for trial in settled(study)}
+
+
+def settled(study: Study) -> list[FrozenTrial]:
+    """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [t for t in finished if "arch" in t.user_attrs and (t.state != TrialState.FAIL or failure_of(t))]
+
+
+def failed(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that failed by their own fault."""
+    return [t for t in settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs]
+
+
+def find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
+    """The trial from which this architecture is answered."""
+    for trial in settled(study):
+        if trial.user_attrs["arch"] == arch.to_dict() and "twin_of" not in trial.user_attrs:
+            return trial
+    return None
+
+
+def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
+    """Trials before this one in which other workers train the same at this moment."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [t for t in running if t.number < number and t.user_attrs.get("arch") == arch.to_dict()]
+
+
+def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
+    """End a trial as its twin ended."""
+    for name, value in twin.user_attrs.items():
+        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for"):
+            trial.set_user_attr(name, value)
+    trial.set_user_attr("twin_of", twin.number)
+    for name, violation in twin.constraints.items():
+        trial.set_constraint(name, violation)
+    if twin.state == TrialState.PRUNED:
+        raise optuna.TrialPruned(f"as trial {twin.number}")
+    if twin.state == TrialState.FAIL:
+        raise CandidateFailed(failure_of(twin))
+    assert twin.value is not None
+    return twin.value
+
+
+def queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
+    """Put an architecture that the study does not know next in the queue, the same one for the same turn."""
+    if any(trial.user_attrs.get("queued_for") == turn for trial in study.get_trials(deepcopy=False)):
+        return  # by this trial, before its process died
+    known = [trial.user_attrs["arch"] for trial in settled(study)]
+    unseen = [arch for arch in space if arch.to_dict() not in known]
+    others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
+    unseen = [arch for arch in unseen if arch.to_dict() not in taken]
+    if unseen:
+        draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
+        study.enqueue_trial(unseen[draw % len(unseen)].to_dict(), user_attrs={"queued_for": turn})
