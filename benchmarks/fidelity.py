@@ -5,25 +5,31 @@ all of it. Of each student several scores are taken on the same held-out rows: t
 probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
 MiniLMv2's relations. Each score of each short distillation is held against the same score after the long one, and
 against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are those of the
-distillation and of the score itself. What is done is kept in ``--folder`` and not done again; ``--part 0 2`` and
-``--part 1 2`` share the work, and the same without it shows the tables. A sentence's partner in a pair is drawn from
-the rows of a search's split, so a tenth of the rows means a tenth of the steps, and some more rows seen as partners.
+distillation and of the score itself. ``--make`` does what ``--table`` lacks, student by student, and adds it; without
+it what is there is shown. ``--part 0 2`` and ``--part 1 2`` share the work. A sentence's partner in a pair is drawn
+from the rows of a search's split, so a tenth of the rows is a tenth of the steps, and some more rows as partners.
 
-    python benchmarks/fidelity.py --text train.parquet --glue glue
+    python benchmarks/fidelity.py --make --text train.parquet --glue glue --rows 6000
+    python benchmarks/fidelity.py
 """
 
 import copy
+import gzip
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
+from common import OUTPUT, ROOT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from filelock import FileLock
 from quality import some_rows
 from rich.console import Console
 from rich.progress import Progress
@@ -39,12 +45,13 @@ from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.distill.objectives import View
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import load_task
+from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import find_teacher, load_classifier
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import new_folder, read_json, write_json
+from kdnas.runs import new_file, new_folder, read_json, write_json
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
 
+TABLE = ROOT / "benchmarks" / "data" / "fidelity.json.gz"
 SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]
 TASKS = ("stsb", "mrpc")
 # All are errors: lower is better.
@@ -165,62 +172,115 @@ def distil(
     return result
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What all students share.
+
+    Args:
+        data: all rows.
+        states: the teacher's, of all layers.
+        num_epochs: of the long distillation.
+        short: share of the rows and epochs of each short one.
+        tasks: loaded, of which those students are fine-tuned on whose number says so.
+        folder: where runs are kept.
+        progress: a live display.
+    """
+
+    data: KDDataModule
+    states: TeacherStates
+    num_epochs: int
+    short: list[tuple[float, int]]
+    tasks: list[LoadedTask]
+    folder: Path
+    progress: Progress
+
+    def __call__(self, number: int, arch: StudentArch, is_finetuned: bool) -> dict[str, Any]:
+        """Everything of one student: its scores after each distillation, and after fine-tuning."""
+        folder, found = self.folder / str(number), {}
+        for share, epochs in [*self.short, (1.0, self.num_epochs)]:
+            name = f"{round(100 * share)}-{epochs}"
+            found[name] = distil(arch, part_of(self.data, share), self.states, epochs, folder / name, self.progress)
+        scores = [self._finetune(folder / name, task, number) for task in self.tasks] if is_finetuned else []
+        return {"arch": arch.to_dict(), "settings": found, "glue": statistics.mean(scores) if scores else None}
+
+    def _finetune(self, folder: Path, task: LoadedTask, number: int) -> float:
+        torch.manual_seed(0)
+        result = evaluate_glue(
+            load_classifier(folder / "encoder", task.task.num_labels),
+            find_teacher(TEACHER).tokenizer,
+            task,
+            FinetuneSettings(3, 2e-4, 32, 128, 0.06, weight_decay=0.01),
+            folder=folder / task.task.name,
+            callbacks=[FitProgress(self.progress, f"{task.task.name}, student {number}")],
+        )
+        return float(result["score"])
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Do what is missing, then show the tables."""
+    """Make what is missing of the table, if that is asked for, and show it."""
     parser = options("fidelity", __doc__ or "")
+    parser.add_argument("--make", action="store_true", help="distil what the table lacks")
+    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
     parser.add_argument("--folder", type=Path, default=OUTPUT / "fidelity", help="where the runs are kept")
     parser.add_argument("--archs", type=int, default=24, help="how many students")
     parser.add_argument("--finetuned", type=int, default=8, help="how many of them are fine-tuned")
     parser.add_argument("--rows", type=int, help="at most so many rows of the text are all of it")
     parser.add_argument("--epochs", type=int, default=4, help="of the long distillation")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="this part (from 0) of so many")
     chosen = parser.parse_args(args)
-    short, tasks = SHORT, TASKS
     if chosen.quick:
-        chosen.archs, chosen.finetuned, chosen.rows, chosen.epochs = 3, 0, 240, 1
-        chosen.folder, short, tasks = OUTPUT / "fidelity_quick", [(0.3, 1)], ()
+        chosen.archs, chosen.finetuned, chosen.rows, chosen.epochs, chosen.make = 3, 0, 240, 1, True
+        chosen.folder, chosen.table = OUTPUT / "fidelity_quick", OUTPUT / "fidelity_quick" / "table.json.gz"
+        shutil.rmtree(chosen.folder, ignore_errors=True)
     quieten()
+    if chosen.make:
+        make(chosen)
+    if not chosen.table.exists():
+        raise SystemExit(f"{chosen.table} is not there: make it by --make.")
+    students = read_table(chosen.table)["students"]
+    found = {
+        setting: {number: student["settings"][setting] for number, student in students.items()}
+        for setting in next(iter(students.values()))["settings"]
+    }
+    glue = {number: student["glue"] for number, student in students.items() if student["glue"] is not None}
+    report(found, glue, list(found)[-1], chosen.json)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What was made, and of which text."""
+    return dict(json.loads(gzip.decompress(path.read_bytes())))
+
+
+def make(chosen: Any) -> None:
+    """Do this part of what the table lacks, and add to it what is finished, by other parts too."""
+    about = {name: getattr(chosen, name) for name in ("archs", "finetuned", "rows", "epochs")}
+    known = read_table(chosen.table) if chosen.table.exists() else {"about": about, "students": {}}
+    if known["about"] != about:
+        raise SystemExit(f"{chosen.table} was made with {known['about']}, asked for is {about}: give another --table.")
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    text = cut_text(chosen.text, chosen.folder, most=chosen.rows)
-    settings = read_config("fit").data
     teacher = find_teacher(TEACHER)
     archs = spread_archs(SearchSpace.from_teacher(teacher.config), chosen.archs)
-    whole = KDDataModule(TEACHER, text, settings)
-    whole.setup()
+    data = KDDataModule(TEACHER, cut_text(chosen.text, chosen.folder, most=chosen.rows), read_config("fit").data)
+    data.setup()
     layers = range(-1, teacher.config.num_hidden_layers)
-    states = open_states(teacher, whole, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60))
-    found: dict[str, dict[str, Any]] = {}
+    states = open_states(teacher, data, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60))
+    names = TASKS if chosen.finetuned else ()
+    tasks = [some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000) for name in names]
+    finetuned = np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist()
     part, num_parts = chosen.part
-    finetuned = set(np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist() if tasks else [])
     with Progress(console=Console(), transient=True) as progress:
-        for share, epochs in [*short, (1.0, chosen.epochs)]:
-            name, data = f"{round(100 * share)}-{epochs}", part_of(whole, share)
-            for number in range(part, len(archs), num_parts):
-                result = distil(archs[number], data, states, epochs, chosen.folder / name / str(number), progress)
-                found.setdefault(name, {})[str(number)] = result
-        glue: dict[str, float] = {}
-        for number in sorted(finetuned & set(range(part, len(archs), num_parts))):
-            folder, scores = chosen.folder / f"100-{chosen.epochs}" / str(number), []
-            for task in (
-                some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000) for name in tasks
-            ):
-                torch.manual_seed(0)
-                classifier = load_classifier(folder / "encoder", task.task.num_labels)
-                result = evaluate_glue(
-                    classifier,
-                    teacher.tokenizer,
-                    task,
-                    FinetuneSettings(3, 2e-4, 32, 128, 0.06, weight_decay=0.01),
-                    folder=folder / task.task.name,
-                    callbacks=[FitProgress(progress, f"{task.task.name}, student {number}")],
-                )
-                scores.append(result["score"])
-            glue[str(number)] = statistics.mean(scores)
-    if num_parts > 1:
-        Console().print("This part is done; without --part the tables are shown.")
-        return
-    report(found, glue, f"100-{chosen.epochs}", chosen.json)
+        short = SHORT[-2:-1] if chosen.quick else SHORT
+        bench = Bench(data, states, chosen.epochs, short, tasks, chosen.folder, progress)
+        for number in range(part, len(archs), num_parts):
+            path = chosen.folder / str(number) / "student.json"
+            if str(number) not in known["students"] and not path.exists():
+                write_json(path, bench(number, archs[number], number in finetuned))
+            with FileLock(chosen.folder / "table.lock"):  # of all parts that are at it
+                finished = {p.parent.name: read_json(p) for p in chosen.folder.glob("*/student.json")}
+                students = dict(sorted((finished | known["students"]).items(), key=lambda pair: int(pair[0])))
+                with new_file(chosen.table) as file:
+                    file.write(gzip.compress(json.dumps({"about": about, "students": students}).encode(), mtime=0))
 
 
 def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
@@ -259,7 +319,8 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
     console.print(table)
     default = next((row for row in rows if (row["setting"], row["score"]) == DEFAULT), None)
     if default:
-        console.print(f"A search's default, {' by '.join(DEFAULT)}: tau {_with_interval(default['full_kd'])} to full KD.")
+        tau = _with_interval(default["full_kd"])
+        console.print(f"A search's default, {' by '.join(DEFAULT)}: tau {tau} to full KD.")
     good = [row for row in rows if row["setting"] != long and row["full_kd_loss"]["tau"] >= 0.8]
     cheapest = min(good, key=lambda row: row["seconds"], default=None)
     console.print(

@@ -171,9 +171,7 @@ def replay(
     search(evaluate, space, study, min(most, len(space)))
     seconds = (time.perf_counter() - begin) / len(study.trials)
     best = max(known.reward for known in table.values())
-    values = [
-        trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf for trial in tried(study)
-    ][:most]
+    values = [trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf for trial in tried(study)][:most]
     regrets = [(best - value) / abs(best) for value in np.maximum.accumulate(values).tolist()]
     reached = next((number for number, regret in enumerate(regrets, 1) if regret <= WITHIN), None)
     return {"regrets": regrets, "reached": reached, "seconds": seconds, "trained_seconds": trained}

@@ -26,8 +26,8 @@ import kdnas.nas.storage
 from kdnas import supervisor
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.nas.sampler import make_sampler
 from kdnas.nas.record import failure_of, trained, tried
+from kdnas.nas.sampler import make_sampler
 from kdnas.nas.search import MOST_FAILURES, end_trial, open_study, refuse_difference, search
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import process_start
@@ -430,9 +430,9 @@ def test_a_small_space_of_failures_is_not_blamed_on_the_budget(study):
 
 
 def test_the_last_failure_is_named_even_where_a_refusal_came_after_it(study, worker):
+    others = running_trial(worker, list(SPACE)[-1])
     for number in range(MOST_FAILURES):
         study.enqueue_trial(list(SPACE)[number].to_dict())
-    others = running_trial(worker, list(SPACE)[0])
 
     def evaluate(trial, arch):
         if trial.number == MOST_FAILURES:  # meanwhile, elsewhere
@@ -471,7 +471,8 @@ def test_where_all_trained_candidates_break_a_constraint_there_is_no_best(study)
 
 
 def test_the_best_is_the_trial_that_was_trained_and_not_its_twin(study, worker):
-    slow = running_trial(worker, OTHER, arch=None)  # proposed before, and answered after, the one that is trained
+    slow = running_trial(worker, OTHER)  # proposed before, and answered after, the one that is trained
+    slow.set_user_attr("arch", None)  # not written down yet
     study.enqueue_trial(OTHER.to_dict())
 
     def evaluate(trial, arch):
@@ -816,10 +817,12 @@ def test_two_workers_share_one_study(tmp_path):
 
 def test_an_architecture_that_two_workers_trained_at_the_same_time_counts_once(study, worker):
     other = running_trial(worker, ONE)
+    other.set_user_attr("arch", None)  # not written down yet: both begin at one instant
     study.enqueue_trial(ONE.to_dict())
 
     def evaluate(trial, arch):
         if arch == ONE:
+            other.set_user_attr("arch", ONE.to_dict())
             worker.tell(other, 1.0)
         return value_of(trial, arch)
 

@@ -324,5 +324,3 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
 def _not_needed(trial: optuna.Trial, why: str) -> CandidateFailed:
     trial.set_user_attr("not_needed", True)
     return CandidateFailed(f"not needed: {why}")
-
-
