@@ -158,7 +158,7 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     share = settings.min_seconds / _NUM_ROUNDS
     seconds = partial(_seconds, torch.device(settings.device))
     rounds: list[list[list[float]]] = []
-    with _threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
+    with threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
         passes = [
             [partial(run, _batch(config, rows, settings)) for rows in lengths]
             for run, config in zip(runs, configs, strict=True)
@@ -269,7 +269,8 @@ def _batch(config: PreTrainedConfig, lengths: Sequence[int], settings: LatencySe
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """With so many of torch's threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import nnls
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.arch import StudentArch
@@ -17,7 +19,7 @@ from kdnas.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.data.datamodule import KDDataModule, TokenRows
 from kdnas.distill.teacher import TeacherStates, measure_stats, state_cache
 from kdnas.job import Found, check_place, look, states_folder
-from kdnas.latency import LatencyMeter
+from kdnas.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
 from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
 from kdnas.runs import nearest_folder
@@ -26,6 +28,7 @@ from kdnas.smoke import Sizes, with_few_rows
 ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
 MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
 FEWEST_LOOKS, MOST_LOOKS, SECONDS_OF_LOOKS = 8, 24, 6.0  # at students that may be refused
+MOST_EXTENDED = 2_000  # of a large space, others that these tell of
 # Most of an export is the tracing of the graph, and grows with neither text nor task: so long it took for MiniLM's
 # student of 4 layers on two cores (LOG.md).
 EXPORT_SECONDS = 30.0
@@ -143,10 +146,13 @@ def plan(config: SearchConfig) -> Plan:
         reading = _reading(sample)
         sample, states, storing, of_full_kd = _storing(sample)
         latencies, refused_share = _latencies(found)
-        distillation = Distillation(sample.found, latencies, states, sample.folder)
+        with threads(max(1, torch.get_num_threads() // config.workers)):  # those of a worker
+            distillation = Distillation(sample.found, latencies, states, sample.folder)
         stages = [reading, storing, _searching(sample, distillation, latencies, refused_share)]
         if isinstance(config, RunConfig):
-            stages += of_full_kd + _later(sample, config, distillation, latencies)
+            best = max(latencies, key=latencies.__getitem__)  # nearly as slow as the budget lets it be
+            rates, _ = distillation_rates(sample.found, best, states, sample.folder / "full")
+            stages += of_full_kd + _later(sample, config, best, rates, distillation.num_bytes)
         return Plan(
             stages,
             shutil.disk_usage(nearest_folder(states_folder(config))).free,
@@ -213,20 +219,48 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
 
 
 def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
-    """Milliseconds of some students within the budget, at least of the smallest; and the share that it refuses."""
-    latencies: dict[StudentArch, float] = {}
-    num_refused, archs, end = 0, list(found.space), time.perf_counter() + SECONDS_OF_LOOKS
-    for place in np.random.default_rng(found.config.seed).permutation(len(archs))[:MOST_LOOKS]:
-        measured = found.meter.measure(archs[place])
-        if found.config.search.budget.violation(measured)[0] > 0:
-            num_refused += 1
-        else:
-            latencies[archs[place]] = measured.student.median_ms
-        if latencies and num_refused + len(latencies) >= FEWEST_LOOKS and time.perf_counter() > end:
+    """Milliseconds of students within the budget, at least of the smallest; and the share that it refuses.
+
+    Some are measured, from all over the space; those of the others follow from their shapes.
+    """
+    archs, meter, looks, end = list(found.space), found.meter, {}, time.perf_counter() + SECONDS_OF_LOOKS
+    order = [archs[place] for place in np.random.default_rng(found.config.seed).permutation(len(archs))]
+    for arch in order[:MOST_LOOKS]:
+        looks[arch] = meter.measure(arch)
+        if len(looks) >= FEWEST_LOOKS and time.perf_counter() > end:
             break
-    refused_share = num_refused / (num_refused + len(latencies))
+    teacher = Latency(float(np.median([look.teacher.median_ms for look in looks.values()])), 0.0, 0)
+    others = [arch for arch in order[:MOST_EXTENDED] if arch not in looks]
+    sizes = extend({arch: look.num_parameters for arch, look in looks.items()}, others)
+    times = extend({arch: look.student.median_ms for arch, look in looks.items()}, others)
+    for arch, size, milliseconds in zip(others, sizes, times, strict=True):
+        looks[arch] = ArchLatency(Latency(milliseconds, 0.0, 0), teacher, round(size))
+    budget = found.config.search.budget
+    latencies = {arch: look.student.median_ms for arch, look in looks.items() if budget.violation(look)[0] <= 0}
     smallest = found.space.smallest()
-    return latencies or {smallest: found.meter.measure(smallest).student.median_ms}, refused_share
+    return latencies or {smallest: meter.measure(smallest).student.median_ms}, 1 - len(latencies) / len(looks)
+
+
+def extend(known: Mapping[StudentArch, float], archs: Sequence[StudentArch]) -> list[float]:
+    """What is known of some students (a size, a time), of others: least squares of relative errors on their shapes.
+
+    A sum, with weights of at least 0, of depth, width and their products that parameters and FLOPs are made of.
+
+    Args:
+        known: positive numbers.
+        archs: the others.
+    """
+
+    def terms(arch: StudentArch) -> tuple[int, ...]:
+        depth, width, inner = arch.num_hidden_layers, arch.hidden_size, arch.intermediate_size
+        of_a_layer = (1, width, width**2, width * inner)
+        return *of_a_layer, *(depth * term for term in of_a_layer)
+
+    values = np.array(list(known.values()))
+    rows = np.array([terms(arch) for arch in known], dtype=float)
+    scale = rows.max(0)
+    weights, _ = nnls(rows / scale / values[:, None], np.ones(len(values)))
+    return [float(np.array(terms(arch)) / scale @ weights) for arch in archs]
 
 
 def _searching(
@@ -239,24 +273,22 @@ def _searching(
     num_trials = min(config.search.n_trials, max(1, round((1 - refused_share) * len(space))))
     num_refused = min(num_trials * refused_share / max(1 - refused_share, 1 / len(space)), len(space))
     candidate = float(np.mean([sample.candidate_seconds(distillation.rates(ms)) for ms in latencies.values()]))
-    seconds = num_trials * candidate + (num_trials + num_refused) * a_look
-    seconds /= min(config.workers, max(1, torch.cuda.device_count()))  # cores are shared
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    num_parallel = min(config.workers, torch.cuda.device_count()) if on_gpu else config.workers
+    seconds = num_trials * candidate / num_parallel + (num_trials + num_refused) * a_look  # who measures is alone
     if config.time_budget is not None:
         seconds = min(seconds, 60 * config.time_budget + candidate)
     kept = min(3, num_trials) * distillation.num_bytes
     return Stage(f"{num_trials} candidates", seconds, kept, config.workers * sample.memory())
 
 
-def _later(
-    sample: Sample, config: RunConfig, distillation: Distillation, latencies: dict[StudentArch, float]
-) -> list[Stage]:
+def _later(sample: Sample, config: RunConfig, best: StudentArch, rates: Rates, checkpoint_bytes: int) -> list[Stage]:
     """What follows a search."""
     found, sizes = sample.found, sample.sizes
-    best = max(latencies, key=latencies.__getitem__)  # nearly as slow as the budget lets it be
     student_bytes = 4 * num_parameters(build_classifier(student_config(found.teacher.config, best)))
-    full = distillation.rates(latencies[best]).seconds(config.full_kd.num_epochs, *sample.tokens)
+    full = rates.seconds(config.full_kd.num_epochs, *sample.tokens)
     # A checkpoint too, while it lasts: weights, and what the optimizer knows of each.
-    stages = [Stage("full KD", full, student_bytes + 3 * distillation.num_bytes)]
+    stages = [Stage("full KD", full, student_bytes + 3 * checkpoint_bytes)]
     if found.task is not None:
         num_labels = found.task.task.num_labels
         teacher = load_classifier(found.teacher.source, num_labels)

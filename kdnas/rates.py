@@ -18,7 +18,6 @@ from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.distill.teacher import TeacherStates
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.job import Found
-from kdnas.student_init import Started
 from kdnas.training import fit, make_trainer
 
 NUM_STEPS, NUM_WARM_UP, NUM_VAL_BATCHES = 6, 2, 3
@@ -78,9 +77,7 @@ def _mean(laps: list[tuple[float, int]], num_warm_up: int) -> float:
     return sum(seconds for seconds, _ in counted) / max(1, sum(things for _, things in counted))
 
 
-def distillation_rates(
-    found: Found, arch: StudentArch, states: TeacherStates, folder: Path, starts: bool = True
-) -> tuple[Rates, int]:
+def distillation_rates(found: Found, arch: StudentArch, states: TeacherStates, folder: Path) -> tuple[Rates, int]:
     """How fast a student is distilled, and the bytes of what is kept of it.
 
     Args:
@@ -88,13 +85,10 @@ def distillation_rates(
         arch: of the student.
         states: the teacher's.
         folder: for the Trainer's logs.
-        starts: from the teacher, which takes seconds; else from random weights.
     """
     clock = _Clock(lambda batch: int(batch["attention_mask"].sum()))
     module = HiddenStateDistillModule(found.teacher, arch, found.config.recipe)
     module.states = states
-    if not starts:
-        module.started = Started(frozenset())
     trainer = make_trainer(found.config.trainer, folder, 1, [clock])
     trainer.limit_train_batches, trainer.limit_val_batches = NUM_STEPS, NUM_VAL_BATCHES
     fit(trainer, module, found.data)
@@ -117,24 +111,21 @@ class Distillation:
         self, found: Found, latencies: Mapping[StudentArch, float], states: TeacherStates, folder: Path
     ) -> None:
         ordered = sorted(latencies, key=latencies.__getitem__)
-        middle = ordered[len(ordered) // 2]
-        self.measured = list(dict.fromkeys([ordered[0], middle, ordered[-1]]))
+        self.measured = list(dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]]))
         results = [
-            distillation_rates(found, arch, states, folder / str(place), starts=arch == middle)
-            for place, arch in enumerate(self.measured)
+            distillation_rates(found, arch, states, folder / str(place)) for place, arch in enumerate(self.measured)
         ]
         self._latencies = [latencies[arch] for arch in self.measured]
-        self._start = results[self.measured.index(middle)][0].start
         self._rates = [rates for rates, _ in results]
         self.num_bytes = results[-1][1]
 
     def rates(self, latency: float) -> Rates:
         """Of a student of this latency in milliseconds."""
-        train, score = (
+        start, train, score = (
             float(np.interp(latency, self._latencies, [getattr(rates, name) for rates in self._rates]))
-            for name in ("train", "score")
+            for name in ("start", "train", "score")
         )
-        return Rates(self._start, train, score)
+        return Rates(start, train, score)
 
 
 def finetuning_rates(found: Found, settings: FinetuneSettings, model: PreTrainedModel, folder: Path) -> Rates:

@@ -2,23 +2,65 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import make_rows
 from rich.console import Console
 
 from kdnas import plan
 from kdnas.arch import StudentArch
-from kdnas.config import RunConfig
+from kdnas.config import RunConfig, SearchSettings
 from kdnas.data.datamodule import DataSettings
 from kdnas.distill.teacher import StatesSettings, state_cache
 from kdnas.job import Found, look
-from kdnas.latency import LatencySettings
+from kdnas.latency import ArchLatency, Latency, LatencySettings
+from kdnas.models import build_student, find_teacher, num_parameters
+from kdnas.nas.candidate import Budget
+from kdnas.nas.space import SearchSpace
 from kdnas.rates import Rates
 
 
 def test_a_fit_takes_its_start_and_each_epoch_what_it_trains_and_scores() -> None:
     assert Rates(start=1, train=2, score=3).seconds(num_epochs=2, num_train=10, num_scored=5) == 71
+
+
+def test_what_a_few_students_weigh_tells_the_weight_of_all(any_teacher: Path) -> None:
+    config = find_teacher(str(any_teacher)).config
+    archs = list(SearchSpace.from_teacher(config))
+    sizes = {arch: float(num_parameters(build_student(config, arch))) for arch in archs}
+    some = np.random.default_rng(0).permutation(len(archs))[:12]
+    known = {archs[place]: sizes[archs[place]] for place in some}
+    others = [arch for arch in archs if arch not in known]
+    assert len(others) > 12
+    assert plan.extend(known, others) == pytest.approx([sizes[arch] for arch in others], rel=0.02)
+
+
+def test_the_budget_is_held_against_students_that_were_not_looked_at(
+    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = find_teacher(str(tiny_teacher)).config
+    space = SearchSpace.from_teacher(config)
+
+    class Meter:  # as long as the student has parameters
+        looked = 0
+
+        def measure(self, arch: StudentArch) -> ArchLatency:
+            self.looked += 1
+            size = arch.num_hidden_layers * arch.hidden_size**2
+            return ArchLatency(Latency(size / 1000, 0.0, 0), Latency(100.0, 0.0, 0), size)
+
+    meter = Meter()
+    largest = max(arch.num_hidden_layers * arch.hidden_size**2 for arch in space)
+    settings = SearchSettings(budget=Budget(num_parameters=largest // 3))
+    found = SimpleNamespace(space=space, meter=meter, config=SimpleNamespace(seed=0, search=settings))
+    monkeypatch.setattr(plan, "SECONDS_OF_LOOKS", 0)
+    latencies, refused_share = plan._latencies(found)
+    within = [arch for arch in space if arch.num_hidden_layers * arch.hidden_size**2 <= largest // 3]
+    assert meter.looked == plan.FEWEST_LOOKS < len(within) < len(space)
+    assert len(latencies) == pytest.approx(len(within), rel=0.2)
+    assert refused_share == pytest.approx(1 - len(within) / len(space), rel=0.2)
 
 
 def test_what_a_large_text_needs_is_extended_from_a_few_rows(
@@ -34,6 +76,7 @@ def test_what_a_large_text_needs_is_extended_from_a_few_rows(
             return Rates(start=1, train=1e-3, score=1e-3)
 
     monkeypatch.setattr(plan, "Distillation", Paced)
+    monkeypatch.setattr(plan, "distillation_rates", lambda *args: (Rates(start=1, train=1e-3, score=1e-3), 1_000))
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_rows(3000, seed=4)))
     monkeypatch.setattr(plan, "MOST_TOKENS", 2_000)
