@@ -153,13 +153,20 @@ def _quieten(*loggers: str) -> None:
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="No seed found")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     show_logs()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: " not in str(record.msg)
 
 
 def _console() -> Any:

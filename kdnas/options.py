@@ -121,11 +121,43 @@ def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None
             _refuse_null(hint, value, f"{name}.")  # type: ignore[arg-type]
 
 
+_KINDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "list[int]": "a list of whole numbers, such as [1, 2]",
+    "list[str]": "a list, such as [a, b]",
+}
+
+
+def _wrong_value(message: str) -> str | None:
+    """What the parser says of a value that its key cannot have, in the user's words; None: it says something else."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)', message)
+    if not found:
+        return None
+    key, said = found.groups()
+    said, _, value = said.rpartition(" value: ") if " value: " in said else (said, "", "")
+    if loaded := re.match(r"Unable to load config '(.*?)'", said):
+        return f"{key} is {loaded[1]!r}: give its keys, as in --{key}.KEY VALUE, or a YAML file of them."
+    if path := re.match(r"Expected a dot import path string: (.*)", said):
+        return f"{key} is {path[1].rstrip('.')!r}: give the path of a class, such as package.module.Name."
+    options = re.search(r"Literal\[(.*?)\]", said)
+    kinds = [words for kind, words in _KINDS.items() if kind in said.partition("Errors:")[0]]
+    if options:
+        kinds.append(f"one of {options[1].replace(chr(39), '')}")
+    return f"{key} is {value.rstrip('.')!r}: give {' or '.join(kinds)}." if value and kinds else None
+
+
 def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:
     """What the parser says, with the nearest name where it does not know one."""
     if isinstance(error, UnicodeDecodeError):
         return UserError(f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file.")
     message = " ".join(str(error).split())
+    if wrong := _wrong_value(message):
+        return UserError(wrong)
+    if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
+        message = f"unrecognized arguments: {ambiguous[1]}"
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
     hint = ""
     if unknown:

@@ -213,9 +213,14 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--root=/proc/kdnas", "Cannot write to '/proc/kdnas/kdnas'"),
         ("--states.folder=/proc/states", "Cannot write to '/proc/states'"),
         (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
-        ("--data.max_length=long", "data.max_length"),
-        ("--recipe.objective=Hiden", "recipe.objective"),
-        ("--states.precision=int4", "states.precision"),
+        ("--data.max_length=long", "kdnas: data.max_length is 'long': give a whole number."),
+        ("--search.budget.speedup=fast", "search.budget.speedup is 'fast': give a number."),
+        ("--recipe.dropout=maybe", "recipe.dropout is 'maybe': give true or false."),
+        ("--space.hidden_size=[a]", "space.hidden_size is \"['a']\": give a list of whole numbers"),
+        ("--states.precision=int4", "states.precision is 'int4': give one of float16, int8."),
+        ("--recipe.objective=Hiden", "recipe.objective is 'Hiden': give the path of a class"),
+        ("--search=3", "search is '3': give its keys, as in --search.KEY VALUE"),
+        ("--data.max_lenght=9", "Did you mean 'data.max_length'?"),
         ("--recipe.start=Evn", "recipe.start"),
     ],
 )
@@ -320,6 +325,7 @@ FIT = """
 trainer:
   max_epochs: 2
   accelerator: cpu
+  precision: 32-true
   devices: {devices}
   strategy: {strategy}
   num_sanity_val_steps: 0

@@ -447,6 +447,8 @@ def test_what_changes_no_result_may_change_before_its_stage(
     capsys.readouterr()
     assert main([*changed, "--full_kd.num_epochs=2"]) == 2
     assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
+    assert main([*changed, "--space.hidden_size=[32]"]) == 2  # another space
+    assert re.search(r"space\.hidden_size: .* there, \[32\] now", capsys.readouterr().err)
     search = [option for option in command if not option.startswith(("--config", "--task", "--full", "--fine"))]
     longer = ["search", *search[1:], "--search.n_trials=3", "--data.pair_share=0.5", "--data.masked_share=0.5"]
     assert main(longer) == 2
