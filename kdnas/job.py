@@ -21,7 +21,7 @@ from kdnas.errors import UserError
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter
 from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
-from kdnas.nas.record import Study, tried
+from kdnas.nas.record import Study, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
@@ -210,11 +210,12 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     sweep(run.folder)
     if study.user_attrs.get("budget") != (budget := as_plain(config.search.budget)):
         study.set_user_attr("budget", budget)
-    if not isinstance(config, RunConfig) and run.full_kd.exists() and len(tried(study)) < config.search.n_trials:
+    is_done = is_complete(study, space, config.search.n_trials)
+    if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
         raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
     known = read_yaml(run.config) if run.config.exists() else {}
     asked = known | _plain(config)
-    if asked != known or not run.best_student.exists() or len(tried(study)) < config.search.n_trials:
+    if asked != known or not run.best_student.exists() or not is_done:
         run.manifest.unlink(missing_ok=True)  # until the end again
         write_text(run.config, yaml.safe_dump(asked, sort_keys=False))
     return job

@@ -36,7 +36,7 @@ from kdnas.models import (
 from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
-from kdnas.nas.record import FrozenTrial, Study, failure_of, trained, tried
+from kdnas.nas.record import FrozenTrial, Study, failure_of, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
 from kdnas.nas.search import best_of
 from kdnas.nas.search import search as search_loop
@@ -160,7 +160,8 @@ def _alone(run: Run) -> Iterator[None]:
 def _search(job: Job) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
     num_done = len(tried(study))
-    if run.best_student.exists() and (num_done >= settings.n_trials or run.full_kd.exists()):
+    is_done = is_complete(study, job.space, settings.n_trials) or run.full_kd.exists()
+    if run.best_student.exists() and is_done:
         job.console.print(f"Search: {num_done} candidates are done.")
         return StudentArch.from_yaml(run.best_student)
     if num_done:

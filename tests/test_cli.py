@@ -534,6 +534,19 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     assert files() == before
 
 
+def test_a_search_that_tried_every_student_is_finished(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["num_hidden_layers=[1]", "num_attention_heads=[2]", "hidden_size=[32]", "intermediate_size=[64]"]
+    exhausted = [*search, *(f"--space.{choice}" for choice in one), "--search.n_trials=9"]
+    assert main(exhausted) == 0  # of two activations
+    manifest = tmp_path / "logs" / "kdnas" / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert main(exhausted) == 0
+    assert "Search: 2 candidates are done." in capsys.readouterr().out
+    assert manifest.stat().st_mtime_ns == before
+
+
 def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> None:
     command = [sys.executable, "-m", "kdnas", *search, "--search.n_trials=2"]
     done = subprocess.run(

@@ -38,6 +38,11 @@ def tried(study: Study) -> list[FrozenTrial]:
     return list(first.values())
 
 
+def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
+    """Whether so many candidates were tried, or the space has no more."""
+    return len(tried(study)) >= n_trials or len(seen(study)) >= len(space)
+
+
 def seen(study: Study) -> set[StudentArch]:
     """The architectures that the study can answer."""
     return {StudentArch.from_dict(trial.user_attrs["arch"]) for trial in settled(study)}

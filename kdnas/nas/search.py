@@ -19,7 +19,18 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line
-from kdnas.nas.record import answer, failed, failure_of, find_twin, queue_unseen, rivals, seen, trained, tried
+from kdnas.nas.record import (
+    answer,
+    failed,
+    failure_of,
+    find_twin,
+    is_complete,
+    queue_unseen,
+    rivals,
+    seen,
+    trained,
+    tried,
+)
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import PatientStorage, StoreAway, connect, is_alive_here, is_here, keep_result, take_up
@@ -225,9 +236,8 @@ def search(
                 raise CandidateFailed(reason) from error
 
     def is_over() -> bool:
-        num_tried = len(tried(study))
-        only_fails = num_tried == 0 and len(failed(study)) >= MOST_FAILURES
-        return num_tried >= n_trials or len(seen(study)) >= len(space) or only_fails or time.monotonic() > end
+        only_fails = len(failed(study)) >= MOST_FAILURES and not tried(study)
+        return is_complete(study, space, n_trials) or only_fails or time.monotonic() > end
 
     def stop_when_over(study: Study, trial: FrozenTrial) -> None:
         if is_over():
