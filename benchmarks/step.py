@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--quick] [--json PATH] [--text PATH]
 
-The peak is the fastest bf16 matmul that this machine was seen to do. A step's FLOPs are those of its matmuls, on real
-tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear map, and 4 * width *
-length for the scores and the mix of attention, per token and layer; three times that with the backward pass. The maps
-of the objective are counted likewise.
+The peak is the fastest matmul that this machine was seen to do, in the precision of the step. A step's FLOPs are those
+of its matmuls, on real tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear
+map, and 4 * width * length for the scores and the mix of attention, per token and layer; three times that with the
+backward pass. The maps of the objective are counted likewise.
 The optimizer (Muon's matmuls too), norms, activations and the embedding are not counted, so
 ``step_over_flop_time`` = seconds of a step / (FLOPs / peak) says what they, padding and Python cost. Target: 2.5.
 
@@ -44,6 +44,7 @@ from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
 from kdnas.models import Teacher, build_student, encode, find_teacher
+from kdnas.precision import autocast, bf16_is_faster
 from kdnas.runs import write_json
 from kdnas.student_init import Started
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
@@ -77,7 +78,7 @@ def student_flops(lengths: Sequence[int], arch: StudentArch) -> int:
 def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     """FLOPs of the objective's matmuls on a batch, forward and backward, as torch's FlopCounterMode counts them."""
     module.student.set_attn_implementation("eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         _, teacher = module.views(batch)
         with torch.no_grad():
             output = encode(module.student, batch, maps=True)  # the step takes them from the model, too
@@ -92,10 +93,10 @@ def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
 
 
 def measure_matmuls(seconds_each: float) -> list[dict[str, Any]]:
-    """GFLOP/s of bf16 matmuls, the fastest of many, by shape (rows, inner, columns)."""
-    found = []
+    """GFLOP/s of matmuls in the precision of a step, the fastest of many, by shape (rows, inner, columns)."""
+    found, dtype = [], torch.bfloat16 if bf16_is_faster("cpu") else torch.float32
     for rows, inner, columns in MATMULS:
-        left, right = (torch.randn(shape).bfloat16() for shape in ((rows, inner), (columns, inner)))
+        left, right = (torch.randn(shape, dtype=dtype) for shape in ((rows, inner), (columns, inner)))
         fastest, stop = float("inf"), perf_counter() + seconds_each
         while perf_counter() < stop or fastest == float("inf"):
             begin = perf_counter()
@@ -293,13 +294,13 @@ def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None
 
 
 def transformers_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None]:
-    """transformers' own encoder of the shape, in bf16 autocast with a fused AdamW: no teacher, hardly a loss."""
+    """transformers' own encoder of the shape, in our step's precision with a fused AdamW: no teacher, hardly a loss."""
     model = build_student(teacher.config, arch).eval()  # no dropout, as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs = ("input_ids", "attention_mask", "token_type_ids")
 
     def step(batch: Any) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             state = model(**{name: batch[name] for name in inputs}).last_hidden_state
             loss = state.float().square().mean()
         optimizer.zero_grad()
@@ -358,7 +359,7 @@ def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> 
 def show(results: dict[str, Any], console: Console) -> None:
     """The tables."""
     threads = results["machine"]["threads"]
-    table = Table("rows x inner x columns", "GFLOP/s", title=f"bf16 matmuls, {threads} threads")
+    table = Table("rows x inner x columns", "GFLOP/s", title=f"matmuls, {threads} threads")
     for matmul in results["matmuls"]:
         table.add_row(" x ".join(map(str, matmul["shape"])), f"{matmul['gflops']:,.0f}")
     console.print(table)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import first_layers, spread
@@ -36,6 +36,13 @@ class Started:
 class Start(ABC):
     """A rule that gives a new student its first weights."""
 
+    def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
+        """Refuse, before anything is computed, a student that it cannot start; by default none.
+
+        Raises:
+            UserError: what does not fit.
+        """
+
     @abstractmethod
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         """Change the student's weights in place; the teacher is not changed.
@@ -60,9 +67,12 @@ class FromEmbeddings(Start):
     The components are those of the teacher's embedding output over its vocabulary.
     """
 
+    def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+        _check_sizes(student, teacher, "hidden_size")
+
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
-        _check_sizes(student, teacher, "hidden_size")
+        self.check(student.config, teacher.config)
         basis_TS = embedding_basis(teacher, student.config.hidden_size)
         start_embeddings(student, teacher, basis_TS)
         return Started(copied_tables(student))
@@ -88,9 +98,12 @@ class FromTeacher(Start):
         UserError: the student is larger than its teacher in one of its sizes.
     """
 
+    def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+        _check_sizes(student, teacher, "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
-        _check_sizes(student, teacher, "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        self.check(student.config, teacher.config)
         if student.config.hidden_size == teacher.config.hidden_size:
             return self._copy(student, teacher)
         if not family_of(student.config).narrows:
@@ -114,8 +127,8 @@ class FromTeacher(Start):
         return Started(frozenset(name for name, _ in student.named_parameters()), (heads,) * len(student_layers))
 
 
-def _check_sizes(student: PreTrainedModel, teacher: PreTrainedModel, *names: str) -> None:
-    ours, theirs = arch_of(student.config), arch_of(teacher.config)
+def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: str) -> None:
+    ours, theirs = arch_of(student), arch_of(teacher)
     for name in names:
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:

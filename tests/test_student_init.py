@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError
-from kdnas.models import build_student, family_of, find_teacher, state_sha256
+from kdnas.models import build_student, family_of, find_teacher, state_sha256, student_config
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, Started, embedding_basis
 
 SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
@@ -184,6 +184,9 @@ def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
 def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
     with pytest.raises(UserError, match=message):
         started(teacher, FromTeacher(), **sizes)
+    sizes = SAME.to_dict() | sizes
+    with pytest.raises(UserError, match=message):  # before anything is computed
+        FromTeacher().check(student_config(teacher.config, StudentArch(**sizes)), teacher.config)
 
 
 def test_the_embeddings_alone_ask_for_no_more_than_the_width(teacher):

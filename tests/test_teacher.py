@@ -106,7 +106,12 @@ def test_a_cache_above_the_budget_is_not_made_and_the_log_says_so(teacher, data,
     caplog.set_level(logging.INFO, logger="kdnas")
     needed = data.rows.lengths.sum() * 3 * 3 * 64 * 2 / 1e9
     assert isinstance(open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed)).source, StateCache)
-    assert "runs live" not in caplog.text and re.search(rf"Teacher states: 0.00 GB in {tmp_path}", caplog.text)
+    assert "runs live" not in caplog.text and re.search(
+        rf"Teacher states: 0.00 GB in {tmp_path}\S+, 0.00 GB of them are computed now", caplog.text
+    )
+    caplog.clear()
+    open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed))
+    assert caplog.messages == [f"Teacher states: 0.00 GB in {next(tmp_path.glob('*'))}, all of them are there"]
     shutil.rmtree(tmp_path)
     for budget in (0, needed * 0.999):
         caplog.clear()

@@ -111,6 +111,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.last_layer = config.num_hidden_layers - 1
         self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
         self.student = build_student(config, arch)
+        recipe.start.check(self.student.config, config)
         self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None

@@ -155,7 +155,9 @@ def open_states(
         )
     else:
         source = cache
-        log.info("Teacher states: %.2f GB in %s", size / 1e9, folder)
+        missing = cache.num_missing_bytes(row_ids)
+        new = f"{missing / 1e9:.2f} GB of them are computed now" if missing else "all of them are there"
+        log.info("Teacher states: %.2f GB in %s, %s", size / 1e9, folder, new)
         batch_tokens = (
             data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
         )
