@@ -88,10 +88,12 @@ class Scores:
     Args:
         module: distilled.
         data: its data.
+        num_heads: that MiniLMv2's relations are cut into.
     """
 
-    def __init__(self, module: HiddenStateDistillModule, data: KDDataModule) -> None:
+    def __init__(self, module: HiddenStateDistillModule, data: KDDataModule, num_heads: int = 12) -> None:
         self.module, self.batches = module, list(data.loader(data.held_out_ids(), shuffle=False))
+        self.num_heads = num_heads
 
     @torch.no_grad()
     def __call__(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -105,7 +107,7 @@ class Scores:
         num_layers = (module.arch.num_hidden_layers, module._teacher.config.num_hidden_layers)
         mapped = [(i, j) for i, layers in enumerate(LastAndSkip()(*num_layers)) for j in layers]
         of_layers = {(i, j): RidgeProbe(width, target, 1e-3) for i, j in mapped}
-        relations = AttentionRelations(num_heads=12).criterion(module.student, module._teacher.model)
+        relations = AttentionRelations(num_heads=self.num_heads).criterion(module.student, module._teacher.model)
         sums = torch.zeros(2, dtype=torch.float64)
 
         def tokens(student: View, teacher: View) -> None:

@@ -17,11 +17,13 @@ from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
-from kdnas.distill.teacher import LayerStats, LiveTeacher, TeacherStates
+from kdnas.distill.teacher import LayerStats, LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.families import arch_of
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.tasks import load_task
 from kdnas.models import build_student, find_teacher
 from kdnas.student_init import Started
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -236,6 +238,29 @@ def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
     assert opposite == {"tau": -1.0, "interval": [-1.0, -1.0], "rho": -1.0}
     low, high = fidelity.agreement([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])["interval"]
     assert low < 13 / 15 < high == 1
+
+
+def test_every_score_is_lower_of_a_student_that_is_nearer_to_its_teacher(tiny_teacher, text_file, tmp_path):
+    data = KDDataModule(
+        str(tiny_teacher), str(text_file), DataSettings(max_length=24, batch_tokens=240, pair_share=0.5)
+    )
+    data.setup()
+    teacher = find_teacher(str(tiny_teacher))
+    states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path / "states")))
+    recipe, found = Recipe(learning_rate=1e-6, copied_learning_rate=1e-6, matrix_learning_rate=None), []
+    for depth in (4, 1):  # a copy, and the first layer alone
+        module = HiddenStateDistillModule(
+            teacher, dataclasses.replace(arch_of(teacher.config), num_hidden_layers=depth), recipe
+        )
+        module.states = states
+        settings = TrainerSettings(accelerator="cpu", precision="32-true")
+        fit(make_trainer(settings, tmp_path / str(depth), 1, []), module, data)
+        found.append(fidelity.Scores(module, data, num_heads=4)())
+    (copy, seconds), (shallow, _) = found
+    assert set(copy) == set(seconds) == set(fidelity.SCORES)
+    assert copy["relations"] < 1e-3
+    assert all(copy[name] < shallow[name] for name in ("loss", "tokens", "cls", "pooled", "relations"))
+    assert seconds["tokens"] > 0 and seconds["loss"] == seconds["pairs"] == 0
 
 
 def test_the_cheapest_setting_is_that_which_ranks_as_full_kd_in_the_least_time(tmp_path, capsys):
