@@ -314,11 +314,17 @@ class ExportConfig:
         output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
         teacher: of the student, for the card; it is checked that the student can be its.
         task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
+        data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv file, or a folder.
+        text_column: of ``data``; twice for pairs.
+        label_column: of ``data``.
         text: rows without labels for the same, where there is no task; of a run, its own by default.
         length: where texts are cut, in tokens; as many as the student takes by default.
         license: for the card, by the hub's identifier, such as apache-2.0.
         hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
         force: replace an output folder that is there.
+
+    Raises:
+        UserError: labelled rows are given twice, or half.
     """
 
     run: str | None = None
@@ -328,11 +334,19 @@ class ExportConfig:
     output: str | None = None
     teacher: str | None = None
     task: str | None = None
+    data: str | None = None
+    text_column: list[str] = field(default_factory=list)
+    label_column: str = "label"
     text: str | None = None
     length: int | None = None
     license: str | None = None
     hub_repo: str | None = None
     force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data and (self.task or not self.text_column):
+            given = f"task is {self.task!r}" if self.task else "text_column is []"
+            raise UserError(f"data is {self.data!r} and {given}: give --data FILE --text-column NAME, or --task.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.export import export_student, load_student, slower_shapes
-from kdnas.glue.tasks import LoadedTask, load_task
+from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
@@ -74,7 +74,10 @@ def export(config: ExportConfig, console: Console) -> Path:
         card["license"] = config.license
     if config.hub_repo:
         check_hub(config.hub_repo)
-    task = load_task(task_name) if task_name else None
+    if config.data:
+        task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
+    else:
+        task = load_task(task_name) if task_name else None
     corpus = load_corpus(text) if text else None
     sentences = _sentences(teacher, corpus, task) if is_sentences else None
     make_rows = None

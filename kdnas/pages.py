@@ -50,6 +50,7 @@ EXAMPLES = {
 
   kdnas export --run mine
   kdnas export --student my_encoder/ --output deployed/
+  kdnas export --student my_classifier/ --data reviews.csv --text-column review --label-column stars
 """,
     "report": """the report of a run made anew, or several runs beside each other, finished or not
 

@@ -79,6 +79,15 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
     assert f"The folder {str(folder)!r} exists: give another --output, or --force" in capsys.readouterr().err
 
 
+def test_labelled_rows_may_be_a_table_of_ones_own(student: Path, tmp_path: Path, exported) -> None:
+    rows = [f"{make_rows(60, seed=5)[i]},{('good', 'bad')[i % 2]}" for i in range(60)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *rows]))
+    columns = ["--text-column=review", "--label-column=verdict"]
+    assert main(["export", f"--student={student}", f"--data={tmp_path / 'reviews.csv'}", *columns]) == 0
+    rows_of = exported[0][2]["make_rows"](AutoTokenizer.from_pretrained(student))
+    assert rows_of.name == "6 validation rows of reviews"
+
+
 def test_it_is_said_where_int8_is_slower(student: Path, exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", f"--student={student}"]) == 0
     shown = capsys.readouterr().out
@@ -136,6 +145,8 @@ def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: 
         (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
         (["--length=41"], "length is 41: the student"),
         (["--length=long"], "length"),
+        (["--data=reviews.csv"], "data is 'reviews.csv' and text_column is []: give --data FILE --text-column NAME"),
+        (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv' and task is 'stsb'"),
         (["--as=onnx"], "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers."),
         (["--as", "sentence-transformers"], "teacher is None"),
         (["--forse"], "Did you mean 'force'?"),
