@@ -74,6 +74,12 @@ EXAMPLES = {
 }
 
 
+EVERYWHERE = """with every command:
+  --quiet               no progress: warnings and errors alone
+  --log-level LEVEL     debug, info (as it is), warning or error
+"""
+
+
 def page(command: str) -> str:
     """The help page of a command, as it was shipped.
 
@@ -99,7 +105,8 @@ def render(command: str, run: Callable[[Sequence[str]], None]) -> str:
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
     text = re.sub(r"(?m) +$", "", shown.getvalue())
-    return f"kdnas {command}: {EXAMPLES[command]}\n{text.partition(chr(10) * 2)[2].rstrip()}\n"  # without the usage
+    options = text.partition("\n\n")[2].rstrip()  # without the usage
+    return f"kdnas {command}: {EXAMPLES[command]}\n{options}\n\n{EVERYWHERE}"
 
 
 def completion(shell: str) -> str:
