@@ -3,7 +3,9 @@
 ``--make`` trains every architecture of a small space once, by the search's own Evaluator, into ``--table``; it goes on
 where it was stopped. Without it, the product's own search loop runs on the table, once for each sampler and seed: the
 evaluations until the best reward so far is within 1 % of the table's best, regret by evaluations, and wall seconds a
-proposal. Searches are paired by seed where two samplers are compared. Then the same for pruners, on the held-out losses
+proposal. Without a budget the best of the table is the teacher's own shape, a corner that is easily found; so the same
+with budgets (``--speedup``), where refused students cost nothing, as in the product. Searches are paired by seed where
+two samplers are compared. Then the same for pruners, on the held-out losses
 after each epoch: the share of the training seconds that they save, and the best reward that they lose. A candidate that
 a pruner ended is never the best, as in the product.
 
@@ -126,11 +128,12 @@ def make(chosen: Any, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Known:
-    """A student of the table: its reward, its held-out loss after each epoch, and the seconds of all of them."""
+    """A student: its reward, held-out loss after each epoch, the seconds of all of them, and how many times as fast."""
 
     reward: float
     losses: list[float]
     seconds: float
+    speedup: float = 1.0
 
 
 def replay(
@@ -141,6 +144,7 @@ def replay(
     pruner: str = "none",
     by: str = "loss",
     most: int = MOST_TRIALS,
+    speedup: float = 0.0,
 ) -> dict[str, Any]:
     """One search on the table: its regrets after each evaluation, as shares of the best reward, and its cost.
 
@@ -152,12 +156,17 @@ def replay(
         pruner: its short name.
         by: what it sees after each epoch: 1 - ``loss``, or the ``reward`` so far.
         most: evaluations.
+        speedup: the budget; slower students are refused, and neither count nor are the best.
     """
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
     trained = 0.0
 
     def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
         nonlocal trained
+        violation = speedup / table[arch].speedup - 1
+        trial.set_constraint("budget", violation)
+        if violation > 0:
+            raise optuna.TrialPruned
         factor = table[arch].reward / (1 - table[arch].losses[-1]) if by == "reward" else 1.0
         losses = table[arch].losses
         for epoch, loss in enumerate(losses):
@@ -170,7 +179,7 @@ def replay(
     begin = time.perf_counter()
     search(evaluate, space, study, min(most, len(space)))
     seconds = (time.perf_counter() - begin) / len(study.trials)
-    best = max(known.reward for known in table.values())
+    best = max(known.reward for known in table.values() if known.speedup >= speedup)
     values = [trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf for trial in tried(study)][:most]
     regrets = [(best - value) / abs(best) for value in np.maximum.accumulate(values).tolist()]
     reached = next((number for number, regret in enumerate(regrets, 1) if regret <= WITHIN), None)
@@ -193,6 +202,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--seeds", type=int, default=30, help="searches of each sampler")
     parser.add_argument("--only", nargs="*", default=list(SAMPLERS), help="samplers")
+    parser.add_argument("--speedup", type=float, nargs="*", default=[4.0, 8.0, 0.0], help="budgets; 0: none")
     chosen = parser.parse_args(args)
     quieten()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -205,20 +215,29 @@ def main(args: Sequence[str] | None = None) -> None:
     if not chosen.table.exists():
         raise SystemExit(f"{chosen.table} is not there: make it by --make.")
     rows = json.loads(gzip.decompress(chosen.table.read_bytes()))["rows"]
-    table = {StudentArch.from_dict(row["arch"]): Known(row["reward"], row["losses"], row["seconds"]) for row in rows}
+    table = {
+        StudentArch.from_dict(row["arch"]): Known(
+            row["reward"], row["losses"], row["seconds"], row["teacher_latency_ms"] / row["latency_ms"]
+        )
+        for row in rows
+    }
     space = SearchSpace({name: list(dict.fromkeys(row["arch"][name] for row in rows)) for name in rows[0]["arch"]})
     assert len(space) == len(table), "the table is a whole space"
-    found: dict[str, list[dict[str, Any]]] = {}
-    jobs = [(sampler, seed) for sampler in chosen.only for seed in range(chosen.seeds)]
-    for sampler, seed in track(jobs, "searches", console=console, transient=True):
-        found.setdefault(sampler, []).append(replay(table, space, sampler, seed))
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for speedup in chosen.speedup:
+        num_within = sum(known.speedup >= speedup for known in table.values())
+        name = f"{num_within} students" + (f" of at least {speedup:g}x" if speedup else "")
+        jobs = [(sampler, seed) for sampler in chosen.only for seed in range(chosen.seeds)]
+        for sampler, seed in track(jobs, f"searches, {name}", console=console, transient=True):
+            run = replay(table, space, sampler, seed, speedup=speedup)
+            found.setdefault(name, {}).setdefault(sampler, []).append(run)
     pruned: dict[str, list[dict[str, Any]]] = {}
     pruners = [("none", "loss"), *((pruner, by) for pruner in PRUNERS for by in ("loss", "reward"))]
     settings = [(pruner, by, seed) for pruner, by in pruners for seed in range(chosen.seeds)]
     for pruner, by, seed in track(settings, "pruned searches", console=console, transient=True):
-        run = replay(table, space, "tpe", seed, pruner, by, PRUNED_TRIALS)
+        run = replay(table, space, "tpe", seed, pruner, by, PRUNED_TRIALS, chosen.speedup[0])
         pruned.setdefault(pruner if pruner == "none" else f"{pruner}, by {by}", []).append(run)
-    show(found, pruned, console, chosen.json, len(table))
+    show(found, pruned, console, chosen.json)
 
 
 def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
@@ -237,50 +256,55 @@ def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> l
     return rows
 
 
-def show(
-    found: dict[str, list[dict[str, Any]]],
-    pruned: dict[str, list[dict[str, Any]]],
-    console: Console,
-    path: Path,
-    num_archs: int,
-) -> None:
-    """Tables, JSON and regret curves."""
+def show_samplers(name: str, found: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+    """Table of what samplers need, and its rows."""
     # One that never came within 1 % counts as one more than it was given.
-    needed = {name: [run["reached"] or MOST_TRIALS + 1 for run in runs] for name, runs in found.items()}
-    rows = []
-    for name, runs in found.items():
-        low, median, high = np.quantile(needed[name], (0.25, 0.5, 0.75)).tolist()
-        row = {"sampler": name, "median": median, "quartiles": [low, high], "mean": statistics.mean(needed[name])}
-        row["seconds_a_proposal"] = statistics.median(run["seconds"] for run in runs)
-        for other in ("random", "tpe"):
-            if other in needed and other != name:
-                row[f"less_{other}"] = interval([a - b for a, b in zip(needed[name], needed[other], strict=True)])
-        if "random" in needed:
-            row["of_random"] = row["mean"] / statistics.mean(needed["random"])
-        rows.append(row)
-    title = f"Evaluations to come within 1 % of the best of {num_archs}; {len(next(iter(needed.values())))} seeds"
+    needed = {sampler: [run["reached"] or len(run["regrets"]) + 1 for run in runs] for sampler, runs in found.items()}
+    title = f"Evaluations to come within 1 % of the best of {name}; {len(next(iter(needed.values())))} seeds"
     table = Table(title=title)
     pairs = ("mean less random's", "mean less TPE's")
     for heading in ("sampler", "median", "quartiles", "mean", "of random's", *pairs, "ms a proposal"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
-    for row in rows:
-        low, high = row["quartiles"]
-        found_pairs = [row.get(f"less_{other}") for other in ("random", "tpe")]
-        shown = ["" if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}" for pair in found_pairs]
+    rows = []
+    for sampler, runs in found.items():
+        low, median, high = np.quantile(needed[sampler], (0.25, 0.5, 0.75)).tolist()
+        row = {"sampler": sampler, "median": median, "quartiles": [low, high], "mean": statistics.mean(needed[sampler])}
+        row["seconds_a_proposal"] = statistics.median(run["seconds"] for run in runs)
+        for other in ("random", "tpe"):
+            if other in needed and other != sampler:
+                row[f"less_{other}"] = interval([a - b for a, b in zip(needed[sampler], needed[other], strict=True)])
+        if "random" in needed:
+            row["of_random"] = row["mean"] / statistics.mean(needed["random"])
+        rows.append(row)
+        shown = [
+            f"{row[key][0]:+.1f} to {row[key][1]:+.1f}" if key in row else "" for key in ("less_random", "less_tpe")
+        ]
         of_random = f"{row['of_random']:.0%}" if "of_random" in row else ""
-        cells = [f"{row['median']:.0f}", f"{low:.0f} to {high:.0f}", f"{row['mean']:.1f}", of_random, *shown]
-        table.add_row(row["sampler"], *cells, f"{1000 * row['seconds_a_proposal']:.0f}")
+        cells = [f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{row['mean']:.1f}", of_random, *shown]
+        table.add_row(sampler, *cells, f"{1000 * row['seconds_a_proposal']:.0f}")
     console.print(table)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return rows
+
+
+def show(
+    found: dict[str, dict[str, list[dict[str, Any]]]],
+    pruned: dict[str, list[dict[str, Any]]],
+    console: Console,
+    path: Path,
+) -> None:
+    """Tables, JSON and regret curves."""
+    rows = {name: show_samplers(name, runs, console) for name, runs in found.items()}
     pruners = show_pruners(pruned, console)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"machine": machine(), "rows": rows, "runs": found, "pruners": pruners, "pruned": pruned})
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, runs in found.items():
-        most = max(len(run["regrets"]) for run in runs)
-        curves = np.array([run["regrets"] + run["regrets"][-1:] * (most - len(run["regrets"])) for run in runs])
-        axes.plot(range(1, most + 1), 100 * curves.mean(0), label=name)
-    axes.set(xlabel="evaluations", ylabel="mean regret, % of the best reward", yscale="log")
-    axes.legend()
+    figure, all_axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), squeeze=False)
+    for axes, (name, by_sampler) in zip(all_axes[0], found.items(), strict=True):
+        for sampler, runs in by_sampler.items():
+            most = max(len(run["regrets"]) for run in runs)
+            curves = np.array([run["regrets"] + run["regrets"][-1:] * (most - len(run["regrets"])) for run in runs])
+            axes.plot(range(1, most + 1), 100 * curves.mean(0), label=sampler)
+        axes.set(title=name, xlabel="evaluations", ylabel="mean regret, % of the best reward", yscale="log")
+        axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     console.print(f"Figures: {path} and {path.with_suffix('.png')}")
 

@@ -206,6 +206,18 @@ def test_a_pruned_replay_never_finds_what_the_pruner_ended():
     assert whole["regrets"][-1] == 0 and pruned["regrets"][-1] == pytest.approx(0.5)
 
 
+def test_students_beyond_the_budget_neither_count_nor_are_the_best():
+    table = {
+        arch: samplers.Known(
+            0.1 * arch.num_hidden_layers + arch.intermediate_size / 1e5, [0.9], 1.0, 6 / arch.num_hidden_layers
+        )
+        for arch in SMALL_SPACE
+    }
+    found = samplers.replay(table, SMALL_SPACE, "tpe", 1, speedup=4)
+    assert len(found["regrets"]) == 8 and found["regrets"][-1] == 0  # those of one layer
+    assert found["trained_seconds"] == 8
+
+
 def test_pruners_are_shown_beside_none():
     runs = [{"trained_seconds": 100.0, "regrets": [0.5, 0.1]}, {"trained_seconds": 100.0, "regrets": [0.5, 0.0]}]
     less = [run | {"trained_seconds": 60.0, "regrets": [0.5, run["regrets"][-1] + 0.2]} for run in runs]
