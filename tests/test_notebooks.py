@@ -55,7 +55,6 @@ def test_all_of_them_run_on_tiny_inputs(
         "TEACHER": str(tiny_teacher),
         "TEXT": str(text_file),
         "TASK": str(task),
-        "TABLE": str(tmp_path / "none.json.gz"),
         "ROOT": str(tmp_path / "runs"),
         "SHAPE": SHAPE,
         "SPACE": {
