@@ -261,7 +261,7 @@ def _line(trial: FrozenTrial) -> str:
     if trial.state.name == "FAIL":
         return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
     if trial.state.name == "PRUNED":
-        return f"{head}stopped early, {attrs['stopped_early']}, {attrs['seconds']:.0f} s"
+        return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
         f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"

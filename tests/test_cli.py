@@ -534,6 +534,17 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     assert files() == before
 
 
+def test_what_a_pruner_ended_is_shown_with_its_loss(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruner = '{"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"lower": 0.999}}'
+    assert main([*search, f"--pruner={pruner}", "--search.num_epochs=2"]) == 2
+    shown = capsys.readouterr()
+    assert re.search(r"stopped early, held-out loss \d\.\d+ after epoch 1 of 2\n", shown.out)
+    assert shown.err.endswith("The pruner ended every candidate: give another, or --pruner none.\n")
+    assert "after epoch 1 of 2" in (tmp_path / "logs" / "kdnas" / "trials.csv").read_text()
+
+
 def test_a_search_that_tried_every_student_is_finished(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

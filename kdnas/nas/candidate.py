@@ -131,8 +131,10 @@ class Evaluator:
                 module.states = self.states
                 trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
                 fit(trainer, module, self.data.select("mini"))
-        finally:
+        except optuna.TrialPruned:
             trial.set_user_attr("seconds", time.monotonic() - started)
+            raise
+        finally:
             self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
         weights = self.folder(trial.number) / WEIGHTS
         with new_file(weights) as file:
@@ -142,6 +144,7 @@ class Evaluator:
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
         trial.set_user_attr("reward", rewarded.reward)
+        trial.set_user_attr("seconds", time.monotonic() - started)
         return rewarded.reward
 
     def _gate(self, trial: optuna.Trial, latency: ArchLatency) -> None:
