@@ -19,305 +19,47 @@ import json
 import logging
 import math
 import os
-import random
+import resource
 import shutil
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import OUTPUT, ROOT, machine  # isort: skip (before torch)
+from common import OUTPUT, machine  # isort: skip (before torch)
 
+import numpy
 import optuna
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
+from faults_checks import (
+    Bench,
+    NotRun,
+    Payload,
+    Postgres,
+    Row,
+    has,
+    is_one_line,
+    kill_all,
+    postgres,
+    processes_of,
+)
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy.exc import SQLAlchemyError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from kdnas.cli import main as kdnas
-from kdnas.manifest import verify
 from kdnas.runs import write_json
-
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
-N_TRIALS = 4
-# A start that kills its process for one shape, in the way that the environment says.
-DEADLY = """
-import ctypes, os
-from kdnas.student_init import FromTeacher
-
-class Deadly(FromTeacher):
-    def __call__(self, student, teacher, rows):
-        if (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 16):
-            if os.environ["DEADLY"] == "crash":
-                ctypes.string_at(0)
-            held = []
-            while True:
-                held.append(b"x" * (1 << 24))
-        return super().__call__(student, teacher, rows)
-"""
-
-
-@dataclass
-class Row:
-    """One fault: what was tried, and what went wrong."""
-
-    id: str
-    what: str
-    tried: int = 0
-    lost: int = 0
-    duplicated: int = 0
-    executed: int = 0
-    undetected: int = 0
-    zombies: int = 0
-    unequal: int = 0
-    worst_wait_s: float = 0.0
-    not_run: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    def leave_out(self, reason: object) -> None:
-        """A part of the fault that cannot be made here."""
-        self.notes.append(f"not run: {reason}")
-
-    def is_bad(self) -> bool:
-        return any((self.lost, self.duplicated, self.executed, self.undetected, self.zombies, self.unequal))
-
-    def fault(self, kind: str, note: object, count: int = 1) -> None:
-        if count:
-            setattr(self, kind, getattr(self, kind) + count)
-            self.notes.append(f"{kind}: {str(note)[-300:]}")
-
-
-class NotRun(Exception):
-    """A fault that cannot be made here, and why."""
-
-
-class Payload:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-class Bench:
-    """A tiny teacher, 200 texts, and searches on them, in a folder of their own with a canary beside it."""
-
-    def __init__(self, folder: Path, quick: bool, seed: int) -> None:
-        self.folder, self.quick, self.random = folder, quick, random.Random(seed)
-        self.canary, self.logs = folder / "CANARY", folder / "logs"
-        self.teacher, self.text, self.task = folder / "teacher", folder / "rows.txt", folder / "first_word"
-        self._number, self._reference = 0, None
-        self.started: list[subprocess.Popen[str]] = []
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = [("[CLS]", 1), ("[SEP]", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", special)
-        names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask", "unk")}
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=40,
-        )
-        BertModel(config).save_pretrained(self.teacher)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(self.teacher)
-        self.text.write_text("".join(" ".join(self.random.choices(WORDS, k=12)) + "\n" for _ in range(200)))
-        self.task.mkdir()
-        for split, num_rows in (("train", 96), ("validation", 30)):
-            rows = [f"{WORDS[i % 3]} {' '.join(self.random.choices(WORDS, k=6))}\t{i % 3}\n" for i in range(num_rows)]
-            (self.task / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-        (folder / "deadly.py").write_text(DEADLY)
-
-    def new_name(self) -> str:
-        self._number += 1
-        return f"run{self._number}"
-
-    def search(self, name: str, *more: str, command: str = "search") -> list[str]:
-        """A command whose rewards do not depend on the clock (alpha 0), so that equal searches are equal."""
-        options = {
-            "teacher": self.teacher,
-            "text": self.text,
-            "name": name,
-            "root": self.logs,
-            "states.folder": self.folder / "states",
-            "data.max_length": 24,
-            "data.batch_tokens": 512,
-            "latency.length": 16,
-            "latency.min_seconds": 0.01,
-            "search.n_trials": N_TRIALS,
-            "search.num_epochs": 1,
-            "search.alpha": 0,
-            "trainer.accelerator": "cpu",
-        }
-        return [command, *(f"--{key}={value}" for key, value in options.items()), *more]
-
-    def job(self, name: str) -> list[str]:
-        """The same for the whole job, with a labelled task."""
-        options = {"task": self.task, "full_kd.num_epochs": 2, "finetune.num_epochs": 2, "finetune.max_length": 24}
-        return self.search(name, *(f"--{key}={value}" for key, value in options.items()), command="run")
-
-    def call(self, args: Sequence[str]) -> tuple[int, str]:
-        """Exit code and stderr of a command in this process; -1 with the exception where one comes through."""
-        errors = io.StringIO()
-        try:
-            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
-                code = kdnas(args)
-        except Exception as error:
-            return -1, f"Traceback: {error!r}"
-        if code in (130, 143):  # meant for us
-            raise KeyboardInterrupt
-        return code, errors.getvalue()
-
-    def start(self, args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """The same in a process group of its own, whose output is kept."""
-        return self.start_program(["-m", "kdnas", *args], **options)
-
-    def start_program(self, args: Sequence[str], before: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-        """Python in a process group of its own; what comes ``before`` it may be strace."""
-        paths = os.pathsep.join([str(ROOT), str(self.folder)])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | options.pop("environment", {})
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        program = [*before, sys.executable, "-W", "ignore", *args]
-        process = subprocess.Popen(program, env=environment, text=True, start_new_session=True, **(pipes | options))
-        self.started.append(process)
-        return process
-
-    def refuse(self, row: Row, name: str, args: Sequence[str], words: str = "", codes: Sequence[int] = (2,)) -> None:
-        """A command that must end with one line, and make nothing."""
-        before, start = self.made(), time.monotonic()
-        code, error = self.call(args)
-        row.tried += 1
-        row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
-        lines = [line for line in error.splitlines() if line.startswith("kdnas: ")]
-        if code not in codes or len(lines) != 1 or words not in error or "Traceback" in error:
-            row.fault("undetected", f"{name}: exit {code}, {error}")
-        if self.made() != before:
-            row.fault("undetected", f"{name}: made {sorted(self.made() - before)}")
-        self.look_at_canary(row, name)
-
-    def look_at_canary(self, row: Row, name: str) -> None:
-        if self.canary.exists():
-            self.canary.unlink()
-            row.fault("executed", name)
-
-    def made(self) -> set[str]:
-        places = [self.logs, self.folder / "states"]
-        return {str(path) for place in places for path in place.rglob("*")} | {str(p) for p in self.folder.iterdir()}
-
-    def trials(self, name: str) -> list[optuna.trial.FrozenTrial]:
-        path = self.logs / name / "study.db"
-        if not path.exists():
-            return []
-        try:  # the tables are made by the search alone
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}", skip_table_creation=True)
-            return optuna.load_study(study_name=name, storage=storage).trials
-        except (KeyError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
-            return []
-
-    def story(self, name: str) -> list[Any]:
-        return [(t.params, t.value) for t in self.trials(name) if t.state.name == "COMPLETE"]
-
-    @property
-    def reference(self) -> str:
-        """A finished search that nothing has disturbed."""
-        if self._reference is None:
-            self._reference = self.new_name()
-            code, error = self.call(self.search(self._reference))
-            assert code == 0, error
-        return self._reference
-
-    def acknowledged(self, name: str) -> dict[int, float]:
-        """The finished trials and their values."""
-        return {t.number: t.value for t in self.trials(name) if t.state.name == "COMPLETE"}
-
-    def wait_for_candidate(self, process: subprocess.Popen[str], name: str, number: int = 0) -> None:
-        """Until a candidate of this number, or a later one, has begun, or the process has ended."""
-        while process.poll() is None and not any("arch" in t.user_attrs for t in self.trials(name)[number:]):
-            time.sleep(0.2)
-
-    def check(
-        self,
-        row: Row,
-        name: str,
-        acknowledged: dict[int, float],
-        error: str = "",
-        one: bool = True,
-        num_trials: int = N_TRIALS,
-    ) -> None:
-        """I1 to I8 after a search of one worker, or of several, has ended, however often it was broken off."""
-        trials = self.trials(name)
-        values = {t.number: t.value for t in trials if t.state.name == "COMPLETE"}
-        lost = [number for number, value in acknowledged.items() if values.get(number) != value]
-        row.fault("lost", f"trials {lost}", len(lost))  # I1
-        counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
-        numbers = [t.number for t in trials]
-        row.fault("duplicated", f"{numbers}", len(numbers) - len(set(numbers)))  # I2
-        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - num_trials))
-        row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in trials))  # I3
-        faults = verify(self.logs / name)[1]
-        row.fault("undetected", faults, len(faults))  # I4
-        left = [path for path in (self.logs / name).rglob(".*")]
-        row.fault("zombies", left, len(left))
-        self.check_processes(row, name)  # I5
-        row.fault("undetected", error, "Traceback" in error)  # I6
-        mine, reference = self.story(name), self.story(self.reference)  # I7
-        if not one:  # several workers propose in an order of their own: what both have trained must be worth the same
-            both = [params for params, _ in mine if params in [params for params, _ in reference]]
-            mine, reference = (sorted((r for r in rows if r[0] in both), key=str) for rows in (mine, reference))
-        row.fault("unequal", mine, mine != reference)
-        self.look_at_canary(row, name)  # I8
-
-    def check_processes(self, row: Row, name: str) -> None:
-        """None goes on after ten seconds, and no lock is held."""
-        ended, end = {process.pid for process in self.started if process.poll() is not None}, time.monotonic() + 10
-        while left := processes_of(ended):
-            if time.monotonic() > end:
-                row.fault("zombies", f"processes {left}", len(left))
-                break
-            time.sleep(0.2)
-        locks = [self.logs / name / "run.lock", self.logs / name / "search" / "search.lock"]
-        for path in [lock for lock in locks if lock.exists()] + list((self.folder / "states").glob("*/lock")):
-            try:
-                FileLock(path).acquire(timeout=1).lock.release()
-            except Timeout:
-                row.fault("zombies", f"{path} is held")
-
-
-def processes_of(sessions: set[int]) -> list[Path]:
-    """The folders in /proc of all that these processes, each of which began a session, have started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":
-                found.append(path.parent)
-    return found
-
-
-def has(path: Path, content: bytes) -> bool:
-    with suppress(OSError):
-        return content in path.read_bytes() + b"\0"
-    return False
-
 
 FAULTS: dict[str, tuple[str, bool, Callable[[Bench, Row], None]]] = {}
 
@@ -332,44 +74,79 @@ def fault(name: str, what: str, quick: bool = True) -> Callable[[Any], Any]:
     return put
 
 
-def kill_all(process: subprocess.Popen[str]) -> str:
-    """kill -9 of its process group; what it told."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate()[1]
-
-
-@fault("F01", "kill -9 of a search and its process group, at a random instant")
+@fault("F01", "kill -9 of a search and its process group, at a random instant; SQLite and PostgreSQL")
 def kill(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018 (made before the clock starts)
-    start = time.monotonic()
+    start, extra = time.monotonic(), []
     bench.start(bench.search(bench.new_name())).communicate()
     whole = time.monotonic() - start
-    for _ in range(2 if bench.quick else 50):
-        name = bench.new_name()
-        process = bench.start(bench.search(name))
+
+    def round_of(name: str) -> None:
+        start, process = time.monotonic(), bench.start(bench.search(name))
         time.sleep(bench.random.uniform(0.3, 1.0) * whole)
-        kill_all(process)
+        error = kill_all(process)
         acknowledged = bench.acknowledged(name)
-        _, error = bench.start(bench.search(name)).communicate()
+        error += bench.start(bench.search(name)).communicate()[1]
+        extra.append(time.monotonic() - start - whole)
         row.tried += 1
         bench.check(row, name, acknowledged, error)
 
+    for _ in range(2 if bench.quick else 50):
+        round_of(bench.new_name())
+    row.notes.append(f"median extra time {statistics.median(extra):.1f} s, an unbroken search takes {whole:.1f} s")
+    row.worst_wait_s = max(extra)
+    if not bench.quick:
+        on_postgres(bench, row, 10, round_of)
 
-@fault("F02", "kill -9 of one of two workers; the other goes on, and a third takes its place", quick=False)
+
+def on_postgres(bench: Bench, row: Row, times: int, round_of: Callable[[str], None]) -> None:
+    """The same fault with the study on a server."""
+    try:
+        with postgres() as server:
+            for _ in range(times):
+                name = bench.new_name()
+                bench.storages[name] = server.url
+                round_of(name)
+    except NotRun as reason:
+        row.leave_out(reason)
+
+
+@fault("F02", "kill -9 of one of two workers; the other waits at most 5 s, and a third takes its place", quick=False)
 def kill_worker(bench: Bench, row: Row) -> None:
-    for _ in range(3 if bench.quick else 50):
-        name = bench.new_name()
+    def round_of(name: str) -> None:
         process = bench.start(bench.search(name, "--workers=2"))
         bench.wait_for_candidate(process, name)
         time.sleep(bench.random.uniform(0, 2))
-        pids = [t.user_attrs["pid"] for t in bench.trials(name) if t.state.name == "RUNNING" and "pid" in t.user_attrs]
-        with suppress(ProcessLookupError, IndexError):
-            os.kill(bench.random.choice(pids), signal.SIGKILL)
-        acknowledged = bench.acknowledged(name)
+        known = {t.user_attrs["pid"]: t.state.name for t in bench.trials(name) if "pid" in t.user_attrs}
+        killed = bench.random.choice([pid for pid, state in known.items() if state == "RUNNING"] or [*known])
+        with suppress(ProcessLookupError):
+            os.kill(killed, signal.SIGKILL)
+        acknowledged, instant = bench.acknowledged(name), datetime.now()
         _, error = process.communicate()
         row.tried += 1
+        wait = longest_wait(bench.trials(name), known.keys() - {killed}, instant)
+        row.worst_wait_s = max(row.worst_wait_s, wait)
+        row.fault("undetected", f"the other waited {wait:.1f} s", wait > 5)
         bench.check(row, name, acknowledged, error, one=False)
+
+    for _ in range(3 if bench.quick else 50):
+        round_of(bench.new_name())
+    if not bench.quick:
+        on_postgres(bench, row, 10, round_of)
+
+
+def longest_wait(trials: Sequence[Any], pids: set[int], instant: datetime) -> float:
+    """The most seconds after an instant that a worker took for one of its trials beside the training."""
+    longest = 0.0
+    for pid in pids:
+        before = instant
+        for trial in trials:
+            if trial.user_attrs.get("pid") == pid and trial.datetime_complete and trial.datetime_complete > instant:
+                seconds = (trial.datetime_complete - before).total_seconds() - trial.user_attrs.get("seconds", 0.0)
+                before = trial.datetime_complete
+                if "not_needed" not in trial.user_attrs:  # else it waits for the last ones, which others train
+                    longest = max(longest, seconds)
+    return longest
 
 
 STAGES = {
@@ -391,7 +168,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
         return [kd["arch"], kd["history"], scores, weights, bench.story(run.name)]
 
     def forget_states() -> None:
-        for folder in (bench.folder / "states", bench.logs / "tokens"):
+        for folder in (bench.states, bench.logs / "tokens"):
             shutil.rmtree(folder, ignore_errors=True)
 
     bench.reference  # noqa: B018 (stores them)
@@ -404,26 +181,31 @@ def kill_stages(bench: Bench, row: Row) -> None:
         time.sleep(0.02)
     assert process.returncode == 0, process.communicate()[1]
     unbroken, expected = time.monotonic() - start, outcome(whole)
+    repeated = []
     ends = [*list(begins.values())[1:], time.monotonic()]
     for (stage, begin), end in zip(begins.items(), ends, strict=True):
         for _ in range(1 if bench.quick else 10):
             run = bench.logs / bench.new_name()
             if stage == "states":
                 forget_states()
-            process = bench.start(bench.job(run.name))
+            process, start = bench.start(bench.job(run.name)), time.monotonic()
             while process.poll() is None and not (run / STAGES[stage]).exists():
                 time.sleep(0.02)
             time.sleep(bench.random.uniform(0, end - begin))
-            kill_all(process)
-            acknowledged, start = bench.acknowledged(run.name), time.monotonic()
+            error, middle = kill_all(process), time.monotonic()
+            acknowledged = bench.acknowledged(run.name)
             process = bench.start(bench.job(run.name))
-            _, error = process.communicate()
+            error += process.communicate()[1]
             row.tried += 1
-            row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
+            row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - middle)
+            repeated.append((time.monotonic() - start) / unbroken - 1)
             bench.check(row, run.name, acknowledged, error)
             row.fault("undetected", f"{stage}: {error}", process.returncode != 0)
             row.fault("unequal", stage, process.returncode == 0 and outcome(run) != expected)
-    row.notes.append(f"an unbroken run takes {unbroken:.0f} s")
+    row.notes.append(
+        f"an unbroken run takes {unbroken:.0f} s; with a kill {statistics.median(repeated):.0%} more, "
+        f"{max(repeated):.0%} at most, the second start's imports among it"
+    )
 
 
 @fault(
@@ -453,7 +235,7 @@ def signals(bench: Bench, row: Row) -> None:
     for folder in ("full_kd", "glue") if bench.quick else ("full_kd", "glue") * 5:
         for number in (signal.SIGTERM,) if bench.quick else codes:
             name = bench.new_name()
-            args = bench.job(name) + ["--full_kd.num_epochs=40", "--finetune.num_epochs=40"]
+            args = bench.job(name, "--full_kd.num_epochs=40", "--finetune.num_epochs=40")
             process = bench.start(args)
             while process.poll() is None and not list((bench.logs / name / folder).rglob("last.ckpt")):
                 time.sleep(0.02)
@@ -465,7 +247,9 @@ def signals(bench: Bench, row: Row) -> None:
             row.fault("undetected", f"after {folder}: {code} {error}", code != 0)
             bench.check(row, name, {}, error)
     cases = [(number, 1, 0) for number in codes] + [(signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
-    for number, times, num_workers in cases * (1 if bench.quick else 12):
+    if not bench.quick:
+        cases += [(signal.SIGINT, 1, 2), (signal.SIGUSR1, 1, 2), (signal.SIGINT, 2, 2)]
+    for number, times, num_workers in cases * (1 if bench.quick else 10):
         name = bench.new_name()
         args = bench.search(name, "--search.num_epochs=100000", f"--data.num_workers={num_workers}")
         args += ["--workers=2"] * (bench.random.random() < 0.25)
@@ -490,16 +274,18 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
         folder.rmdir()
 
 
-@fault("F05", "a disk that is full while the teacher's states are stored; then it is larger")
+@fault("F05", "a disk that is full before, or fills up while, the teacher's states are stored; then it is larger")
 def full_disk(bench: Bench, row: Row) -> None:
+    if not bench.quick:
+        full_of_states(bench, row)
     for kilobytes in (64,) if bench.quick else (32, 64, 128, 256):
         with tmpfs(bench.folder / "small", f"size={kilobytes}k") as disk:
             name = bench.new_name()
             args = bench.search(name, f"--states.folder={disk}")
             code, error = bench.call(args)
             row.tried += 1
-            if code not in (2, 3) or "Traceback" in error:
-                row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}")
+            full = code in (2, 3) and is_one_line(error) and " are free" in error and str(disk) in error
+            row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not full)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
@@ -510,7 +296,7 @@ def full_disk(bench: Bench, row: Row) -> None:
             args = bench.search(name, f"--root={disk}")
             code, error = bench.call(args)
             row.tried += 1
-            full = code == 3 and "bytes are free" in error and "Traceback" not in error
+            full = code == 3 and is_one_line(error) and "bytes are free" in error
             row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not full)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
@@ -520,27 +306,97 @@ def full_disk(bench: Bench, row: Row) -> None:
             bench.logs = logs
 
 
-@fault("F06", "a limit on the size of files, and then none", quick=False)
+def full_of_states(bench: Bench, row: Row) -> None:
+    """20 MB in eight shards, on disks of 1 to 16 MB, and on one that somebody else fills after so many are there."""
+    bench.write_rows(large := bench.folder / "large.txt", 800)
+    options = ["--data.num_mask_variants=8", f"--text={large}", "--search.n_trials=2"]
+    whole, folder = bench.new_name(), bench.folder / "large"
+    code, error = bench.call(bench.search(whole, *options, f"--states.folder={folder}"))
+    assert code == 0, error
+
+    def shards(folder: Path) -> dict[str, os.stat_result]:
+        return {path.name: path.stat() for path in folder.rglob("variant*")}
+
+    sizes = {name: found.st_size for name, found in shards(folder).items()}
+    row.notes.append(f"{len(sizes)} shards of {sum(sizes.values()) / 1e6:.1f} MB")
+    for megabytes, fills_up in itertools.product((1, 2, 4, 6, 8, 10, 12, 16), (False, True)):
+        with tmpfs(bench.folder / "small", f"size={64 if fills_up else megabytes}m") as disk:
+            args = bench.search(name := bench.new_name(), *options, f"--states.folder={disk}")
+            process = bench.start(args)
+            while fills_up and process.poll() is None:
+                time.sleep(0.001)
+                if sum(found.st_size for found in shards(disk).values()) > megabytes << 20:
+                    with suppress(OSError), (disk / "others").open("ab", buffering=0) as file:
+                        while True:
+                            file.write(b"x" * (1 << 16))
+            error = process.communicate()[1]
+            row.tried += 1
+            full = process.returncode in (2, 3) and is_one_line(error) and " are free" in error and str(disk) in error
+            row.fault("undetected", f"{megabytes} MB: exit {process.returncode}, {error}", not full)
+            kept = shards(disk)
+            parts = [shard for shard, found in kept.items() if found.st_size != sizes.get(shard)]
+            row.fault("undetected", f"{megabytes} MB: parts of shards {parts}", len(parts))
+            row.fault("zombies", f"{megabytes} MB: parts of shards", len(list(disk.rglob("*.partial"))))
+            (disk / "others").unlink(missing_ok=True)
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            code, error = bench.call(args)
+            row.fault("undetected", error, code != 0)
+            row.fault("unequal", megabytes, bench.story(name) != bench.story(whole))
+            now = shards(disk)
+            again = [shard for shard, found in kept.items() if now[shard].st_mtime_ns != found.st_mtime_ns]
+            row.fault("unequal", f"{megabytes} MB: made again {again}", len(again))
+
+
+def limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@fault("F06", "a limit on the size of files, and then none: in a search, and where a checkpoint is there", quick=False)
 def file_limit(bench: Bench, row: Row) -> None:
-    import resource
-
-    for power in range(10, 20, 3 if bench.quick else 1):
-        name, limit = bench.new_name(), 2**power
-
-        def limited(limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        process = bench.start(bench.search(name), preexec_fn=limited)
-        _, error = process.communicate()
+    for half in range(20, 40, 6 if bench.quick else 1):  # 1 kB to 740 kB
+        name, limit = bench.new_name(), int(2 ** (half / 2))
+        process = bench.start(bench.search(name), preexec_fn=limited(limit))
+        error = process.communicate()[1]
         row.tried += 1
-        bad = process.returncode not in (0, 1, 2, 3) or "Traceback" in error
-        row.fault("undetected", f"{limit} bytes: {process.returncode} {error}", bad)
+        told = process.returncode == 0 or (process.returncode == 3 and is_one_line(error))
+        row.fault("undetected", f"{limit} bytes: {process.returncode} {error}", not told)
+        acknowledged = bench.acknowledged(name)
         code, error = bench.call(bench.search(name))
         row.fault("undetected", error, code != 0)
-        row.fault("unequal", limit, bench.story(name) != bench.story(bench.reference))
+        bench.check(row, name, acknowledged, error)
+    run, args = stopped_run(bench)
+    last = (run / "full_kd" / "last.ckpt").read_bytes()
+    shutil.copytree(run, whole := bench.folder / f"whole_{run.name}")
+    for share in (0.9,) if bench.quick else (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        limit = int(share * len(last))
+        process = bench.start(args, preexec_fn=limited(limit))
+        error = process.communicate()[1]
+        row.tried += 1
+        told = process.returncode == 3 and is_one_line(error)
+        row.fault("undetected", f"checkpoint, {limit} bytes: {process.returncode} {error}", not told)
+        row.fault("lost", "the checkpoint", (run / "full_kd" / "last.ckpt").read_bytes() != last)
+        code, error = bench.call(args)
+        row.fault("undetected", error, code != 0)
+        bench.check(row, run.name, {}, error)
+        shutil.rmtree(run)
+        shutil.copytree(whole, run)
 
 
-SYSTEM_CALLS = ("fsync", "pwrite64", "rename", "ftruncate", "write")
+def stopped_run(bench: Bench, *more: str) -> tuple[Path, list[str]]:
+    """A run that has a checkpoint of its full KD, and what it goes on with."""
+    name = bench.new_name()
+    args = bench.job(name, "--full_kd.num_epochs=15", *more)
+    process, last = bench.start(args), bench.logs / name / "full_kd" / "last.ckpt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.02)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate()
+    assert last.exists(), error
+    return bench.logs / name, args
+
+
+SYSTEM_CALLS = ("fsync,fdatasync", "pwrite64", "rename,renameat2", "ftruncate", "write")
 
 
 @fault("F07", "the N-th system call of a search fails, once: fsync, pwrite64, rename, ftruncate, write", quick=False)
@@ -565,13 +421,17 @@ def failing_calls(bench: Bench, row: Row) -> None:
                 break  # so many are not made
 
 
-def damages(shard: Path) -> dict[str, Callable[[], None]]:
+def damages(shard: Path, other: Path) -> dict[str, Callable[[], Any]]:
     content = shard.read_bytes()
 
     def flip(place: int) -> None:
         changed = bytearray(content)
         changed[place] ^= 1
         shard.write_bytes(changed)
+
+    def swap() -> None:
+        shard.write_bytes(other.read_bytes())
+        other.write_bytes(content)
 
     return {
         "first bit": lambda: flip(0),
@@ -581,48 +441,90 @@ def damages(shard: Path) -> dict[str, Callable[[], None]]:
         "100 bytes less": lambda: shard.write_bytes(content[:-100]),
         "empty": lambda: shard.write_bytes(b""),
         "one byte more": lambda: shard.write_bytes(content + b"\0"),
+        "swapped": swap,
         "gone": lambda: shard.unlink(),
+        "under the name of another content": lambda: shard.rename(
+            shard.with_name(f"{shard.name.split('.')[0]}.{other.name.split('.')[1]}.bin")
+        ),
         "half written": lambda: shard.rename(shard.with_name(f".{shard.name}.partial")),
     }
 
 
-@fault("F08", "a stored shard that is damaged, cut, gone or half written")
+@fault("F08", "a stored shard that is damaged, cut, swapped, gone, renamed or half written; each of two")
 def shards(bench: Bench, row: Row) -> None:
-    bench.reference  # noqa: B018 (stores them)
-    (shard,) = (bench.folder / "states").rglob("*.bin")
-    whole = shard.read_bytes()
-    for what, damage in list(damages(shard).items())[:: 4 if bench.quick else 1]:
-        damage()
-        name = bench.new_name()
-        code, error = bench.call(bench.search(name))
-        row.tried += 1
-        row.fault("undetected", f"{what}: exit {code} {error}", code != 0 or shard.read_bytes() != whole)
-        row.fault("unequal", what, bench.story(name) != bench.story(bench.reference))
+    folder, whole = bench.folder / "two_shards", bench.new_name()
+    options = (f"--states.folder={folder}", "--data.num_mask_variants=2", "--search.num_epochs=2")
+    code, error = bench.call(bench.search(whole, *options))
+    assert code == 0, error
+    pair = sorted(folder.rglob("*.bin"))
+    known = {path: path.read_bytes() for path in pair}
+    for shard, other in (pair,) if bench.quick else (pair, pair[::-1]):
+        for what, damage in list(damages(shard, other).items())[:: 5 if bench.quick else 1]:
+            before = other.stat().st_mtime_ns
+            damage()
+            name = bench.new_name()
+            code, error = bench.call(bench.search(name, *options))
+            row.tried += 1
+            stored = {path: path.read_bytes() for path in sorted(folder.rglob("*.bin"))}
+            row.fault("undetected", f"{what}: exit {code} {error}", code != 0 or stored != known)
+            row.fault("unequal", what, bench.story(name) != bench.story(whole))
+            again = what != "swapped" and other.stat().st_mtime_ns != before
+            row.fault("unequal", f"{what}: the other shard was stored again", again)
+            row.fault("zombies", what, len(list(folder.rglob(".*"))))
+
+
+# A search that writes down each shard that its teacher computes.
+COUNTED = """
+import sys
+from kdnas.cli import main
+from kdnas.distill.cache import StateCache
+
+compute = StateCache._compute
+
+def counted(self, *args):
+    with open(sys.argv[1], "a") as file:
+        file.write("x")
+    return compute(self, *args)
+
+StateCache._compute = counted
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @fault("F09", "two searches store one teacher's states at once; in half of the rounds one is killed", quick=False)
 def two_builders(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018
-    (whole,) = (bench.folder / "states").rglob("*.bin")
+    (whole,) = bench.states.rglob("*.bin")
     for number in range(1 if bench.quick else 20):
         states, names = bench.folder / f"states{number}", [bench.new_name(), bench.new_name()]
-        one, other = (bench.start(bench.search(name, f"--states.folder={states}")) for name in names)
-        if number % 2 == 0:
+        counts = bench.folder / f"count{number}"
+
+        def start(name: str, states: Path = states, counts: Path = counts) -> subprocess.Popen[str]:
+            args = bench.search(name, f"--states.folder={states}")
+            return bench.start_program(["-c", COUNTED, str(counts), *args])
+
+        one, other = map(start, names)
+        kills = number % 2 == 0
+        if kills:
             while one.poll() is None and not list(states.glob("*/lock")):
                 time.sleep(0.01)
             time.sleep(bench.random.uniform(0, 0.3))
             kill_all(one)
-            one = bench.start(bench.search(names[0], f"--states.folder={states}"))
+            one = start(names[0])
         for name, process in zip(names, (one, other), strict=True):
             _, error = process.communicate()
             row.tried += 1
             bench.check(row, name, {}, error)
         stored = [(path.name, path.read_bytes()) for path in states.rglob("*.bin")]
         row.fault("unequal", [name for name, _ in stored], stored != [(whole.name, whole.read_bytes())])
+        passes = len(counts.read_text())  # one shard is all that there is; whoever was killed had begun it, perhaps
+        row.fault("duplicated", f"the teacher ran {passes} times", passes not in ((1, 2) if kills else (1,)))
         shutil.rmtree(states)
 
 
-@fault("F11", "candidates with a reward, loss or latency that is NaN or infinite")
+@fault(
+    "F11", "candidates with a reward, loss or latency that is NaN, infinite or no latency: each of twelve, and whole"
+)
 def not_finite(bench: Bench, row: Row) -> None:
     from kdnas.nas.search import open_study, search
     from kdnas.nas.space import SearchSpace
@@ -642,6 +544,55 @@ def not_finite(bench: Bench, row: Row) -> None:
             row.tried += 1
             states = trials_frame(study).set_index("number").state
             row.fault("undetected", f"{value} at {place}", states[place] != "FAIL" or best.value != 0.5)
+    losses = [(place, value) for place in ("first step", "last step", "held out") for value in (math.nan, math.inf)]
+    losses += [(place, -value) for place, value in losses if value == math.inf]
+    latencies = [("latency", value) for value in (0.0, math.nan, -1.0)]
+    for place, value in (losses + latencies)[:: 9 if bench.quick else 1]:
+        not_finite_in_search(bench, row, place, value)
+    row.notes.append("void: minimising; a search knows only rewards, which it maximises")
+
+
+def not_finite_in_search(bench: Bench, row: Row, place: str, value: float) -> None:
+    """What would be the best student has such a loss or latency: it fails, the others are what they are without it."""
+    from kdnas import latency
+    from kdnas.distill.module import HiddenStateDistillModule as Module
+    from kdnas.nas.record import failure_of
+    from kdnas.nas.trials import trials_frame
+
+    bad, _ = max(bench.story(bench.reference), key=lambda pair: pair[1])
+    step, forward, measure = Module.training_step, Module.forward, latency.measure_latency
+
+    def is_bad(values: Any) -> bool:
+        return all(getattr(values, name) == known for name, known in bad.items())
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        at = self.global_step == 0 if place == "first step" else self.trainer.is_last_batch
+        return step(self, batch, batch_idx) * (value if at and is_bad(self.arch) else 1)
+
+    def held_out(self: Any, student: Any, teacher: Any) -> Any:
+        sums, counts = forward(self, student, teacher)
+        return sums * (1 if self.training or not is_bad(self.arch) else value), counts
+
+    def measured(models: Sequence[Any], settings: Any) -> Any:
+        student, *others = measure(models, settings)
+        return [replace(student, median_ms=value) if is_bad(models[0].config) else student, *others]
+
+    hook = {
+        "held out": mock.patch.object(Module, "forward", held_out),
+        "latency": mock.patch.object(latency, "measure_latency", measured),
+    }.get(place, mock.patch.object(Module, "training_step", training_step))
+    name = bench.new_name()
+    with hook:
+        code, error = bench.call(bench.search(name))
+    row.tried += 1
+    trials = bench.trials(name)
+    reasons = [failure_of(t) for t in trials if t.params == bad]
+    row.fault("undetected", f"{place} {value}: exit {code}, {error}", code != 0 or "Traceback" in error)
+    row.fault("undetected", f"{place} {value}: {reasons}", not reasons or not all(reasons))
+    frame = trials_frame(optuna.load_study(study_name=name, storage=f"sqlite:///{bench.logs / name / 'study.db'}"))
+    row.fault("undetected", "it is on the front", frame.loc[frame.state == "FAIL", "front"].notna().any())
+    row.fault("lost", "others", abs(len({str(p) for p, _ in bench.story(name)}) - bench.num_trials))
+    row.fault("unequal", f"{place} {value}", not all(bench.is_worth(*pair) for pair in bench.story(name)))
 
 
 @contextmanager
@@ -661,159 +612,147 @@ def memory_group(megabytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
+ACTS = "gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid,gelu_fast,mish"
+
+
 def deadly_search(bench: Bench, row: Row, way: str, signal_name: str, **options: Any) -> None:
-    """One of four students kills the process; the search, with its defaults, goes on with the others."""
+    """Half of the students kill the process, or fill its memory; the search, with its defaults, goes on with others.
+
+    Ten of 20; in --quick one of two.
+    """
     from kdnas.nas.record import failure_of
 
-    name = bench.new_name()
-    space = ["--space.num_attention_heads=[1]", "--space.intermediate_size=[16,32]", "--space.hidden_act=[gelu]"]
-    args = bench.search(name, "--recipe.start=deadly.Deadly", "--search.n_trials=3", *space)
-    process = bench.start(args, environment={"DEADLY": way}, **options)
-    _, error = process.communicate()
-    row.tried += 1
-    row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0 or "Traceback" in error)
-    trials = [t for t in bench.trials(name) if "twin_of" not in t.user_attrs]
-    deadly = [t for t in trials if (t.params["num_hidden_layers"], t.params["intermediate_size"]) == (2, 16)]
-    died = [t.state.name == "FAIL" and signal_name in t.user_attrs.get("died", "") for t in deadly]
-    row.fault("undetected", f"{way}: {[failure_of(t) for t in deadly]}", died != [True, True])
-    row.fault("lost", [t.state.name for t in trials], abs(sum(t.state.name == "COMPLETE" for t in trials) - 3))
+    acts = ACTS.split(",")[: 1 if bench.quick else 10]
+    space = ["--space.num_attention_heads=[1]", "--space.hidden_size=[32]", "--space.num_hidden_layers=[2]"]
+    space += ["--space.intermediate_size=[16,32]", f"--space.hidden_act=[{','.join(acts)}]"]
+
+    def searched(way: str, **options: Any) -> tuple[str, list[Any], list[int]]:
+        name = bench.new_name()
+        args = bench.search(name, "--recipe.start=hooks.Deadly", "--search.n_trials=20", *space)
+        environment = {"DEADLY": way, "STARTS": str(starts := bench.folder / f"starts_{name}")}
+        process = bench.start(args, environment=environment, **options)
+        _, error = process.communicate()
+        row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0 or "Traceback" in error)
+        trials = [t for t in bench.trials(name) if "twin_of" not in t.user_attrs]
+        return name, trials, [json.loads(line)[1] for line in starts.read_text().splitlines()]
+
+    name, trials, memory = searched(way, **options)
+    for act in acts:
+        deadly = [t for t in trials if (t.params["intermediate_size"], t.params["hidden_act"]) == (16, act)]
+        row.tried += bool(deadly)
+        told = [(t.user_attrs.get("died") if signal_name else failure_of(t)) or "" for t in deadly]
+        right = [(signal_name or "out of memory") in reason for reason in told] == [True] * (2 if signal_name else 1)
+        row.fault("undetected", f"{way} {act}: {told}", not right or any(t.state.name != "FAIL" for t in deadly))
+    finished = {str(t.params): t.value for t in trials if t.state.name == "COMPLETE"}
+    row.fault("lost", f"{len(finished)} of {len(acts)}", abs(len(finished) - len(acts)))
     row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
+    more = (max(memory) - min(memory)) >> 20
+    row.fault("zombies", f"a candidate begins with {more} MB more", not signal_name and more > 128)
     bench.check_processes(row, name)
+    if not bench.quick:
+        _, without, _ = searched("")
+        known = {str(t.params): t.value for t in without if t.state.name == "COMPLETE"}
+        row.fault("unequal", f"{way}: {finished}", not finished.items() <= known.items())
 
 
 @fault("F36", "candidates that crash in native code, in a search with its defaults")
 def crash(bench: Bench, row: Row) -> None:
-    for _ in range(1 if bench.quick else 10):
-        deadly_search(bench, row, "crash", "SIGSEGV")
+    deadly_search(bench, row, "crash", "SIGSEGV")
 
 
-@fault("F12", "candidates that take more memory than RLIMIT_AS, or a cgroup, leaves")
+@fault("F12", "ten candidates of 20 take more memory than RLIMIT_AS, or (not in --quick) a cgroup, leaves")
 def memory(bench: Bench, row: Row) -> None:
-    import resource
-
-    from kdnas.nas.record import failure_of
-    from kdnas.nas.search import open_study, search
-    from kdnas.nas.space import SearchSpace
-    from kdnas.training import release_memory
-
-    def pages(place: int) -> int:
-        return int(Path("/proc/self/statm").read_text().split()[place]) * resource.getpagesize()
-
-    choices = {"num_hidden_layers": [1, 2, 3, 4, 5], "num_attention_heads": [1], "hidden_size": [16, 32]}
-    space = SearchSpace({**choices, "intermediate_size": [64], "hidden_act": ["gelu", "relu"]})
-
-    def evaluate(trial: Any, arch: Any) -> float:
-        held = [torch.ones(1 << 22) for _ in range(64 if trial.number % 2 else 1)]  # 16 MB each
-        return float(sum(len(block) for block in held) and arch.num_hidden_layers)
-
-    name, before, limits = bench.new_name(), pages(1), resource.getrlimit(resource.RLIMIT_AS)
-    study = open_study(f"sqlite:///{bench.folder}/{name}.db", name, {})
-    resource.setrlimit(resource.RLIMIT_AS, (pages(0) + (256 << 20), limits[1]))
-    try:
-        search(evaluate, space, study, 4)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    for trial in study.trials:
-        if "twin_of" not in trial.user_attrs and trial.number % 2:
-            row.tried += 1
-            reason = failure_of(trial) or ""
-            row.fault("undetected", f"{trial.number}: {reason}", not reason.startswith("out of memory"))
-    row.fault("undetected", "others failed", sum(t.state.name == "FAIL" and not t.number % 2 for t in study.trials))
-    release_memory()  # as each fit begins
-    row.fault("zombies", f"{(pages(1) - before) >> 20} MB more", pages(1) - before > 128 << 20)
+    deadly_search(bench, row, "limit", "")
     if bench.quick:
         return row.leave_out("a cgroup's limit (not in --quick)")
-    with memory_group(2048) as group:
+    row.notes.append("the cgroup has 1,536 MB: 300 MB are less than what torch and transformers take to be imported")
+    with memory_group(1536) as group:
 
         def enter() -> None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-        deadly_search(bench, row, "memory", "SIGKILL", preexec_fn=enter)
+        deadly_search(bench, row, "kernel", "SIGKILL", preexec_fn=enter)
 
 
-def outage(bench: Bench, row: Row, pauses: Sequence[float], cut: bool) -> None:
-    """Searches on a PostgreSQL server of their own that goes away, or cuts its connections."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
-        raise NotRun("needs Debian's package postgresql")
-    import threading
-
-    from kdnas.nas.record import trained
-    from kdnas.nas.search import open_study, search
-    from kdnas.nas.space import SearchSpace
-
-    account: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    if account:
-        shutil.chown(folder, **account)
-
-    def call(*command: str) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([programs[-1] / command[0], *command[1:]], check=True, **quiet, **account)
-
-    options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-    server = ("pg_ctl", "--wait", f"--pgdata={folder}/data", f"--log={folder}/log", f"--options={options}")
-    call("initdb", "--no-sync", "--auth=trust", "--username=kdnas", f"--pgdata={folder}/data")
-    call(*server, "start")
-    choices = {"num_hidden_layers": [1, 2, 3, 4, 5], "num_attention_heads": [1], "hidden_size": [16, 32]}
-    space = SearchSpace({**choices, "intermediate_size": [64], "hidden_act": ["gelu", "relu"]})
-    evaluated: list[int] = []
-
-    def evaluate(trial: Any, arch: Any) -> float:
-        time.sleep(0.2)
-        evaluated.append(trial.number)
-        trial.set_user_attr("loss", 0.5)
-        return float(arch.num_hidden_layers)
-
-    def disturb(seconds: float) -> None:
-        time.sleep(bench.random.uniform(0.2, 2))
-        if cut:
-            sql = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
-            call("psql", f"--host={folder}", "--username=kdnas", "--dbname=postgres", f"--command={sql}")
-        else:
-            call("pg_ctl", "--mode=immediate", f"--pgdata={folder}/data", "stop")
-            time.sleep(seconds if seconds <= 60 else 15)
-            call(*server, "start")
-
-    def open_it() -> Any:
-        return open_study(f"postgresql://kdnas@/postgres?host={folder}", name, {}, folder=bench.folder)
-
-    try:
-        for seconds in pauses:
-            name = bench.new_name()
-            evaluated.clear()
-            study = open_it()
-            thread = threading.Thread(target=disturb, args=(seconds,))
-            thread.start()
-            if seconds > 60:  # longer than it is waited for
-                with mock.patch("kdnas.nas.storage.PATIENCE_SECONDS", 5.0):
-                    try:
-                        search(evaluate, space, study, 15, folder=bench.folder)
-                        row.fault("undetected", f"{name}: nobody noticed")
-                    except OSError:
-                        pass
-                    thread.join()
-                study = open_it()
-                row.fault("zombies", "a kept result was not stored", len(list(bench.folder.glob("unsent_*"))))
-            search(evaluate, space, study, 15, folder=bench.folder)
-            thread.join()
-            row.tried += 1
-            row.fault("lost", name, abs(len(set(evaluated)) - len(trained(study))))
-            row.fault("duplicated", name, len(evaluated) - len(set(evaluated)))
-            row.fault("zombies", name, sum(t.state.name in ("RUNNING", "WAITING") for t in study.trials))
-    finally:
-        call("pg_ctl", "--mode=immediate", f"--pgdata={folder}/data", "stop")
-        shutil.rmtree(folder)
+def told_search(bench: Bench, url: str, patience: float = 600.0) -> tuple[str, Callable[[], Any], Path]:
+    """A search of two workers in a server's study: name, what starts it, and where each training is written down."""
+    name = bench.new_name()
+    bench.storages[name], starts = url, bench.folder / f"starts_{name}"
+    starts.touch()
+    args = bench.search(name, "--workers=2", "--recipe.start=hooks.Told")
+    environment = {"PATIENCE": str(patience), "STARTS": str(starts)}
+    return name, lambda: bench.start(args, environment=environment), starts
 
 
-@fault("F13", "PostgreSQL stopped in a search: for 5 s, for 60 s, and for longer than it is waited for", quick=False)
+def check_told(bench: Bench, row: Row, name: str, error: str, starts: Path) -> None:
+    """Every student was trained once by one of two workers, and is stored; no trial failed."""
+    bench.check(row, name, {}, error, one=False)
+    trained = [json.dumps(json.loads(line)[0]) for line in starts.read_text().splitlines()]
+    row.fault("lost", f"{name}: trained again", len(trained) - len(set(trained)))
+    trials = bench.trials(name)
+    workers = {t.user_attrs["pid"] for t in trials if "pid" in t.user_attrs}
+    row.fault("lost", f"{name}: {len(workers)} workers", max(0, len(workers) - 2))
+    failed = [t.number for t in trials if t.state.name == "FAIL" and "not_needed" not in t.user_attrs]
+    row.fault("lost", f"{name}: failed {failed}", len(failed))
+
+
+def outage(bench: Bench, row: Row, server: Postgres, seconds: float) -> None:
+    """A server that is away for so long, at a random instant of a search."""
+    name, start, starts = told_search(bench, server.url, 600.0 if math.isfinite(seconds) else 5.0)
+    process, run = start(), bench.logs / name
+    bench.wait_for_candidate(process, name)
+    time.sleep(bench.random.uniform(0, 2))
+    acknowledged = bench.acknowledged(name)
+    server.stop()
+    began = time.monotonic()
+    row.tried += 1
+    if math.isfinite(seconds):
+        time.sleep(seconds)
+        server.start()
+        _, error = process.communicate()
+        row.fault("lost", f"{seconds:g} s: exit {process.returncode} {error}", process.returncode != 0)
+        return check_told(bench, row, name, error, starts)
+    _, error = process.communicate()
+    row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - began)
+    told = process.returncode == 3 and is_one_line(error)
+    row.fault("undetected", f"for ever: exit {process.returncode} {error}", not told)
+    finished = {int(path.parent.name.removeprefix("trial_")) for path in run.glob("trial_*/weights.safetensors")}
+    kept = {int(path.stem.removeprefix("unsent_")) for path in run.glob("unsent_*.json")}
+    server.start()
+    process = start()
+    _, error = process.communicate()
+    row.fault("undetected", error, process.returncode != 0)
+    bench.check(row, name, acknowledged, error, one=False)
+    missing = finished - bench.acknowledged(name).keys()
+    row.fault("lost", f"{name}: trained, and not stored: {missing}", len(missing))
+    row.fault("zombies", f"{name}: kept, and not taken up", len(list(run.glob("unsent_*"))))
+    row.notes.append(f"{name}: {len(kept)} results kept for the next start")
+
+
+@fault(
+    "F13", "PostgreSQL stopped in a search of two workers: for 5 s, 60 s, and longer than it is waited for", quick=False
+)
 def server_stopped(bench: Bench, row: Row) -> None:
-    outage(bench, row, [5.0, math.inf] if bench.quick else [5.0, 60.0, math.inf] * 10, cut=False)
+    with postgres() as server:
+        for seconds in (5.0, math.inf) if bench.quick else (5.0, 60.0, math.inf) * 10:
+            outage(bench, row, server, seconds)
+    row.notes.append("for ever: 5 s of patience instead of 600")
 
 
-@fault("F14", "connections to PostgreSQL cut in a search", quick=False)
+@fault("F14", "connections to PostgreSQL cut in a search of two workers, while they are in use and idle", quick=False)
 def connections_cut(bench: Bench, row: Row) -> None:
-    outage(bench, row, [0.0] * (3 if bench.quick else 50), cut=True)
+    with postgres() as server:
+        while row.tried < (3 if bench.quick else 50):
+            name, start, starts = told_search(bench, server.url)
+            process = start()
+            bench.wait_for_candidate(process, name)
+            while process.poll() is None:
+                server.cut()
+                row.tried += 1
+                time.sleep(bench.random.uniform(0.2, 2))
+            _, error = process.communicate()
+            row.fault("lost", f"exit {process.returncode} {error}", process.returncode != 0)
+            check_told(bench, row, name, error, starts)
 
 
 @contextmanager
@@ -840,15 +779,17 @@ def bad_teachers(bench: Bench, row: Row) -> None:
         "a decoder": lambda path: edit(path / "config.json", is_decoder=True),
         "another family": lambda path: edit(path / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
     }
+    bench.reference  # noqa: B018 (imports what takes seconds)
     for what, damage in spoil.items():
         with spoilt_teacher(bench) as folder:
             damage(folder)
             bench.refuse(row, what, bench.search(bench.new_name(), f"--teacher={folder}"))
     with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
         bench.refuse(row, "a hub's name", bench.search(bench.new_name(), "--teacher=nobody/nothing"))
+    row.fault("undetected", f"one took {row.worst_wait_s:.1f} s", row.worst_wait_s > 5)
 
 
-@fault("F16", "pickles that execute: weights, a checkpoint, a stored shard, a config, a manifest")
+@fault("F16", "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests")
 def pickles(bench: Bench, row: Row) -> None:
     payload = {"state_dict": Payload(bench.canary)}
     with spoilt_teacher(bench) as folder:
@@ -860,7 +801,7 @@ def pickles(bench: Bench, row: Row) -> None:
     arch = '--model.arch={"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}'
     bench.refuse(row, "checkpoint of fit", ["fit", *model, arch])
     checkpoint.unlink()
-    (shard,) = (bench.logs / bench.reference and bench.folder / "states").rglob("*.bin")
+    (shard,) = (bench.logs / bench.reference and bench.states).rglob("*.bin")
     torch.save(payload, shard)
     code, error = bench.call(bench.search(bench.new_name()))
     row.tried += 1
@@ -874,6 +815,45 @@ def pickles(bench: Bench, row: Row) -> None:
     torch.save(payload, run / "manifest.json")
     bench.refuse(row, "manifest", ["verify", str(run)])
     (run / "manifest.json").write_bytes(known)
+    if not bench.quick:
+        pickles_in_run(bench, row, tag)
+
+
+def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
+    """The same in each file that a run goes on from: it is refused in a line, or the file is made again."""
+    run, args = stopped_run(bench)
+    shutil.copytree(run, whole := bench.folder / f"whole_{run.name}")
+    last = Path("full_kd/last.ckpt")
+    state = torch.load(run / last, weights_only=True)
+    evil = Payload(bench.canary)
+    buffers = {key: io.BytesIO() for key in ("all", "optimizer", "random", "array", "tag")}
+    torch.save(evil, buffers["all"])
+    torch.save(state | {"optimizer_states": [evil]}, buffers["optimizer"])
+    torch.save(state | {"callbacks": state["callbacks"] | {"random": evil}}, buffers["random"])
+    buffers["tag"].write(f"name: {tag}\n".encode())
+    numpy.save(buffers["array"], numpy.array([evil], dtype=object), allow_pickle=True)
+    carriers = {
+        "checkpoint": ([run / last], "all"),
+        "optimizer's state": ([run / last], "optimizer"),
+        "random state": ([run / last], "random"),
+        "candidates' weights": ([*run.glob("trial_*/weights.safetensors")], "all"),
+        "tokens": ((bench.logs / "tokens").glob("*/variant00.bin"), "array"),
+        "shards, arrays of objects": (bench.states.rglob("*.bin"), "array"),
+        "a result that was kept": ([run / "unsent_0000.json"], "all"),
+        "config of the run": ([run / "config.yaml"], "tag"),
+        "best student": ([run / "best_student.yaml"], "tag"),
+        "database": ([run / "study.db"], "all"),
+    }
+    for what, (paths, content) in carriers.items():
+        for path in paths:
+            path.write_bytes(buffers[content].getvalue())
+        code, error = bench.call(args)
+        row.tried += 1
+        row.fault("undetected", f"{what}: exit {code}, {error}", code != 0 and not (code == 2 and is_one_line(error)))
+        bench.look_at_canary(row, what)
+        shutil.rmtree(run)
+        shutil.copytree(whole, run)
+    row.notes.append("void: a sampler's file; its state is in the database")
 
 
 @fault("F17", "code in a checkpoint, with an answer on stdin and without")
@@ -900,7 +880,10 @@ def names(bench: Bench, row: Row) -> None:
     (bench.logs / "link").unlink()
 
 
-@fault("F19", "YAML: tags, keys given twice or unknown, bombs, 50 MB, no mapping, NaN, numbers with an exponent")
+@fault(
+    "F19",
+    "YAML: tags, keys given twice or unknown, bombs, 50 MB, no mapping, NaN, more than the teacher has, exponents",
+)
 def yaml(bench: Bench, row: Row) -> None:
     path = bench.folder / "a.yaml"
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -914,6 +897,8 @@ def yaml(bench: Bench, row: Row) -> None:
         "50 MB": ("#" * 50_000_000, "characters"),
         "no mapping": ("- 1\n- 2", "config"),
         "NaN": ("search: {alpha: .nan}", "alpha"),
+        "NaN in a range": ("space: {hidden_size: [16, .nan]}", "hidden_size"),
+        "beyond the teacher": ("space: {num_hidden_layers: [3]}", "num_hidden_layers"),
         "nothing": ("workers: null", "workers is null"),
         "itself": ("sampler: &a {class_path: x, init_args: *a}", "contains itself"),
         "exponent": ("recipe: {learning_rate: -1e-3}", "learning_rate is -0.001"),
@@ -921,42 +906,133 @@ def yaml(bench: Bench, row: Row) -> None:
     path.touch()
     for what, (text, words) in texts.items():
         path.write_text(text)
-        bench.refuse(row, what, ["search", f"--config={path}", "--teacher=x", "--text=y"], words)
+        args = ["search", f"--config={path}", f"--teacher={bench.teacher}", f"--text={bench.text}"]
+        bench.refuse(row, what, args, words)
 
 
-@fault(
-    "F20-F29", "texts: empty, blank, NUL, huge rows, no UTF-8, wrong columns and types, cut files, hardly a good row"
-)
-def texts(bench: Bench, row: Row) -> None:
-    rows = bench.text.read_text().splitlines()
-    lines = [json.dumps({"text": text}) for text in rows]
-    files: dict[str, bytes] = {
-        "empty.txt": b"",
-        "empty.jsonl": b"",
-        "blank.txt": b" \n\t\n\n" * 99,
-        "blank.jsonl": b'{"text": " "}\n' * 99,
-        "nul.txt": b"one\nt\0wo\n",
-        "nul.jsonl": b'{"text": "one"}\n{"text": "t\\u0000wo"}\n',
-        "latin.txt": b"one\ntwo\ncaf\xe9\n",
-        "latin.jsonl": b'{"text": "one"}\n{"text": "caf\xe9"}\n',
-        "column.jsonl": b'{"body": "one"}\n{"body": "two"}\n',
-        "integer.jsonl": b'{"text": "one"}\n{"text": 7}\n',
-        "list.jsonl": b'{"text": "one"}\n{"text": ["two"]}\n',
-        "cut.jsonl": "\n".join(lines).encode()[:-5],
-        "cut.parquet": b"PAR1 and no more",
-        "hardly.txt": b"one\ntwo\n" + b"one\n" * 9_998,
-        "hardly.jsonl": b'{"text": "one"}\n{"text": "two"}\n' + b'{"text": null}\n' * 9_998,
-    }
+def write_text(path: Path, values: Sequence[Any], column: str = "text") -> None:
+    """Rows in the format that the suffix says."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({column: values}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: value}) + "\n" for value in values))
+    else:
+        head = f"{column},other\n" if path.suffix == ".csv" else ""
+        tail = "," if path.suffix == ".csv" else ""
+        path.write_text(head + "".join(f"{value or ''}{tail}\n" for value in values))
+
+
+def refuse_texts(bench: Bench, row: Row, words: str, files: dict[str, bytes | Sequence[Any]], column: str) -> None:
     for name, content in files.items():
         path = bench.folder / name
-        path.write_bytes(content)
-        bench.refuse(row, name, bench.search(bench.new_name(), f"--text={path}"), name)
+        path.write_bytes(content) if isinstance(content, bytes) else write_text(path, content, column)
+        bench.refuse(row, name, bench.search(bench.new_name(), f"--text={path}"), words)
         path.unlink()
-    path = bench.folder / "long.txt"
-    path.write_text("\n".join([*rows, "long " * 200_000]))
-    code, error = bench.call(bench.search(bench.new_name(), f"--text={path}", "--dry-run"))
+
+
+def refused(name: str, what: str, words: str, files: dict[str, bytes | Sequence[Any]], column: str = "text") -> None:
+    """Put texts that are refused with these words into the table of faults."""
+    fault(name, what)(lambda bench, row: refuse_texts(bench, row, words, files, column))
+
+
+def cut_file(suffix: str) -> bytes:
+    """A whole file of 200 rows but its last 100 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(path := Path(folder) / f"a{suffix}", [f"row {i}" for i in range(200)])
+        return path.read_bytes()[:-100] if suffix == ".parquet" else path.read_bytes()[:-5]
+
+
+HARDLY = ["one", "two"] + 9_998 * [None]
+refused("F20", "a text that is empty, as txt and jsonl", "no usable rows", {"a.txt": b"", "a.jsonl": b""})
+refused(
+    "F21",
+    "empty and blank rows only",
+    "no usable rows",
+    {"a.txt": b" \n\t\n\n" * 99, "a.jsonl": b'{"text": " "}\n' * 99},
+)
+refused(
+    "F22", "NUL bytes", "in row 2", {"a.txt": b"one\nt\0wo\n", "a.jsonl": b'{"text": "a"}\n{"text": "t\\u0000o"}\n'}
+)
+refused(
+    "F24", "no UTF-8", "in row 2", {"a.txt": b"one\ncaf\xe9\n", "a.jsonl": b'{"text": "one"}\n{"text": "caf\xe9"}\n'}
+)
+refused(
+    "F25",
+    "a column of another name, in each format that has columns",
+    "choose from its columns, 'body'",
+    {f"a.{suffix}": ["one", "two", "three"] for suffix in ("jsonl", "csv", "parquet")},
+    "body",
+)
+refused(
+    "F28",
+    "cut files: jsonl, parquet, and what only begins like parquet",
+    "cannot be read",
+    {"a.jsonl": cut_file(".jsonl"), "a.parquet": cut_file(".parquet"), "b.parquet": b"PAR1 and no more"},
+)
+refused(
+    "F29",
+    "one good row among 9,999 bad ones, and two among 9,998",
+    "usable",
+    {
+        f"{rows[1] or 'one'}.{suffix}": rows
+        for rows in (HARDLY, ["one", *9_999 * [None]])
+        for suffix in ("txt", "jsonl", "csv", "parquet")
+    },
+)
+
+
+def counted_rows(bench: Bench, row: Row, name: str, values: Sequence[Any], words: str) -> None:
+    """Rows that are left out by rule: they are counted, told, and change nothing."""
+    write_text(path := bench.folder / name, values)
+    logging.disable(logging.NOTSET)
+    run = bench.new_name()
+    code, error = bench.call(bench.search(run, f"--text={path}"))
+    logging.disable(logging.WARNING)
+    path.unlink()
     row.tried += 1
-    row.fault("undetected", f"a row of 1 MB: {error}", code != 0)
+    row.fault("undetected", f"{name}: exit {code}, {error}", code != 0 or words not in error)
+    row.fault("unequal", name, bench.story(run) != bench.story(bench.reference))
+
+
+@fault("F26", "duplicate rows, in each format: counted and told")
+def duplicates(bench: Bench, row: Row) -> None:
+    rows = bench.text.read_text().splitlines()
+    for suffix in ("txt",) if bench.quick else ("txt", "jsonl", "csv", "parquet"):
+        counted_rows(bench, row, f"a.{suffix}", 2 * rows, "200 duplicate rows are left out")
+
+
+@fault("F27", "rows that are no text: numbers, lists, bytes; null is counted and told")
+def types(bench: Bench, row: Row) -> None:
+    files = {
+        "a.jsonl": ["one", 7],
+        "b.jsonl": ["one", ["two"]],
+        "c.jsonl": ["one", {"two": 2}],
+        "d.jsonl": ["one", True],
+    }
+    files |= {"a.parquet": [7, 8], "b.parquet": [["one"], ["two"]], "c.parquet": [b"one", b"two"]}
+    refuse_texts(bench, row, "in column 'text', row ", files, "text")
+    rows = bench.text.read_text().splitlines()
+    for suffix in ("jsonl",) if bench.quick else ("jsonl", "csv", "parquet"):
+        counted_rows(bench, row, f"a.{suffix}", [*rows, None], "1 empty rows are left out")
+
+
+@fault("F23", "a row of 1 MB, as txt and jsonl: cut to the longest that there is, in no more memory")
+def huge_row(bench: Bench, row: Row) -> None:
+    def peak(path: Path) -> float:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        code, error = bench.call(bench.search(bench.new_name(), f"--text={path}"))
+        row.fault("undetected", f"{path.name}: {error}", code != 0)
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        return int(line.split()[1]) / 1024
+
+    rows = bench.text.read_text().splitlines()
+    for suffix in ("txt",) if bench.quick else ("txt", "jsonl"):
+        usual, path = peak(bench.text), bench.folder / f"long.{suffix}"
+        write_text(path, [*rows, "long " * 200_000])
+        row.tried += 1
+        more = peak(path) - usual
+        row.notes.append(f"{suffix}: {more:.0f} MB more at the peak")
+        row.fault("undetected", f"{suffix}: {more:.0f} MB more at the peak", more > 128)
 
 
 @fault("F30", "several devices, DDP, or torchrun, asked of a search")
@@ -977,37 +1053,63 @@ def libfaketime() -> Path:
     return found[0]
 
 
-@fault("F31", "files from next year, and a clock that steps back and forth by an hour while candidates train")
+@fault("F31", "files from next year, and a clock that is, or steps, an hour ahead or behind while candidates train")
 def clock(bench: Bench, row: Row) -> None:
     run, next_year = bench.logs / bench.reference, time.time() + 365 * 86400
-    for path in [*run.rglob("*"), *(bench.folder / "states").rglob("*")]:
-        os.utime(path, (next_year, next_year))
-    (shard,) = (bench.folder / "states").rglob("*.bin")
+    states = list(bench.states.rglob("*.bin"))
+
+    def age(paths: Iterable[Path]) -> None:
+        for path in paths:
+            os.utime(path, (next_year, next_year))
+
+    age([*run.rglob("*"), *bench.states.rglob("*")])
     name = bench.new_name()
-    for again in (bench.reference, name):
-        code, error = bench.call(bench.search(again))
+    for searched in (bench.reference, name):
+        code, error = bench.call(bench.search(searched))
         row.tried += 1
         row.fault("undetected", error, code != 0)
-    row.fault("unequal", "the states were stored again", abs(shard.stat().st_mtime - next_year) > 1)
+    again = [path for path in states if abs(path.stat().st_mtime - next_year) > 1]
+    row.fault("unequal", f"stored again: {again}", len(again))
     row.fault("unequal", name, bench.story(name) != bench.story(bench.reference))
+    for pattern in () if bench.quick else ("*.lock", "study.db*", "*"):  # of a search that was broken off
+        process = bench.start(bench.search(name := bench.new_name()))
+        bench.wait_for_candidate(process, name, 1)
+        error = kill_all(process)
+        acknowledged = bench.acknowledged(name)
+        age((bench.logs / name).rglob(pattern))
+        error += bench.start(bench.search(name)).communicate()[1]
+        row.tried += 1
+        bench.check(row, name, acknowledged, error)
     try:
         library = libfaketime()
     except NotRun as reason:
         return row.leave_out(reason)
-    for _ in range(1 if bench.quick else 5):
-        name, clock_file = bench.new_name(), bench.folder / "clock"
-        clock_file.write_text("+0\n")
-        fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock_file), "FAKETIME_NO_CACHE": "1"}
-        process = bench.start(bench.search(name), environment=fake | {"FAKETIME_DONT_FAKE_MONOTONIC": "1"})
-        bench.wait_for_candidate(process, name)
-        for step in itertools.cycle(("-3600\n", "+3600\n")):
-            clock_file.write_text(step)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.7)
-                break
-        row.tried += 1
-        bench.check(row, name, {}, process.communicate()[1])
-        row.fault("undetected", "negative time", sum(t.user_attrs.get("seconds", 0) < 0 for t in bench.trials(name)))
+    kinds = [["-3600", "+3600"], ["+3600"], ["-3600"], ["+0", "+3600"], ["+0", "-3600"]]
+    for steps, num_workers in itertools.product(kinds[: 1 if bench.quick else None], (1,) if bench.quick else (1, 2)):
+        wrong_clock(bench, row, library, steps, num_workers)
+
+
+def wrong_clock(bench: Bench, row: Row, library: Path, steps: Sequence[str], num_workers: int) -> None:
+    """A search by a clock that is wrong by so many seconds, then by so many; back and forth if it begins wrong."""
+    name, clock_file = bench.new_name(), bench.folder / "clock"
+    clock_file.write_text(f"{steps[0]}\n")
+    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock_file), "FAKETIME_NO_CACHE": "1"}
+    fake |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    begun = time.monotonic()
+    process = bench.start(bench.search(name, f"--workers={num_workers}"), environment=fake)
+    bench.wait_for_candidate(process, name)
+    for step in itertools.cycle(steps) if steps[0] != "+0" else itertools.chain(steps, itertools.repeat(steps[-1])):
+        clock_file.write_text(f"{step}\n")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.7)
+            break
+    row.tried += 1
+    bench.check(row, name, {}, process.communicate()[1], one=num_workers == 1)
+    seconds = [t.user_attrs.get("seconds", 0) for t in bench.trials(name)]
+    whole = time.monotonic() - begun
+    row.fault("undetected", f"seconds by a wrong clock: {seconds}", any(not 0 <= value < whole for value in seconds))
+    stolen = sum("retry_of" in t.user_attrs for t in bench.trials(name))
+    row.fault("duplicated", f"trials of living workers were given up: {stolen}", stolen)
 
 
 @fault("F32", "an output folder that cannot be written to: told at the start")
@@ -1016,33 +1118,75 @@ def read_only(bench: Bench, row: Row) -> None:
         bench.refuse(row, what, bench.search(bench.new_name(), option), "Cannot write to")
     with tmpfs(bench.folder / "disk", "ro") as disk:
         bench.refuse(row, "disk", bench.search(bench.new_name(), f"--root={disk}"), "Read-only file system")
+    if bench.quick:
+        return
+    (folder := bench.folder / "closed").mkdir()
+    args = bench.search(bench.new_name(), f"--root={folder}")
+    bind = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
+    cases = {
+        "a mount that became read-only": (bind, f"umount {folder}", "Read-only file system"),
+        "an immutable folder": (f"chattr +i {folder}", f"chattr -i {folder}", "Operation not permitted"),
+    }
+    for what, (close, open_again, words) in cases.items():
+        try:
+            subprocess.run(close, shell=True, check=True, capture_output=True)
+        except subprocess.CalledProcessError as error:
+            row.leave_out(f"{what}: {error.stderr!r}")
+            continue
+        bench.refuse(row, what, args, words)
+        subprocess.run(open_again, shell=True, check=True)
+    folder.chmod(0o555)
+    # Root ignores modes, but for this capability.
+    drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.getuid() == 0 else []
+    start, process = time.monotonic(), bench.start_program(["-m", "kdnas", *args], drop)
+    _, error = process.communicate()
+    row.tried += 1
+    row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
+    told = process.returncode == 2 and is_one_line(error) and "Permission denied" in error
+    row.fault("undetected", f"mode 0555: exit {process.returncode}, {error}", not told or any(folder.iterdir()))
 
 
-@fault("F33", "the same name with another teacher, space, seed, metric or length")
+@fault(
+    "F33", "the same name with another teacher, space, seed, metric or length; --force-new has them (not in --quick)"
+)
 def other_config(bench: Bench, row: Row) -> None:
+    before = bench.story(bench.reference)
     with spoilt_teacher(bench) as teacher:
         options = ["--seed=1", "--space.num_hidden_layers=[1]", "--search.alpha=-0.1", "--data.max_length=16"]
         for option in [*options, f"--teacher={teacher}"]:
             bench.refuse(row, option, bench.search(bench.reference, option), " there, ")
-    row.fault("lost", "the search", bench.story(bench.reference) == [])
+    if not bench.quick:
+        code, error = bench.call(bench.search(bench.reference, "--seed=1", "--force-new"))
+        row.fault("undetected", f"--force-new: {error}", code != 0 or not bench.story(f"{bench.reference}-2"))
+    row.fault("lost", "the search", bench.story(bench.reference) != before)
 
 
-@fault("F34", "a finished search again, two starts of a search at once, and (not in --quick) of a run")
+@fault(
+    "F34", "a finished search again; a search that was broken off, and (not in --quick) a run, started twice at once"
+)
 def again(bench: Bench, row: Row) -> None:
-    before = bench.story(bench.reference)
+    def files(run: Path) -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+    before, known = bench.story(bench.reference), files(bench.logs / bench.reference)
     for _ in range(2 if bench.quick else 20):
         code, error = bench.call(bench.search(bench.reference))
         row.tried += 1
         row.fault("undetected", error, code != 0)
-        row.fault("unequal", "", bench.story(bench.reference) != before)
+        changed = dict(files(bench.logs / bench.reference).items() ^ known.items())
+        row.fault("unequal", f"changed: {sorted(changed)}", bool(changed) or bench.story(bench.reference) != before)
     bench.check(row, bench.reference, bench.acknowledged(bench.reference))
     for _ in range(1 if bench.quick else 20):
         name = bench.new_name()
+        process = bench.start(bench.search(name))
+        bench.wait_for_candidate(process, name, 1)
+        error = kill_all(process)
+        acknowledged = bench.acknowledged(name)
         both = [bench.start(bench.search(name)) for _ in range(2)]
-        errors = [process.communicate()[1] for process in both]
+        errors = [error, *(process.communicate()[1] for process in both)]
         row.tried += 1
         row.fault("undetected", errors, any(process.returncode for process in both))
-        bench.check(row, name, {}, "".join(errors), one=False)
+        bench.check(row, name, acknowledged, "".join(errors), one=False)
     for _ in range(0 if bench.quick else 3):
         name = bench.new_name()
         both = [bench.start(bench.job(name)) for _ in range(2)]
@@ -1052,6 +1196,10 @@ def again(bench: Bench, row: Row) -> None:
         told = "is being made by process" in "".join(errors)
         row.fault("undetected", f"{codes} {errors}", codes != [0, 2] or not told)
         bench.check(row, name, {}, "".join(errors))
+        known = files(bench.logs / name)
+        code, error = bench.call(bench.job(name))
+        row.fault("undetected", error, code != 0)
+        row.fault("unequal", f"{name} changed", files(bench.logs / name) != known)
 
 
 @fault(
@@ -1062,6 +1210,9 @@ def again(bench: Bench, row: Row) -> None:
 def kill_again_and_again(bench: Bench, row: Row) -> None:
     name, num_trials = bench.new_name(), 6 if bench.quick else 20
     args = bench.search(name, f"--search.n_trials={num_trials}")
+    start = time.monotonic()
+    bench.start(bench.search(bench.new_name(), f"--search.n_trials={num_trials}")).communicate()
+    row.notes.append(f"unbroken: {60 * num_trials / (time.monotonic() - start):.1f} trials a minute")
     start, known, seconds = time.monotonic(), 0, 0.0
     while True:
         process, begun = bench.start(args), time.monotonic()
@@ -1274,8 +1425,10 @@ def main(args: Sequence[str] | None = None) -> int:
         figures = {"seed": options.seed, "seconds": seconds, "quick": options.quick, "machine": machine()}
         write_json(options.json, figures | more | {"rows": [asdict(row) for row in rows]})
 
-    with tempfile.TemporaryDirectory(prefix="kdnas-faults-") as folder:
+    options.json = options.json.resolve()
+    with tempfile.TemporaryDirectory(prefix="kdnas-faults-") as folder, chdir(folder):
         bench = Bench(Path(folder), options.quick, options.seed)
+        os.chdir(bench.home)  # where a path that is relative by mistake is seen; back at the end
         if options.soak:
             more["rounds"] = soak(bench, rows[0], options.soak)
         for name, (what, quick, function) in FAULTS.items():

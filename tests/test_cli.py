@@ -268,6 +268,9 @@ def test_bad_text_gets_one_line(
     path.write_bytes(content)
     assert message in refused([*search, f"--text={path}"], capsys)
     assert not (tmp_path / "logs").exists()
+    (tmp_path / "logs").mkdir()  # a folder that was there stays
+    assert message in refused([*search, f"--text={path}"], capsys)
+    assert not list((tmp_path / "logs").iterdir())
 
 
 def test_missing_column_lists_those_there_are(

@@ -426,5 +426,15 @@ def test_the_fronts_hold_what_no_other_candidate_beats_in_both():
     ]
 
 
+def test_the_best_may_be_on_no_front():
+    """Two workers measured the teacher at two moments, so the reward is another's order than the latency."""
+    study = make_study()
+    add(study, TrialState.COMPLETE, 0.6, **trained(1, 2.0, 0.4, 0.6))
+    add(study, TrialState.COMPLETE, 0.7, **trained(2, 3.0, 0.5, 0.7))
+    table = front_table(study)
+    assert [str(cell) for cell in table.columns[-1].cells] == ["latency and parameters", ""]
+    Console(width=120, file=io.StringIO()).print(table)
+
+
 def test_a_study_without_candidates_has_an_empty_front():
     assert front_table(make_study()).row_count == 0

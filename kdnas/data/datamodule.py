@@ -137,6 +137,7 @@ class KDDataModule(ResumableDataModule):
         assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None
         folder = self.folder / self._key(tokenizer)
         if not is_whole(folder):
+            made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f"{folder.name}.lock"):
                 if not is_whole(folder):  # another process may have made it meanwhile
@@ -147,7 +148,7 @@ class KDDataModule(ResumableDataModule):
                             self._write(new, tokenizer)
                     except UserError:
                         (self.folder / f"{folder.name}.lock").unlink()
-                        for empty in (self.folder, self.folder.parent):
+                        for empty in made:
                             with suppress(OSError):
                                 empty.rmdir()
                         raise
