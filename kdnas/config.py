@@ -91,8 +91,8 @@ class SearchConfig:
             installed packages).
         name: of the run; the same name again goes on where it was stopped.
         root: the folder of all runs.
-        sampler: what proposes candidates: lstm, tpe, random, gp, nsgaii, or any Optuna sampler by class path, with its
-            init_args.
+        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or any Optuna sampler by class
+            path, with its init_args.
         pruner: what ends candidates early, by their held-out loss after each epoch: none, median, hyperband, or any
             Optuna pruner by class path, with its init_args.
         workers: processes that train candidates at the same time on this machine, each with its share of the cores and

@@ -65,7 +65,7 @@ class RidgeProbe(Metric):
         self.num_batches += 1
         # Copies: Trainer.validate leaves inference tensors, which a fit may not change.
         self.xx, self.xy, self.yy = self.xx.clone(), self.xy.clone(), self.yy.clone()
-        with torch.autocast(inputs_ND.device.type, enabled=False):  # products of bfloat16 would be off by a percent
+        with torch.autocast(inputs_ND.device.type, enabled=False):  # a fit may be in bfloat16, these sums not
             for half, rows in halves:
                 inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)

@@ -103,7 +103,8 @@ def front_table(study: optuna.Study) -> Table:
             "speed-up": as_text(row["speedup"], ".1f", "x"),
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "reward": as_text(row["reward"], ".4f"),
-            "front of": "" if pd.isna(row["front"]) else row["front"],  # the best by latency of another moment
+            # The best may be on none: each worker measures its own teacher, so rewards need not follow latencies.
+            "front of": "" if pd.isna(row["front"]) else row["front"],
         }
         for row in shown.sort_values("latency_ms").to_dict("records")
     ]
