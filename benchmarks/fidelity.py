@@ -4,8 +4,8 @@ Architectures spread over the teacher's space are distilled on 10 % and on 30 % 
 all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
 probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
 MiniLMv2's relations. Each score of each short distillation is held against the same score after the long one, and
-against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are those of the
-distillation and of the score itself. ``--make`` does what ``--table`` lacks, student by student, and adds it; without
+against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are the
+cores' of the distillation and of the score itself, so that other work on the machine does not count. ``--make`` does what ``--table`` lacks, student by student, and adds it; without
 it what is there is shown. ``--part 0 2`` and ``--part 1 2`` share the work. A sentence's partner in a pair is drawn
 from the rows of a search's split, so a tenth of the rows is a tenth of the steps, and some more rows as partners.
 
@@ -131,14 +131,14 @@ class Scores:
         measures = {"tokens": tokens, "cls": cls, "pooled": pooled, "original": original, "relations": related}
         seconds = dict.fromkeys(SCORES, 0.0)
         for batch in self.batches:
-            begin = time.perf_counter()
+            begin = time.process_time()
             student, _ = module.views(batch)
             teacher = View(module._teacher.model, batch, real=states(batch))  # of all layers
-            forward = time.perf_counter() - begin
+            forward = time.process_time() - begin
             for name, measure in measures.items():
-                begin = time.perf_counter()
+                begin = time.process_time()
                 measure(student, teacher)
-                seconds[name] += forward + time.perf_counter() - begin
+                seconds[name] += forward + time.process_time() - begin
 
         def share(probe: RidgeProbe) -> float:
             error, variance = probe.compute()
@@ -160,12 +160,12 @@ def distil(
         return dict(read_json(folder / "result.json"))
     config = read_config("fit")
     torch.manual_seed(0)
-    begin = time.monotonic()
+    begin = time.process_time()
     module = HiddenStateDistillModule(find_teacher(TEACHER), arch, config.recipe)
     module.states = states
     settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"] or "auto")
     fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
-    seconds = time.monotonic() - begin
+    seconds = time.process_time() - begin
     scores, of_scores = Scores(module, data)()
     result = {"arch": arch.to_dict(), "seconds": seconds, "scores": scores, "score_seconds": of_scores}
     with new_folder(folder / "encoder") as encoder:
