@@ -4,23 +4,27 @@ Architectures spread over the teacher's space are distilled on 10 % and on 30 % 
 all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
 probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
 MiniLMv2's relations. Each score of each short distillation is held against the same score after the long one, and
-against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are the
-cores' of the distillation and of the score itself, so that other work on the machine does not count. ``--make`` does what ``--table`` lacks, student by student, and adds it; without
-it what is there is shown. ``--part 0 2`` and ``--part 1 2`` share the work. A sentence's partner in a pair is drawn
-from the rows of a search's split, so a tenth of the rows is a tenth of the steps, and some more rows as partners.
+against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are the cores' of
+the distillation and of the score itself, so that other work on the machine does not count. ``--make`` does what
+``--table`` lacks, student by student, and adds it; without it what is there is shown. ``--part 0 2`` and ``--part 1
+2`` share the work. A sentence's partner in a pair is drawn from the rows of a search's split, so a tenth of the rows
+is a tenth of the steps, and some more rows as partners.
 
-    python benchmarks/fidelity.py --make --text train.parquet --glue glue --rows 6000
+    python benchmarks/fidelity.py --make --text train.parquet --glue glue --rows 4000
     python benchmarks/fidelity.py
 """
 
 import copy
 import gzip
+import itertools
 import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +156,36 @@ class Scores:
         return found, seconds
 
 
+def begin(arch: StudentArch, data: KDDataModule, states: TeacherStates) -> tuple[HiddenStateDistillModule, float]:
+    """A student that began as its teacher, and the seconds of that."""
+    torch.manual_seed(0)
+    started = time.process_time()
+    module = HiddenStateDistillModule(find_teacher(TEACHER), arch, read_config("fit").recipe)
+    module.states = states
+    module.begin(data)
+    return module, time.process_time() - started
+
+
 def distil(
-    arch: StudentArch, data: KDDataModule, states: TeacherStates, num_epochs: int, folder: Path, progress: Progress
+    begun: Callable[[], tuple[HiddenStateDistillModule, float]],
+    data: KDDataModule,
+    num_epochs: int,
+    folder: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Distil a student and score it, unless that is done; its scores and seconds."""
+    """Distil a student and score it, unless that is done; its scores and seconds, those of its start included."""
     if (folder / "result.json").exists():
         return dict(read_json(folder / "result.json"))
-    config = read_config("fit")
+    first, seconds = begun()
+    shared = (first._teacher, first.states)
+    module = copy.deepcopy(first, {id(part): part for part in shared})  # what begins alike begins once
     torch.manual_seed(0)
-    begin = time.process_time()
-    module = HiddenStateDistillModule(find_teacher(TEACHER), arch, config.recipe)
-    module.states = states
-    settings = TrainerSettings(accelerator="cpu", precision=config.trainer["precision"] or "auto")
+    started = time.process_time()
+    settings = TrainerSettings(accelerator="cpu", precision=read_config("fit").trainer["precision"] or "auto")
     fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
-    seconds = time.process_time() - begin
+    seconds += time.process_time() - started
     scores, of_scores = Scores(module, data)()
-    result = {"arch": arch.to_dict(), "seconds": seconds, "scores": scores, "score_seconds": of_scores}
+    result = {"arch": module.arch.to_dict(), "seconds": seconds, "scores": scores, "score_seconds": of_scores}
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
     write_json(folder / "result.json", result)
@@ -199,9 +217,12 @@ class Bench:
     def __call__(self, number: int, arch: StudentArch, is_finetuned: bool) -> dict[str, Any]:
         """Everything of one student: its scores after each distillation, and after fine-tuning."""
         folder, found = self.folder / str(number), {}
-        for share, epochs in [*self.short, (1.0, self.num_epochs)]:
-            name = f"{round(100 * share)}-{epochs}"
-            found[name] = distil(arch, part_of(self.data, share), self.states, epochs, folder / name, self.progress)
+        for share, settings in itertools.groupby([*self.short, (1.0, self.num_epochs)], key=itemgetter(0)):
+            data = part_of(self.data, share)
+            begun = cache(partial(begin, arch, data, self.states))
+            for _, epochs in settings:
+                name = f"{round(100 * share)}-{epochs}"
+                found[name] = distil(begun, data, epochs, folder / name, self.progress)
         scores = [self._finetune(folder / name, task, number) for task in self.tasks] if is_finetuned else []
         return {"arch": arch.to_dict(), "settings": found, "glue": statistics.mean(scores) if scores else None}
 

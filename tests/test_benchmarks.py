@@ -1,8 +1,10 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
+import optuna
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -34,6 +36,7 @@ import faults_checks
 import fidelity
 import glue
 import latency
+import overhead
 import quality
 import recipe
 import samplers
@@ -50,7 +53,9 @@ def data(tiny_teacher, text_file):
     return data
 
 
-@pytest.mark.parametrize("benchmark", [deploy, fidelity, glue, latency, quality, recipe, samplers, step, text])
+@pytest.mark.parametrize(
+    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, step, text]
+)
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--help"])
@@ -393,3 +398,23 @@ def test_a_fault_that_goes_unnoticed_is_counted(tmp_path, monkeypatch):
 def test_at_least_ten_faults_are_quick():
     assert sum(quick for _, quick, _ in faults.FAULTS.values()) >= 10
     assert len(faults.FAULTS) + len(faults.NOT_HERE) == 38
+
+
+def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():
+    clocks = overhead.Clocks()
+    part = clocks.part("training", lambda: time.sleep(0.02))
+
+    def evaluate(evaluator, trial, arch):
+        if trial == "refused":
+            raise optuna.TrialPruned
+        part()
+        time.sleep(0.01)
+        return 0.5
+
+    timed = clocks.candidate(evaluate)
+    with pytest.raises(optuna.TrialPruned):
+        timed(None, "refused", ARCH)
+    assert timed(None, "trained", ARCH) == 0.5
+    (row,) = clocks.rows
+    assert row["training"] >= 0.02 and row["Trainer and process"] >= 0.01
+    assert row["whole"] == pytest.approx(row["training"] + row["Trainer and process"])
