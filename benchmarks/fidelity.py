@@ -333,7 +333,7 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
             if len(glue) > 1:  # lower error, higher score
                 row["glue"] = agreement([-results[number]["scores"][score] for number in glue], list(glue.values()))
             rows.append(row)
-    columns = {"full_kd": "tau to the same after full KD", "full_kd_loss": "to its loss", "glue": "to GLUE"}
+    columns = {"full_kd": "tau, rho to the same after full KD", "full_kd_loss": "to its loss", "glue": "to GLUE"}
     table = Table("share %-epochs", "score", "seconds", *columns.values())
     for row in rows:
         shown = [_with_interval(row[column]) if column in row else "-" for column in columns]
@@ -343,7 +343,7 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
     default = next((row for row in rows if (row["setting"], row["score"]) == DEFAULT), None)
     if default:
         tau = _with_interval(default["full_kd"])
-        console.print(f"A search's default, {' by '.join(DEFAULT)}: tau {tau} to full KD.")
+        console.print(f"A search's default, {' by '.join(DEFAULT)}: tau, rho {tau} to full KD.")
     good = [row for row in rows if row["setting"] != long and row["full_kd_loss"]["tau"] >= 0.8]
     cheapest = min(good, key=lambda row: row["seconds"], default=None)
     console.print(
@@ -367,7 +367,7 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
 
 def _with_interval(found: dict[str, Any]) -> str:
     low, high = found["interval"]
-    return f"{found['tau']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{found['tau']:.2f} ({low:.2f} to {high:.2f}), {found['rho']:.2f}"
 
 
 if __name__ == "__main__":

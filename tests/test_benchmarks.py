@@ -303,7 +303,7 @@ def test_the_cheapest_setting_is_that_which_ranks_as_full_kd_in_the_least_time(t
     assert rows["10-1", "loss"]["full_kd"]["tau"] == pytest.approx(0.6) and rows["30-2", "cls"]["seconds"] == 61
     assert rows["30-4", "tokens"]["glue"]["tau"] == 1  # a lower error, a higher score
     shown = " ".join(capsys.readouterr().out.split())
-    assert "A search's default, 30-2 by loss: tau 1.00 (1.00 to 1.00) to full KD." in shown
+    assert "A search's default, 30-2 by loss: tau, rho 1.00 (1.00 to 1.00), 1.00 to full KD." in shown
     assert "30-2 by loss, 60 s a candidate." in shown and (tmp_path / "found.png").exists()
 
 
