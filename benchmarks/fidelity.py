@@ -1,14 +1,16 @@
 """Whether a short distillation ranks students as a long one does, and as fine-tuning does.
 
-Architectures spread over the teacher's space are distilled on 10 % and on 30 % of a text for 1, 2 and 4 epochs, and on
-all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's, ridge
-probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
+Architectures spread over what a search with the shipped budget ranks (the students of the table of samplers.py that
+are ``--speedup`` times as fast as the teacher) are distilled on 10 % and on 30 % of a text for 1, 2 and 4 epochs, and
+on all of it. Of each student several scores are taken on the same held-out rows: the recipe's loss, the original's,
+ridge probes of tokens, of [CLS] and of the pooled state, the comparison of sentence pairs (the recipe's own head),
 MiniLMv2's relations. Each score of each short distillation is held against the same score after the long one, and
 against GLUE (STS-B and MRPC) of some of the students, by Kendall's tau and Spearman's rho; seconds are the cores' of
-the distillation and of the score itself, so that other work on the machine does not count. ``--make`` does what
-``--table`` lacks, student by student, and adds it; without it what is there is shown. ``--part 0 2`` and ``--part 1
-2`` share the work. A sentence's partner in a pair is drawn from the rows of a search's split, so a tenth of the rows
-is a tenth of the steps, and some more rows as partners.
+the distillation and of the score itself, so that other work on the machine does not count. All distillations of a
+student go on from one start, calibrated on the fewest rows. ``--make`` does what ``--table`` lacks, student by
+student, and adds it; without it what is there is shown. ``--part 0 2`` and ``--part 1 2`` share the work. A sentence's
+partner in a pair is drawn from the rows of a search's split, so a tenth of the rows is a tenth of the steps, and some
+more rows as partners.
 
     python benchmarks/fidelity.py --make --text train.parquet --glue glue --rows 4000
     python benchmarks/fidelity.py
@@ -16,7 +18,6 @@ is a tenth of the steps, and some more rows as partners.
 
 import copy
 import gzip
-import itertools
 import json
 import shutil
 import statistics
@@ -24,7 +25,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from common import OUTPUT, ROOT, TEACHER, cut_text, machine, options, quieten, r
 
 import matplotlib.pyplot as plt
 import numpy as np
+import samplers
 import torch
 from filelock import FileLock
 from quality import some_rows
@@ -51,7 +52,6 @@ from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import find_teacher, load_classifier
-from kdnas.nas.space import SearchSpace
 from kdnas.runs import new_file, new_folder, read_json, write_json
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
 
@@ -63,15 +63,11 @@ SCORES = ("loss", "original", "tokens", "cls", "pooled", "pairs", "relations")
 DEFAULT = ("30-2", "loss")  # of a search: share of the rows in per cent and epochs; what the reward is made of
 
 
-def spread_archs(space: SearchSpace, number: int) -> list[StudentArch]:
-    """Architectures of which each choice occurs as often as any other of its field, or nearly so."""
-    generator = np.random.default_rng(0)
-    columns = {
-        name: generator.permutation([values[i % len(values)] for i in range(number)]).tolist()
-        for name, values in space.choices.items()
-    }
-    archs = [StudentArch(**{name: column[i] for name, column in columns.items()}) for i in range(number)]
-    return list(dict.fromkeys(archs))
+def spread_archs(rows: Sequence[dict[str, Any]], number: int, speedup: float) -> list[StudentArch]:
+    """Architectures spread evenly, by depth first, over those of a table that are so much faster than the teacher."""
+    fast = [StudentArch(**row["arch"]) for row in rows if row["teacher_latency_ms"] >= speedup * row["latency_ms"]]
+    fast.sort(key=lambda arch: tuple(arch.to_dict().values()))
+    return [fast[i] for i in np.linspace(0, len(fast) - 1, min(number, len(fast))).round().astype(int)]
 
 
 def part_of(data: KDDataModule, share: float) -> KDDataModule:
@@ -157,7 +153,7 @@ class Scores:
 
 
 def begin(arch: StudentArch, data: KDDataModule, states: TeacherStates) -> tuple[HiddenStateDistillModule, float]:
-    """A student that began as its teacher, and the seconds of that."""
+    """A student that began as its teacher, calibrated on some rows of the data, and the seconds of that."""
     torch.manual_seed(0)
     started = time.process_time()
     module = HiddenStateDistillModule(find_teacher(TEACHER), arch, read_config("fit").recipe)
@@ -217,12 +213,11 @@ class Bench:
     def __call__(self, number: int, arch: StudentArch, is_finetuned: bool) -> dict[str, Any]:
         """Everything of one student: its scores after each distillation, and after fine-tuning."""
         folder, found = self.folder / str(number), {}
-        for share, settings in itertools.groupby([*self.short, (1.0, self.num_epochs)], key=itemgetter(0)):
-            data = part_of(self.data, share)
-            begun = cache(partial(begin, arch, data, self.states))
-            for _, epochs in settings:
-                name = f"{round(100 * share)}-{epochs}"
-                found[name] = distil(begun, data, epochs, folder / name, self.progress)
+        settings = [*self.short, (1.0, self.num_epochs)]
+        begun = cache(partial(begin, arch, part_of(self.data, settings[0][0]), self.states))
+        for share, epochs in settings:
+            name = f"{round(100 * share)}-{epochs}"
+            found[name] = distil(begun, part_of(self.data, share), epochs, folder / name, self.progress)
         scores = [self._finetune(folder / name, task, number) for task in self.tasks] if is_finetuned else []
         return {"arch": arch.to_dict(), "settings": found, "glue": statistics.mean(scores) if scores else None}
 
@@ -247,6 +242,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
     parser.add_argument("--folder", type=Path, default=OUTPUT / "fidelity", help="where the runs are kept")
+    parser.add_argument("--speedup", type=float, default=4.0, help="of the students, at least; a search's budget")
     parser.add_argument("--archs", type=int, default=24, help="how many students")
     parser.add_argument("--finetuned", type=int, default=8, help="how many of them are fine-tuned")
     parser.add_argument("--rows", type=int, help="at most so many rows of the text are all of it")
@@ -277,13 +273,13 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def make(chosen: Any) -> None:
     """Do this part of what the table lacks, and add to it what is finished, by other parts too."""
-    about = {name: getattr(chosen, name) for name in ("archs", "finetuned", "rows", "epochs")}
+    about = {name: getattr(chosen, name) for name in ("archs", "speedup", "finetuned", "rows", "epochs")}
     known = read_table(chosen.table) if chosen.table.exists() else {"about": about, "students": {}}
     if known["about"] != about:
         raise SystemExit(f"{chosen.table} was made with {known['about']}, asked for is {about}: give another --table.")
     chosen.folder.mkdir(parents=True, exist_ok=True)
     teacher = find_teacher(TEACHER)
-    archs = spread_archs(SearchSpace.from_teacher(teacher.config), chosen.archs)
+    archs = spread_archs(read_table(samplers.TABLE)["rows"], chosen.archs, chosen.speedup)
     data = KDDataModule(TEACHER, cut_text(chosen.text, chosen.folder, most=chosen.rows), read_config("fit").data)
     data.setup()
     layers = range(-1, teacher.config.num_hidden_layers)

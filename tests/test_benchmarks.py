@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -242,12 +243,15 @@ def test_an_interval_holds_the_mean_of_differences():
     assert -3 <= low < -2 < high <= -1
 
 
-def test_spread_architectures_have_every_choice_alike():
-    archs = fidelity.spread_archs(samplers.SPACE, 30)
-    assert len(archs) == len(set(archs)) > 24
-    for name, values in samplers.SPACE.choices.items():
-        counts = [sum(getattr(arch, name) == value for arch in archs) for value in values]
-        assert min(counts) >= 0.6 * 30 / len(values)
+def test_architectures_are_spread_over_those_within_the_budget():
+    shapes = itertools.product([1, 2, 3, 4], [192, 288, 384])
+    rows = [
+        {"arch": StudentArch(depth, 6, width, 384).to_dict(), "latency_ms": 1.0 * depth, "teacher_latency_ms": 12.0}
+        for depth, width in shapes
+    ]
+    archs = fidelity.spread_archs(rows, 5, speedup=4)
+    assert [arch.num_hidden_layers for arch in archs] == [1, 1, 2, 3, 3] and len(set(archs)) == 5
+    assert len(fidelity.spread_archs(rows, 20, speedup=4)) == 9
 
 
 def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
