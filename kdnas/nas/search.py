@@ -276,11 +276,14 @@ def search(
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
                 continue
-            unsent = [(trial, value) for trial, value in result if folder and trial._trial_id in store.written]
-            for trial, value in unsent:
-                written = store.written[trial._trial_id]
-                log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
-            if interruption and not unsent:
+            kept = [
+                keep_result(folder, study.study_name, trial.number, store.written[trial._trial_id], value)
+                for trial, value in result
+                if folder and trial._trial_id in store.written
+            ]
+            for path in kept:
+                log.warning("Kept: %s", path)
+            if interruption and not kept:
                 end_interrupted(study, {os.getpid()}, stop)
             raise stop from None
     return best_of(study, space, seconds)
