@@ -232,10 +232,10 @@ def signals(bench: Bench, row: Row) -> None:
         row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])
         row.fault("undetected", error, "Traceback" in error)
 
-    for folder in ("full_kd", "glue") if bench.quick else ("full_kd", "glue") * 5:
-        for number in (signal.SIGTERM,) if bench.quick else codes:
-            name = bench.new_name()
-            args = bench.job(name, "--full_kd.num_epochs=40", "--finetune.num_epochs=40")
+    for number in (signal.SIGTERM,) if bench.quick else [*codes] * 5:
+        name = bench.new_name()
+        args = bench.job(name, "--full_kd.num_epochs=40", "--finetune.num_epochs=40")
+        for folder in ("full_kd", "glue"):  # one run is stopped in both
             process = bench.start(args)
             while process.poll() is None and not list((bench.logs / name / folder).rglob("last.ckpt")):
                 time.sleep(0.02)
@@ -243,9 +243,9 @@ def signals(bench: Bench, row: Row) -> None:
             end(process, number)
             kept = list((bench.logs / name / folder).rglob("last.ckpt"))
             row.fault("lost", f"no checkpoint in {folder}", not kept)
-            code, error = bench.call(args)
-            row.fault("undetected", f"after {folder}: {code} {error}", code != 0)
-            bench.check(row, name, {}, error)
+        code, error = bench.call(args)
+        row.fault("undetected", f"after {folder}: {code} {error}", code != 0)
+        bench.check(row, name, {}, error)
     cases = [(number, 1, 0) for number in codes] + [(signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
     if not bench.quick:
         cases += [(signal.SIGINT, 1, 2), (signal.SIGUSR1, 1, 2), (signal.SIGINT, 2, 2)]
@@ -1443,12 +1443,10 @@ def main(args: Sequence[str] | None = None) -> int:
                 row.not_run = f"{' '.join(map(str, error.cmd))}: {error.stderr!r}"
             except Exception as error:  # of the benchmark itself, or let through by what it calls
                 row.fault("undetected", f"{type(error).__name__}: {error}")
+            row.seconds = time.monotonic() - begun
             rows.append(row)
             write()
-            print(
-                f"{name}: {'BAD' if row.is_bad() else row.not_run or 'ok'}, {time.monotonic() - begun:.0f} s",
-                flush=True,
-            )
+            print(f"{name}: {'BAD' if row.is_bad() else row.not_run or 'ok'}, {row.seconds:.0f} s", flush=True)
     rows.sort(key=lambda row: row.id)
     seconds = time.monotonic() - started
     columns = ("id", "tried", "lost", "duplicated", "executed", "undetected", "zombies", "unequal", "worst_wait_s")

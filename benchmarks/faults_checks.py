@@ -88,6 +88,7 @@ class Row:
     zombies: int = 0
     unequal: int = 0
     worst_wait_s: float = 0.0
+    seconds: float = 0.0
     not_run: str = ""
     notes: list[str] = field(default_factory=list)
 

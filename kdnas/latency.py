@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line, nearest
 from kdnas.graph import INPUTS, config_beside, open_session, random_batch, write_deployed
 from kdnas.models import build_classifier, max_length, num_parameters, student_config
+from kdnas.runs import temporary_folder
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
@@ -213,7 +213,7 @@ class LatencyMeter:
         model = _build(self.teacher_config)
         if self.settings.backend not in ON_ONNX:
             return model
-        self._folder = tempfile.TemporaryDirectory(prefix="kdnas-")  # lives as long as the meter
+        self._folder = temporary_folder()  # lives as long as the meter
         return write_deployed(model.eval(), Path(self._folder.name), self.settings.backend == "onnxruntime-int8")
 
 
@@ -287,7 +287,7 @@ def _running(
     modules = [model for model in models if isinstance(model, nn.Module)]
     with _deployed(modules, settings.device), torch.autocast(torch.device(settings.device).type, enabled=False):
         if settings.backend in ON_ONNX:
-            with tempfile.TemporaryDirectory(prefix="kdnas-") as name:
+            with temporary_folder() as name:
                 yield [_session(model, Path(name) / str(place), settings) for place, model in enumerate(models)]
         elif settings.backend == "torch-bf16":
             copies = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]

@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from kdnas.errors import UserError
 from kdnas.graph import INT8, ONNX, write_deployed
 from kdnas.latency import ON_ONNX, LatencySettings, check_length, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
-from kdnas.runs import new_file, write_json
+from kdnas.runs import new_file, temporary_folder, write_json
 
 
 def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
@@ -41,7 +40,7 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
         for model in models:
             check_length(model.config, settings)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="kdnas-") as name:
+    with temporary_folder() as name:
         deployed: dict[str, list[nn.Module | Path]] = {}
         for settings in combinations:
             backend = settings.backend

@@ -225,7 +225,7 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
         for stream in (1, 2):  # the libraries' chatter too
             os.dup2(file.fileno(), stream)
         try:
-            with honest_signals():
+            with honest_signals(once=True):
                 with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
                     alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
                     job = begin(look(alone, Console(markup=False), is_worker=True), is_worker=True)

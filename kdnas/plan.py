@@ -1,7 +1,6 @@
 """What a search or a run will need, measured before it is begun: a few steps, on a few rows from all over the text."""
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from kdnas.job import Found, check_place, look, states_folder
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
 from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
-from kdnas.runs import nearest_folder
+from kdnas.runs import nearest_folder, temporary_folder
 from kdnas.smoke import Sizes, with_few_rows
 
 ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
@@ -137,7 +136,7 @@ def plan(config: SearchConfig) -> Plan:
         UserError: anything that the user can mend.
     """
     check_place(config)
-    with tempfile.TemporaryDirectory(prefix="kdnas-") as name, torch.random.fork_rng():
+    with temporary_folder() as name, torch.random.fork_rng():
         num_task_rows = NUM_STEPS * config.finetune.batch_size if isinstance(config, RunConfig) else 0
         small, sizes = with_few_rows(config, Path(name), MOST_ROWS, 4 * MOST_TOKENS, num_task_rows)
         quick = replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05))
@@ -307,7 +306,7 @@ def show_space(config: SpaceConfig, console: Console) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
-    with tempfile.TemporaryDirectory(prefix="kdnas-") as name, torch.random.fork_rng():
+    with temporary_folder() as name, torch.random.fork_rng():
         folder = Path(name)
         if is_random := not config.text:
             text = folder / "random.txt"

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,9 +157,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def owned(name: str) -> str:
+    """How temporary names of this process begin, so that others can tell whether it is alive."""
+    return f"{name}.{platform.node()}-{os.getpid()}."
+
+
 def _prefix(path: Path) -> str:
-    """How the temporary names of this process begin, so that others can tell whether it is alive."""
-    return f".{path.name}.{platform.node()}-{os.getpid()}."
+    return f".{owned(path.name)}"
 
 
 @contextmanager
@@ -179,12 +183,24 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have left half written."""
-    mine = re.compile(rf"\..*\.{re.escape(platform.node())}-(\d+)\.\w+")
-    for path in list(folder.rglob(".*")):
+def sweep(folder: Path, pattern: str = "**/.*") -> None:
+    """Remove what processes of this machine that were killed have left: by default, what is half written.
+
+    Args:
+        folder: to look into.
+        pattern: of names that began as ``owned`` says.
+    """
+    mine = re.compile(rf".*\.{re.escape(platform.node())}-(\d+)\.\w+")
+    for path in list(folder.glob(pattern)):
         if (found := mine.fullmatch(path.name)) and not is_alive(int(found[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, or another start was faster
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for what is not kept, removed with the object; those of killed processes go first."""
+    sweep(Path(tempfile.gettempdir()), "kdnas.*")
+    return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 
 
 def process_start(pid: int) -> str | None:

@@ -27,8 +27,11 @@ def notice_signals() -> None:
 
 
 @contextmanager
-def honest_signals() -> Iterator[None]:
+def honest_signals(once: bool = False) -> Iterator[None]:
     """Signals as KeyboardInterrupt; Lightning makes each a SystemExit, which Optuna does not know.
+
+    Args:
+        once: later ones do not disturb what ends after the first: for a process that another one ends.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
@@ -36,6 +39,8 @@ def honest_signals() -> Iterator[None]:
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # a second, which the search itself needs not
 
     def end(signum: int, frame: Any) -> None:
+        if once and _asked:
+            return
         _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)
         raise _asked[-1]
 

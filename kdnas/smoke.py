@@ -21,7 +21,7 @@ from kdnas.glue.tasks import load_task
 from kdnas.job import check
 from kdnas.nas.candidate import Budget
 from kdnas.pipeline import run_stages
-from kdnas.runs import Run, nearest_folder
+from kdnas.runs import Run, nearest_folder, owned, sweep
 
 NUM_ROWS = 64
 NUM_CANDIDATES = 2
@@ -110,11 +110,13 @@ def smoke(config: RunConfig, console: Console) -> None:
         UserError: anything that the user can mend.
     """
     check(config)
-    folder = Path(tempfile.mkdtemp(dir=nearest_folder(Path(config.root)), prefix=f"{config.name}-smoke-"))
+    place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
+    sweep(place, f"{name}.*")
+    folder = Path(tempfile.mkdtemp(dir=place, prefix=owned(name)))
     try:
         seconds = run_stages(_shrunk(config, folder), console)
     except Exception:
-        console.print(f"What the smoke run has made until then: {folder}", soft_wrap=True)
+        console.print(f"What the smoke run has made until then, kept until the next one: {folder}", soft_wrap=True)
         raise
     except BaseException:
         shutil.rmtree(folder)

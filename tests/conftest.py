@@ -1,5 +1,6 @@
 """Tiny teachers of every family, with vocabulary, padding id and eps that are not the defaults."""
 
+import functools
 import os
 import signal
 
@@ -9,7 +10,7 @@ set_environment()  # before torch is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,6 +46,38 @@ from kdnas.models import FAMILIES, encode
 def examples(number: int) -> settings:
     """So many random cases of a property; ``KDNAS_EXAMPLES=10000`` for a long run."""
     return settings(max_examples=int(os.environ.get("KDNAS_EXAMPLES", number)), deadline=None)
+
+
+SECONDS_A_CASE = 60.0  # of a random case, which takes milliseconds
+
+
+class Hangs(BaseException):
+    """A random case that does not end. No Exception: Hypothesis would look for a smaller one, and wait for each."""
+
+
+def limited(test: Callable[..., None]) -> Callable[..., None]:
+    """The same test of one case, which fails and shows the case where it does not end (in Python's own code)."""
+
+    @functools.wraps(test)
+    def within(**case: object) -> None:
+        def end(number: int, frame: object) -> None:
+            raise Hangs(f"after {SECONDS_A_CASE:g} s: {case}")
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_A_CASE)
+        try:
+            test(**case)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    return within
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of random cases is ``limited``."""
+    for handle in {id(found): found for item in items if (found := getattr(item.obj, "hypothesis", None))}.values():
+        handle.inner_test = limited(handle.inner_test)
 
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first

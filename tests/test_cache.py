@@ -476,6 +476,22 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
     assert shards(folder).items() > done.items() and len(shards(folder)) == 3 * VARIANTS
 
 
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_states_beyond_float16_are_refused_and_those_at_its_end_are_stored(folder, precision):
+    def teacher(largest: float, batch: Batch) -> list[Tensor]:
+        first, last = states_of(batch)
+        last[-1, 1] = largest
+        return [first, last]
+
+    cache = StateCache(folder, token_rows(), LAYERS, WIDTH, precision)
+    with pytest.raises(UserError, match=r"states reach 65,536; float16, in which they are kept, ends at 65,504: take"):
+        cache.build(functools.partial(teacher, -65536.0), BATCH_TOKENS)
+    assert not shards(folder)
+    cache.build(functools.partial(teacher, -65504.0), BATCH_TOKENS)
+    states = torch.cat(cache(cache.rows[0, np.arange(NUM_ROWS)], LAYERS))
+    assert states.min() == -65504.0 and states.isfinite().all()
+
+
 @pytest.mark.parametrize("width", [384, 66])
 def test_int8_takes_half_the_disk_and_is_off_by_half_a_step_at_most(folder, width):
     whole = StateCache(folder / "float16", token_rows(), LAYERS, width)

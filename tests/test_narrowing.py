@@ -11,6 +11,7 @@ from kdnas.arch import StudentArch
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
 from kdnas.distill.narrowing import _best_factors, narrow
+from kdnas.errors import UserError
 from kdnas.models import build_student, family_of, find_teacher, state_sha256
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start
 
@@ -231,6 +232,14 @@ def test_the_start_is_that_of_narrow_and_deterministic_and_the_teacher_is_not_ch
     assert not teacher.embeddings.LayerNorm._forward_hooks
     for parameter in student.parameters():
         assert parameter.requires_grad and parameter.is_leaf and parameter.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_teacher_whose_states_are_beyond_float16_is_refused():
+    teacher = build("bert", **SHAPE)
+    family_of(teacher.config).layers(teacher)[2].output.LayerNorm.weight.mul_(1e6)
+    with pytest.raises(UserError, match=r"reach \d,\d{3},\d{3}; float16, in which they are kept, ends at 65,504"):
+        narrow(build("bert", **SHAPE | {"hidden_size": 16}), teacher, ROWS)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from kdnas.runs import (
     process_start,
     read_json,
     sweep,
+    temporary_folder,
     write_json,
     write_text,
 )
@@ -224,6 +225,20 @@ def test_what_a_killed_process_has_left_is_swept_and_what_a_live_one_writes_is_n
     with new_folder(tmp_path / "other") as alive:
         sweep(tmp_path)
         assert sorted(tmp_path.rglob(".*")) == sorted([alive, tmp_path / ".gitignore"])
+
+
+def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kill = "import os; from kdnas.runs import temporary_folder; folder = temporary_folder(); os.kill(os.getpid(), 9)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", kill], env=environment).returncode == -9
+    (dead,) = tmp_path.iterdir()
+    others = {tmp_path / "kdnas.elsewhere-7.abcdefgh", tmp_path / dead.name.replace("kdnas", "other")}
+    for other in others:
+        other.mkdir()
+    with temporary_folder() as alive, temporary_folder() as second:
+        assert set(tmp_path.iterdir()) == {Path(alive), Path(second), *others}
+    assert set(tmp_path.iterdir()) == others
 
 
 def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):

@@ -1,8 +1,10 @@
 """YAML that could mislead or harm is refused in one line, wherever it is read."""
 
 import json
+import time
 from pathlib import Path
 
+import conftest
 import pytest
 import yaml
 from conftest import examples
@@ -123,6 +125,15 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
+
+
+def test_a_random_case_that_hangs_fails_and_is_shown(monkeypatch):
+    monkeypatch.setattr(conftest, "SECONDS_A_CASE", 0.2)
+    with pytest.raises(conftest.Hangs, match="after 0.2 s: {'number': 7}"):
+        conftest.limited(lambda number: time.sleep(60))(number=7)
+    conftest.limited(lambda number: None)(number=7)
+    time.sleep(0.3)  # nothing comes later
+    assert test_whatever_is_plain_passes.hypothesis.inner_test.__wrapped__, "every test of random cases is limited"
 
 
 @examples(30)

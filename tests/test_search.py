@@ -16,6 +16,8 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
+from optuna.storages._heartbeat import HeartbeatThread
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, event
@@ -517,6 +519,38 @@ def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen, 
             search(evaluate, SPACE, reopen(), n_trials=1)
     assert len(set(evaluate.asked)) == 1
     assert search(value_of, SPACE, reopen(), n_trials=1).number == MOST_FAILURES + 1
+
+
+@pytest.mark.parametrize("moment", ["asks", "begins", "has trained", "tells", "stores"])
+def test_a_signal_outside_of_a_training_leaves_no_trial_running(moment, study, reopen, monkeypatch):
+    """Optuna's own code: between a trial's row and its training, and between that and the end that is stored."""
+    place, name = {
+        "asks": (study.sampler, "before_trial"),
+        "begins": (HeartbeatThread, "start"),
+        "has trained": (HeartbeatThread, "join"),
+        "tells": (study.sampler, "after_trial"),
+        "stores": (RDBStorage, "set_trial_state_values"),
+    }[moment]
+    call, stops = getattr(place, name), []
+
+    def stop_once(*args: Any, **options: Any) -> Any:
+        if stops or TrialState.RUNNING in args:  # the latter takes it from the queue
+            return call(*args, **options)
+        if moment == "has trained":
+            call(*args, **options)
+        stops.append(moment)
+        raise Terminated
+
+    study.enqueue_trial(ONE.to_dict())
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr(place, name, stop_once)
+        search(value_of, THREE, study, n_trials=1)
+    assert stops and "RUNNING" not in states(study)
+    evaluate = Recorded()
+    search(evaluate, THREE, reopen(), n_trials=1)
+    assert [arch_of(trial) for trial in trained(study)] == [ONE]
+    assert len(evaluate.asked) == (moment != "tells"), "its end is stored even so"
+    assert not any("retry_of" in trial.user_attrs for trial in study.trials), "it died of nothing"
 
 
 def test_a_signal_that_a_loaders_worker_hears_first_is_no_failure(study):

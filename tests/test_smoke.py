@@ -1,5 +1,6 @@
 """A run on a few rows, and what it leaves: nothing."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def test_a_smoke_run_goes_through_every_stage_and_leaves_nothing(
 def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_not(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = set(tmp_path.iterdir())
+    killed = tmp_path / f"mine-smoke.{platform.node()}-{2**22 + 1}.abcdefgh"
+    (killed / "lightning_logs").mkdir(parents=True)
+    before = set(tmp_path.iterdir()) - {killed}
     for error, code in ((OSError("the disk is gone"), 3), (KeyboardInterrupt(), 130)):
 
         def fail(config, console, error=error):
@@ -82,6 +85,7 @@ def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_
         kept = set(tmp_path.iterdir()) - before
         assert [path.name in shown.out.replace("\n", "") for path in kept] == [True] * (code == 3)
         before |= kept
+    assert not killed.exists(), "it is swept; those of a process that lives, as this one, are not"
 
 
 def few(config: RunConfig, folder: Path, **options: int) -> tuple[RunConfig, Sizes]:

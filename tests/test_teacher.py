@@ -212,6 +212,14 @@ def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
         assert set(chosen) != set(ids[: len(chosen)])  # a sample, not the beginning
 
 
+def test_a_live_teacher_s_states_beyond_float16_are_refused(teacher, data):
+    def source(batch, layers):
+        return [1e6 * states for states in LiveTeacher(teacher.model)(batch, layers)]
+
+    with pytest.raises(UserError, match=r"The teacher's hidden states reach \d,\d{3},\d{3}; float16"):
+        measure_stats(teacher.model, source, LAYERS, data, "cpu")
+
+
 @pytest.mark.parametrize("max_gb", [-0.1, float("nan")])
 def test_a_negative_budget_is_refused(max_gb):
     with pytest.raises(UserError, match=f"max_gb is {max_gb}: "):

@@ -216,6 +216,18 @@ def test_a_signal_that_python_swallows_is_noticed_at_the_next_batch(number, end,
     fit(make_trainer(settings(), tmp_path / "fit", 1), Steep(), Data())  # it was for that one alone
 
 
+def test_a_worker_hears_once():
+    """The process that started it says again what its process group has heard; what it ends meanwhile is ended."""
+    ended = []
+    with pytest.raises(KeyboardInterrupt) as stopped, honest_signals(once=True):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(1)
+    assert ended and stopped.type is KeyboardInterrupt
+
+
 def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path):
     def twice(trainer, module):
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 import pytest
 from filelock import ReadWriteLock
+from optuna.trial import TrialState
 
 import kdnas.nas.storage
 from kdnas.arch import StudentArch
@@ -92,6 +93,11 @@ def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> N
 def deaf(index: int, deadline: float) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     time.sleep(600)
+
+
+def never_ends(url: str, index: int, deadline: float) -> None:
+    """SIGTERM ends it at once, as SIGKILL would."""
+    search(lambda trial, arch: time.sleep(600), SPACE, open_study(url, "s", {}), 1)
 
 
 @pytest.fixture
@@ -243,6 +249,22 @@ def test_results_of_two_workers_are_kept_where_the_database_stays_away_and_taken
     study = open_study(server.url, "s", {}, folder=tmp_path)
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)] * 2
     assert not list(tmp_path.glob("unsent_*"))
+
+
+def test_the_trial_of_a_worker_that_is_killed_after_a_signal_is_no_failure(url, tmp_path, monkeypatch):
+    study = open_study(url, "s", {})
+
+    def stop_when_one_trains() -> None:
+        if any("arch" in trial.user_attrs for trial in study.trials):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdnas.nas.workers.notice_signals", stop_when_one_trains)
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(partial(never_ends, url), 1, study, lambda *_: None, math.inf, lambda index: tmp_path / "log")
+    died, again = study.trials
+    assert (died.state, again.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert died.user_attrs["failed"] == "interrupted (KeyboardInterrupt); tried again"
+    assert again.user_attrs == {"again": 0} and again.system_attrs["fixed_params"] == died.user_attrs["arch"]
 
 
 def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatch):

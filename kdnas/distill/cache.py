@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kdnas.data.datamodule import Batch, TokenRows
 from kdnas.data.masking import IntArray
+from kdnas.distill.losses import within_half
 from kdnas.errors import UserError
 
 Precision = Literal["float16", "int8"]
@@ -62,6 +63,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
     """Write states as records (N,)."""
+    within_half(states_NH)  # as they are given back, whatever they are stored as
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
         scale_N1 = states_NH.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
@@ -150,7 +152,8 @@ class StateCache:
             row_ids: rows that will be asked for; all by default.
 
         Raises:
-            UserError: the disk has too little room, or fills up meanwhile; whole shards are kept for the next build.
+            UserError: the disk has too little room, or fills up meanwhile; whole shards are kept for the next build. Or
+                the states are beyond float16.
         """
         needed = self.num_bytes(row_ids)
         try:

@@ -5,8 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdnas.errors import UserError
 from kdnas.families import dot_scores
 from kdnas.models import additive_mask
+
+
+def within_half(states: Tensor) -> Tensor:
+    """The same states, which float16 can hold: beyond its range they would be infinite without a word.
+
+    Raises:
+        UserError: it cannot.
+    """
+    most, largest = torch.finfo(torch.float16).max, float(states.abs().max())
+    if largest > most:
+        raise UserError(
+            f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, ends at {most:,.0f}: "
+            "take another teacher."
+        )
+    return states
 
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:

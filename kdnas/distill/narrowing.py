@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from kdnas.data.datamodule import Batch
 from kdnas.distill.layer_map import first_layers
-from kdnas.distill.losses import ridge_map
+from kdnas.distill.losses import ridge_map, within_half
 from kdnas.families import arch_of, family_of
 from kdnas.models import embed, embedding_mapping, embedding_norm, encode
 from kdnas.precision import autocast
@@ -110,7 +110,7 @@ class _Narrowing:
                     states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
                 for i, state in enumerate(states):
                     # In half precision: all layers of a wide teacher are gigabytes otherwise.
-                    stream[i].append(state[mask].half())
+                    stream[i].append(within_half(state[mask]).half())
                     scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
                 inputs.clear()
         self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(stream)}

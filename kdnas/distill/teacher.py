@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distill.cache import Precision, StateCache, cache_key
-from kdnas.distill.losses import ridge_map
+from kdnas.distill.losses import ridge_map, within_half
 from kdnas.errors import UserError
 from kdnas.models import Teacher, embed, encode
 from kdnas.precision import autocast
@@ -216,7 +216,7 @@ def measure_stats(
         model.to(device)  # type: ignore[arg-type]
         embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
         # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
-        sampled = [[state.half().cpu() for state in source(batch, layers)] for batch in batches]
+        sampled = [[within_half(state).half().cpu() for state in source(batch, layers)] for batch in batches]
         states.append([torch.cat(parts) for parts in zip(*sampled, strict=True)])
     stats = {}
     for layer, *halves in zip(layers, *states, strict=True):

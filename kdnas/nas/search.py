@@ -6,8 +6,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,26 @@ def end_trial(
             store.successors.pop(trial._trial_id, None)
 
 
+def end_interrupted(study: Study, pids: Collection[int | None], stop: BaseException) -> None:
+    """Have the trials tried again that processes of this machine were at, and will not end, when they were stopped.
+
+    Args:
+        study: whose; where its database is away, the next start does it.
+        pids: the processes.
+        stop: what stopped them; from now on the database is not waited for.
+    """
+    if store := _store(study):
+        store.stopped = stop
+    with suppress(StoreAway):
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if is_here(trial) and trial.user_attrs["pid"] in pids:
+                end_trial(study, trial, "failed", _interrupted(stop), _again(trial))
+
+
+def _interrupted(stop: BaseException) -> str:
+    return f"interrupted ({first_line(stop)}); tried again"
+
+
 def _successor(trial: FrozenTrial) -> FrozenTrial | None:
     """What is queued in place of a trial whose process died: the same, once."""
     had_begun = "arch" in trial.user_attrs
@@ -246,26 +266,39 @@ def search(
     while not is_over():
         try:
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
-        except Exception as error:  # Optuna's own follows where it cannot tell, or is stopped while it does
-            store = _store(study)
-            stop = (store.stopped or store.away) if store else None
+        except (Exception, KeyboardInterrupt) as error:
+            store, causes = _store(study), list(_causes(error))
+            # Optuna's own error follows where it cannot tell, or is stopped while it does.
+            interruption = next((cause for cause in causes if isinstance(cause, KeyboardInterrupt)), None)
+            stop = interruption or ((store.stopped or store.away) if store else None)
             if store is None or stop is None:
-                if not _was_given_up(error):
+                if not any(map(_was_given_up, causes)):
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
                 continue
-            for trial, value in result:
-                if folder and trial._trial_id in store.written:
-                    written = store.written[trial._trial_id]
-                    log.warning("Kept: %s", keep_result(folder, study.study_name, trial.number, written, value))
+            kept = [
+                keep_result(folder, study.study_name, trial.number, store.written[trial._trial_id], value)
+                for trial, value in result
+                if folder and trial._trial_id in store.written
+            ]
+            for path in kept:
+                log.warning("Kept: %s", path)
+            if interruption and not kept:
+                end_interrupted(study, {os.getpid()}, stop)
             raise stop from None
     return best_of(study, space, seconds)
 
 
-def _was_given_up(error: BaseException | None) -> bool:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that were handled when it came."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _was_given_up(error: BaseException) -> bool:
     """Whether Optuna says that a trial had ended before it was told so."""
-    ended = isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith("Cannot tell a ")
-    return error is not None and (ended or _was_given_up(error.__context__))
+    return isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith("Cannot tell a ")
 
 
 def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
@@ -305,7 +338,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
             store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
-            trial.set_user_attr("failed", f"interrupted ({first_line(stop)}); tried again")
+            trial.set_user_attr("failed", _interrupted(stop))
             store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
         raise
 

@@ -124,7 +124,7 @@ class PatientStorage(RDBStorage):
         self.successor = successor
         self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial fails
         self.away: StoreAway | None = None
-        self.stopped: KeyboardInterrupt | None = None  # by a signal: what comes now must be quick
+        self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         # A connection that the server has cut meanwhile is noticed before it is used.
         super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)

@@ -19,7 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
-from kdnas.nas.search import bury_dead, end_trial
+from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
@@ -133,6 +133,9 @@ def run_workers(
             for worker in workers.values():
                 worker.kill()
             raise
+        if workers and (stop := sys.exception()):
+            told = (0, DISK, INTERRUPTED)  # who ends so has told, or kept, what became of its trial
+            end_interrupted(study, {w.pid for w in workers.values() if w.exitcode not in told}, stop)
 
 
 def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
