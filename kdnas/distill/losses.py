@@ -16,7 +16,7 @@ def within_half(states: Tensor) -> Tensor:
     Raises:
         UserError: it cannot.
     """
-    most, largest = torch.finfo(torch.float16).max, float(states.abs().max())
+    most, largest = torch.finfo(torch.float16).max, max(map(abs, map(float, states.aminmax())))
     if largest > most:
         raise UserError(
             f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, ends at {most:,.0f}: "
