@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from typing import Any
 
 import shtab
 
@@ -80,6 +81,11 @@ EVERYWHERE = """with every command:
 """
 
 
+# Options whose values are names of files or folders, mostly.
+PATHS = {"ckpt_path", "config", "data", "distill_from", "folder", "json", "model", "output", "root", "run", "student"}
+PATHS |= {"task", "teacher", "text"}
+
+
 def page(command: str) -> str:
     """The help page of a command, as it was shipped.
 
@@ -124,6 +130,12 @@ def completion(shell: str) -> str:
     commands = parser.add_subparsers()
     for command, example in EXAMPLES.items():
         options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
-        for option in sorted(set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.]+)", page(command)))):
-            options.add_argument(option)
-    return shtab.complete(parser, shell)
+        for option in sorted(set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))):
+            both = [option] if "." in option else dict.fromkeys((option, option.replace("_", "-")))
+            added: Any = options.add_argument(*both)
+            if option.rpartition(".")[2].strip("-") in PATHS:
+                added.complete = shtab.FILE
+    shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
+    shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    # Where nothing of ours fits, bash completes names of files as it does for any other command.
+    return shtab.complete(parser, shell).replace("complete -o bashdefault ", "complete -o bashdefault -o default ")

@@ -40,15 +40,35 @@ def test_help_and_completion_do_not_import_torch() -> None:
         assert "kdnas" in done.stdout
 
 
-def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("kdnas se", "search"),
+        ("kdnas search --search.n_t", "--search.n_trials"),
+        ("kdnas search --time-b", "--time-budget"),
+        ("kdnas search --time_b", "--time_budget"),
+        ("kdnas glue --log", "--log-level"),
+        ("kdnas run --text my.p", "my.parquet"),
+        ("kdnas fit --data.text my.p", "my.parquet"),
+        ("kdnas completion z", "zsh"),
+    ],
+)
+def test_bash_completes_commands_options_and_files(
+    words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "completion.bash"
+    (tmp_path / "my.parquet").touch()
     assert main(["completion", "bash"]) == 0
     script.write_text(capsys.readouterr().out)
-    ask = f"source {script}; COMP_WORDS=({{words}}); COMP_CWORD={{place}}; _shtab_kdnas; echo ${{{{COMPREPLY[@]}}}}"
-    for words, place, expected in (("kdnas se", 1, "search"), ("kdnas search --search.n_t", 2, "--search.n_trials")):
-        command = ask.format(words=words, place=place)
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert done.stdout.split() == [expected], done.stderr
+    place = len(words.split()) - 1
+    command = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={place}; _shtab_kdnas; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+def test_bash_completes_files_wherever_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert "complete -o bashdefault -o default " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args", [["cmd"], [], ["bash", "zsh"]])
