@@ -319,7 +319,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.precision import trainer_precision
     from kdnas.runs import new_folder
     from kdnas.signals import honest_signals
-    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy
+    from kdnas.training import SayWhatGoesOn, WholeFiles, check_checkpoint, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -349,6 +349,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             trainer = super().instantiate_trainer(**options)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
                 trainer.strategy.checkpoint_io = WholeFiles()
+            trainer.callbacks.append(SayWhatGoesOn())
             return trainer
 
         def after_fit(self) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import io
+import logging
 import math
 import os
 import signal
@@ -27,6 +28,8 @@ from kdnas.errors import UserError, first_line
 from kdnas.precision import trainer_precision
 from kdnas.runs import new_file
 from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signals
+
+log = logging.getLogger(__name__)
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
@@ -254,6 +257,15 @@ class WholeFiles(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         with new_file(Path(path)) as file:
             file.write(buffer.getbuffer())
+
+
+class SayWhatGoesOn(pl.Callback):
+    """Names the newest checkpoint of a fit that was stopped, and the option that goes on from it."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        kept = {path for c in trainer.checkpoint_callbacks for path in (c.best_model_path, c.last_model_path) if path}
+        if kept and trainer.is_global_zero:
+            log.warning("The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime))
 
 
 class KeepLast(pl.Callback):

@@ -464,6 +464,39 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
 
 
+STOPS = """
+import lightning.pytorch as pl
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+"""
+
+
+def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=true")  # as docs/scale.md has it
+    every_second = [f"--trainer.callbacks{part}" for part in kept]
+    assert main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"]) == 130
+    error = capsys.readouterr().err
+    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", error)
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    assert main(["fit", "--config", str(config), "--ckpt_path", checkpoint]) == 0
+    steps = {torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("epoch=*.ckpt")}
+    assert max(steps) > 3
+
+
 class Payload:
     """Writes a file where it is unpickled."""
 
