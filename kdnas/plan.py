@@ -183,7 +183,8 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     """
     config, found = sample.config, sample.found
     real = replace(config.states, folder=str(states_folder(config)))
-    whole = state_cache(found.teacher, found.data, found.target_layers, real)  # the same, if the few rows are all
+    # The same, if the few rows are all.
+    whole = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
     train, held_out = sample.tokens
     of_search = (config.data.mini_fraction * train + held_out) / (train + held_out)
     num_bytes, missing = sample.scale * whole.num_bytes(), whole.num_missing_bytes() / whole.num_bytes()

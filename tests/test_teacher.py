@@ -17,7 +17,7 @@ from kdnas.distill.cache import StateCache
 from kdnas.distill.losses import contextual_share
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, measure_stats, open_states
 from kdnas.errors import UserError
-from kdnas.models import Teacher, find_teacher
+from kdnas.models import Teacher, encode, find_teacher
 from kdnas.precision import autocast
 
 LAYERS = [0, 2, 3]
@@ -152,6 +152,20 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
     batch = data.rows[2, np.arange(5)]
     for one, other in zip(again(batch).values(), states(batch).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_states_are_those_of_the_machine_s_precision_and_no_other_s_are_taken(teacher, data, tmp_path, monkeypatch):
+    with torch.no_grad():
+        batch = data.rows[0, np.arange(9)]
+        whole = encode(teacher.model, batch).hidden_states[4][batch["attention_mask"].bool()]
+    folders, errors = [], []
+    for is_faster in (True, False, True):  # the third machine is as the first
+        monkeypatch.setattr("kdnas.precision.bf16_is_faster", lambda kind, is_faster=is_faster: is_faster)
+        states = open_states(teacher, data, [3], StatesSettings(str(tmp_path)))
+        folders.append(states.source.folder)
+        errors.append(float((states(batch)[3].float() - whole).abs().max()))
+    assert folders[0] == folders[2] != folders[1]
+    assert errors[1] < 0.005 < errors[0] == errors[2]  # float16 keeps three digits, bfloat16 two
 
 
 def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(teacher, data, tmp_path, monkeypatch):

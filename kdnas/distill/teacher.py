@@ -20,7 +20,7 @@ from kdnas.distill.cache import Precision, StateCache, cache_key
 from kdnas.distill.losses import ridge_map
 from kdnas.errors import UserError
 from kdnas.models import Teacher, embed, encode
-from kdnas.precision import autocast
+from kdnas.precision import autocast, autocast_dtype
 from kdnas.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -113,12 +113,15 @@ class TeacherStates:
         return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
 
 
-def state_cache(teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings) -> StateCache:
+def state_cache(
+    teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings, device: str = "cpu"
+) -> StateCache:
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
-    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order)
+    computed_in = autocast_dtype(torch.device(device).type)
+    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
     return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
 
@@ -142,7 +145,7 @@ def open_states(
     Raises:
         UserError: the disk has too little room for a cache within the budget.
     """
-    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings)
+    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings, device)
     wanted, folder = cache.layers, cache.folder
     row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
     size = cache.num_bytes(row_ids)
