@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from kdnas.arch import StudentArch
 from kdnas.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.data.datamodule import KDDataModule, TokenRows
-from kdnas.distill.teacher import TeacherStates, measure_stats, state_cache
+from kdnas.distill.teacher import TeacherStates, measure, state_cache
 from kdnas.job import Found, check_place, look, states_folder
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
@@ -195,7 +195,7 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     laps = [time.perf_counter()]
     states = found.states("full")
     laps.append(time.perf_counter())
-    measure_stats(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
+    measure(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
     laps.append(time.perf_counter())
     measuring = laps[2] - laps[1]  # what errors are measured against: stored too
     one_pass = sample.scale * max(0.0, laps[1] - laps[0] - measuring)

@@ -18,13 +18,12 @@ from kdnas.config import as_plain
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, Last, LastLayer
-from kdnas.distill.losses import contextual_share
 from kdnas.distill.module import CALIBRATION_TOKENS, DEFAULT_OBJECTIVE, HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, WeightedSum
+from kdnas.distill.objectives import HiddenStates, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.models import Teacher, find_teacher
+from kdnas.models import Teacher, embed, find_teacher
 from kdnas.signals import Terminated
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
 from kdnas.training import KeepLast, fit
@@ -580,7 +579,7 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     metrics = validate(module, data)
     batches = list(data.val_dataloader())
     assert len(batches) > 2
-    xs, ys, rows = [], [], {"x": [], "y": []}
+    xs, ys, words, rows = [], [], [], {"x": [], "y": []}
     with torch.no_grad():
         for batch in batches:
             ours, theirs = (
@@ -590,16 +589,37 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
             lengths = batch["attention_mask"].sum(1).tolist()
             xs.append(np.concatenate([row[:length] for row, length in zip(ours, lengths, strict=True)]))
             ys.append(theirs)
+            below = view_of(teacher.model, batch).padded(-1).numpy()
+            words.append(np.concatenate([row[:length] for row, length in zip(below, lengths, strict=True)]))
             ends = np.cumsum(lengths)
             rows["x"].append(np.stack([xs[-1][end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
             rows["y"].append(np.stack([theirs[end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
     mse, _ = half_and_half(xs, ys, 1e-2)
-    share = contextual_share(mse, states.stats[3].held_out_mse_context_free)
+    table, itself = half_and_half(words, ys, 1e-2)[0], half_and_half(ys, ys, 1e-2)[0]
+    share = 1 - (mse - itself) / (table - itself)
     assert metrics["val/contextual_share"] == pytest.approx(share, abs=2e-3)
     mse, variance = half_and_half(rows["x"], rows["y"], 0.03)
     assert metrics["val/sentence_r2"] == pytest.approx(1 - mse / variance, abs=2e-3)
     assert not any(name.startswith("teacher_layer_") for name in metrics)
     assert metrics["val/loss"] == pytest.approx(metrics["terms/attention_maps"])  # where nothing else is asked
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("layer", "share"), [(-1, 0.0), (3, 1.0)])
+def test_the_share_of_the_teacher_s_embedding_output_is_0_and_that_of_the_teacher_1(
+    teacher, data, states, monkeypatch, precision, layer, share
+):
+    module = make(teacher, states, SHORT, objective=HiddenStates(LastLayer()))
+
+    def teacher_s(batch: Batch) -> tuple[View, View]:
+        theirs = states(batch, [3])
+        ours = theirs[3] if layer == 3 else embed(teacher.model, batch)[batch["attention_mask"].bool()]
+        return View(module.student, batch, real={2: ours.float()}), View(teacher.model, batch, real=theirs)
+
+    monkeypatch.setattr(module, "views", teacher_s)
+    fitted = trainer(precision=precision)
+    fitted.validate(module, data, verbose=False)
+    assert fitted.callback_metrics["val/contextual_share"].item() == share
 
 
 def test_the_loss_weighs_the_terms_and_scales_those_of_hidden_states_alone(teacher, data, states):
