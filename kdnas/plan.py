@@ -279,7 +279,7 @@ def _searching(
     seconds = num_trials * candidate / num_parallel + (num_trials + num_refused) * a_look  # who measures is alone
     if config.time_budget is not None:
         seconds = min(seconds, 60 * config.time_budget + candidate)
-    kept = min(3, num_trials) * distillation.num_bytes
+    kept = min(3, num_trials) * 3 * distillation.num_bytes  # weights, and what the optimizer knows of each
     return Stage(f"{num_trials} candidates", seconds, kept, config.workers * sample.memory())
 
 

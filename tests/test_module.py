@@ -415,6 +415,42 @@ def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Beginning(pl.Callback):
+    """What the optimizer knows before the first step, and its rates."""
+
+    def on_train_start(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        self.tensors = {name: tensor.clone() for name, tensor in optimizer.tensors(pl_module).items()}
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+
+def test_a_fit_goes_on_from_another_s_moments_but_where_it_goes_on_from_its_own(teacher, data, states, tmp_path):
+    def go_on(tensors: dict[str, Tensor], *callbacks: pl.Callback, **options):
+        module, beginning = make(teacher, states), Beginning()
+        module.optimizer_tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        fitted = trainer(beginning, *callbacks)
+        fit(fitted, module, data, **options)
+        return module, beginning, {name: t.clone() for name, t in fitted.optimizers[0].tensors(module).items()}
+
+    first, fresh, known = go_on({})
+    assert {name.rpartition("/")[2] for name in known} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    whole, beginning, _ = go_on(known)
+    assert fresh.tensors == {} and fresh.rates == beginning.rates
+    assert beginning.tensors.keys() == known.keys()
+    assert all(torch.equal(tensor, known[name]) for name, tensor in beginning.tensors.items())
+    assert not all(torch.equal(one, other) for one, other in zip(whole.parameters(), first.parameters(), strict=True))
+
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Terminated):
+        go_on(known, KeepLast(last), Signal(2, signal.SIGTERM))
+    others = {name: tensor + 1 for name, tensor in known.items()}
+    resumed, beginning, _ = go_on(others, KeepLast(last), ckpt_path=last)
+    steps = [beginning.tensors[name] - known[name] for name in known if name.endswith("/step")]
+    assert steps and set(map(float, steps)) == {3.0}
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_second_signal_does_not_wait_for_the_step(teacher, data, states, tmp_path):
     twice = Signal(1, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -116,6 +116,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
         self.started: Started | None = None
+        self.optimizer_tensors: dict[str, Tensor] = {}  # of the fit that this one goes on from, if any
         self.val_errors = TermErrors(len(self.terms))
         self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, TOKEN_STRENGTH)
         self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
@@ -281,6 +282,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
             [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()],
             recipe.weight_decay,
         )
+        # A checkpoint of this fit is loaded afterwards, over it.
+        optimizer.load_tensors(self, self.optimizer_tensors)
+        self.optimizer_tensors = {}
         if recipe.constant_rate:
             return optimizer
         if self.trainer.estimated_stepping_batches == math.inf:
