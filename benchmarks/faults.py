@@ -837,6 +837,7 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
         "optimizer's state": ([run / last], "optimizer"),
         "random state": ([run / last], "random"),
         "candidates' weights": ([*run.glob("trial_*/weights.safetensors")], "all"),
+        "candidates' moments": ([*run.glob("trial_*/optimizer.safetensors")], "all"),
         "tokens": ((bench.logs / "tokens").glob("*/variant00.bin"), "array"),
         "shards, arrays of objects": (bench.states.rglob("*.bin"), "array"),
         "a result that was kept": ([run / "unsent_0000.json"], "all"),

@@ -201,7 +201,9 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pl.seed_everything(0, verbose=False)
     original = HiddenStateDistillModule(teacher, config.arch, config.recipe)
     live = LiveTeacher(teacher.model)
-    original.states = TeacherStates(live, original.target_layers, teacher.config.hidden_size, module.states.stats)
+    original.states = TeacherStates(
+        live, original.target_layers, teacher.config.hidden_size, module.states.stats, module.states.ends
+    )
     watch = HeldOutError(batches, variance, num_steps=QUICK_STEPS if chosen.quick else None)
     settings = TrainerSettings(
         accelerator="cpu",

@@ -208,7 +208,7 @@ def measure_ours(
     module.started = Started()
     parts = StepParts(num_steps)
     source = parts.timed("teacher", states.source)
-    module.states = TeacherStates(source, states.layers, states.hidden_size, states.stats)  # type: ignore[arg-type]
+    module.states = TeacherStates(source, states.layers, states.hidden_size, states.stats, states.ends)  # type: ignore[arg-type]
     batches = list(data.train_dataloader())
     example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
     per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())

@@ -70,7 +70,8 @@ class FullKDSettings:
 
     Args:
         num_epochs: passes over the rows.
-        from_candidate: go on from the weights of the search's candidate; else begin again from the teacher.
+        from_candidate: go on from the weights and the optimizer's state of the search's candidate; else begin again
+            from the teacher.
     """
 
     num_epochs: int = 4

@@ -55,11 +55,16 @@ class Found:
         """With the folder that is used."""
         return replace(self.config.states, folder=str(states_folder(self.config)))
 
+    @property
+    def device(self) -> str:
+        """Where the teacher runs while its states are computed."""
+        accelerator = self.config.trainer.accelerator
+        return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
     def states(self, split: Split) -> TeacherStates:
         """Of the target layers, for the rows of a split and the held-out ones, computed now if they are not there."""
-        accelerator = self.config.trainer.accelerator
-        device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-        return open_states(self.teacher, self.data.select(split), self.target_layers, self.states_settings, device)
+        data = self.data.select(split)
+        return open_states(self.teacher, data, self.target_layers, self.states_settings, self.device)
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

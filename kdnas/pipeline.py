@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, ReadWriteLock, Timeout
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
@@ -34,7 +35,7 @@ from kdnas.models import (
     student_config,
 )
 from kdnas.nas.board import SearchBoard
-from kdnas.nas.candidate import WEIGHTS, Evaluator
+from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.record import FrozenTrial, Study, failure_of, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
@@ -243,9 +244,10 @@ def _work(config: SearchConfig, index: int, deadline: float) -> None:
 
 
 def _keep_best_weights(run: Run, study: Study) -> None:
-    """Delete the weights of all but the best three candidates."""
+    """Delete the weights of all but the best three candidates, and what their optimizers knew."""
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
-        (run.trial(trial.number) / WEIGHTS).unlink(missing_ok=True)
+        for name in KEPT:
+            (run.trial(trial.number) / name).unlink(missing_ok=True)
 
 
 def _line(trial: FrozenTrial) -> str:
@@ -283,13 +285,11 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
         module.states = states
-        trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
-        weights = job.run.trial(trial.number) / WEIGHTS
-        if settings.from_candidate and weights.exists():
-            if (known := trial.user_attrs.get("weights_sha256")) not in (None, file_sha256(weights)):
-                raise UserError(f"{str(weights)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
+        kept = _kept_of_candidate(job, arch) if settings.from_candidate and not last.exists() else {}
+        if WEIGHTS in kept:
             module.begin(job.data.select("full"))
-            module.load_state_dict(load_file(weights))
+            module.load_state_dict(kept[WEIGHTS])
+            module.optimizer_tensors = kept.get(OPTIMIZER, {})
         data, bar = job.data.select("full"), FitProgress(progress, "full KD")
         fit_resumable(job.config.trainer, folder, settings.num_epochs, module, data, [bar])
     with new_folder(folder / "encoder") as encoder:
@@ -309,6 +309,21 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     )
     last.unlink()
     job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}.")
+
+
+def _kept_of_candidate(job: Job, arch: StudentArch) -> dict[str, dict[str, Tensor]]:
+    """What there is of the candidate's weights and of its optimizer's state, by the names of their files."""
+    trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
+    kept = {}
+    for name in KEPT:
+        path = job.run.trial(trial.number) / name
+        if not path.exists():
+            job.console.print(f"Full KD: beginning without {path}, which is not there.", soft_wrap=True)
+        elif (known := trial.user_attrs.get(f"{path.stem}_sha256")) in (None, file_sha256(path)):
+            kept[name] = load_file(path)
+        else:
+            raise UserError(f"{str(path)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
+    return kept
 
 
 def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: StudentArch) -> None:

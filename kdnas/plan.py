@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kdnas.arch import StudentArch
 from kdnas.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.data.datamodule import KDDataModule, TokenRows
-from kdnas.distill.teacher import TeacherStates, measure_stats, state_cache
+from kdnas.distill.teacher import TeacherStates, measure, state_cache
 from kdnas.job import Found, check_place, look, states_folder
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
@@ -182,7 +182,8 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     """
     config, found = sample.config, sample.found
     real = replace(config.states, folder=str(states_folder(config)))
-    whole = state_cache(found.teacher, found.data, found.target_layers, real)  # the same, if the few rows are all
+    # The same, if the few rows are all.
+    whole = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
     train, held_out = sample.tokens
     of_search = (config.data.mini_fraction * train + held_out) / (train + held_out)
     num_bytes, missing = sample.scale * whole.num_bytes(), whole.num_missing_bytes() / whole.num_bytes()
@@ -193,7 +194,7 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     laps = [time.perf_counter()]
     states = found.states("full")
     laps.append(time.perf_counter())
-    measure_stats(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
+    measure(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
     laps.append(time.perf_counter())
     measuring = laps[2] - laps[1]  # what errors are measured against: stored too
     one_pass = sample.scale * max(0.0, laps[1] - laps[0] - measuring)
@@ -277,7 +278,7 @@ def _searching(
     seconds = num_trials * candidate / num_parallel + (num_trials + num_refused) * a_look  # who measures is alone
     if config.time_budget is not None:
         seconds = min(seconds, 60 * config.time_budget + candidate)
-    kept = min(3, num_trials) * distillation.num_bytes
+    kept = min(3, num_trials) * 3 * distillation.num_bytes  # weights, and what the optimizer knows of each
     return Stage(f"{num_trials} candidates", seconds, kept, config.workers * sample.memory())
 
 

@@ -36,6 +36,11 @@ def autocast(device_type: str) -> torch.autocast:
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16_is_faster(device_type))
 
 
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """In what matmuls are computed under ``autocast``."""
+    return torch.bfloat16 if bf16_is_faster(device_type) else torch.float32
+
+
 def trainer_precision(accelerator: str) -> str:
     """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())

@@ -238,6 +238,13 @@ def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
     }
 
 
+def masked(batch: Batch) -> Batch:
+    """The same rows, every second of them with [MASK] in place of two words."""
+    input_ids = batch["input_ids"].clone()
+    input_ids[1::2, 1:3] = VOCAB.index("[MASK]")
+    return batch | {"input_ids": input_ids}
+
+
 def view_of(model: PreTrainedModel, batch: Batch) -> View:
     """A model's states on a batch, in float32."""
     return View(model, batch, padded=dict(enumerate(encode(model, batch).hidden_states, -1)))

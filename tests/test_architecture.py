@@ -38,8 +38,8 @@ distill/objectives.py
 distill/attention.py
 distill/sentences.py
 distill/cache.py
-distill/teacher.py
 distill/metrics.py
+distill/teacher.py
 distill/optimizers.py
 signals.py
 training.py

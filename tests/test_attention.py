@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, view_of
-from transformers import PreTrainedModel
+from conftest import make_batch, make_config, masked, view_of
+from transformers import AutoModel, PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
@@ -50,13 +50,72 @@ def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
     return float((theirs * (np.log(theirs) - np.log(ours))).sum())
 
 
+def by_hand(num_heads: int, width: int, ones: tuple[str, ...] = (), copied: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Two layers whose queries, keys and values are 0, but for those that are 1 in each dimension, or the states."""
+    model = AutoModel.from_config(
+        make_config(num_hidden_layers=2, num_attention_heads=num_heads, hidden_size=width, intermediate_size=1)
+    ).eval()
+    for layer in model.encoder.layer:
+        for part in ("query", "key", "value"):
+            linear = getattr(layer.attention.self, part)
+            linear.weight.data = torch.eye(width) * (part in copied)
+            linear.bias.data.fill_(part in ones)
+    return model.requires_grad_(False)
+
+
+# A row of two tokens and padding, which would be looked at by everyone, and a row of one, which sees itself alone.
+TWO_AND_ONE = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+
+
+def first_token(model: PreTrainedModel, **layers: list[float]) -> View:
+    """Of each layer (``below``: under the first) the first row's first token; the second is 0, and padding 99."""
+    padded = {}
+    for name, values in layers.items():
+        states = torch.zeros(2, 3, len(values))
+        states[0, 0] = torch.tensor(values)
+        states[0, 2], states[1, 1:] = 99.0, 99.0
+        padded[{"below": -1, "first": 0}[name]] = states
+    return View(model, TWO_AND_ONE, padded=padded)
+
+
+def test_the_error_of_maps_is_as_by_hand():
+    # Queries are 1, keys the states, and heads are 4 wide: the score of a token is half the sum of its head's states.
+    student, teacher = (by_hand(heads, width, ("query",), ("key",)) for heads, width in ((1, 4), (2, 8)))
+    criterion = AttentionMaps().criterion(student, teacher)
+    criterion.fit(Started(heads=((0,), (1,))), [], [])
+    seen, elsewhere = math.log(3) / 2, 7.0  # a score of ln 3, which is a map of (3/4, 1/4); and what no head looks at
+    theirs = first_token(teacher, below=[seen] * 4 + [elsewhere] * 4, first=[elsewhere] * 4 + [0.0] * 4)
+    ours = first_token(student, below=[0.0] * 4, first=[seen] * 4)
+    # Layer 0: (3/4, 1/4) is asked for and (1/2, 1/2) given, layer 1 the reverse; both for both tokens of the first row.
+    first = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)
+    second = 1 / 2 * math.log(2 / 3) + 1 / 2 * math.log(2)
+    ((error, count),) = criterion(ours, theirs)
+    assert (error.item(), count) == (pytest.approx((2 * first + 2 * second) / 2, rel=1e-5), 3)
+
+
+def test_the_error_of_relations_is_as_by_hand():
+    # Two relation heads: 1 wide in the student, 2 in the teacher. Queries and keys are the teacher's states, keys and
+    # values the student's; the rest is 0, and a relation of nothing is (1/2, 1/2).
+    student, teacher = by_hand(1, 2, copied=("key", "value")), by_hand(1, 4, copied=("query", "key"))
+    criterion = AttentionRelations(layer=0, num_heads=2).criterion(student, teacher)
+    # In the teacher's head 0 and the student's head 1 the first token's product with itself is ln 3 (over the root of
+    # the width), so that it relates to both as (3/4, 1/4); the second's products are all 0.
+    theirs = first_token(teacher, below=[math.sqrt(math.log(3) / math.sqrt(2))] * 2 + [0.0, 0.0])
+    ours = first_token(student, first=[0.0, math.sqrt(math.log(3))])
+    asked = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)  # (3/4, 1/4) of a student that gives (1/2, 1/2)
+    given = 1 / 2 * math.log(2 / 3) + 1 / 2 * math.log(2)  # the reverse
+    queries, keys, values = asked / 2, (asked + given) / 2, given / 2  # means over two heads
+    ((error, count),) = criterion(ours, theirs)
+    assert (error.item(), count) == (pytest.approx((queries + keys + values) / 3, rel=1e-5), 3)
+
+
 @pytest.mark.parametrize("heads", [None, ((1,), (0,))])
 def test_the_error_of_maps_is_that_of_plain_loops(teacher, heads):
     student = make(teacher)
     criterion = AttentionMaps().criterion(student, teacher)
     if heads:
         criterion.fit(Started(heads=heads), [], [])
-    batch = make_batch()
+    batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     total = 0.0
     for i, (source, head) in enumerate(zip([0, 1], [h for (h,) in heads or ((0,), (0,))], strict=True)):
@@ -77,7 +136,7 @@ def test_the_error_of_maps_is_that_of_plain_loops(teacher, heads):
 def test_the_error_of_relations_is_that_of_plain_loops(teacher, layer, source):
     student = make(teacher)
     criterion = AttentionRelations(layer, num_heads=8).criterion(student, teacher)
-    batch = make_batch()
+    batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     total = 0.0
     for part in ("query", "key", "value"):

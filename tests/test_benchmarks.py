@@ -20,7 +20,7 @@ from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
-from kdnas.distill.teacher import LayerStats, LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.distill.teacher import LayerStats, LiveTeacher, ShareEnds, StatesSettings, TeacherStates, open_states
 from kdnas.families import arch_of
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.tasks import load_task
@@ -117,7 +117,7 @@ def test_criterion_flops_are_three_times_the_projections(tiny_teacher, data):
     module.started = Started()
     live = LiveTeacher(teacher.model)
     stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
-    module.states = TeacherStates(live, module.target_layers, 64, stats)
+    module.states = TeacherStates(live, module.target_layers, 64, stats, ShareEnds(1.0, 0.0))
     batch = next(iter(data.train_dataloader()))
     num_tokens = int(batch["attention_mask"].sum())
     # Two student layers, each from 32 to two of the teacher's 64.
@@ -129,7 +129,7 @@ def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
     module = HiddenStateDistillModule(teacher, ARCH, Recipe(objective=AttentionMaps()))
     module.started = Started()
     stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
-    module.states = TeacherStates(LiveTeacher(teacher.model), module.target_layers, 64, stats)
+    module.states = TeacherStates(LiveTeacher(teacher.model), module.target_layers, 64, stats, ShareEnds(1.0, 0.0))
     batch = next(iter(data.train_dataloader()))
     num_rows, length = batch["input_ids"].shape
     # In two layers, for each head that the student has: queries and keys of 64 dimensions, and their scores.

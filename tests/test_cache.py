@@ -390,10 +390,11 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         cache_key(weights, rows(num_mask_variants=2), LAYERS),
     ]
     others.append(cache_key(weights, rows(), LAYERS, "int8"))
+    others.append(cache_key(weights, rows(), LAYERS, computed_in=torch.bfloat16))
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
         others.append(cache_key(weights, rows(), LAYERS))
-    assert len({key, *others}) == 1 + len(others) == 16
+    assert len({key, *others}) == 1 + len(others) == 17
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
     assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS) == key

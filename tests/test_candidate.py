@@ -147,7 +147,7 @@ def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tm
     assert [entry["epoch"] for entry in history] == [0, 1]
     assert history[1]["loss"] < history[0]["loss"]
     assert attrs.pop("seconds") > 0
-    assert len(attrs.pop("weights_sha256")) == 64
+    assert len(attrs.pop("weights_sha256")) == len(attrs.pop("optimizer_sha256")) == 64
     assert attrs == {
         "num_parameters": 1234,
         "latency_ms": 2.0,

@@ -109,11 +109,21 @@ def test_maps_that_would_broadcast_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    ("mse", "mse_context_free", "share"),
-    [(0.5, 0.5, 0.0), (0.0, 0.5, 1.0), (1.0, 0.5, -1.0), (0.1, 0.4, 0.75), (0.3, 0.0, 0.0)],
+    ("errors", "share"),  # of the student, of the table of words, of the teacher itself
+    [
+        ((0.5, 0.5), 0.0),
+        ((0.0, 0.5), 1.0),
+        ((1.0, 0.5), -1.0),
+        ((0.1, 0.4), 0.75),
+        ((0.3, 0.0), 0.0),
+        ((0.5, 0.5, 0.1), 0.0),
+        ((0.1, 0.5, 0.1), 1.0),
+        ((0.2, 0.5, 0.1), 0.75),
+        ((0.3, 0.1, 0.1), 0.0),
+    ],
 )
-def test_the_contextual_share_is_0_for_a_table_1_for_the_teacher_and_negative_below(mse, mse_context_free, share):
-    assert contextual_share(mse, mse_context_free) == pytest.approx(share)
+def test_the_contextual_share_is_0_for_a_table_1_for_the_teacher_and_negative_below(errors, share):
+    assert contextual_share(*errors) == pytest.approx(share)
 
 
 def test_a_ridge_map_equals_scikit_learn_s():

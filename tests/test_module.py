@@ -18,13 +18,12 @@ from kdnas.config import as_plain
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, Last, LastLayer
-from kdnas.distill.losses import contextual_share
 from kdnas.distill.module import CALIBRATION_TOKENS, DEFAULT_OBJECTIVE, HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, WeightedSum
+from kdnas.distill.objectives import HiddenStates, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.models import Teacher, find_teacher
+from kdnas.models import Teacher, embed, find_teacher
 from kdnas.signals import Terminated
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
 from kdnas.training import KeepLast, fit
@@ -416,6 +415,42 @@ def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Beginning(pl.Callback):
+    """What the optimizer knows before the first step, and its rates."""
+
+    def on_train_start(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        self.tensors = {name: tensor.clone() for name, tensor in optimizer.tensors(pl_module).items()}
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+
+def test_a_fit_goes_on_from_another_s_moments_but_where_it_goes_on_from_its_own(teacher, data, states, tmp_path):
+    def go_on(tensors: dict[str, Tensor], *callbacks: pl.Callback, **options):
+        module, beginning = make(teacher, states), Beginning()
+        module.optimizer_tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        fitted = trainer(beginning, *callbacks)
+        fit(fitted, module, data, **options)
+        return module, beginning, {name: t.clone() for name, t in fitted.optimizers[0].tensors(module).items()}
+
+    first, fresh, known = go_on({})
+    assert {name.rpartition("/")[2] for name in known} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    whole, beginning, _ = go_on(known)
+    assert fresh.tensors == {} and fresh.rates == beginning.rates
+    assert beginning.tensors.keys() == known.keys()
+    assert all(torch.equal(tensor, known[name]) for name, tensor in beginning.tensors.items())
+    assert not all(torch.equal(one, other) for one, other in zip(whole.parameters(), first.parameters(), strict=True))
+
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Terminated):
+        go_on(known, KeepLast(last), Signal(2, signal.SIGTERM))
+    others = {name: tensor + 1 for name, tensor in known.items()}
+    resumed, beginning, _ = go_on(others, KeepLast(last), ckpt_path=last)
+    steps = [beginning.tensors[name] - known[name] for name in known if name.endswith("/step")]
+    assert steps and set(map(float, steps)) == {3.0}
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_second_signal_does_not_wait_for_the_step(teacher, data, states, tmp_path):
     twice = Signal(1, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -580,7 +615,7 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     metrics = validate(module, data)
     batches = list(data.val_dataloader())
     assert len(batches) > 2
-    xs, ys, rows = [], [], {"x": [], "y": []}
+    xs, ys, words, rows = [], [], [], {"x": [], "y": []}
     with torch.no_grad():
         for batch in batches:
             ours, theirs = (
@@ -590,16 +625,37 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
             lengths = batch["attention_mask"].sum(1).tolist()
             xs.append(np.concatenate([row[:length] for row, length in zip(ours, lengths, strict=True)]))
             ys.append(theirs)
+            below = view_of(teacher.model, batch).padded(-1).numpy()
+            words.append(np.concatenate([row[:length] for row, length in zip(below, lengths, strict=True)]))
             ends = np.cumsum(lengths)
             rows["x"].append(np.stack([xs[-1][end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
             rows["y"].append(np.stack([theirs[end - n : end].mean(0) for end, n in zip(ends, lengths, strict=True)]))
     mse, _ = half_and_half(xs, ys, 1e-2)
-    share = contextual_share(mse, states.stats[3].held_out_mse_context_free)
+    table, itself = half_and_half(words, ys, 1e-2)[0], half_and_half(ys, ys, 1e-2)[0]
+    share = 1 - (mse - itself) / (table - itself)
     assert metrics["val/contextual_share"] == pytest.approx(share, abs=2e-3)
     mse, variance = half_and_half(rows["x"], rows["y"], 0.03)
     assert metrics["val/sentence_r2"] == pytest.approx(1 - mse / variance, abs=2e-3)
     assert not any(name.startswith("teacher_layer_") for name in metrics)
     assert metrics["val/loss"] == pytest.approx(metrics["terms/attention_maps"])  # where nothing else is asked
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("layer", "share"), [(-1, 0.0), (3, 1.0)])
+def test_the_share_of_the_teacher_s_embedding_output_is_0_and_that_of_the_teacher_1(
+    teacher, data, states, monkeypatch, precision, layer, share
+):
+    module = make(teacher, states, SHORT, objective=HiddenStates(LastLayer()))
+
+    def teacher_s(batch: Batch) -> tuple[View, View]:
+        theirs = states(batch, [3])
+        ours = theirs[3] if layer == 3 else embed(teacher.model, batch)[batch["attention_mask"].bool()]
+        return View(module.student, batch, real={2: ours.float()}), View(teacher.model, batch, real=theirs)
+
+    monkeypatch.setattr(module, "views", teacher_s)
+    fitted = trainer(precision=precision)
+    fitted.validate(module, data, verbose=False)
+    assert fitted.callback_metrics["val/contextual_share"].item() == share
 
 
 def test_the_loss_weighs_the_terms_and_scales_those_of_hidden_states_alone(teacher, data, states):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_batch, view_of
+from conftest import make_batch, masked, view_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.config import as_plain
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
-from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip
 from kdnas.distill.module import Recipe
 from kdnas.distill.objectives import (
     Criterion,
@@ -239,26 +239,65 @@ def test_the_error_of_hidden_states_is_as_by_hand():
     assert (error.item(), count) == (2 + 6.5 + 4.5, 3)
 
 
+# Of a student with 2 layers and a teacher with 4.
+MAPPED = [
+    (Last(), [(2,), (3,)]),
+    (Skip(), [(0,), (2,)]),
+    (LastAndSkip(), [(2, 0), (3, 2)]),
+    (Even(), [(1,), (3,)]),
+    (LastLayer(), [(), (3,)]),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "pairs"),
+    ("mapping", "shared", "expected"),
     [
-        ({}, [(2, 0), (3, 2)]),
-        ({"shared_projection": True, "normalize": False}, [(2, 0), (3, 2)]),
-        ({"mapping": LastLayer()}, [(), (3,)]),
-        ({"mapping": Even()}, [(1,), (3,)]),
+        # Below, what a layer of the student is compared with is one of the teacher's:
+        # 0: (0, 0), 1: (1, 4), 2: (2, 2), 3: (3, 1) for the two real tokens.
+        (Last(), False, [1 + 0, 1 + 1]),  # (1, 2) with layer 2, (4, 0) with layer 3
+        (Last(), True, [1 + 0, 0 + 4]),  # (1, 2) with layer 2, (3, -1) with layer 3
+        (Skip(), False, [1 + 4, 4 + 4]),  # (1, 2) with layer 0, (4, 0) with layer 2
+        (Skip(), True, [1 + 4, 1 + 9]),  # (1, 2) with layer 0, (3, -1) with layer 2
+        (LastAndSkip(), False, [1 + 0, 4 + 16, 1 + 1, 16 + 16]),  # as Last, then (2, 4) with 0; Last, (6, -2) with 2
+        (LastAndSkip(), True, [1 + 0, 4 + 16, 0 + 4, 16 + 16]),  # the same
+        (Even(), False, [0 + 4, 1 + 1]),  # (1, 2) with layer 1, (4, 0) with layer 3
+        (Even(), True, [0 + 4, 0 + 4]),  # (1, 2) with layer 1, (3, -1) with layer 3
+        (LastLayer(), False, [0 + 4]),  # (3, -1) with layer 3, through the only projection
+        (LastLayer(), True, [0 + 4]),
     ],
 )
-def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, options, pairs):
-    student, criterion = make(HiddenStates(**options), teacher)
-    batch = make_batch()
+def test_the_error_of_each_mapping_is_as_by_hand(mapping, shared, expected):
+    criterion = HiddenStates(mapping, shared_projection=shared).criterion(fake(2, 1), fake(4, 1))
+    with torch.no_grad():
+        for i, projection in enumerate(criterion.projections):  # x + i for the first teacher layer, 2 x for the second
+            projection.weight.copy_(torch.tensor([[1.0], [2.0]])[: len(projection.weight)])
+            projection.bias.copy_(torch.tensor([float(i), 0.0])[: len(projection.bias)])
+    batch = {"attention_mask": torch.tensor([[1, 0], [1, 0]])}
+    ours = {0: [[1.0, 77.0], [2.0, 77.0]], 1: [[3.0, 77.0], [-1.0, 77.0]]}
+    theirs = {0: [[0.0, 5.0], [0.0, 5.0]], 1: [[1.0, 5.0], [4.0, 5.0]], 2: [[2.0, 5.0], [2.0, 5.0]]}
+    theirs |= {3: [[3.0, 5.0], [1.0, 5.0]]}
+    student, teacher = (
+        View(None, batch, padded={layer: torch.tensor(states)[..., None] for layer, states in layers.items()})
+        for layers in (ours, theirs)
+    )
+    errors = criterion(student, teacher)
+    assert numbers(errors) == expected and {count for _, count in errors} == {2}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("mapping", "pairs"), MAPPED)
+def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, mapping, pairs, shared, normalize):
+    student, criterion = make(HiddenStates(mapping, shared, normalize), teacher)
+    batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     expected, names = [], []
     projections = list(criterion.projections)
-    assert len(projections) == (1 if options.get("shared_projection") else sum(1 for layers in pairs if layers))
+    assert len(projections) == (1 if shared else sum(1 for layers in pairs if layers))
     position = 0
     for i, layers in enumerate(pairs):
         for place, layer in enumerate(layers):
-            projection = projections[0 if options.get("shared_projection") else position]
+            projection = projections[0 if shared else position]
             weight = projection.weight.detach().numpy()[64 * place : 64 * (place + 1)]
             bias = projection.bias.detach().numpy()[64 * place : 64 * (place + 1)]
             total = 0.0
@@ -274,14 +313,33 @@ def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, options, pair
     assert {count for _, count in errors} == {int(batch["attention_mask"].sum())}
     assert [term.name for term in criterion.terms] == names
     assert {term.weight for term in criterion.terms} == {1 / len(names)}
-    assert {term.scaled for term in criterion.terms} == {options.get("normalize", True)}
+    assert {term.scaled for term in criterion.terms} == {normalize}
+
+
+def test_the_error_of_a_learned_mapping_is_as_by_hand():
+    criterion = LearnedMapping().criterion(fake(2, 1), fake(2, 1))
+    with torch.no_grad():
+        criterion.logits.copy_(torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))  # p = (3/4, 1/4) and (1/2, 1/2)
+        for projection, weight, bias in zip(criterion.projections, [(1, 2), (1, -1)], [(0, 0), (3, 0)], strict=True):
+            projection.weight.copy_(torch.tensor(weight)[:, None])
+            projection.bias.copy_(torch.tensor(bias))
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    student, teacher = (
+        View(None, batch, padded={layer: torch.tensor([[[x], [y], [99.0]]]) for layer, (x, y) in enumerate(states)})
+        for states in ([(1.0, 2.0), (0.0, 1.0)], [(1.0, 3.0), (2.0, 2.0)])
+    )
+    # on layer 0, (1, 3): (1, 2) gives 0 + 1, (3, 4) gives 4 + 1, and 3/4 * 1 + 1/4 * 5 = 2
+    # on layer 1, (2, 2): (2, 4) gives 0 + 4, (0, -1) gives 4 + 9, and 1/2 * 4 + 1/2 * 13 = 8.5
+    errors = criterion(student, teacher)
+    assert numbers(errors) == pytest.approx([2.0, 8.5]) and [count for _, count in errors] == [2, 2]
+    assert criterion.terms == [Term("teacher_0", 0.5, 0, True), Term("teacher_1", 0.5, 1, True)]
 
 
 def test_the_error_of_a_learned_mapping_is_that_of_plain_loops_and_its_mixture_is_learned(teacher):
     student, criterion = make(LearnedMapping(), teacher)
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5], [0.0, 1.0, 3.0, 0.5]])
     criterion.logits.data.copy_(logits)
-    batch = make_batch()
+    batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     errors = criterion(ours, theirs)
     for j, (error, count) in enumerate(errors):
@@ -315,6 +373,23 @@ def test_fitted_projections_are_the_least_squares_answer(teacher, shared):
         weight = np.linalg.solve(centred.T @ centred + strength * np.eye(32), centred.T @ (y - y.mean(0)))
         np.testing.assert_allclose(projection.weight.detach(), weight.T, atol=2e-3)
         np.testing.assert_allclose(projection.bias.detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3)
+
+
+def test_the_fitted_projections_of_a_learned_mapping_are_the_least_squares_answers(teacher):
+    student, criterion = make(LearnedMapping(), teacher)
+    rows = [masked(make_batch(30, seed)) for seed in range(3)]
+    with torch.no_grad():
+        ours, theirs = ([view_of(model, row) for row in rows] for model in (student, teacher))
+        criterion.fit(Started(), ours, theirs)
+    for i, projection in enumerate(criterion.projections):
+        x = np.concatenate([view.real(i).numpy() for view in ours]).astype(float)
+        centred = x - x.mean(0)
+        gram = centred.T @ centred + 1e-3 * (centred**2).sum(0).mean() * np.eye(32)
+        for j in range(4):
+            y = np.concatenate([view.real(j).numpy() for view in theirs]).astype(float)
+            weight, part = np.linalg.solve(gram, centred.T @ (y - y.mean(0))), slice(64 * j, 64 * (j + 1))
+            np.testing.assert_allclose(projection.weight[part].detach(), weight.T, atol=2e-3)
+            np.testing.assert_allclose(projection.bias[part].detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3)
 
 
 def test_projections_that_are_not_to_be_fitted_stay_as_they_are(teacher):
@@ -357,6 +432,46 @@ def test_weights_are_relative_to_each_other_and_multiply(teacher):
         ("pair_comparison", 1 / 8, None),
     ]
     assert [term.scaled for term in criterion.terms] == [True, False, False, False, False]
+
+
+def test_a_weighted_sum_is_as_by_hand():
+    parts = [HiddenStates(LastLayer(), normalize=False), SentenceState("cls"), SentenceState("mean")]
+    criterion = WeightedSum(parts, [3.0, 2.0, 1.0]).criterion(fake(1, 1), fake(1, 1))
+    for parameter in criterion.parameters():
+        torch.nn.init.ones_(parameter)  # each projection is x + 1
+    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    ours, theirs = torch.tensor([[1.0, 2.0], [3.0, 50.0]]), torch.tensor([[1.0, 5.0], [4.0, -50.0]])
+    views = [View(fake(1, 1), batch, padded={0: states[..., None]}) for states in (ours, theirs)]
+    errors = criterion(*views)
+    # tokens: (2 - 1)^2 + (3 - 5)^2 + (4 - 4)^2; [CLS]: (2 - 1)^2 + (4 - 4)^2; means: (2.5 - 3)^2 + (4 - 4)^2
+    assert [(error.item(), count) for error, count in errors] == [(5.0, 3), (1.0, 2), (0.25, 2)]
+    # 3/6 * 5/3 + 2/6 * 1/2 + 1/6 * 0.25/2
+    loss = sum(term.weight * error / count for term, (error, count) in zip(criterion.terms, errors, strict=True))
+    assert loss.item() == pytest.approx(5 / 6 + 1 / 6 + 1 / 48)
+
+
+def test_a_weighted_sum_is_that_of_plain_loops(teacher):
+    student, criterion = make(WeightedSum([HiddenStates(Even()), SentenceState("mean")], [0.2, 0.6]), teacher)
+    batch = masked(make_batch(4))
+    ours, theirs = view_of(student, batch), view_of(teacher, batch)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    # projections of student layer 0 on the teacher's 1, of 1 on 3, and of the mean of 1 on that of 3
+    weights = [parameter.detach().numpy() for parameter in criterion.parameters()]
+    expected = np.zeros(3)
+    for row, length in enumerate(lengths):
+        x, y = (
+            [view.padded(i)[row, :length].detach().numpy() for i in layers]
+            for view, layers in ((ours, (0, 1)), (theirs, (1, 3)))
+        )
+        x, y = [*x, x[1].mean(0)], [*y, y[1].mean(0)]
+        for term in range(3):
+            error = x[term] @ weights[2 * term].T + weights[2 * term + 1] - y[term]
+            expected[term] += (error**2).sum() / 64
+    expected *= np.array([0.25 / 2, 0.25 / 2, 0.75]) / [sum(lengths), sum(lengths), 4]
+    found = criterion(ours, theirs)
+    assert [
+        term.weight * error.item() / count for term, (error, count) in zip(criterion.terms, found, strict=True)
+    ] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_a_sum_gives_the_errors_of_its_parts_and_fits_them(teacher):

@@ -1,10 +1,12 @@
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
+from kdnas.errors import UserError
 
 
 def make() -> tuple[nn.Linear, MuonAdamW]:
@@ -48,6 +50,33 @@ def test_a_schedule_reaches_both_and_a_checkpoint_goes_on_with_equal_weights():
     step(other, resumed, 2)
     torch.testing.assert_close(other.weight, linear.weight, rtol=0, atol=0)
     torch.testing.assert_close(other.bias, linear.bias, rtol=0, atol=0)
+
+
+def test_another_optimizer_goes_on_with_what_one_knew_at_its_own_rates():
+    linear, optimizer = make()
+    for seed in (1, 2):
+        step(linear, optimizer, seed)
+    known = {name: tensor.clone() for name, tensor in optimizer.tensors(linear).items()}
+    assert set(known) == {"weight/momentum_buffer", "bias/step", "bias/exp_avg", "bias/exp_avg_sq"}
+    assert known["bias/step"] == 2
+    other, fresh = make()
+    assert fresh.tensors(other) == {}
+    other.load_state_dict(linear.state_dict())
+    fresh.param_groups[0]["lr"] = 0.3
+    fresh.load_tensors(other, {name: tensor.clone() for name, tensor in known.items()})
+    assert all(torch.equal(tensor, known[name]) for name, tensor in fresh.tensors(other).items())
+    assert [group["lr"] for part in fresh.parts for group in part.param_groups] == [0.3, 0.02]
+    fresh.param_groups[0]["lr"] = 0.1
+    for one, its in ((linear, optimizer), (other, fresh)):
+        step(one, its, 3)
+    assert torch.equal(other.weight, linear.weight) and torch.equal(other.bias, linear.bias)
+
+
+@pytest.mark.parametrize(("place", "shape"), [("other/exp_avg", (4,)), ("bias/exp_avg", (5,)), ("bias", ())])
+def test_what_was_known_of_another_student_is_refused(place, shape):
+    linear, optimizer = make()
+    with pytest.raises(UserError, match=re.escape(f"The optimizer's {place!r} of shape {shape} is of another student")):
+        optimizer.load_tensors(linear, {place: torch.zeros(shape)})
 
 
 def test_the_closure_is_called_once_with_gradients():

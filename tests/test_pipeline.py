@@ -270,6 +270,19 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
         weights.write_bytes(content)
     assert main([*command, "--task=null"]) == 2
     assert "weights.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
+    for name in ("weights", "optimizer"):  # the weights are whole again
+        for path in run.glob(f"trial_*/{name}.safetensors"):
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+    assert main([*command, "--task=null"]) == 2
+    assert "optimizer.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
+    for path in run.glob("trial_*/optimizer.safetensors"):
+        path.unlink()
+    monkeypatch.setattr(pipeline, "fit_resumable", interrupt)
+    assert main([*command, "--task=null"]) == 130
+    told = re.findall("Full KD: beginning without (.*), which is not there", capsys.readouterr().out)
+    assert [Path(path).name for path in told] == ["optimizer.safetensors"]
 
 
 class Payload:
@@ -286,11 +299,13 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begins_with: list[float] = []
+    moments: dict[str, torch.Tensor] = {}
 
     def watch(trainer, module, data, **options):
         if getattr(data, "split", None) == "full":
             with torch.no_grad():
                 begins_with.append(float(module.student.get_input_embeddings().weight.abs().sum()))
+            moments.update(module.optimizer_tensors)
         fit(trainer, module, data, **options)
 
     monkeypatch.setattr("kdnas.training.fit", watch)
@@ -299,12 +314,15 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
     run = tmp_path / "logs" / "tiny"
     kept = sorted(path.parent.name for path in run.glob("trial_*/weights.safetensors"))
     assert len(kept) == 3
+    assert sorted(path.parent.name for path in run.glob("trial_*/optimizer.safetensors")) == kept
     trials = pd.read_csv(run / "trials.csv")
     trained = trials[trials.state == "COMPLETE"].drop_duplicates("reward").sort_values("reward")
     assert f"trial_{trained.number.iloc[-1]:04d}" in kept
     weights = load_file(run / f"trial_{trained.number.iloc[-1]:04d}" / "weights.safetensors")
     table = next(value for name, value in weights.items() if name.endswith("word_embeddings.weight"))
     assert begins_with[0] == pytest.approx(float(table.abs().sum()))
+    known = load_file(run / f"trial_{trained.number.iloc[-1]:04d}" / "optimizer.safetensors")
+    assert known and moments.keys() == known.keys()
 
 
 def test_an_objective_that_a_student_cannot_be_asked_for_is_refused_at_the_start(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kdnas import precision
-from kdnas.precision import autocast, bf16_is_faster, trainer_precision
+from kdnas.precision import autocast, autocast_dtype, bf16_is_faster, trainer_precision
 from kdnas.training import TrainerSettings, make_trainer
 
 
@@ -27,7 +27,8 @@ def test_a_cpu_takes_what_it_multiplies_faster_and_what_is_given_is_kept(bf16_wi
     assert (found(precision="32-true"), found(precision="bf16-mixed")) == ("32-true", "bf16-mixed")
     assert trainer_precision("gpu") == "bf16-mixed"
     with autocast("cpu"):
-        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == (torch.bfloat16 if bf16_wins else torch.float32)
+        computed_in = nn.Linear(2, 2)(torch.zeros(1, 2)).dtype
+    assert computed_in == autocast_dtype("cpu") == (torch.bfloat16 if bf16_wins else torch.float32)
 
 
 def test_where_a_gpu_is_seen_auto_does_not_ask_the_cpu(bf16_wins, monkeypatch):

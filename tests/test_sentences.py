@@ -1,7 +1,10 @@
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, view_of
+from conftest import make_batch, masked, view_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,7 +47,7 @@ def test_the_error_of_a_sentence_is_that_of_plain_loops(teacher, student, poolin
     criterion = SentenceState(pooling).criterion(student, teacher)
     criterion.variance.fill_(0.5)
     weight, bias = (parameter.detach().numpy() for parameter in criterion.projection.parameters())
-    batch = make_batch()
+    batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     total = 0.0
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
@@ -53,6 +56,57 @@ def test_the_error_of_a_sentence_is_that_of_plain_loops(teacher, student, poolin
     ((error, count),) = criterion(ours, theirs)
     assert (error.item(), count) == (pytest.approx(total, rel=1e-4), 3)
     assert [(term.name, term.weight) for term in criterion.terms] == [(f"sentence_{pooling}", 1.0)]
+
+
+def fake(hidden_size: int) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1, hidden_size=hidden_size))
+
+
+def test_the_error_of_cls_is_as_by_hand():
+    criterion = SentenceState("cls").criterion(fake(1), fake(2))
+    with torch.no_grad():
+        criterion.projection.weight.copy_(torch.tensor([[2.0], [-1.0]]))
+        criterion.projection.bias.copy_(torch.tensor([0.0, 1.0]))
+        criterion.variance.fill_(4.0)
+    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    ours = torch.tensor([[[1.0], [50.0]], [[3.0], [50.0]]])
+    theirs = torch.tensor([[[4.0, 0.0], [9.0, 9.0]], [[6.0, -4.0], [9.0, 9.0]]])
+    ((error, count),) = criterion(View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    # predicted (2, 0) and (6, -2): (4 + 0) / 2 and (0 + 4) / 2, over the variance
+    assert (error.item(), count) == ((2 + 2) / 4, 2)
+
+
+def test_the_error_of_similarity_is_as_by_hand():
+    criterion = SentenceSimilarity().criterion(fake(2), fake(2))
+    criterion.variance.fill_(0.5)
+    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0], [1, 0]])}
+    ours = torch.tensor([[[3.0, 1.0], [1.0, -1.0]], [[0.0, 7.0], [9.0, 9.0]], [[5.0, 5.0], [-9.0, 9.0]]])
+    theirs = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[4.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [9.0, -9.0]]])
+    ((error, count),) = criterion(View(fake(2), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    # The student's means (2, 0), (0, 7), (5, 5) have cosines 0 (rows 1 and 2), r (1 and 3) and r (2 and 3), r^2 = 1/2;
+    # the teacher's (1, 0), (4, 0), (0, 2) have 1, 0 and 0. Squares 1, 1/2, 1/2, so the means over the two other rows
+    # are (1 + 1/2) / 2, (1 + 1/2) / 2 and (1/2 + 1/2) / 2, and their sum is over the variance.
+    assert (error.item(), count) == (pytest.approx((0.75 + 0.75 + 0.5) / 0.5), 3)
+
+
+def test_the_error_of_a_pair_is_as_by_hand():
+    criterion = PairComparison().criterion(fake(1), fake(2))
+    with torch.no_grad():
+        criterion.head[0].weight.fill_(2.0)
+        criterion.head[0].bias.fill_(0.0)
+        criterion.head[2].weight.copy_(torch.tensor([[0.1], [0.0], [0.2]]))
+        criterion.head[2].bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        criterion.mean.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        criterion.std.copy_(torch.tensor([1.0, 2.0, 0.5]))
+    batch = {"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}
+    batch["token_type_ids"] = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0]])
+    ours = torch.tensor([[5.0, 70.0, 70.0, 70.0], [60.0, 70.0, 70.0, 70.0]])[..., None]
+    theirs = torch.full((2, 4, 2), 80.0)
+    theirs[0, :3] = torch.tensor([[2.0, 1.0], [0.0, -1.0], [0.0, 2.0]])
+    ((error, count),) = criterion(View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    # The second row is no pair. In the first u = (1, 0) and v = (0, 2): |u - v| = (1, 2) and the cosine is 0, which
+    # standardised are 1, 1/2 and 2. Twice [CLS] is 10, and so is GELU of that: 1, 0 and 3 are predicted.
+    assert (error.item(), count) == (pytest.approx(((0 + 1 / 4) / 2 + 1) / 2), 1)
 
 
 def test_the_mean_state_is_as_by_hand(teacher, student):
@@ -105,7 +159,7 @@ def cosines(view: View, batch: dict) -> np.ndarray:
 
 def test_the_error_of_similarity_is_that_of_plain_loops_over_the_teacher_s_variance(teacher, student):
     criterion = SentenceSimilarity().criterion(student, teacher)
-    batches = [make_batch(6, seed) for seed in range(3)]
+    batches = [masked(make_batch(6, seed)) for seed in range(3)]
     ours, theirs = ([view_of(model, batch) for batch in batches] for model in (student, teacher))
     with torch.no_grad():
         criterion.fit(Started(), ours, theirs)
@@ -140,7 +194,7 @@ def comparison(states: np.ndarray, types: np.ndarray, length: int) -> np.ndarray
 
 def test_the_error_of_pairs_is_that_of_plain_loops_over_the_rows_that_are_pairs(teacher, student):
     criterion = PairComparison().criterion(student, teacher)
-    rows = [make_batch(9, seed) for seed in range(3)]
+    rows = [masked(make_batch(9, seed)) for seed in range(3)]
     with torch.no_grad():
         ours, theirs = ([view_of(model, row) for row in rows] for model in (student, teacher))
         criterion.fit(Started(), ours, theirs)
@@ -157,12 +211,13 @@ def test_the_error_of_pairs_is_that_of_plain_loops_over_the_rows_that_are_pairs(
     std[:-1] = np.maximum(std[:-1], 0.1 * std[:-1].mean())
     np.testing.assert_allclose(criterion.mean, mean, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(criterion.std, std, rtol=1e-3, atol=1e-5)
-    first, second = criterion.head[0], criterion.head[2]
+    w1, b1, w2, b2 = (parameter.detach().double().numpy() for parameter in criterion.head.parameters())
     for (error, count), view, targets in zip(errors, ours, known, strict=True):
         total = 0.0
         for cls, target in zip(last(view)[::2, 0], targets, strict=True):
-            with torch.no_grad():
-                predicted = second(nn.functional.gelu(first(torch.from_numpy(cls)))).numpy()
+            inner = w1 @ cls + b1
+            gelu = np.array([x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in inner])
+            predicted = w2 @ gelu + b2
             squares = (predicted - (target - mean) / std) ** 2
             total += (squares[:-1].mean() + squares[-1]) / 2
         assert (error.item(), count) == (pytest.approx(total, rel=1e-3), 5)

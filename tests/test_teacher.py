@@ -15,9 +15,9 @@ from kdnas.distill import cache
 from kdnas.distill import teacher as teacher_module
 from kdnas.distill.cache import StateCache
 from kdnas.distill.losses import contextual_share
-from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, measure_stats, open_states
+from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, measure, open_states
 from kdnas.errors import UserError
-from kdnas.models import Teacher, find_teacher
+from kdnas.models import Teacher, encode, find_teacher
 from kdnas.precision import autocast
 
 LAYERS = [0, 2, 3]
@@ -132,7 +132,7 @@ def test_a_cache_above_the_budget_is_not_made_and_the_log_says_so(teacher, data,
 def test_damaged_statistics_are_measured_anew(teacher, data, states, damage, tmp_path, caplog):
     folder = tmp_path / "states"
     shutil.copytree(Path(states.source.folder).parent, folder)
-    (path,) = folder.rglob("stats_*.json")
+    (path,) = folder.rglob("measured_*.json")
     before = path.read_text()
     path.write_text(damage(before))
     assert path.read_text() != before
@@ -144,7 +144,7 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
     teacher, data, states, monkeypatch, tmp_path
 ):
     folder = str(Path(states.source.folder).parent)
-    for name in ("measure_stats", "LiveTeacher.__call__"):
+    for name in ("measure", "LiveTeacher.__call__"):
         monkeypatch.setattr(f"kdnas.distill.teacher.{name}", None)
     again = open_states(teacher, data, reversed(LAYERS + LAYERS), StatesSettings(folder))
     assert again.stats == states.stats
@@ -152,6 +152,20 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
     batch = data.rows[2, np.arange(5)]
     for one, other in zip(again(batch).values(), states(batch).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_states_are_those_of_the_machine_s_precision_and_no_other_s_are_taken(teacher, data, tmp_path, monkeypatch):
+    with torch.no_grad():
+        batch = data.rows[0, np.arange(9)]
+        whole = encode(teacher.model, batch).hidden_states[4][batch["attention_mask"].bool()]
+    folders, errors = [], []
+    for is_faster in (True, False, True):  # the third machine is as the first
+        monkeypatch.setattr("kdnas.precision.bf16_is_faster", lambda kind, is_faster=is_faster: is_faster)
+        states = open_states(teacher, data, [3], StatesSettings(str(tmp_path)))
+        folders.append(states.source.folder)
+        errors.append(float((states(batch)[3].float() - whole).abs().max()))
+    assert folders[0] == folders[2] != folders[1]
+    assert errors[1] < 0.005 < errors[0] == errors[2]  # float16 keeps three digits, bfloat16 two
 
 
 def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(teacher, data, tmp_path, monkeypatch):
@@ -192,7 +206,7 @@ def test_a_layer_further_up_is_less_of_a_table_of_words(states):
 def test_statistics_are_the_same_for_every_split_and_rank(teacher, data, states):
     one_of_many = copy.copy(data.select("mini"))
     one_of_many.trainer = SimpleNamespace(global_rank=7, world_size=8)
-    assert measure_stats(teacher.model, states.source, LAYERS, one_of_many, "cpu") == states.stats
+    assert measure(teacher.model, states.source, LAYERS, one_of_many, "cpu") == (states.stats, states.ends)
 
 
 def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
@@ -204,7 +218,8 @@ def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
             return super().__call__(batch, layers)
 
     monkeypatch.setattr(teacher_module, "STATS_TOKENS", 200)
-    measure_stats(teacher.model, Counted(teacher.model), LAYERS, data, "cpu")
+    monkeypatch.setattr(teacher_module, "_ends", lambda *args: None)  # of all held-out rows
+    measure(teacher.model, Counted(teacher.model), LAYERS, data, "cpu")
     for ids in (data.train_ids(), data.held_out_ids()):
         chosen = [row for row in seen if row in ids]
         assert 200 <= data.rows.lengths[chosen].sum() < 200 + 26

@@ -43,10 +43,15 @@ def cache_key(
     layers: Sequence[int],
     precision: Precision = "float16",
     order: IntArray | None = None,
+    computed_in: torch.dtype = torch.float32,
 ) -> str:
-    """The hash of all that the states and their places depend on; arguments as of ``StateCache``."""
+    """The hash of all that the states and their places depend on; arguments as of ``StateCache``, and two more.
+
+    ``computed_in`` is the precision of the teacher's matmuls, in which machines differ: bfloat16 moves a state by
+    more than float16 rounds it.
+    """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
-    parts = [FORMAT, precision, teacher_sha256, rows.sha256, list(layers), rows.num_variants]
+    parts = [FORMAT, precision, teacher_sha256, rows.sha256, list(layers), rows.num_variants, computed_in]
     parts.append(hashlib.sha256(placed).hexdigest())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

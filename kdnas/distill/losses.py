@@ -104,16 +104,18 @@ class _Divergence(torch.autograd.Function):
         return (weights / ours).mul_(-grad[0]), None, None
 
 
-def contextual_share(mse: float, mse_context_free: float) -> float:
-    """How much of what context adds the student knows: ``1 - MSE / MSE_context_free``.
+def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
+    """How much of what context adds the student knows: ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``.
 
     0: no more than a look-up table of words. 1: equal to the teacher. Negative: less than the table.
 
     Args:
         mse: of the student, on one layer of the teacher.
         mse_context_free: of the best linear map from the teacher's own embedding output to that layer.
+        mse_teacher: of that layer itself, where what measures leaves an error of it.
     """
-    return 1.0 - mse / mse_context_free if mse_context_free > 0 else 0.0
+    span = mse_context_free - mse_teacher
+    return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
 
 
 def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> Tensor:

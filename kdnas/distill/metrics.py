@@ -29,6 +29,10 @@ class TermErrors(Metric):
         return self.sums / self.counts.clamp_min(1)
 
 
+# Of the probe of tokens' states, the student's and the teacher's: with another one their errors could not be compared.
+TOKEN_STRENGTH = 1e-2
+
+
 class RidgeProbe(Metric):
     """How well the best linear map from a student's states predicts the teacher's: fitted on half, held against half.
 

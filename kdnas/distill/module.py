@@ -16,7 +16,7 @@ from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.curves import StudentCurves
 from kdnas.distill.layer_map import LastLayer
 from kdnas.distill.losses import contextual_share
-from kdnas.distill.metrics import RidgeProbe, TermErrors
+from kdnas.distill.metrics import TOKEN_STRENGTH, RidgeProbe, TermErrors
 from kdnas.distill.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
 from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
 from kdnas.distill.sentences import PairComparison
@@ -116,8 +116,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
         self.started: Started | None = None
+        self.optimizer_tensors: dict[str, Tensor] = {}  # of the fit that this one goes on from, if any
         self.val_errors = TermErrors(len(self.terms))
-        self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=1e-2)
+        self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, TOKEN_STRENGTH)
         self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
         self.history: list[dict[str, float]] = []
 
@@ -223,9 +224,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         loss = float((means * weights).sum())
         token_mse = float(self.token_probe.compute()[0])
         sentence_mse, sentence_variance = (float(value) for value in self.sentence_probe.compute())
+        assert self.states is not None, "setup() sets it"
+        ends = self.states.ends
         metrics = {
             "val/loss": loss,
-            "val/contextual_share": contextual_share(token_mse, self.stats(self.last_layer).held_out_mse_context_free),
+            "val/contextual_share": contextual_share(token_mse, ends.context_free, ends.teacher),
             "val/sentence_r2": 1 - sentence_mse / sentence_variance if sentence_variance > 0 else 0.0,
         }
         for term, mean in zip(self.terms, means.tolist(), strict=True):
@@ -279,6 +282,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
             [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()],
             recipe.weight_decay,
         )
+        # A checkpoint of this fit is loaded afterwards, over it.
+        optimizer.load_tensors(self, self.optimizer_tensors)
+        self.optimizer_tensors = {}
         if recipe.constant_rate:
             return optimizer
         if self.trainer.estimated_stepping_batches == math.inf:

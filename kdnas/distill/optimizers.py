@@ -1,11 +1,13 @@
 """Muon for the matrices of a student's layers, AdamW for the rest, as one optimizer."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from kdnas.errors import UserError
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -51,6 +53,33 @@ class MuonAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """What is known of each parameter of the module, by name: ``<parameter>/exp_avg`` and the like."""
+        return {
+            f"{name}/{key}": tensor
+            for name, parameter in module.named_parameters()
+            for part in self.parts
+            for key, tensor in part.state.get(parameter, {}).items()
+        }
+
+    def load_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what another optimizer knew of such a module's parameters; the rates stay as they are.
+
+        Raises:
+            UserError: a tensor belongs to no parameter that is trained here, or has another shape.
+        """
+        parts = {parameter: part for part in self.parts for group in part.param_groups for parameter in group["params"]}
+        parameters = dict(module.named_parameters())
+        for place, tensor in tensors.items():
+            name, _, key = place.rpartition("/")
+            parameter = parameters.get(name)
+            if parameter is None or parameter not in parts or tensor.shape not in (parameter.shape, ()):
+                raise UserError(
+                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} is of another student: "
+                    "delete the file that holds it to begin without it."
+                )
+            parts[parameter].state[parameter][key] = tensor.to(parameter.device)
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -18,9 +18,10 @@ from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distill.cache import Precision, StateCache, cache_key
 from kdnas.distill.losses import ridge_map, within_half
+from kdnas.distill.metrics import TOKEN_STRENGTH, RidgeProbe
 from kdnas.errors import UserError
 from kdnas.models import Teacher, embed, encode
-from kdnas.precision import autocast
+from kdnas.precision import autocast, autocast_dtype
 from kdnas.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,19 @@ class LayerStats:
     variance: float
     held_out_variance: float
     held_out_mse_context_free: float
+
+
+@dataclass(frozen=True)
+class ShareEnds:
+    """Errors on the teacher's last layer that a probe of all held-out rows makes: where a student's share is 0 and 1.
+
+    Args:
+        context_free: of the teacher's embedding output.
+        teacher: of that layer itself, which is not 0: a probe shrinks its map.
+    """
+
+    context_free: float
+    teacher: float
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,19 @@ class TeacherStates:
         layers: the teacher layers that it gives.
         hidden_size: H.
         stats: of each layer.
+        ends: of the contextual share.
     """
 
     def __init__(
-        self, source: StateSource, layers: Sequence[int], hidden_size: int, stats: dict[int, LayerStats]
+        self,
+        source: StateSource,
+        layers: Sequence[int],
+        hidden_size: int,
+        stats: dict[int, LayerStats],
+        ends: ShareEnds,
     ) -> None:
-        self.source, self.layers, self.hidden_size, self.stats = source, list(layers), hidden_size, stats
+        self.source, self.layers, self.hidden_size = source, list(layers), hidden_size
+        self.stats, self.ends = stats, ends
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device; all layers by default."""
@@ -113,12 +134,15 @@ class TeacherStates:
         return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
 
 
-def state_cache(teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings) -> StateCache:
+def state_cache(
+    teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings, device: str = "cpu"
+) -> StateCache:
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
-    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order)
+    computed_in = autocast_dtype(torch.device(device).type)
+    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
     return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
 
@@ -142,7 +166,7 @@ def open_states(
     Raises:
         UserError: the disk has too little room for a cache within the budget.
     """
-    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings)
+    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings, device)
     wanted, folder = cache.layers, cache.folder
     row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
     size = cache.num_bytes(row_ids)
@@ -162,30 +186,31 @@ def open_states(
             data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
         )
         cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
-    stats_file = folder / f"stats_{len(data.select('mini').train_ids())}.json"
-    stats_file.parent.mkdir(parents=True, exist_ok=True)
+    measured_file = folder / f"measured_{len(data.select('mini').train_ids())}.json"
+    measured_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        stats = _read_stats(stats_file)
-        if stats is None:
-            stats = measure_stats(teacher.model, source, wanted, data, device)
-            layers_of = {str(layer): asdict(found) for layer, found in stats.items()}
-            write_json(stats_file, {"layers": layers_of, "sha256": _sha256(layers_of)})
-    return TeacherStates(source, wanted, teacher.config.hidden_size, stats)
+        measured = _read_measured(measured_file)
+        if measured is None:
+            stats, ends = measured = measure(teacher.model, source, wanted, data, device)
+            plain = {"layers": {str(layer): asdict(found) for layer, found in stats.items()}, "ends": asdict(ends)}
+            write_json(measured_file, plain | {"sha256": _sha256(plain)})
+    return TeacherStates(source, wanted, teacher.config.hidden_size, *measured)
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_stats(path: Path) -> dict[int, LayerStats] | None:
+def _read_measured(path: Path) -> tuple[dict[int, LayerStats], ShareEnds] | None:
     """What was measured before; None where it was not, or is damaged."""
     try:
         found = read_json(path)
-        if found["sha256"] == _sha256(found["layers"]):
-            return {int(layer): LayerStats(**values) for layer, values in found["layers"].items()}
+        if found.pop("sha256") == _sha256(found):
+            stats = {int(layer): LayerStats(**values) for layer, values in found["layers"].items()}
+            return stats, ShareEnds(**found["ends"])
     except FileNotFoundError:
         return None
-    except (UserError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         pass
     log.warning("%s is damaged; it is measured anew.", path)
     return None
@@ -195,25 +220,47 @@ def _to(batch: Batch, device: str) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
 
 
+def measure(
+    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
+) -> tuple[dict[int, LayerStats], ShareEnds]:
+    """What a student's errors are held against; the same for every split and rank.
+
+    Args:
+        model: the teacher's encoder.
+        source: gives its states.
+        layers: of the teacher, ascending; the last of them is the one of the contextual share.
+        data: set up.
+        device: where the model runs.
+    """
+    model.to(device)  # type: ignore[arg-type]
+    return _stats(model, source, layers, data, device), _ends(model, source, layers[-1], data, device)
+
+
 @torch.no_grad()
-def measure_stats(
+def _ends(model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str) -> ShareEnds:
+    """By the probe that a student is measured by, on the same batches in the same order."""
+    assert data.rows is not None
+    width = model.config.hidden_size
+    context_free, teacher = (RidgeProbe(width, width, TOKEN_STRENGTH).to(device) for _ in range(2))
+    for index in _batches(data, data.held_out_ids()):
+        batch = _to(data.rows[index], device)
+        target = source(batch, [layer])[0].to(device)
+        context_free.update(embed(model, batch)[batch["attention_mask"].bool()], target)
+        teacher.update(target, target)
+    return ShareEnds(*(float(probe.compute()[0]) for probe in (context_free, teacher)))
+
+
+@torch.no_grad()
+def _stats(
     model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
 ) -> dict[int, LayerStats]:
     """Variance of each layer, and the error of the best context-free predictor of it.
 
     Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
-
-    Args:
-        model: the teacher's encoder.
-        source: gives its states.
-        layers: of the teacher.
-        data: set up.
-        device: where the model runs.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):  # the same ones for every split
         batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
-        model.to(device)  # type: ignore[arg-type]
         embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
         # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
         sampled = [[within_half(state).half().cpu() for state in source(batch, layers)] for batch in batches]
@@ -236,6 +283,10 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
     assert data.rows is not None
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
-    # Not the loader's, which are this rank's alone.
-    batches = LengthGroupedBatches(data.rows.padded_lengths, chosen, data.settings.batch_tokens, shuffle=False)
-    return [data.rows[index] for index in batches]
+    return [data.rows[index] for index in _batches(data, chosen)]
+
+
+def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
+    """As the loader's of held-out rows, but that is this rank's alone."""
+    assert data.rows is not None
+    return LengthGroupedBatches(data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import optuna
@@ -29,8 +30,8 @@ from kdnas.nas.callbacks import (
 from kdnas.runs import file_sha256, new_file
 from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
 
-# In a trial's folder: what was trained, which full KD goes on from.
-WEIGHTS = "weights.safetensors"
+# In a trial's folder: what was trained, and what the optimizer knew of it. Full KD goes on from them.
+WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ class Evaluator:
             raise
         finally:
             self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
-        weights = self.folder(trial.number) / WEIGHTS
-        with new_file(weights) as file:
-            file.write(save(module.state_dict()))
-        trial.set_user_attr("weights_sha256", file_sha256(weights))
+        optimizer: Any = trainer.optimizers[0]
+        for name, tensors in ((WEIGHTS, module.state_dict()), (OPTIMIZER, optimizer.tensors(module))):
+            path = self.folder(trial.number) / name
+            with new_file(path) as file:
+                file.write(save(tensors))
+            trial.set_user_attr(f"{path.stem}_sha256", file_sha256(path))
         for name in ("loss", "contextual_share", "sentence_r2"):
             trial.set_user_attr(name, module.history[-1][name])
         trial.set_user_attr("history", module.history)
