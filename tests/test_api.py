@@ -80,6 +80,6 @@ def test_the_stub_names_what_can_be_imported() -> None:
     for name in names:
         assert callable(getattr(kdnas, name)) and callable(getattr(api, name))
     code = (
-        "import sys, kdnas; kdnas.distill; assert {'distill', 'search'} <= {*dir(kdnas)} and 'torch' not in sys.modules"
+        "import sys, kdnas; assert callable(kdnas.distill) and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

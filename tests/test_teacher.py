@@ -232,7 +232,7 @@ def test_a_live_teacher_s_states_beyond_float16_are_refused(teacher, data):
         return [1e6 * states for states in LiveTeacher(teacher.model)(batch, layers)]
 
     with pytest.raises(UserError, match=r"The teacher's hidden states reach \d,\d{3},\d{3}; float16"):
-        measure_stats(teacher.model, source, LAYERS, data, "cpu")
+        measure(teacher.model, source, LAYERS, data, "cpu")
 
 
 @pytest.mark.parametrize("max_gb", [-0.1, float("nan")])
