@@ -37,6 +37,7 @@ from kdnas.graph import open_session
 from kdnas.models import find_teacher
 from kdnas.nas.record import trained
 from kdnas.options import read_config
+from kdnas.runs import Run
 from kdnas.training import fit
 
 ARTEFACTS = (
@@ -569,7 +570,7 @@ def test_two_workers_search_one_study_with_the_controller(command, tmp_path, cap
     assert len(trained(study)) == 4
     assert len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
     assert len(pd.read_csv(run / "trials.csv")) >= 4
-    assert (run / "worker_0.log").exists() and (run / "worker_1.log").exists()
+    assert all(path.exists() for path in map(Run(run.parent, run.name).worker_log, (0, 1)))
     _check_curves(run, trained(study))
     assert main(search) == 0
     assert "4 candidates are done" in capsys.readouterr().out
