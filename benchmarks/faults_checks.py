@@ -356,9 +356,10 @@ class Bench:
             *self.logs.glob(f"{name}/**/*.lock"),
             *self.logs.glob("tokens/*.lock"),
             *self.states.glob("*/lock"),
+            *self.temporary.glob("*.lock"),
         ]:
             try:
-                if path.name == "stillness.lock":
+                if path.name.endswith("stillness.lock"):
                     with ReadWriteLock(path, is_singleton=False).write_lock(timeout=1):
                         pass
                 else:

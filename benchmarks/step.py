@@ -1,6 +1,6 @@
 """How near a distillation step is to what the machine can do, where its time goes, and what others' steps take.
 
-    python benchmarks/step.py [--quick] [--json PATH] [--text PATH]
+    python benchmarks/step.py [--quick] [--json PATH] [--text PATH] [--accelerator cpu|gpu] [--compile]
 
 The peak is the fastest matmul that this machine was seen to do, in the precision of the step. A step's FLOPs are those
 of its matmuls, on real tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear
@@ -11,7 +11,8 @@ The optimizer (Muon's matmuls too), norms, activations and the embedding are not
 
 Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
 ``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
-Weights are random: they do not change the time.
+Weights are random: they do not change the time. On a GPU each part waits for the device, so that its time is its own;
+``--compile`` compiles our student, for lengths that change.
 """
 
 import tempfile
@@ -59,6 +60,13 @@ WARM_UP = 4
 PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
 
 
+def clock() -> float:
+    """The time when the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return perf_counter()
+
+
 def student_flops(lengths: Sequence[int], arch: StudentArch) -> int:
     """FLOPs of a student's forward matmuls.
 
@@ -77,6 +85,7 @@ def student_flops(lengths: Sequence[int], arch: StudentArch) -> int:
 
 def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     """FLOPs of the objective's matmuls on a batch, forward and backward, as torch's FlopCounterMode counts them."""
+    attention = module.student.config._attn_implementation
     module.student.set_attn_implementation("eager")
     with autocast("cpu"):
         _, teacher = module.views(batch)
@@ -89,19 +98,20 @@ def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
         with FlopCounterMode(display=False) as counter:
             module(student, teacher)[0].sum().backward()
     module.zero_grad()
+    module.student.set_attn_implementation(attention)
     return counter.get_total_flops()
 
 
-def measure_matmuls(seconds_each: float) -> list[dict[str, Any]]:
+def measure_matmuls(seconds_each: float, device: str = "cpu") -> list[dict[str, Any]]:
     """GFLOP/s of matmuls in the precision of a step, the fastest of many, by shape (rows, inner, columns)."""
-    found, dtype = [], torch.bfloat16 if bf16_is_faster("cpu") else torch.float32
+    found, dtype = [], torch.bfloat16 if bf16_is_faster(device) else torch.float32
     for rows, inner, columns in MATMULS:
-        left, right = (torch.randn(shape, dtype=dtype) for shape in ((rows, inner), (columns, inner)))
-        fastest, stop = float("inf"), perf_counter() + seconds_each
-        while perf_counter() < stop or fastest == float("inf"):
-            begin = perf_counter()
+        left, right = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+        fastest, stop = float("inf"), clock() + seconds_each
+        while clock() < stop or fastest == float("inf"):
+            begin = clock()
             F.linear(left, right)
-            fastest = min(fastest, perf_counter() - begin)
+            fastest = min(fastest, clock() - begin)
         found.append({"shape": [rows, inner, columns], "gflops": 2 * rows * inner * columns / fastest / 1e9})
     return found
 
@@ -123,9 +133,9 @@ class StepParts(pl.Callback):
         """The same function; what it takes is added to a part of the step."""
 
         def call(*args: Any, **options: Any) -> Any:
-            begin = perf_counter()
+            begin = clock()
             result = function(*args, **options)
-            self._now[name] += perf_counter() - begin
+            self._now[name] += clock() - begin
             return result
 
         return call
@@ -138,19 +148,19 @@ class StepParts(pl.Callback):
         clip = module.configure_gradient_clipping
 
         def clip_and_begin(*args: Any, **options: Any) -> None:
-            self._clip_began = perf_counter()
+            self._clip_began = clock()
             clip(*args, **options)
 
         def stepped(*_: Any) -> None:
-            self._now["optimizer"] += perf_counter() - self._clip_began
+            self._now["optimizer"] += clock() - self._clip_began
 
         # A Lightning optimizer's step() runs the whole step inside; its own part lies between these two.
         module.configure_gradient_clipping = clip_and_begin
         trainer.optimizers[0].register_step_post_hook(stepped)
-        self._last = perf_counter()
+        self._last = clock()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = perf_counter()
+        now = clock()
         parts = dict(self._now)
         parts["student forward"] = parts.pop("views") - parts.get("teacher", 0.0)
         parts = {name: parts.get(name, 0.0) for name in PARTS[:-1]}
@@ -160,7 +170,7 @@ class StepParts(pl.Callback):
         if len(self.steps) == WARM_UP + self.num_steps:
             trainer.should_stop = True
         self._now.clear()
-        self._last = perf_counter()
+        self._last = clock()
 
 
 class LoaderTime(Profiler):
@@ -172,11 +182,11 @@ class LoaderTime(Profiler):
 
     def start(self, action_name: str) -> None:
         if action_name.endswith("train_dataloader_next"):
-            self._begin = perf_counter()
+            self._begin = clock()
 
     def stop(self, action_name: str) -> None:
         if action_name.endswith("train_dataloader_next"):
-            self._parts._now["loader"] += perf_counter() - self._begin
+            self._parts._now["loader"] += clock() - self._begin
 
 
 def measure_ours(
@@ -189,6 +199,8 @@ def measure_ours(
     peak: float,
     folder: Path,
     progress: Progress,
+    device: str,
+    compiled: bool,
 ) -> dict[str, Any]:
     """A step of ours as the Trainer runs it, whole and by parts.
 
@@ -202,6 +214,8 @@ def measure_ours(
         peak: FLOP/s.
         folder: for the Trainer's files.
         progress: where the bar goes.
+        device: where the student is.
+        compiled: it, by torch.compile.
     """
     pl.seed_everything(0, verbose=False)
     module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
@@ -211,15 +225,20 @@ def measure_ours(
     module.states = TeacherStates(source, states.layers, states.hidden_size, states.stats, states.ends)  # type: ignore[arg-type]
     batches = list(data.train_dataloader())
     example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
+    teacher.model.to("cpu")  # type: ignore[arg-type]
     per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())
     num_epochs = -(-(WARM_UP + num_steps) // len(batches))
     progressing = FitProgress(progress, f"ours, {arch.num_hidden_layers} x {arch.hidden_size}")
-    trainer = make_trainer(TrainerSettings(accelerator="cpu"), folder, num_epochs, [parts, progressing])
+    if compiled:
+        module.student.compile(dynamic=True)
+    settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
+    trainer = make_trainer(settings, folder, num_epochs, [parts, progressing])
     trainer.limit_val_batches = 0
     trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
     fit(trainer, module, data)
     live = LiveTeacher(teacher.model)
-    with_live = time_steps(lambda batch: live(batch, module.target_layers), batches, max(3, num_steps // 4))
+    here = [on(device, batch) for batch in batches]
+    with_live = time_steps(lambda batch: live(batch, module.target_layers), here, max(3, num_steps // 4))
     steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
     seconds = [step["step"] for step in steps]
     flops = [3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths) for row_lengths in lengths]
@@ -238,13 +257,19 @@ def measure_ours(
     }
 
 
+def on(device: str, batch: Batch) -> Any:
+    """A batch on a device."""
+    values: Any = batch
+    return {name: tensor.to(device) for name, tensor in values.items()}
+
+
 def time_steps(step: Callable[[Batch], object], batches: Iterable[Batch], num_steps: int) -> dict[str, Any]:
     """A plain loop: median milliseconds of a step, and real tokens a second."""
     seconds, tokens = [], []
     for batch in islice(cycle(batches), WARM_UP + num_steps):
-        begin = perf_counter()
+        begin = clock()
         step(batch)
-        seconds.append(perf_counter() - begin)
+        seconds.append(clock() - begin)
         tokens.append(int(batch["attention_mask"].sum()))
     seconds, tokens = seconds[WARM_UP:], tokens[WARM_UP:]
     return {
@@ -270,10 +295,11 @@ def original_batches(data: KDDataModule, num_batches: int) -> list[Batch]:
     return batches
 
 
-def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None]:
+def original_step(teacher: Teacher, arch: StudentArch, device: str) -> Callable[[Batch], None]:
     """The original's: fp32, teacher live in fp32, one projection for all layers, AdamW at 1e-4 that is not fused."""
-    student = build_student(teacher.config, arch).train()
-    projection = nn.Linear(arch.hidden_size, 2 * teacher.config.hidden_size)
+    student = build_student(teacher.config, arch).train().to(device)
+    projection = nn.Linear(arch.hidden_size, 2 * teacher.config.hidden_size, device=device)
+    teacher.model.to(device)
     optimizer = torch.optim.AdamW([*student.parameters(), *projection.parameters()], lr=1e-4)
     pairs = LastAndSkip()(arch.num_hidden_layers, teacher.config.num_hidden_layers)
 
@@ -282,7 +308,7 @@ def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None
             theirs = encode(teacher.model, batch).hidden_states[1:]
         ours = encode(student, batch).hidden_states[1:]
         mask = batch["attention_mask"][..., None]
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=device)
         for state, layers in zip(ours, pairs, strict=True):
             target = torch.cat([theirs[layer] for layer in layers], -1)
             loss = loss + ((projection(state) - target).square() * mask).sum() / mask.sum() / target.shape[-1]
@@ -293,14 +319,14 @@ def original_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None
     return step
 
 
-def transformers_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], None]:
+def transformers_step(teacher: Teacher, arch: StudentArch, device: str) -> Callable[[Batch], None]:
     """transformers' own encoder of the shape, in our step's precision with a fused AdamW: no teacher, hardly a loss."""
-    model = build_student(teacher.config, arch).eval()  # no dropout, as ours
+    model = build_student(teacher.config, arch).eval().to(device)  # no dropout, as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs = ("input_ids", "attention_mask", "token_type_ids")
 
     def step(batch: Any) -> None:
-        with autocast("cpu"):
+        with autocast(device):
             state = model(**{name: batch[name] for name in inputs}).last_hidden_state
             loss = state.float().square().mean()
         optimizer.zero_grad()
@@ -310,7 +336,9 @@ def transformers_step(teacher: Teacher, arch: StudentArch) -> Callable[[Batch], 
     return step
 
 
-def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> dict[str, Any]:
+def measure(
+    text: str | None, quick: bool, progress: Progress, folder: Path, device: str, compiled: bool
+) -> dict[str, Any]:
     """All figures; see the module."""
     num_steps = 5 if quick else 100
     teacher = find_teacher(common.TEACHER)
@@ -328,7 +356,7 @@ def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> 
     }
     # Each once, under its last name.
     objectives = dict({repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values())
-    matmuls = measure_matmuls(0.4 if quick else 3.0)
+    matmuls = measure_matmuls(0.4 if quick else 3.0, device)
     peak = max(matmul["gflops"] for matmul in matmuls)
     num_layers = teacher.config.num_hidden_layers
     depths = [arch.num_hidden_layers for arch in ARCHS]
@@ -341,19 +369,30 @@ def measure(text: str | None, quick: bool, progress: Progress, folder: Path) -> 
             result: dict[str, Any] = {"arch": arch.to_dict(), "ours": {}}
             for name, objective in objectives.items():
                 result["ours"][name] = measure_ours(
-                    teacher, arch, objective, data, states, num_steps, peak * 1e9, folder / "fit", progress
+                    teacher,
+                    arch,
+                    objective,
+                    data,
+                    states,
+                    num_steps,
+                    peak * 1e9,
+                    folder / "fit",
+                    progress,
+                    device,
+                    compiled,
                 )
-            batches = list(data.train_dataloader())
-            result["transformers"] = time_steps(transformers_step(teacher, arch), batches, num_steps)
+            batches = [on(device, batch) for batch in data.train_dataloader()]
+            result["transformers"] = time_steps(transformers_step(teacher, arch, device), batches, num_steps)
             progress.advance(task)
-            rows = original_batches(cut, WARM_UP + num_steps)
-            result["original"] = time_steps(original_step(teacher, arch), rows, num_steps)
+            rows = [on(device, batch) for batch in original_batches(cut, WARM_UP + num_steps)]
+            result["original"] = time_steps(original_step(teacher, arch, device), rows, num_steps)
             progress.advance(task)
             for name in ("transformers", "original"):
                 for ours in result["ours"].values():
                     ours[f"tokens_over_{name}"] = ours["tokens_per_second"] / result[name]["tokens_per_second"]
             students.append(result)
-    return {"machine": common.machine(), "quick": quick, "matmuls": matmuls, "peak_gflops": peak, "students": students}
+    asked = {"quick": quick, "device": device, "compiled": compiled}
+    return {"machine": common.machine(), **asked, "matmuls": matmuls, "peak_gflops": peak, "students": students}
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -393,14 +432,17 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, show and write."""
-    chosen = common.options("step", "Times a distillation step against the machine's peak and others'.").parse_args(
-        args
-    )
+    options = common.options("step", "Times a distillation step against the machine's peak and others'.")
+    options.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="where all of it runs")
+    options.add_argument("--compile", action="store_true", help="our student, by torch.compile")
+    chosen = options.parse_args(args)
     common.quieten()
     console = Console()
     common.OUTPUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
-        results = measure(chosen.text, chosen.quick, Progress(console=console, transient=True), Path(folder))
+        progress = Progress(console=console, transient=True)
+        device = "cpu" if chosen.accelerator == "cpu" else "cuda"
+        results = measure(chosen.text, chosen.quick, progress, Path(folder), device, chosen.compile)
     show(results, console)
     write_json(chosen.json, results)
     console.print(f"Figures: {chosen.json}")

@@ -132,6 +132,7 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
     """
     run = check_place(config)
     config.trainer.check()
+    _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
     space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
@@ -224,6 +225,16 @@ def begin(found: Found, is_worker: bool = False) -> Job:
         run.manifest.unlink(missing_ok=True)  # until the end again
         write_text(run.config, yaml.safe_dump(asked, sort_keys=False))
     return job
+
+
+def _refuse_hidden_device(config: SearchConfig) -> None:
+    """Of several GPUs a worker process sees one, which is its first."""
+    kind, _, number = config.latency.device.partition(":")
+    if (config.workers > 1 or config.candidate_timeout is not None) and number not in ("", "0"):
+        raise UserError(
+            f"latency.device is {config.latency.device!r}, but a worker process sees one GPU only: give {kind!r}, "
+            "which is its own, or one worker without --candidate_timeout."
+        )
 
 
 def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:

@@ -26,6 +26,7 @@ from kdnas.runs import temporary_folder
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
+MOST_SPREAD = 0.1  # of a median: an IQR above it is a busy machine's
 _NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
 _FEWEST_ROUNDS = 3
 _MOST_BATCHES = 32  # of a workload
@@ -37,7 +38,8 @@ class LatencySettings:
 
     Args:
         backend: what runs the model: ``torch`` (float32), ``torch-bf16`` (bfloat16 weights), ``onnxruntime``,
-            ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda`` (torch in float32 on the first GPU).
+            ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda`` (torch on the first GPU, in float32; its
+            products in TF32, as all of the command line's on a GPU).
         device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on the CPU.
         batch_size: rows a batch.
         length: tokens a row, with the two that the tokenizer adds.

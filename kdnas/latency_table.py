@@ -20,6 +20,7 @@ from kdnas.errors import UserError
 from kdnas.graph import INT8, ONNX, write_deployed
 from kdnas.latency import ON_ONNX, LatencySettings, check_length, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
+from kdnas.precision import gpu_name
 from kdnas.runs import new_file, temporary_folder, write_json
 
 
@@ -104,7 +105,7 @@ def _machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu_name(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "kdnas": __version__,

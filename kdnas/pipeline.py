@@ -1,6 +1,7 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
 
 import dataclasses
+import logging
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from filelock import FileLock, ReadWriteLock, Timeout
@@ -26,7 +28,7 @@ from kdnas.export_job import export_run, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, begin, look, refuse_other_config
-from kdnas.latency import measure_latency
+from kdnas.latency import MOST_SPREAD, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import (
     build_classifier,
@@ -44,11 +46,14 @@ from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, in_words, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
+from kdnas.precision import gpu_name
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import FitProgress, fit_resumable, one_error
+
+log = logging.getLogger(__name__)
 
 
 @honest_signals()
@@ -69,7 +74,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
     if not was_done:
-        write_manifest(job.run.folder, {"name": job.run.name, "command": _command()})
+        write_manifest(job.run.folder, _about(job.run))
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
 
@@ -130,12 +135,13 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
             _export(job)
         with timed("report"):
             write_report(run, job.study)
-            write_manifest(run.folder, {"name": run.name, "command": _command()})
+            write_manifest(run.folder, _about(run))
     return seconds
 
 
-def _command() -> list[str]:
-    return [without_password(argument) for argument in sys.argv]
+def _about(run: Run) -> dict[str, Any]:
+    """What its manifest says of how it was made."""
+    return {"name": run.name, "command": [without_password(argument) for argument in sys.argv], "gpu": gpu_name()}
 
 
 @contextmanager
@@ -171,13 +177,21 @@ def _search(job: Job) -> StudentArch:
     lstm = lstm_of(job.config.sampler)
     episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
+    told = False  # that the machine is busy
     with job.progress() as progress, SearchBoard(run.folder / "search", explores) as board, one_error(run.folder):
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
         def show(study: Study, trial: FrozenTrial) -> None:
+            nonlocal told
             progress.update(bar, completed=len(tried(study)))
             if "not_needed" not in trial.user_attrs:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
+            if not told and (told := _is_unsteady(trial)):
+                log.warning(
+                    "The machine is busy: the teacher's latency beside trial %d spread by more than a tenth, and the "
+                    "budget and the reward go by it. Let nothing else run, or raise --latency.min_seconds.",
+                    trial.number,
+                )
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
             if episode and len(rewards) // episode > episodes[-1]:
                 ended = episodes[-1]
@@ -248,6 +262,11 @@ def _keep_best_weights(run: Run, study: Study) -> None:
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
         for name in KEPT:
             (run.trial(trial.number) / name).unlink(missing_ok=True)
+
+
+def _is_unsteady(trial: FrozenTrial) -> bool:
+    spread = trial.user_attrs.get("teacher_latency_iqr_ms", 0.0)
+    return bool(spread > MOST_SPREAD * trial.user_attrs.get("teacher_latency_ms", math.inf))
 
 
 def _line(trial: FrozenTrial) -> str:

@@ -58,11 +58,13 @@ class Plan:
         stages: in order.
         free_bytes: of the disk that it writes to.
         measured_on: in words.
+        gpu_bytes: what these steps took of the GPU at most; 0: none was used.
     """
 
     stages: list[Stage]
     free_bytes: int
     measured_on: str
+    gpu_bytes: int = 0
 
     def table(self) -> Table:
         """For the terminal: a row a stage."""
@@ -70,6 +72,8 @@ class Plan:
         free = f"{self.free_bytes / 1e9:.2f} GB of the disk are free"
         caption = f"[red]Only {free}.[/red]" if needed > self.free_bytes else f"{free}."
         table = Table("stage", "minutes", "disk", "memory", title="What it will need, about")
+        if self.gpu_bytes:
+            caption += f" Of the GPU a worker takes {self.gpu_bytes / 1e9:.1f} GB at least."
         table.caption = f"Measured on {self.measured_on}. {caption}"
         for stage in [*self.stages, Stage("in all", sum(stage.seconds for stage in self.stages), needed)]:
             table.add_row(
@@ -156,6 +160,7 @@ def plan(config: SearchConfig) -> Plan:
             stages,
             shutil.disk_usage(nearest_folder(states_folder(config))).free,
             f"{len(sample.rows):,} of {sizes.num_rows:,} rows and {len(distillation.measured)} students",
+            torch.cuda.max_memory_allocated(),  # 0 where CUDA was not used
         )
 
 

@@ -45,3 +45,8 @@ def trainer_precision(accelerator: str) -> str:
     """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     return "bf16-mixed" if bf16_is_faster("cpu" if on_cpu else "other") else "32-true"
+
+
+def gpu_name() -> str | None:
+    """Of the GPU that is used where none is chosen; None: there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -21,6 +21,7 @@ from kdnas.arch import StudentArch
 from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
 from kdnas.pictures import BLUE, GREY, INK, ORANGE, as_svg, curves, pareto
+from kdnas.precision import gpu_name
 from kdnas.runs import Run, read_json, write_text
 from kdnas.safe_yaml import read_yaml
 from kdnas.tables import as_text, text_table
@@ -254,6 +255,7 @@ def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
     return {
         "search ended": f"{max(dates):%Y-%m-%d %H:%M}" if dates else "-",
         "processor": f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores",
+        **({"GPU": name} if (name := gpu_name()) else {}),
         "system": platform.platform(),
         "Python": platform.python_version(),
         "kdnas": __version__,

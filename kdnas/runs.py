@@ -54,7 +54,6 @@ class Run:
         self.config = self.folder / "config.yaml"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
-        self.stillness = self.folder / "stillness.lock"
         self.trials_csv = self.folder / "trials.csv"
         self.best_student = self.folder / "best_student.yaml"
         self.full_kd = self.folder / "full_kd"
@@ -68,8 +67,14 @@ class Run:
         return self.folder / f"trial_{number:04d}"
 
     def worker_log(self, index: int) -> Path:
-        """What a worker process tells: ``worker_1.log``."""
-        return self.folder / f"worker_{index}.log"
+        """What a worker process of this machine tells: ``worker_HOST_1.log``."""
+        return self.folder / f"worker_{platform.node()}_{index}.log"
+
+    @property
+    def stillness(self) -> Path:
+        """The lock of the workers of this machine; on its own disk, for it is taken at each step."""
+        key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"kdnas-{key}-stillness.lock"
 
     def check_writable(self) -> None:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.

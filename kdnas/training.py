@@ -287,17 +287,22 @@ class KeepLast(pl.Callback):
         self._asked: type[KeyboardInterrupt] | None = None
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
-        self._random: torch.Tensor | None = None
+        self._random: dict[str, torch.Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": torch.get_rng_state(), "format": self.FORMAT}
+        states = {"random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()  # dropout's there; of the one device that the fit is on
+        return {**states, "format": self.FORMAT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random = state_dict["random"]
+        self._random = {name: state_dict[name] for name in ("random", "cuda") if name in state_dict}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._random is not None:
-            torch.set_rng_state(self._random)
+        if self._random:
+            torch.set_rng_state(self._random["random"])
+        if "cuda" in self._random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._random["cuda"])
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *TERMINATIONS)}

@@ -1,4 +1,4 @@
-"""The pages in a headless browser: no error, sorting by click and by keyboard, hover, a telephone's width, the dark."""
+"""The pages in a headless browser: no error, sorting by click and keyboard, hover, a telephone's width, the dark."""
 
 import json
 import re
@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 from test_report import every_kind, whole
+from test_report_job import search
 
+from kdnas.cli import main
 from kdnas.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
-# A page around the report, which a person's hands are played in.
-HANDS = """<!doctype html><iframe src="report.html" width="400" height="900"></iframe><pre></pre><script>
+# A page around PAGE, which a person's hands are played in: the last table's COLUMN is sorted.
+HANDS = """<!doctype html><iframe src="PAGE" width="400" height="900"></iframe><pre></pre><script>
 onload = () => {
   const page = document.querySelector("iframe").contentDocument, told = {};
   const table = [...page.querySelectorAll("table")].at(-1);
-  const heading = [...table.tHead.rows[0].cells].find(cell => cell.textContent.includes("latency"));
+  const heading = [...table.tHead.rows[0].cells].find(cell => cell.textContent.includes("COLUMN"));
   const column = () => [...table.tBodies[0].rows].map(row => row.cells[heading.cellIndex].textContent);
-  told.sorted_at_first = table.querySelector("[aria-sort]").textContent;
+  told.sorted_at_first = table.querySelector("[aria-sort]")?.textContent ?? "";
   for (const _ of "12") table.querySelector("th button").click();  // by number, downwards: what is not known is first
-  told.unknown_first = column()[0];
+  told.by_first_column = column()[0];
   heading.querySelector("button").click();
   told.ascending = column(); told.first_sort = heading.getAttribute("aria-sort");
   heading.querySelector("button").click();
@@ -43,28 +45,55 @@ onload = () => {
 </script>"""
 
 
+# Of each page: a column of its last table, what is read there, and the first mark of its pictures.
+PAGES = {
+    "report.html": (
+        "latency",
+        {"sorted_at_first": "reward", "by_first_column": "-"},
+        ["1.25", "2.50", "4.00", "4.00", "6.25", "-"],
+        ["6.25", "4.00", "4.00", "2.50", "1.25", "-"],
+        "trial [0-3]: . x 64, 2 heads, ",
+    ),
+    "comparison.html": (
+        "loss",
+        {"sorted_at_first": "", "by_first_column": "0.5000"},  # that of the last run by name
+        ["0.1250", "0.2500", "0.5000", "-"],
+        ["0.5000", "0.2500", "0.1250", "-"],
+        "done: 0.7500 after 2 candidates",
+    ),
+}
+
+
 @pytest.mark.skipif(BROWSER is None, reason=f"there is no browser: none of {', '.join(BROWSERS)} is on the PATH")
-def test_the_report_works_in_a_browser(tmp_path: Path) -> None:
-    write_report(whole(tmp_path), every_kind(), output=tmp_path / "report.html")
-    (tmp_path / "hands.html").write_text(HANDS)
+@pytest.mark.parametrize(("scheme", "paper"), [("dark", "rgb(21, 24, 27)"), ("light", "rgb(255, 255, 255)")])
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_works_in_a_browser(page: str, scheme: str, paper: str, tmp_path: Path) -> None:
+    column, first, ascending, descending, tip = PAGES[page]
+    if page == "report.html":
+        write_report(whole(tmp_path), every_kind(), output=tmp_path / page)
+    else:
+        runs = {"done": [0.5, 0.25], "begun": [0.375, 0.125], "other": [0.5], "none": []}
+        for name, losses in runs.items():
+            search(tmp_path, name, losses)
+        assert main(["report", "--root", str(tmp_path), "--run", *runs]) == 0
+    (tmp_path / "hands.html").write_text(HANDS.replace("PAGE", page).replace("COLUMN", column))
     options = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --enable-logging=stderr"
-    options += " --blink-settings=preferredColorScheme=0 --virtual-time-budget=5000 --dump-dom"
+    options += f" --blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
+    options += " --virtual-time-budget=5000 --dump-dom"
     command = [str(BROWSER), *options.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*command, f"file://{tmp_path}/hands.html"], capture_output=True, text=True, timeout=300)
     assert re.findall(".*CONSOLE.*", done.stderr) == []
     told = json.loads(re.findall("<pre>(.*?)</pre>", done.stdout)[0])
-    assert told == {
-        "sorted_at_first": "reward",
-        "unknown_first": "-",
-        "ascending": ["1.25", "2.50", "4.00", "4.00", "6.25", "-"],
+    assert told == first | {
+        "ascending": ascending,
         "first_sort": "ascending",
-        "descending": ["6.25", "4.00", "4.00", "2.50", "1.25", "-"],
+        "descending": descending,
         "second_sort": "descending",
         "num_sorted": 1,
         "focusable": 0,
         "tip": told["tip"],
         "tip_is_gone": True,
         "too_wide": 0,
-        "paper": "rgb(21, 24, 27)",
+        "paper": paper,
     }
-    assert re.match("trial [0-3]: . x 64, 2 heads, ", told["tip"])
+    assert re.match(tip, told["tip"])

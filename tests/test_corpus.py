@@ -124,7 +124,10 @@ def test_a_hub_name_reads_the_train_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert every(load_corpus("some-one/some.data", column="body")) == ["one", "three", "two"]
-    assert asked == [(("some-one/some.data",), {"split": "train"})]
+    load_corpus("some-one/some.data:20231101.en", column="body")
+    assert asked == [
+        (names, {"split": "train"}) for names in (("some-one/some.data",), ("some-one/some.data", "20231101.en"))
+    ]
     with pytest.raises(UserError, match="'some-one/some.data' has no column 'text' .*'body', 'id'"):
         load_corpus("some-one/some.data")
 

@@ -94,6 +94,16 @@ def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, mon
     assert all(row["median_ms"] > 0 and row["speedup"] == 1 for row in rows)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) -> None:
+    options = ["--length=16", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}"]
+    assert main(["latency", f"--model={tiny_teacher}", "--backend", "torch", "cuda", *options]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [row["backend"] for row in found["rows"]] == ["torch", "cuda"] and found["machine"]["gpu"]
+    assert all(row["median_ms"] > 0 for row in found["rows"])
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -30,13 +30,14 @@ from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.config import RunConfig, SearchSettings, as_plain, flat
 from kdnas.distill.layer_map import Even
-from kdnas.distill.module import Recipe
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
 from kdnas.graph import open_session
 from kdnas.models import find_teacher
 from kdnas.nas.record import trained
 from kdnas.options import read_config
+from kdnas.runs import Run
 from kdnas.training import fit
 
 ARTEFACTS = (
@@ -212,20 +213,24 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
     assert not list(run.rglob(".*")), "nothing temporary is left"
 
 
-def test_full_kd_goes_on_after_the_epoch_that_was_kept(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from kdnas.distill.module import HiddenStateDistillModule
-
+def interrupt_second_epoch(patch: pytest.MonkeyPatch) -> None:
+    """Of full KD: a candidate has one."""
     whole = HiddenStateDistillModule.training_step
 
-    def interrupt_in_second_epoch(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
+    def step(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
         if self.trainer.max_epochs == 2 and self.current_epoch == 1:
             raise KeyboardInterrupt
         return whole(self, batch, batch_idx)  # type: ignore[arg-type]
 
+    patch.setattr(HiddenStateDistillModule, "training_step", step)
+
+
+def test_full_kd_goes_on_after_the_epoch_that_was_kept(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = HiddenStateDistillModule.training_step
     command.append("--task=null")
-    monkeypatch.setattr(HiddenStateDistillModule, "training_step", interrupt_in_second_epoch)
+    interrupt_second_epoch(monkeypatch)
     assert main(command) == 130
     steps: list[int] = []
 
@@ -241,6 +246,22 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
     result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]
     assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_its_end(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command += ["--trainer.accelerator=gpu", "--latency.backend=cuda"]
+    with monkeypatch.context() as patch:
+        interrupt_second_epoch(patch)
+        assert main(command) == 130
+    assert main(command) == 0
+    assert "Full KD: going on where it was stopped" in capsys.readouterr().out
+    run = tmp_path / "logs" / "tiny"
+    assert [name for name in ARTEFACTS if not (run / name).exists()] == []
+    assert json.loads((run / "manifest.json").read_text())["gpu"]
 
 
 def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
@@ -334,13 +355,25 @@ def test_an_objective_that_a_student_cannot_be_asked_for_is_refused_at_the_start
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_search_can_be_prolonged(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "MOST_SPREAD", -1.0)
     search = [
         "search",
         *(option for option in command[1:] if not option.startswith(("--config", "--task", "--full", "--fine"))),
     ]
     assert main(search) == 0
+    busy = "The machine is busy: the teacher's latency beside trial 0 spread by more than a tenth"
+    assert [busy in message for message in caplog.messages].count(True) == 1
+    monkeypatch.setattr(pipeline, "MOST_SPREAD", float("inf"))
+    caplog.clear()
     assert main([*search, "--search.n_trials=3"]) == 0
+    assert "The machine is busy" not in caplog.text
     assert "going on after 2 of 3" in capsys.readouterr().out
     trials = pd.read_csv(tmp_path / "logs" / "tiny" / "trials.csv")
     assert (trials.state == "COMPLETE").sum() >= 3
@@ -481,6 +514,20 @@ def test_an_impossible_length_of_the_task_is_refused_at_the_start(
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("option", ["--workers=2", "--candidate_timeout=5"])
+def test_a_gpu_that_a_worker_will_not_see_is_refused_at_the_start(
+    option: str,
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kdnas.latency._devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    assert main([*command, "--latency.device=cuda:1", option]) == 2
+    assert "latency.device is 'cuda:1', but a worker process sees one GPU only" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
 def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(command: list[str], tmp_path: Path) -> None:
     search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
     endless = [sys.executable, "-m", "kdnas", *search, "--search.num_epochs=100000"]
@@ -587,7 +634,7 @@ def test_two_workers_search_one_study_with_the_controller(command, tmp_path, cap
     assert len(trained(study)) == 4
     assert len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
     assert len(pd.read_csv(run / "trials.csv")) >= 4
-    assert (run / "worker_0.log").exists() and (run / "worker_1.log").exists()
+    assert all(path.exists() for path in map(Run(run.parent, run.name).worker_log, (0, 1)))
     _check_curves(run, trained(study))
     assert main(search) == 0
     assert "4 candidates are done" in capsys.readouterr().out

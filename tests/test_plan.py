@@ -37,6 +37,11 @@ def test_what_a_few_students_weigh_tells_the_weight_of_all(any_teacher: Path) ->
     assert plan.extend(known, others) == pytest.approx([sizes[arch] for arch in others], rel=0.02)
 
 
+def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
+    captions = [plan.Plan([], 10**9, "few rows", gpu_bytes).table().caption for gpu_bytes in (0, 1_300_000_000)]
+    assert captions[1] == f"{captions[0]} Of the GPU a worker takes 1.3 GB at least."
+
+
 def test_the_budget_is_held_against_students_that_were_not_looked_at(
     tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

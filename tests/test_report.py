@@ -245,6 +245,14 @@ def test_what_was_asked_is_said(tmp_path):
     assert re.search(r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*", text)
 
 
+def test_the_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100 <PCIe>")
+    assert "GPU H100 <PCIe> system" in Page(write_report(whole(tmp_path), every_kind()).read_text()).text
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert " GPU " not in Page(write_report(whole(tmp_path), every_kind()).read_text()).text
+
+
 @pytest.mark.parametrize(
     ("budget", "words", "num_lines"),
     [

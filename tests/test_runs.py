@@ -78,6 +78,17 @@ def test_the_artefacts_have_their_promised_names():
     assert [run.trial(number).name for number in (7, 12345)] == ["trial_0007", "trial_12345"]
 
 
+def test_machines_that_share_a_run_share_neither_logs_nor_the_lock_of_each_step(tmp_path, monkeypatch):
+    run, logs = Run(tmp_path, "a"), set()
+    for node in ("one", "two"):
+        monkeypatch.setattr("platform.node", lambda node=node: node)
+        logs |= {run.worker_log(0).name, run.worker_log(1).name}
+    assert logs == {"worker_one_0.log", "worker_one_1.log", "worker_two_0.log", "worker_two_1.log"}
+    assert run.stillness.parent == Path(tempfile.gettempdir())
+    monkeypatch.chdir(tmp_path)
+    assert Run(".", "a").stillness == run.stillness != Run(".", "b").stillness
+
+
 def test_a_folder_that_is_a_file_is_refused_with_its_name(tmp_path):
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(UserError, match=r"logs/a' \(Not a directory"):

@@ -161,6 +161,22 @@ def test_the_precision_is_the_one_asked_for(tmp_path):
         assert seen == [dtype] * 3
 
 
+def test_random_numbers_of_a_gpu_go_on_too(tmp_path, monkeypatch):
+    kept, given = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: kept)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    for was_there, is_there in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=was_there: found)
+        state = KeepLast(tmp_path / "last.ckpt").state_dict()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=is_there: found)
+        resumed = KeepLast(tmp_path / "last.ckpt")
+        resumed.load_state_dict(state)
+        resumed.on_train_start(None, None)
+        resumed.on_train_end(None, None)
+        assert torch.equal(torch.get_rng_state(), state["random"])
+    assert given == [kept]  # not where either has no GPU
+
+
 def interrupt(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     raise KeyboardInterrupt
 

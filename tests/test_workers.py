@@ -29,7 +29,7 @@ from kdnas.nas.callbacks import HoldStill
 from kdnas.nas.record import failure_of, trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.workers import DISK, MOST_DEATHS, run_workers
+from kdnas.nas.workers import DISK, MOST_DEATHS, _environment, run_workers
 
 SPACE = SearchSpace(
     {
@@ -284,6 +284,31 @@ def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatc
 def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):
     study, _ = start(url, tmp_path / "seen", 6, seconds=0)
     assert len(trained(study)) <= 2  # each worker may have begun one
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_devices", "seen"),
+    [
+        (None, 0, [None] * 3),
+        (None, 1, [None] * 3),
+        ("4", 1, ["4"] * 3),
+        (None, 2, ["0", "1", "0"]),
+        ("3,GPU-a1,7,9", 4, ["3", "GPU-a1", "7"]),
+    ],
+)
+def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_devices, seen, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    before, found = dict(os.environ), []
+    for index in range(3):
+        with _environment(index, 3):
+            found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+            assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert found == seen and dict(os.environ) == before
 
 
 def hold(path: str, seconds: float) -> None:

@@ -127,7 +127,8 @@ def load_corpus(
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or ``.txt`` (one row a line)
-            file, a folder of such files, or the ``owner/name`` of a data set on the Hugging Face hub (its train split).
+            file, a folder of such files, or the ``owner/name`` or ``owner/name:config`` of a data set on the
+            Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has but one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
         seed: another seed holds out other rows.

@@ -121,10 +121,11 @@ def _files(text: str) -> list[Path] | None:
         if not files:
             raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
         return files
-    if suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+    if suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", text):
         return None
     raise UserError(
-        f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name)."
+        f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name, "
+        "or owner/name:config)."
     )
 
 
@@ -222,14 +223,16 @@ def _hub(name: str, column: str) -> Any:
     import datasets
     from huggingface_hub import HfApi, is_offline_mode
 
+    parts = name.split(":")  # its name and, where it has several, that of a configuration
     try:
         if not is_offline_mode():
-            HfApi().dataset_info(name, timeout=5)  # fails at once without a network; load_dataset tries for 23 s
-        rows = datasets.load_dataset(name, split="train")  # knows no remote code since 4.0
+            HfApi().dataset_info(parts[0], timeout=5)  # fails at once without a network; load_dataset tries for 23 s
+        rows = datasets.load_dataset(*parts, split="train")  # knows no remote code since 4.0
     except Exception as error:  # the HTTP client's own errors among them
         raise UserError(
             f"The text {name!r} was not found, here or on the hub ({first_line(error)}): give a file, a folder, "
-            "or a hub data set that can be reached (HF_HUB_OFFLINE=1 for one in the cache)."
+            "or a hub data set that can be reached (owner/name:config of one with several configurations; "
+            "HF_HUB_OFFLINE=1 for one in the cache)."
         ) from error
     return rows.select_columns(_wanted(rows.column_names, column))
 
