@@ -8,6 +8,7 @@ from typing import Any
 from kdnas.data.datamodule import DataSettings
 from kdnas.distill.module import Recipe
 from kdnas.distill.teacher import StatesSettings
+from kdnas.early import refuse_fewer
 from kdnas.errors import UserError
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.task_distill import TaskDistillSettings
@@ -59,8 +60,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for name in ("n_trials", "num_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
+            refuse_fewer(f"search.{name}", getattr(self, name))
         reward(0.0, 1.0, 1.0, self.alpha, self.beta)
 
 
@@ -77,8 +77,7 @@ class FullKDSettings:
     from_candidate: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_epochs < 1:
-            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
+        refuse_fewer("full_kd.num_epochs", self.num_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +134,7 @@ class SearchConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}: give at least 1.")
+        refuse_fewer("workers", self.workers)
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
                 raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
@@ -297,8 +295,7 @@ class GlueConfig:
             raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
         if not self.task and self.data is None:
             raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}: give at least 1.")
+        refuse_fewer("seeds", self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ errors.py
 pages.py
 tables.py
 safe_yaml.py
+early.py
 predict.py
 supervisor.py
 runs.py
