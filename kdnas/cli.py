@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 where the user can mend it; 1 where candidates failed, or an export did not
-        compute what its model does; 3 where disk or network failed; 130 after Ctrl-C, 143 after SIGTERM.
+        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
