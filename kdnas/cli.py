@@ -71,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         set_environment()
+        if is_process:
+            sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
         if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
             return supervise(partial(_exit_code, args))
         return _exit_code(args)

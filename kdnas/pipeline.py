@@ -1,6 +1,7 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
 
 import dataclasses
+import logging
 import math
 import os
 import platform
@@ -48,6 +49,8 @@ from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, writ
 from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import FitProgress, fit_resumable, one_error
+
+log = logging.getLogger("kdnas")
 
 
 @honest_signals()
@@ -175,7 +178,9 @@ def _search(job: Job) -> StudentArch:
 
         def show(study: Study, trial: FrozenTrial) -> None:
             progress.update(bar, completed=len(tried(study)))
-            if "not_needed" not in trial.user_attrs:
+            if job.console.quiet and trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs:
+                log.warning(_line(trial))
+            elif "not_needed" not in trial.user_attrs:
                 job.console.print(_line(trial), highlight=False, soft_wrap=True)
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
             if episode and len(rewards) // episode > episodes[-1]:
@@ -206,7 +211,7 @@ def _search(job: Job) -> StudentArch:
         seconds = math.inf if minutes is None else max(0.0, 60 * minutes - EARLIER.seconds)
         timeout = job.config.candidate_timeout
         if job.config.workers > 1 or timeout is not None:
-            work = partial(_work, job.config)
+            work = partial(_work, job.config, log.getEffectiveLevel())
             timeout = 60 * timeout if timeout is not None else math.inf
             run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
@@ -218,8 +223,12 @@ def _search(job: Job) -> StudentArch:
     return arch
 
 
-def _work(config: SearchConfig, index: int, deadline: float) -> None:
+def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None:
     """One worker process of a search: the same search, told into a log file."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(level)
+    # Optuna says again, with a traceback, what a trial died of.
+    logging.getLogger("optuna").setLevel(logging.INFO if level <= logging.DEBUG else logging.ERROR)
     run = Run(config.root, config.name)
     with run.worker_log(index).open("a", encoding="utf-8") as file:
         for stream in (1, 2):  # the libraries' chatter too
