@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.early import refuse_early, with_shipped_configs
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
 from kdnas.pages import EXAMPLES, completion, page
 from kdnas.supervisor import EARLIER, supervise
@@ -83,8 +82,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _exit_code(args: list[str]) -> int:
     try:
-        if args[0] in EXAMPLES:
-            refuse_early(args[0], args[1:])
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"kdnas: {error}", file=sys.stderr)
@@ -203,7 +200,10 @@ def _new(config: Any) -> Any:
 
 def _run(args: Sequence[str]) -> None:
     from kdnas.config import RunConfig
+    from kdnas.nas.storage import without_password
     from kdnas.options import read_config
+    from kdnas.pipeline import run
+    from kdnas.smoke import smoke
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     trial = "every stage on 64 rows of the text and the task, in about a minute; nothing of it is kept"
@@ -213,22 +213,18 @@ def _run(args: Sequence[str]) -> None:
     if flags["dry_run"]:
         _plan(config)
     elif flags["smoke"]:
-        from kdnas.nas.storage import without_password
-        from kdnas.smoke import smoke
-
         console = _console()
         smoke(config, console)
         command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
         console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
     else:
-        from kdnas.pipeline import run
-
         run(_new(config) if flags["force_new"] else config, _console())
 
 
 def _search(args: Sequence[str]) -> None:
     from kdnas.config import SearchConfig
     from kdnas.options import read_config
+    from kdnas.pipeline import search
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
@@ -236,8 +232,6 @@ def _search(args: Sequence[str]) -> None:
     if flags["dry_run"]:
         _plan(config)
     else:
-        from kdnas.pipeline import search
-
         search(config, _console())
 
 
@@ -323,7 +317,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml
+    from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.precision import trainer_precision
     from kdnas.runs import new_folder
     from kdnas.signals import honest_signals

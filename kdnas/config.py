@@ -8,7 +8,6 @@ from typing import Any
 from kdnas.data.datamodule import DataSettings
 from kdnas.distill.module import Recipe
 from kdnas.distill.teacher import StatesSettings
-from kdnas.early import refuse_fewer
 from kdnas.errors import UserError
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.task_distill import TaskDistillSettings
@@ -60,7 +59,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for name in ("n_trials", "num_epochs"):
-            refuse_fewer(f"search.{name}", getattr(self, name))
+            if getattr(self, name) < 1:
+                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
         reward(0.0, 1.0, 1.0, self.alpha, self.beta)
 
 
@@ -77,7 +77,8 @@ class FullKDSettings:
     from_candidate: bool = True
 
     def __post_init__(self) -> None:
-        refuse_fewer("full_kd.num_epochs", self.num_epochs)
+        if self.num_epochs < 1:
+            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ class SearchConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        refuse_fewer("workers", self.workers)
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}: give at least 1.")
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
                 raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
@@ -296,7 +298,8 @@ class GlueConfig:
             raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
         if not self.task and self.data is None:
             raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
-        refuse_fewer("seeds", self.seeds)
+        if self.seeds < 1:
+            raise UserError(f"seeds is {self.seeds}: give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,14 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from kdnas.early import with_shipped_configs
+from kdnas.config import as_plain
+from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, nearest
 from kdnas.safe_yaml import check_yaml
 
@@ -23,9 +25,6 @@ _CONFIG_HELP = (
 
 def default_objects() -> dict[str, Any]:
     """The parser cannot write default objects as YAML, so it is told their class paths."""
-    from kdnas.config import as_plain
-    from kdnas.distill.module import Recipe
-
     return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
 
 
@@ -64,6 +63,23 @@ def read_config(
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options.pop("config")
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
+
+
+def with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """The options with ``--config configs/NAME.yaml`` as the file that kdnas ships, where no such file is here.
+
+    Raises:
+        UserError: kdnas ships none of that name either.
+    """
+    found = list(args)
+    for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
+        path = Path(arg if before in ("-c", "--config") else arg.partition("--config=")[2])
+        if path.parent == Path("configs") and not path.exists():
+            shipped = {file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
+            if path.name not in shipped:
+                raise UserError(f"There is no {str(path)!r}.{nearest(path, (f'configs/{name}' for name in shipped))}")
+            found[place] = arg.removesuffix(str(path)) + str(shipped[path.name])
+    return found
 
 
 def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:

@@ -14,7 +14,6 @@ errors.py
 pages.py
 tables.py
 safe_yaml.py
-early.py
 hub.py
 predict.py
 supervisor.py

@@ -16,11 +16,25 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from kdnas.early import PRUNERS as PRUNERS
-from kdnas.early import SAMPLERS as SAMPLERS
-from kdnas.early import Spec, no_such
-from kdnas.errors import UserError, first_line
+from kdnas.errors import UserError, first_line, nearest
 from kdnas.nas.controller import Controller, EnsembleLSTM, History, RewardLSTM, exploration_ratio, likely_feasible
+
+# A short name, a class path, or a mapping of class_path and init_args, as in YAML.
+Spec = str | Mapping[str, Any]
+SAMPLERS: Mapping[str, Spec] = {
+    "tpe": {"class_path": "optuna.samplers.TPESampler", "init_args": {"n_startup_trials": 5}},
+    "lstm": "kdnas.nas.sampler.LSTMSampler",
+    "lstm-original": "kdnas.nas.sampler.OriginalLSTMSampler",
+    "random": "optuna.samplers.RandomSampler",
+    "gp": "optuna.samplers.GPSampler",
+    "nsgaii": "optuna.samplers.NSGAIISampler",
+}
+PRUNERS: Mapping[str, Spec] = {
+    "none": "optuna.pruners.NopPruner",
+    "median": {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 4}},
+    "hyperband": "optuna.pruners.HyperbandPruner",
+}
+
 
 # Points that are scored for a proposal: a smaller space is scored whole.
 POOL_SIZE = 4096
@@ -277,7 +291,8 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise no_such(kind, path, known) from error
+        hint = nearest(path, known, always_list=True)
+        raise UserError(f"There is no {kind} {path!r}: give a class path, or a short name.{hint}") from error
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args.")
