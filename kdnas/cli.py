@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 where the user can mend it; 1 where candidates failed, or an export did not
-        compute what its model does; 3 where disk or network failed; 130 after Ctrl-C, 143 after SIGTERM.
+        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -70,6 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         set_environment()
+        if is_process:
+            sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
         if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
             return supervise(partial(_exit_code, args))
         return _exit_code(args)

@@ -175,8 +175,9 @@ class LatencyConfig:
     """What ``kdnas latency`` is asked for; of lists, every combination is measured.
 
     Args:
-        model: folders, names on the hub, or ``quickstart``. Of an exported folder the ONNX files are measured as they
-            are; else the shape alone counts, with a classification head. The first one is compared with.
+        model: a teacher or a student, in any number: folders, names on the hub, or ``quickstart``. The first is what
+            others are compared with: the teacher. Of an exported folder the ONNX files are measured as they are; else
+            the shape alone counts, with a classification head.
         backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
         batch: rows a batch.
         length: tokens a row.
@@ -251,8 +252,8 @@ class GlueConfig:
     """What ``kdnas glue`` is asked for: models to fine-tune on labelled tasks, in turn and with the same settings.
 
     Args:
-        model: folders or hub names of encoders, or ``quickstart``; once for each. The first is what others are
-            compared with: the teacher.
+        model: a teacher or a student, in any number, ``--model`` once for each: folders or hub names of encoders, or
+            ``quickstart``. The first is what others are compared with: the teacher.
         task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from folders below
             ``data``; or folders in GLUE's layout; once for each.
         data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv or tsv file (a tenth
@@ -307,13 +308,15 @@ class ExportConfig:
     """What ``kdnas export`` is asked for: ``--run NAME`` or ``--student FOLDER``.
 
     Args:
-        run: name of a finished run.
-        student: a Hugging Face folder of a student with its tokenizer, from anywhere.
+        run: name of a finished run, whose student it is.
+        student: instead of a run, the folder of any encoder or classifier with its tokenizer: what ``glue`` and
+            ``latency`` call a model.
         root: the folder of all runs.
         format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
             with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
         output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
-        teacher: of the student, for the card; it is checked that the student can be its.
+        teacher: of ``student``: folder, hub name or ``quickstart``, for the card; it is checked that the student can be
+            its. A run knows its own.
         task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
         data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv file, or a folder.
         text_column: of ``data``; twice for pairs.

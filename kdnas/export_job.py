@@ -16,6 +16,7 @@ from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.export import export_student, load_student, slower_shapes
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
+from kdnas.hub import refuse_away
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
@@ -112,11 +113,13 @@ def check_hub(repo: str) -> None:
     """Refuse now, not after the export, where nobody is logged in.
 
     Raises:
-        UserError: the hub cannot be reached or knows no token.
+        HubAway: the hub does not answer.
+        UserError: it knows no token.
     """
     try:
         HfApi().whoami()
     except Exception as error:  # no token, an old one, no network
+        refuse_away(error, f"a push to {repo!r}", "leave out --hub-repo")
         raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. Log in by `hf auth login`.") from error
 
 
@@ -124,12 +127,14 @@ def push(folder: Path, repo: str) -> str:
     """Push a folder to the hub, into a private repository if it is new, and give the address.
 
     Raises:
-        UserError: the hub refuses; the folder stays.
+        HubAway: the hub does not answer; the folder stays.
+        UserError: it refuses; the folder stays.
     """
     try:
         HfApi().create_repo(repo, private=True, exist_ok=True)
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
     except Exception as error:  # a bad name, no right, no network
+        refuse_away(error, f"a push to {repo!r}", f"the export is in {str(folder)!r}: `hf upload` pushes it too")
         raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. The export is in {str(folder)!r}.") from error
 
 

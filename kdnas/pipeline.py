@@ -39,12 +39,12 @@ from kdnas.models import (
 from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
-from kdnas.nas.record import FrozenTrial, Study, failure_of, is_complete, trained, tried
+from kdnas.nas.record import FrozenTrial, Study, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
 from kdnas.nas.search import best_of
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
-from kdnas.nas.trials import front_table, in_words, trials_frame
+from kdnas.nas.trials import front_table, in_words, line, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
 from kdnas.precision import gpu_name
 from kdnas.report import result_table, write_report
@@ -53,7 +53,7 @@ from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import FitProgress, fit_resumable, one_error
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("kdnas")
 
 
 @honest_signals()
@@ -184,8 +184,10 @@ def _search(job: Job) -> StudentArch:
         def show(study: Study, trial: FrozenTrial) -> None:
             nonlocal told
             progress.update(bar, completed=len(tried(study)))
-            if "not_needed" not in trial.user_attrs:
-                job.console.print(_line(trial), highlight=False, soft_wrap=True)
+            if job.console.quiet and trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs:
+                log.warning(line(trial))
+            elif "not_needed" not in trial.user_attrs:
+                job.console.print(line(trial), highlight=False, soft_wrap=True)
             if not told and (told := _is_unsteady(trial)):
                 log.warning(
                     "The machine is busy: the teacher's latency beside trial %d spread by more than a tenth, and the "
@@ -221,7 +223,7 @@ def _search(job: Job) -> StudentArch:
         seconds = math.inf if minutes is None else max(0.0, 60 * minutes - EARLIER.seconds)
         timeout = job.config.candidate_timeout
         if job.config.workers > 1 or timeout is not None:
-            work = partial(_work, job.config)
+            work = partial(_work, job.config, log.getEffectiveLevel())
             timeout = 60 * timeout if timeout is not None else math.inf
             run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
             best = best_of(study, job.space, seconds)
@@ -233,8 +235,12 @@ def _search(job: Job) -> StudentArch:
     return arch
 
 
-def _work(config: SearchConfig, index: int, deadline: float) -> None:
+def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None:
     """One worker process of a search: the same search, told into a log file."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(level)
+    # Optuna says again, with a traceback, what a trial died of.
+    logging.getLogger("optuna").setLevel(logging.INFO if level <= logging.DEBUG else logging.ERROR)
     run = Run(config.root, config.name)
     with run.worker_log(index).open("a", encoding="utf-8") as file:
         for stream in (1, 2):  # the libraries' chatter too
@@ -267,26 +273,6 @@ def _keep_best_weights(run: Run, study: Study) -> None:
 def _is_unsteady(trial: FrozenTrial) -> bool:
     spread = trial.user_attrs.get("teacher_latency_iqr_ms", 0.0)
     return bool(spread > MOST_SPREAD * trial.user_attrs.get("teacher_latency_ms", math.inf))
-
-
-def _line(trial: FrozenTrial) -> str:
-    """One line for a trial that ended."""
-    attrs = trial.user_attrs
-    if "arch" not in attrs:
-        return f"trial {trial.number:3d}  ended before it began"
-    head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
-    if "twin_of" in attrs:
-        return f"{head}known from trial {attrs['twin_of']}"
-    if "refused" in attrs:
-        return f"{head}refused, {attrs['refused']}"
-    if trial.state.name == "FAIL":
-        return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
-    if trial.state.name == "PRUNED":
-        return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
-    return (
-        f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
-        f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
-    )
 
 
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:

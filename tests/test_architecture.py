@@ -14,6 +14,7 @@ errors.py
 pages.py
 tables.py
 safe_yaml.py
+hub.py
 predict.py
 supervisor.py
 runs.py

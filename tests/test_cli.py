@@ -156,6 +156,16 @@ def test_module_is_a_command() -> None:
     assert done.stderr == "kdnas: 'serch' is no command. Did you mean 'search'?\n"
 
 
+def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_kd.py").write_text("")
+    code = "from kdnas.cli import main; raise SystemExit(main())"  # as the console script, with -P
+    options = ["search", "--teacher=a", "--text=b", "--recipe.start=my_kd.Quiet"]
+    paths = os.pathsep.join([str(Path(kdnas.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command, env = [sys.executable, "-P", "-c", code, *options], os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2 and "module 'my_kd' has no attribute 'Quiet'" in done.stderr
+
+
 def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text" in refused(["run", "--teacher=x"], capsys)
 
@@ -222,6 +232,14 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--search=3", "search is '3': give its keys, as in --search.KEY VALUE"),
         ("--data.max_lenght=9", "Did you mean 'data.max_length'?"),
         ("--recipe.start=Evn", "recipe.start"),
+        (
+            "--recipe.start=my_kd.Quiet",
+            "kdnas: recipe.start is 'my_kd.Quiet', which is not there (No module named 'my_kd'",
+        ),
+        (
+            "--recipe.start=kdnas.student_init.Evn",
+            "'kdnas.student_init' has no attribute 'Evn'): give a class of a file",
+        ),
     ],
 )
 def test_bad_value_gets_one_line_and_makes_nothing(
@@ -549,7 +567,11 @@ def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
 
 
 def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
-    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    search: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail_first(self, trial, arch):
         if trial.number == 0:
@@ -559,7 +581,11 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     evaluate = kdnas.pipeline.Evaluator.__call__
     monkeypatch.setattr(kdnas.pipeline.Evaluator, "__call__", fail_first)
     assert main(search) == 0
-    assert "failed, RuntimeError: [enforce fail at x] [/y]" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "failed, RuntimeError: [enforce fail at x] [/y]" in shown.out
+    assert "enforce fail" not in shown.err + caplog.text  # once is enough
+    assert main([*search, "--name=quiet", "--quiet"]) == 0
+    assert capsys.readouterr().out == "" and caplog.text.count("failed, RuntimeError: [enforce fail at x] [/y]") == 1
 
     def files() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*") if path.suffix != ".lock"}
@@ -602,6 +628,21 @@ def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> 
     assert done.returncode == 0, done.stderr
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr)
     assert len(re.findall(r"(?m)^trial +\d+  ", done.stdout)) == 2
+
+
+def test_a_worker_says_once_what_a_candidate_failed_of(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--recipe.learning_rate=1e38", "--recipe.copied_learning_rate=1e38", "--data.batch_tokens=64"]
+    assert main([*search, *options, "--candidate-timeout=5"]) == 1
+    shown = capsys.readouterr()
+    told = (tmp_path / "logs" / "kdnas" / "worker_0.log").read_text()
+    assert "Traceback" not in told and "because of the following error" not in told
+    for text in (shown.out, told):
+        assert (
+            len(re.findall(r"(?m)^trial +\d+  .*: failed, the .* is (?:nan|inf)", text)) == 5 == text.count("failed,")
+        )
+    assert "Every candidate failed" in shown.err
 
 
 def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -307,7 +307,10 @@ def test_what_another_worker_is_training_is_not_trained_beside_it(study, worker)
     assert study.trials[2].user_attrs["queued_for"] == 1
 
 
-def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_than_asked(study, worker, monkeypatch):
+def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_than_asked(
+    study, worker, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "kdnas")
     busy = running_trial(worker, ONE)
     for arch in (TWO, OTHER):
         study.enqueue_trial(arch.to_dict())
@@ -317,6 +320,9 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     assert evaluate.asked == [TWO]
     assert len(trained(study)) == 2
     assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
+    assert [line for line in caplog.messages if "not needed" in line] == [
+        "Trial 2 is not needed: others train the last candidates, or the time is over."
+    ]
 
 
 def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(study, worker, monkeypatch):

@@ -138,8 +138,8 @@ def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
     assert asked == [("nyu-mll/glue", "mnli")]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_a_remedy():
-    with pytest.raises(UserError, match=r"'rte' cannot be loaded from the hub .*: give a folder with train.parquet"):
+def test_a_task_that_is_not_in_the_cache_is_told_with_a_remedy():
+    with pytest.raises(UserError, match=r"'rte' was not found in the hub's cache .*; give a folder with train.parquet"):
         load_task("rte")
 
 

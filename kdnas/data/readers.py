@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdnas.errors import UserError, first_line
+from kdnas.hub import looked_in, refuse_away
 from kdnas.runs import file_sha256
 
 Rows = Iterable[tuple[str | None, str | None]]  # text and split
@@ -229,10 +230,10 @@ def _hub(name: str, column: str) -> Any:
             HfApi().dataset_info(parts[0], timeout=5)  # fails at once without a network; load_dataset tries for 23 s
         rows = datasets.load_dataset(*parts, split="train")  # knows no remote code since 4.0
     except Exception as error:  # the HTTP client's own errors among them
+        refuse_away(error, f"the text {name!r}", "give a file or a folder, or HF_HUB_OFFLINE=1 for one in the cache")
         raise UserError(
-            f"The text {name!r} was not found, here or on the hub ({first_line(error)}): give a file, a folder, "
-            "or a hub data set that can be reached (owner/name:config of one with several configurations; "
-            "HF_HUB_OFFLINE=1 for one in the cache)."
+            f"The text {name!r} was not found, here or {looked_in()}: {first_line(error)}; give a file, a folder, "
+            "or another data set (owner/name:config of one with several configurations)."
         ) from error
     return rows.select_columns(_wanted(rows.column_names, column))
 

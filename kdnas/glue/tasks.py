@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.glue.rows import Columns, find_file, in_turn, part, read_table
+from kdnas.hub import looked_in, refuse_away
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def load_task(source: str) -> LoadedTask:
             ``load_labelled``.
 
     Raises:
-        UserError: it is neither; the hub cannot be reached; a file or a column is missing, cannot be read, or is empty;
+        HubAway: the hub does not answer.
+        UserError: it is neither; the hub has not got it; a file or a column is missing, cannot be read, or is empty;
             a text is no string; a label is no whole number (a regression: no finite number), is outside 0 to n-1 or
             leaves a gap there, or is in the validation rows only.
     """
@@ -260,8 +262,9 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
             HfApi().dataset_info("nyu-mll/glue", timeout=4)  # fails at once without a network
         splits = load_dataset("nyu-mll/glue", task.name).with_format("arrow")
     except Exception as error:  # a hub that fails raises anything
+        refuse_away(error, f"the task {task.name!r}", "give a folder, or HF_HUB_OFFLINE=1 for one in the cache")
         raise UserError(
-            f"The task {task.name!r} cannot be loaded from the hub ({first_line(error)}): "
+            f"The task {task.name!r} was not found {looked_in()}: {first_line(error)}; "
             "give a folder with train.parquet and validation.parquet."
         ) from error
     return splits["train"][:], [splits[name][:] for name in task.validations]

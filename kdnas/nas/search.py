@@ -252,7 +252,6 @@ def search(
                 if isinstance(error, MemoryError) or re.search("(?i)out of memory|can(no|.)t allocate memory", reason):
                     reason = f"out of memory: {first_line(error)}"
                 trial.set_user_attr("failed", reason)
-                log.warning("Trial %d failed: %s", trial.number, reason)
                 raise CandidateFailed(reason) from error
 
     def is_over() -> bool:
@@ -366,4 +365,5 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
 
 def _not_needed(trial: optuna.Trial, why: str) -> CandidateFailed:
     trial.set_user_attr("not_needed", True)
+    log.info("Trial %d is not needed: %s.", trial.number, why)
     return CandidateFailed(f"not needed: {why}")

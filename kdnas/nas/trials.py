@@ -44,6 +44,26 @@ def in_words(trial: FrozenTrial) -> str:
     return "finished" if trial.state == TrialState.COMPLETE else "running"
 
 
+def line(trial: FrozenTrial) -> str:
+    """What a trial that ended was, and what became of it."""
+    attrs = trial.user_attrs
+    if "arch" not in attrs:
+        return f"trial {trial.number:3d}  ended before it began"
+    head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
+    if "twin_of" in attrs:
+        return f"{head}known from trial {attrs['twin_of']}"
+    if "refused" in attrs:
+        return f"{head}refused, {attrs['refused']}"
+    if trial.state.name == "FAIL":
+        return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
+    if trial.state.name == "PRUNED":
+        return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
+    return (
+        f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
+        f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
+    )
+
+
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
     """Every trial of a study in one row, for ``trials.csv``.
 
