@@ -36,9 +36,10 @@ from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.graph import INT8, ONNX, Feed
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.models import find_teacher, load_classifier
+from kdnas.progress import FitProgress
 from kdnas.quantize import outputs, score
 from kdnas.runs import write_json
-from kdnas.training import FitProgress, TrainerSettings
+from kdnas.training import TrainerSettings
 
 TASKS = ("sst2", "stsb")
 SHAPE = "4x192"

@@ -52,8 +52,9 @@ from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import find_teacher, load_classifier
+from kdnas.progress import FitProgress
 from kdnas.runs import new_file, new_folder, read_json, write_json
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 TABLE = ROOT / "benchmarks" / "data" / "fidelity.json.gz"
 SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]

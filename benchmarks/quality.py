@@ -32,8 +32,9 @@ from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter, LatencySettings
 from kdnas.models import build_classifier, find_teacher, load_classifier, student_config
+from kdnas.progress import FitProgress
 from kdnas.runs import new_folder, read_json, write_json
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
 SHAPES = {"4x192": StudentArch(4, 6, 192, 768, "gelu"), "3x384": StudentArch(3, 12, 384, 1536, "gelu")}

@@ -36,9 +36,10 @@ from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
 from kdnas.models import find_teacher
+from kdnas.progress import FitProgress
 from kdnas.runs import write_json
 from kdnas.student_init import FromTeacher
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 Curve = list[tuple[float, float]]  # seconds, error
 

@@ -46,9 +46,10 @@ from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layer
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
 from kdnas.models import Teacher, build_student, encode, find_teacher
 from kdnas.precision import autocast, bf16_is_faster
+from kdnas.progress import FitProgress
 from kdnas.runs import write_json
 from kdnas.student_init import Started
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
 BATCH_TOKENS = 4096

@@ -16,8 +16,9 @@ from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.teacher import StatesSettings
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget
+from kdnas.progress import FitProgress, live_progress
 from kdnas.runs import Run
-from kdnas.training import FitProgress, TrainerSettings, fit_resumable, live_progress
+from kdnas.training import TrainerSettings, fit_resumable
 
 
 def search(

@@ -319,9 +319,10 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.distill.module import HiddenStateDistillModule
     from kdnas.options import default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
     from kdnas.precision import trainer_precision
+    from kdnas.progress import EpochLines, SayWhatGoesOn
     from kdnas.runs import new_folder
     from kdnas.signals import honest_signals
-    from kdnas.training import SayWhatGoesOn, WholeFiles, check_checkpoint, refuse_strategy
+    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -351,7 +352,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             trainer = super().instantiate_trainer(**options)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
                 trainer.strategy.checkpoint_io = WholeFiles()
-            trainer.callbacks.append(SayWhatGoesOn())
+            said = None if quiet or sys.stdout.isatty() else partial(print, flush=True)
+            trainer.callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
             return trainer
 
         def after_fit(self) -> None:

@@ -29,9 +29,10 @@ from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import MOST_SPREAD, LatencySettings, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
+from kdnas.progress import FitProgress, live_progress
 from kdnas.runs import Run, read_json, write_json, write_text
 from kdnas.signals import honest_signals
-from kdnas.training import FitProgress, TrainerSettings, live_progress
+from kdnas.training import TrainerSettings
 
 MakeModule = Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule]
 

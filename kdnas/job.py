@@ -26,9 +26,9 @@ from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import without_password
+from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import read_yaml
-from kdnas.training import live_progress
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,12 @@ from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, in_words, line, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
 from kdnas.precision import gpu_name
+from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
-from kdnas.training import FitProgress, fit_resumable, one_error
+from kdnas.training import fit_resumable, one_error
 
 log = logging.getLogger("kdnas")
 

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import io
-import logging
 import math
 import os
 import signal
@@ -20,16 +19,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, ProgressColumn, TaskID
 
 from kdnas.errors import UserError, first_line
 from kdnas.precision import trainer_precision
 from kdnas.runs import new_file
 from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signals
-
-log = logging.getLogger(__name__)
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
@@ -259,15 +253,6 @@ class WholeFiles(TorchCheckpointIO):
             file.write(buffer.getbuffer())
 
 
-class SayWhatGoesOn(pl.Callback):
-    """Names the newest checkpoint of a fit that was stopped, and the option that goes on from it."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        kept = {path for c in trainer.checkpoint_callbacks for path in (c.best_model_path, c.last_model_path) if path}
-        if kept and trainer.is_global_zero:
-            log.warning("The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime))
-
-
 class KeepLast(pl.Callback):
     """Writes a checkpoint after each epoch, every few minutes, and before a signal ends the fit.
 
@@ -338,49 +323,3 @@ class KeepLast(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """Bars that vanish; in a notebook without stdout and stderr, for there a line without an end would flush itself."""
-    options |= dict.fromkeys(("redirect_stdout", "redirect_stderr"), not console.is_jupyter)
-    return Progress(*columns, console=console, transient=True, **options)
-
-
-class FitProgress(pl.Callback):
-    """Shows the steps of a fit, and below them those of its epoch, with the time that is left, in a display of bars.
-
-    Args:
-        progress: the live display, which others share.
-        description: what is being fitted.
-    """
-
-    def __init__(self, progress: Progress, description: str) -> None:
-        self.progress, self.description = progress, escape(description)
-        self.tasks: list[TaskID] = []  # the fit's, the epoch's
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        num_steps = int(trainer.estimated_stepping_batches)
-        done = trainer.global_step
-        self.tasks = [self.progress.add_task(self.description, total=num_steps, completed=done)]
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for task in self.tasks[1:]:
-            self.progress.remove_task(task)
-        name = f"  epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        self.tasks[1:] = [self.progress.add_task(name, total=trainer.num_training_batches)]
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if len(self.tasks) == 1:  # Lightning begins no epoch that it goes on within
-            self.on_train_epoch_start(trainer, pl_module)
-        for task, done in zip(self.tasks, (trainer.global_step, batch_idx + 1), strict=True):
-            self.progress.update(task, completed=done)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for task in self.tasks:
-            self.progress.remove_task(task)
-        self.tasks = []
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")

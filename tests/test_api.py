@@ -79,7 +79,5 @@ def test_the_stub_names_what_can_be_imported() -> None:
     assert names == {"distill", "search"}
     for name in names:
         assert callable(getattr(kdnas, name)) and callable(getattr(api, name))
-    code = (
-        "import sys, kdnas; assert callable(kdnas.distill) and 'torch' not in sys.modules"
-    )
+    code = "import sys, kdnas; assert callable(kdnas.distill) and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

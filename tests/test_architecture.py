@@ -43,6 +43,7 @@ distill/metrics.py
 distill/teacher.py
 distill/optimizers.py
 signals.py
+progress.py
 training.py
 distill/curves.py
 distill/module.py

@@ -21,17 +21,9 @@ from torch.utils.data import DataLoader
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
 from kdnas.job import Found
+from kdnas.progress import FitProgress, live_progress
 from kdnas.signals import Terminated, honest_signals
-from kdnas.training import (
-    ClipFusedGradients,
-    FitProgress,
-    KeepLast,
-    TrainerSettings,
-    fit,
-    live_progress,
-    make_trainer,
-    refuse_strategy,
-)
+from kdnas.training import ClipFusedGradients, KeepLast, TrainerSettings, fit, make_trainer, refuse_strategy
 
 
 class Data(pl.LightningDataModule):
@@ -398,3 +390,33 @@ def test_bars_in_a_notebook_leave_stderr_alone(in_notebook):
     before = sys.stderr
     with live_progress(Console(force_jupyter=in_notebook, file=io.StringIO(), force_terminal=True)):
         assert (sys.stderr is before) == in_notebook
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_step", "expected"),
+    [
+        (1.0, []),  # short epochs need no line
+        (30.0, ["full KD: epoch 1 of 2, step 3, held-out loss 0.5000, 2 min left", "full KD: epoch 2 of 2, step 6, "]),
+        (700.0, [f"full KD: epoch {1 + (step > 3)} of 2, step {step}, " for step in range(1, 7)]),
+    ],
+)
+def test_where_no_bar_moves_long_epochs_get_lines(tmp_path, monkeypatch, seconds_a_step, expected):
+    now = [0.0]
+    monkeypatch.setattr("kdnas.progress.time.monotonic", lambda: now[0])
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, *args):
+            now[0] += seconds_a_step
+
+        def on_train_epoch_end(self, trainer, pl_module):  # as after a validation, which this module has not
+            trainer.callback_metrics["val_loss"] = torch.tensor(0.5)
+            shown.on_validation_end(trainer, pl_module)
+
+    file = io.StringIO()
+    progress = Progress(console=Console(file=file, width=200))
+    shown = FitProgress(progress, "full KD")
+    trainer = make_trainer(settings(), tmp_path / "fit", 2, [Clock(), shown])
+    fit(trainer, Steep(), Data())
+    lines = file.getvalue().splitlines()
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))

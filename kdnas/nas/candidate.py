@@ -27,8 +27,9 @@ from kdnas.nas.callbacks import (
     PruneByHeldOutLoss,
     RewardAfterFit,
 )
+from kdnas.progress import FitProgress
 from kdnas.runs import file_sha256, new_file
-from kdnas.training import FitProgress, TrainerSettings, fit, make_trainer
+from kdnas.training import TrainerSettings, fit, make_trainer
 
 # In a trial's folder: what was trained, and what the optimizer knew of it. Full KD goes on from them.
 WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")
