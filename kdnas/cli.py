@@ -353,7 +353,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
                 trainer.strategy.checkpoint_io = WholeFiles()
             said = None if quiet or sys.stdout.isatty() else partial(print, flush=True)
-            trainer.callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
             return trainer
 
         def after_fit(self) -> None:

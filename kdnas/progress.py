@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, TaskID
@@ -110,6 +111,7 @@ class SayWhatGoesOn(pl.Callback):
     """Names the newest checkpoint of a fit that was stopped, and the option that goes on from it."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        kept = {path for c in trainer.checkpoint_callbacks for path in (c.best_model_path, c.last_model_path) if path}
+        found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        kept = {path for callback in found for path in (callback.best_model_path, callback.last_model_path) if path}
         if kept and trainer.is_global_zero:
             log.warning("The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime))
