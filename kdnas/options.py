@@ -149,7 +149,9 @@ def _wrong_value(message: str) -> str | None:
     kinds = [words for kind, words in _KINDS.items() if kind in said.partition("Errors:")[0]]
     if options:
         kinds.append(f"one of {options[1].replace(chr(39), '')}")
-    return f"{key} is {value.rstrip('.')!r}: give {' or '.join(kinds)}." if value and kinds else None
+    value = value.rstrip(".")
+    given = "not given" if value == "None" else repr(value)
+    return f"{key} is {given}: give {' or '.join(kinds)}." if value and kinds else None
 
 
 def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:

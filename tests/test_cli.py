@@ -17,6 +17,7 @@ import kdnas
 import kdnas.pipeline
 from kdnas.cli import COMMANDS, main
 from kdnas.models import find_teacher
+from kdnas.pages import EXAMPLES
 from kdnas.training import WholeFiles
 
 
@@ -168,6 +169,7 @@ def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
 
 def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text" in refused(["run", "--teacher=x"], capsys)
+    assert refused(["fit", "--data.text=x"], capsys) == "kdnas: model.teacher is not given: give text.\n"
 
 
 @pytest.mark.parametrize(
@@ -704,3 +706,34 @@ def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     monkeypatch.setattr(Budget, "violation", lambda *args: (0.0, "") if next(fewest, None) else (1.0, "slow"))
     assert main([*search, "--dry-run", "--name=other"]) == 0
     assert "1 candidates" in capsys.readouterr().out
+
+
+MISSPELT = {
+    "run": ("smpler", "sampler"),
+    "search": ("teachr", "teacher"),
+    "space": ("teachr", "teacher"),
+    "latency": ("bakend", "backend"),
+    "export": ("studnet", "student"),
+    "glue": ("sedes", "seeds"),
+    "fit": ("modle", "model"),
+    "validate": ("trainr", "trainer"),
+    "report": ("ouput", "output"),
+    "verify": ("rot", "root"),
+}
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong, right = MISSPELT[command]
+    command = [command, "--config", "configs/fit.yaml"] if command in ("fit", "validate") else [command]
+    (tmp_path / "mine.yaml").write_text(f"{wrong}: x\n")
+    ways = [[f"--{wrong}", "x"], [f"--{wrong}=x"]] + ([] if command == ["verify"] else [["--config", "mine.yaml"]])
+    for way in ways:
+        assert main([*command, *way]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.count("\n") == 1, shown.err
+        assert wrong in shown.err and f"Did you mean {right!r}?" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
