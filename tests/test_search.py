@@ -320,9 +320,9 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     assert evaluate.asked == [TWO]
     assert len(trained(study)) == 2
     assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
-    assert [line for line in caplog.messages if "not needed" in line] == [
-        "Trial 2 is not needed: others train the last candidates, or the time is over."
-    ]
+    assert [
+        r.getMessage() for r in caplog.records if r.name.startswith("kdnas") and "not needed" in r.getMessage()
+    ] == ["Trial 2 is not needed: others train the last candidates, or the time is over."]
 
 
 def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(study, worker, monkeypatch):
