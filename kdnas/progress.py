@@ -46,7 +46,8 @@ class EpochLines(pl.Callback):
         self._say(trainer, LONGEST, "")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and (loss := trainer.callback_metrics.get("val_loss")) is not None:
+        in_a_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if in_a_fit and (loss := trainer.callback_metrics.get("val_loss")) is not None:
             self._say(trainer, SHORTEST, f", held-out loss {float(loss):.4f}")
 
     def _say(self, trainer: pl.Trainer, seconds: float, more: str) -> None:

@@ -500,7 +500,7 @@ def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "stops.py").write_text(STOPS)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -509,8 +509,7 @@ def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
     kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=true")  # as docs/scale.md has it
     every_second = [f"--trainer.callbacks{part}" for part in kept]
     assert main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"]) == 130
-    error = capsys.readouterr().err
-    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", error)
+    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
     assert main(["fit", "--config", str(config), "--ckpt_path", checkpoint]) == 0
     steps = {torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("epoch=*.ckpt")}
@@ -638,7 +637,8 @@ def test_a_worker_says_once_what_a_candidate_failed_of(
     options = ["--recipe.learning_rate=1e38", "--recipe.copied_learning_rate=1e38", "--data.batch_tokens=64"]
     assert main([*search, *options, "--candidate-timeout=5"]) == 1
     shown = capsys.readouterr()
-    told = (tmp_path / "logs" / "kdnas" / "worker_0.log").read_text()
+    (log,) = (tmp_path / "logs" / "kdnas").glob("worker_*_0.log")
+    told = log.read_text()
     assert "Traceback" not in told and "because of the following error" not in told
     for text in (shown.out, told):
         assert (
