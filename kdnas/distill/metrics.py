@@ -45,12 +45,13 @@ class RidgeProbe(Metric):
         num_inputs: D, width of the student.
         num_targets: H, width of the teacher.
         strength: of the shrinkage.
+        sync_on_compute: torchmetrics's: whether the sums of all ranks are added.
     """
 
     full_state_update = False
 
-    def __init__(self, num_inputs: int, num_targets: int, strength: float = 1e-3) -> None:
-        super().__init__()
+    def __init__(self, num_inputs: int, num_targets: int, strength: float = 1e-3, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.strength = strength
         self.xx: Tensor
         self.xy: Tensor

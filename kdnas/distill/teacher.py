@@ -241,7 +241,8 @@ def _ends(model: PreTrainedModel, source: StateSource, layer: int, data: KDDataM
     """By the probe that a student is measured by, on the same batches in the same order."""
     assert data.rows is not None
     width = model.config.hidden_size
-    context_free, teacher = (RidgeProbe(width, width, TOKEN_STRENGTH).to(device) for _ in range(2))
+    # One rank measures while the others wait: there is nobody to add sums with.
+    context_free, teacher = (RidgeProbe(width, width, TOKEN_STRENGTH, False).to(device) for _ in range(2))
     for index in _batches(data, data.held_out_ids()):
         batch = _to(data.rows[index], device)
         target = source(batch, [layer])[0].to(device)
