@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from common import OUTPUT, TEACHER, machine, options, quieten  # isort: skip (before torch)
 
+import optuna
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from rich.console import Console
 from rich.table import Table
@@ -78,6 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if chosen.quick:
         chosen.candidates = 2
     quieten()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # each trial has a line of ours
     root, clocks = OUTPUT / "overhead", Clocks()
     shutil.rmtree(root / "search", ignore_errors=True)  # states and text are kept
     with ExitStack() as patches:

@@ -1,7 +1,7 @@
 """The kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -37,3 +37,10 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's error, to put into one of ours; its name where it says nothing."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from, or that were handled when it came."""
+    while error is not None:
+        yield error
+        error = error.__context__ or error.__cause__

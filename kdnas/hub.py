@@ -2,11 +2,10 @@
 
 import errno
 import socket
-from collections.abc import Iterator
 
 import huggingface_hub
 
-from kdnas.errors import first_line
+from kdnas.errors import causes, first_line
 
 _NO_ANSWER = (ConnectionError, TimeoutError, socket.gaierror)
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
@@ -32,16 +31,11 @@ def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:
     Raises:
         HubAway: it gave no answer, or that it is out of order; not where ``HF_HUB_OFFLINE`` keeps it from being asked.
     """
-    if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, _causes(error))):
+    # The HTTP client's own errors are no OSErrors, but have one behind them.
+    if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, causes(error))):
         raise HubAway(
             f"The Hugging Face hub cannot be reached for {purpose} ({first_line(error)}): {remedy}, or try again later"
         ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:  # the HTTP client's own errors are no OSErrors, but have one behind them
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_no_answer(error: BaseException) -> bool:

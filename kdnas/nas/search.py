@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError, first_line
+from kdnas.errors import CandidateFailed, UserError, causes, first_line
 from kdnas.nas.record import (
     answer,
     failed,
@@ -266,12 +266,12 @@ def search(
         try:
             study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
         except (Exception, KeyboardInterrupt) as error:
-            store, causes = _store(study), list(_causes(error))
+            store, earlier = _store(study), list(causes(error))
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
-            interruption = next((cause for cause in causes if isinstance(cause, KeyboardInterrupt)), None)
+            interruption = next((cause for cause in earlier if isinstance(cause, KeyboardInterrupt)), None)
             stop = interruption or ((store.stopped or store.away) if store else None)
             if store is None or stop is None:
-                if not any(map(_was_given_up, causes)):
+                if not any(map(_was_given_up, earlier)):
                     raise
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
                 continue
@@ -286,13 +286,6 @@ def search(
                 end_interrupted(study, {os.getpid()}, stop)
             raise stop from None
     return best_of(study, space, seconds)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that were handled when it came."""
-    while error is not None:
-        yield error
-        error = error.__context__
 
 
 def _was_given_up(error: BaseException) -> bool:
