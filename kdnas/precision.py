@@ -1,33 +1,50 @@
 """What a machine multiplies faster, bfloat16 or float32: measured, for the name of a processor does not tell."""
 
+import os
 import time
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch.nn import functional as F
 
+from kdnas.errors import UserError
 
-@cache
+VARIABLE = "KDNAS_CPU_MATMULS"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
 def bf16_is_faster(device_type: str) -> bool:
-    """Whether a linear layer takes less time in bfloat16 than in float32, measured once a process, in turn.
+    """Whether a linear layer takes less time in bfloat16 than in float32: measured once, for child processes too.
 
     On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; one whose AMX is hidden from its
     virtual machine is half as fast (LOG.md). On other devices it is taken for granted.
+
+    What was found is in the environment, for ranks and workers must agree: states computed in another precision are
+    other states. There it can be given, too.
+
+    Raises:
+        UserError: what is given there is neither.
     """
-    return device_type != "cpu" or _seconds(torch.bfloat16) < _seconds(torch.float32)
+    if device_type != "cpu":
+        return True
+    if VARIABLE not in os.environ:
+        seconds = _seconds()
+        os.environ[VARIABLE] = min(DTYPES, key=lambda name: seconds[DTYPES[name]])
+    if (given := os.environ[VARIABLE]) not in DTYPES:
+        raise UserError(f"{VARIABLE} is {given!r}: give bfloat16 or float32, or leave it out.")
+    return given == "bfloat16"
 
 
-def _seconds(dtype: torch.dtype, num_rounds: int = 7) -> float:
-    """The least of several rounds: what other work on the machine adds is no property of it."""
-    with torch.random.fork_rng():
-        x, weight = (torch.randn(rows, 384).to(dtype) for rows in (512, 1536))
-    return min(_time(lambda: F.linear(x, weight)) for _ in range(num_rounds))
+def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
+    """The least of several rounds, in turn: what other work on the machine adds is no property of either."""
+    with torch.random.fork_rng(devices=[]):
+        given = {dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)] for dtype in DTYPES.values()}
+    rounds = [{dtype: _time(*pair) for dtype, pair in given.items()} for _ in range(num_rounds)]
+    return {dtype: min(seconds[dtype] for seconds in rounds) for dtype in given}
 
 
-def _time(call: Callable[[], object]) -> float:
+def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
     begin = time.perf_counter()
-    call()
+    F.linear(x, weight)
     return time.perf_counter() - begin
 
 

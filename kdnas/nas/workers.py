@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway
+from kdnas.precision import bf16_is_faster
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
 
@@ -64,6 +65,7 @@ def run_workers(
     begun: dict[int, float] = {}  # when each running trial was first seen
     slow: set[int] = set()  # processes that were ended for their candidate
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
     def start(index: int) -> BaseProcess:
         process = context.Process(target=_child, args=(work, index, deadline), name=f"worker {index}")
