@@ -52,7 +52,7 @@ from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
-from kdnas.training import fit_resumable, one_error
+from kdnas.training import fit_resumable, one_error, settled_memory
 
 log = logging.getLogger("kdnas")
 
@@ -179,7 +179,12 @@ def _search(job: Job) -> StudentArch:
     episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
     told = False  # that the machine is busy
-    with job.progress() as progress, SearchBoard(run.folder / "search", explores) as board, one_error(run.folder):
+    with (
+        settled_memory(),
+        job.progress() as progress,
+        SearchBoard(run.folder / "search", explores) as board,
+        one_error(run.folder),
+    ):
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 
         def show(study: Study, trial: FrozenTrial) -> None:

@@ -209,6 +209,23 @@ def release_memory() -> None:
         trim(0)
 
 
+@contextmanager
+def settled_memory() -> Iterator[None]:
+    """What is there already, imported modules above all, is not looked through whenever memory is given back within.
+
+    That took 0.8 s of each candidate: half a million objects, three times.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class ClipFusedGradients(pl.LightningModule):
     """Clips the norm of the gradients where Lightning refuses to: a fused optimizer in mixed precision.
 

@@ -1,6 +1,7 @@
 """Tiny teachers of every family, with vocabulary, padding id and eps that are not the defaults."""
 
 import functools
+import gc
 import os
 import signal
 
@@ -78,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test of random cases is ``limited``."""
     for handle in {id(found): found for item in items if (found := getattr(item.obj, "hypothesis", None))}.values():
         handle.inner_test = limited(handle.inner_test)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests share is not looked through by each of them, whenever memory is given back: half of their time."""
+    gc.collect()
+    gc.freeze()
 
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first

@@ -1,8 +1,10 @@
+import gc
 import os
 import resource
 import signal
 import tempfile
 import time
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +17,15 @@ from torch.utils.data import DataLoader
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
 from kdnas.signals import Terminated, honest_signals
-from kdnas.training import ClipFusedGradients, KeepLast, TrainerSettings, fit, make_trainer, refuse_strategy
+from kdnas.training import (
+    ClipFusedGradients,
+    KeepLast,
+    TrainerSettings,
+    fit,
+    make_trainer,
+    refuse_strategy,
+    settled_memory,
+)
 
 
 class Data(pl.LightningDataModule):
@@ -310,3 +320,30 @@ def test_the_event_file_of_an_interrupted_fit_is_removed_and_nothing_else(tmp_pa
     fit(make_trainer(settings(), folder, 1), Steep(), Data())
     assert not stale.exists() and all(path.exists() for path in kept)
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_what_is_there_already_is_not_looked_through_and_garbage_made_within_is_freed():
+    class Node:
+        pass
+
+    def garbage() -> weakref.ref:
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    tests_own = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        before = garbage()
+        with settled_memory():
+            assert before() is None and gc.get_freeze_count() > 10_000
+            with settled_memory():
+                pass
+            assert gc.get_freeze_count() > 10_000, "the inner one changes nothing"
+            within = garbage()
+            gc.collect()
+            assert within() is None
+        assert gc.get_freeze_count() == 0
+    finally:
+        if tests_own:
+            gc.freeze()
