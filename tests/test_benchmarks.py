@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import optuna
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +44,7 @@ import recipe
 import samplers
 import step
 import text
+import variants
 
 ARCH = StudentArch(2, 2, 32, 64)
 
@@ -55,7 +57,7 @@ def data(tiny_teacher, text_file):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, step, text]
+    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, step, text, variants]
 )
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -422,3 +424,36 @@ def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():
     (row,) = clocks.rows
     assert row["training"] >= 0.02 and row["Trainer and process"] >= 0.01
     assert row["whole"] == pytest.approx(row["training"] + row["Trainer and process"])
+
+
+def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(tiny_teacher, data, tmp_path):
+    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            weight = next(module.student.parameters()).detach().clone()
+            seen.append((trainer.optimizers[0].param_groups[0]["lr"], weight))
+
+    average = variants.Averaged(0.5)
+    trainer = make_trainer(
+        TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.Shaped(lambda done: 0.25), average]
+    )
+    fit(trainer, module, data)
+    rates = [rate for rate, _ in seen]
+    assert len(rates) > 10 and rates[-3:] == pytest.approx(3 * [0.25 * max(rates)]), "after the warm-up"
+    mean = seen[0][1]
+    for _, weight in seen:
+        mean = torch.lerp(mean, weight, 0.5)
+    assert torch.allclose(next(module.student.parameters()), mean, atol=1e-6)
+    assert not torch.equal(mean, seen[-1][1])
+
+
+def test_a_student_narrowed_from_a_wider_one_has_its_heads(tiny_teacher, data):
+    wider = HiddenStateDistillModule(str(tiny_teacher), StudentArch(2, 2, 48, 64), Recipe())
+    wider.states = open_states(wider._teacher, data, wider.target_layers, StatesSettings(max_gb=0))
+    wider.begin(data)
+    wider.started = Started(heads=((1, 5), (3, 4)))
+    student, rows = build_student(wider._teacher.config, ARCH), [data.rows[0, data.train_ids()]]
+    found = variants.Narrowed(wider)(student, wider._teacher.model, rows)
+    assert found.heads == ((1, 5), (3, 4)) and not found.copied

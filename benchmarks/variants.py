@@ -1,0 +1,269 @@
+"""What one change to configs/fit.yaml is worth, judged by fine-tuning on rows that no other benchmark reports.
+
+Each variant changes one thing of the recipe, of the data or of how the training goes, and distils a student of
+4 layers x 192 on 30 % of a text; those called full go on to all rows, from the weights of ``fit``, from its weights and
+its optimizer's state, or anew. Then each is fine-tuned on rows of STS-B, CoLA, MRPC and SST-2's training split and
+scored on others of that split. ``fit`` with another seed (``seed-1``) tells what is noise. A run is kept in
+``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes can share the work.
+
+    python benchmarks/variants.py --text train.parquet --glue glue --only fit seed-1 dropout
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
+
+import lightning.pytorch as pl
+import torch
+from quality import SHAPES, some_rows
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdnas.data.datamodule import Batch, KDDataModule, Split
+from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.teacher import StatesSettings, open_states
+from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
+from kdnas.glue.tasks import LoadedTask, load_task
+from kdnas.models import find_teacher, load_classifier
+from kdnas.progress import FitProgress
+from kdnas.runs import new_folder, read_json, write_json
+from kdnas.student_init import FromTeacher, Start, Started
+from kdnas.training import TrainerSettings, fit, make_trainer
+
+ARCH = SHAPES["4x192"]
+BETWEEN = dataclasses.replace(ARCH, hidden_size=288, intermediate_size=1152)
+# Epochs of fine-tuning; small students take more than their teachers (LOG.md).
+TASKS = {"stsb": 6, "cola": 4, "mrpc": 4, "sst2": 2}
+MOST_ROWS, HELD_OUT = 7_000, 0.25
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+
+
+class Shaped(pl.Callback):
+    """The learning rate as another function of the share of the training that is done, behind the same warm-up."""
+
+    def __init__(self, shape: Callable[[float], float]) -> None:
+        self.shape = shape
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        warmup = max(1, round(0.1 * total))
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / warmup) if step < warmup else self.shape((step - warmup) / (total - warmup))
+
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            scheduler.lr_lambdas = [rate] * len(scheduler.lr_lambdas)
+
+
+class Averaged(pl.Callback):
+    """The student ends as the moving average of its weights over the steps."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.mean: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        for name, parameter in pl_module.student.named_parameters():  # type: ignore[union-attr, operator]
+            value = parameter.detach().float()
+            self.mean.setdefault(name, value.clone()).lerp_(value, 1 - self.decay)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.student.load_state_dict(self.mean, strict=False)  # type: ignore[union-attr, operator]
+
+
+class Narrowed(Start):
+    """Begin as a wider student that is distilled already, narrowed."""
+
+    def __init__(self, wider: HiddenStateDistillModule) -> None:
+        self.wider = wider
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+        known = self.wider.started
+        found = FromTeacher()(student, self.wider.student.eval(), rows)
+        assert known is not None and known.heads is not None and found.heads is not None
+        layers = zip(found.heads, known.heads, strict=True)
+        return Started(heads=tuple(tuple(theirs[head] for head in ours) for ours, theirs in layers))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change to configs/fit.yaml.
+
+    Args:
+        recipe: of ``Recipe``.
+        data: of ``DataSettings``.
+        callbacks: makes the Trainer's.
+        seed: of new weights.
+        epochs: for ``--epochs``, as a factor.
+        in_steps: half of the epochs go to a student of 288, which is then narrowed.
+        split: the rows.
+        goes_on: files of ``fit``'s result that it begins with.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[pl.Callback]] = list
+    seed: int = 0
+    epochs: float = 1.0
+    in_steps: bool = False
+    split: Split = "mini"
+    goes_on: tuple[str, ...] = ()
+
+
+VARIANTS = {
+    "fit": Variant(),
+    "seed-1": Variant(seed=1),
+    "twice-as-long": Variant(epochs=2),
+    "masked-0": Variant(data={"masked_share": 0.0}),
+    "masked-100": Variant(data={"masked_share": 1.0}),
+    "mask-30": Variant(data={"mask_probability": 0.3}),
+    "variants-3": Variant(data={"num_mask_variants": 3}),
+    "pairs-0": Variant(data={"pair_share": 0.0}),
+    "pairs-100": Variant(data={"pair_share": 1.0}),
+    "tokens-2048": Variant(data={"batch_tokens": 2048}),
+    "tokens-8192": Variant(data={"batch_tokens": 8192}),
+    "dropout": Variant(recipe={"dropout": True}),
+    "adamw": Variant(recipe={"matrix_learning_rate": None}),
+    "adamw-5e-4": Variant(recipe={"matrix_learning_rate": None, "learning_rate": 5e-4}),
+    "decay-0.1": Variant(recipe={"weight_decay": 0.1}),
+    "cosine": Variant(callbacks=lambda: [Shaped(lambda done: 0.5 + 0.5 * math.cos(math.pi * done))]),
+    "wsd": Variant(callbacks=lambda: [Shaped(lambda done: min(1.0, (1 - done) / 0.3))]),
+    "average": Variant(callbacks=lambda: [Averaged(0.98)]),
+    "in-steps": Variant(in_steps=True),
+    "full-anew": Variant(split="full"),
+    "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),
+    "full-optimizer": Variant(split="full", goes_on=(WEIGHTS, OPTIMIZER)),
+}
+
+
+def distil(name: str, text: str, num_epochs: int, folder: Path, progress: Progress) -> None:
+    """Distil a variant into ``folder / name``, unless it is there."""
+    variant, target = VARIANTS[name], folder / name
+    if (target / "result.json").exists():
+        return
+    config = read_config("fit")
+    recipe = dataclasses.replace(config.recipe, **variant.recipe)
+    data = KDDataModule(TEACHER, text, dataclasses.replace(config.data, **variant.data), split=variant.split)
+    states = StatesSettings(str(OUTPUT / "teacher_states"), 100)
+    settings = TrainerSettings(gradient_clip_val=config.trainer["gradient_clip_val"])
+    num_epochs = max(1, round(num_epochs * variant.epochs))
+    begin = time.process_time()
+    torch.manual_seed(variant.seed)
+    if variant.in_steps:
+        first = num_epochs // 2
+        wider = HiddenStateDistillModule(TEACHER, BETWEEN, recipe, states)
+        fit(make_trainer(settings, target / "wider", first, [FitProgress(progress, f"{name}, wider")]), wider, data)
+        recipe, num_epochs = dataclasses.replace(recipe, start=Narrowed(wider)), num_epochs - first
+    module = HiddenStateDistillModule(TEACHER, ARCH, recipe, states)
+    if WEIGHTS in variant.goes_on:
+        data.setup()
+        module.states = open_states(find_teacher(TEACHER), data, module.target_layers, states)
+        module.begin(data)
+        module.load_state_dict(load_file(folder / "fit" / WEIGHTS))
+    if OPTIMIZER in variant.goes_on:
+        module.optimizer_tensors = load_file(folder / "fit" / OPTIMIZER)
+    trainer = make_trainer(settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()])
+    fit(trainer, module, data)
+    with new_folder(target / "encoder") as encoder:
+        module.save_student(encoder)
+    if name == "fit":
+        save_file(module.state_dict(), target / WEIGHTS)
+        optimizer: Any = trainer.optimizers[0]
+        save_file(optimizer.tensors(module), target / OPTIMIZER)
+    write_json(target / "result.json", {"cpu_seconds": time.process_time() - begin, "history": module.history})
+
+
+def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress: Progress) -> None:
+    """Fine-tune the student in ``folder`` on each task, several times."""
+    tokenizer = find_teacher(TEACHER).tokenizer
+    for task in tasks:
+        for seed in range(num_seeds):
+            torch.manual_seed(seed)
+            classifier = load_classifier(folder / "encoder", task.task.num_labels)
+            evaluate_glue(
+                classifier,
+                tokenizer,
+                task,
+                FinetuneSettings(TASKS[task.task.name], 2e-4, 32, 128, 0.06, weight_decay=0.01, seed=seed),
+                folder=folder / f"{task.task.name}-{seed}",
+                trainer_settings=TrainerSettings(),
+                callbacks=[FitProgress(progress, f"{folder.name} {task.task.name} {seed}")],
+                keep_model=False,
+            )
+
+
+def show(folder: Path, path: Path) -> None:
+    """A table of all variants that are done, and its JSON."""
+    rows: list[dict[str, Any]] = []
+    for name in VARIANTS:
+        file = folder / name / "result.json"
+        scores = {
+            task: [read_json(found)["score"] for found in sorted((folder / name).glob(f"{task}-*/result.json"))]
+            for task in TASKS
+        }
+        scores = {task: found for task, found in scores.items() if found}
+        if file.exists() and scores:
+            result = read_json(file)
+            last = result["history"][-1]
+            rows.append(
+                {
+                    "name": name,
+                    **{key: last[key] for key in ("loss", "contextual_share", "sentence_r2")},
+                    "cpu_seconds": result["cpu_seconds"],
+                    "scores": scores,
+                    "mean": statistics.mean(statistics.mean(found) for found in scores.values()),
+                }
+            )
+    table = Table("variant", "loss", "context", "sentence R2", "CPU s", *TASKS, "mean")
+    for row in rows:
+        cells = [" / ".join(f"{score:.3f}" for score in row["scores"].get(task, [])) for task in TASKS]
+        figures = [f"{row[key]:.3f}" for key in ("loss", "contextual_share", "sentence_r2")]
+        table.add_row(row["name"], *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}")
+    Console(width=150).print(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"machine": machine(), "rows": rows})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Do what is missing, then show the table."""
+    parser = options("variants", __doc__ or "")
+    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
+    parser.add_argument("--folder", type=Path, default=OUTPUT / "variants", help="where the runs are kept")
+    parser.add_argument("--epochs", type=int, default=3, help="of distillation")
+    parser.add_argument("--seeds", type=int, default=2, help="of fine-tuning")
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these variants")
+    arguments = parser.parse_args(args)
+    names = arguments.only
+    if arguments.quick:
+        names, arguments.epochs, arguments.seeds = ["fit", "dropout"], 1, 1
+        arguments.folder = OUTPUT / "variants_quick"
+    quieten()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
+    tasks = [
+        some_rows(load_task(str(arguments.glue / name) if arguments.glue else name), MOST_ROWS).for_choosing(HELD_OUT)
+        for name in (["sst2"] if arguments.quick else TASKS)
+    ]
+    if arguments.quick:
+        tasks = [some_rows(task, 600) for task in tasks]
+    with Progress(console=Console()) as progress:
+        for name in names:
+            distil(name, text, arguments.epochs, arguments.folder, progress)
+            finetune(arguments.folder / name, tasks, arguments.seeds, progress)
+    show(arguments.folder, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
