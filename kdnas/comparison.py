@@ -92,7 +92,7 @@ def contender(source: str, name: str, settings: FinetuneSettings) -> Contender:
             f"finetune.max_length is {settings.max_length}: the model {source!r} takes at most "
             f"{max_length(found.config)} tokens."
         )
-    key = f"{_safe(Path(source).name)}-{found.weights_sha256()[:8]}"
+    key = f"{_safe(Path(source).name)}-{found.sha256()[:8]}"
     make = partial(load_classifier, found.source)
     return Contender(name, key, found.config, found.tokenizer, make, settings)
 

@@ -234,7 +234,7 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
                 "give its own --teacher."
             )
     known = getattr(model.config, "teacher_sha256", None)
-    if known and known != (found := teacher.weights_sha256()):
+    if known and known != (found := teacher.sha256()):
         raise UserError(
             f"The student {str(source)!r} learned from other weights (sha256 {known[:8]}) than those of "
             f"{teacher.name!r} ({found[:8]}): give its own --teacher."

@@ -197,7 +197,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     identity = flat(
         {
             "begins as": first_layers.__name__,  # with the same settings, other students than those of another rule
-            "teacher": found.teacher.weights_sha256(),
+            "teacher": found.teacher.sha256(),
             "text": data.rows.sha256,
             "num_train_rows": data.rows.num_train,
             "space": {name: list(values) for name, values in space.choices.items()},

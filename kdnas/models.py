@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,9 +95,23 @@ class Teacher:
         """The encoder of ``load()``, read once and shared: do not change it."""
         return self.load()
 
-    def weights_sha256(self) -> str:
-        """The hash of all parameters by name, shape and value: the same for every place that it is loaded from."""
-        return state_sha256(self.model.state_dict())
+    def sha256(self) -> str:
+        """The hash of all that its states depend on: the same for every place that it is loaded from.
+
+        Parameters by name, shape and value; and the config, but for what training, heads and labels alone look at.
+        """
+        common = PreTrainedConfig().to_dict().keys()
+        config = {
+            name: value
+            for name, value in self.config.to_dict().items()
+            if name == "model_type" or not (name in common or _NOT_THE_ENCODERS.search(name))
+        }
+        plain = json.dumps(config, sort_keys=True, default=str)
+        return hashlib.sha256(f"{state_sha256(self.model.state_dict())}{plain}".encode()).hexdigest()
+
+
+# Of a config: what no hidden state depends on. A name that is not here counts: at worst, states are computed again.
+_NOT_THE_ENCODERS = re.compile("dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_")
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:

@@ -1,5 +1,6 @@
 import errno
 import functools
+import json
 import mmap
 import multiprocessing
 import os
@@ -185,7 +186,16 @@ def swap_places(path: Path, other: Path) -> None:
     other.rename(path.with_name(f"{place}.{other_digest}.{suffix}"))
 
 
+def of_another_cache(path: Path, other: Path) -> None:
+    """A whole shard of the same place and size, from the folder of another key."""
+    cache, _ = build(path.parent.with_name("another"))
+    (found,) = cache.folder.glob(f"{path.name.split('.')[0]}.*")
+    path.unlink()
+    shutil.copy(found, path.with_name(found.name))
+
+
 DAMAGES = {
+    "of another cache": of_another_cache,
     "first byte": flip(lambda size: 0),
     "middle byte": flip(lambda size: size // 2),
     "last byte": flip(lambda size: size - 1),
@@ -368,14 +378,25 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     tokenizer = vocabulary / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"river": ', '"rivers": '))
     trained = find_teacher(str(tiny_teacher)).load()
-    weights = find_teacher(str(tiny_teacher)).weights_sha256()
+    weights = find_teacher(str(tiny_teacher)).sha256()
     trained.encoder.layer[3].output.dense.bias.data[5] += 1e-3
     trained.save_pretrained(tmp_path / "trained")
     shutil.copytree(tiny_teacher, tmp_path / "trained", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safet*"))
 
+    def configured(**values: object) -> str:
+        """The same weights, with which another config computes something else."""
+        folder = shutil.copytree(tiny_teacher, tmp_path / "configured", dirs_exist_ok=True)
+        config = json.loads((tiny_teacher / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+        return find_teacher(str(folder)).sha256()
+
     key = cache_key(weights, rows(), LAYERS)
+    assert configured(hidden_dropout_prob=0.3, num_labels=5, problem_type="regression", use_cache=False) == weights
     others = [
-        cache_key(find_teacher(str(tmp_path / "trained")).weights_sha256(), rows(), LAYERS),
+        cache_key(configured(hidden_act="relu"), rows(), LAYERS),
+        cache_key(configured(num_attention_heads=4), rows(), LAYERS),
+        cache_key(configured(layer_norm_eps=1e-3), rows(), LAYERS),
+        cache_key(find_teacher(str(tmp_path / "trained")).sha256(), rows(), LAYERS),
         cache_key(weights, rows(vocabulary), LAYERS),
         cache_key(weights, rows(text=tmp_path / "other.txt"), LAYERS),
         cache_key(weights, rows(mask_probability=0.16), LAYERS),
@@ -394,10 +415,10 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
         others.append(cache_key(weights, rows(), LAYERS))
-    assert len({key, *others}) == 1 + len(others) == 17
+    assert len({key, *others}) == 1 + len(others) == 20
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
-    assert cache_key(find_teacher(str(moved)).weights_sha256(), same, LAYERS) == key
+    assert cache_key(find_teacher(str(moved)).sha256(), same, LAYERS) == key
 
 
 def build_slowly(folder: Path, barrier, answers) -> None:
@@ -429,7 +450,7 @@ def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder
     alone = FakeTeacher()
     open_cache(folder.with_name("alone")).build(alone, BATCH_TOKENS)
     assert passes + other_passes == alone.num_passes
-    assert shards(folder) == shards(folder.with_name("alone"))
+    assert sorted(shards(folder).values()) == sorted(shards(folder.with_name("alone")).values())
     assert len(shards(folder)) == 3 * VARIANTS
     assert not list(folder.glob(".*.partial"))
     check(build(folder)[0])

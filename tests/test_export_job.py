@@ -184,7 +184,7 @@ def test_a_student_of_another_teacher_is_refused(
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err
     twin, own = save_teacher(tmp_path / "twin", initializer_range=0.1), save_teacher(tmp_path / "own")
     config = json.loads((student / "config.json").read_text())
-    config["teacher_sha256"] = find_teacher(str(own)).weights_sha256()
+    config["teacher_sha256"] = find_teacher(str(own)).sha256()
     (student / "config.json").write_text(json.dumps(config))
     assert main(["export", f"--student={student}", f"--teacher={twin}"]) == 2
     assert f"learned from other weights (sha256 {config['teacher_sha256'][:8]})" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_a_fine_tuned_teacher_s_encoder_is_taken(teacher: Teacher, folder: Path,
     teacher.tokenizer.save_pretrained(tmp_path)
     tuned = find_teacher(str(tmp_path))
     assert "ForSequenceClassification" in tuned.config.architectures[0] and tuned.config.num_labels == 5
-    assert tuned.weights_sha256() == teacher.weights_sha256()
+    assert tuned.sha256() == teacher.sha256()
     ours, theirs = (student_config(t.config, ARCH).to_dict() | {"_name_or_path": ""} for t in (tuned, teacher))
     assert ours == theirs  # no labels of the teacher's own
     for labels in (2, 5):
@@ -382,7 +382,7 @@ def test_tables_of_their_own_width_start_in_every_combination(sizes: tuple[int, 
 
 def test_the_default_recipe_works_and_leaves_the_teacher_as_it_was(module, teacher: Teacher, folder: Path):
     assert len(module.history) == 2 and all(0 < epoch["loss"] < math.inf for epoch in module.history)
-    assert teacher.weights_sha256() == find_teacher(str(folder)).weights_sha256()
+    assert teacher.sha256() == find_teacher(str(folder)).sha256()
 
 
 def test_a_step_lowers_the_loss_and_gives_every_parameter_a_gradient(module: HiddenStateDistillModule):

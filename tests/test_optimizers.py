@@ -110,6 +110,7 @@ def test_without_matrices_it_is_adamw():
         ("student.encoder.layer.0.output.dense.weight", (4, 4), True),
         ("student.encoder.layer.0.output.dense.bias", (4,), False),
         ("student.embeddings.word_embeddings.weight", (4, 4), False),
+        ("student.encoder.embedding_hidden_mapping_in.weight", (4, 4), False),
         ("criterion.projections.0.weight", (4, 4), False),
     ],
 )

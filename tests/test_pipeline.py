@@ -157,7 +157,7 @@ def test_export_is_a_plain_folder_without_teacher_or_projections(finished_run: P
         assert getattr(encoder.config, name) == value
     assert classifier.config.num_labels == 3
     teacher = yaml.safe_load((run / "config.yaml").read_text())["teacher"]
-    assert classifier.config.teacher_sha256 == find_teacher(teacher).weights_sha256()
+    assert classifier.config.teacher_sha256 == find_teacher(teacher).sha256()
     with safe_open(run / "student" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert names == set(classifier.state_dict())

@@ -2,9 +2,9 @@
 
 A cache is a folder of shards. A shard holds the states of some rows of similar length: an array (L, T) of records
 of H numbers, for L layers and T real tokens. Rows that a search needs lie apart from the others, whose states are
-computed when they are asked for. A shard's name holds its place and the hash of place and bytes, so a whole
-shard is known by itself: one that is missing, cut, damaged or in another's place is computed again, and there is no
-index that could disagree. The folder's name is the hash of everything that the states depend on.
+computed when they are asked for. The folder's name is the hash of everything that the states depend on, and a shard's
+holds its place and the hash of folder, place and bytes. So a whole shard is known by itself: one that is missing, cut,
+damaged, in another's place or of another cache is computed again, and there is no index that could disagree.
 """
 
 import errno
@@ -31,7 +31,7 @@ from kdnas.distill.losses import within_half
 from kdnas.errors import UserError
 
 Precision = Literal["float16", "int8"]
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 64 << 20
 # The rows, in the order in which they are asked for, are cut into so many parts, each sorted by length.
 PARTS = 20
@@ -216,12 +216,15 @@ class StateCache:
     def _prefix(self, variant: int, shard: int) -> str:
         return f"variant{variant:02d}_{shard:05d}"
 
+    def _digest(self, prefix: str) -> "hashlib._Hash":
+        return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
+
     def _find(self, variant: int, shard: int) -> str | None:
         """The name of a finished, undamaged shard; a damaged one is removed."""
         prefix = self._prefix(variant, shard)
         for path in self.folder.glob(f"{prefix}.*.bin"):
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.sha256(prefix.encode()))
+                digest = hashlib.file_digest(file, lambda: self._digest(prefix))
             if digest.hexdigest() == path.name.split(".")[1]:
                 return path.name
             path.unlink()
@@ -266,7 +269,7 @@ class StateCache:
 
     def _write(self, variant: int, shard: int, states: list[np.ndarray]) -> str:
         prefix = self._prefix(variant, shard)
-        digest = hashlib.sha256(prefix.encode())
+        digest = self._digest(prefix)
         for layer_states in states:
             digest.update(layer_states.view(np.uint8).data)
         name = f"{prefix}.{digest.hexdigest()}.bin"

@@ -178,7 +178,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def save_student(self, folder: Path) -> None:
         """Write the student as transformers does, with its teacher's tokenizer; its config says which teacher."""
-        self.student.config.teacher_sha256 = self._teacher.weights_sha256()
+        self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
 

@@ -84,4 +84,4 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may take a parameter of a module whose student is ``student``: a matrix, no table, no projection."""
-    return parameter.ndim == 2 and name.startswith("student.") and not re.search("embeddings|attention_bias", name)
+    return parameter.ndim == 2 and name.startswith("student.") and not re.search("embedding|attention_bias", name)

@@ -142,7 +142,7 @@ def state_cache(
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
     computed_in = autocast_dtype(torch.device(device).type)
-    key = cache_key(teacher.weights_sha256(), data.rows, wanted, settings.precision, order, computed_in)
+    key = cache_key(teacher.sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
     return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
 
@@ -186,7 +186,8 @@ def open_states(
             data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
         )
         cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
-    measured_file = folder / f"measured_{len(data.select('mini').train_ids())}.json"
+    num_rows, settings_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
+    measured_file = folder / f"measured_{num_rows}_{settings_tokens}.json"  # on what, and in which batches
     measured_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         measured = _read_measured(measured_file)
