@@ -3,8 +3,10 @@
 Each variant changes one thing of the recipe, of the data or of how the training goes, and distils a student of
 4 layers x 192 on 30 % of a text; those called full go on to all rows, from the weights of ``fit``, from its weights and
 its optimizer's state, or anew. Then each is fine-tuned on rows of STS-B, CoLA, MRPC and SST-2's training split and
-scored on others of that split. ``fit`` with another seed (``seed-1``) tells what is noise. A run is kept in
-``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes can share the work.
+scored on others of that split. ``seed-1`` and ``seed-2`` draw the rows, their masks and order anew, and tell what is
+noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown where the held-out rows are
+those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that
+processes can share the work.
 
     python benchmarks/variants.py --text train.parquet --glue glue --only fit seed-1 dropout
 """
@@ -30,15 +32,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule, Split
-from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.attention import AttentionMaps, AttentionRelations
+from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
+from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.objectives import HiddenStates, Objective, WeightedSum
+from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import find_teacher, load_classifier
 from kdnas.progress import FitProgress
 from kdnas.runs import new_folder, read_json, write_json
-from kdnas.student_init import FromTeacher, Start, Started
+from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, Started
 from kdnas.training import TrainerSettings, fit, make_trainer
 
 ARCH = SHAPES["4x192"]
@@ -68,7 +75,7 @@ class Shaped(pl.Callback):
 
 
 class Averaged(pl.Callback):
-    """The student ends as the moving average of its weights over the steps."""
+    """The student ends as the moving average of its weights over the steps, and is validated last as that."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -79,8 +86,9 @@ class Averaged(pl.Callback):
             value = parameter.detach().float()
             self.mean.setdefault(name, value.clone()).lerp_(value, 1 - self.decay)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.student.load_state_dict(self.mean, strict=False)  # type: ignore[union-attr, operator]
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            pl_module.student.load_state_dict(self.mean, strict=False)  # type: ignore[union-attr, operator]
 
 
 class Narrowed(Start):
@@ -107,7 +115,7 @@ class Variant:
         callbacks: makes the Trainer's.
         seed: of new weights.
         epochs: for ``--epochs``, as a factor.
-        in_steps: half of the epochs go to a student of 288, which is then narrowed.
+        in_steps: half of the epochs, rounded down, go to a student of 288, which is then narrowed.
         split: the rows.
         goes_on: files of ``fit``'s result that it begins with.
     """
@@ -122,10 +130,30 @@ class Variant:
     goes_on: tuple[str, ...] = ()
 
 
+def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
+    return {"objective": WeightedSum(list(objectives), list(weights))}
+
+
+LAST = HiddenStates(LastLayer())
+NEW_RATES = {"learning_rate": 3e-3, "matrix_learning_rate": 5e-3}
+
 VARIANTS = {
     "fit": Variant(),
-    "seed-1": Variant(seed=1),
+    "seed-1": Variant(seed=1, data={"seed": 1}),
+    "seed-2": Variant(seed=2, data={"seed": 2}),
     "twice-as-long": Variant(epochs=2),
+    "last-layer": Variant(recipe={"objective": LAST}),
+    "last-and-skip": Variant(recipe={"objective": HiddenStates(LastAndSkip())}),
+    "even": Variant(recipe={"objective": HiddenStates(Even())}),
+    "no-maps": Variant(recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5])),
+    "no-comparison": Variant(recipe=_sum(LAST, AttentionMaps(), weights=[1.0, 1.0])),
+    "relations": Variant(recipe=_sum(LAST, AttentionRelations(), PairComparison(), weights=[1.0, 1.0, 0.5])),
+    "cls": Variant(recipe=_sum(LAST, AttentionMaps(), PairComparison(), SentenceState(), weights=[1, 1, 0.5, 0.5])),
+    "start-random": Variant(recipe={"start": RandomStart()}),
+    "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),
+    "start-embeddings": Variant(recipe={"start": FromEmbeddings()}),
+    "start-embeddings-fast": Variant(recipe={"start": FromEmbeddings(), **NEW_RATES}),
+    "in-steps": Variant(in_steps=True),
     "masked-0": Variant(data={"masked_share": 0.0}),
     "masked-100": Variant(data={"masked_share": 1.0}),
     "mask-30": Variant(data={"mask_probability": 0.3}),
@@ -141,11 +169,12 @@ VARIANTS = {
     "cosine": Variant(callbacks=lambda: [Shaped(lambda done: 0.5 + 0.5 * math.cos(math.pi * done))]),
     "wsd": Variant(callbacks=lambda: [Shaped(lambda done: min(1.0, (1 - done) / 0.3))]),
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
-    "in-steps": Variant(in_steps=True),
+    "constant-average": Variant(callbacks=lambda: [Shaped(lambda done: 1.0), Averaged(0.98)]),
     "full-anew": Variant(split="full"),
     "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),
     "full-optimizer": Variant(split="full", goes_on=(WEIGHTS, OPTIMIZER)),
 }
+SAME_ROWS = {"batch_tokens", "num_mask_variants"}  # what of the data leaves the held-out rows as they are
 
 
 def distil(name: str, text: str, num_epochs: int, folder: Path, progress: Progress) -> None:
@@ -153,36 +182,45 @@ def distil(name: str, text: str, num_epochs: int, folder: Path, progress: Progre
     variant, target = VARIANTS[name], folder / name
     if (target / "result.json").exists():
         return
-    config = read_config("fit")
+    if variant.goes_on:
+        distil("fit", text, num_epochs, folder, progress)
+    config, teacher = read_config("fit"), find_teacher(TEACHER)
     recipe = dataclasses.replace(config.recipe, **variant.recipe)
     data = KDDataModule(TEACHER, text, dataclasses.replace(config.data, **variant.data), split=variant.split)
-    states = StatesSettings(str(OUTPUT / "teacher_states"), 100)
+    data.setup()
     settings = TrainerSettings(gradient_clip_val=config.trainer["gradient_clip_val"])
-    num_epochs = max(1, round(num_epochs * variant.epochs))
-    begin = time.process_time()
+
+    def student(arch: StudentArch, recipe: Recipe) -> HiddenStateDistillModule:
+        module = HiddenStateDistillModule(teacher, arch, recipe)
+        wanted = StatesSettings(str(OUTPUT / "teacher_states"), 100)
+        module.states = open_states(teacher, data, module.target_layers, wanted)
+        return module
+
     torch.manual_seed(variant.seed)
+    module = student(ARCH, recipe)
+    begin = time.process_time()
+    num_epochs = max(1, round(num_epochs * variant.epochs))
     if variant.in_steps:
         first = num_epochs // 2
-        wider = HiddenStateDistillModule(TEACHER, BETWEEN, recipe, states)
+        wider = student(BETWEEN, recipe)
         fit(make_trainer(settings, target / "wider", first, [FitProgress(progress, f"{name}, wider")]), wider, data)
-        recipe, num_epochs = dataclasses.replace(recipe, start=Narrowed(wider)), num_epochs - first
-    module = HiddenStateDistillModule(TEACHER, ARCH, recipe, states)
+        module.recipe = dataclasses.replace(recipe, start=Narrowed(wider))
+        num_epochs -= first
     if WEIGHTS in variant.goes_on:
-        data.setup()
-        module.states = open_states(find_teacher(TEACHER), data, module.target_layers, states)
         module.begin(data)
         module.load_state_dict(load_file(folder / "fit" / WEIGHTS))
     if OPTIMIZER in variant.goes_on:
         module.optimizer_tensors = load_file(folder / "fit" / OPTIMIZER)
     trainer = make_trainer(settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()])
     fit(trainer, module, data)
+    seconds = time.process_time() - begin
     with new_folder(target / "encoder") as encoder:
         module.save_student(encoder)
     if name == "fit":
         save_file(module.state_dict(), target / WEIGHTS)
         optimizer: Any = trainer.optimizers[0]
         save_file(optimizer.tensors(module), target / OPTIMIZER)
-    write_json(target / "result.json", {"cpu_seconds": time.process_time() - begin, "history": module.history})
+    write_json(target / "result.json", {"cpu_seconds": seconds, "history": module.history})
 
 
 def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress: Progress) -> None:
@@ -229,7 +267,8 @@ def show(folder: Path, path: Path) -> None:
     table = Table("variant", "loss", "context", "sentence R2", "CPU s", *TASKS, "mean")
     for row in rows:
         cells = [" / ".join(f"{score:.3f}" for score in row["scores"].get(task, [])) for task in TASKS]
-        figures = [f"{row[key]:.3f}" for key in ("loss", "contextual_share", "sentence_r2")]
+        comparable = VARIANTS[row["name"]].data.keys() <= SAME_ROWS
+        figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
         table.add_row(row["name"], *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}")
     Console(width=150).print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +289,7 @@ def main(args: Sequence[str] | None = None) -> None:
         names, arguments.epochs, arguments.seeds = ["fit", "dropout"], 1, 1
         arguments.folder = OUTPUT / "variants_quick"
     quieten()
+    arguments.folder /= f"{arguments.epochs}_epochs"
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
     tasks = [
