@@ -13,8 +13,8 @@ from kdnas.errors import UserError
 class MuonAdamW(torch.optim.Optimizer):
     """Two of torch's optimizers behind one: Lightning, schedules and checkpoints see a single one.
 
-    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike. By it a
-    small student learned in two epochs what AdamW did not teach it in eight (LOG.md).
+    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike. On
+    one seed a small student learned by it in two epochs as much as by AdamW in eight (LOG.md).
 
     Args:
         muon_groups: parameter groups of matrices, each with ``lr``.
