@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kdnas.config import RunConfig, SearchConfig, as_plain, flat
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule, Split
-from kdnas.distill.layer_map import first_layers
 from kdnas.distill.objectives import Objective, needed_layers
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
 from kdnas.errors import UserError
@@ -29,6 +28,8 @@ from kdnas.nas.storage import without_password
 from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import read_yaml
+
+BEGINS_AS = "the first layers; fewer heads are narrowed"  # kdnas.student_init.FromTeacher
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     assert data.rows is not None
     identity = flat(
         {
-            "begins as": first_layers.__name__,  # with the same settings, other students than those of another rule
+            "begins as": BEGINS_AS,  # with the same settings, other students than those of another rule
             "teacher": found.teacher.sha256(),
             "text": data.rows.sha256,
             "num_train_rows": data.rows.num_train,

@@ -1,5 +1,7 @@
 """A student narrower than its teacher: what it must keep where it can, and where it can only come close."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,24 @@ def test_a_teacher_of_few_dimensions_is_followed_closely(low_rank):
     assert unexplained(student, low_rank) < 0.5 * unexplained(
         started(student_of(low_rank), FromEmbeddings(), low_rank), low_rank
     )
+
+
+@torch.no_grad()
+def test_leaving_out_heads_that_do_nothing_changes_little_at_equal_width_too(low_rank):
+    names = family_of(low_rank.config).names
+    idle = copy.deepcopy(low_rank)
+    for layer in family_of(idle.config).layers(idle):
+        weight = layer.get_submodule(names.attention_output).weight
+        for head in (1, 2):
+            weight[:, 16 * head : 16 * head + 16] = 0
+    sizes = dict(hidden_size=64, intermediate_size=idle.config.intermediate_size, num_attention_heads=2)
+    student = student_of(idle, **sizes)
+    assert FromTeacher()(student, idle, ROWS).heads == ((0, 3),) * 4
+    assert head_divergence(student, idle, [0, 3]) < 0.002
+    cut = student_of(idle, **sizes)  # the same maps, cut into other heads
+    for name, parameter in cut.named_parameters():
+        parameter.copy_(idle.get_parameter(name))
+    assert unexplained(student, idle) < 0.4 and unexplained(student, idle) < 0.7 * unexplained(cut, idle)
 
 
 @torch.no_grad()
