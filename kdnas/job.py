@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,17 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         free.append("search.n_trials")
     if not run.full_kd.exists():
         free.append("full_kd.")
-    if not run.glue.exists():
+    if not run.glue.exists() and not run.student.exists():  # what is exported stays
         free += ["finetune.", "task"]
     shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
     refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
+
+
+def is_whole(run: Run, config: Mapping[str, Any]) -> bool:
+    """Whether the last file of each stage that a config asks for is there; report and manifest alone finish no run."""
+    last = [run.full_kd / "result.json", run.student, run.report] if "full_kd" in config else [run.best_student]
+    last += [run.glue / "results.json"] if config.get("task") else []
+    return all(path.exists() for path in last)
 
 
 def _plain(config: SearchConfig) -> dict[str, Any]:

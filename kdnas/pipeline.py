@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
-from kdnas.config import FullKDSettings, RunConfig, SearchConfig
+from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.export_job import export_run, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
-from kdnas.job import Job, begin, look, refuse_other_config
+from kdnas.job import Job, begin, is_whole, look, refuse_other_config
 from kdnas.latency import MOST_SPREAD, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import (
@@ -50,6 +50,7 @@ from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.safe_yaml import read_yaml
 from kdnas.signals import honest_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import fit_resumable, one_error, settled_memory
@@ -74,7 +75,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     refused = sum(in_words(trial) == "refused" for trial in job.study.get_trials(deepcopy=False))
     if refused:
         job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
-    if not was_done:
+    if not was_done and is_whole(job.run, read_yaml(job.run.config)):  # of a run that is not finished, none
         write_manifest(job.run.folder, _about(job.run))
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
@@ -90,7 +91,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     """
     console = console or Console(markup=False)
     run = Run(config.root, config.name)
-    if run.report.exists() and run.manifest.exists():
+    if run.manifest.exists() and is_whole(run, as_plain(config)):
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
@@ -125,6 +126,7 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
         found = look(config, console)
     with _alone(run):
         job = begin(found)
+        run.manifest.unlink(missing_ok=True)  # that of a search, or of what has lost a stage: until the end
         with timed("search"):
             best = _search(job)
         with timed("full KD"):

@@ -30,7 +30,7 @@ class Run:
 
     A stage is done when its last file is there: ``best_student.yaml`` (search), ``full_kd/result.json``,
     ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all, and
-    the whole run is done when ``manifest.json`` is there.
+    the whole run is done when they are there, and ``manifest.json`` beside them.
 
     Args:
         root: the folder of all runs, normally ``lightning_logs``.

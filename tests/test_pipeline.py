@@ -248,6 +248,31 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
     assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
 
 
+def test_what_was_searched_or_stopped_and_then_reported_is_not_finished(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, root = tmp_path / "logs" / "tiny", f"--root={tmp_path / 'logs'}"
+    others = ("--config", "--task", "--full", "--fine")
+    search = ["search", *(option for option in command[1:] if not option.startswith(others))]
+    command.append("--task=null")
+    assert main(search) == 0
+    assert main(["verify", str(run)]) == 0
+    assert main(["report", root, "--run=tiny"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_second_epoch(patch)
+        assert main(command) == 130
+    assert main(["report", root, "--run=tiny"]) == 0
+    assert main(search) == 0
+    assert not (run / "manifest.json").exists(), "the run is not finished"
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "Full KD: going on where it was stopped" in capsys.readouterr().out
+    assert (run / "student" / "model.safetensors").exists()
+    assert main(["verify", str(run)]) == 0
+    assert main([*command, f"--task={tmp_path}"]) == 2, "what is exported was not fine-tuned"
+    assert "task: None there" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_its_end(
