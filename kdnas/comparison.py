@@ -342,6 +342,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console(markup=False)
     run = Run(config.root, config.name)
+    run.refuse_other_kind(is_comparison=True)
     run.check_writable()
     config.trainer.check()
     tasks = list(_tasks(config))
@@ -374,14 +375,11 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         if row.get("gap_closed") is not None:
             console.print(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.", highlight=False)
     busy = [name for name, row in results["models"].items() if row["latency_iqr_ms"] > MOST_SPREAD * row["latency_ms"]]
+    show = partial(console.print, soft_wrap=True, highlight=False)
     if busy:
-        console.print(
-            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.",
-            soft_wrap=True,
-            highlight=False,
-        )
-    console.print(f"Every run: {run.folder / 'runs.jsonl'}", soft_wrap=True, highlight=False)
-    console.print(f"The models: {run.folder}/TASK/MODEL/seed_0/model", soft_wrap=True, highlight=False)
+        show(f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.")
+    show(f"Every run: {run.folder / 'runs.jsonl'}")
+    show(f"The models: {run.folder}/TASK/MODEL/seed_0/model")
     return results
 
 

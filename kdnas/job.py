@@ -90,6 +90,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     """A name stands for one config, but for what changes no result and for stages that have not begun."""
     if not run.config.exists():
         return
+    run.refuse_other_kind(is_comparison=False)
     known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
     free += ["sampler", "workers", "candidate_timeout", "time_budget"]

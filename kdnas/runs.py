@@ -18,6 +18,7 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from kdnas.errors import UserError, first_line
+from kdnas.safe_yaml import read_yaml
 
 MANIFEST = "manifest.json"
 # Beside the runs, below their root.
@@ -85,6 +86,16 @@ class Run:
         if os.path.islink(self.folder):
             raise UserError(f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root.")
         check_writable(self.folder, "--root")
+
+    def refuse_other_kind(self, is_comparison: bool) -> None:
+        """A folder is a comparison's, whose config names models, or a search's or a run's, and never both.
+
+        Raises:
+            UserError: it is of the other kind, or its config cannot be read.
+        """
+        if self.config.exists() and ("model" in read_yaml(self.config)) != is_comparison:
+            ours, theirs = ("a comparison", "a search") if is_comparison else ("a search", "a comparison")
+            raise UserError(f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name.")
 
 
 def free_name(root: str | Path, name: str, is_taken: bool = False) -> str:

@@ -12,6 +12,7 @@ from kdnas.cli import main
 from kdnas.comparison import short_names
 from kdnas.errors import CandidateFailed
 from kdnas.glue.tasks import TASKS
+from kdnas.runs import write_text
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,18 @@ def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(comm
 def test_other_settings_under_the_same_name_are_refused(command, tmp_path, capsys):
     assert main([*command, "--seeds=1"]) == 0
     assert "learning_rate of fine-tuning is 0.001" in refused([*command, "--finetune.learning_rate=1e-3"], capsys)
+
+
+def test_a_folder_is_a_searchs_or_a_comparisons_and_never_both(command, models, text_file, tmp_path, capsys):
+    config = tmp_path / "logs" / "mine" / "config.yaml"
+    write_text(config, known := f"teacher: {models[0]}\nname: mine\n")
+    assert "logs/mine' is the folder of a search, not of a comparison: give another --name." in refused(command, capsys)
+    assert config.read_text() == known
+    write_text(config, known := f"model: [{models[0]}]\nname: mine\n")
+    for asked in ("search", "run"):
+        own = [asked, f"--teacher={models[0]}", f"--text={text_file}", *command[6:8]]
+        assert "logs/mine' is the folder of a comparison, not of a search: " in refused(own, capsys)
+    assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
 
 
 def test_names_are_the_shortest_ends_that_differ():
