@@ -17,6 +17,7 @@ from kdnas.errors import UserError, first_line, nearest
 from kdnas.export import export_student, load_student, slower_shapes
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.hub import refuse_away
+from kdnas.manifest import renew
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
 from kdnas.runs import Run, read_json
@@ -89,6 +90,8 @@ def export(config: ExportConfig, console: Console) -> Path:
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
+    if config.run is not None:
+        renew(run.folder, folder)
     say(report, console)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
     if config.hub_repo:

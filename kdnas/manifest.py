@@ -28,18 +28,21 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def renew(folder: Path, path: Path) -> None:
-    """Write down one file of a finished folder that was rightly made anew; nothing else is looked at.
+    """Write down what of a finished folder was rightly made anew; nothing else is looked at.
 
     Args:
         folder: of a run; without a manifest it is not finished, and nothing is written.
-        path: of the file; one outside the folder is none of its files.
+        path: of a file, or of a folder with all that is in it; what lies outside the run's folder is none of its files.
 
     Raises:
         UserError: the manifest is none.
     """
+    folder, path = folder.resolve(), path.resolve()
     if path.is_relative_to(folder) and (folder / MANIFEST).is_file():
         values = _read(folder / MANIFEST)
-        values["files"][path.relative_to(folder).as_posix()] = _entry(path)
+        files = {name: entry for name, entry in values["files"].items() if not (folder / name).is_relative_to(path)}
+        made = (file for file in _files(folder) if file.is_relative_to(path))
+        values["files"] = files | {file.relative_to(folder).as_posix(): _entry(file) for file in made}
         write_json(folder / MANIFEST, values)
 
 

@@ -17,7 +17,9 @@ import kdnas.export_job
 from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
+from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, student_config
+from kdnas.runs import new_folder, write_text
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 REPORT = {
@@ -131,6 +133,32 @@ def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: 
     assert card["sections"]["Latency beside its teacher"] == {
         "torch on cpu, batch 1 x 16": "2.00 ms, 3.0x faster than its teacher"
     }
+
+
+def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(source, folder, **options):
+        with new_folder(folder) as new:
+            for name in ("model.onnx", "manifest.json"):
+                (new / name).write_text("new")
+        return REPORT
+
+    run = save_run(tmp_path / "logs", student, "someone/bert")
+    for name in ("model.onnx", "gone.onnx"):
+        write_text(run / "student" / name, "old")
+    write_manifest(run, {"name": "mine"})
+    monkeypatch.setattr(kdnas.export_job, "export_student", fake)
+    monkeypatch.chdir(tmp_path)
+    export = ["export", "--run=mine", "--root=logs"]
+    for options in (["--force"], [f"--output={run / 'again'}"], ["--output=outside"]):
+        assert main([*export, *options]) == 0
+        assert main(["verify", str(run)]) == 0
+    (run / "best_student.yaml").write_text("changed")  # by somebody else: no export makes that right
+    assert main([*export, "--force"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
