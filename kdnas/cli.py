@@ -2,12 +2,10 @@
 
 import argparse
 import dataclasses
-import errno
 import gc
 import logging
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from argparse import ArgumentError
@@ -92,7 +90,9 @@ def _exit_code(args: list[str]) -> int:
         print(f"kdnas: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        print(f"kdnas: {error}{_room(error)}{_goes_on(args)}", file=sys.stderr)
+        from kdnas.runs import room
+
+        print(f"kdnas: {error}{room(error)}{_goes_on(args)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
         print(f"kdnas: interrupted{_goes_on(args)}", file=sys.stderr)
@@ -143,12 +143,6 @@ def show_logs() -> None:
 def _goes_on(args: Sequence[str]) -> str:
     resumes = args[0] in ("run", "search") and not {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
     return "; the same command goes on from here." if resumes else "."
-
-
-def _room(error: OSError) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not error.filename:
-        return ""
-    return f" ({shutil.disk_usage(os.path.dirname(error.filename) or '.').free:,} bytes are free there)"
 
 
 def _quieten(*loggers: str) -> None:

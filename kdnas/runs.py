@@ -1,6 +1,7 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -148,6 +149,14 @@ def nearest_folder(folder: Path) -> Path:
     return folder
 
 
+def room(error: OSError) -> str:
+    """What to add to an error: where a disk is full, how much is free there; else nothing."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(error.filename, str):
+        return ""
+    place = nearest_folder(Path(error.filename).parent)  # a new folder that failed is removed again
+    return f" ({shutil.disk_usage(place).free:,} bytes are free there)"
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
@@ -191,8 +200,9 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        # safetensors has an error of its own for a full disk; and a write does not say where.
-        if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        # For a full disk safetensors has an error of its own, and tokenizers a bare one; a write does not say where.
+        is_theirs = isinstance(error, SafetensorError) or type(error) is Exception
+        if is_theirs and (found := re.search(r"os error (\d+)", str(error))):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)

@@ -15,6 +15,8 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from kdnas.errors import CandidateFailed, UserError, nearest
 from kdnas.runs import (
@@ -258,6 +260,9 @@ def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
     with no_space as found, new_folder(tmp_path / "student"):
         raise full
     assert found.value.errno == errno.ENOSPC
+    no_space = pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/student'")
+    with no_space, new_folder(tmp_path / "student"):
+        Tokenizer(WordLevel({"a": 0}, unk_token="a")).save("/dev/full")
     with pytest.raises(OSError, match=f"Quota exceeded: '{tmp_path}/a'"), new_file(tmp_path / "a"):
         raise OSError(errno.EDQUOT, "Quota exceeded")  # as a write tells it
     with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "student"):
