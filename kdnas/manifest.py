@@ -73,7 +73,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
 
     Returns:
         How many files the manifest has, and in a line each what is not as it says: files that are missing, changed,
-        links, or not in it.
+        links, or not in it; their names as Python writes them, for anybody may have chosen them.
 
     Raises:
         UserError: there is no manifest, or it is none.
@@ -88,10 +88,10 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             faults.append(f"{name!r}: leaves the folder")
         elif any(part.is_symlink() for part in (target, *target.parents) if folder in part.parents):
-            faults.append(f"{name}: is a link")
+            faults.append(f"{name!r}: is a link")
         elif not target.is_file():
-            faults.append(f"{name}: is missing")
+            faults.append(f"{name!r}: is missing")
         elif entry != (found := _entry(target)):
-            faults.append(f"{name}: is not as it was written ({found['bytes']:,} bytes)")
+            faults.append(f"{name!r}: is not as it was written ({found['bytes']:,} bytes)")
     names = {str(path.relative_to(folder)) for path in _files(folder)}
-    return len(files), faults + [f"{name}: is not in the manifest" for name in sorted(names - files.keys())]
+    return len(files), faults + [f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())]

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,12 +56,12 @@ def link_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "faults"),
     [
-        (flip, ["student/model.onnx: is not as it was written (7 bytes)"]),
-        (lambda path: path.write_bytes(b""), ["student/model.onnx: is not as it was written (0 bytes)"]),
-        (lambda path: path.unlink(), ["student/model.onnx: is missing"]),
-        (link, ["student/model.onnx: is a link"]),
-        (link_folder, ["student/model.onnx: is a link", "student: is not in the manifest"]),
-        (lambda path: path.with_name("evil.py").touch(), ["student/evil.py: is not in the manifest"]),
+        (flip, ["'student/model.onnx': is not as it was written (7 bytes)"]),
+        (lambda path: path.write_bytes(b""), ["'student/model.onnx': is not as it was written (0 bytes)"]),
+        (lambda path: path.unlink(), ["'student/model.onnx': is missing"]),
+        (link, ["'student/model.onnx': is a link"]),
+        (link_folder, ["'student/model.onnx': is a link", "'student': is not in the manifest"]),
+        (lambda path: path.with_name("evil.py").touch(), ["'student/evil.py': is not in the manifest"]),
     ],
 )
 def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
@@ -69,6 +71,24 @@ def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
     shown = capsys.readouterr()
     assert shown.out.splitlines() == faults
     assert shown.err.startswith(f"kdnas: {str(run.folder)!r} is not as it was made") and shown.err.count("\n") == 1
+
+
+def test_names_that_others_chose_are_shown_on_any_terminal(run):
+    for name in (b"\xff.bin", b"\x1b[2J", b"two\nlines"):
+        Path(os.fsdecode(os.fsencode(run.folder) + b"/" + name)).touch()
+    values = json.loads(run.manifest.read_text())
+    values["files"]["\ud800\x1b]0;title\a"] = {"bytes": 1, "sha256": "0"}
+    run.manifest.write_text(json.dumps(values))
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "kdnas", "verify", str(run.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.splitlines() == [
+        r"'\ud800\x1b]0;title\x07': is missing",
+        r"'\x1b[2J': is not in the manifest",
+        r"'two\nlines': is not in the manifest",
+        r"'\udcff.bin': is not in the manifest",
+    ]
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "student/../../secret", "a\0b"])

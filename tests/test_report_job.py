@@ -90,7 +90,7 @@ def test_one_run_is_reported_anew_and_stays_as_its_manifest_says(root, capsys):
     write_text(run.best_student, "changed")  # by somebody else: a new report makes nothing else right
     assert main(["report", "--root", str(root), "--run", "done"]) == 0
     assert main(["verify", str(run.folder)]) == 2
-    assert "best_student.yaml: is not in the manifest" in capsys.readouterr().out
+    assert "'best_student.yaml': is not in the manifest" in capsys.readouterr().out
 
 
 def spoil(path: str, content: bytes | None):
