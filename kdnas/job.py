@@ -29,6 +29,7 @@ from kdnas.nas.storage import without_password
 from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import read_yaml
+from kdnas.supervisor import EARLIER
 
 BEGINS_AS = "the first layers; fewer heads are narrowed"  # kdnas.student_init.FromTeacher
 
@@ -219,7 +220,8 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     del identity["search.n_trials"], identity["data.num_workers"]
     sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
     run.folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(config.storage or f"sqlite:///{run.study_db}", run.name, identity, sampler, pruner, run.folder)
+    storage, was_there = config.storage or f"sqlite:///{run.study_db}", is_worker or bool(EARLIER.deaths)
+    study = open_study(storage, run.name, identity, sampler, pruner, run.folder, was_there)
     job = Job(**vars(found), study=study)
     if is_worker:
         return job

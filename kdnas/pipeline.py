@@ -41,11 +41,11 @@ from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.record import FrozenTrial, Study, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
-from kdnas.nas.search import best_of
+from kdnas.nas.search import best_of, is_over
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, in_words, line, trials_frame
-from kdnas.nas.workers import DISK, INTERRUPTED, run_workers
+from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
 from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
@@ -233,7 +233,10 @@ def _search(job: Job) -> StudentArch:
         if job.config.workers > 1 or timeout is not None:
             work = partial(_work, job.config, log.getEffectiveLevel())
             timeout = 60 * timeout if timeout is not None else math.inf
-            run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
+            end = time.monotonic() + seconds
+            refusal = run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
+            if refusal and time.monotonic() < end and not is_over(study, job.space, settings.n_trials):
+                raise UserError(refusal)
             best = best_of(study, job.space, seconds)
         else:
             best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
@@ -264,8 +267,9 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
                 _search(job)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
-        except (UserError, CandidateFailed) as error:  # the process that started it finds the same
+        except (UserError, CandidateFailed) as error:
             print(error)
+            raise SystemExit(REFUSED) from None
         except OSError:
             traceback.print_exc()
             raise SystemExit(DISK) from None

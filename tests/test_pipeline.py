@@ -539,6 +539,29 @@ def test_an_impossible_length_of_the_task_is_refused_at_the_start(
     assert not (tmp_path / "logs").exists()
 
 
+def test_what_every_worker_refuses_ends_the_search_without_a_best_student(
+    command: list[str],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose_the_text(*args: object) -> str:
+        text.unlink()
+        return run_workers(*args)
+
+    text = Path(shutil.copy(text_file, tmp_path))
+    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    search.append(f"--text={text}")
+    assert main([*search, "--search.n_trials=1"]) == 0
+    run_workers = pipeline.run_workers
+    monkeypatch.setattr(pipeline, "run_workers", lose_the_text)
+    (tmp_path / "logs/tiny/best_student.yaml").unlink()
+    assert main([*search, "--search.n_trials=2", "--candidate_timeout=60"]) == 2
+    assert str(text) in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "logs/tiny/best_student.yaml").exists()
+
+
 @pytest.mark.parametrize("option", ["--workers=2", "--candidate_timeout=5"])
 def test_a_gpu_that_a_worker_will_not_see_is_refused_at_the_start(
     option: str,

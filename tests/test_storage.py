@@ -1,5 +1,6 @@
 """A database that is away: a short while nobody notices, and for ever no finished result is lost."""
 
+import math
 import sqlite3
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path: Path):
-    return lambda: open_study(f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path)
+    return lambda **options: open_study(f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path, **options)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,28 @@ def test_a_disk_that_is_full_from_the_start_is_told_with_its_bytes(start, tmp_pa
     monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", full)
     with pytest.raises(StoreAway, match=rf"'{tmp_path}/study.db' cannot be written .*, [\d,]+ bytes are free there"):
         start()
+
+
+@pytest.mark.parametrize("num_failures", [7, math.inf])
+def test_a_database_that_was_there_is_waited_for_at_the_next_start(num_failures, start, tmp_path, pauses, monkeypatch):
+    storage, failures = kdnas.nas.storage.PatientStorage, []
+
+    def away(*args, **options):
+        if len(failures) < num_failures:
+            failures.append(OperationalError("SELECT", {}, sqlite3.OperationalError("connection refused")))
+            raise failures[-1]
+        return storage(*args, **options)
+
+    monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", away)
+    with pytest.raises(UserError, match="connection refused"):
+        start()
+    assert len(failures) == 2, "the first time in a command it is the user's mistake"
+    if num_failures == 7:
+        assert start(was_there=True).trials == []
+    else:
+        with pytest.raises(StoreAway, match="has not answered for 600 s"):
+            start(was_there=True)
+        assert 600 <= sum(pauses) < 610
 
 
 def test_a_candidate_that_is_not_finished_when_the_database_is_gone_is_tried_again(start, tmp_path):

@@ -33,7 +33,16 @@ from kdnas.nas.record import (
 )
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import PatientStorage, StoreAway, connect, is_alive_here, is_here, keep_result, take_up
+from kdnas.nas.storage import (
+    PATIENCE_SECONDS,
+    PatientStorage,
+    StoreAway,
+    connect,
+    is_alive_here,
+    is_here,
+    keep_result,
+    take_up,
+)
 from kdnas.signals import Terminated
 from kdnas.supervisor import EARLIER, candidate
 
@@ -54,6 +63,7 @@ def open_study(
     sampler: BaseSampler | None = None,
     pruner: BasePruner | None = None,
     folder: Path | None = None,
+    was_there: bool = False,
 ) -> Study:
     """Create a study, or go on with it.
 
@@ -65,12 +75,14 @@ def open_study(
             resume: see ``PerTrialSeed``.
         pruner: ends candidates early; none by default.
         folder: of the run, where results are kept that the database could not take.
+        was_there: whether this command has reached the database before: then it is waited for.
 
     Raises:
         UserError: the database cannot be reached, or the study is there and its identity differs (each difference is
             shown).
+        StoreAway: it was there, and has stayed away.
     """
-    connected = connect(storage, _successor)
+    connected = connect(storage, _successor, PATIENCE_SECONDS if was_there else 0.0)
     study = optuna.create_study(
         storage=connected,
         study_name=name,
@@ -254,17 +266,16 @@ def search(
                 trial.set_user_attr("failed", reason)
                 raise CandidateFailed(reason) from error
 
-    def is_over() -> bool:
-        only_fails = len(failed(study)) >= MOST_FAILURES and not tried(study)
-        return is_complete(study, space, n_trials) or only_fails or time.monotonic() > end
+    def is_at_end() -> bool:
+        return is_over(study, space, n_trials) or time.monotonic() > end
 
-    def stop_when_over(study: Study, trial: FrozenTrial) -> None:
-        if is_over():
+    def stop_at_end(study: Study, trial: FrozenTrial) -> None:
+        if is_at_end():
             study.stop()
 
-    while not is_over():
+    while not is_at_end():
         try:
-            study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_when_over])
+            study.optimize(objective, catch=(CandidateFailed,), callbacks=[*callbacks, stop_at_end])
         except (Exception, KeyboardInterrupt) as error:
             store, earlier = _store(study), list(causes(error))
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
@@ -286,6 +297,12 @@ def search(
                 end_interrupted(study, {os.getpid()}, stop)
             raise stop from None
     return best_of(study, space, seconds)
+
+
+def is_over(study: Study, space: SearchSpace, n_trials: int) -> bool:
+    """Whether nothing more is to be tried: enough was, or everything fails."""
+    only_fails = len(failed(study)) >= MOST_FAILURES and not tried(study)
+    return is_complete(study, space, n_trials) or only_fails
 
 
 def _was_given_up(error: BaseException) -> bool:

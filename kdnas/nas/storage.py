@@ -57,7 +57,7 @@ def _patient(call: Callable[..., Any]) -> Any:
                 self.stopped = stop
                 raise
             except (StorageInternalError, DBAPIError) as error:
-                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                cause = _cause(error)
                 if not isinstance(cause, _AWAY):
                     raise
                 disk = _disk_failure(cause, self.engine.url.database)
@@ -88,7 +88,12 @@ _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
 
 
-def _disk_failure(error: Exception, database: str | None) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What SQLAlchemy said, where Optuna has wrapped it."""
+    return error.__cause__ or error if isinstance(error, StorageInternalError) else error
+
+
+def _disk_failure(error: BaseException, database: str | None) -> str:
     """In a line, what of SQLite's errors no waiting mends: a full disk, one that fails, one that is read-only."""
     name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
     if not name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY")):
@@ -129,6 +134,7 @@ class PatientStorage(RDBStorage):
         # A connection that the server has cut meanwhile is noticed before it is used.
         super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)
 
+    create_new_study = _patient(RDBStorage.create_new_study)
     get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
     get_study_name_from_id = _patient(RDBStorage.get_study_name_from_id)
     get_study_directions = _patient(RDBStorage.get_study_directions)
@@ -199,40 +205,48 @@ class PatientStorage(RDBStorage):
             log.debug("No heartbeat of trial %d: %s", trial_id, error)
 
 
-def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None]) -> PatientStorage:
+def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], patience: float = 0.0) -> PatientStorage:
     """The database of a study, its tables made where they are not there.
 
     Args:
         url: SQLAlchemy's.
         successor: as ``PatientStorage`` takes it.
+        patience: seconds to wait for a database that was there before.
 
     Raises:
         UserError: it cannot be reached, or its driver is not installed.
-        StoreAway: its disk is full, or fails.
+        StoreAway: its disk is full, or fails; or it has stayed away.
     """
+    begin, tried = time.monotonic(), False
     options: dict[str, Any] = {
         "heartbeat_interval": HEARTBEAT_SECONDS,
         "grace_period": GRACE_SECONDS,
     }
-    try:
+    while True:
         try:
             storage = PatientStorage(url, successor, **options)
-        except DBAPIError:  # another worker makes the same tables at this moment
+            break
+        except ImportError as error:
+            reason = first_line(error.__cause__ or error)
+            raise UserError(
+                f"The database {without_password(url)!r} needs a driver that is not installed ({reason}): "
+                "pip install 'kdnas[postgres]', or the driver of another database."
+            ) from error
+        except (SQLAlchemyError, StorageInternalError, ValueError) as error:
+            cause = _cause(error)
+            if disk := _disk_failure(cause, url.rpartition("sqlite:///")[2]):
+                raise StoreAway(disk) from error
+            may_come = patience > 0 and isinstance(cause, _AWAY)
+            if may_come and time.monotonic() > begin + patience:
+                raise StoreAway(f"The study's database has not answered for {patience:g} s") from error
+            # Tried twice in any case: another worker may make the same tables at this moment.
+            if not may_come and (tried or not isinstance(cause, DBAPIError)):
+                raise UserError(
+                    f"The database {without_password(url)!r} cannot be used ({first_line(cause)}): give a URL such as "
+                    "postgresql://user:password@host/database of a server that runs."
+                ) from error
+            tried = True
             time.sleep(1)
-            storage = PatientStorage(url, successor, **options)
-    except ImportError as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"The database {without_password(url)!r} needs a driver that is not installed ({reason}): "
-            "pip install 'kdnas[postgres]', or the driver of another database."
-        ) from error
-    except (SQLAlchemyError, ValueError) as error:
-        if disk := _disk_failure(error, url.rpartition("sqlite:///")[2]):
-            raise StoreAway(disk) from error
-        raise UserError(
-            f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a URL such as "
-            "postgresql://user:password@host/database of a server that runs."
-        ) from error
     if storage.engine.name == "sqlite":
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -29,7 +29,7 @@ from kdnas.supervisor import cause
 # or a candidate that is to blame, are no bad luck.
 MOST_DEATHS = 2
 # Exit codes, as the command line's.
-DISK, INTERRUPTED = 3, 130
+REFUSED, DISK, INTERRUPTED = 2, 3, 130
 
 
 def run_workers(
@@ -40,20 +40,24 @@ def run_workers(
     seconds: float,
     log_path: Callable[[int], Path],
     timeout: float = math.inf,
-) -> None:
+) -> str:
     """Search in processes until all have ended, and show each trial as it ends.
 
     A candidate that kills its process, or takes too long, ends with its reason, and another process goes on.
 
     Args:
         work: what a worker does, given its number from 0 and the time, as of ``time.time()``, after which it begins
-            nothing; goes through ``pickle``. It ends with exit code 0, or ``DISK`` where that failed.
+            nothing; goes through ``pickle``. It ends with exit code 0, with ``DISK`` where that failed, or with
+            ``REFUSED`` where the user must mend something; why is the last line of its log.
         num_workers: processes; each has its share of the cores, and one of the GPUs.
         study: that they search in.
         show: called after each trial, as Optuna's callbacks are.
         seconds: of wall clock.
         log_path: where worker number i tells what it does.
         timeout: seconds that a candidate may take.
+
+    Returns:
+        What the last worker said, where none ended with exit code 0.
 
     Raises:
         CandidateFailed: worker after worker dies, and not of its candidates.
@@ -62,6 +66,7 @@ def run_workers(
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
     deadline, num_deaths = time.time() + seconds, 0
+    refusals: list[str] = []
     begun: dict[int, float] = {}  # when each running trial was first seen
     slow: set[int] = set()  # processes that were ended for their candidate
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
@@ -101,8 +106,11 @@ def run_workers(
                 notice_signals()
                 end_slow()
                 for index, code in [(index, worker.exitcode) for index, worker in workers.items()]:
-                    if code == 0:
+                    if code in (0, REFUSED):
                         del workers[index]
+                        if code == REFUSED:
+                            told_last = log_path(index).read_text(encoding="utf-8", errors="replace").splitlines()
+                            refusals.append(told_last[-1] if told_last else "A worker has ended, and not said why.")
                     elif code == DISK:
                         raise OSError(f"A worker's disk or network failed: see {str(log_path(index))!r}")
                     elif code is not None:
@@ -136,8 +144,9 @@ def run_workers(
                 worker.kill()
             raise
         if workers and (stop := sys.exception()):
-            told = (0, DISK, INTERRUPTED)  # who ends so has told, or kept, what became of its trial
+            told = (0, REFUSED, DISK, INTERRUPTED)  # who ends so has told, or kept, what became of its trial
             end_interrupted(study, {w.pid for w in workers.values() if w.exitcode not in told}, stop)
+    return refusals[-1] if len(refusals) == num_workers else ""
 
 
 def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
