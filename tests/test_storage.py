@@ -114,6 +114,24 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
     assert len(trained(study)) == 3 and len(study.trials) == 3
 
 
+def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_with_the_result(start, tmp_path):
+    study = start()
+    outage = Outage(study)
+
+    def evaluate(trial, arch):
+        outage.left = math.inf
+        trial.set_user_attr("loss", 0.25)
+        trial.set_user_attr("weights_sha256", "a")
+        outage.left = 0
+        return 0.75
+
+    search(evaluate, SPACE, study, 1, folder=tmp_path)
+    (trial,) = start().trials
+    assert (trial.state.name, trial.value) == ("COMPLETE", 0.75)
+    assert (trial.user_attrs["loss"], trial.user_attrs["weights_sha256"]) == (0.25, "a")
+    assert not list(tmp_path.glob("unsent*"))
+
+
 @pytest.mark.parametrize("when", ["within", "at its end"])
 def test_a_signal_while_the_database_is_away_ends_the_search_at_once_and_keeps_the_result(
     when, start, tmp_path, pauses, monkeypatch

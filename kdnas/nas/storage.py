@@ -7,6 +7,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -48,6 +49,11 @@ def _patient(call: Callable[..., Any]) -> Any:
             self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
         while True:
             try:
+                if args and isinstance(args[0], int) and args[0] in self.skipped:
+                    with suppress(UpdateFinishedTrialError):  # the call itself will say so
+                        for name, *rest in self.written.get(args[0], ()):
+                            getattr(RDBStorage, name)(self, args[0], *rest)
+                    self.skipped.discard(args[0])
                 answer = call(self, *args, **options)
                 self.away = None
                 if call.__name__ == "set_trial_state_values":
@@ -65,7 +71,8 @@ def _patient(call: Callable[..., Any]) -> Any:
                 if self.away or disk or time.monotonic() > begin + patience:
                     self.away = StoreAway(disk or f"The study's database has not answered for {patience:g} s")
                     if call.__name__ in _KEPT:
-                        return None  # it is written down with the result
+                        self.skipped.add(args[0])
+                        return None  # it is written down with the result, or before the trial's next call
                     raise self.away from error
                 if pause == 0.1:
                     log.warning("The study's database does not answer; waiting for it.")
@@ -131,6 +138,7 @@ class PatientStorage(RDBStorage):
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
+        self.skipped: set[int] = set()  # the trials of which the database has not taken all of that
         # A connection that the server has cut meanwhile is noticed before it is used.
         super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)
 
