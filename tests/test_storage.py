@@ -132,6 +132,32 @@ def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_wit
     assert not list(tmp_path.glob("unsent*"))
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_trial_whose_beginning_was_stored_but_not_answered_is_tried_again(queued, start, tmp_path):
+    study, lost = start(), []
+    if queued:
+        study.enqueue_trial({name: values[0] for name, values in SPACE.choices.items()})
+
+    def lose(connection):
+        """The answer to the commit that begins the first trial."""
+        with sqlite3.connect(tmp_path / "study.db") as database:
+            begun = database.execute("SELECT * FROM trials WHERE state = 'RUNNING'").fetchall()
+        if begun and not lost:
+            lost.append(begun)
+            raise sqlite3.OperationalError("the server closed the connection unexpectedly")
+
+    engine = study._storage._backend.engine
+    commit = engine.dialect.do_commit
+    engine.dialect.do_commit = lambda connection: (commit(connection), lose(connection))
+    search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
+    assert lost and len(trained(study)) == 3
+    states = [trial.state.name for trial in study.trials]
+    assert sorted(states) == ["COMPLETE"] * 3 + ["FAIL"]
+    died = study.trials[states.index("FAIL")]
+    assert died.user_attrs["failed"] == "interrupted (the database did not answer); tried again"
+    assert [trial.user_attrs.get("again") for trial in study.trials].count(died.number) == 1
+
+
 @pytest.mark.parametrize("when", ["within", "at its end"])
 def test_a_signal_while_the_database_is_away_ends_the_search_at_once_and_keeps_the_result(
     when, start, tmp_path, pauses, monkeypatch

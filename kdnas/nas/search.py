@@ -117,12 +117,12 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | None = None) -> set[int]:
+def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str] | None = None) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
     Args:
         study: whose.
-        is_new: whether this process has no trial yet.
+        number: of the one trial that this process runs; None: it has none yet.
         deaths: what processes died of, by their number, as far as that is known.
 
     Returns:
@@ -131,7 +131,12 @@ def bury_dead(study: Study, is_new: bool = True, deaths: Mapping[int, str] | Non
     buried: set[int] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         pid: int = trial.user_attrs.get("pid", 0)
-        if is_here(trial) and (is_new if pid == os.getpid() else not is_alive_here(trial)):
+        if is_here(trial) and pid == os.getpid() and number is not None:
+            if trial.number != number:  # it was begun here, and the answer that said so was lost
+                end_trial(
+                    study, trial, "failed", "interrupted (the database did not answer); tried again", _again(trial)
+                )
+        elif is_here(trial) and (pid == os.getpid() or not is_alive_here(trial)):
             buried.add(pid)
             end_trial(study, trial, "died", (deaths or {}).get(pid, ""), _successor(trial))
     return buried
@@ -236,6 +241,7 @@ def search(
 
     def objective(trial: optuna.Trial) -> float:
         current[:] = [trial]
+        bury_dead(study, trial.number)
         with _tried_again(study, trial):
             arch = space.suggest(trial)
             if not _is_needed(study, space, trial.number, n_trials, end):
@@ -368,7 +374,7 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
         time.sleep(0.5)
-        bury_dead(study, is_new=False)
+        bury_dead(study, number)
         optuna.storages.fail_stale_trials(study)
     return False
 
