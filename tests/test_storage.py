@@ -298,3 +298,11 @@ def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(UserError, match=r"'postgresql://me:\*\*\*@host/db' needs .*psycopg.*'kdnas\[postgres\]'"):
         connect("postgresql://me:secret@host/db", lambda study, trial: None)
+
+
+def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
+    start()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
+    with pytest.raises(UserError, match=r"study.db' cannot be used \(The runtime optuna .* pip install -U"):
+        start()

@@ -240,6 +240,8 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
                 f"The database {without_password(url)!r} needs a driver that is not installed ({reason}): "
                 "pip install 'kdnas[postgres]', or the driver of another database."
             ) from error
+        except RuntimeError as error:  # Optuna's, of tables that another version of it made
+            raise UserError(f"The database {without_password(url)!r} cannot be used ({first_line(error)}).") from error
         except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             cause = _cause(error)
             if disk := _disk_failure(cause, url.rpartition("sqlite:///")[2]):
