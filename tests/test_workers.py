@@ -20,12 +20,12 @@ from typing import Any
 import optuna
 import pytest
 from filelock import ReadWriteLock
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 
 import kdnas.nas.storage
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.nas.callbacks import HoldStill
+from kdnas.nas.callbacks import HoldStill, wait_for
 from kdnas.nas.record import failure_of, trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
@@ -72,6 +72,17 @@ def broken(index: int, deadline: float) -> None:
 
 def without_disk(index: int, deadline: float) -> None:
     os._exit(DISK)
+
+
+def work_in_turn(url: str, lock: Path, index: int, deadline: float) -> None:
+    """One candidate, which needs the lock."""
+
+    def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
+        lock.with_suffix(".asked").touch()
+        with wait_for(ReadWriteLock(lock).acquire_read, trial):
+            return 0.5
+
+    search(evaluate, SPACE, open_study(url, "s", {}), 1)
 
 
 def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> None:
@@ -212,6 +223,25 @@ def test_a_candidate_that_crashes_and_one_that_hangs_fail_alone_with_their_reaso
     assert found[3:] == [("COMPLETE", None)]
 
 
+def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp_path):
+    study, path = open_study(url, "s", {}), tmp_path / "stillness.lock"
+    held = threading.Event()
+
+    def hang() -> None:
+        with ReadWriteLock(path).write_lock():
+            held.set()
+            while not path.with_suffix(".asked").exists():
+                time.sleep(0.1)
+            time.sleep(5)
+
+    hanging = threading.Thread(target=hang)
+    hanging.start()
+    held.wait()
+    run_workers(partial(work_in_turn, url, path), 1, study, lambda *_: None, 600, lambda i: tmp_path / "log", timeout=3)
+    hanging.join()
+    assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)]
+
+
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
@@ -314,7 +344,7 @@ def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_device
 def hold(path: str, seconds: float) -> None:
     """Works in steps, as a fit does."""
     lock = ReadWriteLock(path)
-    callback, end = HoldStill(lock), time.monotonic() + seconds
+    callback, end = HoldStill(lock, FixedTrial({})), time.monotonic() + seconds
     with lock.read_lock():
         while time.monotonic() < end:
             time.sleep(0.02)

@@ -1,11 +1,12 @@
 """What happens around a candidate's fit: refuse, prune, measure, reward, show."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import optuna
-from filelock import ReadWriteLock
+from filelock import AcquireReturnProxy, ReadWriteLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kdnas.distill.module import HiddenStateDistillModule
@@ -48,15 +49,27 @@ class PruneByHeldOutLoss(pl.Callback):
             raise optuna.TrialPruned(reason)
 
 
+def wait_for(acquire: Callable[..., AcquireReturnProxy], trial: optuna.Trial) -> AcquireReturnProxy:
+    """Acquire a lock that all workers share. The trial says where it waits: another one's time is not its own."""
+    try:
+        return acquire(blocking=False)
+    except Timeout:
+        trial.set_user_attr("waits", True)
+    held = acquire()
+    trial.set_user_attr("waits", False)
+    return held
+
+
 class HoldStill(pl.Callback):
     """Between steps, waits while another worker of this machine measures latency.
 
     Args:
         lock: held for reading by whoever works, for writing by whoever measures.
+        trial: the candidate's trial.
     """
 
-    def __init__(self, lock: ReadWriteLock) -> None:
-        self.lock = lock
+    def __init__(self, lock: ReadWriteLock, trial: optuna.Trial) -> None:
+        self.lock, self.trial = lock, trial
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.give_way()
@@ -67,7 +80,7 @@ class HoldStill(pl.Callback):
     def give_way(self) -> None:
         """Let go of the lock for a moment: whoever waits to measure gets it."""
         self.lock.release()
-        self.lock.acquire_read()
+        wait_for(self.lock.acquire_read, self.trial)
 
 
 class LatencyAfterFit(pl.Callback):

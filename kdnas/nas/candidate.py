@@ -26,6 +26,7 @@ from kdnas.nas.callbacks import (
     LatencyAfterFit,
     PruneByHeldOutLoss,
     RewardAfterFit,
+    wait_for,
 )
 from kdnas.progress import FitProgress
 from kdnas.runs import file_sha256, new_file
@@ -111,7 +112,7 @@ class Evaluator:
 
     def __call__(self, trial: optuna.Trial, arch: StudentArch) -> float:
         started = time.monotonic()
-        with self.stillness.write_lock():
+        with wait_for(self.stillness.acquire_write, trial):
             measured = self.meter.measure(arch)  # it remembers, so nothing is measured in the fit
         self._gate(trial, measured)
         latency = LatencyAfterFit(self.meter)
@@ -119,13 +120,13 @@ class Evaluator:
         callbacks: list[pl.Callback] = [
             FailOnNonFiniteLoss(),
             PruneByHeldOutLoss(trial),
-            HoldStill(self.stillness),
+            HoldStill(self.stillness, trial),
             latency,
             rewarded,
         ]
         if self.progress:
             callbacks.append(FitProgress(self.progress, f"trial {trial.number}: {arch}"))
-        self.stillness.acquire_read()
+        wait_for(self.stillness.acquire_read, trial)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)

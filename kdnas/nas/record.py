@@ -76,7 +76,7 @@ def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
 def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for"):
+        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for", "waits"):
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():

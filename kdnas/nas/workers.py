@@ -54,7 +54,7 @@ def run_workers(
         show: called after each trial, as Optuna's callbacks are.
         seconds: of wall clock.
         log_path: where worker number i tells what it does.
-        timeout: seconds that a candidate may take.
+        timeout: seconds that a candidate may take, without those in which it waits for others.
 
     Returns:
         What the last worker said, where none ended with exit code 0.
@@ -67,7 +67,8 @@ def run_workers(
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
     deadline, num_deaths = time.time() + seconds, 0
     refusals: list[str] = []
-    begun: dict[int, float] = {}  # when each running trial was first seen
+    begun: dict[int, float] = {}  # when each running trial was first seen, and later where it had to wait
+    looked = time.monotonic()
     slow: set[int] = set()  # processes that were ended for their candidate
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
@@ -87,12 +88,17 @@ def run_workers(
                 show(study, trial)
 
     def end_slow() -> None:
+        nonlocal looked
+        before, looked = looked, time.monotonic()
         by_pid = {worker.pid: worker for worker in workers.values()}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = by_pid.get(trial.user_attrs.get("pid"))
             if worker is None or trial.user_attrs.get("host") != platform.node() or "arch" not in trial.user_attrs:
                 continue  # another machine's, or it waits for others
-            if time.monotonic() > begun.setdefault(trial.number, time.monotonic()) + timeout:
+            begin = begun.setdefault(trial.number, looked)
+            if trial.user_attrs.get("waits"):
+                begun[trial.number] = begin + looked - before  # perhaps for the one that hangs
+            elif looked > begin + timeout:
                 worker.kill()  # native code hears of no signal that can be caught
                 worker.join()
                 slow.add(worker.pid or 0)
