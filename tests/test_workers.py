@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -29,7 +30,7 @@ from kdnas.nas.callbacks import HoldStill, wait_for
 from kdnas.nas.record import failure_of, trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.workers import DISK, MOST_DEATHS, _environment, run_workers
+from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers
 
 SPACE = SearchSpace(
     {
@@ -247,6 +248,17 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
     ):
         run_workers(broken, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda index: tmp_path / f"{index}.log")
+
+
+def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypatch):
+    begun: list[tuple[int, float]] = []
+    told = SimpleNamespace(prctl=lambda *_: None)  # this process is no worker
+    monkeypatch.setattr("kdnas.nas.workers.ctypes.CDLL", lambda name: told)
+    with pytest.raises(SystemExit):
+        _child(lambda *args: begun.append(args), 0, math.inf, os.getppid() + 1)
+    assert not begun
+    _child(lambda *args: begun.append(args), 0, math.inf, os.getppid())
+    assert begun == [(0, math.inf)]
 
 
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):

@@ -74,7 +74,7 @@ def run_workers(
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
     def start(index: int) -> BaseProcess:
-        process = context.Process(target=_child, args=(work, index, deadline), name=f"worker {index}")
+        process = context.Process(target=_child, args=(work, index, deadline, os.getpid()), name=f"worker {index}")
         with _environment(index, num_workers):
             process.start()
         return process
@@ -155,10 +155,12 @@ def run_workers(
     return refusals[-1] if len(refusals) == num_workers else ""
 
 
-def _child(work: Callable[[int, float], None], index: int, deadline: float) -> None:
+def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int) -> None:
     """A worker, which ends with the process that started it, also where that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # killed before that, while this one imported
+        raise SystemExit(INTERRUPTED)
     work(index, deadline)
 
 
