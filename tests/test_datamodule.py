@@ -3,6 +3,9 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from kdnas.errors import UserError
 from kdnas.models import find_teacher
 
 PAD = 3
+TOLD = [int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)]
 
 
 def write(path: Path, train: list[str], held_out: list[str]) -> Path:
@@ -296,6 +300,23 @@ def test_workers_give_the_same_batches(tiny_teacher, text_file):
         for one, other in zip(here, there, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_them(tiny_teacher, text_file):
+    before = set(multiprocessing.active_children())
+    loader = open_data(tiny_teacher, text_file, num_workers=2).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    first, second = set(multiprocessing.active_children()) - before
+    tell = f"import os; [os.kill(pid, number) for pid in {[first.pid, second.pid]} for number in {TOLD}]"
+    subprocess.run([sys.executable, "-c", tell], check=True)
+    assert len(list(batches)) > 2 and first.is_alive() and second.is_alive()
+    first.terminate()
+    first.join(timeout=10)
+    assert first.exitcode == 0
+    del loader
+    second.join(timeout=10)
+    assert second.exitcode == 0
 
 
 def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(tiny_teacher, text_file, monkeypatch):

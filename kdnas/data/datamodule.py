@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.data.corpus import Corpus, load_corpus
-from kdnas.data.loader import LengthGroupedBatches, ResumableDataModule, ResumableLoader
+from kdnas.data.loader import LengthGroupedBatches, ResumableDataModule, ResumableLoader, outlive_signals
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
 from kdnas.data.readers import text_sha256
@@ -293,6 +293,7 @@ class KDDataModule(ResumableDataModule):
             generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
+            worker_init_fn=outlive_signals,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:

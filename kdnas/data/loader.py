@@ -1,6 +1,10 @@
 """Which rows come together, in which order, and where an epoch goes on."""
 
 import itertools
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -106,6 +110,23 @@ class ResumableLoader(DataLoader[Any]):
         for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
             self._num_given += 1
             yield batch
+
+
+def outlive_signals(index: int) -> None:
+    """Have a loader's worker end with its main process, not before it: a process group hears a signal together.
+
+    torch raises an error in the main process where a worker dies, and there would be no checkpoint.
+    """
+    if sys.platform in ("darwin", "win32"):
+        return  # which do not say whose signal it is
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)  # as torch's own handler does
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class ResumableDataModule(pl.LightningDataModule):
