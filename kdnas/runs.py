@@ -182,9 +182,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def this_host() -> str:
+    """Where the number of a process means that process: this machine, and on Linux its namespace of numbers.
+
+    Containers can share one name of a machine, and see no process of each other.
+    """
+    try:
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino:x}"
+    except OSError:
+        return platform.node()
+
+
 def owned(name: str) -> str:
     """How temporary names of this process begin, so that others can tell whether it is alive."""
-    return f"{name}.{platform.node()}-{os.getpid()}."
+    return f"{name}.{this_host()}-{os.getpid()}."
 
 
 def _prefix(path: Path) -> str:
@@ -216,7 +227,7 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
         folder: to look into.
         pattern: of names that began as ``owned`` says.
     """
-    mine = re.compile(rf".*\.{re.escape(platform.node())}-(\d+)\.\w+")
+    mine = re.compile(rf".*\.{re.escape(this_host())}-(\d+)\.\w+")
     for path in list(folder.glob(pattern)):
         if (found := mine.fullmatch(path.name)) and not is_alive(int(found[1])):
             with suppress(OSError):  # another user's, or another start was faster

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -246,7 +247,12 @@ def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, mo
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", kill], env=environment).returncode == -9
     (dead,) = tmp_path.iterdir()
-    others = {tmp_path / "kdnas.elsewhere-7.abcdefgh", tmp_path / dead.name.replace("kdnas", "other")}
+    container = f"kdnas.{platform.node()}-f0000abc-{2**22 + 1}.abcdefgh"  # its numbers mean nothing here
+    others = {
+        tmp_path / "kdnas.elsewhere-7.abcdefgh",
+        tmp_path / container,
+        tmp_path / dead.name.replace("kdnas", "other"),
+    }
     for other in others:
         other.mkdir()
     with temporary_folder() as alive, temporary_folder() as second:

@@ -32,7 +32,7 @@ from kdnas.nas.record import failure_of, trained, tried
 from kdnas.nas.sampler import make_sampler
 from kdnas.nas.search import MOST_FAILURES, end_trial, open_study, refuse_difference, search
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import process_start
+from kdnas.runs import process_start, this_host
 from kdnas.signals import Terminated
 
 pytestmark = [
@@ -128,7 +128,7 @@ def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Tr
     """A trial that somebody is at."""
     study.enqueue_trial(arch.to_dict())
     trial = study.ask()
-    here = {"host": platform.node(), "pid": os.getppid(), "begun": None}
+    here = {"host": this_host(), "pid": os.getppid(), "begun": None}
     for name, value in ({"arch": arch.to_dict()} | here | attrs).items():
         trial.set_user_attr(name, value)
     return trial
@@ -742,7 +742,15 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_no_obstacle(study, r
     assert "RUNNING" not in states(study)
 
 
-@pytest.mark.parametrize("attrs", [{"host": "elsewhere", "pid": 2**22 + 1}, {"begun": process_start(os.getppid())}])
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"host": "elsewhere", "pid": 2**22 + 1},
+        {"host": f"{platform.node()}-f0000abc", "pid": 2**22 + 1},  # in a container that shares this machine's name
+        {"host": platform.node(), "pid": 2**22 + 1},  # perhaps in one: studies did not always say
+        {"begun": process_start(os.getppid())},
+    ],
+)
 def test_trials_of_the_living_and_of_other_machines_are_left_alone(study, reopen, attrs):
     running_trial(study, ONE, **attrs)
     assert states(reopen()) == ["RUNNING"]

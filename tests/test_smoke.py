@@ -1,6 +1,5 @@
 """A run on a few rows, and what it leaves: nothing."""
 
-import platform
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from kdnas.config import RunConfig
 from kdnas.data.corpus import load_corpus
 from kdnas.errors import UserError
 from kdnas.glue.tasks import load_task
+from kdnas.runs import this_host
 from kdnas.smoke import Sizes, with_few_rows
 
 
@@ -69,7 +69,7 @@ def test_a_smoke_run_goes_through_every_stage_and_leaves_nothing(
 def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_not(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed = tmp_path / f"mine-smoke.{platform.node()}-{2**22 + 1}.abcdefgh"
+    killed = tmp_path / f"mine-smoke.{this_host()}-{2**22 + 1}.abcdefgh"
     (killed / "lightning_logs").mkdir(parents=True)
     before = set(tmp_path.iterdir()) - {killed}
     for error, code in ((OSError("the disk is gone"), 3), (KeyboardInterrupt(), 130)):

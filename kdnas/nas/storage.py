@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import UserError, first_line
-from kdnas.runs import is_alive, process_start, read_json, write_json
+from kdnas.runs import is_alive, process_start, read_json, this_host, write_json
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +109,12 @@ def _disk_failure(error: BaseException, database: str | None) -> str:
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "begun": process_start(os.getpid())}
+    return {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid())}
 
 
 def is_here(trial: FrozenTrial) -> bool:
     """Whether it runs, or ran, on this machine."""
-    return trial.user_attrs.get("host") == platform.node()
+    return trial.user_attrs.get("host") == this_host()
 
 
 def is_alive_here(trial: FrozenTrial) -> bool:

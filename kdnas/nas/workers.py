@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
-from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway
+from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway, is_here
 from kdnas.precision import bf16_is_faster
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
@@ -93,7 +92,7 @@ def run_workers(
         by_pid = {worker.pid: worker for worker in workers.values()}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = by_pid.get(trial.user_attrs.get("pid"))
-            if worker is None or trial.user_attrs.get("host") != platform.node() or "arch" not in trial.user_attrs:
+            if worker is None or not is_here(trial) or "arch" not in trial.user_attrs:
                 continue  # another machine's, or it waits for others
             begin = begun.setdefault(trial.number, looked)
             if trial.user_attrs.get("waits"):
