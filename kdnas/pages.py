@@ -65,7 +65,8 @@ EXAMPLES = {
 """,
     "fit": """one student, by the Lightning CLI
 
-  kdnas fit --config configs/fit.yaml --data.text my.parquet
+  kdnas fit --config configs/fit.yaml --model.teacher bert-base-uncased --data.text my.parquet
+  kdnas fit --config configs/fit.yaml --model.arch lightning_logs/quickstart/best_student.yaml
   kdnas fit --config configs/fit.yaml --trainer.accelerator gpu --trainer.devices 4 --trainer.strategy ddp
 """,
     "validate": """what a checkpoint of fit knows of its teacher

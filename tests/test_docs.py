@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import make_rows, save_teacher, write_table, write_task
 
+from kdnas.arch import StudentArch
 from kdnas.cli import COMMANDS, USAGE, main
 from kdnas.pages import EXAMPLES, page
 from kdnas.precision import trainer_precision
@@ -119,6 +120,12 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
     for command, *args in found:
         lacking = {f"--{name}" for name in NEEDED.get(command, ())} - {arg.partition("=")[0] for arg in args}
         assert not lacking or "--config" in args, (command, args)
+    for name in ("mine", "quickstart"):
+        Path("lightning_logs", name).mkdir(parents=True)
+        StudentArch(3, 6, 384, 1536, "gelu").to_yaml(Path("lightning_logs", name, "best_student.yaml"))
+    # Who names a teacher of their own has a shape for it, too: the file's are the quickstart's.
+    fits = [args for args in found if args[0] == "fit" and "my.parquet" in args and "my_kd.yaml" not in args]
+    assert len(fits) > 6 and all("--model.teacher" in args for args in fits)
     # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
     for command in {*EXAMPLES, *(args[0] for args in found)} - {"verify", "completion"}:
         together = [arg for name, *args in found if name == command for arg in args]
