@@ -9,13 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from lightning.pytorch.cli import SaveConfigCallback
 
-from kdnas.config import as_plain
+from kdnas.config import as_plain, flat
 from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, nearest
-from kdnas.safe_yaml import check_yaml
+from kdnas.safe_yaml import check_yaml, read_yaml
 
 _CONFIG_HELP = (
     "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
@@ -171,6 +173,33 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
         names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
         hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
     return UserError(message.rstrip(".") + "." + hint)
+
+
+class SaveConfigOnce(SaveConfigCallback):
+    """Writes a fit's config beside its curves; one that is there already stays, and so does what lies beside it.
+
+    Slurm's number of the job names the folder: a job that is queued again comes back to it, and so do two fits in one.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look at what is there, in the first process.
+
+        Raises:
+            UserError: it is the config of another fit, whose student would be replaced.
+        """
+        path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
+        differing: list[str] | None = None
+        if trainer.is_global_zero and path.is_file():
+            known, asked = flat(read_yaml(path)), flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+            differing = [k for k in {**known, **asked} if k != "ckpt_path" and known.get(k) != asked.get(k)]
+        differing = trainer.strategy.broadcast(differing)
+        if differing and stage == "fit":
+            raise UserError(
+                f"{str(path)!r} is of a fit with another {', '.join(differing)}: "
+                "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
+            )
+        self.already_saved = differing is not None
+        super().setup(trainer, pl_module, stage)
 
 
 @cache

@@ -484,6 +484,34 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_replaces_nothing(
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=true")  # as docs/scale.md has it
+    fit = ["fit", "--config", str(config), *(f"--trainer.callbacks{part}" for part in kept), "--ckpt_path=last"]
+    assert main(fit) == 0 and "Restored" not in caplog.text
+    (saved,) = tmp_path.rglob("config.yaml")
+    assert saved.parent.name == "version_4711"
+    before = saved.read_bytes()
+    assert main(fit) == 0 and "Restored all states" in caplog.text
+    checkpoint = saved.parent / "checkpoints" / "last.ckpt"
+    assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["validate", *fit[1:], "--ckpt_path", str(checkpoint)]) == 0
+    assert saved.read_bytes() == before
+    student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
+    error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
+    assert "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
+    assert (saved.parent / "encoder" / "model.safetensors").read_bytes() == student and saved.read_bytes() == before
+
+
 STOPS = """
 import lightning.pytorch as pl
 
