@@ -314,7 +314,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     from kdnas.data.datamodule import KDDataModule
     from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.options import SaveConfigOnce, default_objects, in_one_line, refuse_ambiguous_yaml, with_shipped_configs
+    from kdnas.options import SaveConfigOnce, default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
     from kdnas.precision import trainer_precision
     from kdnas.progress import EpochLines, SayWhatGoesOn
     from kdnas.runs import new_folder
@@ -366,7 +366,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             HiddenStateDistillModule,
             KDDataModule,
             SaveConfigOnce,
-            args=[subcommand, *with_shipped_configs(args)],
+            args=[subcommand, *for_parser(args)],
             parser_kwargs={"exit_on_error": False},
             trainer_defaults={"enable_progress_bar": False} if quiet else None,
         )

@@ -52,9 +52,7 @@ def read_config(
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
     parser.set_defaults(default_objects() if "recipe" in hints else {})
-    # --time-budget and --time_budget are the same.
-    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
-    args = _gather_lists(with_shipped_configs(args), hints)
+    args = _gather_lists(for_parser(args), hints)
     try:
         parsed = parser.parse_args(args)
         _refuse_null(config_class, parsed)
@@ -67,12 +65,15 @@ def read_config(
     return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
 
 
-def with_shipped_configs(args: Sequence[str]) -> list[str]:
-    """The options with ``--config configs/NAME.yaml`` as the file that kdnas ships, where no such file is here.
+def for_parser(args: Sequence[str]) -> list[str]:
+    """The options with ``--time_budget`` for ``--time-budget``, which are the same, and with configs that kdnas ships.
+
+    ``--config configs/NAME.yaml`` is one of those where no such file is here.
 
     Raises:
         UserError: kdnas ships none of that name either.
     """
+    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
     found = list(args)
     for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
         path = Path(arg if before in ("-c", "--config") else arg.partition("--config=")[2])

@@ -131,7 +131,8 @@ def completion(shell: str) -> str:
     commands = parser.add_subparsers()
     for command, example in EXAMPLES.items():
         options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
-        for option in sorted(set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))):
+        found = set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))
+        for option in sorted(found | {"--as"} if command == "export" else found):  # the parser's own name is --format
             both = [option] if "." in option else dict.fromkeys((option, option.replace("_", "-")))
             added: Any = options.add_argument(*both)
             if option.rpartition(".")[2].strip("-") in PATHS:

@@ -512,6 +512,17 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     assert (saved.parent / "encoder" / "model.safetensors").read_bytes() == student and saved.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_options_of_the_lightning_cli_take_dashes_as_completion_offers_them(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--seed-everything=7", "--ckpt-path=best", "--print-config"])
+    assert end.value.code in (None, 0)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["seed_everything"], shown["ckpt_path"]) == (7, "best")
+
+
 STOPS = """
 import lightning.pytorch as pl
 

@@ -48,6 +48,8 @@ def test_help_and_completion_do_not_import_torch() -> None:
         ("kdnas search --time-b", "--time-budget"),
         ("kdnas search --time_b", "--time_budget"),
         ("kdnas glue --log", "--log-level"),
+        ("kdnas export --a", "--as"),
+        ("kdnas fit --ckpt-", "--ckpt-path"),
         ("kdnas run --text my.p", "my.parquet"),
         ("kdnas fit --data.text my.p", "my.parquet"),
         ("kdnas completion z", "zsh"),
