@@ -16,7 +16,7 @@ from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
-from kdnas.pages import EXAMPLES, completion, page
+from kdnas.pages import completion, page
 from kdnas.supervisor import EARLIER, supervise
 
 log = logging.getLogger("kdnas")
@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
-        if args[0] in EXAMPLES and args[1:] in (["-h"], ["--help"]):
+        if args[1:] in (["-h"], ["--help"]):
             print(page(args[0]), end="")
             return 0
         set_environment()

@@ -82,6 +82,13 @@ EVERYWHERE = """with every command:
 """
 
 
+COMPLETION = """kdnas completion SHELL: a script that completes commands and options by TAB
+
+  eval "$(kdnas completion bash)"      in ~/.bashrc; zsh alike in ~/.zshrc
+  kdnas completion fish | source
+  kdnas completion tcsh
+"""
+
 # Options whose values are names of files or folders, mostly.
 PATHS = {"ckpt_path", "config", "data", "distill_from", "folder", "json", "model", "output", "root", "run", "student"}
 PATHS |= {"task", "teacher", "text"}
@@ -91,8 +98,10 @@ def page(command: str) -> str:
     """The help page of a command, as it was shipped.
 
     Args:
-        command: one of ``EXAMPLES``.
+        command: one of ``EXAMPLES``, or ``completion``.
     """
+    if command == "completion":
+        return COMPLETION
     return files("kdnas").joinpath("help", f"{command}.txt").read_text(encoding="utf-8")
 
 

@@ -73,6 +73,11 @@ def test_bash_completes_files_wherever_nothing_else_fits(capsys: pytest.CaptureF
     assert "complete -o bashdefault -o default " in capsys.readouterr().out
 
 
+def test_completion_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "--help"]) == main(["completion", "-h"]) == 0
+    assert 'eval "$(kdnas completion bash)"' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("args", [["cmd"], [], ["bash", "zsh"]])
 def test_an_unknown_shell_gets_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", *args]) == 2
