@@ -30,7 +30,7 @@ from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import MOST_SPREAD, LatencySettings, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.progress import FitProgress, live_progress
-from kdnas.runs import Run, read_json, write_json, write_text
+from kdnas.runs import Run, read_json, short_names, write_json, write_text
 from kdnas.signals import honest_signals
 from kdnas.training import TrainerSettings
 
@@ -118,14 +118,6 @@ def with_help(
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         helpers[task.task.name] = Helper(key, partial(TaskDistillModule, teacher=teacher, distill=distill))
     return dataclasses.replace(plain, name=f"{plain.name}, distilled", helpers=helpers, plain=plain)
-
-
-def short_names(sources: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: ``a/student`` and ``b/student``, or ``teacher``."""
-    parts = [Path(source).parts for source in sources]
-    longest = max(map(len, parts), default=1)
-    ends = [["/".join(part[-length:]) for part in parts] for length in range(1, longest + 1)]
-    return next((names for names in ends if len(set(names)) == len(names)), list(sources))
 
 
 def _safe(name: str) -> str:

@@ -21,7 +21,7 @@ from kdnas.graph import INT8, ONNX, write_deployed
 from kdnas.latency import ON_ONNX, LatencySettings, check_length, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
 from kdnas.precision import gpu_name
-from kdnas.runs import new_file, temporary_folder, write_json
+from kdnas.runs import new_file, short_names, temporary_folder, write_json
 
 
 def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
@@ -116,15 +116,21 @@ def _shape(row: dict[str, Any]) -> str:
     return f"{row['batch']} x {row['length'] or 'workload'}"
 
 
+def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    return dict(zip(models, short_names(models), strict=True))
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     table.add_column("backend", no_wrap=True)
     for heading in ("threads", "batch", "MB", "median (IQR), ms", "p95, ms", "tokens/s", "rows/s", "speed-up"):
         table.add_column(heading, justify="right")
+    names = _names(rows)
     for row in rows:
         table.add_row(
-            Path(row["model"]).name,
+            names[row["model"]],
             row["backend"],
             str(row["threads"]),
             _shape(row),
@@ -144,8 +150,9 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     shapes = list(dict.fromkeys(map(_shape, rows)))
     lines: dict[str, list[dict[str, Any]]] = {}
+    names = _names(rows)
     for row in rows:
-        label = f"{Path(row['model']).name}, {row['backend']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        label = f"{names[row['model']]}, {row['backend']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         lines.setdefault(label, []).append(row)
     for label, line in lines.items():
         places = [shapes.index(_shape(row)) for row in line]

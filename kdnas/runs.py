@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -350,3 +350,11 @@ def _exchange(one: Path, other: Path) -> None:
         os.replace(aside, other)
         raise
     os.replace(aside, one)
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart: ``a/student`` and ``b/student``, or ``teacher``."""
+    parts = [Path(source).parts for source in sources]
+    longest = max(map(len, parts), default=1)
+    ends = [["/".join(part[-length:]) for part in parts] for length in range(1, longest + 1)]
+    return next((names for names in ends if len(set(names)) == len(names)), list(sources))

@@ -9,10 +9,9 @@ from conftest import make_rows, save_teacher, write_table, write_task
 
 from kdnas import comparison
 from kdnas.cli import main
-from kdnas.comparison import short_names
 from kdnas.errors import CandidateFailed
 from kdnas.glue.tasks import TASKS
-from kdnas.runs import write_text
+from kdnas.runs import short_names, write_text
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,20 @@ def test_every_combination_is_measured_with_all_models_in_turn(
     assert "torch-bf16" in capsys.readouterr().out
 
 
+def test_models_of_one_name_are_told_apart(
+    tmp_path: Path, measured, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [save_teacher(tmp_path / run / "student", hidden_size=32) for run in ("mine", "other")]
+    drawn, draw = [], kdnas.latency_table._draw
+    monkeypatch.setattr(kdnas.latency_table, "_draw", lambda rows: drawn.append(draw(rows)) or drawn[0])
+    models = [f"--model={folder}" for folder in folders]
+    assert main(["latency", *models, "--length=16", f"--json={tmp_path / 'a.json'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "mine/student" in shown and "other/student" in shown
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["mine/student, torch, 1 thread", "other/student, torch, 1 thread"]
+
+
 def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, measured) -> None:
     (student / "model.onnx").write_bytes(b"8" * 3_000_000)
     assert main(["latency", f"--model={student}", "--backend=onnxruntime", f"--json={tmp_path / 'a.json'}"]) == 2
