@@ -113,7 +113,7 @@ class SearchConfig:
         trainer: device and precision.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of its range, or a part has another seed.
     """
 
     teacher: str
@@ -136,6 +136,9 @@ class SearchConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
+        for name in ("data", "finetune"):  # a run's; a search has none
+            if (part := getattr(self, name, None)) and part.seed not in (type(part).seed, self.seed):
+                raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1.")
         for name in ("candidate_timeout", "time_budget"):
@@ -272,7 +275,7 @@ class GlueConfig:
         trainer: device and precision.
 
     Raises:
-        UserError: no model, no task, two sources of rows, or no seed.
+        UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its own.
     """
 
     model: list[str]
@@ -299,6 +302,8 @@ class GlueConfig:
             raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
         if not self.task and self.data is None:
             raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
+        if self.finetune.seed != FinetuneSettings.seed:
+            raise UserError(f"finetune.seed is {self.finetune.seed}, but it is set by --seeds, how many: give that.")
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
 
@@ -390,11 +395,3 @@ def as_plain(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as on the command line."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found

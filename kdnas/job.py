@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kdnas.config import RunConfig, SearchConfig, as_plain, flat
+from kdnas.config import RunConfig, SearchConfig, as_plain
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule, Split
 from kdnas.distill.objectives import Objective, needed_layers
@@ -28,10 +28,10 @@ from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import without_password
 from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
-from kdnas.safe_yaml import read_yaml
+from kdnas.safe_yaml import flat, read_yaml
 from kdnas.supervisor import EARLIER
 
-BEGINS_AS = "the first layers; fewer heads are narrowed"  # kdnas.student_init.FromTeacher
+BEGINS_AS = "the first layers, narrowed where sizes differ"  # kdnas.student_init.FromTeacher
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import SaveConfigCallback
 
-from kdnas.config import as_plain, flat
+from kdnas.config import as_plain
 from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, nearest
-from kdnas.safe_yaml import check_yaml, read_yaml
+from kdnas.safe_yaml import check_yaml, flat, read_yaml
 
 _CONFIG_HELP = (
     "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "

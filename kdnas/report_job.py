@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from kdnas.arch import StudentArch
-from kdnas.config import ReportConfig, flat
+from kdnas.config import ReportConfig
 from kdnas.errors import UserError, nearest
 from kdnas.manifest import renew
 from kdnas.nas.record import Study, trained
@@ -16,7 +16,7 @@ from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import COLOURS, as_svg, best_so_far, fronts
 from kdnas.report import stage_results, write_page, write_report
 from kdnas.runs import Run
-from kdnas.safe_yaml import read_yaml
+from kdnas.safe_yaml import flat, read_yaml
 from kdnas.tables import as_text, text_table
 
 # What a loss depends on, beside what is asked by name: only where all of it is equal are two losses of one scale.

@@ -193,6 +193,7 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
     ("option", "message"),
     [
         ("--data.mini_fraction=0", "mini_fraction is 0"),
+        ("--data.seed=7", "data.seed is 7, but it is set by --seed: give that."),
         ("--data.mini_fraction=1.5", "mini_fraction is 1.5"),
         ("--data.max_length=4000", "max_length is 4000"),
         ("--search.n_trials=0", "search.n_trials is 0"),
@@ -510,6 +511,20 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
     assert "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
     assert (saved.parent / "encoder" / "model.safetensors").read_bytes() == student and saved.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "--teacher=a", "--text=b", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
+        (["space", "--teacher=a", "--data.seed=7"], "data.seed is 7, but it is set by --seed: give that."),
+        (["glue", "--model=a", "--task=rte", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seeds, how"),
+    ],
+)
+def test_a_seed_that_another_option_sets_is_refused(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(args, capsys)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])

@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from kdnas import pipeline
 from kdnas.arch import StudentArch
 from kdnas.cli import main
-from kdnas.config import RunConfig, SearchSettings, as_plain, flat
+from kdnas.config import RunConfig, SearchSettings, as_plain
 from kdnas.distill.layer_map import Even
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
@@ -38,6 +38,7 @@ from kdnas.models import find_teacher
 from kdnas.nas.record import trained
 from kdnas.options import read_config
 from kdnas.runs import Run
+from kdnas.safe_yaml import flat
 from kdnas.training import fit
 
 ARTEFACTS = (
