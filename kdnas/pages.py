@@ -34,7 +34,7 @@ EXAMPLES = {
     "space": """what students a search may propose, and what they cost
 
   kdnas space --teacher bert-base-uncased
-  kdnas space --teacher bert-base-uncased --space.num_hidden_layers [4,6]
+  kdnas space --teacher bert-base-uncased --space.num_hidden_layers '[4,6]'
 """,
     "glue": """teacher and student on labelled tasks, with the same settings, in one table
 
