@@ -77,7 +77,8 @@ EXAMPLES = {
 
 
 EVERYWHERE = """with every command:
-  --quiet               no progress: warnings and errors alone
+  --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
+                        and --dry-run are still printed
   --log-level LEVEL     debug, info (as it is), warning or error
 """
 
