@@ -49,7 +49,9 @@ class PruneByHeldOutLoss(pl.Callback):
             raise optuna.TrialPruned(reason)
 
 
-def wait_for(acquire: Callable[..., AcquireReturnProxy], trial: optuna.Trial) -> AcquireReturnProxy:
+def wait_for(
+    acquire: Callable[..., AcquireReturnProxy[ReadWriteLock]], trial: optuna.Trial
+) -> AcquireReturnProxy[ReadWriteLock]:
     """Acquire a lock that all workers share. The trial says where it waits: another one's time is not its own."""
     try:
         return acquire(blocking=False)
