@@ -79,20 +79,21 @@ class FromEmbeddings(Start):
 
 
 class FromTeacher(Start):
-    """Embeddings and layers of the teacher: copied where width and heads are the same, else narrowed.
+    """Embeddings and layers of the teacher: copied where they have the same sizes, else narrowed.
 
     Student layer i is made from teacher layer i: the top layers are left out (``first_layers``).
 
-    The same width and number of heads: embeddings and layers are copied; of a wider feed-forward part the most
-    important neurons are kept (norm of the weights in times norm of the weights out). At equal shape the student then
-    equals the teacher.
+    The same width, heads and feed-forward width: embeddings and layers are copied. With the same depth, too, the
+    student then equals the teacher.
 
-    Narrower, or with fewer heads (``narrow``): the hidden stream is projected on its principal components, the heads
-    and neurons that move it most are kept, and every linear map is the least-squares answer to what the teacher's part
-    gives on ``rows``, computed from the narrowed stream itself, so that each part repairs what the ones before it lost.
+    Else (``narrow``): the hidden stream is projected on its principal components, the heads and neurons that move it
+    most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
+    computed from the narrowed stream itself, so that each part repairs what the ones before it lost.
 
     Where the family's layers cannot be narrowed (``narrows`` of ``kdnas.models.FAMILIES``), a narrower student gets the
-    embeddings, and the log says so; one with fewer heads has the copied maps cut into other heads, a worse start.
+    embeddings, and the log says so. One of the teacher's width is copied all the same, a worse start: of the neurons
+    it has those with the largest weights (norm of the weights in times norm of the weights out), and fewer heads cut
+    the maps anew.
 
     Raises:
         UserError: the student is larger than its teacher in one of its sizes.
@@ -105,8 +106,8 @@ class FromTeacher(Start):
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         self.check(student.config, teacher.config)
         ours, theirs, narrows = arch_of(student.config), arch_of(teacher.config), family_of(student.config).narrows
-        is_as_wide = ours.hidden_size == theirs.hidden_size
-        if is_as_wide and (ours.num_attention_heads == theirs.num_attention_heads or not narrows):
+        sizes = ("hidden_size", "num_attention_heads", "intermediate_size") if narrows else ("hidden_size",)
+        if all(getattr(ours, size) == getattr(theirs, size) for size in sizes):
             return self._copy(student, teacher)
         if not narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
