@@ -774,6 +774,16 @@ def test_who_is_slow_is_alive_and_other_machines_are_given_up_later(study, reope
     assert kdnas.nas.storage.GRACE_SECONDS > kdnas.nas.storage.PATIENCE_SECONDS + kdnas.nas.storage.HEARTBEAT_SECONDS
 
 
+def test_a_machine_that_died_before_the_first_beat_is_given_up_too(study):
+    running_trial(study, ONE, host="elsewhere")
+    optuna.storages.fail_stale_trials(study)
+    assert states(study) == ["RUNNING"]
+    with study._storage._backend.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trials SET datetime_start = '2001-01-01 00:00:00' WHERE state = 'RUNNING'")
+    optuna.storages.fail_stale_trials(study)
+    assert states(study) == ["FAIL", "WAITING"]
+
+
 @pytest.mark.parametrize("when", ["it writes", "it ends"])
 def test_a_worker_whose_trial_was_given_up_goes_on_with_the_next(when, study, worker, caplog):
     def give_up(trial, arch):

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -196,6 +197,12 @@ class PatientStorage(RDBStorage):
     @_patient
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         stale = super()._get_stale_trial_ids(study_id)
+        # One whose machine died before the first beat has none, and Optuna passes it over.
+        latest = datetime.now() - timedelta(seconds=GRACE_SECONDS)
+        with self.scoped_session() as session:
+            rows: Any = session.query(models.TrialModel).filter_by(study_id=study_id, state=TrialState.RUNNING)
+            silent = rows.filter(~models.TrialModel.heartbeats.any())
+            stale += [row.trial_id for row in silent if row.datetime_start and row.datetime_start < latest]
         # Here we can look: a process that is stopped, or a clock that was set, must not cost a trial.
         trials = {trial_id: self.get_trial(trial_id) for trial_id in stale}
         dead = {trial_id: trial for trial_id, trial in trials.items() if not is_alive_here(trial)}
