@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 import pytest
 from filelock import ReadWriteLock
+from optuna.storages._rdb import models
 from optuna.trial import FixedTrial, TrialState
 
 import kdnas.nas.storage
@@ -28,7 +29,7 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill, wait_for
 from kdnas.nas.record import failure_of, trained
-from kdnas.nas.search import open_study, search
+from kdnas.nas.search import end_trial, open_study, search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers
 
@@ -204,6 +205,27 @@ def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_pat
     (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
     assert again.state.name == "COMPLETE" and again.user_attrs["arch"] == lost[0].user_attrs["arch"]
     assert len(trained(study)) == len(SPACE)
+
+
+@pytest.mark.postgres
+def test_a_trial_that_two_processes_end_at_once_is_queued_once(postgresql):
+    """Both have read that it runs before either has ended it."""
+    first, *others = (open_study(postgresql, "s", {}) for _ in range(3))
+    first.ask()
+    (trial,) = first.get_trials()
+    successor = optuna.trial.create_trial(state=TrialState.WAITING)
+    ends = [
+        threading.Thread(target=end_trial, args=(study, trial, "died", "", successor), daemon=True) for study in others
+    ]
+    session = first._storage._backend.scoped_session()
+    models.StudyModel.find_or_raise_by_id(first._study_id, session, for_update=True)  # which each of them asks for
+    for end in ends:
+        end.start()
+    time.sleep(1)
+    session.rollback()
+    for end in ends:
+        end.join(timeout=30)
+    assert [trial.state.name for trial in first.get_trials()] == ["FAIL", "WAITING"]
 
 
 def test_a_candidate_that_crashes_and_one_that_hangs_fail_alone_with_their_reasons(url, tmp_path):

@@ -184,9 +184,12 @@ class PatientStorage(RDBStorage):
         if state == TrialState.FAIL and trial_id in self.successors:
             session = self.scoped_session()
             try:
-                study_id: Any = models.TrialModel.find_or_raise_by_id(trial_id, session).study_id
-                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-                self._get_prepared_new_trial(study_id, self.successors[trial_id], session)
+                # Locked before it is read, so of two that end it at once one finds it ended. To say so Optuna reads the
+                # trial in this session, which commits what is in it: there must be nothing.
+                failed: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                if not failed.state.is_finished():
+                    models.StudyModel.find_or_raise_by_id(failed.study_id, session, for_update=True)
+                    self._get_prepared_new_trial(failed.study_id, self.successors[trial_id], session)
             except BaseException:
                 session.rollback()
                 raise
