@@ -23,7 +23,7 @@ from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_bat
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.quantize import Rows, random_rows, write_best_int8
-from kdnas.runs import new_folder, write_text
+from kdnas.runs import file_sha256, new_folder, write_text
 from kdnas.sentence_export import Sentences, add_sentence_files
 
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -94,8 +94,14 @@ def export_student(
             **({"sentences": compared} if compared else {}),
         }
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
-        write_manifest(temporary, {"checks": report})
+        write_manifest(temporary, {"checks": report, "source_sha256": source_sha256(source)})
     return report
+
+
+def source_sha256(source: Path) -> str | None:
+    """Of a student's weights where they are in one file of safetensors, else None."""
+    weights = source / "model.safetensors"
+    return file_sha256(weights) if weights.is_file() else None
 
 
 def slower_shapes(report: Mapping[str, Any]) -> list[str]:

@@ -14,13 +14,13 @@ from kdnas.card import sentence_lines
 from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
-from kdnas.export import export_student, load_student, slower_shapes
+from kdnas.export import export_student, load_student, slower_shapes, source_sha256
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.hub import refuse_away
 from kdnas.manifest import renew
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
-from kdnas.runs import Run, read_json
+from kdnas.runs import MANIFEST, Run, read_json
 from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
 from kdnas.signals import honest_signals
@@ -66,6 +66,10 @@ def export(config: ExportConfig, console: Console) -> Path:
         raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
     if folder.exists() and folder.resolve() == source.resolve():
         raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
+    if folder.exists() and "checks" not in _manifest(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{str(folder)!r} is no earlier export, and --force replaces nothing else: give another --output."
+        )
     if teacher_name is not None:
         teacher = find_teacher(teacher_name)
         _check_teacher(source, teacher)
@@ -144,6 +148,18 @@ def push(folder: Path, repo: str) -> str:
 def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
     """The stage of a run: its student into ``student/``."""
     say(export_student(_source_of(run), run.student, card=_run_card(run), make_rows=make_rows), console)
+
+
+def is_exported(run: Run) -> bool:
+    """Whether ``student/`` is of what the run has now: `kdnas export` may have been there before fine-tuning."""
+    return run.student.exists() and _manifest(run.student).get("source_sha256") in (
+        None,
+        source_sha256(_source_of(run)),
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
 
 
 def rows_of_task(task: LoadedTask) -> MakeRows:

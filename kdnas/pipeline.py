@@ -24,7 +24,7 @@ from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.export_job import export_run, rows_of_task, rows_of_texts
+from kdnas.export_job import export_run, is_exported, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, begin, is_whole, look, refuse_other_config
@@ -389,7 +389,7 @@ def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: Stud
 
 
 def _export(job: Job) -> None:
-    if job.run.student.exists():
+    if is_exported(job.run):
         job.console.print("Export: done.")
         return
     if job.task:

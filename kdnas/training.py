@@ -274,8 +274,9 @@ class KeepLast(pl.Callback):
     """Writes a checkpoint after each epoch, every few minutes, and before a signal ends the fit.
 
     The signal waits for the end of the step, or for ``LONGEST_WAIT`` seconds of a validation, after which the
-    checkpoint is the one before it; a second one does not. Random numbers go on as if nothing had been, so with a
-    ``ResumableLoader`` a fit that was stopped ends with the weights of one that was not.
+    checkpoint is the one before it (in the first epoch that before the last step); a second one does not. Random
+    numbers go on as if nothing had been, so with a ``ResumableLoader`` a fit that was stopped ends with the weights of
+    one that was not.
 
     Args:
         path: of the checkpoint.
@@ -319,9 +320,13 @@ class KeepLast(pl.Callback):
         if self._asked and time.monotonic() - self._asked_at > LONGEST_WAIT:
             raise self._asked
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_due = self._asked or time.monotonic() - self._saved > self.every_seconds
+        is_first = batch_idx + 2 == trainer.num_training_batches and not self.path.exists()
         # After the last batch comes the end of the epoch.
-        if not trainer.is_last_batch and (self._asked or time.monotonic() - self._saved > self.every_seconds):
+        if not trainer.is_last_batch and (is_due or is_first):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,9 +18,11 @@ import kdnas.export_job
 from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
+from kdnas.export import source_sha256
+from kdnas.export_job import is_exported
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, student_config
-from kdnas.runs import new_folder, write_text
+from kdnas.runs import Run, new_folder, write_text
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 REPORT = {
@@ -106,6 +108,21 @@ def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path
     assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
     assert [call[:2] for call in exported] == [(student, output)]
     assert main(["export", f"--student={student}", f"--output={student}", "--force"]) == 2
+    (output / "manifest.json").write_text('{"checks": {}}')
+    assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
+
+
+def test_force_replaces_nothing_but_an_export(
+    student: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "logs", student, "someone/bert")
+    write_manifest(run, {"name": "mine"})
+    (tmp_path / "file").write_text("mine")
+    for output in (run, tmp_path / "logs", tmp_path / "file"):
+        assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 2
+        shown = capsys.readouterr().err
+        assert f"{str(output)!r} is no earlier export, and --force replaces nothing else" in shown
+    assert exported == []
 
 
 def save_run(root: Path, student: Path, teacher: str) -> Path:
@@ -142,12 +159,12 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     def fake(source, folder, **options):
         with new_folder(folder) as new:
             for name in ("model.onnx", "manifest.json"):
-                (new / name).write_text("new")
+                (new / name).write_text('{"checks": {}}')
         return REPORT
 
     run = save_run(tmp_path / "logs", student, "someone/bert")
-    for name in ("model.onnx", "gone.onnx"):
-        write_text(run / "student" / name, "old")
+    for name in ("model.onnx", "gone.onnx", "manifest.json"):
+        write_text(run / "student" / name, '{"checks": {"old": 1}}')
     write_manifest(run, {"name": "mine"})
     monkeypatch.setattr(kdnas.export_job, "export_student", fake)
     monkeypatch.chdir(tmp_path)
@@ -160,6 +177,18 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     capsys.readouterr()
     assert main(["verify", str(run)]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_run_exports_anew_what_was_exported_before_fine_tuning(student: Path, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "logs"), "mine")
+    assert not is_exported(run)
+    shutil.copytree(student, run.full_kd / "encoder")
+    write_text(run.student / "manifest.json", json.dumps({"source_sha256": source_sha256(student)}))
+    assert is_exported(run)
+    shutil.copytree(student, run.glue / "student" / "model")
+    assert is_exported(run)
+    (run.glue / "student" / "model" / "model.safetensors").write_bytes(b"fine-tuned")
+    assert not is_exported(run)
 
 
 @pytest.mark.parametrize(

@@ -469,15 +469,16 @@ def test_a_signal_waits_for_the_end_of_a_short_validation_alone(teacher, data, s
             if self.seen == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    last, num_batches = tmp_path / "last.ckpt", len(data.val_dataloader())
+    num_batches, num_steps = len(data.val_dataloader()), len(data.train_dataloader())
     assert num_batches > 1
-    for wait, num_seen in ((60.0, num_batches), (0.0, 1)):
+    for wait, num_seen, num_kept in ((60.0, num_batches, num_steps), (0.0, 1, num_steps - 1)):
         monkeypatch.setattr("kdnas.training.LONGEST_WAIT", wait)
-        looks = InValidation()
+        last, looks = tmp_path / f"{num_seen}.ckpt", InValidation()
         with pytest.raises(Terminated):
             fit(trainer(KeepLast(last), looks), make(teacher, states), data)
         assert looks.seen == num_seen
-    assert torch.load(last, weights_only=True)["epoch"] == 0
+        kept = torch.load(last, weights_only=True)
+        assert (kept["epoch"], kept["global_step"]) == (0, num_kept)
 
 
 def test_a_checkpoint_is_written_every_few_minutes(teacher, data, states, tmp_path):
