@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 import optuna
-from filelock import AcquireReturnProxy, ReadWriteLock, Timeout
+from filelock import ReadWriteLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kdnas.distill.module import HiddenStateDistillModule
@@ -50,8 +51,8 @@ class PruneByHeldOutLoss(pl.Callback):
 
 
 def wait_for(
-    acquire: Callable[..., AcquireReturnProxy[ReadWriteLock]], trial: optuna.Trial
-) -> AcquireReturnProxy[ReadWriteLock]:
+    acquire: Callable[..., AbstractContextManager[object]], trial: optuna.Trial
+) -> AbstractContextManager[object]:
     """Acquire a lock that all workers share. The trial says where it waits: another one's time is not its own."""
     try:
         return acquire(blocking=False)
