@@ -1,12 +1,12 @@
 """What one change to configs/fit.yaml is worth, judged by fine-tuning on rows that no other benchmark reports.
 
 Each variant changes one thing of the recipe, of the data or of how the training goes, and distils a student of
-4 layers x 192 on 30 % of a text; those called full go on to all rows, from the weights of ``fit``, from its weights and
-its optimizer's state, or anew. Then each is fine-tuned on rows of STS-B, CoLA, MRPC and SST-2's training split and
-scored on others of that split. ``seed-1`` and ``seed-2`` draw the rows, their masks and order anew, and tell what is
-noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown where the held-out rows are
-those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that
-processes can share the work.
+4 layers x 192 (3 x 384 where the name says so) on 30 % of a text; those called full go on to all rows, from the weights
+of ``fit``, from its weights and its optimizer's state, or anew. Then each is fine-tuned on rows of STS-B, CoLA, MRPC
+and SST-2's training split and scored on others of that split. ``seed-1`` and ``seed-2`` draw the rows, their masks and
+order anew, and tell what is noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown
+where the held-out rows are those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only``
+names parts of it, so that processes can share the work.
 
     python benchmarks/variants.py --text train.parquet --glue glue --only fit seed-1 dropout
 """
@@ -37,6 +37,7 @@ from kdnas.data.datamodule import Batch, KDDataModule, Split
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.narrowing import copied_tables, narrow
 from kdnas.distill.objectives import HiddenStates, Objective, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, open_states
@@ -49,6 +50,7 @@ from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, 
 from kdnas.training import TrainerSettings, fit, make_trainer
 
 ARCH = SHAPES["4x192"]
+WIDE = SHAPES["3x384"]
 BETWEEN = dataclasses.replace(ARCH, hidden_size=288, intermediate_size=1152)
 # Epochs of fine-tuning; small students take more than their teachers (LOG.md).
 TASKS = {"stsb": 6, "cola": 4, "mrpc": 4, "sst2": 2}
@@ -105,6 +107,13 @@ class Narrowed(Start):
         return Started(heads=tuple(tuple(theirs[head] for head in ours) for ours, theirs in layers))
 
 
+class Solved(Start):
+    """Layers by least squares where those of ``FromTeacher`` would be copies, too."""
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+        return Started(copied_tables(student), narrow(student, teacher, rows))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One change to configs/fit.yaml.
@@ -112,6 +121,7 @@ class Variant:
     Args:
         recipe: of ``Recipe``.
         data: of ``DataSettings``.
+        arch: of the student.
         callbacks: makes the Trainer's.
         seed: of new weights.
         epochs: for ``--epochs``, as a factor.
@@ -122,6 +132,7 @@ class Variant:
 
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    arch: StudentArch = ARCH
     callbacks: Callable[[], list[pl.Callback]] = list
     seed: int = 0
     epochs: float = 1.0
@@ -170,6 +181,8 @@ VARIANTS = {
     "wsd": Variant(callbacks=lambda: [Shaped(lambda done: min(1.0, (1 - done) / 0.3))]),
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
     "constant-average": Variant(callbacks=lambda: [Shaped(lambda done: 1.0), Averaged(0.98)]),
+    "3x384": Variant(arch=WIDE),
+    "3x384-solved": Variant(arch=WIDE, recipe={"start": Solved()}),
     "full-anew": Variant(split="full"),
     "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),
     "full-optimizer": Variant(split="full", goes_on=(WEIGHTS, OPTIMIZER)),
@@ -197,7 +210,7 @@ def distil(name: str, text: str, num_epochs: int, folder: Path, progress: Progre
         return module
 
     torch.manual_seed(variant.seed)
-    module = student(ARCH, recipe)
+    module = student(variant.arch, recipe)
     begin = time.process_time()
     num_epochs = max(1, round(num_epochs * variant.epochs))
     if variant.in_steps:
