@@ -23,6 +23,9 @@ from typing import Any
 from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
 
 import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from quality import SHAPES, some_rows
 from rich.console import Console
@@ -45,7 +48,7 @@ from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import find_teacher, load_classifier
 from kdnas.progress import FitProgress
-from kdnas.runs import new_folder, read_json, write_json
+from kdnas.runs import new_file, new_folder, read_json, write_json
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, Started
 from kdnas.training import TrainerSettings, fit, make_trainer
 
@@ -122,6 +125,7 @@ class Variant:
         recipe: of ``Recipe``.
         data: of ``DataSettings``.
         arch: of the student.
+        task_rows: half of the rows are those that it will be fine-tuned on, without their labels.
         callbacks: makes the Trainer's.
         seed: of new weights.
         epochs: for ``--epochs``, as a factor.
@@ -133,6 +137,7 @@ class Variant:
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     arch: StudentArch = ARCH
+    task_rows: bool = False
     callbacks: Callable[[], list[pl.Callback]] = list
     seed: int = 0
     epochs: float = 1.0
@@ -164,6 +169,7 @@ VARIANTS = {
     "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),
     "start-embeddings": Variant(recipe={"start": FromEmbeddings()}),
     "start-embeddings-fast": Variant(recipe={"start": FromEmbeddings(), **NEW_RATES}),
+    "task-rows": Variant(task_rows=True),
     "in-steps": Variant(in_steps=True),
     "masked-0": Variant(data={"masked_share": 0.0}),
     "masked-100": Variant(data={"masked_share": 1.0}),
@@ -190,14 +196,31 @@ VARIANTS = {
 SAME_ROWS = {"batch_tokens", "num_mask_variants"}  # what of the data leaves the held-out rows as they are
 
 
-def distil(name: str, text: str, num_epochs: int, folder: Path, progress: Progress) -> None:
+def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
+    """The text with half of its training rows replaced by the tasks', the sentences of a pair as one row."""
+    rng = np.random.default_rng(0)
+    theirs = [" ".join(row) for task in tasks for row in zip(*(task.train[c] for c in task.task.columns), strict=True)]
+    rows = pq.read_table(text).to_pydict()
+    ours = np.flatnonzero(np.array(rows["split"]) == "train")
+    replaced = rng.permutation(ours)[: min(len(ours) // 2, len(theirs))]
+    for row, chosen in zip(replaced, rng.permutation(len(theirs)), strict=False):
+        rows["text"][row] = theirs[chosen]
+    with new_file(folder / "task_rows.parquet") as file:
+        pq.write_table(pa.table(rows), file)
+    return str(folder / "task_rows.parquet")
+
+
+def distil(
+    name: str, text: str, tasks: Sequence[LoadedTask], num_epochs: int, folder: Path, progress: Progress
+) -> None:
     """Distil a variant into ``folder / name``, unless it is there."""
     variant, target = VARIANTS[name], folder / name
     if (target / "result.json").exists():
         return
     if variant.goes_on:
-        distil("fit", text, num_epochs, folder, progress)
+        distil("fit", text, tasks, num_epochs, folder, progress)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
+    text = with_task_rows(text, tasks, folder) if variant.task_rows else text
     recipe = dataclasses.replace(config.recipe, **variant.recipe)
     data = KDDataModule(TEACHER, text, dataclasses.replace(config.data, **variant.data), split=variant.split)
     data.setup()
@@ -280,7 +303,8 @@ def show(folder: Path, path: Path) -> None:
     table = Table("variant", "loss", "context", "sentence R2", "CPU s", *TASKS, "mean")
     for row in rows:
         cells = [" / ".join(f"{score:.3f}" for score in row["scores"].get(task, [])) for task in TASKS]
-        comparable = VARIANTS[row["name"]].data.keys() <= SAME_ROWS
+        variant = VARIANTS[row["name"]]
+        comparable = variant.data.keys() <= SAME_ROWS and not variant.task_rows
         figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
         table.add_row(row["name"], *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}")
     Console(width=150).print(table)
@@ -313,7 +337,7 @@ def main(args: Sequence[str] | None = None) -> None:
         tasks = [some_rows(task, 600) for task in tasks]
     with Progress(console=Console()) as progress:
         for name in names:
-            distil(name, text, arguments.epochs, arguments.folder, progress)
+            distil(name, text, tasks, arguments.epochs, arguments.folder, progress)
             finetune(arguments.folder / name, tasks, arguments.seeds, progress)
     show(arguments.folder, arguments.json)
 
