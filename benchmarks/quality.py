@@ -2,9 +2,10 @@
 
 Five tasks (CoLA, SST-2, MRPC, STS-B, RTE) in a folder in GLUE's layout; every model is fine-tuned on each by
 ``evaluate_glue``. Students of two shapes: from a random start without distillation, by the original's recipe
-(configs/original.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths. A run is
-kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes can share the
-work. Learning rates were chosen on rows split off from training rows, never on the rows that are reported.
+(configs/original.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths.
+``--seeds`` are those of fine-tuning; ``--kd-seed`` draws the rows of our distillation, their pairs, masks and order
+anew. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes
+can share the work. Learning rates were chosen on rows split off from training rows, never on those that are reported.
 
     python benchmarks/quality.py --text train.parquet --glue glue --json quality.json
 """
@@ -45,26 +46,27 @@ MOST_TRAIN_ROWS = 6_000
 
 
 def distil(
-    shape: str, recipe_name: str, num_epochs: int, text: str, folder: Path, split: str, progress: Progress
+    shape: str, recipe_name: str, num_epochs: int, text: str, folder: Path, split: str, seed: int, progress: Progress
 ) -> None:
     """Distil a student into ``folder``, unless it is there."""
     if (folder / "result.json").exists():
         return
     config, teacher = read_config(recipe_name), find_teacher(TEACHER)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = HiddenStateDistillModule(teacher, SHAPES[shape], config.recipe)
     begin = time.process_time()
-    data = KDDataModule(TEACHER, text, config.data, split=split)  # type: ignore[arg-type]
+    settings = dataclasses.replace(config.data, seed=seed)
+    data = KDDataModule(TEACHER, text, settings, split=split)  # type: ignore[arg-type]
     data.setup()
     # Of all students of a search, not of one: whichever run comes first stores them, and the others find them.
     states = StatesSettings(str(OUTPUT / "teacher_states"), 0 if recipe_name == "original" else 40)
     module.states = open_states(teacher, data, module.target_layers, states)
     states_seconds = time.process_time() - begin
     started, cpu_started = time.monotonic(), time.process_time()
-    settings = TrainerSettings(
+    trainer_settings = TrainerSettings(
         precision=config.trainer["precision"] or "auto", gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0)
     )
-    trainer = make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)])
+    trainer = make_trainer(trainer_settings, folder, num_epochs, [FitProgress(progress, folder.name)])
     fit(trainer, module, data)
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
@@ -97,6 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept")
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--kd-seed", type=int, default=0, help="of our distillation; another than 0 is in the names")
     parser.add_argument("--only", nargs="*", default=[""], help="names that begin so, such as teacher or 4x192-ours")
     arguments = parser.parse_args(args)
     if arguments.quick:
@@ -114,7 +117,8 @@ def main(args: Sequence[str] | None = None) -> None:
     for shape in SHAPES:
         jobs.append((f"{shape}-random", shape, "", 0))
         jobs.append((f"{shape}-original", shape, "original", 4))
-        jobs += [(f"{shape}-ours-{epochs}", shape, "fit", epochs) for epochs in arguments.epochs]
+        anew = f"-seed-{arguments.kd_seed}" if arguments.kd_seed else ""
+        jobs += [(f"{shape}-ours-{epochs}{anew}", shape, "fit", epochs) for epochs in arguments.epochs]
     if arguments.quick:
         jobs = [job for job in jobs if job[0] in ("teacher", "4x192-random", "4x192-ours-1")]
     with Progress(console=Console()) as progress:
@@ -124,7 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
             folder = arguments.folder / name
             if recipe:
                 split = "mini" if recipe == "original" else "full"
-                distil(shape, recipe, epochs, text, folder, split, progress)
+                kd_seed = 0 if recipe == "original" else arguments.kd_seed
+                distil(shape, recipe, epochs, text, folder, split, kd_seed, progress)
             for seed in range(arguments.seeds):
                 for task in tasks:
                     torch.manual_seed(seed)
