@@ -330,7 +330,7 @@ class ExportConfig:
         length: where texts are cut, in tokens; as many as the student takes by default.
         license: for the card, by the hub's identifier, such as apache-2.0.
         hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
-        force: replace an output folder that is there.
+        force: replace an earlier export that is there.
 
     Raises:
         UserError: labelled rows are given twice, or half.

@@ -62,14 +62,8 @@ def export(config: ExportConfig, console: Console) -> Path:
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
         card |= {"text": Path(text).name} if text else {}
     folder = Path(config.output) if config.output else folder
-    if folder.exists() and not config.force:
-        raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
-    if folder.exists() and folder.resolve() == source.resolve():
-        raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
-    if folder.exists() and "checks" not in _manifest(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{str(folder)!r} is no earlier export, and --force replaces nothing else: give another --output."
-        )
+    if folder.exists():
+        _check_output(folder, source, config.force)
     if teacher_name is not None:
         teacher = find_teacher(teacher_name)
         _check_teacher(source, teacher)
@@ -101,6 +95,17 @@ def export(config: ExportConfig, console: Console) -> Path:
     if config.hub_repo:
         console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
     return folder
+
+
+def _check_output(folder: Path, source: Path, force: bool) -> None:
+    """Refuse what is there already, but for an empty folder or an earlier export that may be replaced."""
+    if folder.resolve() == source.resolve():
+        raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if not is_empty and "checks" not in _manifest(folder):
+        raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
+    if not is_empty and not force:
+        raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:

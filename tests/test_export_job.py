@@ -103,13 +103,13 @@ def test_it_is_said_where_int8_is_slower(student: Path, exported, capsys: pytest
 def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path: Path, exported) -> None:
     output = tmp_path / "output"
     output.mkdir()
-    assert main(["export", f"--student={student}", f"--output={output}"]) == 2
-    assert exported == []
-    assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
-    assert [call[:2] for call in exported] == [(student, output)]
-    assert main(["export", f"--student={student}", f"--output={student}", "--force"]) == 2
+    assert main(["export", f"--student={student}", f"--output={output}"]) == 0, "it is empty"
     (output / "manifest.json").write_text('{"checks": {}}')
+    assert main(["export", f"--student={student}", f"--output={output}"]) == 2
+    assert [call[:2] for call in exported] == [(student, output)]
     assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
+    assert main(["export", f"--student={student}", f"--output={student}", "--force"]) == 2
+    assert len(exported) == 2
 
 
 def test_force_replaces_nothing_but_an_export(
@@ -121,7 +121,7 @@ def test_force_replaces_nothing_but_an_export(
     for output in (run, tmp_path / "logs", tmp_path / "file"):
         assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 2
         shown = capsys.readouterr().err
-        assert f"{str(output)!r} is no earlier export, and --force replaces nothing else" in shown
+        assert f"{str(output)!r} is there, and no earlier export: give another --output." in shown
     assert exported == []
 
 
