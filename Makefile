@@ -5,11 +5,13 @@ ENV := .venv/.complete
 # Every stage of a run, and each library's part in it, in a few minutes.
 LOWEST := $(patsubst %,tests/test_%.py,api report sampler scores smoke storage)
 
-.PHONY: help quickstart test lint bench docs lowest audit
+.PHONY: help install quickstart test lint bench docs lowest audit
 .DEFAULT_GOAL := help
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+install: $(ENV) ## The environment alone, into .venv
 
 quickstart: $(ENV) ## The whole job on a real teacher and real text, into lightning_logs/quickstart/
 	@.venv/bin/kdnas run --config configs/quickstart.yaml $(ARGS)

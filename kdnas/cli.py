@@ -128,6 +128,9 @@ def set_environment() -> None:
     # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
+    # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
+    if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # Imports make half a million objects that stay: looking through them all the time was a tenth of a start.
     gc.set_threshold(10_000)
 
@@ -268,7 +271,6 @@ def _verify(args: Sequence[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from kdnas.manifest import verify
-    from kdnas.options import in_one_line
     from kdnas.runs import MANIFEST, Run, file_sha256
 
     parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
@@ -277,6 +279,8 @@ def _verify(args: Sequence[str]) -> None:
     try:
         options = parser.parse_args(args)
     except ArgumentError as error:
+        from kdnas.options import in_one_line  # takes seconds
+
         raise in_one_line(error, parser) from error
     folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
     num_files, faults = verify(folder)

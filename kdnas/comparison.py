@@ -27,7 +27,7 @@ from kdnas.errors import CandidateFailed, UserError, nearest
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished
 from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
-from kdnas.latency import MOST_SPREAD, LatencySettings, measure_latency
+from kdnas.latency import LatencySettings, is_unsteady, measure_latency
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.progress import FitProgress, live_progress
 from kdnas.runs import Run, read_json, short_names, write_json, write_text
@@ -366,7 +366,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     for name, row in results["models"].items():
         if row.get("gap_closed") is not None:
             console.print(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.", highlight=False)
-    busy = [name for name, row in results["models"].items() if row["latency_iqr_ms"] > MOST_SPREAD * row["latency_ms"]]
+    busy = [name for name, row in results["models"].items() if is_unsteady(row["latency_ms"], row["latency_iqr_ms"])]
     show = partial(console.print, soft_wrap=True, highlight=False)
     if busy:
         show(f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.")

@@ -218,7 +218,7 @@ def _teacher_words(teacher: str) -> dict[str, str]:
     """On the card a folder goes by its name, and only the hub's names are links."""
     if os.path.isdir(teacher):
         return {"teacher": Path(teacher).resolve().name}
-    return {"teacher": teacher} | ({"base_model": teacher} if teacher != QUICKSTART else {})
+    return {"teacher": "all-MiniLM-L6-v2"} if teacher == QUICKSTART else {"teacher": teacher, "base_model": teacher}
 
 
 def _run_card(run: Run) -> dict[str, Any]:
@@ -231,6 +231,7 @@ def _run_card(run: Run) -> dict[str, Any]:
         card["sections"]["Scores"] = {
             f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
             "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
+            "its shape from a random start": f"{results['models']['random']['score']:.3f}",
         }
         how = config["latency"]
         length = "workload" if how["lengths"] else how["length"]

@@ -17,9 +17,9 @@ from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule, Split
 from kdnas.distill.objectives import Objective, needed_layers
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
-from kdnas.errors import UserError
+from kdnas.errors import UserError, first_line
 from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.latency import LatencyMeter
+from kdnas.latency import LatencyMeter, is_unsteady
 from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
 from kdnas.nas.record import Study, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
@@ -185,7 +185,7 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.rows.dropped.items() if count)
     console.print(
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
-        f"Text: {len(data.train_ids()):,} rows, {len(data.held_out_ids()):,} held out{dropped}.  "
+        f"Text: {len(data.train_ids()):,} rows to learn from, {len(data.held_out_ids()):,} held out{dropped}.  "
         f"Space: {len(space)} students.",
         highlight=False,
         soft_wrap=True,
@@ -253,9 +253,12 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
     """Look whether the fastest student of the space, which is the smallest too, is within the budget."""
     fastest = space.smallest()
     glance = replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
-    violation, reason = config.search.budget.violation(LatencyMeter(teacher.config, glance).measure(fastest))
+    found = LatencyMeter(teacher.config, glance).measure(fastest)
+    violation, reason = config.search.budget.violation(found)
     if violation > 0:
-        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.")
+        is_busy = any(is_unsteady(one.median_ms, one.iqr_ms) for one in (found.student, found.teacher))
+        doubt = " The machine is busy, so this may be wrong: let nothing else run." if is_busy else ""
+        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.{doubt}")
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
@@ -265,4 +268,13 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
         teacher_shape = build_encoder(teacher.config)
         for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
             arch = replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
-            objective.criterion(build_student(teacher.config, arch), teacher_shape)
+            student = build_student(teacher.config, arch)
+            try:
+                objective.criterion(student, teacher_shape)
+            except UserError:
+                raise
+            except Exception as error:  # the user's own class may raise anything
+                raise UserError(
+                    f"recipe.objective, {type(objective).__name__}, cannot be asked of {arch}: "
+                    f"{type(error).__name__}: {first_line(error)}; mend it, or leave such students out of the space."
+                ) from error

@@ -26,7 +26,7 @@ from kdnas.runs import temporary_folder
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
-MOST_SPREAD = 0.1  # of a median: an IQR above it is a busy machine's
+MOST_SPREAD = 0.1  # of a median
 _NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
 _FEWEST_ROUNDS = 3
 _MOST_BATCHES = 32  # of a workload
@@ -113,6 +113,11 @@ class Latency:
     p95_ms: float = math.nan  # as the next two, where the number is from a record
     tokens_per_second: float = math.nan
     sequences_per_second: float = math.nan
+
+
+def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
+    """Whether an interquartile range is that of a busy machine."""
+    return iqr_ms > MOST_SPREAD * median_ms
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """``kdnas latency``: models beside each other, by backend, batch, length and threads."""
 
+import logging
 import math
 import os
 import platform
@@ -18,10 +19,12 @@ from kdnas import __version__
 from kdnas.config import LatencyConfig
 from kdnas.errors import UserError
 from kdnas.graph import INT8, ONNX, write_deployed
-from kdnas.latency import ON_ONNX, LatencySettings, check_length, measure_latency
+from kdnas.latency import ON_ONNX, LatencySettings, check_length, is_unsteady, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
 from kdnas.precision import gpu_name
 from kdnas.runs import new_file, short_names, temporary_folder, write_json
+
+log = logging.getLogger(__name__)
 
 
 def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
@@ -69,6 +72,8 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
         _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     console.width = max(console.width, 120)  # ten columns do not fold well
     console.print(_table(rows))
+    if any(is_unsteady(row["median_ms"], row["iqr_ms"]) for row in rows):
+        log.warning("The machine is busy: latencies spread by more than a tenth. Let nothing else run.")
     console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
     return rows
 

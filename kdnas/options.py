@@ -1,11 +1,13 @@
 """Options and YAML into the configs of ``kdnas.config``, and one line for what the parser does not take."""
 
+import inspect
 import json
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import SaveConfigCallback
 
-from kdnas.config import as_plain
+from kdnas.config import RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, nearest
 from kdnas.safe_yaml import check_yaml, flat, read_yaml
@@ -23,6 +25,9 @@ _CONFIG_HELP = (
     "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
     "kdnas ships."
 )
+
+
+_OF_RUN = {field.name for field in fields(RunConfig)} - {field.name for field in fields(SearchConfig)}
 
 
 def default_objects() -> dict[str, Any]:
@@ -167,8 +172,14 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
     if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
         message = f"unrecognized arguments: {ambiguous[1]}"
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
+    of_class = re.search(r"class_path '([\w.]+)': Option", message)
     hint = ""
-    if unknown:
+    if unknown and of_class:
+        module, _, name = of_class[1].rpartition(".")
+        hint = nearest(unknown[1], inspect.signature(getattr(import_module(module), name)).parameters)
+    elif unknown and parser.prog == "kdnas search" and unknown[1].split(".")[0] in _OF_RUN:
+        hint = " It is an option of `kdnas run`."
+    elif unknown:
         group = re.search(r"Group '([\w.]+)'", message)
         prefix = f"{group[1]}." if group else ""
         names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]

@@ -28,7 +28,7 @@ from kdnas.export_job import export_run, is_exported, rows_of_task, rows_of_text
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, begin, is_whole, look, refuse_other_config
-from kdnas.latency import MOST_SPREAD, measure_latency
+from kdnas.latency import is_unsteady, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import (
     build_classifier,
@@ -283,8 +283,8 @@ def _keep_best_weights(run: Run, study: Study) -> None:
 
 
 def _is_unsteady(trial: FrozenTrial) -> bool:
-    spread = trial.user_attrs.get("teacher_latency_iqr_ms", 0.0)
-    return bool(spread > MOST_SPREAD * trial.user_attrs.get("teacher_latency_ms", math.inf))
+    attrs = trial.user_attrs
+    return is_unsteady(attrs.get("teacher_latency_ms", math.inf), attrs.get("teacher_latency_iqr_ms", 0.0))
 
 
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:

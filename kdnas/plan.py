@@ -1,5 +1,6 @@
 """What a search or a run will need, measured before it is begun: a few steps, on a few rows from all over the text."""
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from kdnas.models import build_classifier, find_teacher, load_classifier, num_pa
 from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
 from kdnas.runs import nearest_folder, temporary_folder
 from kdnas.smoke import Sizes, with_few_rows
+
+log = logging.getLogger(__name__)
 
 ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
 MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
@@ -321,6 +324,10 @@ def show_space(config: SpaceConfig, console: Console) -> None:
         config = replace(config, text=config.text or str(text), root=name)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, 4 * MOST_TOKENS)
         found = look(small, Console(quiet=True))
+        console.print(f"{len(found.space)} students of {config.teacher}: every combination of", highlight=False)
+        for field, values in found.space.choices.items():
+            console.print(f"  {field}: {values}", highlight=False)
+        log.info("Measuring the smallest and the largest of them ...")
         sample, states = Sample(config, sizes, found, folder), found.states("full")
         costs = Table("", "student", "parameters", "speed-up", "seconds a candidate", "memory")
         for label, arch in (("smallest", found.space.smallest()), ("largest", found.space.largest())):
@@ -334,9 +341,6 @@ def show_space(config: SpaceConfig, console: Console) -> None:
                 f"{sample.candidate_seconds(rates):.0f}",
                 f"{peak_memory() / 1e9:.1f} GB",
             )
-    console.print(f"{len(found.space)} students of {config.teacher}: every combination of", highlight=False)
-    for field, values in found.space.choices.items():
-        console.print(f"  {field}: {values}", highlight=False)
     console.print(costs)
     num_rows, epochs = round(config.data.mini_fraction * sizes.num_rows), config.search.num_epochs
     words = f"{num_rows:,} {'random rows; give --text for yours' if is_random else 'rows'}"

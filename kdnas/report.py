@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kdnas import __version__
 from kdnas.arch import StudentArch
+from kdnas.latency import is_unsteady
 from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
 from kdnas.pictures import BLUE, GREY, INK, ORANGE, as_svg, curves, pareto
@@ -62,7 +63,24 @@ def result_table(results: Mapping[str, Any]) -> Table:
     Args:
         results: what ``glue/results.json`` holds.
     """
-    return text_table(f"Fine-tuned on {results['task']['name']}", result_rows(results), words=["model"])
+    table = text_table(f"Fine-tuned on {results['task']['name']}", result_rows(results), words=["model"])
+    table.caption = caution(results)
+    return table
+
+
+def caution(results: Mapping[str, Any]) -> str:
+    """What takes the final figures their meaning, if anything does.
+
+    Args:
+        results: what ``glue/results.json`` holds.
+    """
+    models = results["models"]
+    said = []
+    if models["random"]["score"] >= models["student"]["score"]:
+        said.append("A random start of its shape scores as high, so this task does not tell what was distilled.")
+    if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
+        said.append("Latencies spread by more than a tenth: the machine was busy; `kdnas latency` measures them again.")
+    return " ".join(said)
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -205,6 +223,7 @@ def _headline(frame: pd.DataFrame, best: FrozenTrial | None, full_kd: Any, resul
     return (
         f"The best of {candidates} has {student['num_parameters'] / 1e6:.1f} M parameters, "
         f"is {student['speedup']:.1f}x as fast and {kept}."
+        f"{' ' + caution(results) if results and caution(results) else ''}"
     )
 
 

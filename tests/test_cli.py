@@ -16,6 +16,7 @@ from transformers import AutoModel, BertConfig, BertModel
 import kdnas
 import kdnas.pipeline
 from kdnas.cli import COMMANDS, main
+from kdnas.distill.objectives import HiddenStates
 from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
 from kdnas.training import WholeFiles
@@ -189,6 +190,19 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
     assert "learnin_rate" in error and "Did you mean 'model.recipe.learning_rate'?" in error
 
 
+def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line(
+    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_narrow(self: HiddenStates, student: object, teacher: object) -> None:
+        raise KeyError(f"no width of {student.config.hidden_size}")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(HiddenStates, "criterion", too_narrow)
+    error = refused([*search, "--recipe.objective=kdnas.distill.objectives.HiddenStates"], capsys)
+    assert "recipe.objective, HiddenStates, cannot be asked of 1 layers x 32 wide" in error
+    assert "KeyError: 'no width of 32'; mend it, or leave such students out of the space." in error
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -234,6 +248,11 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
         ("--recipe.objective=Hiden", "recipe.objective is 'Hiden': give the path of a class"),
         ("--search=3", "search is '3': give its keys, as in --search.KEY VALUE"),
         ("--data.max_lenght=9", "Did you mean 'data.max_length'?"),
+        ("--full_kd.num_epochs=3", "--full_kd.num_epochs=3. It is an option of `kdnas run`."),
+        (
+            '--recipe.objective={"class_path": "kdnas.distill.objectives.HiddenStates", "init_args": {"mappping": 1}}',
+            "Option 'mappping' is not accepted. Did you mean 'mapping'?",
+        ),
         ("--recipe.start=Evn", "recipe.start"),
         (
             "--recipe.start=my_kd.Quiet",

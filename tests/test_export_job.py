@@ -133,7 +133,7 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     task = str(task_folder(root / "colours"))
     config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency}
     (run / "config.yaml").write_text(json.dumps(config))
-    models = {role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0} for role in ("teacher", "student")}
+    models = {role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0} for role in ("teacher", "student", "random")}
     results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
     (run / "glue" / "results.json").write_text(json.dumps(results))
     return run

@@ -13,7 +13,7 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
-from kdnas.nas.trials import front_table, trials_frame
+from kdnas.nas.trials import front_table, line, trials_frame
 from kdnas.report import result_rows, result_table, write_report
 from kdnas.runs import Run, write_json, write_text
 
@@ -213,6 +213,28 @@ def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_
     html = write_report(run, every_kind()).read_text()
     assert "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s sentence vectors." in html
     assert result_rows(make_results(share_kept=None))[1]["share kept (%)"] == "-"
+
+
+def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
+    study = make_study()
+    for spread in (0.3, 0.5):
+        add(study, TrialState.COMPLETE, 0.7, **trained(1, 4.0, 0.3, 0.7) | {"latency_iqr_ms": spread})
+    add(study, TrialState.COMPLETE, 0.7, **trained(1, 4.0, 0.3, 0.7) | {"teacher_latency_iqr_ms": 2.1})
+    assert ["(unsteady)" in line(trial) for trial in study.trials] == [False, True, True]
+    assert "5.0x (unsteady), reward 0.7000, 12 s" in line(study.trials[1])
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [({"score": 0.6}, "A random start of its shape scores as high"), ({"latency_iqr_ms": 0.5}, "the machine was busy")],
+)
+def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_path, student, said):
+    assert result_table(make_results()).caption == ""
+    assert said in str(result_table(make_results(**student)).caption)
+    run = whole(tmp_path)
+    write_json(run.glue / "results.json", make_results(**student))
+    html = write_report(run, every_kind()).read_text()
+    assert said in html[: html.index("<table")]
 
 
 def test_the_page_and_the_terminal_show_the_same_final_table(html):

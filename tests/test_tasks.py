@@ -151,6 +151,12 @@ def test_what_is_neither_folder_nor_task_is_refused_with_the_nearest_name(source
         load_task(source)
 
 
+def test_a_file_is_no_task_and_where_it_belongs_is_told(tmp_path):
+    (tmp_path / "mine.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"mine.csv' is a file: give a folder with its rows as train.csv"):
+        load_task(str(tmp_path / "mine.csv"))
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_missing_file_is_refused(tmp_path, split):
     (write_task(tmp_path / "some") / f"{split}.parquet").unlink()

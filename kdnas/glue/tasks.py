@@ -153,6 +153,12 @@ def load_task(source: str) -> LoadedTask:
             leaves a gap there, or is in the validation rows only.
     """
     if not os.path.isdir(source):  # Path("") would be the current folder
+        if os.path.isfile(source):
+            suffix = Path(source).suffix
+            raise UserError(
+                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, columns text and label, "
+                f"and others as validation{suffix}; `kdnas glue --data` takes one file and splits it."
+            )
         if source not in TASKS:
             raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from kdnas.arch import StudentArch
+from kdnas.latency import is_unsteady
 from kdnas.nas.record import failure_of
 from kdnas.tables import as_text, text_table
 
@@ -58,9 +59,13 @@ def line(trial: FrozenTrial) -> str:
         return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
     if trial.state.name == "PRUNED":
         return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
+    unsteady = any(
+        is_unsteady(attrs.get(f"{whose}latency_ms", math.inf), attrs.get(f"{whose}latency_iqr_ms", 0.0))
+        for whose in ("", "teacher_")
+    )
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
-        f"{attrs['speedup']:.1f}x, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
+        f"{attrs['speedup']:.1f}x{' (unsteady)' * unsteady}, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
     )
 
 
