@@ -102,7 +102,7 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         colours={name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)},
     )
     found = [{"": heading} | {row["run"]: row[heading] for row in rows} for heading in list(rows[0])[1:]]
-    lines = [dict(zip(found[0], row.values(), strict=True)) for row in asked] + found
+    lines = found + [dict(zip(found[0], row.values(), strict=True)) for row in asked]
     console.print(text_table(f"{len(runs)} runs", lines, words=[""]))
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False)
