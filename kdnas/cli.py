@@ -16,7 +16,7 @@ from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
-from kdnas.pages import completion, page
+from kdnas.pages import completion, page, refuse_unknown
 from kdnas.supervisor import EARLIER, supervise
 
 log = logging.getLogger("kdnas")
@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[1:] in (["-h"], ["--help"]):
             print(page(args[0]), end="")
             return 0
+        refuse_unknown(args[0], args[1:])
         set_environment()
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first

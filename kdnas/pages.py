@@ -106,6 +106,30 @@ def page(command: str) -> str:
     return files("kdnas").joinpath("help", f"{command}.txt").read_text(encoding="utf-8")
 
 
+def refuse_unknown(command: str, args: Sequence[str]) -> None:
+    """Refuse an option that is on no page before the parser is built, whose imports take seconds.
+
+    Args:
+        command: one of ``EXAMPLES``, or ``completion``.
+        args: its options. What has a dot in its name is left to the parser: classes have options of their own.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    names = {option[2:].replace("-", "_") for option in options_of(command)} | {"help", "print_config"}
+    for arg in args:
+        name = arg[2:].partition("=")[0].replace("-", "_")
+        if arg.startswith("--") and "." not in name and not any(known.startswith(name) for known in names):
+            hint = nearest(name, {known.partition(".")[0] for known in names})
+            raise UserError(f"There is no option {arg.partition('=')[0]!r}.{hint}")
+
+
+def options_of(command: str) -> set[str]:
+    """The options on the page of a command, with their dashes."""
+    found = set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))
+    return found | {"--as"} if command == "export" else found  # the parser's own name is --format
+
+
 def render(command: str, run: Callable[[Sequence[str]], None]) -> str:
     """Make a page anew: the examples, then what the command's own parser says, 100 columns wide.
 
@@ -141,8 +165,7 @@ def completion(shell: str) -> str:
     commands = parser.add_subparsers()
     for command, example in EXAMPLES.items():
         options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
-        found = set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))
-        for option in sorted(found | {"--as"} if command == "export" else found):  # the parser's own name is --format
+        for option in sorted(options_of(command)):
             both = [option] if "." in option else dict.fromkeys((option, option.replace("_", "-")))
             added: Any = options.add_argument(*both)
             if option.rpartition(".")[2].strip("-") in PATHS:

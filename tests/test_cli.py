@@ -185,6 +185,17 @@ def test_misspelt_yaml_key_names_the_nearest(
     assert f"Did you mean {nearest!r}?" in refused(["run", "--config", str(path)], capsys)
 
 
+@pytest.mark.parametrize(
+    ("command", "misspelt", "right"),
+    [("fit", "--trainr=1", "trainer"), ("export", "--ass", "as"), ("run", "--tsk", "task")],
+)
+def test_a_misspelt_option_is_refused_before_torch_is_imported(command: str, misspelt: str, right: str) -> None:
+    code = f"import sys; from kdnas.cli import main; main({[command, misspelt]}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
+
+
 def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys)
     assert "learnin_rate" in error and "Did you mean 'model.recipe.learning_rate'?" in error
