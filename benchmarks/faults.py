@@ -1377,6 +1377,7 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list
             error = kill_all(process)
             row.fault("undetected", error, "Traceback" in error)
             process = bench.start(args)
+    bench.wait_for_candidate(process, name, len(bench.trials(name)))  # it may have been started just now
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate()
