@@ -388,7 +388,7 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "MOST_SPREAD", -1.0)
+    monkeypatch.setattr("kdnas.latency.MOST_SPREAD", -1.0)
     search = [
         "search",
         *(option for option in command[1:] if not option.startswith(("--config", "--task", "--full", "--fine"))),
@@ -396,7 +396,7 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     assert main(search) == 0
     busy = "The machine is busy: the teacher's latency beside trial 0 spread by more than a tenth"
     assert [busy in message for message in caplog.messages].count(True) == 1
-    monkeypatch.setattr(pipeline, "MOST_SPREAD", float("inf"))
+    monkeypatch.setattr("kdnas.latency.MOST_SPREAD", float("inf"))
     caplog.clear()
     assert main([*search, "--search.n_trials=3"]) == 0
     assert "The machine is busy" not in caplog.text
