@@ -203,10 +203,10 @@ def _search(job: Job) -> StudentArch:
                     trial.number,
                 )
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
-            if episode and len(rewards) // episode > episodes[-1]:
-                ended = episodes[-1]
-                episodes.append(len(rewards) // episode)
-                job.console.print(str(ModelRanking.of(rewards, episode, ended)), highlight=False, soft_wrap=True)
+            while episode and len(rewards) // episode > episodes[-1]:  # several, where workers were quicker than this
+                ranking = ModelRanking.of(rewards, episode, episodes[-1])
+                episodes.append(episodes[-1] + 1)
+                job.console.print(str(ranking), highlight=False, soft_wrap=True)
             write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
             _keep_best_weights(run, study)
             board(study)
