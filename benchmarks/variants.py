@@ -278,17 +278,16 @@ def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress
             )
 
 
-def show(folder: Path, path: Path) -> None:
-    """A table of all variants that are done, and its JSON."""
+def show(folder: Path, tasks: Sequence[str], path: Path) -> None:
+    """A table of the variants that are done on every task, and its JSON."""
     rows: list[dict[str, Any]] = []
     for name in VARIANTS:
         file = folder / name / "result.json"
         scores = {
             task: [read_json(found)["score"] for found in sorted((folder / name).glob(f"{task}-*/result.json"))]
-            for task in TASKS
+            for task in tasks
         }
-        scores = {task: found for task, found in scores.items() if found}
-        if file.exists() and scores:
+        if file.exists() and all(scores.values()):
             result = read_json(file)
             last = result["history"][-1]
             rows.append(
@@ -300,9 +299,9 @@ def show(folder: Path, path: Path) -> None:
                     "mean": statistics.mean(statistics.mean(found) for found in scores.values()),
                 }
             )
-    table = Table("variant", "loss", "context", "sentence R2", "CPU s", *TASKS, "mean")
+    table = Table("variant", "loss", "context", "sentence R2", "CPU s", *tasks, "mean")
     for row in rows:
-        cells = [" / ".join(f"{score:.3f}" for score in row["scores"].get(task, [])) for task in TASKS]
+        cells = [" / ".join(f"{score:.3f}" for score in row["scores"][task]) for task in tasks]
         variant = VARIANTS[row["name"]]
         comparable = variant.data.keys() <= SAME_ROWS and not variant.task_rows
         figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
@@ -339,7 +338,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in names:
             distil(name, text, tasks, arguments.epochs, arguments.folder, progress)
             finetune(arguments.folder / name, tasks, arguments.seeds, progress)
-    show(arguments.folder, arguments.json)
+    show(arguments.folder, [task.task.name for task in tasks], arguments.json)
 
 
 if __name__ == "__main__":

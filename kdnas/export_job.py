@@ -101,10 +101,11 @@ def _check_output(folder: Path, source: Path, force: bool) -> None:
     """Refuse what is there already, but for an empty folder or an earlier export that may be replaced."""
     if folder.resolve() == source.resolve():
         raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if not is_empty and "checks" not in _manifest(folder):
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if "checks" not in _manifest(folder):
         raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
-    if not is_empty and not force:
+    if not force:
         raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
 
 
@@ -157,10 +158,8 @@ def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
 
 def is_exported(run: Run) -> bool:
     """Whether ``student/`` is of what the run has now: `kdnas export` may have been there before fine-tuning."""
-    return run.student.exists() and _manifest(run.student).get("source_sha256") in (
-        None,
-        source_sha256(_source_of(run)),
-    )
+    made_from = _manifest(run.student).get("source_sha256")
+    return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
     Raises:
         UserError: there is no such option.
     """
-    names = {option[2:].replace("-", "_") for option in options_of(command)} | {"help", "print_config"}
-    for arg in args:
+    names = {option[2:].replace("-", "_") for option in options_of(command)}
+    for arg in args if names else ():  # completion has none
         name = arg[2:].partition("=")[0].replace("-", "_")
         if arg.startswith("--") and "." not in name and not any(known.startswith(name) for known in names):
             hint = nearest(name, {known.partition(".")[0] for known in names})

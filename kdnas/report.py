@@ -222,9 +222,8 @@ def _headline(frame: pd.DataFrame, best: FrozenTrial | None, full_kd: Any, resul
         kept = f"explains {100 * student['sentence_r2']:.0f} % of the variance of its teacher's sentence vectors"
     return (
         f"The best of {candidates} has {student['num_parameters'] / 1e6:.1f} M parameters, "
-        f"is {student['speedup']:.1f}x as fast and {kept}."
-        f"{' ' + caution(results) if results and caution(results) else ''}"
-    )
+        f"is {student['speedup']:.1f}x as fast and {kept}. {caution(results) if results else ''}"
+    ).rstrip()
 
 
 def _asked(run: Run, config: Mapping[str, Any], budget: Mapping[str, float]) -> dict[str, str]:

@@ -667,6 +667,25 @@ def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None
             assert [event.step for event in found] == steps and all(event.value > 0 for event in found)
 
 
+def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypatch, capsys):
+    whole = pipeline.search_loop
+
+    def look_once(evaluate, space, study, n_trials, callbacks, *others):
+        best = whole(evaluate, space, study, n_trials, [], *others)
+        for trial in study.get_trials():
+            for show in callbacks:
+                show(study, trial)
+        return best
+
+    monkeypatch.setattr(pipeline, "search_loop", look_once)
+    options = [
+        option for option in command[1:] if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
+    ]
+    sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
+    assert main(["search", *options, f"--sampler={sampler}", "--search.n_trials=4"]) == 0
+    assert re.findall(r"episode (\d): best so far", capsys.readouterr().out) == ["1", "2"]
+
+
 def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys):
     """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
     options = [
