@@ -14,10 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
-from kdnas.distill.module import HiddenStateDistillModule
+from kdnas.distill.module import HiddenStateDistillModule, calibration_rows
+from kdnas.distill.narrowing import CalibrationRows
 from kdnas.distill.teacher import TeacherStates
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.job import Found
+from kdnas.models import build_student
 from kdnas.training import fit, make_trainer
 
 NUM_STEPS, NUM_WARM_UP, NUM_VAL_BATCHES = 6, 2, 3
@@ -77,7 +79,9 @@ def _mean(laps: list[tuple[float, int]], num_warm_up: int) -> float:
     return sum(seconds for seconds, _ in counted) / max(1, sum(things for _, things in counted))
 
 
-def distillation_rates(found: Found, arch: StudentArch, states: TeacherStates, folder: Path) -> tuple[Rates, int]:
+def distillation_rates(
+    found: Found, arch: StudentArch, states: TeacherStates, folder: Path, calibration: CalibrationRows | None = None
+) -> tuple[Rates, int]:
     """How fast a student is distilled, and the bytes of what is kept of it.
 
     Args:
@@ -85,10 +89,11 @@ def distillation_rates(found: Found, arch: StudentArch, states: TeacherStates, f
         arch: of the student.
         states: the teacher's.
         folder: for the Trainer's logs.
+        calibration: what it starts on, where it is not the first that does.
     """
     clock = _Clock(lambda batch: int(batch["attention_mask"].sum()))
     module = HiddenStateDistillModule(found.teacher, arch, found.config.recipe)
-    module.states = states
+    module.states, module.calibration = states, calibration
     trainer = make_trainer(found.config.trainer, folder, 1, [clock])
     trainer.limit_train_batches, trainer.limit_val_batches = NUM_STEPS, NUM_VAL_BATCHES
     fit(trainer, module, found.data)
@@ -112,8 +117,12 @@ class Distillation:
     ) -> None:
         ordered = sorted(latencies, key=latencies.__getitem__)
         self.measured = list(dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]]))
+        calibration, teacher = calibration_rows(found.data), found.teacher.model
+        with torch.no_grad():  # what all candidates share is the first one's alone
+            found.config.recipe.start(build_student(teacher.config, ordered[0]).eval(), teacher, calibration)
         results = [
-            distillation_rates(found, arch, states, folder / str(place)) for place, arch in enumerate(self.measured)
+            distillation_rates(found, arch, states, folder / str(place), calibration)
+            for place, arch in enumerate(self.measured)
         ]
         self._latencies = [latencies[arch] for arch in self.measured]
         self._rates = [rates for rates, _ in results]

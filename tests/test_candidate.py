@@ -19,6 +19,7 @@ import kdnas.nas.candidate
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.narrowing import TeacherStream
 from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, LatencySettings
@@ -131,6 +132,19 @@ def test_the_budget_is_broken_by_the_larger_of_its_excesses(budget, student_ms, 
 def test_a_budget_that_is_not_above_zero_is_refused(name, value):
     with pytest.raises(UserError, match=f"The budget {name} is {value}: give a number above 0"):
         Budget(**{name: value})
+
+
+def test_the_teacher_reads_the_rows_that_students_start_on_once_for_all_candidates(make, monkeypatch):
+    passes, study, evaluators = [], new_study(), [make(), make()]
+    of = TeacherStream.of
+    monkeypatch.setattr(TeacherStream, "of", lambda *args: passes.append(args) or of(*args))
+    weights = []
+    for evaluator, arch in ((evaluators[0], ARCH), (evaluators[0], OTHER), (evaluators[1], OTHER)):
+        trial = study.ask()
+        study.tell(trial, evaluator(trial, arch))
+        weights.append(study.trials[-1].user_attrs["weights_sha256"])
+        assert len(passes) == (1 if evaluator is evaluators[0] else 2)
+    assert weights[1] == weights[2] != weights[0]
 
 
 def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from kdnas.arch import StudentArch
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
-from kdnas.distill.narrowing import _best_factors, narrow
+from kdnas.distill.narrowing import CalibrationRows, _best_factors, narrow
 from kdnas.errors import UserError
 from kdnas.models import build_student, family_of, find_teacher, state_sha256
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start
@@ -166,6 +166,18 @@ def test_a_teacher_of_few_dimensions_is_followed_closely(low_rank):
     assert unexplained(student, low_rank) < 0.5 * unexplained(
         started(student_of(low_rank), FromEmbeddings(), low_rank), low_rank
     )
+
+
+@torch.no_grad()
+def test_rows_that_remember_give_each_teacher_its_own(low_rank):
+    other = copy.deepcopy(low_rank)
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    shared = CalibrationRows(ROWS)
+    for teacher in (low_rank, other, low_rank, low_rank):
+        ours, plain = student_of(teacher), student_of(teacher)
+        assert narrow(ours, teacher, shared) == narrow(plain, teacher, ROWS)
+        assert state_sha256(ours.state_dict()) == state_sha256(plain.state_dict())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from kdnas.distill.curves import StudentCurves
 from kdnas.distill.layer_map import LastLayer
 from kdnas.distill.losses import contextual_share
 from kdnas.distill.metrics import TOKEN_STRENGTH, RidgeProbe, TermErrors
+from kdnas.distill.narrowing import CalibrationRows
 from kdnas.distill.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
 from kdnas.distill.optimizers import MuonAdamW, is_layer_matrix
 from kdnas.distill.sentences import PairComparison
@@ -79,6 +80,11 @@ class Recipe:
             raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
 
 
+def calibration_rows(data: KDDataModule) -> CalibrationRows:
+    """The rows of the data's split that students start on; always the same, on every rank."""
+    return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
+
+
 class HiddenStateDistillModule(ClipFusedGradients):
     """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
 
@@ -88,7 +94,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
     term does, all count. So training and held-out loss are not the same sum.
 
     The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
-    batch to states, opened in ``setup`` from the data module; a search sets it once for all candidates.
+    batch to states, opened in ``setup`` from the data module; a search sets it, and ``self.calibration``, the rows that
+    students start on, once for all candidates.
 
     Args:
         teacher: a folder, a hub name or ``quickstart``.
@@ -115,6 +122,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
         self.terms = self.criterion.terms
         self.states: TeacherStates | None = None
+        self.calibration: CalibrationRows | None = None
         self.started: Started | None = None
         self.optimizer_tensors: dict[str, Tensor] = {}  # of the fit that this one goes on from, if any
         self.val_errors = TermErrors(len(self.terms))
@@ -166,7 +174,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if self.started is not None:
             return
         release_memory()  # what the reading of text left
-        rows = sample_batches(data, data.train_ids(), CALIBRATION_TOKENS)
+        rows = self.calibration or calibration_rows(data)
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
         self.started = self.recipe.start(self.student, teacher, rows)

@@ -3,8 +3,9 @@
 Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,6 +88,66 @@ def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Ba
     return _Narrowing(student, teacher, rows).run()
 
 
+@dataclass(frozen=True)
+class TeacherStream:
+    """What a teacher gives on the calibration rows, flat; the same for all of its students.
+
+    Args:
+        states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
+        scales: how large the stream is before each layer's last norm, which divides by that, (N, 1).
+    """
+
+    states: dict[int, Tensor]
+    scales: list[Tensor]
+
+    @classmethod
+    def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
+        """By one pass over the rows."""
+        _, embedded = _embedded(teacher, rows)
+        layers = family_of(teacher.config).layers(teacher)
+        states: list[list[Tensor]] = [[] for _ in layers]
+        scales: list[list[Tensor]] = [[] for _ in layers]
+        inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            for layer in layers:
+                norm = layer.get_submodule(family_of(teacher.config).names.output_norm)
+                hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
+            for batch in rows:
+                mask = batch["attention_mask"].bool()
+                with autocast(teacher.device.type):
+                    outputs = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+                for i, output in enumerate(outputs):
+                    # In half precision: all layers of a wide teacher are gigabytes otherwise.
+                    states[i].append(within_half(output[mask]).half())
+                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+                inputs.clear()
+        return cls({-1: embedded} | dict(enumerate(map(torch.cat, states))), [torch.cat(parts) for parts in scales])
+
+
+class CalibrationRows(list[Batch]):
+    """Rows to calibrate on, that remember what a teacher gave on them: a search's students share both."""
+
+    def __init__(self, rows: Iterable[Batch]) -> None:
+        super().__init__(rows)
+        self._last: tuple[PreTrainedModel, TeacherStream] | None = None
+
+    def stream(self, teacher: PreTrainedModel) -> TeacherStream:
+        """The teacher's, computed when it is first asked for; its weights must not change afterwards."""
+        if self._last is None or self._last[0] is not teacher:
+            self._last = teacher, TeacherStream.of(teacher, self)
+        return self._last[1]
+
+
+def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """What goes into the embedding's layer norm, and what comes out of it, flat."""
+    before: list[Tensor] = []
+    with embedding_norm(model).register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
+        after = [embed(model, batch) for batch in rows]
+    masks = [batch["attention_mask"].bool() for batch in rows]
+    flat = [torch.cat([t[mask] for t, mask in zip(ts, masks, strict=True)]) for ts in (before, after)]
+    return flat[0], flat[1]
+
+
 class _Narrowing:
     """The calibration rows' streams, flat (N, H), and the steps of ``narrow``."""
 
@@ -95,34 +156,9 @@ class _Narrowing:
         self.names = family_of(teacher.config).names
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
         self.masks = [batch["attention_mask"].bool() for batch in rows]
-        _, embedded = self._embedded(teacher)
-        layers = family_of(teacher.config).layers(teacher)
-        stream: list[list[Tensor]] = [[] for _ in layers]
-        # How large the stream is before each layer's last norm, which divides by that: (N, 1).
-        scales: list[list[Tensor]] = [[] for _ in layers]
-        inputs: list[Tensor] = []
-        with ExitStack() as hooks:
-            for layer in layers:
-                norm = layer.get_submodule(self.names.output_norm)
-                hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
-            for batch, mask in zip(rows, self.masks, strict=True):
-                with autocast(teacher.device.type):
-                    states = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
-                for i, state in enumerate(states):
-                    # In half precision: all layers of a wide teacher are gigabytes otherwise.
-                    stream[i].append(within_half(state[mask]).half())
-                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
-                inputs.clear()
-        self.stream = {-1: embedded} | {i: torch.cat(states) for i, states in enumerate(stream)}
-        self.output_scale = [torch.cat(parts) for parts in scales]
-
-    def _embedded(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        """What goes into the embedding's layer norm, and what comes out of it."""
-        before: list[Tensor] = []
-        with embedding_norm(model).register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
-            after = [embed(model, batch) for batch in self.rows]
-        flat = [torch.cat([t[mask] for t, mask in zip(ts, self.masks, strict=True)]) for ts in (before, after)]
-        return flat[0], flat[1]
+        shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
+        stream = shared.stream(teacher)
+        self.stream, self.output_scale = stream.states, stream.scales
 
     def run(self) -> tuple[tuple[int, ...], ...]:
         family = family_of(self.teacher.config)
@@ -131,7 +167,7 @@ class _Narrowing:
         ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
         self.basis = self._basis([-1, *ends])
         start_embeddings(self.student, self.teacher, self.basis)
-        before, z = self._embedded(self.student)
+        before, z = _embedded(self.student, self.rows)
         if embedding_mapping(self.student) is None:
             z = self._fit_norm(embedding_norm(self.student), before, self.stream[-1] @ self.basis)
         kept = []

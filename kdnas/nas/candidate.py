@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import save
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
+from kdnas.distill.module import HiddenStateDistillModule, Recipe, calibration_rows
+from kdnas.distill.narrowing import CalibrationRows
 from kdnas.distill.teacher import TeacherStates
 from kdnas.errors import UserError
 from kdnas.latency import ArchLatency, LatencyMeter
@@ -110,6 +112,11 @@ class Evaluator:
     stillness: ReadWriteLock
     progress: Progress | None = None
 
+    @cached_property
+    def calibration(self) -> CalibrationRows:
+        """What all candidates start on."""
+        return calibration_rows(self.data.select("mini"))
+
     def __call__(self, trial: optuna.Trial, arch: StudentArch) -> float:
         started = time.monotonic()
         with wait_for(self.stillness.acquire_write, trial):
@@ -131,7 +138,7 @@ class Evaluator:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
-                module.states = self.states
+                module.states, module.calibration = self.states, self.calibration
                 trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
                 fit(trainer, module, self.data.select("mini"))
         except optuna.TrialPruned:
