@@ -84,7 +84,7 @@ def compare(chosen: Any, tasks: Sequence[LoadedTask], console: Console) -> dict[
         )
         comparison.run()
         places = {task.task.name: str(chosen.folder / teacher.folder(task) / "seed_0" / "model") for task in tasks}
-        helped = [with_help(model, places, tasks, TaskDistillSettings()) for model in models[:1]]
+        helped = with_help(models[:1], places, tasks, TaskDistillSettings())
         return dataclasses.replace(comparison, contenders=[*contenders, *helped]).run()
 
 

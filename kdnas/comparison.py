@@ -98,26 +98,26 @@ def contender(source: str, name: str, settings: FinetuneSettings) -> Contender:
 
 
 def with_help(
-    plain: Contender, teachers: dict[str, str], tasks: Sequence[LoadedTask], distill: TaskDistillSettings
-) -> Contender:
-    """The same encoder, trained with the help of teachers that were fine-tuned on the tasks.
+    plain: Sequence[Contender], teachers: dict[str, str], tasks: Sequence[LoadedTask], distill: TaskDistillSettings
+) -> list[Contender]:
+    """The same encoders, trained with the help of teachers that were fine-tuned on the tasks.
 
     Args:
-        plain: the encoder by itself; what its grid chose is taken.
+        plain: the encoders by themselves; what their grids chose is taken.
         teachers: for each task's name, where its teacher is.
         tasks: what is to be learned.
         distill: what the help is.
 
     Raises:
-        UserError: a teacher does not fit its task or the encoder.
+        UserError: a teacher does not fit its task or an encoder.
     """
     helpers = {}
     for task in tasks:
-        teacher = load_task_teacher(teachers[task.task.name], task.task, plain)
+        teacher = load_task_teacher(teachers[task.task.name], task.task, *plain)
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
         helpers[task.task.name] = Helper(key, partial(TaskDistillModule, teacher=teacher, distill=distill))
-    return dataclasses.replace(plain, name=f"{plain.name}, distilled", helpers=helpers, plain=plain)
+    return [dataclasses.replace(one, name=f"{one.name}, distilled", helpers=helpers, plain=one) for one in plain]
 
 
 def _safe(name: str) -> str:
@@ -352,7 +352,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     contenders = list(plain)
     if config.distill_from is not None:
         teachers = dict.fromkeys((task.task.name for task in tasks), config.distill_from)
-        contenders += [with_help(one, teachers, tasks, config.distill) for one in plain[1:] or plain]
+        contenders += with_help(plain[1:] or plain, teachers, tasks, config.distill)
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run.folder / "run.lock", blocking=False), live_progress(console) as progress:

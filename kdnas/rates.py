@@ -117,7 +117,8 @@ class Distillation:
     ) -> None:
         ordered = sorted(latencies, key=latencies.__getitem__)
         self.measured = list(dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]]))
-        calibration, teacher = calibration_rows(found.data), found.teacher.model
+        # To the CPU, where students are started: its states may have been computed elsewhere.
+        calibration, teacher = calibration_rows(found.data), found.teacher.model.to("cpu")  # type: ignore[arg-type]
         with torch.no_grad():  # what all candidates share is the first one's alone
             found.config.recipe.start(build_student(teacher.config, ordered[0]).eval(), teacher, calibration)
         results = [

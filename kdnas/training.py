@@ -238,7 +238,10 @@ class ClipFusedGradients(pl.LightningModule):
         Raises:
             UserError: it scales the gradients.
         """
-        if stage == "fit" and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        plugin: Any = self.trainer.precision_plugin
+        # In float16 throughout nothing scales them, and the smallest numbers are 0.
+        is_half = getattr(plugin, "scaler", None) is not None or plugin.precision == "16-true"
+        if stage == "fit" and is_half:
             raise UserError(
                 f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
             )

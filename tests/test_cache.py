@@ -126,6 +126,14 @@ def test_states_come_back_as_the_teacher_gave_them(folder):
     check(cache)
 
 
+def test_few_shards_are_open_at_once(folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "MOST_MAPS", 2)
+    cache, _ = build(folder)
+    check(cache)
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert 0 < sum(link.is_relative_to(folder) for link in links) <= 2
+
+
 def test_pages_that_were_read_are_given_back(folder, monkeypatch):
     given_back = []
 

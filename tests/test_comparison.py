@@ -10,7 +10,10 @@ from conftest import make_rows, save_teacher, write_table, write_task
 from kdnas import comparison
 from kdnas.cli import main
 from kdnas.errors import CandidateFailed
-from kdnas.glue.tasks import TASKS
+from kdnas.glue.finetune import FinetuneSettings
+from kdnas.glue.task_distill import TaskDistillSettings
+from kdnas.glue.tasks import TASKS, load_task
+from kdnas.models import load_classifier
 from kdnas.runs import short_names, write_text
 
 
@@ -177,6 +180,18 @@ def test_a_fine_tuned_teacher_helps_in_a_row_of_its_own(command, tmp_path, capsy
     assert main([*helped, "--distill.temperature=4"]) == 0
     assert len(times(tmp_path)) == 4, "other help is another run"
     assert "no head for 'rte'" in refused([*command, f"--distill_from={command[2]}"], capsys)
+
+
+def test_a_teacher_is_loaded_once_for_all_that_it_helps(models, tmp_path):
+    write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=16)
+    task = load_task(str(tmp_path / "rte"))
+    source = tmp_path / "fine-tuned"
+    save_teacher(source)
+    load_classifier(source, 2).save_pretrained(source)
+    plain = [comparison.contender(str(model), model.name, FinetuneSettings(max_length=32)) for model in models]
+    helped = comparison.with_help(plain, {"rte": str(source)}, [task], TaskDistillSettings())
+    teachers = [one.helpers["rte"].make_module.keywords["teacher"] for one in helped]
+    assert len(teachers) == 2 and teachers[0] is teachers[1]
 
 
 @pytest.mark.parametrize(

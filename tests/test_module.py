@@ -416,6 +416,21 @@ def test_a_fit_that_is_stopped_within_an_epoch_goes_on_at_the_next_row(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_fit_of_short_epochs_goes_on_at_the_next_row_too(teacher, data, states, tmp_path):
+    limit, last = len(data.train_dataloader()) - 2, tmp_path / "last.ckpt"
+    whole = Signal(-1)
+    fit(trainer(whole, num_epochs=3, limit_train_batches=limit), make(teacher, states), data)
+    assert len(whole.seen) == 3 * limit
+    for step in (limit - 1, limit, limit + 1):  # the last of the first epoch, and two of the second
+        broken, rest = Signal(step, signal.SIGTERM), Signal(-1)
+        with pytest.raises(Terminated):
+            fit(trainer(KeepLast(last), broken, num_epochs=3, limit_train_batches=limit), make(teacher, states), data)
+        arguments = dict(num_epochs=3, limit_train_batches=limit)
+        fit(trainer(KeepLast(last), rest, **arguments), make(teacher, states), data, ckpt_path=last)
+        assert broken.seen + rest.seen == whole.seen
+        last.unlink(missing_ok=True)
+
+
 class Beginning(pl.Callback):
     """What the optimizer knows before the first step, and its rates."""
 

@@ -6,10 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import make_config, make_tokenizer, save_teacher, write_task
+from tokenizers import processors
 
 from kdnas.errors import UserError
 from kdnas.glue.batches import GLUEDataModule
-from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify, evaluate_glue
 from kdnas.glue.task_distill import (
     TaskDistillModule,
     TaskDistillSettings,
@@ -173,8 +174,51 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     model.save_pretrained(names)
     with pytest.raises(UserError, match="has the classes not_entailment, entailment, and 'rte' has entailment, not_"):
         load_task_teacher(str(names), rte, STUDENT)
+    model.config.id2label = {0: "NOT-ENTAILMENT", 1: "Entailment"}
+    model.save_pretrained(names)
+    with pytest.raises(UserError, match="has the classes NOT-ENTAILMENT, Entailment, and 'rte' has entailment, not_"):
+        load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
     other.add_tokens(["unheard"])
     with pytest.raises(UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"):
         load_task_teacher(str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other))
     assert load_task_teacher(str(tmp_path / "fits"), rte, STUDENT).config.num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "warning"),
+    [
+        (["ENTAILMENT", "not entailment"], ""),
+        (["LABEL_0", "LABEL_1"], ""),
+        (["yes", "no"], "are called yes, no: they are taken for entailment, not_entailment of 'rte', in this order"),
+    ],
+)
+def test_a_teacher_s_own_names_of_the_classes_are_told(tmp_path, caplog, names, warning):
+    folder = save_classifier(tmp_path / "teacher")
+    model = load_classifier(folder, 2)
+    model.config.id2label = dict(enumerate(names))
+    model.save_pretrained(folder)
+    load_task_teacher(str(folder), TASKS["rte"], STUDENT)
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("kdnas")]
+    assert len(told) == bool(warning) and all(warning in line for line in told)
+
+
+def test_a_teacher_sees_the_second_sentence_where_its_student_has_no_mark_for_it(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
+    )
+    assert "token_type_ids" not in tokenizer.model_input_names
+    task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=16)))
+    data = GLUEDataModule(task, tokenizer, batch_size=8, max_length=30)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    marks = batch["token_type_ids"]
+    assert set(marks.flatten().tolist()) == {0, 1}
+    teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher")), task.task, STUDENT)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    answer = classify(teacher, batch).logits
+    assert torch.equal(answer, teacher(**inputs, token_type_ids=marks).logits)
+    assert not torch.allclose(answer, teacher(**inputs).logits)
+    student = load_classifier(save_teacher(tmp_path / "student", "distilbert"), 2).eval()
+    assert torch.equal(classify(student, batch).logits, student(**inputs).logits)

@@ -9,7 +9,7 @@ import weakref
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 from torch.utils.data import DataLoader
@@ -109,11 +109,14 @@ def test_strategies_that_keep_a_student_whole_are_taken_and_all_others_refused()
     assert {"fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3", "xla", "model_parallel", "dpp"} <= refused
 
 
-def test_a_precision_that_scales_gradients_is_refused_before_the_first_step(tmp_path):
+@pytest.mark.parametrize(
+    "plugin", [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")), HalfPrecision("16-true")]
+)
+def test_a_precision_in_float16_is_refused_before_the_first_step(tmp_path, plugin):
     steps = []
     trainer = make_trainer(settings(), tmp_path / "fit", 1, [Call(lambda trainer, module: steps.append(module))])
-    trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(UserError, match="^precision is '16-mixed': take 'bf16-mixed'"):
+    trainer.strategy.precision_plugin = plugin
+    with pytest.raises(UserError, match=f"^precision is '{plugin.precision}': take 'bf16-mixed'"):
         fit(trainer, Steep(), Data())
     assert not steps
 

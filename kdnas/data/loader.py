@@ -1,6 +1,7 @@
 """Which rows come together, in which order, and where an epoch goes on."""
 
 import itertools
+import math
 import os
 import signal
 import sys
@@ -93,12 +94,14 @@ class ResumableLoader(DataLoader[Any]):
     Its order of rows must be fixed by the epoch, as that of ``LengthGroupedBatches`` is.
     """
 
+    trainer: pl.Trainer | None = None  # may end an epoch early (limit_train_batches)
     _num_given = 0
     _num_to_skip = 0
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of this epoch were given; 0 at its end, for the next one begins at the beginning."""
-        return {"num_given": self._num_given % len(self)}
+        limit = math.inf if self.trainer is None else self.trainer.num_training_batches
+        return {"num_given": self._num_given if self._num_given < min(len(self), limit) else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Leave out so many batches of the next epoch that is gone through."""
@@ -144,6 +147,7 @@ class ResumableDataModule(pl.LightningDataModule):
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
+        loader.trainer = self.trainer
         self._train_loader = loader
         return loader
 

@@ -33,6 +33,8 @@ from kdnas.errors import UserError
 Precision = Literal["float16", "int8"]
 FORMAT = 3
 SHARD_BYTES = 64 << 20
+# Open at once: each holds a file descriptor, of which a process mostly has 1,024.
+MOST_MAPS = 256
 # The rows, in the order in which they are asked for, are cut into so many parts, each sorted by length.
 PARTS = 20
 
@@ -299,9 +301,13 @@ class StateCache:
 
     def _open(self, variant: int, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         name = self._names[variant, shard]
-        if name not in self._maps:
+        found = self._maps.pop(name, None)
+        if found is None:
             with (self.folder / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             shape = (len(self.layers), self._num_tokens(shard))
-            self._maps[name] = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
-        return self._maps[name]
+            found = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
+            if len(self._maps) >= MOST_MAPS:
+                del self._maps[next(iter(self._maps))]  # the one that was not used for the longest time
+        self._maps[name] = found
+        return found

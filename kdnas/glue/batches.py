@@ -83,7 +83,9 @@ class GLUEDataModule(ResumableDataModule):
 
     def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
         texts = [columns[name] for name in self.task.task.columns]
-        encoded = {**self.tokenizer(*texts, truncation=True, max_length=self.max_length), "labels": columns["label"]}
+        # Which is the second sentence is told in any case: a teacher may have a mark for it where the student has none.
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+        encoded = {**encoded, "labels": columns["label"]}
         return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

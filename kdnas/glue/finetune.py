@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdnas.errors import CandidateFailed, UserError
+from kdnas.families import marks_pairs
 from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import LoadedTask, Task
@@ -59,7 +60,8 @@ class FinetuneSettings:
 
 def classify(classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False) -> SequenceClassifierOutput:
     """A classifier's answer to a batch with or without labels; with ``hidden_states`` on demand."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    unread = {"labels"} if marks_pairs(classifier.config) else {"labels", "token_type_ids"}
+    inputs = {name: value for name, value in batch.items() if name not in unread}
     return classifier(**inputs, output_hidden_states=states)
 
 

@@ -1,7 +1,9 @@
 """Task distillation: a classifier learns from a fine-tuned teacher, on the task's own rows."""
 
 import itertools
+import logging
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from kdnas.errors import UserError, first_line
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
 from kdnas.glue.tasks import Task
 from kdnas.models import Reads, find_teacher, refuse_other_inputs
+
+log = logging.getLogger(__name__)
 
 # Enough tokens for a map between two widths; the start takes a second.
 _BATCHES_TO_BEGIN_WITH = 32
@@ -131,6 +135,10 @@ class TaskDistillModule(GLUEModule):
             self._begin_projection()
         super().on_fit_start()
 
+    def on_fit_end(self) -> None:
+        """Leave the device to the next one."""
+        self.teacher.to("cpu")
+
     def _begin_projection(self) -> None:
         self.classifier.eval()
         pairs = []
@@ -167,13 +175,18 @@ def _last_state(answer: Any) -> Tensor:
     return answer.hidden_states[-1]
 
 
-def load_task_teacher(source: str, task: Task, student: Reads) -> PreTrainedModel:
+def _plain(name: str) -> str:
+    """A class's name without what people write differently: ``NOT-ENTAILMENT`` is ``not_entailment``."""
+    return re.sub(r"[\s_-]+", " ", name).casefold()
+
+
+def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedModel:
     """A teacher that was fine-tuned on a task, in eval mode and frozen.
 
     Args:
         source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
         task: what it must have been fine-tuned on.
-        student: the encoder that shall learn from it; it must read text as the teacher does.
+        students: the encoders that shall learn from it; they must read text as the teacher does.
 
     Raises:
         UserError: there is none, it has no trained head for this task, or it reads text in another way.
@@ -188,12 +201,22 @@ def load_task_teacher(source: str, task: Task, student: Reads) -> PreTrainedMode
             f"The teacher {source!r} has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
             "take one that was fine-tuned on it."
         )
-    if set(names) == set(task.label_names) and tuple(names) != task.label_names:
+    ours, theirs = ([_plain(name) for name in found] for found in (task.label_names, names))
+    if sorted(ours) == sorted(theirs) and ours != theirs:
         raise UserError(
             f"The teacher {source!r} has the classes {', '.join(names)}, and {task.name!r} has "
             f"{', '.join(task.label_names)}: take one with the same order."
         )
-    refuse_other_inputs(student, found)
+    if ours and sorted(ours) != sorted(theirs) and not all(name.startswith("LABEL_") for name in names):
+        log.warning(
+            "The classes of the teacher %r are called %s: they are taken for %s of %r, in this order.",
+            source,
+            ", ".join(names),
+            ", ".join(task.label_names),
+            task.name,
+        )
+    for student in students:
+        refuse_other_inputs(student, found)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             found.source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
