@@ -9,15 +9,18 @@ from transformers import PreTrainedModel
 
 from kdnas import pipeline
 from kdnas.arch import StudentArch
-from kdnas.config import SearchConfig, SearchSettings
+from kdnas.config import SearchConfig, SearchSettings, as_plain
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.teacher import StatesSettings
+from kdnas.errors import UserError
 from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget
+from kdnas.nas.search import differences
 from kdnas.progress import FitProgress, live_progress
-from kdnas.runs import Run
+from kdnas.runs import Run, read_json, write_json
+from kdnas.safe_yaml import flat
 from kdnas.training import TrainerSettings, fit_resumable
 
 
@@ -72,6 +75,8 @@ def distill(
 ) -> PreTrainedModel:
     """Distil one student on all rows, as the full KD of ``kdnas run`` does; after Ctrl-C the same call goes on.
 
+    Another call of the same name is refused then, until ``last.ckpt`` in its folder is deleted.
+
     Args:
         teacher: a folder, a hub name, or ``quickstart``.
         text: as for ``search``.
@@ -99,10 +104,31 @@ def distill(
         text = str(build_quickstart_text(run.text))
     states = replace(states, folder=states.folder or str(run.states))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
+    rows.setup()
+    assert rows.rows is not None
+    asked = flat(
+        {
+            "teacher": found.sha256(),
+            "text": rows.rows.sha256,
+            "arch": arch.to_dict(),
+            "num_epochs": num_epochs,
+            "recipe": as_plain(recipe),
+            "data": as_plain(replace(data, num_workers=0)),
+            "precision": trainer.precision,
+            "seed": seed,
+        }
+    )
+    last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
+    known = read_json(made_with) if last.exists() and made_with.exists() else asked
+    if shown := differences(known, asked):
+        raise UserError(
+            f"{str(last)!r} is of a distillation with other settings ({shown}): go back to them, delete it, or give "
+            "another name."
+        )
+    write_json(made_with, asked)
     with live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
-        run.folder.mkdir(parents=True, exist_ok=True)
         fit_resumable(trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")])
-    (run.folder / "last.ckpt").unlink()
+    last.unlink()
     return module.student.cpu().eval()

@@ -17,7 +17,7 @@ from typing import Any
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
 from kdnas.pages import completion, page, refuse_unknown
-from kdnas.supervisor import EARLIER, supervise
+from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
 
@@ -194,7 +194,8 @@ def _new(config: Any) -> Any:
     """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
     from kdnas.runs import free_name
 
-    name = free_name(config.root, config.name, bool(EARLIER.deaths))
+    name = remembered() if EARLIER.deaths else free_name(config.root, config.name)
+    remember(name)
     log.info("Begun anew as %s.", name)
     return dataclasses.replace(config, name=name)
 

@@ -62,6 +62,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
         card |= {"text": Path(text).name} if text else {}
     folder = Path(config.output) if config.output else folder
+    folder = folder.resolve() if config.output and folder.is_symlink() else folder  # the link itself stays
     if folder.exists():
         _check_output(folder, source, config.force)
     if teacher_name is not None:

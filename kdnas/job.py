@@ -25,7 +25,7 @@ from kdnas.nas.record import Study, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import without_password
+from kdnas.nas.storage import sqlite_url, without_password
 from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import flat, read_yaml
@@ -220,7 +220,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     del identity["search.n_trials"], identity["data.num_workers"]
     sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
     run.folder.mkdir(parents=True, exist_ok=True)
-    storage, was_there = config.storage or f"sqlite:///{run.study_db}", is_worker or bool(EARLIER.deaths)
+    storage, was_there = config.storage or sqlite_url(run.study_db), is_worker or bool(EARLIER.deaths)
     study = open_study(storage, run.name, identity, sampler, pruner, run.folder, was_there)
     job = Job(**vars(found), study=study)
     if is_worker:

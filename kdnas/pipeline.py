@@ -241,9 +241,9 @@ def _search(job: Job) -> StudentArch:
         else:
             best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
     write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
-    arch = StudentArch.from_dict(best.user_attrs["arch"])
-    arch.to_yaml(run.best_student)
-    return arch
+    if not (run.full_kd.exists() and run.best_student.exists()):  # else another process distils what it found
+        StudentArch.from_dict(best.user_attrs["arch"]).to_yaml(run.best_student)
+    return StudentArch.from_yaml(run.best_student)
 
 
 def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None:

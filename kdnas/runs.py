@@ -99,13 +99,12 @@ class Run:
             raise UserError(f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name.")
 
 
-def free_name(root: str | Path, name: str, is_taken: bool = False) -> str:
+def free_name(root: str | Path, name: str) -> str:
     """The first of ``name``, ``name-2``, ``name-3``, ... that no run has.
 
     Args:
         root: the folder of all runs.
         name: of a run.
-        is_taken: give the one before it, which this command has taken already.
 
     Raises:
         UserError: the name is not such a name.
@@ -113,7 +112,7 @@ def free_name(root: str | Path, name: str, is_taken: bool = False) -> str:
     number = 1
     while Run(root, _numbered(name, number)).folder.exists():
         number += 1
-    return _numbered(name, number - is_taken)
+    return _numbered(name, number)
 
 
 def _numbered(name: str, number: int) -> str:
@@ -185,12 +184,14 @@ def _sync(path: Path) -> None:
 def this_host() -> str:
     """Where the number of a process means that process: this machine, and on Linux its namespace of numbers.
 
-    Containers can share one name of a machine, and see no process of each other.
+    Machines can share one name, and containers one machine; none sees a process of the others.
     """
-    try:
-        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino:x}"
-    except OSError:
-        return platform.node()
+    host = platform.node()
+    with suppress(OSError):
+        host += f"-{Path('/etc/machine-id').read_text().strip()[:8]}"
+    with suppress(OSError):
+        host += f"-{os.stat('/proc/self/ns/pid').st_ino:x}"
+    return host
 
 
 def owned(name: str) -> str:

@@ -39,6 +39,7 @@ class Earlier:
 
 EARLIER = Earlier()
 _at_candidate = mmap.mmap(-1, 1)  # parent and child see the same
+_remembered = mmap.mmap(-1, 1024)
 
 
 @contextmanager
@@ -49,6 +50,16 @@ def candidate() -> Iterator[None]:
         yield
     finally:
         _at_candidate[0] = 0
+
+
+def remember(text: str) -> None:
+    """Tell the next child, should a candidate kill this one, at most a kilobyte."""
+    _remembered[:] = text.encode().ljust(len(_remembered), b"\0")
+
+
+def remembered() -> str:
+    """What the child before this one was the last to tell."""
+    return _remembered[:].rstrip(b"\0").decode()
 
 
 def cause(code: int) -> str:

@@ -15,6 +15,7 @@ import kdnas
 from kdnas import api, training
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import DataSettings
+from kdnas.distill.module import Recipe
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.latency import LatencySettings
@@ -60,7 +61,12 @@ def test_a_stopped_distillation_goes_on(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training.KeepLast, "on_train_epoch_end", stop)
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
-    assert (tmp_path / "stopped" / "last.ckpt").exists()
+    last = tmp_path / "stopped" / "last.ckpt"
+    other = options | {"name": "stopped", "recipe": Recipe(learning_rate=1e-2), "num_epochs": 3}
+    with pytest.raises(UserError) as refused:
+        api.distill(str(tiny_teacher), str(text_file), arch, **other)
+    told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"
+    assert f"{str(last)!r} is of a distillation with other settings ({told}): go back" in str(refused.value)
     found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 

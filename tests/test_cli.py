@@ -295,10 +295,12 @@ def test_force_new_takes_the_next_free_name_and_keeps_it_after_a_crash(
         for name in taken:
             (tmp_path / "logs" / name).mkdir(parents=True)
         assert main([*search, "--force-new"]) == 0
+    for name in ("kdnas-3", "kdnas-4"):  # its own, and one that another has begun since
+        (tmp_path / "logs" / name).mkdir()
     monkeypatch.setitem(supervisor.EARLIER.deaths, 77, "SIGSEGV")
     assert main([*search, "--force-new"]) == 0
     assert main(search) == 0
-    assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas-2", "kdnas"]
+    assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas-3", "kdnas"]
 
 
 def test_under_torchrun_a_search_is_refused(

@@ -112,6 +112,14 @@ def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path
     assert len(exported) == 2
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(student: Path, tmp_path: Path, exported) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "output"
+    link.symlink_to(tmp_path / "disk")
+    assert main(["export", f"--student={student}", f"--output={link}"]) == 0
+    assert exported[0][1] == tmp_path / "disk" and link.is_symlink()
+
+
 def test_force_replaces_nothing_but_an_export(
     student: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
 ) -> None:

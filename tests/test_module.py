@@ -467,6 +467,17 @@ def test_a_fit_goes_on_from_another_s_moments_but_where_it_goes_on_from_its_own(
         assert torch.equal(one, other)
 
 
+def test_a_signal_after_the_last_checkpoint_is_heard(teacher, data, states, tmp_path):
+    class AtTheEnd(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Terminated):
+        fit(trainer(AtTheEnd(), KeepLast(last)), make(teacher, states), data)
+    assert last.exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_second_signal_does_not_wait_for_the_step(teacher, data, states, tmp_path):
     twice = Signal(1, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

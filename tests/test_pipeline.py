@@ -426,6 +426,23 @@ def test_another_config_under_the_same_name_is_refused(
     assert snapshot(finished_run) == before
 
 
+def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, run, theirs = pipeline.search_loop, tmp_path / "logs" / "tiny", StudentArch(1, 1, 16, 16, "relu")
+
+    def others_are_faster(*args: object) -> object:
+        best = loop(*args)
+        (run / "full_kd").mkdir()
+        theirs.to_yaml(run / "best_student.yaml")
+        return best
+
+    monkeypatch.setattr(pipeline, "search_loop", others_are_faster)
+    of_run = ("--config", "--task", "--full_kd", "--finetune")
+    assert main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
+    assert StudentArch.from_yaml(run / "best_student.yaml") == theirs
+
+
 def test_another_teacher_or_text_under_the_same_path_is_refused(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from kdnas.runs import (
     read_json,
     sweep,
     temporary_folder,
+    this_host,
     write_json,
     write_text,
 )
@@ -312,3 +313,19 @@ def test_user_errors_are_value_errors_and_failed_candidates_are_not():
 )
 def test_the_nearest_name_is_offered_else_all_of_them(name, hint):
     assert nearest(name, ["hidden_size", "heads"]) == hint
+
+
+def test_machines_of_one_name_are_told_apart(monkeypatch):
+    names, read = set(), Path.read_text
+    for number in ("3d1219c7c4c5", "77d29a4c4404", ""):
+
+        def read_text(path, *args, number=number, **options):
+            if path != Path("/etc/machine-id"):
+                return read(path, *args, **options)
+            if not number:
+                raise FileNotFoundError
+            return f"{number}\n"
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        names.add(this_host())
+    assert len(names) == 3 and all(name.startswith(platform.node()) for name in names)

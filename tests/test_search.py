@@ -257,7 +257,8 @@ def test_a_twin_is_answered_from_the_record_and_not_evaluated_again(study, end):
     first, *twins = study.trials[:3]
     assert evaluate.asked.count(ONE) == 1
     for twin in twins:
-        assert twin.user_attrs == {k: v for k, v in first.user_attrs.items() if k != "seconds"} | {"twin_of": 0}
+        known = {k: v for k, v in first.user_attrs.items() if k not in ("seconds", "since")}
+        assert {k: v for k, v in twin.user_attrs.items() if k != "since"} == known | {"twin_of": 0}
         assert (twin.state, twin.constraints) == (first.state, first.constraints)
         assert twin.value == first.value or first.state == TrialState.PRUNED
     assert [trial.number for trial in trained(study) if arch_of(trial) == ONE] == ([0] if end is end_well else [])
@@ -742,6 +743,46 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_no_obstacle(study, r
     assert "RUNNING" not in states(study)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_trial_that_died_before_it_had_an_architecture_is_tried_again_once(study, reopen, again):
+    """What it takes the place of may have been interrupted, or have died itself, in its training."""
+    if again:
+        SPACE.suggest(running_trial(study, ONE, pid=2**22 + 1))
+        study = reopen()
+    for left in ("WAITING", "FAIL"):
+        study.ask()
+        number = study.trials[-1].number
+        study._storage.set_trial_user_attr(study.trials[-1]._trial_id, "pid", 2**22 + 1)
+        study = reopen()
+        assert states(study)[-1] == left
+        if left == "WAITING":
+            attrs = {"again": number, "unbegun": True} | ({"retry_of": 0} if again else {})
+            assert study.trials[-1].user_attrs == attrs
+            assert study.trials[-1].system_attrs["fixed_params"] == (ONE.to_dict() if again else {})
+    assert not any(failure_of(trial) for trial in study.trials), "it was no candidate's fault"
+
+
+@pytest.mark.parametrize("moment", ["it looks for the dead", "it says why"])
+def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, study, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    def say(trial, name, value, set_user_attr=optuna.Trial.set_user_attr):
+        if name == "failed":
+            raise KeyboardInterrupt
+        set_user_attr(trial, name, value)
+
+    study.enqueue_trial(ONE.to_dict())
+    if moment == "it says why":
+        monkeypatch.setattr(optuna.Trial, "set_user_attr", say)
+    else:
+        monkeypatch.setattr(kdnas.nas.search, "bury_dead", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search(stop, THREE, study, n_trials=1)
+    assert states(study) == ["FAIL", "WAITING"]
+    assert study.trials[1].system_attrs["fixed_params"] == ONE.to_dict()
+
+
 @pytest.mark.parametrize(
     "attrs",
     [
@@ -775,11 +816,12 @@ def test_who_is_slow_is_alive_and_other_machines_are_given_up_later(study, reope
 
 
 def test_a_machine_that_died_before_the_first_beat_is_given_up_too(study):
-    running_trial(study, ONE, host="elsewhere")
+    trial = running_trial(study, ONE, host="elsewhere")
+    with study._storage._backend.engine.begin() as connection:  # in another time zone
+        connection.exec_driver_sql("UPDATE trials SET datetime_start = '2001-01-01 00:00:00' WHERE state = 'RUNNING'")
     optuna.storages.fail_stale_trials(study)
     assert states(study) == ["RUNNING"]
-    with study._storage._backend.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trials SET datetime_start = '2001-01-01 00:00:00' WHERE state = 'RUNNING'")
+    trial.set_user_attr("since", time.time() - 2 * kdnas.nas.storage.GRACE_SECONDS)
     optuna.storages.fail_stale_trials(study)
     assert states(study) == ["FAIL", "WAITING"]
 

@@ -15,7 +15,7 @@ from kdnas.errors import UserError
 from kdnas.nas.record import trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import StoreAway, connect, without_password
+from kdnas.nas.storage import StoreAway, connect, read_study, sqlite_url, without_password
 
 SPACE = SearchSpace(
     {
@@ -306,3 +306,13 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
         database.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
     with pytest.raises(UserError, match=r"study.db' cannot be used \(The runtime optuna .* pip install -U"):
         start()
+
+
+@pytest.mark.parametrize("name", ["what?x=1", "a%20b", "{project}", "a{}", "#1 & more"])
+def test_a_study_lies_where_its_path_says(tmp_path, name):
+    path = tmp_path / name / "study.db"
+    path.parent.mkdir()
+    study = open_study(sqlite_url(path), "s", {})
+    study.ask()
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+    assert len(read_study(path, "s").trials) == len(read_study(sqlite_url(path), "s").trials) == 1

@@ -1,6 +1,7 @@
 """Several worker processes on one study: shared totals, a killed worker, and stillness while one measures."""
 
 import ctypes
+import errno
 import math
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 import optuna
 import pytest
-from filelock import ReadWriteLock
+from filelock import ReadWriteLock, Timeout
 from optuna.storages._rdb import models
 from optuna.trial import FixedTrial, TrialState
 
@@ -348,6 +349,59 @@ def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatc
     for worker in set(multiprocessing.active_children()) - before:
         worker.join(timeout=10)
         assert worker.exitcode == -signal.SIGKILL
+
+
+def test_ctrl_c_while_workers_import_is_told_in_no_traceback(url, tmp_path, monkeypatch, capfd):
+    workers: list[Any] = []
+
+    def stop() -> None:
+        workers[:] = multiprocessing.active_children()
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)  # as a terminal sends it, to all
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdnas.nas.workers.notice_signals", stop)
+    monkeypatch.setattr("multiprocessing.connection.wait", lambda *args, **options: None)
+    monkeypatch.setattr("kdnas.nas.workers.BaseProcess.terminate", lambda worker: worker.join())
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(partial(never_ends, url), 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path)
+    assert [worker.exitcode for worker in workers] == [130, 130]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_workers_end_where_another_cannot_be_started(url, tmp_path, monkeypatch):
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def start_one(worker) -> None:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(worker)
+        started.append(worker)
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start_one)
+    with pytest.raises(BlockingIOError):
+        run_workers(deaf, 2, open_study(url, "s", {}), lambda *_: None, math.inf, lambda index: tmp_path)
+    assert [worker.is_alive() for worker in started] == [False]
+
+
+def test_a_lock_is_let_go_where_its_trial_was_given_up(tmp_path):
+    lock, asked = ReadWriteLock(tmp_path / "lock"), []
+
+    def acquire(blocking=True):
+        asked.append(blocking)
+        if not blocking:
+            raise Timeout("lock")
+        return lock.acquire_write()
+
+    class GivenUp:
+        def set_user_attr(self, name: str, value: bool) -> None:
+            if not value:
+                raise optuna.exceptions.UpdateFinishedTrialError
+
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        wait_for(acquire, GivenUp())
+    assert asked == [False, True]
+    lock.acquire_read(timeout=1).lock.release()
 
 
 def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):

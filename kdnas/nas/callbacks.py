@@ -59,7 +59,11 @@ def wait_for(
     except Timeout:
         trial.set_user_attr("waits", True)
     held = acquire()
-    trial.set_user_attr("waits", False)
+    try:
+        trial.set_user_attr("waits", False)
+    except BaseException:
+        with held:  # nobody else would let go of it
+            raise
     return held
 
 

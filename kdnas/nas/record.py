@@ -11,13 +11,28 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed
 from kdnas.nas.space import SearchSpace
 
+# What is said of a trial itself, and not of its candidate.
+ITS_OWN = {
+    "host",
+    "pid",
+    "begun",
+    "since",
+    "seconds",
+    "retry_of",
+    "died",
+    "again",
+    "unbegun",
+    "queued_for",
+    "waits",
+}
+
 
 def failure_of(trial: FrozenTrial) -> str | None:
     """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
     reason = trial.user_attrs.get("failed")
     if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
         return None
-    if reason is None and "retry_of" in trial.user_attrs:
+    if reason is None and {"arch", "retry_of"} <= trial.user_attrs.keys():
         of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
         return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
     return reason
@@ -76,7 +91,7 @@ def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
 def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
     for name, value in twin.user_attrs.items():
-        if name not in ("host", "pid", "begun", "seconds", "retry_of", "died", "again", "queued_for", "waits"):
+        if name not in ITS_OWN:
             trial.set_user_attr(name, value)
     trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():

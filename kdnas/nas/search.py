@@ -108,13 +108,17 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
     Raises:
         UserError: with every key that differs, what is known and what is asked for, and a new name.
     """
-    differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
+    if shown := differences(known, asked):
         raise UserError(
             f"The run {name!r} was made with other settings ({shown}): "
             f"go back to them, or give a new name, such as --name {name}-2 (--force-new does)."
         )
+
+
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Every key of two settings that differs, what is known and what is asked for; empty where none does."""
+    differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
+    return "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
 
 
 def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str] | None = None) -> set[int]:
@@ -189,16 +193,17 @@ def _interrupted(stop: BaseException) -> str:
 def _successor(trial: FrozenTrial) -> FrozenTrial | None:
     """What is queued in place of a trial whose process died: the same, once."""
     had_begun = "arch" in trial.user_attrs
-    if ("retry_of" if had_begun else "again") in trial.user_attrs:
+    if ("retry_of" if had_begun else "unbegun") in trial.user_attrs:
         return None
     log.info("Trial %d died with its process; it is tried again.", trial.number)
-    return _again(trial, **({"retry_of": trial.number} if had_begun else {}))
+    return _again(trial, **({"retry_of": trial.number} if had_begun else {"unbegun": True}))
 
 
 def _again(trial: FrozenTrial, **attrs: Any) -> FrozenTrial:
     """A trial that was broken off, to be queued; where it had no architecture, the sampler proposes the same again."""
     params = trial.params if "arch" in trial.user_attrs else trial.system_attrs.get("fixed_params", {})
-    system_attrs, user_attrs = {"fixed_params": params}, {"again": trial.number, **attrs}
+    known = {name: trial.user_attrs[name] for name in ("retry_of",) if name in trial.user_attrs}
+    system_attrs, user_attrs = {"fixed_params": params}, {"again": trial.number, **known, **attrs}
     return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs=user_attrs)
 
 
@@ -241,8 +246,8 @@ def search(
 
     def objective(trial: optuna.Trial) -> float:
         current[:] = [trial]
-        bury_dead(study, trial.number)
         with _tried_again(study, trial):
+            bury_dead(study, trial.number)
             arch = space.suggest(trial)
             if not _is_needed(study, space, trial.number, n_trials, end):
                 raise _not_needed(trial, "others train the last candidates, or the time is over")
@@ -353,8 +358,8 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
             store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
-            trial.set_user_attr("failed", _interrupted(stop))
             store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
+            trial.set_user_attr("failed", _interrupted(stop))
         raise
 
 

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -17,7 +16,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import UserError, first_line
@@ -110,7 +109,8 @@ def _disk_failure(error: BaseException, database: str | None) -> str:
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid())}
+    # Optuna's own time of the start is local, and machines may be in different zones.
+    return {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid()), "since": time.time()}
 
 
 def is_here(trial: FrozenTrial) -> bool:
@@ -201,11 +201,11 @@ class PatientStorage(RDBStorage):
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         stale = super()._get_stale_trial_ids(study_id)
         # One whose machine died before the first beat has none, and Optuna passes it over.
-        latest = datetime.now() - timedelta(seconds=GRACE_SECONDS)
         with self.scoped_session() as session:
             rows: Any = session.query(models.TrialModel).filter_by(study_id=study_id, state=TrialState.RUNNING)
-            silent = rows.filter(~models.TrialModel.heartbeats.any())
-            stale += [row.trial_id for row in silent if row.datetime_start and row.datetime_start < latest]
+            silent = [row.trial_id for row in rows.filter(~models.TrialModel.heartbeats.any())]
+        latest = time.time() - GRACE_SECONDS
+        stale += [number for number in silent if self.get_trial(number).user_attrs.get("since", latest) < latest]
         # Here we can look: a process that is stopped, or a clock that was set, must not cost a trial.
         trials = {trial_id: self.get_trial(trial_id) for trial_id in stale}
         dead = {trial_id: trial for trial_id, trial in trials.items() if not is_alive_here(trial)}
@@ -220,6 +220,16 @@ class PatientStorage(RDBStorage):
             super().record_heartbeat(trial_id)
         except (StorageInternalError, DBAPIError) as error:
             log.debug("No heartbeat of trial %d: %s", trial_id, error)
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, whatever its path holds."""
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
+def _literal(url: str) -> str:
+    """A URL whose braces are no template of Optuna's."""
+    return url.replace("{", "{{").replace("}", "}}")
 
 
 def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], patience: float = 0.0) -> PatientStorage:
@@ -241,7 +251,7 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
     }
     while True:
         try:
-            storage = PatientStorage(url, successor, **options)
+            storage = PatientStorage(_literal(url), successor, **options)
             break
         except ImportError as error:
             reason = first_line(error.__cause__ or error)
@@ -253,7 +263,7 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
             raise UserError(f"The database {without_password(url)!r} cannot be used ({first_line(error)}).") from error
         except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             cause = _cause(error)
-            if disk := _disk_failure(cause, url.rpartition("sqlite:///")[2]):
+            if disk := isinstance(cause, DBAPIError) and _disk_failure(cause, make_url(url).database):
                 raise StoreAway(disk) from error
             may_come = patience > 0 and isinstance(cause, _AWAY)
             if may_come and time.monotonic() > begin + patience:
@@ -284,10 +294,10 @@ def read_study(storage: str | Path, name: str) -> optuna.Study:
     """
     shown = without_password(str(storage))
     try:
-        url = make_url(f"sqlite:///{storage}" if isinstance(storage, Path) else storage)
+        url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise UserError(f"There is no study in {shown!r}: no search was begun there, or give its --storage.")
-        database = RDBStorage(url.render_as_string(hide_password=False), skip_table_creation=True)
+        database = RDBStorage(_literal(url.render_as_string(hide_password=False)), skip_table_creation=True)
         study = optuna.load_study(study_name=name, storage=database)
         study.get_trials(deepcopy=False)
     except KeyError as error:

@@ -72,11 +72,18 @@ def run_workers(
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
-    def start(index: int) -> BaseProcess:
+    workers: dict[int, BaseProcess] = {}
+
+    def start(index: int) -> None:
         process = context.Process(target=_child, args=(work, index, deadline, os.getpid()), name=f"worker {index}")
-        with _environment(index, num_workers):
-            process.start()
-        return process
+        # Ctrl-C reaches it too, and while it imports nothing would catch that: it hears of it in `_child`.
+        known = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _environment(index, num_workers):
+                process.start()
+            workers[index] = process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
     def show_new() -> None:
         nonlocal num_deaths
@@ -103,9 +110,10 @@ def run_workers(
                 slow.add(worker.pid or 0)
                 end_trial(study, trial, "failed", f"it took longer than {timeout / 60:g} minutes")
 
-    workers = {index: start(index) for index in range(num_workers)}
     try:
         with honest_signals():
+            for index in range(num_workers):
+                start(index)
             while workers:
                 multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
                 notice_signals()
@@ -127,7 +135,7 @@ def run_workers(
                                 f"{num_deaths} worker processes died, the last with exit code {code}: "
                                 f"see {str(log_path(index))!r}"
                             )
-                        workers[index] = start(index)
+                        start(index)
                 show_new()
     except StoreAway:
         until = time.monotonic() + 2 * PATIENCE_SECONDS
@@ -160,7 +168,11 @@ def _child(work: Callable[[int, float], None], index: int, deadline: float, pare
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # killed before that, while this one imported
         raise SystemExit(INTERRUPTED)
-    work(index, deadline)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        work(index, deadline)
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager
