@@ -190,13 +190,13 @@ def _plan(config: Any) -> None:
 FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
 
 
-def _new(config: Any) -> Any:
+def _new(config: Any, is_begun: bool) -> Any:
     """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
     from kdnas.runs import free_name
 
     name = remembered() if EARLIER.deaths else free_name(config.root, config.name)
     remember(name)
-    log.info("Begun anew as %s.", name)
+    log.log(logging.INFO if is_begun else logging.DEBUG, "Begun anew as %s.", name)
     return dataclasses.replace(config, name=name)
 
 
@@ -212,6 +212,7 @@ def _run(args: Sequence[str]) -> None:
     config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW)
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
+    config = _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
     if flags["dry_run"]:
         _plan(config)
     elif flags["smoke"]:
@@ -220,7 +221,7 @@ def _run(args: Sequence[str]) -> None:
         command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
         console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
     else:
-        run(_new(config) if flags["force_new"] else config, _console())
+        run(config, _console())
 
 
 def _search(args: Sequence[str]) -> None:
@@ -230,7 +231,7 @@ def _search(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
-    config = _new(config) if flags["force_new"] else config
+    config = _new(config, not flags["dry_run"]) if flags["force_new"] else config
     if flags["dry_run"]:
         _plan(config)
     else:

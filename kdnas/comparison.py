@@ -338,6 +338,9 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     run.check_writable()
     config.trainer.check()
     tasks = list(_tasks(config))
+    names = [task.task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"Two tasks are called {twice[0]!r}: rename the folder of one.")
     if config.grid is not None:
         for task in tasks:
             task.for_choosing(config.grid.held_out)

@@ -1,5 +1,6 @@
 """The student as others use it: a Hugging Face folder with ONNX and int8 beside it, checked against each other."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,13 +13,14 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import family_of, leave_out_marks, max_length
+from kdnas.families import arch_of, family_of, leave_out_marks, max_length
 from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
@@ -26,6 +28,8 @@ from kdnas.quantize import Rows, random_rows, write_best_int8
 from kdnas.runs import file_sha256, new_folder, write_text
 from kdnas.sentence_export import Sentences, add_sentence_files
 
+# Attention scores of a batch, a GB of them in float32: longer rows are not compared.
+MOST_SCORES = 2**28
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
@@ -109,6 +113,11 @@ def slower_shapes(report: Mapping[str, Any]) -> list[str]:
     return [f"{row['batch']} x {row['length']}" for row in report["latency"] if row["int8_ms"] > row["onnx_ms"]]
 
 
+def is_classifier_config(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint of this config has a head for sequences."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
 def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
 
@@ -123,7 +132,9 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
         if lost:
             raise ValueError(f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences")
-        is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
+        is_classifier = is_classifier_config(config)
+        if is_classifier and config.problem_type == "multi_label_classification":
+            raise ValueError("it gives several labels at once: give a classifier of one")
         factory = AutoModelForSequenceClassification if is_classifier else AutoModel
         model, info = factory.from_pretrained(
             source,
@@ -160,8 +171,10 @@ def _check_parity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
     """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only)."""
     output, session = output_name(model), open_session(path)
     worst = 0.0
-    for length in _parity_lengths(max_length(model.config)):
-        for size in (1, 8):
+    heads = arch_of(model.config).num_attention_heads
+    longest = min(tokenizer.model_max_length, math.isqrt(MOST_SCORES // heads))
+    for length in _parity_lengths(longest):
+        for size in (1, 8) if 8 * heads * length**2 <= MOST_SCORES else (1,):
             lengths = [max(1, length - length * place // (2 * size)) for place in range(size)]
             batch = random_batch(model.config, lengths, tokenizer.model_input_names)
             with torch.inference_mode():

@@ -1,6 +1,7 @@
 """``kdnas export``, and the last stage of a run: which student, which rows, which words on the card."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from kdnas.card import sentence_lines
 from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
-from kdnas.export import export_student, load_student, slower_shapes, source_sha256
+from kdnas.export import export_student, is_classifier_config, load_student, slower_shapes, source_sha256
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.hub import refuse_away
 from kdnas.manifest import renew
@@ -25,6 +26,7 @@ from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
 from kdnas.signals import honest_signals
 
+MOST_TOKENS = 128  # of rows that graphs are compared on, where no fine-tuning says
 FORMATS = ("transformers", "sentence-transformers")
 
 MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
@@ -51,14 +53,15 @@ def export(config: ExportConfig, console: Console) -> Path:
         run = Run(config.root, config.run)
         source, folder, known = _source_of(run, is_sentences), run.student, read_yaml(run.config)
         teacher_name = teacher_name or (known["teacher"] if is_sentences else None)
-        card = _run_card(run)
+        card, cut = _run_card(run, is_sentences), known.get("finetune", {}).get("max_length", MOST_TOKENS)
+        split = {"seed": known["seed"], **{name: known["data"][name] for name in ("column", "held_out_fraction")}}
         task_name, text = config.task or (None if is_sentences else _task_of(run, known.get("task"))), config.text
         if not text and (is_sentences or not task_name):
             text = str(run.text) if known["text"] == QUICKSTART else known["text"]
     else:
         assert config.student is not None
         source, folder = Path(config.student), Path(f"{config.student.rstrip('/')}-export")
-        task_name, text = config.task, config.text
+        task_name, text, cut, split = config.task, config.text, config.length or MOST_TOKENS, {}
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
         card |= {"text": Path(text).name} if text else {}
     folder = Path(config.output) if config.output else folder
@@ -79,13 +82,16 @@ def export(config: ExportConfig, console: Console) -> Path:
         task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
     else:
         task = load_task(task_name) if task_name else None
-    corpus = load_corpus(text) if text else None
+    corpus = load_corpus(text, **({} if config.text else split)) if text else None
     sentences = _sentences(teacher, corpus, task) if is_sentences else None
     make_rows = None
     if sentences:
         make_rows = rows_of_texts(sentences.train, sentences.held_out)
     elif task:
-        make_rows = rows_of_task(task)
+        student, _ = load_student(source)
+        is_classifier = is_classifier_config(student.config)
+        task = task.for_classifier(student.config, str(source)) if is_classifier else task
+        make_rows = rows_of_task(task, cut, is_classifier)
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
@@ -167,14 +173,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
 
 
-def rows_of_task(task: LoadedTask) -> MakeRows:
-    """A task's rows, cut at 128 tokens as in fine-tuning."""
-    return lambda tokenizer: task_rows(task, tokenizer, min(128, tokenizer.model_max_length))
+def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeRows:
+    """A task's rows, cut as in fine-tuning."""
+    return lambda tokenizer: task_rows(task, tokenizer, min(length, tokenizer.model_max_length), is_scored)
 
 
 def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
     """Rows without labels."""
-    return lambda tokenizer: text_rows(train, held_out, tokenizer, min(128, tokenizer.model_max_length))
+    return lambda tokenizer: text_rows(train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length))
 
 
 def say(report: dict[str, Any], console: Console) -> None:
@@ -215,17 +221,17 @@ def _task_of(run: Run, name: str | None) -> str | None:
 
 
 def _teacher_words(teacher: str) -> dict[str, str]:
-    """On the card a folder goes by its name, and only the hub's names are links."""
-    if os.path.isdir(teacher):
+    """On the card a folder, also one that is gone, goes by its name, and only the hub's names are links."""
+    if os.path.isdir(teacher) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", teacher):
         return {"teacher": Path(teacher).resolve().name}
     return {"teacher": "all-MiniLM-L6-v2"} if teacher == QUICKSTART else {"teacher": teacher, "base_model": teacher}
 
 
-def _run_card(run: Run) -> dict[str, Any]:
+def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
     config = read_yaml(run.config)
     card: dict[str, Any] = {"name": run.name, **_teacher_words(config["teacher"]), "sections": {}}
     card["text"] = "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
-    if (run.glue / "results.json").exists():
+    if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
         results = read_json(run.glue / "results.json")
         row = results["models"]["student"]
         card["sections"]["Scores"] = {

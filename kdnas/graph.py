@@ -82,6 +82,7 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
             )
         assert program is not None
         for node in program.model.graph:
+            node.metadata_props.clear()  # paths of this machine, and more bytes than a small student
             before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
             if before is not None and before.op_type == "Add":
                 before.op_type = "Sum"

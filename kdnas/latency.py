@@ -100,7 +100,7 @@ class Latency:
 
     Args:
         median_ms: median, in milliseconds.
-        iqr_ms: interquartile range, in milliseconds.
+        iqr_ms: interquartile range, in milliseconds; the mean of those of batches, where they differ in length.
         num_runs: forward passes that were timed, each by itself.
         p95_ms: what 95 % of the passes stay below, in milliseconds.
         tokens_per_second: real tokens, without padding.
@@ -367,9 +367,10 @@ def _total(turns: Sequence[list[float]]) -> float:
 
 
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
-    """Quantiles over all passes; rates from the median of each batch."""
+    """Quantiles over all passes, the interquartile range within a batch; rates from the median of each batch."""
     seconds = np.array(times).reshape(-1, len(lengths))
-    low, median, high, most = np.percentile(1000 * seconds, (25, 50, 75, 95)).tolist()
+    median, most = np.percentile(1000 * seconds, (50, 95)).tolist()
+    low, high = np.percentile(1000 * seconds, (25, 75), axis=0).mean(1).tolist()
     cycle = float(np.median(seconds, 0).sum())
     num_tokens, num_rows = sum(map(sum, lengths)), sum(map(len, lengths))
     return Latency(median, high - low, len(times), most, num_tokens / cycle, num_rows / cycle)

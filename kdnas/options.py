@@ -123,6 +123,9 @@ def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None
         name, hint, value = f"{prefix}{field.name}", hints[field.name], values.get(field.name)
         if value is None and type(None) not in get_args(hint):
             raise UserError(f"{name} is null: give a value, or leave it out.")
+        whole = next((kind for kind in get_args(hint) if is_dataclass(kind)), None)  # which may be left out
+        if whole and isinstance(value, Namespace):
+            _refuse_null(whole, value, f"{name}.")  # type: ignore[arg-type]
         if is_dataclass(hint):
             if not isinstance(value, Namespace):
                 raise UserError(f"{name} is {value!r:.40}: give its keys, or leave it out.")

@@ -135,7 +135,7 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
             with timed("fine-tuning"):
                 _finetune(job, config.finetune, job.task, best)
         with timed("export"):
-            _export(job)
+            _export(job, config.finetune.max_length)
         with timed("report"):
             write_report(run, job.study)
             write_manifest(run.folder, _about(run))
@@ -388,12 +388,12 @@ def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: Stud
     write_json(folder / "results.json", {"task": about, "models": rows})
 
 
-def _export(job: Job) -> None:
+def _export(job: Job, max_length: int) -> None:
     if is_exported(job.run):
         job.console.print("Export: done.")
         return
     if job.task:
-        rows = rows_of_task(job.task)
+        rows = rows_of_task(job.task, max_length)
     else:
         corpus = job.data.read_corpus()
         rows = rows_of_texts(corpus.train, corpus.held_out)

@@ -352,4 +352,6 @@ def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[st
     generator = np.random.default_rng(0)
     lengths = generator.integers(4, max_length, size=2_000)
     drawn = [generator.integers(len(tokenizer), size=length) for length in lengths]
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn]
+    texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn)
+    # Bytes are tokens of some: a NUL is in no text, and a line's end begins another row.
+    return [" ".join(text.replace("\0", " ").split()) for text in texts]

@@ -39,8 +39,15 @@ class Rows:
     task: Task | None = None
 
 
-def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:
-    """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on."""
+def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True) -> Rows:
+    """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on.
+
+    Args:
+        task: whose.
+        tokenizer: the student's.
+        length: longer rows are cut.
+        is_scored: whether the student is a classifier of the task; an encoder's states alone are compared.
+    """
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
     choose = _sample(data.rows["train"], NUM_TO_CHOOSE_ON)
@@ -50,7 +57,8 @@ def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int)
         data.rows = dict.fromkeys(task.task.validations, rows)
         return [{name: value.numpy() for name, value in batch.items()} for batch in data.val_dataloader()[0]]
 
-    return Rows(batches(choose), batches(reported), f"{len(reported):,} validation rows of {task.task.name}", task.task)
+    name = f"{len(reported):,} validation rows of {task.task.name}"
+    return Rows(batches(choose), batches(reported), name, task.task if is_scored else None)
 
 
 def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:

@@ -47,6 +47,19 @@ def test_a_search_that_goes_on_has_one_curve_in_the_order_of_its_results(tmp_pat
     assert events.Scalars("search/reward")[0].wall_time == (NOON + timedelta(minutes=1)).timestamp()
 
 
+def test_exploration_falls_by_what_a_pruner_ended_too(tmp_path):
+    study = make_study()
+    add(study, 1, 2.0, 0.5, minutes=1)
+    attrs, state = trained(2, 1.0, 0.9, 0.1), TrialState.PRUNED
+    pruned = optuna.trial.create_trial(state=state, intermediate_values={0: 0.1}, user_attrs=attrs)
+    pruned.datetime_complete = NOON + timedelta(minutes=2)
+    study.add_trial(pruned)
+    add(study, 3, 3.0, 0.25, minutes=3)
+    with SearchBoard(tmp_path, lambda num_tried: 1 / num_tried) as board:
+        board(study)
+    assert scalars(tmp_path, "exploration_ratio") == [(1, 1), (2, 1 / 3)]
+
+
 def test_of_two_searches_in_one_folder_the_first_writes(tmp_path):
     study = make_study()
     add(study, 1, 2.0, 0.5, minutes=1)

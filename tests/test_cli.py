@@ -303,6 +303,18 @@ def test_force_new_takes_the_next_free_name_and_keeps_it_after_a_crash(
     assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas-3", "kdnas"]
 
 
+@pytest.mark.parametrize("look", ["--dry-run", "--smoke"])
+def test_force_new_counts_where_nothing_is_begun_too(
+    look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("kdnas.cli._plan", lambda config: names.append(config.name))
+    monkeypatch.setattr("kdnas.smoke.smoke", lambda config, console: names.append(config.name))
+    (tmp_path / "mine").mkdir()
+    assert main(["run", "--teacher=x", "--text=y", f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
+    assert names == ["mine-2"] and "Begun anew" not in caplog.text
+
+
 def test_under_torchrun_a_search_is_refused(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,6 +223,15 @@ def test_all_nine_tasks_are_fine_tuned(command, models, tmp_path, capsys):
     }
 
 
+def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, tmp_path, capsys):
+    for language in ("english", "german"):
+        write_task(tmp_path / language / "reviews", ("sentence",), num_rows=16)
+    own = [option for option in command if not option.startswith(("--task", "--data"))]
+    own += [f"--task={tmp_path / language / 'reviews'}" for language in ("english", "german")]
+    assert "Two tasks are called 'reviews': rename the folder of one." in refused(own, capsys)
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -168,6 +168,11 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         ("rows.jsonl", b'{"text": "one"}\n{"text": "a\\u0000"}\n', r"rows.jsonl' has the character '\\x00' in row 2"),
         ("rows.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n', r"has the character '\\ud800' in row 2"),
         ("rows.csv", b"body,id\none,1\n", r"rows.csv' has no column 'text' \(row 1\).*'body', 'id'"),
+        (
+            "rows.tsv",
+            b'id\ttext\n1\t"one.\n2\ttwo."\n',
+            r"rows.tsv' cannot be read at row 1 \(a text in quotes with a tab",
+        ),
         ("rows.tsv", b"body\tid\none\t1\n", r"rows.tsv' has no column 'text' \(row 1\).*'body', 'id'"),
         ("rows.jsonl", b'{"text": "one"}\n{"body": "two"}\n', r"no column 'text' \(row 2\).*'body'"),
         ("rows.jsonl", b"{}\n", r"no column 'text' \(row 1\).*none"),

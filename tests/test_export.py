@@ -30,9 +30,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+import kdnas.export
 from kdnas.arch import StudentArch
 from kdnas.errors import ParityError, UserError
-from kdnas.export import _parity_lengths, export_student, load_student, slower_shapes
+from kdnas.export import _check_parity, _parity_lengths, export_student, load_student, slower_shapes
 from kdnas.graph import write_onnx
 from kdnas.models import build_classifier, build_student, max_length, student_config
 
@@ -133,6 +134,8 @@ def test_the_folder_holds_the_model_twice_with_tokenizer_and_card(classifier):
     assert [(row["batch"], row["length"]) for row in report["latency"]][0] == (1, 16)
     assert all(row[name] > 0 for row in report["latency"] for name in ("torch_ms", "onnx_ms", "int8_ms"))
     assert 0 <= report["max_abs_difference"] <= 1e-4
+    for name in ("model.onnx", "model.int8.onnx"):
+        assert b"site-packages" not in (folder / name).read_bytes(), "where it was made is nobody's business"
     assert {path.name for path in folder.parent.iterdir()} == {"source", "student"}
 
 
@@ -283,6 +286,11 @@ def lose_head(source: Path) -> None:
     (source / "config.json").write_text(config)
 
 
+def give_several_labels(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+
+
 def tag_tokens(source: Path) -> None:
     AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
 
@@ -291,6 +299,7 @@ def tag_tokens(source: Path) -> None:
     ("spoil", "reason"),
     [
         (tag_tokens, "the head of BertForTokenClassification would be lost"),
+        (give_several_labels, "it gives several labels at once: give a classifier of one"),
         (remove_tokenizer, "has no tokenizer"),
         (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
         (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
@@ -311,6 +320,16 @@ def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(source: Path,
 def fast(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of ``source`` without the exporter's seconds."""
     monkeypatch.setattr("kdnas.export.write_onnx", lambda model, path, names: shutil.copy(graph, path))
+
+
+def test_rows_whose_attention_would_take_gigabytes_are_not_compared(graph: Path, source: Path, monkeypatch):
+    seen, batch = [], kdnas.export.random_batch
+    monkeypatch.setattr(kdnas.export, "MOST_SCORES", 2 * 20**2)  # of two heads
+    monkeypatch.setattr(kdnas.export, "random_batch", lambda *args: seen.append(args[1]) or batch(*args))
+    model, tokenizer = load_student(source)
+    _check_parity(model, tokenizer, graph, 1e-4)
+    assert max(map(max, seen)) == 20
+    assert max(max(lengths) for lengths in seen if len(lengths) == 8) == 5
 
 
 @pytest.mark.usefixtures("fast")

@@ -19,7 +19,7 @@ from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
 from kdnas.export import source_sha256
-from kdnas.export_job import is_exported
+from kdnas.export_job import _run_card, _teacher_words, is_exported
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, student_config
 from kdnas.runs import Run, new_folder, write_text
@@ -139,7 +139,8 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     ARCH.to_yaml(run / "best_student.yaml")
     latency = {"backend": "torch", "device": "cpu", "batch_size": 1, "length": 16, "lengths": None}
     task = str(task_folder(root / "colours"))
-    config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency}
+    config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency, "seed": 7}
+    config |= {"data": {"column": "body", "held_out_fraction": 0.25}, "finetune": {"max_length": 9}}
     (run / "config.yaml").write_text(json.dumps(config))
     models = {role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0} for role in ("teacher", "student", "random")}
     results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
@@ -147,12 +148,66 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     return run
 
 
+def test_rows_are_scored_where_the_student_has_their_classes(
+    student: Path, tiny_teacher: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{row},{('good', 'bad')[i % 2]}" for i, row in enumerate(make_rows(60, seed=5))]
+    write_text(tmp_path / "reviews.csv", "\n".join(["text,label", *rows]))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    data = [f"--data={tmp_path / 'reviews.csv'}", "--text-column=text"]
+
+    def labels(*names: str) -> list[int]:
+        """Of the validation rows, as a student with classes of these names is scored on them."""
+        model = build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH), len(names))
+        model.config.id2label = dict(enumerate(names))
+        model.save_pretrained(student)
+        assert main(["export", f"--student={student}", *data]) == 0
+        rows = exported[-1][2]["make_rows"](tokenizer)
+        assert rows.task.num_labels == len(names)
+        return [int(label) for batch in rows.report for label in batch["labels"]]
+
+    plain = labels("bad", "good")
+    assert sum(plain) not in (0, len(plain))
+    assert labels("LABEL_0", "LABEL_1") == plain
+    assert labels("GOOD", "Bad") == [1 - label for label in plain]
+    assert labels("awful", "bad", "fair", "good") == [1 + 2 * label for label in plain]
+    capsys.readouterr()
+    assert main(["export", f"--student={student}", f"--task={task_folder(tmp_path / 'colours')}"]) == 2
+    assert "has 4 outputs, and 'colours' needs 2: give the task that it was trained on" in capsys.readouterr().err
+    save_teacher(student)  # an encoder
+    assert main(["export", f"--student={student}", *data]) == 0
+    rows = exported[-1][2]["make_rows"](tokenizer)
+    assert rows.task is None and rows.name == "6 validation rows of reviews"
+
+
+def test_texts_of_a_run_are_split_as_it_split_them(student: Path, tmp_path: Path, exported, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(kdnas.export_job, "load_corpus", lambda text, **how: asked.append((text, how)))
+    run = save_run(tmp_path / "logs", student, "someone/bert")
+    config = json.loads((run / "config.yaml").read_text()) | {"task": None}
+    (run / "config.yaml").write_text(json.dumps(config))
+    export = ["export", "--run=mine", f"--root={tmp_path / 'logs'}"]
+    assert main(export) == main([*export, "--text=/other/rows.txt"]) == 0
+    how = {"seed": 7, "column": "body", "held_out_fraction": 0.25}
+    assert asked == [("/somewhere/rows.txt", how), ("/other/rows.txt", {})]
+
+
+def test_what_the_card_says_is_of_what_is_exported(student: Path, tmp_path: Path) -> None:
+    save_run(tmp_path / "logs", student, "someone/bert")
+    assert _run_card(Run(str(tmp_path / "logs"), "mine"), is_encoder=True)["sections"] == {}
+    assert _teacher_words("someone/bert")["base_model"] == "someone/bert"
+    for folder in ("/home/me/secret/bert", "./bert", "../x/bert", "a/b/bert"):  # which is no longer there
+        assert _teacher_words(folder) == {"teacher": "bert"}
+
+
 def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: Path, exported) -> None:
     run = save_run(tmp_path / "logs", student, "someone/bert")
     assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}"]) == 0
     source, folder, options = exported[0]
     assert (source, folder) == (run / "glue" / "student" / "model", run / "student")
-    assert options["make_rows"](AutoTokenizer.from_pretrained(student)).name == "16 validation rows of colours"
+    rows = options["make_rows"](AutoTokenizer.from_pretrained(student))
+    assert rows.name == "16 validation rows of colours"
+    assert max(batch["input_ids"].shape[1] for batch in rows.report) == 9, "as in fine-tuning"
     card = options["card"]
     assert (card["name"], card["base_model"], card["text"]) == ("mine", "someone/bert", "rows.txt")
     assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"

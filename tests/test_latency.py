@@ -82,7 +82,7 @@ def test_quantiles_are_those_of_single_passes():
     times = [value for i in range(10) for value in (0.001 * (i + 1), 0.011 + 0.001 * i)]
     latency = kdnas.latency._summary(times, [[3, 5], [7]])
     assert latency.median_ms == pytest.approx(10.5)
-    assert latency.iqr_ms == pytest.approx(9.5)
+    assert latency.iqr_ms == pytest.approx(4.5)  # within a batch: that one is longer is no noise
     assert latency.p95_ms == pytest.approx(19.05)
     assert latency.num_runs == 20
     assert latency.tokens_per_second == pytest.approx(15 / (0.0055 + 0.0155))

@@ -46,6 +46,24 @@ def test_a_large_file_gives_rows_of_four_places(suffix: str, small: None, tmp_pa
     assert quarters == ({0} if suffix == ".csv" else {0, 1, 2, 3})
 
 
+@pytest.mark.parametrize(("num_groups", "expected"), [(1, {0}), (2, {0, 2})])
+def test_no_row_of_a_parquet_of_few_groups_is_read_twice(num_groups, expected, small: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [f"row {number}" for number in NUMBERS]}), path, row_group_size=400 // num_groups)
+    rows, num_rows = some_rows(str(path), "text")
+    found = numbers_of(rows)
+    assert num_rows == 400 and len(found) == len(set(found)) == 40
+    assert {number // 100 for number in found} == expected
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_rows_of_several_lines_are_counted_once(suffix, small: None, tmp_path: Path) -> None:
+    rows = "".join(f'"row {number}{chr(10) * (suffix == ".csv") * 9}"\n' for number in NUMBERS)
+    path = write(tmp_path / f"rows{suffix}")
+    path.write_text("text\n" + rows)
+    assert some_rows(str(path), "text")[1] == pytest.approx(400, abs=2)
+
+
 def test_a_small_source_is_read_whole(tmp_path: Path) -> None:
     path = str(write(tmp_path / "rows.jsonl"))
     assert some_rows(path, "text") == (list(all_rows(path, "text")), 400)

@@ -93,6 +93,12 @@ def test_null_is_refused_where_it_is_no_value(text, name, asked, tmp_path, capsy
     assert asked == []
 
 
+def test_null_within_what_may_be_left_out_is_refused_too(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("model: [x]\ntask: [rte]\ngrid:\n  held_out:\n")
+    assert main(["glue", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert capsys.readouterr().err == "kdnas: grid.held_out is null: give a value, or leave it out.\n"
+
+
 @pytest.mark.parametrize("value", ["[]", "1"])
 def test_a_value_is_refused_where_keys_belong(value, asked, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"teacher: x\ntext: y\ndata: {value}\n")

@@ -28,6 +28,7 @@ from kdnas.nas.sampler import (
     SAMPLERS,
     LSTMSampler,
     PerTrialSeed,
+    lstm_of,
     make_pruner,
     make_sampler,
     turn_of,
@@ -450,6 +451,29 @@ def test_every_pruner_is_made(name):
     assert isinstance(make_pruner(name), optuna.pruners.BasePruner)
 
 
+@pytest.mark.parametrize("given", [{}, {"seed": 5}])
+def test_a_sampler_in_another_draws_by_the_seed_of_the_trial(given):
+    inner = {"class_path": "optuna.samplers.RandomSampler", "init_args": given}
+    fixed = {
+        "class_path": "optuna.samplers.PartialFixedSampler",
+        "init_args": {"fixed_params": {"x": 7}, "base_sampler": inner},
+    }
+
+    def draw(seed: int, spec: dict = fixed) -> list[float]:
+        study = optuna.create_study(sampler=make_sampler(spec, seed))
+        study.optimize(lambda trial: trial.suggest_float("y", 0, 1), n_trials=3)
+        return [trial.params["y"] for trial in study.trials]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert len(set(draw(1))) == 3, "each trial has a seed of its own"
+
+
+def test_a_short_name_takes_arguments_as_a_class_path_does():
+    assert lstm_of({"class_path": "lstm", "init_args": {"num_candidates": 3}}).num_candidates == 3
+    median = make_pruner({"class_path": "median", "init_args": {"n_warmup_steps": 2}})
+    assert (median._n_startup_trials, median._n_warmup_steps) == (4, 2)
+
+
 def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
     median = {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 0}}
     patient = {"class_path": "optuna.pruners.PatientPruner", "init_args": {"wrapped_pruner": median, "patience": 0}}
@@ -503,6 +527,7 @@ def test_a_trial_tried_again_takes_no_turn_under_hyperband_either():
         (make_sampler, "tpee", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe"),
         (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
         (make_sampler, {"init_args": {}}, "There is no sampler None"),
+        (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),
         (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}}, "TPESampler does not take"),

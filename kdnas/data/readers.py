@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None
     found: list[tuple[str | None, str | None]] = []
     num_places = PLACES // len(some)
     for path in some:
-        places = 1 if path.suffix.lower() in (".csv", ".tsv") else num_places
+        places = min(num_places, _num_starts(path))
         for place in range(places):
             rows_here = max(1, min(MOST_ROWS, num_rows) // (len(some) * places))
             name = f"{path} from {place / places:.0%} on" if place else str(path)
@@ -139,7 +141,24 @@ def _count(path: Path) -> int:
             return 0
     with path.open("rb") as file:
         head = file.read(_COUNTED_BYTES)
-    return round(head.count(b"\n") * path.stat().st_size / max(1, len(head)))
+    num_rows = head.count(b"\n")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        with suppress(csv.Error), _long_fields():  # a text may have several lines
+            table = io.StringIO(head.decode("utf-8", "replace"), newline="")
+            num_rows = sum(1 for _ in csv.reader(table, delimiter=_delimiter(path)))
+    return round(num_rows * path.stat().st_size / max(1, len(head)))
+
+
+def _num_starts(path: Path) -> int:
+    """At how many places reading can begin: a csv's rows may have several lines, and of a parquet groups are read."""
+    match path.suffix.lower():
+        case ".csv" | ".tsv":
+            return 1
+        case ".parquet":
+            with suppress(pa.ArrowException, OSError):  # reading it says why
+                return max(1, int(pq.read_metadata(path).num_row_groups))
+            return 1
+    return PLACES
 
 
 def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[tuple[str | None, str | None]]:
@@ -198,13 +217,26 @@ def _jsonl(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)  # a row may be longer than the module's 131,072 characters
-    try:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with _long_fields():
+        delimiter = _delimiter(path)
         for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
             if None in row:
                 raise ValueError("more fields than the header: a delimiter inside a text needs quotes")
+            if delimiter == "\t" and any("\t" in value or "\n" in value for value in row.values() if value):
+                raise ValueError("a text in quotes with a tab or a line's end in it: if a quote is text, give jsonl")
             yield row
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A text may be longer than the module's 131,072 characters."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
     finally:
         csv.field_size_limit(limit)
 

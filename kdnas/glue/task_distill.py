@@ -1,9 +1,7 @@
 """Task distillation: a classifier learns from a fine-tuned teacher, on the task's own rows."""
 
 import itertools
-import logging
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +13,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.errors import UserError, first_line
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
-from kdnas.glue.tasks import Task
+from kdnas.glue.tasks import Task, class_order, warn_of_names
 from kdnas.models import Reads, find_teacher, refuse_other_inputs
-
-log = logging.getLogger(__name__)
 
 # Enough tokens for a map between two widths; the start takes a second.
 _BATCHES_TO_BEGIN_WITH = 32
@@ -175,11 +171,6 @@ def _last_state(answer: Any) -> Tensor:
     return answer.hidden_states[-1]
 
 
-def _plain(name: str) -> str:
-    """A class's name without what people write differently: ``NOT-ENTAILMENT`` is ``not_entailment``."""
-    return re.sub(r"[\s_-]+", " ", name).casefold()
-
-
 def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedModel:
     """A teacher that was fine-tuned on a task, in eval mode and frozen.
 
@@ -201,20 +192,14 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
             f"The teacher {source!r} has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
             "take one that was fine-tuned on it."
         )
-    ours, theirs = ([_plain(name) for name in found] for found in (task.label_names, names))
-    if sorted(ours) == sorted(theirs) and ours != theirs:
+    order = class_order(task, names)
+    if order and order != sorted(order):
         raise UserError(
             f"The teacher {source!r} has the classes {', '.join(names)}, and {task.name!r} has "
             f"{', '.join(task.label_names)}: take one with the same order."
         )
-    if ours and sorted(ours) != sorted(theirs) and not all(name.startswith("LABEL_") for name in names):
-        log.warning(
-            "The classes of the teacher %r are called %s: they are taken for %s of %r, in this order.",
-            source,
-            ", ".join(names),
-            ", ".join(task.label_names),
-            task.name,
-        )
+    if order is None:
+        warn_of_names(task, names, source)
     for student in students:
         refuse_other_inputs(student, found)
     try:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +18,8 @@ import pyarrow.parquet as pq
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.glue.rows import Columns, find_file, in_turn, part, read_table
 from kdnas.hub import looked_in, refuse_away
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,33 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _TABLE}
 _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
+def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
+    """For each class of a task its place among a classifier's, by its name in whatever spelling.
+
+    Returns:
+        None where one of them has no name there.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT is not_entailment
+
+    places = {plain(name): place for place, name in enumerate(names)}
+    found = [places.get(plain(name), -1) for name in task.label_names]
+    return found if found and min(found) >= 0 else None
+
+
+def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
+    """Say that classes are taken by their order, where they have names on both sides, and these are unrelated."""
+    if task.label_names and not all(name.startswith("LABEL_") for name in names):
+        log.warning(
+            "The classes of %r are called %s: they are taken for %s of %r, in this order.",
+            source,
+            ", ".join(names),
+            ", ".join(task.label_names),
+            task.name,
+        )
+
+
 @dataclass(frozen=True)
 class LoadedTask:
     """A task with its rows.
@@ -106,6 +137,34 @@ class LoadedTask:
     def sha256(self) -> str:
         """Hash of all rows in their order, the same for every place that they are loaded from."""
         return hashlib.sha256(json.dumps([self.train, *self.validations.values()]).encode()).hexdigest()
+
+    def for_classifier(self, config: Any, source: str) -> "LoadedTask":
+        """The same rows, their labels numbered as a classifier numbers its classes.
+
+        Args:
+            config: the classifier's.
+            source: its name.
+
+        Raises:
+            UserError: it has another number of classes, and not these among them.
+        """
+        names = [str(config.id2label[label]) for label in range(config.num_labels)]
+        order = class_order(self.task, names)
+        if order is None and config.num_labels != self.task.num_labels:
+            raise UserError(
+                f"The student {source!r} has {config.num_labels} outputs, and {self.task.name!r} needs "
+                f"{self.task.num_labels}: give the task that it was trained on."
+            )
+        if order is None:
+            warn_of_names(self.task, names, source)
+        if order is None or order == list(range(len(names))):
+            return self
+        task = replace(self.task, num_labels=len(names), label_names=tuple(names))
+        splits = {
+            split: {**rows, "label": [order[label] for label in rows["label"]]}
+            for split, rows in {"train": self.train, **self.validations}.items()
+        }
+        return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
         """The training rows alone, a share of them held out to be scored: to choose settings on.

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
-from kdnas.nas.record import Study, trained
+from kdnas.nas.record import Study, trained, tried
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
 
@@ -54,13 +55,15 @@ class SearchBoard:
         """Write what the study has that was not written."""
         if self._writer is None:
             return
+        ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
         ended = [(trial.datetime_complete, trial) for trial in trained(study) if trial.number not in self._written]
         for time, trial in sorted(ended, key=lambda pair: (pair[0], pair[1].number)):
             self._written.add(trial.number)
             self._best = max(self._best, trial.value or 0.0)
             values = {"reward": trial.value or 0.0, "best_reward": self._best}
             if self.exploration:
-                values["exploration_ratio"] = self.exploration(len(self._written))
+                num_tried = sum(end <= (time or datetime.max) for end in ends)  # with those that a pruner ended
+                values["exploration_ratio"] = self.exploration(num_tried)
             for name, value in values.items():
                 self._writer.add_scalar(f"search/{name}", value, len(self._written), time and time.timestamp())
         frame, best = trials_frame(study), best_trial(study)

@@ -258,8 +258,7 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
     seed = arguments.pop("seed", seed)  # not of each trial: all would propose the same
 
     def make(trial_seed: int) -> BaseSampler:
-        seeded = {"seed": trial_seed} if "seed" in inspect.signature(found).parameters else {}
-        return _make(found, seeded | arguments, "sampler")
+        return _make(found, arguments, "sampler", trial_seed)
 
     make(seed)  # what is wrong shows now, not at the first trial
     return PerTrialSeed(make, seed)
@@ -282,15 +281,16 @@ def make_pruner(spec: Spec) -> BasePruner:
 
 
 def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> tuple[type[Any], dict[str, Any]]:
-    if isinstance(spec, str):
-        spec = known.get(spec, spec)
-    if isinstance(spec, str):
-        spec = {"class_path": spec}
+    spec = {"class_path": spec} if isinstance(spec, str) else spec
     path, arguments = spec.get("class_path"), spec.get("init_args") or {}
+    if isinstance(short := known.get(path, path) if isinstance(path, str) else path, Mapping):
+        path, arguments = short["class_path"], {**short.get("init_args", {}), **arguments}
+    else:
+        path = short
     module, _, name = str(path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         hint = nearest(path, known, always_list=True)
         raise UserError(f"There is no {kind} {path!r}: give a class path, or a short name.{hint}") from error
     is_one = isinstance(found, type) and issubclass(found, base)
@@ -299,11 +299,14 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
     return found, dict(arguments)
 
 
-def _make(found: type[Any], arguments: dict[str, Any], kind: str) -> Any:
+def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | None = None) -> Any:
+    if seed is not None and "seed" in inspect.signature(found).parameters:
+        given = arguments.get("seed")  # of one in another; the same for each trial it would make all of them equal
+        arguments = arguments | {"seed": seed if given is None else seed_of(seed, given)}
     known, base = (SAMPLERS, BaseSampler) if kind == "sampler" else (PRUNERS, BasePruner)
     for name, value in arguments.items():  # some are wrapped around another
         if isinstance(value, Mapping) and "class_path" in value:
-            arguments = arguments | {name: _make(*_find(value, known, base, kind), kind)}
+            arguments = arguments | {name: _make(*_find(value, known, base, kind), kind, seed)}
     try:
         return found(**arguments)
     except Exception as error:  # each class refuses in its own way
