@@ -264,6 +264,30 @@ def test_a_twin_is_answered_from_the_record_and_not_evaluated_again(study, end):
     assert [trial.number for trial in trained(study) if arch_of(trial) == ONE] == ([0] if end is end_well else [])
 
 
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_a_kill_while_a_twin_is_answered_changes_no_order(moment, study, url, request, monkeypatch):
+    name = f"{request.node.name} whole"
+    whole = open_study(url, name, {"seed": 0})
+    for one in (whole, study):
+        for arch in (ONE, ONE):
+            one.enqueue_trial(arch.to_dict())
+    search(Recorded(), SPACE, whole, n_trials=4)
+
+    def die(trial, twin, answer=kdnas.nas.search.answer):
+        if moment == "within":
+            answer(trial, twin)
+        raise SystemExit  # nobody hears of it
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(kdnas.nas.search, "answer", die)
+        search(Recorded(), SPACE, study, n_trials=4)
+    assert states(study) == ["COMPLETE", "RUNNING"]
+    study = open_study(url, request.node.name, {"seed": 0})
+    search(Recorded(), SPACE, study, n_trials=4)
+    ends = [[(t.params, t.value) for t in one.trials if t.value is not None] for one in (whole, study)]
+    assert ends[0] == ends[1] and len(ends[0]) > 4
+
+
 def test_after_a_twin_comes_one_that_the_study_does_not_know(study):
     evaluate = Recorded()
     for arch in (ONE, ONE, TWO, TWO):

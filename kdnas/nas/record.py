@@ -5,7 +5,7 @@ import hashlib
 import optuna
 from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed
@@ -104,15 +104,15 @@ def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     return twin.value
 
 
-def queue_unseen(study: Study, space: SearchSpace, turn: int) -> None:
-    """Put an architecture that the study does not know next in the queue, the same one for the same turn."""
-    if any(trial.user_attrs.get("queued_for") == turn for trial in study.get_trials(deepcopy=False)):
-        return  # by this trial, before its process died
+def unseen(study: Study, space: SearchSpace, turn: int) -> FrozenTrial | None:
+    """A trial to be queued, of an architecture that the study does not know, the same one for the same turn."""
     known = [trial.user_attrs["arch"] for trial in settled(study)]
-    unseen = [arch for arch in space if arch.to_dict() not in known]
+    found = [arch for arch in space if arch.to_dict() not in known]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
-    unseen = [arch for arch in unseen if arch.to_dict() not in taken]
-    if unseen:
-        draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
-        study.enqueue_trial(unseen[draw % len(unseen)].to_dict(), user_attrs={"queued_for": turn})
+    found = [arch for arch in found if arch.to_dict() not in taken]
+    if not found:
+        return None
+    draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
+    system_attrs = {"fixed_params": found[draw % len(found)].to_dict()}
+    return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs={"queued_for": turn})

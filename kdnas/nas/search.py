@@ -25,11 +25,11 @@ from kdnas.nas.record import (
     failure_of,
     find_twin,
     is_complete,
-    queue_unseen,
     rivals,
     seen,
     trained,
     tried,
+    unseen,
 )
 from kdnas.nas.sampler import make_sampler, turn_of
 from kdnas.nas.space import SearchSpace
@@ -254,7 +254,9 @@ def search(
             trial.set_user_attr("arch", arch.to_dict())
             twin, others = find_twin(study, arch), rivals(study, arch, trial.number)
             if twin is not None or others:
-                queue_unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
+                _queue_at_its_end(
+                    study, trial, unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
+                )
             if twin is not None:
                 return answer(trial, twin)
             if others:
@@ -361,6 +363,14 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
             store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
             trial.set_user_attr("failed", _interrupted(stop))
         raise
+
+
+def _queue_at_its_end(study: Study, trial: optuna.Trial, successor: FrozenTrial | None) -> None:
+    """Queue a trial at the instant at which another ends: a kill leaves both to be done, in this order, or none."""
+    if successor is not None and (store := _store(study)) is not None:
+        store.successors[trial._trial_id] = successor
+    elif successor is not None:
+        study.add_trial(successor)
 
 
 def _store(study: Study) -> PatientStorage | None:

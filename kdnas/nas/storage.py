@@ -134,7 +134,7 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], **options: Any) -> None:
         self.successor = successor
-        self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial fails
+        self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
@@ -162,7 +162,7 @@ class PatientStorage(RDBStorage):
     _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
 
     # A trial runs and has the number of its process at the same instant, so whoever finds it knows whether it is alive.
-    # One that fails and is tried again is queued at the same instant, so it is never lost, nor tried by two.
+    # What is to follow one that ends is queued at the same instant, so it is never lost, nor tried by two.
 
     @_patient
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
@@ -181,15 +181,15 @@ class PatientStorage(RDBStorage):
             except BaseException:
                 session.rollback()
                 raise
-        if state == TrialState.FAIL and trial_id in self.successors:
+        if state.is_finished() and trial_id in self.successors:
             session = self.scoped_session()
             try:
                 # Locked before it is read, so of two that end it at once one finds it ended. To say so Optuna reads the
                 # trial in this session, which commits what is in it: there must be nothing.
-                failed: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-                if not failed.state.is_finished():
-                    models.StudyModel.find_or_raise_by_id(failed.study_id, session, for_update=True)
-                    self._get_prepared_new_trial(failed.study_id, self.successors[trial_id], session)
+                ended: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                if not ended.state.is_finished():
+                    models.StudyModel.find_or_raise_by_id(ended.study_id, session, for_update=True)
+                    self._get_prepared_new_trial(ended.study_id, self.successors[trial_id], session)
             except BaseException:
                 session.rollback()
                 raise
