@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, ParityError, UserError, nearest
+from kdnas.errors import CandidateFailed, ParityError, UserError, nearest, tell
 from kdnas.pages import completion, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return supervise(partial(_exit_code, args))
         return _exit_code(args)
     except UserError as error:
-        print(f"kdnas: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 
@@ -84,19 +84,19 @@ def _exit_code(args: list[str]) -> int:
     try:
         COMMANDS[args[0]](args[1:])
     except UserError as error:
-        print(f"kdnas: {error}", file=sys.stderr)
+        tell(str(error))
         log.debug("where it was found:", exc_info=error)
         return 2
     except (CandidateFailed, ParityError) as error:
-        print(f"kdnas: {error}", file=sys.stderr)
+        tell(str(error))
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
         from kdnas.runs import room
 
-        print(f"kdnas: {error}{room(error)}{_goes_on(args)}", file=sys.stderr)
+        tell(f"{error}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
-        print(f"kdnas: interrupted{_goes_on(args)}", file=sys.stderr)
+        tell(f"interrupted{_goes_on(args)}")
         return 143 if type(stop).__name__ == "Terminated" else 130
     return 0
 

@@ -1,7 +1,9 @@
 """The kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -14,6 +16,12 @@ class CandidateFailed(RuntimeError):
 
 class ParityError(RuntimeError):
     """A file of an export does not compute what the model computes: nothing is exported (exit code 1)."""
+
+
+def tell(message: str) -> None:
+    """The one line on stderr; where nothing can be written there either, the exit code must do."""
+    with suppress(OSError):
+        print(f"kdnas: {message}", file=sys.stderr)
 
 
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdnas.errors import tell
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -90,7 +92,7 @@ def supervise(command: Callable[[], int]) -> int:
             return code
         if asked or not _at_candidate[0]:
             what = "interrupted" if asked else f"the process died ({cause(code)})"
-            print(f"kdnas: {what}; the same command goes on from here.", file=sys.stderr)
+            tell(f"{what}; the same command goes on from here.")
             return (130 if asked[0] == signal.SIGINT else 143) if asked else 1
         log.warning("The process died (%s) with its candidate; the search goes on in another.", cause(code))
         _at_candidate[0] = 0

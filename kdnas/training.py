@@ -9,9 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,16 +140,20 @@ def one_error(folder: Path) -> Iterator[None]:
     Args:
         folder: that it writes to, of which its error says nothing.
     """
-    say = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else say(args)
+    if getattr(threading.excepthook, "func", None) is not _say_but_of_writers:
+        # For good: the thread may end after this.
+        threading.excepthook = partial(_say_but_of_writers, threading.excepthook)
     try:
         yield
     except OSError as error:
         if error.errno and error.filename is None:
             error.filename = str(folder)
         raise
-    finally:
-        threading.excepthook = say
+
+
+def _say_but_of_writers(say: Callable[[Any], object], args: Any) -> None:
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        say(args)
 
 
 def fit_resumable(

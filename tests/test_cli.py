@@ -1,5 +1,7 @@
 """The command line: what it teaches, and the one line that bad input gets."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -194,6 +196,15 @@ def test_a_misspelt_option_is_refused_before_torch_is_imported(command: str, mis
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
+
+
+def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    assert main(["searh"]) == 2
 
 
 def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

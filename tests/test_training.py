@@ -1,8 +1,10 @@
+import errno
 import gc
 import os
 import resource
 import signal
 import tempfile
+import threading
 import time
 import weakref
 
@@ -23,6 +25,7 @@ from kdnas.training import (
     TrainerSettings,
     fit,
     make_trainer,
+    one_error,
     refuse_strategy,
     settled_memory,
 )
@@ -350,3 +353,24 @@ def test_what_is_there_already_is_not_looked_through_and_garbage_made_within_is_
     finally:
         if tests_own:
             gc.freeze()
+
+
+def test_a_writer_that_fails_after_all_is_told_in_no_traceback(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    for _ in range(2):
+        with one_error(tmp_path):
+            pass
+
+    class _AsyncWriterThread(threading.Thread):  # TensorBoard's, by its name
+        def run(self) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    class Another(_AsyncWriterThread):
+        pass
+
+    for kind in (_AsyncWriterThread, Another):
+        thread = kind()
+        thread.start()
+        thread.join()
+    assert [type(args.thread) for args in told] == [Another]
