@@ -1413,6 +1413,7 @@ def main(args: Sequence[str] | None = None) -> int:
     wanted = [name for name in options.only.split(",") if name]
     if unknown := set(wanted) - FAULTS.keys() - NOT_HERE.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}; choose from {', '.join([*FAULTS, *NOT_HERE])}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, and theirs, deaf to it
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
