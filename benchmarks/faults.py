@@ -1225,7 +1225,7 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
         _, error = process.returncode, kill_all(process)
         row.tried += 1
         row.fault("undetected", error, "Traceback" in error)
-        finished = len(bench.acknowledged(name))
+        finished = sum(t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs for t in bench.trials(name))
         row.fault("lost", f"no progress after {finished} trials", finished <= known and process.returncode != 0)
         known = finished
         if process.returncode == 0 or time.monotonic() > start + 600:
@@ -1239,9 +1239,11 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
 # A worker of a study whose candidates take a moment; it writes down what it has finished.
 SHORT = """
 import sys, time
+import optuna
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a traceback, of a trial that is not needed
 url, path, n_trials, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 space = SearchSpace({
     "num_hidden_layers": list(range(1, 13)), "num_attention_heads": [1, 2], "hidden_size": [32, 64],
