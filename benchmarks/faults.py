@@ -1100,7 +1100,8 @@ def wrong_clock(bench: Bench, row: Row, library: Path, steps: Sequence[str], num
     process = bench.start(bench.search(name, f"--workers={num_workers}"), environment=fake)
     bench.wait_for_candidate(process, name)
     for step in itertools.cycle(steps) if steps[0] != "+0" else itertools.chain(steps, itertools.repeat(steps[-1])):
-        clock_file.write_text(f"{step}\n")
+        clock_file.with_suffix(".new").write_text(f"{step}\n")
+        clock_file.with_suffix(".new").replace(clock_file)  # libfaketime may read it at any instant
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.7)
             break

@@ -118,7 +118,9 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
         signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        raise SystemExit(command())
+        code = command()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback
+        raise SystemExit(code)
     os.close(tell)
 
     def pass_on(number: int, frame: Any) -> None:
