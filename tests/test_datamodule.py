@@ -1,6 +1,7 @@
 import copy
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
-from kdnas.data.loader import LengthGroupedBatches
+from kdnas.data.loader import LengthGroupedBatches, outlive_signals
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
@@ -458,3 +459,13 @@ def test_rows_go_to_other_processes_without_their_open_files_and_outlive_their_n
 
 def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):
     assert isinstance(data.train_dataloader().sampler, DistributedSampler)
+
+
+def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_imported(monkeypatch):
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        outlive_signals(0)
