@@ -13,14 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import arch_of, family_of, leave_out_marks, max_length
+from kdnas.families import arch_of, family_of, has_classifier, leave_out_marks, max_length
 from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
@@ -113,11 +112,6 @@ def slower_shapes(report: Mapping[str, Any]) -> list[str]:
     return [f"{row['batch']} x {row['length']}" for row in report["latency"] if row["int8_ms"] > row["onnx_ms"]]
 
 
-def is_classifier_config(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint of this config has a head for sequences."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
-
-
 def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
 
@@ -132,16 +126,15 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
         if lost:
             raise ValueError(f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences")
-        is_classifier = is_classifier_config(config)
-        if is_classifier and config.problem_type == "multi_label_classification":
+        if has_classifier(config) and config.problem_type == "multi_label_classification":
             raise ValueError("it gives several labels at once: give a classifier of one")
-        factory = AutoModelForSequenceClassification if is_classifier else AutoModel
+        factory = AutoModelForSequenceClassification if has_classifier(config) else AutoModel
         model, info = factory.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
             **here,
-            **({} if is_classifier else family_of(config).build),
+            **({} if has_classifier(config) else family_of(config).build),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
@@ -168,7 +161,10 @@ def _parity_lengths(longest: int) -> list[int]:
 
 
 def _check_parity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float) -> float:
-    """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only)."""
+    """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only).
+
+    Up to the longest rows that are read, or whose attention fits into memory.
+    """
     output, session = output_name(model), open_session(path)
     worst = 0.0
     heads = arch_of(model.config).num_attention_heads

@@ -15,7 +15,8 @@ from kdnas.card import sentence_lines
 from kdnas.config import ExportConfig
 from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
 from kdnas.errors import UserError, first_line, nearest
-from kdnas.export import export_student, is_classifier_config, load_student, slower_shapes, source_sha256
+from kdnas.export import export_student, load_student, slower_shapes, source_sha256
+from kdnas.families import has_classifier
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.hub import refuse_away
 from kdnas.manifest import renew
@@ -89,9 +90,9 @@ def export(config: ExportConfig, console: Console) -> Path:
         make_rows = rows_of_texts(sentences.train, sentences.held_out)
     elif task:
         student, _ = load_student(source)
-        is_classifier = is_classifier_config(student.config)
-        task = task.for_classifier(student.config, str(source)) if is_classifier else task
-        make_rows = rows_of_task(task, cut, is_classifier)
+        is_scored = has_classifier(student.config)
+        task = task.for_classifier(student.config, str(source)) if is_scored else task
+        make_rows = rows_of_task(task, cut, is_scored)
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)

@@ -260,6 +260,11 @@ def marks_pairs(config: PreTrainedConfig) -> bool:
     return getattr(config, "type_vocab_size", 0) > 1
 
 
+def has_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint of this config has a head for sequences."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
 def leave_out_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Make a tokenizer give no ``token_type_ids`` where the model has no use for them, or refuses them."""
     if not marks_pairs(config):

@@ -102,32 +102,32 @@ def supervise(command: Callable[[], int]) -> int:
 
 def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
     """One child: its process number, its exit code, and the signals that this process got meanwhile."""
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
+    hears, says = os.pipe()
+    os.set_blocking(says, False)
     asked: list[int] = []
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is clear who handles them
     pid = os.fork()
     if pid == 0:
-        os.close(told)
+        os.close(hears)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends with its parent
         if os.getppid() != parent:
             os._exit(1)
         # The parent sees which signals have come here, even while native code keeps Python from handling them.
-        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(says, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = command()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback
         raise SystemExit(code)
-    os.close(tell)
+    os.close(says)
 
     def pass_on(number: int, frame: Any) -> None:
         asked.append(number)
         end = time.monotonic() + WAIT_SECONDS
-        while select.select([told], [], [], max(0, end - time.monotonic()))[0]:
-            if os.read(told, 1) in (b"", bytes([number])):  # it has ended, or knows
+        while select.select([hears], [], [], max(0, end - time.monotonic()))[0]:
+            if os.read(hears, 1) in (b"", bytes([number])):  # it has ended, or knows
                 return
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -140,4 +140,4 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(told)
+        os.close(hears)

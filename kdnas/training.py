@@ -241,7 +241,7 @@ class ClipFusedGradients(pl.LightningModule):
         """Look at the precision before anything is computed.
 
         Raises:
-            UserError: it scales the gradients.
+            UserError: it computes in float16.
         """
         plugin: Any = self.trainer.precision_plugin
         # In float16 throughout nothing scales them, and the smallest numbers are 0.

@@ -290,6 +290,12 @@ def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_its_end(
     assert json.loads((run / "manifest.json").read_text())["gpu"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_dry_run_on_a_gpu_measures_students_that_start_on_the_cpu(command: list[str]) -> None:
+    assert main([*command, "--trainer.accelerator=gpu", "--dry-run"]) == 0
+
+
 def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -532,6 +532,7 @@ def test_a_trial_tried_again_takes_no_turn_under_hyperband_either():
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}}, "TPESampler does not take"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": [1]}, "is no sampler"),
+        (make_sampler, {"class_path": "tpe", "init_args": [1]}, "is no sampler"),
         (make_pruner, "medium", "There is no pruner 'medium'"),
         (make_pruner, {"class_path": "optuna.pruners.PercentilePruner"}, "PercentilePruner does not take"),
     ],

@@ -112,6 +112,17 @@ def test_a_signal_comes_once(send, tmp_path):
     assert seen(notes) == ["begun", "ready", "told SIGTERM", "told SIGINT", "ended"]
 
 
+def test_a_second_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path):
+    notes = tmp_path / "notes"
+    body = "import atexit\natexit.register(lambda: note('ends') or time.sleep(20))\nnote('ready')\ntime.sleep(60)"
+    process = subprocess.Popen(program(body, notes), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    for moment in ("ready", "ends"):
+        wait_for(notes, moment)
+        os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=15)
+    assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
+
+
 def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
     notes = tmp_path / "notes"
     body = "note('ready')\ntime.sleep(60)"

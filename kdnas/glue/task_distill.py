@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.errors import UserError, first_line
+from kdnas.families import has_classifier
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
 from kdnas.glue.tasks import Task, class_order, warn_of_names
 from kdnas.models import Reads, find_teacher, refuse_other_inputs
@@ -183,7 +184,7 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
         UserError: there is none, it has no trained head for this task, or it reads text in another way.
     """
     found = find_teacher(source)
-    if not any("ForSequenceClassification" in name for name in found.config.architectures or ()):
+    if not has_classifier(found.config):
         raise UserError(f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}.")
     config: Any = found.config
     names = [str(config.id2label[i]) for i in range(config.num_labels)]

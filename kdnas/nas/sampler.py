@@ -283,11 +283,9 @@ def make_pruner(spec: Spec) -> BasePruner:
 def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> tuple[type[Any], dict[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     path, arguments = spec.get("class_path"), spec.get("init_args") or {}
-    if isinstance(short := known.get(path, path) if isinstance(path, str) else path, Mapping):
-        path, arguments = short["class_path"], {**short.get("init_args", {}), **arguments}
-    else:
-        path = short
-    module, _, name = str(path).rpartition(".")
+    short = known.get(path, path) if isinstance(path, str) else path
+    short = short if isinstance(short, Mapping) else {"class_path": short}
+    module, _, name = str(short["class_path"]).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
@@ -296,7 +294,7 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args.")
-    return found, dict(arguments)
+    return found, {**short.get("init_args", {}), **arguments}
 
 
 def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | None = None) -> Any:
