@@ -34,10 +34,12 @@ from kdnas.manifest import verify
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # What a search tells of each trial that it has stored, and names of files that are not finished.
 TOLD = re.compile(r"^trial +(\d+) .* reward (\S+), \d+ s$", re.MULTILINE)
+# What tracebacks end with; a worker tells that of a disk or a database that failed, which is no defect.
+RAISED = re.compile(r"^Traceback .*\n(?:[ \t].*\n)+(?!OSError|kdnas.nas.storage.StoreAway)(\S.*)", re.MULTILINE)
 TEMPORARY = re.compile(r"\..*|.*\.(tmp|incomplete|partial)")
 # Starts of students that are written down, or that kill or fill their process for some shapes, as the environment says.
 HOOKS = """
-import ctypes, json, os, resource
+import ctypes, json, os, resource, time
 from pathlib import Path
 from kdnas.nas import storage
 from kdnas.student_init import FromTeacher
@@ -61,6 +63,8 @@ class Deadly(Told):
         if way and (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 16):
             if way == "crash":
                 ctypes.string_at(0)
+            if way == "hang":
+                time.sleep(10_000)
             limits = resource.getrlimit(resource.RLIMIT_AS)
             if way == "limit":
                 resource.setrlimit(resource.RLIMIT_AS, (memory(0) + (256 << 20), limits[1]))
@@ -322,6 +326,9 @@ class Bench:
         self.check_files(row, name)  # I4
         self.check_processes(row, name)  # I5
         row.fault("undetected", error, "Traceback" in error)  # I6
+        logs = [path.read_text(errors="replace") for path in (self.logs / name).glob("worker_*.log")]
+        raised = [what for log in logs for what in RAISED.findall(log)]
+        row.fault("undetected", f"a worker's log: {raised}", bool(raised))
         mine = self.story(name)  # I7; several workers propose in an order of their own
         wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]
         row.fault("unequal", wrong or mine, bool(wrong) or (one and mine != self.story(self.reference)))
@@ -421,10 +428,15 @@ class Postgres:
     def stop(self) -> None:
         self.call("pg_ctl", "--mode=immediate", f"--pgdata={self.folder}/data", "stop")
 
-    def cut(self) -> None:
-        """All connections, those that are idle in a training too."""
-        sql = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
-        self.call("psql", f"--host={self.folder}", "--username=kdnas", "--dbname=postgres", f"--command={sql}")
+    def cut(self) -> int:
+        """Cut all connections, those that are idle in a training too; how many there were."""
+        sql = "select pg_terminate_backend(pid) from pg_stat_activity"
+        sql += " where pid <> pg_backend_pid() and backend_type = 'client backend'"
+        command = [f"--host={self.folder}", "--username=kdnas", "--dbname=postgres", "-tA", f"--command={sql}"]
+        found = subprocess.run(
+            [self.programs / "psql", *command], check=True, capture_output=True, text=True, **self.account
+        )
+        return found.stdout.count("t")
 
 
 @contextmanager

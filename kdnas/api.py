@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -115,20 +116,27 @@ def distill(
             "recipe": as_plain(recipe),
             "data": as_plain(replace(data, num_workers=0)),
             "precision": trainer.precision,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "states": states.precision,
             "seed": seed,
         }
     )
-    last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
-    known = read_json(made_with) if last.exists() and made_with.exists() else asked
-    if shown := differences(known, asked):
-        raise UserError(
-            f"{str(last)!r} is of a distillation with other settings ({shown}): go back to them, delete it, or give "
-            "another name."
-        )
-    write_json(made_with, asked)
-    with live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        alone = FileLock(run.folder / "run.lock").acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{str(run.folder)!r} is another call's: wait for it, or give another name.") from error
+    with alone, live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
+        last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
+        known = read_json(made_with) if last.exists() and made_with.exists() else asked
+        if shown := differences(known, asked):
+            raise UserError(
+                f"{str(last)!r} is of a distillation with other settings ({shown}): go back to them, delete it, or "
+                "give another name."
+            )
+        write_json(made_with, asked)
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
         fit_resumable(trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")])
-    last.unlink()
+        last.unlink()
     return module.student.cpu().eval()

@@ -162,13 +162,9 @@ def _quieten(*loggers: str) -> None:
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     show_logs()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: " not in str(record.msg))
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: " not in str(record.msg)
 
 
 def _console() -> Any:
@@ -351,6 +347,9 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
                 check_checkpoint(Path(path))
             elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
                 raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
+
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would take a checkpoint's word for our settings, and import the classes that it names."""
 
         def instantiate_trainer(self, **options: Any) -> Any:
             trainer = super().instantiate_trainer(**options)

@@ -393,5 +393,7 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
     path = f"{type(value).__module__}.{type(value).__qualname__}"
+    if not hasattr(value, "__dict__"):
+        raise UserError(f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects of yours.")
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})

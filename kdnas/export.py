@@ -19,8 +19,8 @@ from transformers import (
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import arch_of, family_of, has_classifier, leave_out_marks, max_length
-from kdnas.graph import INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
+from kdnas.families import arch_of, family_of, has_classifier, match_marks, max_length
+from kdnas.graph import INPUTS, INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.quantize import Rows, random_rows, write_best_int8
@@ -146,7 +146,12 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
-    leave_out_marks(tokenizer, config)
+    match_marks(tokenizer, config)
+    unknown = set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}
+    if unknown:
+        raise UserError(
+            f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, which no encoder here reads."
+        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
 

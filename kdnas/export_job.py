@@ -72,6 +72,7 @@ def export(config: ExportConfig, console: Console) -> Path:
     if teacher_name is not None:
         teacher = find_teacher(teacher_name)
         _check_teacher(source, teacher)
+        card.pop("base_model", None)
         card |= _teacher_words(teacher_name)
     elif is_sentences:
         raise UserError("teacher is None: for sentence-transformers a student pools as its teacher; give --teacher.")

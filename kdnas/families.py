@@ -265,10 +265,14 @@ def has_classifier(config: PreTrainedConfig) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
-def leave_out_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Make a tokenizer give no ``token_type_ids`` where the model has no use for them, or refuses them."""
-    if not marks_pairs(config):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Make a tokenizer give ``token_type_ids`` where the model tells sentences by them, as ALBERT's does not of itself.
+
+    And nowhere else: other models have no use for them, or refuse them.
+    """
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or marks_pairs(config)]
+    names += ["token_type_ids"] * (marks_pairs(config) and "token_type_ids" not in names)
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is what is saved
 
 
 def arch_of(config: PreTrainedConfig) -> StudentArch:

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
-from kdnas.families import family_of, find_family, leave_out_marks, marks_pairs, titles
+from kdnas.families import family_of, find_family, marks_pairs, match_marks, titles
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 from kdnas.hub import looked_in, refuse_away
@@ -162,13 +162,17 @@ def find_teacher(name: str) -> Teacher:
         refuse_away(error, f"the tokenizer of {name!r}", "give a folder")
         raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
     _check_tokenizer(name, tokenizer, config)
-    leave_out_marks(tokenizer, config)
+    match_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
+    if not tokenizer.is_fast:  # which can neither say where a pair was cut nor be exported for predict.py
+        raise UserError(
+            f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): take one with tokenizer.json."
+        )
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if num_tokens > config.vocab_size:
         raise UserError(

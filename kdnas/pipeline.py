@@ -39,9 +39,9 @@ from kdnas.models import (
 from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
-from kdnas.nas.record import FrozenTrial, Study, is_complete, trained, tried
+from kdnas.nas.record import FrozenTrial, Study, best_of, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
-from kdnas.nas.search import best_of, is_over
+from kdnas.nas.search import is_over
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, in_words, line, trials_frame
@@ -262,7 +262,7 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
                     alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
                     job = begin(look(alone, Console(markup=False), is_worker=True), is_worker=True)
                 if math.isfinite(deadline):
-                    minutes = max(1e-3, deadline - time.time()) / 60
+                    minutes = max(1e-3, deadline - time.monotonic()) / 60
                     job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
                 _search(job)
         except KeyboardInterrupt:
@@ -293,10 +293,10 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         (folder / "last.ckpt").unlink(missing_ok=True)
         job.console.print("Full KD: done.")
         return
-    started = time.monotonic()
-    last = folder / "last.ckpt"
+    started, last = time.monotonic(), folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on where it was stopped.")
+    folder.mkdir(parents=True, exist_ok=True)  # from now on no other process changes which student is best
     states = job.states("full")
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)

@@ -350,7 +350,7 @@ def show_space(config: SpaceConfig, console: Console) -> None:
 def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
     """Distinct rows of random tokens of all lengths, as text."""
     generator = np.random.default_rng(0)
-    lengths = generator.integers(4, max_length, size=2_000)
+    lengths = generator.integers(4, max_length + 1, size=2_000)
     drawn = [generator.integers(len(tokenizer), size=length) for length in lengths]
     texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn)
     # Bytes are tokens of some: a NUL is in no text, and a line's end begins another row.

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,6 +29,8 @@ from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signa
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
+# TensorBoard can do without TensorFlow, and then imports none, nor a tensorflow.py of the current folder.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
 
@@ -191,7 +194,7 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to begin anew."
         ) from error
-    if not isinstance(found, dict) or "state_dict" not in found:
+    if not isinstance(found, dict) or not {"state_dict", "pytorch-lightning_version"} <= found.keys():
         raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
     return found
 

@@ -4,11 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_table
+from filelock import FileLock
 from transformers import AutoModel, AutoTokenizer
 
 import kdnas
@@ -16,9 +18,11 @@ from kdnas import api, training
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import DataSettings
 from kdnas.distill.module import Recipe
+from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.latency import LatencySettings
+from kdnas.training import TrainerSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +49,14 @@ def test_five_lines_from_teacher_to_student(
         found["search"]("bert-base-uncased", "my.parquet", speedup=0)
 
 
+class OfASet(HiddenStates):
+    """What nobody can write as YAML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = {7}
+
+
 def test_a_stopped_distillation_goes_on(
     tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +77,18 @@ def test_a_stopped_distillation_goes_on(
     other = options | {"name": "stopped", "recipe": Recipe(learning_rate=1e-2), "num_epochs": 3}
     with pytest.raises(UserError) as refused:
         api.distill(str(tiny_teacher), str(text_file), arch, **other)
+    for changed, told in (
+        ({"trainer": TrainerSettings(gradient_clip_val=0.5)}, "gradient_clip_val: 1.0 there, 0.5 now"),
+        ({"states": replace(options["states"], precision="int8")}, "states: 'float16' there, 'int8' now"),
+        ({"recipe": Recipe(objective=OfASet())}, r"{7} (builtins.set) cannot be written as YAML: keep numbers, text"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed)
+    with (
+        FileLock(tmp_path / "stopped" / "run.lock"),
+        pytest.raises(UserError, match="stopped' is another call's: wait"),
+    ):
+        api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"
     assert f"{str(last)!r} is of a distillation with other settings ({told}): go back" in str(refused.value)
     found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()

@@ -639,13 +639,31 @@ class Payload:
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
-    command: str, tiny_teacher: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, checkpoint = tmp_path / "fit.yaml", tmp_path / "evil.ckpt"
     config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
     torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)
     error = refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
     assert "evil.ckpt' is damaged or holds more than tensors" in error
+    # Settings in a checkpoint are not ours: Lightning would import the class, and store where they say.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    objective = {"recipe": {"objective": {"class_path": "evil.X"}}, "states": {"folder": str(tmp_path / "theirs")}}
+    theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
+    for found, words in (
+        (theirs, "The checkpoint is of another student or objective: "),
+        ({"state_dict": {}}, "is no checkpoint of a fit"),
+    ):
+        torch.save(found, checkpoint)
+        assert words in refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
+    assert "evil" not in sys.modules and not (tmp_path / "theirs").exists()
     error = refused([command, "--config", str(config), "--ckpt_path=memory://evil.ckpt"], capsys)
     assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
     assert not (tmp_path / "ran").exists()

@@ -465,7 +465,7 @@ def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_imported(monkey
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=os.getppid() + 1))
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit):
         outlive_signals(0)

@@ -34,6 +34,7 @@ import kdnas.export
 from kdnas.arch import StudentArch
 from kdnas.errors import ParityError, UserError
 from kdnas.export import _check_parity, _parity_lengths, export_student, load_student, slower_shapes
+from kdnas.families import marks_pairs
 from kdnas.graph import write_onnx
 from kdnas.models import build_classifier, build_student, max_length, student_config
 
@@ -143,8 +144,10 @@ def test_the_onnx_graph_gives_the_logits_of_the_source(classifier):
     source, folder, _ = classifier
     model = AutoModelForSequenceClassification.from_pretrained(source)
     session = onnxruntime.InferenceSession(folder / "model.onnx")
-    assert [node.name for node in session.get_inputs()] == ["input_ids", "attention_mask"]
-    assert [node.shape for node in session.get_inputs()] == [["batch", "length"]] * 2
+    # ALBERT's tokenizer does not mark the second sentence of itself.
+    names = ["input_ids", "attention_mask", *["token_type_ids"] * marks_pairs(model.config)]
+    assert [node.name for node in session.get_inputs()] == names
+    assert [node.shape for node in session.get_inputs()] == [["batch", "length"]] * len(names)
     assert [(node.name, node.shape) for node in session.get_outputs()] == [("logits", ["batch", 3])]
     lengths = []
     for torch_batch, batch in zip(batches(folder, "pt"), batches(folder, "np"), strict=True):
@@ -291,6 +294,11 @@ def give_several_labels(source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
 
 
+def give_other_inputs(source: Path) -> None:
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "bbox"]}))
+
+
 def tag_tokens(source: Path) -> None:
     AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
 
@@ -301,6 +309,7 @@ def tag_tokens(source: Path) -> None:
         (tag_tokens, "the head of BertForTokenClassification would be lost"),
         (give_several_labels, "it gives several labels at once: give a classifier of one"),
         (remove_tokenizer, "has no tokenizer"),
+        (give_other_inputs, "its tokenizer gives 'bbox', which no encoder here reads"),
         (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
         (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
         (shutil.rmtree, "."),

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import CONFIGS, make_rows, make_tokenizer, save_teacher
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.glue import finetune
 from kdnas.glue.batches import GLUEDataModule
-from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished
 from kdnas.glue.task_distill import TaskDistillModule
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.models import load_classifier, num_parameters
@@ -91,7 +91,8 @@ def test_a_result_has_everything_and_is_written_last(teacher, task, tmp_path):
     result = evaluate(model, task, tmp_path / "run" / "teacher")
     folder = tmp_path / "run" / "teacher"
     assert json.loads((folder / "result.json").read_text()) == result
-    names = "task task_sha256 score metrics num_parameters megabytes seconds history settings precision trained_in"
+    names = "task task_sha256 score metrics num_parameters megabytes seconds history settings precision "
+    names += "gradient_clip_val trained_in"
     assert list(result) == names.split()
     assert result["task"] == "words"
     assert (result["precision"], result["trained_in"]) == ("32-true", "32-true")
@@ -196,6 +197,23 @@ def test_mnli_has_both_scores_and_their_mean(teacher, tmp_path):
 
 # run_glue.py leaves all of it to TrainingArguments.
 RUN_GLUE = SimpleNamespace(**{field.name: field.default for field in dataclasses.fields(TrainingArguments)})
+
+
+def test_a_class_has_no_name_that_was_the_teacher_s_of_another_task(teacher, task, tmp_path):
+    model = classifier(teacher)
+    model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    evaluate(model, task, tmp_path / "run")
+    saved = AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    assert saved.id2label == {0: "LABEL_0", 1: "LABEL_1"} and saved.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+
+
+def test_another_clipping_is_another_fine_tuning(teacher, task, tmp_path):
+    result = evaluate(classifier(teacher), task, tmp_path / "run")
+    with pytest.raises(UserError, match=r"gradient_clip_val of fine-tuning is 0.0, and it was begun with 1.0"):
+        finished(tmp_path / "run", task, SETTINGS, TrainerSettings("cpu", precision="32-true", gradient_clip_val=0.0))
+    del result["gradient_clip_val"]  # of an earlier version
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    assert evaluate(classifier(teacher), task, tmp_path / "run") == result
 
 
 def test_the_defaults_are_those_of_run_glue():

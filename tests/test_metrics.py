@@ -69,7 +69,7 @@ def test_what_inference_mode_left_can_be_added_to():
             for batch in make_batches(20, 20):
                 probe.update(*batch)
             errors.update(torch.ones(1), torch.ones(1))
-            assert errors.compute().item() == 1.0 and probe.compute()[0].isfinite()
+            assert errors.compute().tolist() == [[1.0], [1.0]] and probe.compute()[0].isfinite()
             probe.reset()
             errors.reset()
 
@@ -109,10 +109,10 @@ def test_the_error_of_a_term_is_a_mean_over_everything_whatever_the_batches():
     errors.update(torch.tensor([6.0, 1.0, 0.0]), torch.tensor([3.0, 1.0, 0.0]))
     errors.update(torch.tensor([4.0, 0.0, 0.0], requires_grad=True), torch.tensor([1.0, 0.0, 0.0]))
     # (6 + 4) / (3 + 1), 1 / 1, and nothing to compare
-    assert errors.compute().tolist() == [2.5, 1.0, 0.0]
+    assert errors.compute().tolist() == [[2.5, 1.0, 0.0], [4.0, 1.0, 0.0]]
     assert not errors.compute().requires_grad
     errors.reset()
-    assert errors.compute().tolist() == [0.0, 0.0, 0.0]
+    assert errors.compute().tolist() == [[0.0, 0.0, 0.0]] * 2
 
 
 def test_sums_of_errors_do_not_stop_growing():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_batch, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from kdnas import models
@@ -337,6 +337,12 @@ def test_a_folder_without_tokenizer_is_refused(folder):
 def test_a_tokenizer_that_does_not_load_is_refused(content, folder):
     (folder / "tokenizer.json").write_text(content)
     assert f"{str(folder)!r} has no tokenizer that loads: " in refused(folder)
+
+
+def test_a_tokenizer_of_python_alone_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    message = f"The tokenizer of {str(folder)!r} is of Python alone (TokenizersBackend): take one with tokenizer.json."
+    assert message in refused(folder)
 
 
 @pytest.mark.parametrize("token", ["mask_token", "pad_token"])

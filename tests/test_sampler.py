@@ -283,6 +283,25 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_would_have(make, wrappe
     assert parameters("a", [9]) == parameters("b", [1, 5, 3])
 
 
+@pytest.mark.parametrize("num_before", [0, 4])
+@pytest.mark.parametrize("make", [lstm, original])
+def test_a_trial_that_was_broken_off_before_it_was_one_is_proposed_again(make, num_before):
+    def study_with(num_before: int) -> Study:
+        study = optuna.create_study(sampler=PerTrialSeed(make, 7), direction="maximize")
+        study.optimize(shaped, n_trials=num_before)
+        return study
+
+    broken, unbroken = study_with(num_before), study_with(num_before)
+    trial = broken.ask()
+    params = {name: trial.suggest_categorical(name, values) for name, values in CHOICES.items()}
+    broken.tell(trial, state=TrialState.FAIL)
+    broken.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"again": num_before}))
+    for study in (broken, unbroken):
+        study.optimize(shaped, n_trials=3)
+    assert broken.trials[num_before + 1].params == params
+    assert [t.params for t in broken.trials[num_before + 1 :]] == [t.params for t in unbroken.trials[num_before:]]
+
+
 def test_another_seed_searches_in_another_order():
     orders = []
     for seed in (1, 1, 2):
@@ -527,6 +546,8 @@ def test_a_trial_tried_again_takes_no_turn_under_hyperband_either():
         (make_sampler, "tpee", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe"),
         (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
         (make_sampler, {"init_args": {}}, "There is no sampler None"),
+        (make_sampler, {"class_path": {"foo": 1}}, "There is no sampler {'foo': 1}"),
+        (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler learns of numbers alone"),
         (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),
         (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),

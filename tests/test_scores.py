@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import numpy as np
@@ -82,3 +83,13 @@ def test_metrics_of_a_regression_equal_scipy_and_are_0_where_undefined(case):
     if case != "one row":  # scipy refuses one
         expected = {key: oracle(key, preds.double().numpy(), targets.double().numpy()) for key in values}
     assert values == {key: pytest.approx(value, abs=1e-6) for key, value in expected.items()}
+
+
+def test_f1_is_of_the_positive_class_wherever_its_place_is():
+    preds, targets = (torch.randint(2, (301,), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    task = TASKS["mrpc"]
+    expected = by_batches(task, preds, targets)
+    places = torch.tensor([2, 0])  # of a classifier with three classes, whose first is the positive one
+    turned = dataclasses.replace(task, num_labels=3, positive=0)
+    assert by_batches(turned, places[preds], places[targets]) == pytest.approx(expected)
+    assert by_batches(turned, torch.full_like(preds, 1), places[targets])["f1"] == 0

@@ -318,7 +318,7 @@ def test_after_a_twin_comes_one_that_no_other_worker_is_at_or_will_take_next(stu
 
 def test_what_another_worker_is_training_is_not_trained_beside_it(study, worker):
     busy = running_trial(worker, ONE)
-    study.enqueue_trial(ONE.to_dict())
+    study.enqueue_trial(ONE.to_dict(), user_attrs={"retry_of": 7})  # whose process had died
 
     def while_the_other_ends(trial: optuna.Trial, arch: StudentArch) -> float:
         if busy.number not in [t.number for t in trained(worker)]:
@@ -329,6 +329,7 @@ def test_what_another_worker_is_training_is_not_trained_beside_it(study, worker)
     search(evaluate, THREE, study, n_trials=3)
     assert sorted(map(str, evaluate.asked)) == sorted(map(str, (TWO, OTHER)))
     assert study.trials[1].state == TrialState.FAIL and study.trials[1].user_attrs["not_needed"]
+    assert failure_of(study.trials[1]) is None, "this one did not die"
     assert study.trials[2].user_attrs["queued_for"] == 1
 
 
@@ -786,8 +787,9 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_tried_again_once(stu
     assert not any(failure_of(trial) for trial in study.trials), "it was no candidate's fault"
 
 
+@pytest.mark.parametrize("is_retry", [False, True])
 @pytest.mark.parametrize("moment", ["it looks for the dead", "it says why"])
-def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, study, monkeypatch):
+def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, is_retry, study, reopen, monkeypatch):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
@@ -796,15 +798,26 @@ def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, study, mon
             raise KeyboardInterrupt
         set_user_attr(trial, name, value)
 
-    study.enqueue_trial(ONE.to_dict())
-    if moment == "it says why":
-        monkeypatch.setattr(optuna.Trial, "set_user_attr", say)
-    else:
-        monkeypatch.setattr(kdnas.nas.search, "bury_dead", stop)
-    with pytest.raises(KeyboardInterrupt):
+    study.enqueue_trial(ONE.to_dict(), user_attrs={"retry_of": 7} if is_retry else None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "it says why":
+            patch.setattr(optuna.Trial, "set_user_attr", say)
+        else:
+            patch.setattr(kdnas.nas.search, "bury_dead", stop)
         search(stop, THREE, study, n_trials=1)
     assert states(study) == ["FAIL", "WAITING"]
     assert study.trials[1].system_attrs["fixed_params"] == ONE.to_dict()
+    evaluate = Recorded()
+    search(evaluate, THREE, reopen(), n_trials=1)
+    assert evaluate.asked == [ONE] and states(study) == ["FAIL", "COMPLETE"]
+
+
+def test_a_kill_after_a_signal_has_a_candidate_tried_again_though_it_is_one_that_was(study, reopen):
+    THREE.suggest(running_trial(study, ONE, pid=2**22 + 1, retry_of=7, failed="interrupted (SIGTERM); tried again"))
+    running_trial(study, TWO, pid=2**22 + 1, failed="the reward is nan")
+    assert states(reopen()) == ["FAIL", "FAIL", "WAITING"], "the other one failed by its own fault"
+    assert study.trials[2].system_attrs["fixed_params"] == study.trials[0].system_attrs["fixed_params"]
+    assert [failure_of(trial) for trial in study.trials[:2]] == [None, "the reward is nan"]
 
 
 @pytest.mark.parametrize(

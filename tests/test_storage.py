@@ -31,14 +31,16 @@ SPACE = SearchSpace(
 class Outage:
     """Fails the next so many statements."""
 
-    def __init__(self, study: optuna.Study, error: type[Exception] = sqlite3.OperationalError) -> None:
-        self.error = error
+    def __init__(
+        self, study: optuna.Study, error: type[Exception] = sqlite3.OperationalError, kinds: tuple[str, ...] = ("",)
+    ) -> None:
+        self.error, self.kinds = error, kinds
         self.left = 0.0
         self.failed = 0
         event.listen(study._storage._backend.engine, "before_cursor_execute", self)
 
     def __call__(self, connection, cursor, statement, parameters, context, executemany):
-        if self.left > 0:
+        if self.left > 0 and statement.startswith(self.kinds):
             self.left -= 1
             self.failed += 1
             raise self.error("the server closed the connection unexpectedly")
@@ -205,9 +207,10 @@ class Full(sqlite3.OperationalError):
     sqlite_errorname = "SQLITE_FULL"
 
 
-def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(start, tmp_path, pauses):
+@pytest.mark.parametrize("can_be_read", [False, True])
+def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(can_be_read, start, tmp_path, pauses):
     study = start()
-    outage = Outage(study, Full)
+    outage = Outage(study, Full, ("INSERT", "UPDATE") if can_be_read else ("",))
 
     def evaluate(trial, arch):
         outage.left = float("inf")
@@ -292,6 +295,19 @@ def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tm
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert [path.name for path in tmp_path.glob("unsent*")] == ["unsent_0007.json"]
     assert "Trial 0 was given up" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "7"])
+def test_a_file_that_is_no_kept_result_is_told_in_one_line(content, start, tmp_path):
+    (tmp_path / "unsent_0000.json").write_text(content)
+    with pytest.raises(UserError, match=r"unsent_0000.json' is no result that was kept: move it away"):
+        start()
+
+
+def test_a_result_of_a_study_that_is_gone_stays_where_it_is(start, tmp_path, caplog):
+    path = kdnas.nas.storage.keep_result(tmp_path, "s", 7, [], 0.5)  # the database was made anew since
+    assert start().trials == []
+    assert path.exists() and "in this one there is no trial 7" in caplog.text
 
 
 def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch):

@@ -178,6 +178,16 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     model.save_pretrained(names)
     with pytest.raises(UserError, match="has the classes NOT-ENTAILMENT, Entailment, and 'rte' has entailment, not_"):
         load_task_teacher(str(names), rte, STUDENT)
+    model.config.id2label, model.config.problem_type = (
+        {1: "entailment", 2: "not_entailment"},
+        "single_label_classification",
+    )
+    model.save_pretrained(names)
+    assert load_task_teacher(str(names), rte, STUDENT).config.num_labels == 2  # some count from 1
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(names)
+    with pytest.raises(UserError, match="names' gives several labels at once: take a classifier of one"):
+        load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
     other.add_tokens(["unheard"])
     with pytest.raises(UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"):

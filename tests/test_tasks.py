@@ -1,6 +1,8 @@
+import dataclasses
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from kdnas.errors import UserError
 from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.scores import make_metrics
-from kdnas.glue.tasks import TASKS, Task, load_labelled, load_task
+from kdnas.glue.tasks import TASKS, LoadedTask, Task, class_order, load_labelled, load_task
 
 # Columns, labels and metrics as on the hub (nyu-mll/glue) and in GLUE's table 1.
 GLUE = {
@@ -326,6 +328,44 @@ def test_no_data_another_format_a_broken_file_and_an_empty_split_are_refused(tmp
     (tmp_path / "validation.csv").write_text("review,stars\n")
     with pytest.raises(UserError, match="There are no validation rows"):
         load_labelled(str(tmp_path), ["review"], "stars")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "order"),
+    [
+        (("Spam", "ham", "spam"), ["Spam", "ham", "spam"], [0, 1, 2]),  # three, whatever one thinks of it
+        (("spam", "Spam"), ["ham", "Spam", "spam"], [2, 1]),
+        (("not_it", "it"), ["IT", "NOT IT"], [1, 0]),
+        (("spam", "ham"), ["Spam", "spam", "HAM"], None),  # which of the two is meant?
+        (("a", "b"), ["a", "c"], None),
+        ((), ["a"], None),
+    ],
+)
+def test_classes_are_found_by_their_names(ours, theirs, order):
+    assert class_order(dataclasses.replace(TASKS["sst2"], label_names=ours), theirs) == order
+
+
+@pytest.mark.parametrize("names", [["equivalent", "not_equivalent"], ["Equivalent", "Not equivalent"]])
+def test_rows_numbered_as_a_classifier_s_classes_keep_their_positive_class(names):
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}
+    config = SimpleNamespace(id2label={1: names[0], 2: names[1]}, num_labels=2)  # some count from 1
+    found = LoadedTask(TASKS["mrpc"], rows, {"validation": rows}).for_classifier(config, "mine")
+    assert found.validation["label"] == [1, 0]
+    assert (found.task.label_names, found.task.positive) == (tuple(names), 0)
+
+
+def test_columns_that_are_left_out_are_told(tmp_path, caplog):
+    texts = {"sentence": ["a", "b"], "question": ["c", "d"], "label": ["x", "y"]}
+    for split in ("train", "validation"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        pq.write_table(pa.table(texts), tmp_path / "mine" / f"{split}.parquet")
+    assert load_task(str(tmp_path / "mine")).task.columns == ("sentence",)
+    assert "'mine' is read from sentence; question is left out: `kdnas glue --data` takes any columns" in caplog.text
+
+
+def test_a_file_of_an_odd_name_stays_within_its_folder(tmp_path):
+    (tmp_path / "...csv").write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)))
+    assert load_labelled(str(tmp_path / "...csv"), ["text"], "label").task.name == "data"
 
 
 def test_settings_are_chosen_on_training_rows_alone(tmp_path):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,6 +361,9 @@ def test_ctrl_c_while_workers_import_is_told_in_no_traceback(url, tmp_path, monk
             os.kill(worker.pid, signal.SIGINT)  # as a terminal sends it, to all
         raise KeyboardInterrupt
 
+    tracker = resource_tracker.ResourceTracker()
+    for name in ("ensure_running", "getfd"):  # not yet started, as in a new process
+        monkeypatch.setattr(resource_tracker, name, getattr(tracker, name))
     monkeypatch.setattr("kdnas.nas.workers.notice_signals", stop)
     monkeypatch.setattr("multiprocessing.connection.wait", lambda *args, **options: None)
     monkeypatch.setattr("kdnas.nas.workers.BaseProcess.terminate", lambda worker: worker.join())
@@ -367,6 +371,7 @@ def test_ctrl_c_while_workers_import_is_told_in_no_traceback(url, tmp_path, monk
         run_workers(partial(never_ends, url), 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path)
     assert [worker.exitcode for worker in workers] == [130, 130]
     assert "Traceback" not in capfd.readouterr().err
+    tracker._stop()
 
 
 def test_workers_end_where_another_cannot_be_started(url, tmp_path, monkeypatch):

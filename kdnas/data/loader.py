@@ -124,8 +124,8 @@ def outlive_signals(index: int) -> None:
     if sys.platform in ("darwin", "win32"):
         return  # which do not say whose signal it is
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)  # killed while this one imported: torch, which looks from now on, would never notice
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # killed while this one began: torch, which looks from now on, would never notice
 
     def end_with_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

@@ -25,8 +25,8 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """The mean error of each term, 0 where there was nothing to compare; of a single term torchmetrics's scalar."""
-        return self.sums / self.counts.clamp_min(1)
+        """The mean error of each term, 0 where there was nothing to compare, and over how many things: (2, terms)."""
+        return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
 # Of the probe of tokens' states, the student's and the teacher's: with another one their errors could not be compared.

@@ -221,13 +221,13 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
 
     def on_validation_epoch_end(self) -> None:
-        means = self.val_errors.compute().cpu().reshape(-1)
+        means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
         weights = self._weights("held_out_variance").cpu()
-        compares = torch.tensor([term.compares for term in self.terms])
+        compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)  # a text may give no pairs
         if compares.any():
-            total = sum(term.weight for term in self.terms if term.compares)
+            total = sum(term.weight for term, is_one in zip(self.terms, compares.tolist(), strict=True) if is_one)
             weights = weights * compares / total
         loss = float((means * weights).sum())
         token_mse = float(self.token_probe.compute()[0])
@@ -313,6 +313,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         checkpoint["copied"] = sorted(self.started.copied) if self.started is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ours, theirs = (
+            {name: getattr(value, "shape", None) for name, value in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if differing or "history" not in checkpoint:
+            what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
+            raise UserError(f"The checkpoint is of another student or objective{what}. Give that, or another one.")
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:  # a loaded student must not be started again
             self.started = Started(frozenset(checkpoint["copied"]))

@@ -75,7 +75,9 @@ class View:
         if layer not in self._inputs:
             states = self.padded(layer - 1)
             if self.family.norm_first:
-                states = self.family.layers(self.model)[layer].get_submodule(self.family.names.attention_norm)(states)
+                states = self.family.layers(self.model)[layer].get_submodule(self.family.names.attention_norm)(
+                    states.to(self.model.dtype)  # stored ones are float16, which GPUs do not mix with float32
+                )
             self._inputs[layer] = states.to(matmul_dtype(self.model))
         return self._inputs[layer]
 
@@ -166,8 +168,9 @@ def needed_layers(objective: Objective, depths: Iterable[int], num_teacher_layer
 class HiddenStates(Objective):
     """Mean squared error between projected student states and teacher states, on real tokens; the original's.
 
-    ``mean_i mean_j mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for student layer i, its teacher layers j and real
-    tokens n. Each student layer has its own linear projection H_s -> k * H_t, for its k teacher layers together.
+    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i and one of its teacher
+    layers j, and real tokens n. Each student layer has its own linear projection H_s -> k * H_t, for its k teacher
+    layers together.
 
     Args:
         mapping: which teacher layers each student layer learns from.

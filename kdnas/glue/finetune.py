@@ -203,14 +203,14 @@ def finished(
         return None
     known = dict(read_json(folder / "result.json"))
     made_with = _made_with(task, settings, trainer_settings)
-    _refuse_other(made_with, {name: known.get(name, known["settings"].get(name)) for name in made_with})
+    # One of an earlier version does not say all of it.
+    _refuse_other(made_with, {name: (known["settings"] | known).get(name, asked) for name, asked in made_with.items()})
     return known
 
 
 def _made_with(task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings) -> dict[str, Any]:
-    return {"task": task.task.name, "task_sha256": task.sha256, "precision": trainer_settings.precision} | asdict(
-        settings
-    )
+    trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
+    return {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
 
 
 def _refuse_other(asked: dict[str, Any], known: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def evaluate_glue(
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
         ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score),
-        ``settings``, ``precision`` as asked for, and ``trained_in``, what ``auto`` stood for.
+        ``settings``, ``precision`` and ``gradient_clip_val`` as asked for, and ``trained_in``, what ``auto`` stood for.
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
@@ -271,9 +271,9 @@ def evaluate_glue(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
         )
     start = time.perf_counter()
-    if task.task.label_names:
-        classifier.config.id2label = dict(enumerate(task.task.label_names))
-        classifier.config.label2id = {name: label for label, name in enumerate(task.task.label_names)}
+    names = task.task.label_names or [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
+    classifier.config.id2label = dict(enumerate(names))
+    classifier.config.label2id = {name: label for label, name in enumerate(names)}
     attention = classifier.config._attn_implementation
     history = _History(_made_with(task, settings, trainer_settings))
     data = GLUEDataModule(
@@ -302,6 +302,7 @@ def evaluate_glue(
         "history": history.rows,
         "settings": asdict(settings),
         "precision": trainer_settings.precision,
+        "gradient_clip_val": trainer_settings.gradient_clip_val,
         "trained_in": trained_in,
     }
     write_json(folder / "result.json", result)

@@ -11,6 +11,17 @@ from torchmetrics.utilities import dim_zero_cat
 from kdnas.glue.tasks import Task
 
 
+class _F1(BinaryF1Score):
+    """F1 of one class against all others."""
+
+    def __init__(self, positive: int) -> None:
+        super().__init__()
+        self.positive = positive
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update((preds == self.positive).int(), (target == self.positive).int())
+
+
 class _Matthews(BinaryMatthewsCorrCoef):
     """Matthews' correlation, 0.0 where it is undefined, as scikit-learn has it.
 
@@ -61,12 +72,12 @@ class _Spearman(_Pearson):
 
 
 # Predictions and targets are class ids, or numbers in a regression. Micro accuracy: the share of right answers.
-METRICS: Mapping[str, Callable[[int], Metric]] = {
-    "accuracy": lambda num_labels: MulticlassAccuracy(num_labels, average="micro"),
-    "f1": lambda num_labels: BinaryF1Score(),
-    "matthews": lambda num_labels: _Matthews(),
-    "pearson": lambda num_labels: _Pearson(),
-    "spearman": lambda num_labels: _Spearman(),
+METRICS: Mapping[str, Callable[[Task], Metric]] = {
+    "accuracy": lambda task: MulticlassAccuracy(task.num_labels, average="micro"),
+    "f1": lambda task: _F1(task.positive),
+    "matthews": lambda task: _Matthews(),
+    "pearson": lambda task: _Pearson(),
+    "spearman": lambda task: _Spearman(),
 }
 
 
@@ -80,4 +91,4 @@ def make_metrics(task: Task) -> MetricCollection:
         A collection to be updated with predictions (N,) and targets (N,): class ids, or numbers in a regression.
         Where a metric is undefined (a correlation with constant predictions), it is 0.0.
     """
-    return MetricCollection({name: METRICS[name](task.num_labels) for name in task.metrics}, compute_groups=False)
+    return MetricCollection({name: METRICS[name](task) for name in task.metrics}, compute_groups=False)

@@ -14,7 +14,7 @@ from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.errors import UserError, first_line
 from kdnas.families import has_classifier
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
-from kdnas.glue.tasks import Task, class_order, warn_of_names
+from kdnas.glue.tasks import Task, class_names, class_order, warn_of_names
 from kdnas.models import Reads, find_teacher, refuse_other_inputs
 
 # Enough tokens for a map between two widths; the start takes a second.
@@ -187,7 +187,9 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
     if not has_classifier(found.config):
         raise UserError(f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}.")
     config: Any = found.config
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if config.problem_type == "multi_label_classification":
+        raise UserError(f"The teacher {source!r} gives several labels at once: take a classifier of one.")
+    names = class_names(config)
     if config.num_labels != task.num_labels:
         raise UserError(
             f"The teacher {source!r} has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "

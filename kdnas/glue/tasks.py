@@ -33,6 +33,7 @@ class Task:
         metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are scored.
         label_names: names of the classes, where they have any.
         validations: the splits that are scored.
+        positive: the class that F1 is of.
         original: where GLUE's own tsv files call a column otherwise, what they call it.
     """
 
@@ -42,6 +43,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     label_names: tuple[str, ...] = ()
     validations: tuple[str, ...] = ("validation",)
+    positive: int = 1
     original: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
@@ -97,9 +99,16 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
     def plain(name: str) -> str:
         return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT is not_entailment
 
-    places = {plain(name): place for place, name in enumerate(names)}
-    found = [places.get(plain(name), -1) for name in task.label_names]
-    return found if found and min(found) >= 0 else None
+    for spell in (str, plain):  # Spam and spam are two where both are there
+        ours, theirs = ([spell(name) for name in side] for side in (task.label_names, names))
+        if ours and set(ours) <= set(theirs) and all(len(set(side)) == len(side) for side in (ours, theirs)):
+            return [theirs.index(name) for name in ours]
+    return None
+
+
+def class_names(config: Any) -> list[str]:
+    """The names of a classifier's classes, in the order of its outputs."""
+    return [str(name) for _, name in sorted(config.id2label.items())]
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
@@ -148,7 +157,7 @@ class LoadedTask:
         Raises:
             UserError: it has another number of classes, and not these among them.
         """
-        names = [str(config.id2label[label]) for label in range(config.num_labels)]
+        names = class_names(config)
         order = class_order(self.task, names)
         if order is None and config.num_labels != self.task.num_labels:
             raise UserError(
@@ -159,7 +168,7 @@ class LoadedTask:
             warn_of_names(self.task, names, source)
         if order is None or order == list(range(len(names))):
             return self
-        task = replace(self.task, num_labels=len(names), label_names=tuple(names))
+        task = replace(self.task, num_labels=len(names), label_names=tuple(names), positive=order[self.task.positive])
         splits = {
             split: {**rows, "label": [order[label] for label in rows["label"]]}
             for split, rows in {"train": self.train, **self.validations}.items()
@@ -262,7 +271,8 @@ def load_labelled(data: str, text_columns: Sequence[str], label_column: str, hel
     files = [find_file(path, "train"), find_file(path, "validation", "dev")] if path.is_dir() else [path]
     tables = [read_table(file, text_columns) for file in files]
     columns = ("sentence",) if len(text_columns) == 1 else ("sentence1", "sentence2")
-    task = Task(path.resolve().name if path.is_dir() else path.stem, columns, num_labels=0)
+    name = path.resolve().name if path.is_dir() else path.stem.strip(".") or "data"  # folders are called so
+    task = Task(name, columns, num_labels=0)
     names = dict(zip((*columns, "label"), (*text_columns, label_column), strict=True))
     if label_column in tables[0].column_names and pa.types.is_floating(tables[0].column(label_column).type):
         task = replace(task, num_labels=1, metrics=TASKS["stsb"].metrics)
@@ -311,6 +321,14 @@ def _loaded(task: Task, train: pa.Table, validations: Sequence[pa.Table], source
 def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
     for columns in (("sentence",), ("text",), ("sentence1", "sentence2")):
         if set(columns) <= set(train.column_names):
+            others = [f.name for f in train.schema if pa.types.is_string(f.type) and f.name not in (*columns, "label")]
+            if others:
+                log.warning(
+                    "The task %r is read from %s; %s left out: `kdnas glue --data` takes any columns.",
+                    name,
+                    " and ".join(columns),
+                    f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}",
+                )
             return columns
     raise UserError(
         f"The task {name!r} has no text column: it has {', '.join(train.column_names)}; "

@@ -1,6 +1,8 @@
 """What a study knows of architectures: which were trained, what became of each, and what it can answer."""
 
 import hashlib
+import math
+from collections.abc import Iterable
 
 import optuna
 from optuna.study import Study as Study
@@ -8,7 +10,7 @@ from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed
+from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.space import SearchSpace
 
 # What is said of a trial itself, and not of its candidate.
@@ -30,7 +32,7 @@ ITS_OWN = {
 def failure_of(trial: FrozenTrial) -> str | None:
     """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
     reason = trial.user_attrs.get("failed")
-    if trial.state != TrialState.FAIL or (reason or "").startswith("interrupted"):
+    if trial.state != TrialState.FAIL or "not_needed" in trial.user_attrs or (reason or "").startswith("interrupted"):
         return None
     if reason is None and {"arch", "retry_of"} <= trial.user_attrs.keys():
         of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
@@ -65,13 +67,49 @@ def seen(study: Study) -> set[StudentArch]:
 
 def settled(study: Study) -> list[FrozenTrial]:
     """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [t for t in finished if "arch" in t.user_attrs and (t.state != TrialState.FAIL or failure_of(t))]
+    trials = study.get_trials(deepcopy=False)
+    again = superseded(trials)
+    finished = [t for t in trials if t.state.is_finished() and t.number not in again and "arch" in t.user_attrs]
+    return [t for t in finished if t.state != TrialState.FAIL or failure_of(t)]
+
+
+def superseded(trials: Iterable[FrozenTrial]) -> set[int]:
+    """The numbers of trials that were broken off, and in whose place others are queued."""
+    return {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
 
 
 def failed(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that failed by their own fault."""
     return [t for t in settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs]
+
+
+def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
+    """The best feasible trial of a search that is over.
+
+    Args:
+        study: of the search.
+        space: of the search.
+        seconds: that it had.
+
+    Raises:
+        UserError: no candidate meets the constraints, none was trained in the time, or the pruner ended all.
+        CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
+    """
+    try:
+        best = study.best_trial
+    except ValueError as error:  # no trial is complete and feasible
+        if failed(study) and not tried(study):
+            reason = failure_of(failed(study)[-1])
+            raise CandidateFailed(
+                f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
+            ) from error
+        if tried(study) and not trained(study):
+            raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
+        if len(seen(study)) < len(space) and math.isfinite(seconds):
+            minutes = f"{seconds / 60:g}"
+            raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
+        raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
+    return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
 def find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:

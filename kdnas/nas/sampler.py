@@ -11,13 +11,14 @@ import torch
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from kdnas.errors import UserError, first_line, nearest
 from kdnas.nas.controller import Controller, EnsembleLSTM, History, RewardLSTM, exploration_ratio, likely_feasible
+from kdnas.nas.record import superseded
 
 # A short name, a class path, or a mapping of class_path and init_args, as in YAML.
 Spec = str | Mapping[str, Any]
@@ -148,7 +149,7 @@ class LSTMSampler(BaseSampler):
         As Optuna's intersection, but of pruned trials too: where the first ones were all refused for the budget, they
         must not be drawn again. Before any has ended, those that run or failed tell the space.
         """
-        others = [t for t in study.get_trials(deepcopy=False) if t.distributions and t.number != trial.number]
+        others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
         return {
             name: distribution
@@ -190,9 +191,9 @@ class LSTMSampler(BaseSampler):
         feasible: dict[Point, bool] = {}
         rewards: dict[Point, float] = {}
         stopped: set[Point] = set()
-        for other in study.get_trials(deepcopy=False):
+        for other in _others(study, trial):
             point = _point(other, space)
-            if point is None or other.number == trial.number:
+            if point is None:
                 continue
             known.add(point)
             if other.state in (TrialState.COMPLETE, TrialState.PRUNED) and other.constraints:
@@ -209,6 +210,12 @@ class LSTMSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         sampler = RandomSampler(seed=seed_of(self._seed, turn_of(study, trial), param_name))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    """The other trials that are handed to a sampler, but for those that others repeat: a resume must not see them."""
+    again = superseded(study._storage.get_all_trials(study._study_id, deepcopy=False))
+    return [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.number not in again]
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
@@ -283,7 +290,7 @@ def make_pruner(spec: Spec) -> BasePruner:
 def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> tuple[type[Any], dict[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     path, arguments = spec.get("class_path"), spec.get("init_args") or {}
-    short = known.get(path, path) if isinstance(path, str) else path
+    short = known.get(path, path) if isinstance(path, str) else str(path)
     short = short if isinstance(short, Mapping) else {"class_path": short}
     module, _, name = str(short["class_path"]).rpartition(".")
     try:
@@ -294,6 +301,10 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args.")
+    if issubclass(found, CmaEsSampler):  # its state is a pickle in the database, too
+        raise UserError(
+            f"The sampler {found.__name__} learns of numbers alone, and a student is a choice: take another."
+        )
     return found, {**short.get("init_args", {}), **arguments}
 
 

@@ -21,13 +21,12 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, causes, first_line
 from kdnas.nas.record import (
     answer,
+    best_of,
     failed,
-    failure_of,
     find_twin,
     is_complete,
     rivals,
     seen,
-    trained,
     tried,
     unseen,
 )
@@ -137,9 +136,8 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
         pid: int = trial.user_attrs.get("pid", 0)
         if is_here(trial) and pid == os.getpid() and number is not None:
             if trial.number != number:  # it was begun here, and the answer that said so was lost
-                end_trial(
-                    study, trial, "failed", "interrupted (the database did not answer); tried again", _again(trial)
-                )
+                why = "interrupted (the database did not answer); tried again"
+                end_trial(study, trial, "failed", why, _again(trial))
         elif is_here(trial) and (pid == os.getpid() or not is_alive_here(trial)):
             buried.add(pid)
             end_trial(study, trial, "died", (deaths or {}).get(pid, ""), _successor(trial))
@@ -191,7 +189,9 @@ def _interrupted(stop: BaseException) -> str:
 
 
 def _successor(trial: FrozenTrial) -> FrozenTrial | None:
-    """What is queued in place of a trial whose process died: the same, once."""
+    """What is queued in place of a trial whose process died: the same, once; again, where it was being stopped."""
+    if reason := trial.user_attrs.get("failed"):
+        return _again(trial) if reason.startswith("interrupted") else None
     had_begun = "arch" in trial.user_attrs
     if ("retry_of" if had_begun else "unbegun") in trial.user_attrs:
         return None
@@ -254,9 +254,8 @@ def search(
             trial.set_user_attr("arch", arch.to_dict())
             twin, others = find_twin(study, arch), rivals(study, arch, trial.number)
             if twin is not None or others:
-                _queue_at_its_end(
-                    study, trial, unseen(study, space, turn_of(study, study.get_trials(deepcopy=False)[trial.number]))
-                )
+                turn = turn_of(study, trial._cached_frozen_trial)
+                _queue_at_its_end(study, trial, unseen(study, space, turn))
             if twin is not None:
                 return answer(trial, twin)
             if others:
@@ -292,8 +291,11 @@ def search(
         except (Exception, KeyboardInterrupt) as error:
             store, earlier = _store(study), list(causes(error))
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
-            interruption = next((cause for cause in earlier if isinstance(cause, KeyboardInterrupt)), None)
-            stop = interruption or ((store.stopped or store.away) if store else None)
+            interruption, away = (
+                next((cause for cause in earlier if isinstance(cause, kind)), None)
+                for kind in (KeyboardInterrupt, StoreAway)  # a full disk can be read, so the latter may be over
+            )
+            stop = interruption or ((store.stopped or store.away or away) if store else None)
             if store is None or stop is None:
                 if not any(map(_was_given_up, earlier)):
                     raise
@@ -323,35 +325,6 @@ def _was_given_up(error: BaseException) -> bool:
     return isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith("Cannot tell a ")
 
 
-def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
-    """The best feasible trial of a search that is over.
-
-    Args:
-        study: of the search.
-        space: of the search.
-        seconds: that it had.
-
-    Raises:
-        UserError: no candidate meets the constraints, none was trained in the time, or the pruner ended all.
-        CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
-    """
-    try:
-        best = study.best_trial
-    except ValueError as error:  # no trial is complete and feasible
-        if failed(study) and not tried(study):
-            reason = failure_of(failed(study)[-1])
-            raise CandidateFailed(
-                f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
-            ) from error
-        if tried(study) and not trained(study):
-            raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
-        if len(seen(study)) < len(space) and math.isfinite(seconds):
-            minutes = f"{seconds / 60:g}"
-            raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
-        raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
-    return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
-
-
 @contextmanager
 def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     """Have a trial tried again that something else than its candidate ends."""
@@ -360,7 +333,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
             store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
-            store.successors[trial._trial_id] = _again(study.get_trials(deepcopy=False)[trial.number])
+            store.successors[trial._trial_id] = _again(trial._cached_frozen_trial)  # first: nothing here can fail
             trial.set_user_attr("failed", _interrupted(stop))
         raise
 

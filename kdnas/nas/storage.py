@@ -334,17 +334,23 @@ def take_up(folder: Path, study: optuna.Study, storage: RDBStorage) -> None:
     for path in sorted(folder.glob("unsent_*.json")):
         try:
             kept = read_json(path)
+            study_name, number, written, value = (kept[key] for key in ("study", "number", "written", "value"))
         except FileNotFoundError:  # another start was faster
             continue
-        if kept["study"] != study.study_name:
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is no result that was kept: move it away.") from error
+        if study_name != study.study_name:
             continue
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, kept["number"])
         try:
-            for name, *args in kept["written"]:
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+            for name, *args in written:
                 if name in _KEPT:
                     getattr(storage, name)(trial_id, *args)
-            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [kept["value"]])
-            log.info("Trial %d: its result, which the database could not take, is stored.", kept["number"])
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
+            log.info("Trial %d: its result, which the database could not take, is stored.", number)
         except UpdateFinishedTrialError:
-            log.warning("Trial %d was given up by another worker before its result came.", kept["number"])
+            log.warning("Trial %d was given up by another worker before its result came.", number)
+        except KeyError:
+            log.warning("%s is of a study that is gone: in this one there is no trial %d.", path, number)
+            continue
         path.unlink(missing_ok=True)

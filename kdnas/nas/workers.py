@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def run_workers(
     A candidate that kills its process, or takes too long, ends with its reason, and another process goes on.
 
     Args:
-        work: what a worker does, given its number from 0 and the time, as of ``time.time()``, after which it begins
-            nothing; goes through ``pickle``. It ends with exit code 0, with ``DISK`` where that failed, or with
+        work: what a worker does, given its number from 0 and the time, as of ``time.monotonic()``, after which it
+            begins nothing; goes through ``pickle``. It ends with exit code 0, with ``DISK`` where that failed, or with
             ``REFUSED`` where the user must mend something; why is the last line of its log.
         num_workers: processes; each has its share of the cores, and one of the GPUs.
         study: that they search in.
@@ -64,7 +65,7 @@ def run_workers(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers end too.
     """
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
-    deadline, num_deaths = time.time() + seconds, 0
+    deadline, num_deaths = time.monotonic() + seconds, 0
     refusals: list[str] = []
     begun: dict[int, float] = {}  # when each running trial was first seen, and later where it had to wait
     looked = time.monotonic()
@@ -73,6 +74,7 @@ def run_workers(
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
     workers: dict[int, BaseProcess] = {}
+    resource_tracker.ensure_running()  # the first start would make it, and let signals through on the way
 
     def start(index: int) -> None:
         process = context.Process(target=_child, args=(work, index, deadline, os.getpid()), name=f"worker {index}")
