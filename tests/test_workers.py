@@ -71,7 +71,11 @@ def evaluate(folder: str, deadly: str, trial: optuna.Trial, arch: StudentArch) -
 def work(url: str, n_trials: int, folder: str, deadly: str, index: int, deadline: float) -> None:
     with suppress(UserError):  # no time: none was trained
         search(
-            partial(evaluate, folder, deadly), SPACE, open_study(url, "s", {}), n_trials, seconds=deadline - time.time()
+            partial(evaluate, folder, deadly),
+            SPACE,
+            open_study(url, "s", {}),
+            n_trials,
+            seconds=deadline - time.monotonic(),
         )
 
 
