@@ -322,7 +322,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.progress import EpochLines, SayWhatGoesOn
     from kdnas.runs import new_folder
     from kdnas.signals import honest_signals
-    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy
+    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -352,6 +352,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             """Lightning would take a checkpoint's word for our settings, and import the classes that it names."""
 
         def instantiate_trainer(self, **options: Any) -> Any:
+            without_tensorflow()
             trainer = super().instantiate_trainer(**options)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
                 trainer.strategy.checkpoint_io = WholeFiles()

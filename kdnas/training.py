@@ -29,8 +29,6 @@ from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signa
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
-# TensorBoard can do without TensorFlow, and then imports none, nor a tensorflow.py of the current folder.
-sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
 
@@ -92,6 +90,11 @@ def refuse_strategy(name: str) -> None:
         )
 
 
+def without_tensorflow() -> None:
+    """Have TensorBoard do without TensorFlow: it imports what has that name, be it a file of the current folder."""
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
+
+
 def make_trainer(
     settings: TrainerSettings,
     folder: Path,
@@ -108,6 +111,7 @@ def make_trainer(
         callbacks: Lightning's.
         resume: the fit goes on from a checkpoint, so its first epochs' curves are kept.
     """
+    without_tensorflow()
     if not resume:
         for unfinished in folder.glob("events.out.tfevents.*"):
             unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one

@@ -200,7 +200,9 @@ def test_what_the_card_says_is_of_what_is_exported(student: Path, tmp_path: Path
         assert _teacher_words(folder) == {"teacher": "bert"}
 
 
-def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: Path, exported) -> None:
+def test_a_run_is_exported_with_its_own_task_and_words(
+    student: Path, tiny_teacher: Path, tmp_path: Path, exported
+) -> None:
     run = save_run(tmp_path / "logs", student, "someone/bert")
     assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}"]) == 0
     source, folder, options = exported[0]
@@ -211,6 +213,10 @@ def test_a_run_is_exported_with_its_own_task_and_words(student: Path, tmp_path: 
     card = options["card"]
     assert (card["name"], card["base_model"], card["text"]) == ("mine", "someone/bert", "rows.txt")
     assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"
+    assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}", f"--teacher={tiny_teacher}", "--force"]) == 0
+    card = exported[-1][2]["card"]
+    assert card["teacher"] == tiny_teacher.name and "base_model" not in card, "a folder is no link to the hub"
+    card = exported[0][2]["card"]
     assert card["sections"]["Latency beside its teacher"] == {
         "torch on cpu, batch 1 x 16": "2.00 ms, 3.0x faster than its teacher"
     }

@@ -34,6 +34,7 @@ from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import CandidateFailed
 from kdnas.graph import open_session
+from kdnas.job import Job
 from kdnas.models import find_teacher
 from kdnas.nas.record import trained
 from kdnas.options import read_config
@@ -447,6 +448,19 @@ def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
     of_run = ("--config", "--task", "--full_kd", "--finetune")
     assert main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
     assert StudentArch.from_yaml(run / "best_student.yaml") == theirs
+
+
+def test_a_student_is_fixed_before_the_teacher_s_states_are_stored(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = Job.states
+
+    def stop_at_full(job: Job, split: str) -> object:
+        return states(job, split) if split == "mini" else interrupt()
+
+    monkeypatch.setattr(Job, "states", stop_at_full)
+    assert main(command) == 130
+    assert (tmp_path / "logs" / "tiny" / "full_kd").is_dir(), "by which a helping search knows"
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(

@@ -128,3 +128,4 @@ def test_random_rows_are_text_where_bytes_are_tokens(monkeypatch: pytest.MonkeyP
     rows = plan._random_rows(Bytes(), 24)  # type: ignore[arg-type]
     assert len(set(rows)) > 1_000
     assert not any(character in row for row in rows for character in "\0\n\r")
+    assert len(plan._random_rows(Bytes(), 4)) == 2_000  # type: ignore[arg-type]

@@ -3,10 +3,12 @@ import gc
 import os
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -28,6 +30,7 @@ from kdnas.training import (
     one_error,
     refuse_strategy,
     settled_memory,
+    without_tensorflow,
 )
 
 
@@ -374,3 +377,13 @@ def test_a_writer_that_fails_after_all_is_told_in_no_traceback(tmp_path, monkeyp
         thread.start()
         thread.join()
     assert [type(args.thread) for args in told] == [Another]
+
+
+def test_tensorboard_looks_for_no_tensorflow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(__version__="theirs"))
+    for name in [name for name in sys.modules if name.startswith("tensorboard.compat")]:
+        monkeypatch.delitem(sys.modules, name)
+    without_tensorflow()
+    from tensorboard.compat import tf
+
+    assert tf.__version__ != "theirs"

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kdnas.nas.record import Study, trained, tried
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
+from kdnas.training import without_tensorflow
 
 
 class SearchBoard:
@@ -43,6 +44,7 @@ class SearchBoard:
             return self
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
+        without_tensorflow()
         self._writer = SummaryWriter(str(self.folder))
         return self
 
