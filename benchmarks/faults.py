@@ -85,8 +85,7 @@ def kill(bench: Bench, row: Row) -> None:
         start, process = time.monotonic(), bench.start(bench.search(name))
         time.sleep(bench.random.uniform(0.0, 1.0) * whole)
         if process.poll() is not None:  # it was faster than the first: none was killed
-            process.communicate()
-            return
+            return row.fault("lost", process.communicate()[1], process.returncode != 0)
         error = kill_all(process)
         acknowledged = bench.acknowledged(name)
         error += bench.start(bench.search(name)).communicate()[1]
@@ -129,8 +128,7 @@ def kill_worker(bench: Bench, row: Row) -> None:
         try:
             os.kill(killed, signal.SIGKILL)
         except ProcessLookupError:  # it had ended: none was killed
-            process.communicate()
-            return
+            return row.fault("lost", process.communicate()[1], process.returncode != 0)
         acknowledged, instant = bench.acknowledged(name), datetime.now()
         _, error = process.communicate()
         row.tried += 1
@@ -209,6 +207,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
             was_over = process.poll() is not None
             error, middle = kill_all(process), time.monotonic()
             if was_over:  # none was killed
+                row.fault("lost", error, process.returncode != 0)
                 continue
             acknowledged = bench.acknowledged(run.name)
             process = bench.start(bench.job(run.name))
@@ -674,8 +673,8 @@ def deadly_search(
     finished = {str(t.params): t.value for t in trials if t.state.name == "COMPLETE"}
     row.fault("lost", f"{len(finished)} of {len(acts)}", abs(len(finished) - len(acts)))
     row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
-    more = (max(memory) - min(memory)) >> 20
-    row.fault("zombies", f"a candidate begins with {more} MB more", not signal_name and more > 128)
+    grown = (max(memory) - min(memory)) >> 20
+    row.fault("zombies", f"a candidate begins with {grown} MB more", not signal_name and grown > 128)
     bench.check_processes(row, name)
     if not bench.quick:
         _, without, _ = searched("")

@@ -34,8 +34,6 @@ from kdnas.manifest import verify
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # What a search tells of each trial that it has stored, and names of files that are not finished.
 TOLD = re.compile(r"^trial +(\d+) .* reward (\S+), \d+ s$", re.MULTILINE)
-# What tracebacks end with; a worker tells that of a disk or a database that failed, which is no defect.
-RAISED = re.compile(r"^Traceback .*\n(?:[ \t].*\n)+(?!OSError|kdnas.nas.storage.StoreAway)(\S.*)", re.MULTILINE)
 TEMPORARY = re.compile(r"\..*|.*\.(tmp|incomplete|partial)")
 # Starts of students that are written down, or that kill or fill their process for some shapes, as the environment says.
 HOOKS = """
@@ -327,8 +325,8 @@ class Bench:
         self.check_processes(row, name)  # I5
         row.fault("undetected", error, "Traceback" in error)  # I6
         logs = [path.read_text(errors="replace") for path in (self.logs / name).glob("worker_*.log")]
-        raised = [what for log in logs for what in RAISED.findall(log)]
-        row.fault("undetected", f"a worker's log: {raised}", bool(raised))
+        errors = [what for log in logs for what in raised(log)]
+        row.fault("undetected", f"a worker's log: {errors}", bool(errors))
         mine = self.story(name)  # I7; several workers propose in an order of their own
         wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]
         row.fault("unequal", wrong or mine, bool(wrong) or (one and mine != self.story(self.reference)))
@@ -373,6 +371,17 @@ class Bench:
                     FileLock(path).acquire(timeout=1).lock.release()
             except Timeout:
                 row.fault("zombies", f"{path} is held")
+
+
+def raised(log: str) -> list[str]:
+    """What tracebacks end with; a worker tells that of a disk or a database that failed, too, which is no defect."""
+    found = []
+    for block in re.split(r"^(?=Traceback \(most)", log, flags=re.MULTILINE)[1:]:
+        is_cause = re.search("^(The above exception|During handling)", block, re.MULTILINE)
+        end = re.search(r"^(?!Traceback|[ \t])\S.*", block, re.MULTILINE)
+        if end and not is_cause and not re.match(r"[\w.]*(OSError|PermissionError|StoreAway)\b", end[0]):
+            found.append(end[0])
+    return found
 
 
 def is_one_line(error: str) -> bool:

@@ -128,7 +128,7 @@ def distill(
         raise UserError(f"{str(run.folder)!r} is another call's: wait for it, or give another name.") from error
     with alone, live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
         last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
-        known = read_json(made_with) if last.exists() and made_with.exists() else asked
+        known = asked | read_json(made_with) if last.exists() and made_with.exists() else asked
         if shown := differences(known, asked):
             raise UserError(
                 f"{str(last)!r} is of a distillation with other settings ({shown}): go back to them, delete it, or "

@@ -213,6 +213,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
             "num_train_rows": data.rows.num_train,
             "space": {name: list(values) for name, values in space.choices.items()},
             "states.precision": config.states.precision,
+            **({"loss": "of what rows tell"} if config.data.pair_share == 0 else {}),  # once of all terms
             **({"pruner": config.pruner} if config.pruner != "none" else {}),
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
         }
@@ -230,7 +231,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
         study.set_user_attr("budget", budget)
     is_done = is_complete(study, space, config.search.n_trials)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
-        raise UserError(f"The run {run.name!r} has distilled its best student already: prolong it under a new name.")
+        raise UserError(f"The run {run.name!r} distils its best student already: prolong it under a new name.")
     known = read_yaml(run.config) if run.config.exists() else {}
     asked = known | _plain(config)
     if asked != known or not run.best_student.exists() or not is_done:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -461,11 +463,19 @@ def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):
     assert isinstance(data.train_dataloader().sampler, DistributedSampler)
 
 
-def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_imported(monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "is_alive", "ends"),
+    [("fork", True, True), ("spawn", False, True), ("forkserver", True, False), ("forkserver", False, True)],
+)
+def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_began(monkeypatch, method, is_alive, ends):
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=os.getppid() + 1))
+    parent = SimpleNamespace(pid=os.getppid() + 1, is_alive=lambda: is_alive)  # a sibling makes a dead one look alive
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: method)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *args: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) if ends else nullcontext():
         outlive_signals(0)

@@ -360,6 +360,16 @@ def test_the_manifest_has_the_hash_of_every_file_and_what_was_checked(source: Pa
 
 
 @pytest.mark.usefixtures("fast")
+def test_classes_that_count_from_1_count_from_0_where_they_are_deployed(source: Path, tmp_path: Path):
+    config = json.loads((source / "config.json").read_text())
+    config |= {"id2label": {"1": "a", "2": "b", "3": "c"}, "label2id": {"a": 1, "b": 2, "c": 3}}
+    (source / "config.json").write_text(json.dumps(config))
+    export_student(source, tmp_path / "student", card=PLAIN, min_seconds=0.001)
+    found = AutoConfig.from_pretrained(tmp_path / "student")
+    assert found.id2label == {0: "a", 1: "b", 2: "c"} and found.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.usefixtures("fast")
 def test_predict_needs_neither_torch_nor_transformers(source: Path, tmp_path: Path):
     folder = tmp_path / "student"
     export_student(source, folder, card=PLAIN, min_seconds=0.001)

@@ -124,7 +124,8 @@ def outlive_signals(index: int) -> None:
     if sys.platform in ("darwin", "win32"):
         return  # which do not say whose signal it is
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    is_served = multiprocessing.get_start_method(allow_none=True) == "forkserver"  # the server's child, not its own
+    if parent is not None and (not parent.is_alive() or os.getppid() != parent.pid and not is_served):
         os._exit(1)  # killed while this one began: torch, which looks from now on, would never notice
 
     def end_with_parent() -> None:
