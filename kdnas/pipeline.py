@@ -184,8 +184,8 @@ def _search(job: Job) -> StudentArch:
     with (
         settled_memory(),
         job.progress() as progress,
-        SearchBoard(run.folder / "search", explores) as board,
         one_error(run.folder),
+        SearchBoard(run.folder / "search", explores) as board,
     ):
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
 

@@ -1,5 +1,6 @@
 """The whole job through the command line, on a tiny teacher."""
 
+import errno
 import json
 import os
 import pickle
@@ -448,6 +449,17 @@ def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
     of_run = ("--config", "--task", "--full_kd", "--finetune")
     assert main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
     assert StudentArch.from_yaml(run / "best_student.yaml") == theirs
+
+
+def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")  # as TensorBoard's, which names no file
+
+    monkeypatch.setattr("kdnas.nas.board.SummaryWriter", fail)
+    assert main(command) == 3
+    assert f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny'}'" in capsys.readouterr().err
 
 
 def test_a_student_is_fixed_before_the_teacher_s_states_are_stored(
