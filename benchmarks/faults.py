@@ -885,7 +885,7 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
         bench.look_at_canary(row, what)
         shutil.rmtree(run)
         shutil.copytree(whole, run)
-    row.notes.append("void: a sampler's file; its state is in the database")
+    row.notes.append("void: a sampler's file; its state is in the database, and CMA-ES, which pickles it, is refused")
 
 
 @fault("F17", "code in a checkpoint, with an answer on stdin and without")
