@@ -312,7 +312,11 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
         (lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)), "holds more than tensors"),
         (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
         (lambda path: torch.save({"a": 1}, path), "is no checkpoint of a fit"),
-        (lambda path: torch.save({"state_dict": {}}, path), "was written by another version of kdnas"),
+        (lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint of a fit"),
+        (
+            lambda path: torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, path),
+            "was written by another version of kdnas",
+        ),
     ):
         save(run / "full_kd/last.ckpt")
         assert main([*command, "--task=null"]) == 2
