@@ -19,8 +19,7 @@ from transformers import (
 
 from kdnas.card import model_card
 from kdnas.errors import ParityError, UserError, first_line
-from kdnas.families import arch_of, family_of, has_classifier, match_marks, max_length
-from kdnas.glue.tasks import class_names
+from kdnas.families import arch_of, class_names, family_of, has_classifier, match_marks, max_length, name_classes
 from kdnas.graph import INPUTS, INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
 from kdnas.latency import LatencySettings, measure_latency
 from kdnas.manifest import write_manifest
@@ -148,8 +147,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
     if has_classifier(config):
-        names = class_names(config)  # some count from 1; who reads the folder counts from 0
-        model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        name_classes(model.config, class_names(config))  # who reads the folder counts from 0
     match_marks(tokenizer, config)
     unknown = set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}
     if unknown:

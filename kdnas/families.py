@@ -4,7 +4,7 @@ Shapes: B rows, T tokens, A heads, D dimensions a head.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -263,6 +263,16 @@ def marks_pairs(config: PreTrainedConfig) -> bool:
 def has_classifier(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint of this config has a head for sequences."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a classifier's classes, in the order of its outputs; some count from 1."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    """Give a classifier's classes names, in the order of its outputs."""
+    config.id2label, config.label2id = dict(enumerate(names)), {name: label for label, name in enumerate(names)}
 
 
 def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

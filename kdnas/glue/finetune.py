@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.families import marks_pairs
+from kdnas.families import marks_pairs, name_classes
 from kdnas.glue.batches import GLUEDataModule
 from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import LoadedTask, Task
@@ -272,8 +272,7 @@ def evaluate_glue(
         )
     start = time.perf_counter()
     names = task.task.label_names or [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
-    classifier.config.id2label = dict(enumerate(names))
-    classifier.config.label2id = {name: label for label, name in enumerate(names)}
+    name_classes(classifier.config, names)
     attention = classifier.config._attn_implementation
     history = _History(_made_with(task, settings, trainer_settings))
     data = GLUEDataModule(

@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.errors import UserError, first_line
-from kdnas.families import has_classifier
+from kdnas.families import class_names, has_classifier
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, classify
-from kdnas.glue.tasks import Task, class_names, class_order, warn_of_names
+from kdnas.glue.tasks import Task, class_order, warn_of_names
 from kdnas.models import Reads, find_teacher, refuse_other_inputs
 
 # Enough tokens for a map between two widths; the start takes a second.

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdnas.errors import UserError, first_line, nearest
+from kdnas.families import class_names
 from kdnas.glue.rows import Columns, find_file, in_turn, part, read_table
 from kdnas.hub import looked_in, refuse_away
 
@@ -104,11 +105,6 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
         if ours and set(ours) <= set(theirs) and all(len(set(side)) == len(side) for side in (ours, theirs)):
             return [theirs.index(name) for name in ours]
     return None
-
-
-def class_names(config: Any) -> list[str]:
-    """The names of a classifier's classes, in the order of its outputs."""
-    return [str(name) for _, name in sorted(config.id2label.items())]
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
