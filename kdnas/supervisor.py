@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A signal to a whole process group has reached the child by then; one that has not was for the parent alone.
 WAIT_SECONDS = 0.3
+# So long a child may take for its end after a second signal: native code hears of none.
+LAST_SECONDS = 2.0
 
 
 @dataclass
@@ -119,12 +121,19 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = command()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback
         raise SystemExit(code)
     os.close(says)
 
+    def kill(number: int, frame: Any) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
     def pass_on(number: int, frame: Any) -> None:
         asked.append(number)
+        if len(asked) == 2:
+            signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
         end = time.monotonic() + WAIT_SECONDS
         while select.select([hears], [], [], max(0, end - time.monotonic()))[0]:
             if os.read(hears, 1) in (b"", bytes([number])):  # it has ended, or knows
@@ -134,10 +143,12 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in heard}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, kill)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), asked
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(hears)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
@@ -15,7 +15,7 @@ from kdnas.errors import UserError
 from kdnas.nas.record import trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import StoreAway, connect, read_study, sqlite_url, without_password
+from kdnas.nas.storage import StoreAway, connect, engine_options, read_study, sqlite_url, without_password
 
 SPACE = SearchSpace(
     {
@@ -322,6 +322,23 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
         database.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
     with pytest.raises(UserError, match=r"study.db' cannot be used \(The runtime optuna .* pip install -U"):
         start()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite:///a.db", None),
+        ("mysql+pymysql://u@h/db", None),
+        ("postgresql+pg8000://u@h/db", None),
+        ("postgresql://u:{p}@h/db", 5),
+        ("postgresql+psycopg://u@h/db", 5),
+        ("postgresql+psycopg://u@h/db?connect_timeout=60", None),
+    ],
+)
+def test_a_server_that_says_nothing_is_noticed_in_seconds_unless_its_url_says_otherwise(url, expected):
+    arguments = engine_options(make_url(url))["connect_args"]
+    assert arguments.get("connect_timeout") == expected
+    assert arguments.get("tcp_user_timeout") == (30_000 if "psycopg" in url or expected else None)
 
 
 @pytest.mark.parametrize("name", ["what?x=1", "a%20b", "{project}", "a{}", "#1 & more"])

@@ -123,6 +123,18 @@ def test_a_second_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path):
     assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
 
 
+def test_a_second_signal_ends_a_child_whose_native_code_hears_of_none(tmp_path):
+    notes = tmp_path / "notes"
+    body = "signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)\nnote('ready')\ntime.sleep(60)"
+    process = subprocess.Popen(program(body, notes), stderr=subprocess.PIPE, text=True)
+    wait_for(notes, "ready")
+    for _ in range(2):
+        process.terminate()
+        time.sleep(2 * supervisor.WAIT_SECONDS)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
+
+
 def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
     notes = tmp_path / "notes"
     body = "note('ready')\ntime.sleep(60)"

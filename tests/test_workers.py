@@ -98,6 +98,10 @@ def work_in_turn(url: str, lock: Path, index: int, deadline: float) -> None:
     search(evaluate, SPACE, open_study(url, "s", {}), 1)
 
 
+def take_seven_seconds(url: str, index: int, deadline: float) -> None:
+    search(lambda trial, arch: time.sleep(7) or 0.5, SPACE, open_study(url, "s", {}), 1)
+
+
 def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> None:
     """One candidate, which ends when the database is away."""
     kdnas.nas.storage.PATIENCE_SECONDS = 4.0
@@ -276,6 +280,23 @@ def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)]
 
 
+def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdnas.nas.workers.LONGEST_ROUND", 1.5)
+    study = open_study(url, "s", {})
+    get_trials, looks = study.get_trials, []
+
+    def away(*args: Any, **options: Any) -> Any:
+        found = get_trials(*args, **options)
+        if options.get("states") == (TrialState.RUNNING,) and any("arch" in trial.user_attrs for trial in found):
+            looks.append(time.monotonic())
+            time.sleep(3 if len(looks) == 2 else 0)
+        return found
+
+    monkeypatch.setattr(study, "get_trials", away)
+    run_workers(partial(take_seven_seconds, url), 1, study, lambda *_: None, 600, lambda i: tmp_path / "log", timeout=4)
+    assert len(looks) > 2 and [trial.state.name for trial in study.trials] == ["COMPLETE"]
+
+
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
@@ -295,7 +316,7 @@ def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypa
 
 
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
-    with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log"):
+    with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log' \([\d,]+ bytes are free"):
         run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
 
 

@@ -123,6 +123,21 @@ def is_alive_here(trial: FrozenTrial) -> bool:
     return is_here(trial) and is_alive(trial.user_attrs["pid"], trial.user_attrs.get("begun"))
 
 
+def engine_options(url: URL) -> dict[str, Any]:
+    """SQLAlchemy's options for a connection whose end is noticed, also where the server's machine is gone."""
+    libpq = {
+        "connect_timeout": 5,
+        "tcp_user_timeout": 30_000,  # ms; the kernel's own is a quarter of an hour
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+    }
+    knows = url.get_backend_name() == "postgresql" and url.get_driver_name() in ("psycopg", "psycopg2")
+    arguments = {name: value for name, value in libpq.items() if name not in url.query} if knows else {}
+    # By the first of them, a connection that the server has cut meanwhile is noticed before it is used.
+    return {"pool_pre_ping": True, "connect_args": arguments}
+
+
 class PatientStorage(RDBStorage):
     """Optuna's RDBStorage, for a database that may be away: ``PATIENCE_SECONDS`` of trying, then ``StoreAway``.
 
@@ -139,8 +154,7 @@ class PatientStorage(RDBStorage):
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         self.skipped: set[int] = set()  # the trials of which the database has not taken all of that
-        # A connection that the server has cut meanwhile is noticed before it is used.
-        super().__init__(url, engine_kwargs={"pool_pre_ping": True}, **options)
+        super().__init__(url, engine_kwargs=engine_options(make_url(url)), **options)
 
     create_new_study = _patient(RDBStorage.create_new_study)
     get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 from optuna.study import Study
@@ -28,6 +29,8 @@ from kdnas.supervisor import cause
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.
 MOST_DEATHS = 2
+# Seconds between two looks at the workers are one or two; above this something was waited for.
+LONGEST_ROUND = 5.0
 # Exit codes, as the command line's.
 REFUSED, DISK, INTERRUPTED = 2, 3, 130
 
@@ -98,6 +101,8 @@ def run_workers(
     def end_slow() -> None:
         nonlocal looked
         before, looked = looked, time.monotonic()
+        if looked - before > LONGEST_ROUND:  # a database that was away: they waited too, and may for a little yet
+            begun.update({number: begin + looked - before + LONGEST_ROUND for number, begin in begun.items()})
         by_pid = {worker.pid: worker for worker in workers.values()}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = by_pid.get(trial.user_attrs.get("pid"))
@@ -127,7 +132,11 @@ def run_workers(
                             told_last = log_path(index).read_text(encoding="utf-8", errors="replace").splitlines()
                             refusals.append(told_last[-1] if told_last else "A worker has ended, and not said why.")
                     elif code == DISK:
-                        raise OSError(f"A worker's disk or network failed: see {str(log_path(index))!r}")
+                        free = disk_usage(log_path(index).parent).free  # it may not have been able to tell its own line
+                        raise OSError(
+                            f"A worker's disk or network failed: see {str(log_path(index))!r} "
+                            f"({free:,} bytes are free there)"
+                        )
                     elif code is not None:
                         pid = workers[index].pid or 0
                         if pid not in slow | bury_dead(study, deaths={pid: cause(code)}):
