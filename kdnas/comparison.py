@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,9 @@ from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, fin
 from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import LatencySettings, is_unsteady, measure_latency
+from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
+from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress, live_progress
 from kdnas.runs import Run, read_json, short_names, write_json, write_text
 from kdnas.signals import honest_signals
@@ -359,10 +362,12 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run.folder / "run.lock", blocking=False), live_progress(console) as progress:
+            run.manifest.unlink(missing_ok=True)  # until the end again
             write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
             results = Comparison(
                 run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress
             ).run()
+            write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
     except Timeout as error:
         raise UserError(f"The comparison {run.name!r} is being made by another process: wait for it.") from error
     console.print(score_table(results))

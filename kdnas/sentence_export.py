@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdnas.distill.losses import ridge_map
-from kdnas.errors import ParityError, UserError
+from kdnas.errors import ParityError, UserError, first_line
 from kdnas.glue.scores import make_metrics
 from kdnas.glue.tasks import LoadedTask
 from kdnas.models import Teacher
@@ -78,7 +78,12 @@ def add_sentence_files(
             f"The student is a {type(model).__name__}: sentence-transformers takes an encoder, as in full_kd/encoder."
         )
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    teacher = SentenceTransformer(sentences.teacher.source, device="cpu", trust_remote_code=False)
+    try:
+        teacher = SentenceTransformer(sentences.teacher.source, device="cpu", trust_remote_code=False)
+    except (ValueError, ImportError) as error:  # modules.json names a class that is not sentence-transformers' own
+        raise UserError(
+            f"The teacher {sentences.teacher.name!r} is no sentence encoder that can be read ({first_line(error)})."
+        ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):

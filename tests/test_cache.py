@@ -222,7 +222,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (4, 1), (5, 4)])
-def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first, second):
+def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first, second, caplog):
     build(folder)
     before = shards(folder)
     names = list(before)
@@ -233,6 +233,7 @@ def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first
     cache, asked = build(folder)
     assert asked == sum((rows_in(before[name]) for name in touched), Counter())
     assert shards(folder) == before
+    assert ("is damaged; its states are computed anew" in caplog.text) is (damage != "deleted")
     check(cache)
 
 
@@ -423,7 +424,10 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
         others.append(cache_key(weights, rows(), LAYERS))
-    assert len({key, *others}) == 1 + len(others) == 20
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "version", lambda package: f"another {package}")
+        others.append(cache_key(weights, rows(), LAYERS))
+    assert len({key, *others}) == 1 + len(others) == 21
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
     same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
     assert cache_key(find_teacher(str(moved)).sha256(), same, LAYERS) == key

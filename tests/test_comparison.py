@@ -94,6 +94,7 @@ def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
     assert len(before) == 4
     assert main(command) == 0
     assert times(tmp_path) == before and results(tmp_path) == asked
+    assert main(["verify", str(tmp_path / "logs" / "mine")]) == 0
     for share, is_told in ((0.5, True), (0.0, False)):
         for row in asked["models"].values():
             row["latency_iqr_ms"] = share * row["latency_ms"]

@@ -199,6 +199,22 @@ def test_leaving_out_heads_that_do_nothing_changes_little_at_equal_width_too(low
 
 
 @torch.no_grad()
+def test_leaving_out_neurons_that_do_nothing_changes_little_at_equal_width_too(low_rank):
+    names = family_of(low_rank.config).names
+    idle = copy.deepcopy(low_rank)
+    num_neurons = idle.config.intermediate_size
+    dead = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(3))[: num_neurons // 2]
+    for layer in family_of(idle.config).layers(idle):
+        layer.get_submodule(names.intermediate).weight[dead] = 0
+        layer.get_submodule(names.output).weight[:, dead] = 0
+    found = []
+    for size in (num_neurons // 2, num_neurons // 4):
+        student = student_of(idle, hidden_size=64, num_attention_heads=4, intermediate_size=size)
+        found.append(unexplained(started(student, FromTeacher(), idle), idle))
+    assert found[0] < 0.01 and found[0] < 0.85 * found[1]
+
+
+@torch.no_grad()
 def test_an_interrupted_narrowing_leaves_nothing_on_the_teacher(low_rank, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

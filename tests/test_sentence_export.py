@@ -114,6 +114,15 @@ def test_other_vectors_than_the_encoders_are_found(parts, monkeypatch: pytest.Mo
         add_sentence_files(*parts)
 
 
+def test_a_teacher_that_names_a_class_of_another_package_is_refused_not_imported(parts, teacher: Path) -> None:
+    modules = json.loads((teacher / "modules.json").read_text())
+    modules[2]["type"] = "this.s"  # the standard library's module that prints when it is imported
+    (teacher / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="is no sentence encoder that can be read"):
+        add_sentence_files(*parts)
+    assert "this" not in sys.modules
+
+
 def test_a_teacher_that_pools_in_another_way_is_refused(parts, teacher: Path) -> None:
     pooling = {"word_embedding_dimension": 64, "pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}
     (teacher / "1_Pooling" / "config.json").write_text(json.dumps(pooling))

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,8 @@ from kdnas.data.datamodule import Batch, TokenRows
 from kdnas.data.masking import IntArray
 from kdnas.distill.losses import within_half
 from kdnas.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["float16", "int8"]
 FORMAT = 3
@@ -54,7 +57,7 @@ def cache_key(
     """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
     parts = [FORMAT, precision, teacher_sha256, rows.sha256, list(layers), rows.num_variants, computed_in]
-    parts.append(hashlib.sha256(placed).hexdigest())
+    parts += [hashlib.sha256(placed).hexdigest(), version("transformers")]  # another may compute them in another way
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -229,6 +232,7 @@ class StateCache:
                 digest = hashlib.file_digest(file, lambda: self._digest(prefix))
             if digest.hexdigest() == path.name.split(".")[1]:
                 return path.name
+            log.warning("%s is damaged; its states are computed anew.", path)
             path.unlink()
         return None
 
