@@ -1,5 +1,6 @@
 """From Python: ``from kdnas import distill, search``."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -121,6 +122,7 @@ def distill(
             "seed": seed,
         }
     )
+    asked = json.loads(json.dumps(asked))  # as it is read again
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         alone = FileLock(run.folder / "run.lock").acquire(blocking=False)

@@ -5,6 +5,7 @@ import json
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -179,7 +180,8 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
     hint = ""
     if unknown and of_class:
         module, _, name = of_class[1].rpartition(".")
-        hint = nearest(unknown[1], inspect.signature(getattr(import_module(module), name)).parameters)
+        with suppress(ImportError, AttributeError):  # of a class within a class the parser knows more
+            hint = nearest(unknown[1], inspect.signature(getattr(import_module(module), name)).parameters)
     elif unknown and parser.prog == "kdnas search" and unknown[1].split(".")[0] in _OF_RUN:
         hint = " It is an option of `kdnas run`."
     elif unknown:

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,9 @@ from kdnas.export_job import export_run, is_exported, rows_of_task, rows_of_text
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
 from kdnas.job import Job, begin, is_whole, look, refuse_other_config
-from kdnas.latency import is_unsteady, measure_latency
+from kdnas.latency import measure_latency
 from kdnas.manifest import write_manifest
-from kdnas.models import (
-    build_classifier,
-    load_classifier,
-    num_parameters,
-    student_config,
-)
+from kdnas.models import build_classifier, load_classifier, num_parameters, student_config
 from kdnas.nas.board import SearchBoard
 from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
 from kdnas.nas.controller import ModelRanking
@@ -44,14 +39,14 @@ from kdnas.nas.sampler import lstm_of
 from kdnas.nas.search import is_over
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
-from kdnas.nas.trials import front_table, in_words, line, trials_frame
+from kdnas.nas.trials import front_table, has_spread, in_words, line, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
 from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
 from kdnas.safe_yaml import read_yaml
-from kdnas.signals import honest_signals
+from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import fit_resumable, one_error, settled_memory
 
@@ -119,6 +114,7 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
     def timed(stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
+        notice_signals()
         seconds[stage] = time.monotonic() - started
 
     run = Run(config.root, config.name)
@@ -196,10 +192,11 @@ def _search(job: Job) -> StudentArch:
                 log.warning(line(trial))
             elif "not_needed" not in trial.user_attrs:
                 job.console.print(line(trial), highlight=False, soft_wrap=True)
-            if not told and (told := _is_unsteady(trial)):
+            if not told and (told := has_spread(trial, "teacher_")):
                 log.warning(
-                    "The machine is busy: the teacher's latency beside trial %d spread by more than a tenth, and the "
-                    "budget and the reward go by it. Let nothing else run, or raise --latency.min_seconds.",
+                    "The machine is busy: the teacher's latency beside trial %d spread by more than a tenth, and "
+                    "the budget and the reward go by it. Let nothing else run, or give a new run more "
+                    "--latency.min_seconds.",
                     trial.number,
                 )
             rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
@@ -271,7 +268,8 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
             print(error)
             raise SystemExit(REFUSED) from None
         except OSError:
-            traceback.print_exc()
+            with suppress(OSError):  # the disk of the log may be the one that is full
+                traceback.print_exc()
             raise SystemExit(DISK) from None
 
 
@@ -280,11 +278,6 @@ def _keep_best_weights(run: Run, study: Study) -> None:
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
         for name in KEPT:
             (run.trial(trial.number) / name).unlink(missing_ok=True)
-
-
-def _is_unsteady(trial: FrozenTrial) -> bool:
-    attrs = trial.user_attrs
-    return is_unsteady(attrs.get("teacher_latency_ms", math.inf), attrs.get("teacher_latency_iqr_ms", 0.0))
 
 
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
@@ -297,7 +290,12 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     if last.exists():
         job.console.print("Full KD: going on where it was stopped.")
     folder.mkdir(parents=True, exist_ok=True)  # from now on no other process changes which student is best
-    states = job.states("full")
+    try:
+        states = job.states("full")
+    except BaseException:
+        with suppress(OSError):  # unless something is in it: nothing is fixed yet
+            folder.rmdir()
+        raise
     with job.progress() as progress, torch.random.fork_rng():
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)

@@ -58,11 +58,20 @@ class OfASet(HiddenStates):
         self.layers = {7}
 
 
+class OfNumbers(HiddenStates):
+    """With keys that JSON makes text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [{7: 1.0}]
+
+
 def test_a_stopped_distillation_goes_on(
     tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch, data = StudentArch(1, 2, 64, 64), DataSettings(max_length=24, batch_tokens=256)
-    options = dict(num_epochs=2, data=data, states=StatesSettings(str(tmp_path / "states")), root=str(tmp_path))
+    states, recipe = StatesSettings(str(tmp_path / "states")), Recipe(objective=OfNumbers())
+    options = dict(num_epochs=2, data=data, states=states, recipe=recipe, root=str(tmp_path))
     whole = api.distill(str(tiny_teacher), str(text_file), arch, **options).state_dict()
 
     keep = training.KeepLast.on_train_epoch_end
@@ -75,12 +84,12 @@ def test_a_stopped_distillation_goes_on(
         patch.setattr(training.KeepLast, "on_train_epoch_end", stop)
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     last = tmp_path / "stopped" / "last.ckpt"
-    other = options | {"name": "stopped", "recipe": Recipe(learning_rate=1e-2), "num_epochs": 3}
+    other = options | {"name": "stopped", "recipe": replace(recipe, learning_rate=1e-2), "num_epochs": 3}
     with pytest.raises(UserError) as refused:
         api.distill(str(tiny_teacher), str(text_file), arch, **other)
     for changed, told in (
         ({"trainer": TrainerSettings(gradient_clip_val=0.5)}, "gradient_clip_val: 1.0 there, 0.5 now"),
-        ({"states": replace(options["states"], precision="int8")}, "states: 'float16' there, 'int8' now"),
+        ({"states": replace(states, precision="int8")}, "states: 'float16' there, 'int8' now"),
         ({"recipe": Recipe(objective=OfASet())}, r"{7} (builtins.set) cannot be written as YAML: keep numbers, text"),
     ):
         with pytest.raises(UserError, match=re.escape(told)):

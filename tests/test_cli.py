@@ -270,6 +270,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--recipe.objective=Hiden", "recipe.objective is 'Hiden': give the path of a class"),
         ("--search=3", "search is '3': give its keys, as in --search.KEY VALUE"),
         ("--data.max_lenght=9", "Did you mean 'data.max_length'?"),
+        ("--task=stsb", "There is no option '--task'. It is an option of `kdnas run`."),
         ("--full_kd.num_epochs=3", "--full_kd.num_epochs=3. It is an option of `kdnas run`."),
         (
             '--recipe.objective={"class_path": "kdnas.distill.objectives.HiddenStates", "init_args": {"mappping": 1}}',

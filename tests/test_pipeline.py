@@ -466,17 +466,23 @@ def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
     assert f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny'}'" in capsys.readouterr().err
 
 
-def test_a_student_is_fixed_before_the_teacher_s_states_are_stored(
+def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where_they_were_not(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = Job.states
+    states, full_kd = Job.states, tmp_path / "logs" / "tiny" / "full_kd"
+    found: list[bool] = []
 
     def stop_at_full(job: Job, split: str) -> object:
-        return states(job, split) if split == "mini" else interrupt()
+        if split == "mini":
+            return states(job, split)
+        found.append(full_kd.is_dir())  # by which a helping search knows
+        interrupt()
 
     monkeypatch.setattr(Job, "states", stop_at_full)
     assert main(command) == 130
-    assert (tmp_path / "logs" / "tiny" / "full_kd").is_dir(), "by which a helping search knows"
+    assert found == [True] and not full_kd.exists()
+    monkeypatch.undo()
+    assert main([*command, "--full_kd.num_epochs=2"]) == 0
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(

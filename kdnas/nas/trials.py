@@ -59,14 +59,17 @@ def line(trial: FrozenTrial) -> str:
         return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
     if trial.state.name == "PRUNED":
         return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
-    unsteady = any(
-        is_unsteady(attrs.get(f"{whose}latency_ms", math.inf), attrs.get(f"{whose}latency_iqr_ms", 0.0))
-        for whose in ("", "teacher_")
-    )
+    unsteady = has_spread(trial, "", "teacher_")
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
         f"{attrs['speedup']:.1f}x{' (unsteady)' * unsteady}, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
     )
+
+
+def has_spread(trial: FrozenTrial, *whose: str) -> bool:
+    """Whether a latency of a trial spread by more than a tenth: the student's (""), or its teacher's ("teacher_")."""
+    get = trial.user_attrs.get
+    return any(is_unsteady(get(f"{who}latency_ms", math.inf), get(f"{who}latency_iqr_ms", 0.0)) for who in whose)
 
 
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
