@@ -3,12 +3,12 @@
 Each variant changes one thing of the recipe, of the data or of how the training goes, and distils a student of
 4 layers x 192 (3 x 384 where the name says so) on 30 % of a text; those called full go on to all rows, from the weights
 of ``fit``, from its weights and its optimizer's state, or anew. Then each is fine-tuned on rows of STS-B, CoLA, MRPC
-and SST-2's training split and scored on others of that split. ``seed-1`` and ``seed-2`` draw the rows, their masks and
-order anew, and tell what is noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown
-where the held-out rows are those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only``
-names parts of it, so that processes can share the work.
+and SST-2's training split and scored on others of that split. ``--kd-seeds`` draw the rows, their masks and order anew:
+what they change is noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown where the
+held-out rows are those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names
+parts of it, so that processes can share the work.
 
-    python benchmarks/variants.py --text train.parquet --glue glue --only fit seed-1 dropout
+    python benchmarks/variants.py --text train.parquet --glue glue --kd-seeds 0 1 --only fit dropout
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule, Split
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
+from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.narrowing import copied_tables, narrow
-from kdnas.distill.objectives import HiddenStates, Objective, WeightedSum
+from kdnas.distill.narrowing import copied_tables, fit_linear, narrow
+from kdnas.distill.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, open_states
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
@@ -117,6 +119,41 @@ class Solved(Start):
         return Started(copied_tables(student), narrow(student, teacher, rows))
 
 
+class Residual(Objective):
+    """Of the teacher's last layer, what the best linear map from its embeddings does not know."""
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {-1, num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _Residual(student.config, teacher.config)
+
+
+class _Residual(Criterion):
+    def __init__(self, ours: PreTrainedConfig, theirs: PreTrainedConfig) -> None:
+        super().__init__()
+        self.ours, self.theirs = ours.num_hidden_layers - 1, theirs.num_hidden_layers - 1
+        self.terms = [Term("residual", 1.0)]
+        self.projection = nn.Linear(ours.hidden_size, theirs.hidden_size)
+        self.register_buffer("known", torch.zeros(theirs.hidden_size + 1, theirs.hidden_size))
+        self.register_buffer("variance", torch.ones(()))
+
+    def target(self, teacher: View) -> Tensor:
+        last, embedding, known = teacher.real(self.theirs).float(), teacher.real(-1).float(), self.known
+        return last - embedding @ known[:-1] - known[-1]  # type: ignore[index]
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        target = self.target(teacher)
+        return [(squared_error(self.projection(student.real(self.ours)), target) / self.variance, len(target))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        embeddings, last = (torch.cat([view.real(layer) for view in teachers]) for layer in (-1, self.theirs))
+        self.known = ridge_map(embeddings, last, strength=1e-3).float()
+        target = torch.cat([self.target(view) for view in teachers])
+        self.variance = target.var(0, correction=0).mean()
+        fit_linear(self.projection, torch.cat([view.real(self.ours) for view in students]), target, strength=1e-3)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One change to configs/fit.yaml.
@@ -127,7 +164,6 @@ class Variant:
         arch: of the student.
         task_rows: half of the rows are those that it will be fine-tuned on, without their labels.
         callbacks: makes the Trainer's.
-        seed: of new weights.
         epochs: for ``--epochs``, as a factor.
         in_steps: half of the epochs, rounded down, go to a student of 288, which is then narrowed.
         split: the rows.
@@ -139,7 +175,6 @@ class Variant:
     arch: StudentArch = ARCH
     task_rows: bool = False
     callbacks: Callable[[], list[pl.Callback]] = list
-    seed: int = 0
     epochs: float = 1.0
     in_steps: bool = False
     split: Split = "mini"
@@ -155,8 +190,6 @@ NEW_RATES = {"learning_rate": 3e-3, "matrix_learning_rate": 5e-3}
 
 VARIANTS = {
     "fit": Variant(),
-    "seed-1": Variant(seed=1, data={"seed": 1}),
-    "seed-2": Variant(seed=2, data={"seed": 2}),
     "twice-as-long": Variant(epochs=2),
     "last-layer": Variant(recipe={"objective": LAST}),
     "last-and-skip": Variant(recipe={"objective": HiddenStates(LastAndSkip())}),
@@ -164,6 +197,10 @@ VARIANTS = {
     "no-maps": Variant(recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5])),
     "no-comparison": Variant(recipe=_sum(LAST, AttentionMaps(), weights=[1.0, 1.0])),
     "relations": Variant(recipe=_sum(LAST, AttentionRelations(), PairComparison(), weights=[1.0, 1.0, 0.5])),
+    "residual": Variant(recipe=_sum(Residual(), AttentionMaps(), PairComparison(), weights=[1.0, 1.0, 0.5])),
+    "upper": Variant(
+        recipe=_sum(LAST, HiddenStates(Even()), AttentionMaps(), PairComparison(), weights=[1, 0.5, 1, 0.5])
+    ),
     "cls": Variant(recipe=_sum(LAST, AttentionMaps(), PairComparison(), SentenceState(), weights=[1, 1, 0.5, 0.5])),
     "start-random": Variant(recipe={"start": RandomStart()}),
     "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),
@@ -210,19 +247,26 @@ def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
     return str(folder / "task_rows.parquet")
 
 
+def place_of(folder: Path, name: str, seed: int) -> Path:
+    """Where a variant's run with one seed of distillation is kept."""
+    return folder / (f"{name}-seed-{seed}" if seed else name)
+
+
 def distil(
-    name: str, text: str, tasks: Sequence[LoadedTask], num_epochs: int, folder: Path, progress: Progress
+    name: str, seed: int, text: str, tasks: Sequence[LoadedTask], num_epochs: int, folder: Path, progress: Progress
 ) -> None:
-    """Distil a variant into ``folder / name``, unless it is there."""
-    variant, target = VARIANTS[name], folder / name
+    """Distil a variant into its place, unless it is there."""
+    variant, target = VARIANTS[name], place_of(folder, name, seed)
     if (target / "result.json").exists():
         return
     if variant.goes_on:
-        distil("fit", text, tasks, num_epochs, folder, progress)
+        distil("fit", seed, text, tasks, num_epochs, folder, progress)
+    begun = place_of(folder, "fit", seed)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
     text = with_task_rows(text, tasks, folder) if variant.task_rows else text
     recipe = dataclasses.replace(config.recipe, **variant.recipe)
-    data = KDDataModule(TEACHER, text, dataclasses.replace(config.data, **variant.data), split=variant.split)
+    data_settings = dataclasses.replace(config.data, seed=seed, **variant.data)
+    data = KDDataModule(TEACHER, text, data_settings, split=variant.split)
     data.setup()
     settings = TrainerSettings(gradient_clip_val=config.trainer["gradient_clip_val"])
 
@@ -232,7 +276,7 @@ def distil(
         module.states = open_states(teacher, data, module.target_layers, wanted)
         return module
 
-    torch.manual_seed(variant.seed)
+    torch.manual_seed(seed)
     module = student(variant.arch, recipe)
     begin = time.process_time()
     num_epochs = max(1, round(num_epochs * variant.epochs))
@@ -244,9 +288,9 @@ def distil(
         num_epochs -= first
     if WEIGHTS in variant.goes_on:
         module.begin(data)
-        module.load_state_dict(load_file(folder / "fit" / WEIGHTS))
+        module.load_state_dict(load_file(begun / WEIGHTS))
     if OPTIMIZER in variant.goes_on:
-        module.optimizer_tensors = load_file(folder / "fit" / OPTIMIZER)
+        module.optimizer_tensors = load_file(begun / OPTIMIZER)
     trainer = make_trainer(settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()])
     fit(trainer, module, data)
     seconds = time.process_time() - begin
@@ -278,14 +322,14 @@ def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress
             )
 
 
-def show(folder: Path, tasks: Sequence[str], path: Path) -> None:
+def show(folder: Path, seeds: Sequence[int], tasks: Sequence[str], path: Path) -> None:
     """A table of the variants that are done on every task, and its JSON."""
     rows: list[dict[str, Any]] = []
-    for name in VARIANTS:
-        file = folder / name / "result.json"
+    for name, seed in product(VARIANTS, seeds):
+        place = place_of(folder, name, seed)
+        file = place / "result.json"
         scores = {
-            task: [read_json(found)["score"] for found in sorted((folder / name).glob(f"{task}-*/result.json"))]
-            for task in tasks
+            task: [read_json(found)["score"] for found in sorted(place.glob(f"{task}-*/result.json"))] for task in tasks
         }
         if file.exists() and all(scores.values()):
             result = read_json(file)
@@ -293,19 +337,22 @@ def show(folder: Path, tasks: Sequence[str], path: Path) -> None:
             rows.append(
                 {
                     "name": name,
+                    "kd_seed": seed,
                     **{key: last[key] for key in ("loss", "contextual_share", "sentence_r2")},
                     "cpu_seconds": result["cpu_seconds"],
                     "scores": scores,
                     "mean": statistics.mean(statistics.mean(found) for found in scores.values()),
                 }
             )
-    table = Table("variant", "loss", "context", "sentence R2", "CPU s", *tasks, "mean")
+    table = Table("variant", "seed of KD", "loss", "context", "sentence R2", "CPU s", *tasks, "mean")
     for row in rows:
         cells = [" / ".join(f"{score:.3f}" for score in row["scores"][task]) for task in tasks]
         variant = VARIANTS[row["name"]]
         comparable = variant.data.keys() <= SAME_ROWS and not variant.task_rows
         figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
-        table.add_row(row["name"], *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}")
+        table.add_row(
+            row["name"], str(row["kd_seed"]), *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}"
+        )
     Console(width=150).print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"machine": machine(), "rows": rows})
@@ -318,11 +365,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=OUTPUT / "variants", help="where the runs are kept")
     parser.add_argument("--epochs", type=int, default=3, help="of distillation")
     parser.add_argument("--seeds", type=int, default=2, help="of fine-tuning")
+    parser.add_argument("--kd-seeds", type=int, nargs="*", default=[0], help="of distillation")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these variants")
     arguments = parser.parse_args(args)
     names = arguments.only
     if arguments.quick:
-        names, arguments.epochs, arguments.seeds = ["fit", "dropout"], 1, 1
+        names, arguments.epochs, arguments.seeds, arguments.kd_seeds = ["fit", "dropout"], 1, 1, [0]
         arguments.folder = OUTPUT / "variants_quick"
     quieten()
     arguments.folder /= f"{arguments.epochs}_epochs"
@@ -335,10 +383,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments.quick:
         tasks = [some_rows(task, 600) for task in tasks]
     with Progress(console=Console()) as progress:
-        for name in names:
-            distil(name, text, tasks, arguments.epochs, arguments.folder, progress)
-            finetune(arguments.folder / name, tasks, arguments.seeds, progress)
-    show(arguments.folder, [task.task.name for task in tasks], arguments.json)
+        for seed, name in product(arguments.kd_seeds, names):
+            distil(name, seed, text, tasks, arguments.epochs, arguments.folder, progress)
+            finetune(place_of(arguments.folder, name, seed), tasks, arguments.seeds, progress)
+    show(arguments.folder, arguments.kd_seeds, [task.task.name for task in tasks], arguments.json)
 
 
 if __name__ == "__main__":
