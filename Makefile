@@ -41,7 +41,7 @@ docs: $(ENV) ## The documentation as a site, into site/
 # Written last, so that an interrupted installation is done again.
 $(ENV): requirements.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	@echo "Installing requirements.txt into .venv (once, one to ten minutes, at least 2.2 GB) ..."
+	@echo "Installing requirements.txt into .venv (once, one to ten minutes, at least 2.4 GB) ..."
 	@$(PYTHON) -m venv --clear .venv 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python .venv/bin/python install -qq pip
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt

@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where candidates failed, or an export did not
+        The exit code: 0; 2 where the user can mend it; 1 where training failed, or an export did not
         compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM.
     """
     is_process = args is None
@@ -204,7 +204,7 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.smoke import smoke
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    trial = "every stage on 64 rows of the text and the task, in about a minute; nothing of it is kept"
+    trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
     config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW)
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")

@@ -27,12 +27,12 @@ from kdnas.smoke import Sizes, with_few_rows
 
 log = logging.getLogger(__name__)
 
-ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files (LOG.md)
+ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files
 MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
 FEWEST_LOOKS, MOST_LOOKS, SECONDS_OF_LOOKS = 8, 24, 6.0  # at students that may be refused
 MOST_EXTENDED = 2_000  # of a large space, others that these tell of
-# Most of an export is the tracing of the graph, and grows with neither text nor task: so long it took for MiniLM's
-# student of 4 layers on two cores (LOG.md).
+# Most of an export is the tracing of the graph, and grows with neither text nor task: 10 s for MiniLM's student of 4
+# layers on two cores (LOG.md), more for wider ones.
 EXPORT_SECONDS = 30.0
 
 

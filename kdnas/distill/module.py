@@ -89,7 +89,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
     """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
 
     ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
-    layer where the term is scaled, else 1. The held-out loss, by which students are ranked, is the weighted mean of the
+    layer where the term is scaled, else 1. The held-out loss, of which a reward is made, is the weighted mean of the
     terms that compare students: attention maps do not, for each student is asked for those of its own layers. Where no
     term does, all count. So training and held-out loss are not the same sum.
 
