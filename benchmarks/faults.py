@@ -7,7 +7,7 @@ searches that end ``unequal`` to an unbroken one: all should be 0. ``worst_wait_
 
     python benchmarks/faults.py --quick                  without servers and many kills, in under four minutes
     python benchmarks/faults.py --only F01,F13           some of them, as often as in the whole run
-    python benchmarks/faults.py --soak 120               two workers, killed every two minutes: what grows?
+    python benchmarks/faults.py --soak 120               two workers, one killed every two minutes: what grows?
 """
 
 import argparse
@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +46,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from faults_checks import (
+    TOLD,
     Bench,
     NotRun,
     Payload,
@@ -58,6 +60,8 @@ from faults_checks import (
 )
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load, save
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdnas.runs import write_json
 
@@ -103,14 +107,11 @@ def kill(bench: Bench, row: Row) -> None:
 
 def on_postgres(bench: Bench, row: Row, times: int, round_of: Callable[[str], None]) -> None:
     """The same fault with the study on a server."""
-    try:
-        with postgres() as server:
-            for _ in range(times):
-                name = bench.new_name()
-                bench.storages[name] = server.url
-                round_of(name)
-    except NotRun as reason:
-        row.leave_out(reason)
+    with row.part(), postgres() as server:
+        for _ in range(times):
+            name = bench.new_name()
+            bench.storages[name] = server.url
+            round_of(name)
 
 
 @fault("F02", "kill -9 of one of two workers; the other waits at most 5 s, and a third takes its place", quick=False)
@@ -171,14 +172,17 @@ STAGES = {
 }
 
 
+def outcome(bench: Bench, name: str) -> list[Any]:
+    """What a whole run has found: the same, bit by bit, however often it was stopped."""
+    run = bench.run(name)
+    kd, glue = (json.loads((run / file).read_text()) for file in ("full_kd/result.json", "glue/results.json"))
+    scores = {role: line["score"] for role, line in glue["models"].items()}
+    weights = hashlib.sha256((run / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return [kd["arch"], kd["history"], scores, weights, bench.story(name)]
+
+
 @fault("F03", "kill -9 in each stage of a run: the figures and the student's weights end the same", quick=False)
 def kill_stages(bench: Bench, row: Row) -> None:
-    def outcome(run: Path) -> list[Any]:
-        kd, glue = (json.loads((run / name).read_text()) for name in ("full_kd/result.json", "glue/results.json"))
-        scores = {role: line["score"] for role, line in glue["models"].items()}
-        weights = hashlib.sha256((run / "student" / "model.safetensors").read_bytes()).hexdigest()
-        return [kd["arch"], kd["history"], scores, weights, bench.story(run.name)]
-
     def forget_states() -> None:
         for folder in (bench.states, bench.logs / "tokens"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -192,7 +196,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
         begins |= {s: time.monotonic() for s, name in STAGES.items() if s not in begins and (whole / name).exists()}
         time.sleep(0.02)
     assert process.returncode == 0, process.communicate()[1]
-    unbroken, expected = time.monotonic() - start, outcome(whole)
+    unbroken, expected = time.monotonic() - start, outcome(bench, whole.name)
     repeated = []
     ends = [*list(begins.values())[1:], time.monotonic()]
     for (stage, begin), end in zip(begins.items(), ends, strict=True):
@@ -217,7 +221,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
             repeated.append((time.monotonic() - start) / unbroken - 1)
             bench.check(row, run.name, acknowledged, error)
             row.fault("undetected", f"{stage}: {error}", process.returncode != 0)
-            row.fault("unequal", stage, process.returncode == 0 and outcome(run) != expected)
+            row.fault("unequal", stage, process.returncode == 0 and outcome(bench, run.name) != expected)
     row.notes.append(
         f"an unbroken run takes {unbroken:.0f} s; with a kill {statistics.median(repeated):.0%} more, "
         f"{max(repeated):.0%} at most, the second start's imports among it"
@@ -248,23 +252,30 @@ def signals(bench: Bench, row: Row) -> None:
         row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])
         row.fault("undetected", error, "Traceback" in error)
 
+    epochs = 8 if bench.quick else 40  # enough that it is not over before it is stopped
+    options = [f"--full_kd.num_epochs={epochs}", f"--finetune.num_epochs={epochs}"]
+    if not bench.quick:
+        code, error = bench.call(bench.job(whole := bench.new_name(), *options))
+        assert code == 0, error
+        unbroken = outcome(bench, whole)
     for number in (signal.SIGUSR1,) if bench.quick else [*codes] * 5:
-        name = bench.new_name()
-        epochs = 12 if bench.quick else 40  # enough that it is not over before it is stopped
-        args = bench.job(name, f"--full_kd.num_epochs={epochs}", f"--finetune.num_epochs={epochs}")
-        for folder in ("full_kd", "glue"):  # one run is stopped in both
+        run = bench.run(name := bench.new_name())
+        args = bench.job(name, *options)
+        for folder in (run / "full_kd", run / "glue"):  # one run is stopped in both
             process = bench.start(args)
-            while process.poll() is None and not list((bench.logs / name / folder).rglob("last.ckpt")):
+            while process.poll() is None and not list(folder.rglob("last.ckpt")):
                 time.sleep(0.02)
             time.sleep(bench.random.uniform(0, 0.3))
-            told = time.time()
             end(process, number)
-            kept = [path.stat().st_mtime for path in (bench.logs / name / folder).rglob("last.ckpt")]
-            # One of the last moment is at a place where there is nothing new.
-            row.fault("lost", f"no checkpoint of the signal in {folder}", max(kept, default=0) < told - 0.1)
+            # As far as the fit came: one of an epoch's end before it has fewer steps than the fit has told TensorBoard.
+            kept = [(steps_of(path), steps_told(path.parent)) for path in folder.rglob("last.ckpt")]
+            lost = not kept or any(steps < told for steps, told in kept)
+            row.fault("lost", f"in {folder.name} the checkpoint has, and the fit had made, so many steps: {kept}", lost)
         code, error = bench.call(args)
-        row.fault("undetected", f"after {folder}: {code} {error}", code != 0)
+        row.fault("undetected", f"after {name}: {code} {error}", code != 0)
         bench.check(row, name, {}, error)
+        unequal = not bench.quick and code == 0 and outcome(bench, name) != unbroken
+        row.fault("unequal", f"after signals {number}", unequal)
     cases = [(signal.SIGTERM, 1, 0), (signal.SIGINT, 1, 0), (signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
     if bench.quick:
         cases = cases[::3]
@@ -272,22 +283,43 @@ def signals(bench: Bench, row: Row) -> None:
         cases += [(signal.SIGUSR1, 1, 0), (signal.SIGINT, 1, 2), (signal.SIGUSR1, 1, 2), (signal.SIGINT, 2, 2)]
     for number, times, num_workers in cases * (1 if bench.quick else 10):
         name = bench.new_name()
-        args = bench.search(name, "--search.num_epochs=100000", f"--data.num_workers={num_workers}")
-        args += ["--workers=2"] * (bench.random.random() < 0.25)
+        goes_on = times == 2 and bench.random.random() < 0.5  # to its end, which the others are too long for
+        workers = 2 if bench.random.random() < 0.25 else 1
+        args = bench.search(name, f"--search.num_epochs={1 if goes_on else 100_000}")
+        args += [f"--data.num_workers={num_workers}", f"--workers={workers}"]
         process = bench.start(args)
         bench.wait_for_candidate(process, name)
         time.sleep(bench.random.uniform(0, 2))
         end(process, number, times)
-        if times == 1:  # the second does not wait for the trial to be told
-            row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
-        bench.check_processes(row, name)
+        if goes_on:
+            acknowledged = bench.acknowledged(name)
+            code, error = bench.call_alone(args)
+            row.fault("undetected", f"after two signals: {code} {error}", code != 0)
+            bench.check(row, name, acknowledged, error, one=workers == 1)
+        elif times == 1:
+            bench.check_stopped(row, name, {})
+        else:  # the second does not wait for the trial to be told
+            bench.check_processes(row, name)
+
+
+def steps_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+
+
+def steps_told(folder: Path) -> int:
+    """How many steps of a fit were told to TensorBoard, which numbers them from 0."""
+    events = EventAccumulator(str(folder)).Reload()
+    return max((event.step + 1 for event in events.Scalars("train/loss")), default=0)
 
 
 @contextmanager
 def tmpfs(folder: Path, options: str) -> Iterator[Path]:
-    """A small disk; raises CalledProcessError where nobody may mount one."""
+    """A small disk."""
     folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotRun(f"no disk can be mounted: {error}") from error
     try:
         yield folder
     finally:
@@ -297,6 +329,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
 
 @fault("F05", "a disk that is full before, or fills up while, the teacher's states are stored; then it is larger")
 def full_disk(bench: Bench, row: Row) -> None:
+    bench.reference  # noqa: B018 (its states lie elsewhere)
     if not bench.quick:
         full_of_states(bench, row)
     for kilobytes in (64,) if bench.quick else (32, 64, 128, 256):
@@ -310,21 +343,20 @@ def full_disk(bench: Bench, row: Row) -> None:
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
-            row.fault("unequal", kilobytes, bench.story(name) != bench.story(bench.reference))
+            bench.check(row, name, {}, error)
     for kilobytes in (420,) if bench.quick else range(20, 460, 40):  # the run itself
         with tmpfs(bench.folder / "small", f"size={kilobytes}k") as disk:
-            name, logs = bench.new_name(), bench.logs
-            args = bench.search(name, f"--root={disk}")
+            bench.roots[name := bench.new_name()] = disk
+            args = bench.search(name)
             code, error = bench.call(args)
             row.tried += 1
             full = code == 3 and is_one_line(error) and "bytes are free" in error
             row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not full)
+            acknowledged = bench.acknowledged(name)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
-            story, bench.logs = bench.story(bench.reference), disk
-            row.fault("unequal", kilobytes, bench.story(name) != story)
-            bench.logs = logs
+            bench.check(row, name, acknowledged, error)
 
 
 def full_of_states(bench: Bench, row: Row) -> None:
@@ -362,7 +394,7 @@ def full_of_states(bench: Bench, row: Row) -> None:
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
-            row.fault("unequal", megabytes, bench.story(name) != bench.story(whole))
+            bench.check(row, name, {}, error, num_trials=2, like=whole)
             now = shards(disk)
             again = [shard for shard, found in kept.items() if now[shard].st_mtime_ns != found.st_mtime_ns]
             row.fault("unequal", f"{megabytes} MB: made again {again}", len(again))
@@ -378,8 +410,11 @@ def file_limit(bench: Bench, row: Row) -> None:
         name, limit = bench.new_name(), int(2 ** (half / 2))
         process = bench.start(bench.search(name), preexec_fn=limited(limit))
         error = process.communicate()[1]
+        if process.returncode == 0:  # no file was larger: nothing is tried
+            bench.check(row, name, {}, error)
+            continue
         row.tried += 1
-        told = process.returncode == 0 or (process.returncode == 3 and is_one_line(error))
+        told = process.returncode == 3 and is_one_line(error)
         row.fault("undetected", f"{limit} bytes: {process.returncode} {error}", not told)
         acknowledged = bench.acknowledged(name)
         code, error = bench.call(bench.search(name))
@@ -434,12 +469,15 @@ def failing_calls(bench: Bench, row: Row) -> None:
             if not has(trace, b"(INJECTED)"):
                 break  # so many are not made
             row.tried += 1
-            bad = process.returncode not in (0, 1, 2, 3) or "Traceback" in error
+            if process.returncode == 0:  # it did not matter
+                bench.check(row, name, {}, error)
+            told = process.returncode in (1, 2, 3) and is_one_line(error)
+            bad = process.returncode != 0 and not told
             row.fault("undetected", f"{call} {number}: exit {process.returncode}, {error}", bad)
             acknowledged = bench.acknowledged(name)
             code, error = bench.call(bench.search(name))
             row.fault("undetected", f"after {call} {number}: {error}", code != 0)
-            bench.check(row, name, acknowledged)
+            bench.check(row, name, acknowledged, error)
     if not row.tried:
         raise NotRun("strace may not look into processes here")
 
@@ -490,10 +528,9 @@ def shards(bench: Bench, row: Row) -> None:
             row.tried += 1
             stored = {path: path.read_bytes() for path in sorted(folder.rglob("*.bin"))}
             row.fault("undetected", f"{what}: exit {code} {error}", code != 0 or stored != known)
-            row.fault("unequal", what, bench.story(name) != bench.story(whole))
+            bench.check(row, name, {}, error, like=whole)
             again = what != "swapped" and other.stat().st_mtime_ns != before
             row.fault("unequal", f"{what}: the other shard was stored again", again)
-            row.fault("zombies", what, len(list(folder.rglob(".*"))))
 
 
 # A search that writes down each shard that its teacher computes.
@@ -524,7 +561,7 @@ def two_builders(bench: Bench, row: Row) -> None:
 
         def start(name: str, states: Path = states, counts: Path = counts) -> subprocess.Popen[str]:
             args = bench.search(name, f"--states.folder={states}")
-            return bench.start_program(["-c", COUNTED, str(counts), *args])
+            return bench.start_told(["-c", COUNTED, str(counts)], args)
 
         one, other = map(start, names)
         kills = number % 2 == 0
@@ -614,12 +651,11 @@ def not_finite_in_search(bench: Bench, row: Row, place: str, value: float) -> No
     row.tried += 1
     trials = bench.trials(name)
     reasons = [failure_of(t) for t in trials if t.params == bad]
-    row.fault("undetected", f"{place} {value}: exit {code}, {error}", code != 0 or "Traceback" in error)
+    row.fault("undetected", f"{place} {value}: exit {code}, {error}", code != 0)
     row.fault("undetected", f"{place} {value}: {reasons}", not reasons or not all(reasons))
-    frame = trials_frame(optuna.load_study(study_name=name, storage=f"sqlite:///{bench.logs / name / 'study.db'}"))
+    frame = trials_frame(bench.study(name))
     row.fault("undetected", "it is on the front", frame.loc[frame.state == "FAIL", "front"].notna().any())
-    row.fault("lost", "others", abs(len({str(p) for p, _ in bench.story(name)}) - bench.num_trials))
-    row.fault("unequal", f"{place} {value}", not all(bench.is_worth(*pair) for pair in bench.story(name)))
+    bench.check(row, name, {}, error, one=False)  # another is proposed in its place
 
 
 @contextmanager
@@ -655,33 +691,30 @@ def deadly_search(
     space = ["--space.num_attention_heads=[1]", "--space.hidden_size=[32]", "--space.num_hidden_layers=[2]"]
     space += ["--space.intermediate_size=[16,32]", f"--space.hidden_act=[{','.join(acts)}]"]
 
-    def searched(way: str, **options: Any) -> tuple[str, list[Any], list[int]]:
+    def searched(way: str, **options: Any) -> tuple[str, str, list[Any], list[int]]:
         name = bench.new_name()
         args = bench.search(name, "--recipe.start=hooks.Deadly", "--search.n_trials=20", *space, *more)
         environment = {"DEADLY": way, "STARTS": str(starts := bench.folder / f"starts_{name}")}
         process = bench.start(args, environment=environment, **options)
         _, error = process.communicate()
-        row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0 or "Traceback" in error)
+        row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0)
         trials = [t for t in bench.trials(name) if "twin_of" not in t.user_attrs]
-        return name, trials, [json.loads(line)[1] for line in starts.read_text().splitlines()]
+        return name, error, trials, [json.loads(line)[1] for line in starts.read_text().splitlines()]
 
-    name, trials, memory = searched(way, **options)
+    name, error, trials, memory = searched(way, **options)
     for act in acts:
         deadly = [t for t in trials if (t.params["intermediate_size"], t.params["hidden_act"]) == (16, act)]
         row.tried += bool(deadly)
         told = [(t.user_attrs.get("died") if signal_name else failure_of(t)) or "" for t in deadly]
         right = [(signal_name or words) in reason for reason in told] == [True] * (2 if signal_name else 1)
         row.fault("undetected", f"{way} {act}: {told}", not right or any(t.state.name != "FAIL" for t in deadly))
-    finished = {str(t.params): t.value for t in trials if t.state.name == "COMPLETE"}
-    row.fault("lost", f"{len(finished)} of {len(acts)}", abs(len(finished) - len(acts)))
-    row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
     grown = (max(memory) - min(memory)) >> 20
     row.fault("zombies", f"a candidate begins with {grown} MB more", not signal_name and grown > 128)
-    bench.check_processes(row, name)
+    bench.check(row, name, {}, error, one=False, num_trials=len(acts))
     if not bench.quick:
-        _, without, _ = searched("")
-        known = {str(t.params): t.value for t in without if t.state.name == "COMPLETE"}
-        row.fault("unequal", f"{way}: {finished}", not finished.items() <= known.items())
+        known = bench.story(searched("")[0])
+        others = [pair for pair in bench.story(name) if pair not in known]
+        row.fault("unequal", f"{way}: {others}", len(others))
 
 
 @fault("F36", "candidates that crash in native code, in a search with its defaults, or that hang", quick=False)
@@ -697,7 +730,7 @@ def memory(bench: Bench, row: Row) -> None:
     if bench.quick:
         return row.leave_out("a cgroup's limit (not in --quick)")
     row.notes.append("the cgroup has 1,536 MB: 300 MB are less than what torch and transformers take to be imported")
-    with memory_group(1536) as group:
+    with row.part(), memory_group(1536) as group:
 
         def enter() -> None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
@@ -818,6 +851,11 @@ def bad_teachers(bench: Bench, row: Row) -> None:
     with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
         bench.refuse(row, "a hub's name", bench.search(bench.new_name(), "--teacher=nobody/nothing"))
     row.fault("undetected", f"one took {row.worst_wait_s:.1f} s", row.worst_wait_s > 5)
+    with spoilt_teacher(bench) as folder:  # as a user waits for the last of them, imports among it
+        spoil["weights cut"](folder)
+        args = bench.search(bench.new_name(), f"--teacher={folder}")
+        bench.refuse(row, "weights cut, a process of its own", args, call=bench.call_alone)
+    row.notes.append(f"the longest is a whole command's, {row.worst_wait_s:.1f} s; without its imports it is 5 at most")
 
 
 @fault("F16", "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests")
@@ -879,6 +917,7 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
     for what, (paths, content) in carriers.items():
         if what.startswith("candidates'"):
             (run / last).unlink()  # else they are not read
+        assert (paths := list(paths)), f"{what}: there are none"
         for path in paths:
             path.write_bytes(buffers[content].getvalue())
         code, error = bench.call(args)
@@ -1025,10 +1064,7 @@ refused(
 def counted_rows(bench: Bench, row: Row, name: str, values: Sequence[Any], words: str) -> None:
     """Rows that are left out by rule: they are counted, told, and change nothing."""
     write_text(path := bench.folder / name, values)
-    logging.disable(logging.NOTSET)
-    run = bench.new_name()
-    code, error = bench.call(bench.search(run, f"--text={path}"))
-    logging.disable(logging.WARNING)
+    code, error = bench.call(bench.search(run := bench.new_name(), f"--text={path}"))
     path.unlink()
     row.tried += 1
     row.fault("undetected", f"{name}: exit {code}, {error}", code != 0 or words not in error)
@@ -1104,14 +1140,14 @@ def clock(bench: Bench, row: Row) -> None:
             os.utime(path, (next_year, next_year))
 
     age([*run.rglob("*"), *bench.states.rglob("*")])
-    name = bench.new_name()
-    for searched in (bench.reference, name):
-        code, error = bench.call(bench.search(searched))
+    for name in (bench.reference, bench.new_name()):
+        acknowledged = bench.acknowledged(name)
+        code, error = bench.call(bench.search(name))
         row.tried += 1
         row.fault("undetected", error, code != 0)
+        bench.check(row, name, acknowledged, error)
     again = [path for path in states if abs(path.stat().st_mtime - next_year) > 1]
     row.fault("unequal", f"stored again: {again}", len(again))
-    row.fault("unequal", name, bench.story(name) != bench.story(bench.reference))
     for pattern in () if bench.quick else ("*.lock", "study.db*", "*"):  # of a search that was broken off
         process = bench.start(bench.search(name := bench.new_name()))
         bench.wait_for_candidate(process, name, 1)
@@ -1121,13 +1157,11 @@ def clock(bench: Bench, row: Row) -> None:
         error += bench.start(bench.search(name)).communicate()[1]
         row.tried += 1
         bench.check(row, name, acknowledged, error)
-    try:
-        library = libfaketime()
-    except NotRun as reason:
-        return row.leave_out(reason)
     kinds = [["-3600", "+3600"], ["+3600"], ["-3600"], ["+0", "+3600"], ["+0", "-3600"]]
-    for steps, num_workers in itertools.product(kinds[: 1 if bench.quick else None], (1,) if bench.quick else (1, 2)):
-        wrong_clock(bench, row, library, steps, num_workers)
+    with row.part():
+        library, workers = libfaketime(), (1,) if bench.quick else (1, 2)
+        for steps, num_workers in itertools.product(kinds[: 1 if bench.quick else None], workers):
+            wrong_clock(bench, row, library, steps, num_workers)
 
 
 # libfaketime makes an error of a sleep whose end is over when it looks at it.
@@ -1176,7 +1210,7 @@ def wrong_clock(bench: Bench, row: Row, library: Path, steps: Sequence[str], num
 def read_only(bench: Bench, row: Row) -> None:
     for what, option in (("run", "--root=/proc/kdnas"), ("states", "--states.folder=/proc/kdnas")):
         bench.refuse(row, what, bench.search(bench.new_name(), option), "Cannot write to")
-    with tmpfs(bench.folder / "disk", "ro") as disk:
+    with row.part(), tmpfs(bench.folder / "disk", "ro") as disk:
         bench.refuse(row, "disk", bench.search(bench.new_name(), f"--root={disk}"), "Read-only file system")
     if bench.quick:
         return
@@ -1198,23 +1232,25 @@ def read_only(bench: Bench, row: Row) -> None:
     folder.chmod(0o555)
     # Root ignores modes, but for this capability.
     drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.getuid() == 0 else []
-    start, process = time.monotonic(), bench.start_program(["-m", "kdnas", *args], drop)
-    _, error = process.communicate()
-    row.tried += 1
-    row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
-    told = process.returncode == 2 and is_one_line(error) and "Permission denied" in error
-    row.fault("undetected", f"mode 0555: exit {process.returncode}, {error}", not told or any(folder.iterdir()))
+    bench.refuse(row, "mode 0555", args, "Permission denied", partial(bench.call_alone, before=drop))
+    row.fault("undetected", "mode 0555: something is there", any(folder.iterdir()))
 
 
 @fault(
-    "F33", "the same name with another teacher, space, seed, metric or length; --force-new has them (not in --quick)"
+    "F33",
+    "the same name with another teacher, space, seed, metric or length; --force-new has them (not in --quick)",
 )
 def other_config(bench: Bench, row: Row) -> None:
     before = bench.story(bench.reference)
-    with spoilt_teacher(bench) as teacher:
-        options = ["--seed=1", "--space.num_hidden_layers=[1]", "--search.alpha=-0.1", "--data.max_length=16"]
-        for option in [*options, f"--teacher={teacher}"]:
-            bench.refuse(row, option, bench.search(bench.reference, option), " there, ")
+    for option in ("--seed=1", "--space.num_hidden_layers=[1]", "--search.alpha=-0.1", "--data.max_length=16"):
+        bench.refuse(row, option, bench.search(bench.reference, option), " there, ")
+    known, stat = (weights := bench.teacher / "model.safetensors").read_bytes(), weights.stat()
+    tensors = load(known)
+    tensors["encoder.layer.0.output.dense.weight"][0, 0] += 1
+    weights.write_bytes(save(tensors, {"format": "pt"}))  # another teacher at the same path
+    bench.refuse(row, "a weight", bench.search(bench.reference), "(teacher: ")
+    weights.write_bytes(known)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     if not bench.quick:
         code, error = bench.call(bench.search(bench.reference, "--seed=1", "--force-new"))
         row.fault("undetected", f"--force-new: {error}", code != 0 or not bench.story(f"{bench.reference}-2"))
@@ -1271,9 +1307,9 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
     name, num_trials = bench.new_name(), 6 if bench.quick else 20
     args = bench.search(name, f"--search.n_trials={num_trials}")
     start = time.monotonic()
-    bench.start(bench.search(bench.new_name(), f"--search.n_trials={num_trials}")).communicate()
+    bench.start(bench.search(whole := bench.new_name(), f"--search.n_trials={num_trials}")).communicate()
     row.notes.append(f"unbroken: {60 * num_trials / (time.monotonic() - start):.1f} trials a minute")
-    start, known, seconds = time.monotonic(), 0, 0.0
+    start, known, seconds, acknowledged = time.monotonic(), 0, 0.0, {}
     while True:
         process, begun = bench.start(args), time.monotonic()
         if not seconds:  # the first shows how long that takes
@@ -1287,15 +1323,16 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
         finished = sum(t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs for t in bench.trials(name))
         row.fault("lost", f"no progress after {finished} trials", finished <= known and process.returncode != 0)
         known = finished
+        before, acknowledged = acknowledged, bench.acknowledged(name)
+        row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in before.items()))
         if process.returncode == 0 or time.monotonic() > start + 600:
             break
     row.fault("undetected", "it never ended", process.returncode != 0)
-    row.fault("duplicated", f"{known} finished", abs(known - num_trials))
-    row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in bench.trials(name)))
+    bench.check(row, name, acknowledged, num_trials=num_trials, like=whole)
     row.notes.append(f"killed every {seconds:.0f} s: {60 * known / (time.monotonic() - start):.1f} trials a minute")
 
 
-# A worker of a study whose candidates take a moment; it writes down what it has finished.
+# A worker of a study whose candidates take a moment; it tells what it has finished, as a search does.
 SHORT = """
 import sys, time
 import optuna
@@ -1303,7 +1340,7 @@ from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a traceback, of a trial that is not needed
-url, path, n_trials, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+folder, n_trials, seconds, name = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4].partition("=")[2]
 space = SearchSpace({
     "num_hidden_layers": list(range(1, 13)), "num_attention_heads": [1, 2], "hidden_size": [32, 64],
     "intermediate_size": [64, 128, 256, 512, 1024], "hidden_act": ["gelu", "relu"],
@@ -1313,77 +1350,68 @@ def evaluate(trial, arch):
     time.sleep(seconds)
     return arch.num_hidden_layers + arch.intermediate_size / 7
 
-def note(study, trial):
+def tell(study, trial):
     if trial.state.name == "COMPLETE":
-        with open(path, "a") as file:
-            file.write(f"{trial.number} {trial.value}\\n")
+        print(f"trial {trial.number} is short: reward {trial.value:.4f}, 0 s", flush=True)
 
-search(evaluate, space, open_study(url, "short", {}), n_trials, [note])
+search(evaluate, space, open_study(f"sqlite:///{folder}/study.db", name, {}), n_trials, [tell])
 """
 
 
-def short_study(folder: Path) -> optuna.Study:
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", skip_table_creation=True)
-    return optuna.load_study(study_name="short", storage=storage)
+def short(bench: Bench, name: str, n_trials: int, seconds: float) -> subprocess.Popen[str]:
+    bench.run(name).mkdir(parents=True, exist_ok=True)
+    return bench.start_told(["-c", SHORT, str(bench.run(name)), str(n_trials), str(seconds)], [f"--name={name}"])
 
 
 @fault("F37", "four workers on one SQLite study, 200 trials: exact counts", quick=False)
 def four_workers(bench: Bench, row: Row) -> None:
     from kdnas.nas.record import trained
 
-    folder, num_trials = bench.folder / "short", 40 if bench.quick else 200
-    folder.mkdir()
-    args = ["-c", SHORT, f"sqlite:///{folder}/study.db"]
-    workers = [bench.start_program([*args, str(folder / str(i)), str(num_trials), "0.01"]) for i in range(4)]
+    name, num_trials = bench.new_name(), 40 if bench.quick else 200
+    workers = [short(bench, name, num_trials, 0.01) for _ in range(4)]
     for worker in workers:
         _, error = worker.communicate()
         row.fault("undetected", error, worker.returncode != 0 or "Traceback" in error)
-    study = short_study(folder)
-    lines = [line.split() for path in folder.glob("[0-3]") for line in path.read_text().splitlines()]
-    values = {t.number: t.value for t in study.trials if t.state.name == "COMPLETE"}
-    row.tried = len(trained(study))
-    row.fault("lost", "told, not stored", sum(values.get(int(n)) != float(value) for n, value in lines))
-    row.fault("lost", "stored, not told", len(values.keys() - {int(n) for n, _ in lines}))
+    told = [int(number) for number, _ in TOLD.findall((bench.told / name).read_text())]
+    row.tried = len(trained(bench.study(name)))
+    row.fault("lost", "stored, not told", len(bench.acknowledged(name).keys() - set(told)))
     row.fault("duplicated", f"{row.tried} trained", abs(row.tried - num_trials))
-    row.fault("duplicated", "told twice", len(lines) - len({n for n, _ in lines}))
-    numbers = [t.number for t in study.trials]
-    row.fault("duplicated", "numbers", numbers != list(range(len(numbers))))
-    row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in study.trials))
-    row.fault("undetected", "only some of them worked", len(list(folder.glob("[0-3]"))) < 4)
+    row.fault("duplicated", "told twice", len(told) - len(set(told)))
+    pids = {t.user_attrs["pid"] for t in bench.trials(name) if t.state.name == "COMPLETE"}
+    row.fault("undetected", "only some of them worked", len(pids) < 4)
+    bench.check_stopped(row, name, {})
 
 
 @fault(
     "F38", "a worker that is stopped for an hour, by the database's clock, is alive: its trial is its own", quick=False
 )
 def slow_worker(bench: Bench, row: Row) -> None:
-    folder = bench.folder / "slow"
-    folder.mkdir()
-    args = ["-c", SHORT, f"sqlite:///{folder}/study.db"]
-    slow = bench.start_program([*args, str(folder / "slow.txt"), "8", "3"])
-    while slow.poll() is None and not has(folder / "study.db", b"hidden_act"):
+    slow = short(bench, name := bench.new_name(), 8, 3)
+    while slow.poll() is None and not has(bench.run(name) / "study.db", b"hidden_act"):
         time.sleep(0.1)
     time.sleep(1)
     slow.send_signal(signal.SIGSTOP)
-    (mine,) = (t.number for t in short_study(folder).trials if t.state.name == "RUNNING")
-    with sqlite3.connect(folder / "study.db", timeout=60) as database:
+    (mine,) = (t.number for t in bench.trials(name) if t.state.name == "RUNNING")
+    with sqlite3.connect(bench.run(name) / "study.db", timeout=60) as database:
         database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
-    quick = bench.start_program([*args, str(folder / "quick.txt"), "8", "0.1"])
+    quick = short(bench, name, 8, 0.1)
     deadline = time.monotonic() + 300
-    while quick.poll() is None and sum(t.state.is_finished() for t in short_study(folder).trials) < 7:
+    while quick.poll() is None and sum(t.state.is_finished() for t in bench.trials(name)) < 7:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
     time.sleep(2)  # it waits for the last one, and looks whether its worker is alive
-    states = {t.number: t.state.name for t in short_study(folder).trials}
+    states = {t.number: t.state.name for t in bench.trials(name)}
     row.fault("undetected", f"trial {mine} was given up: {states}", states[mine] != "RUNNING")
     slow.send_signal(signal.SIGCONT)
     for process in (slow, quick):
         _, error = process.communicate()
         row.fault("undetected", error, process.returncode != 0 or "Traceback" in error)
-    trials = short_study(folder).trials
+    trials = bench.trials(name)
     row.tried += 1
     row.fault("lost", states, trials[mine].state.name != "COMPLETE")
     row.fault("duplicated", states, abs(sum("twin_of" not in t.user_attrs for t in trials if t.value is not None) - 8))
+    bench.check_stopped(row, name, {})
 
 
 NOT_HERE = {
@@ -1392,28 +1420,81 @@ NOT_HERE = {
 
 
 def usage(bench: Bench, name: str, session: int) -> dict[str, float]:
-    """What a search holds now: the largest process's memory, its open files, and bytes on the disk by kind."""
-    megabytes, files = [0.0], [0]
+    """What a search holds now: memory of its own and open files, and kilobytes on the disk by kind.
+
+    The parents are what no kill of a worker ends.
+    """
+    held = dict.fromkeys(("processes", "megabytes", "files", "parent_megabytes", "parent_files"), 0.0)
     for folder in processes_of({session}):
         with suppress(OSError):
-            megabytes.append(int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
-            files.append(len(list((folder / "fd").iterdir())))
-    sizes = {"database": 0, "trials": 0, "other": 0}
-    for path in (bench.logs / name).rglob("*"):
-        with suppress(OSError):
-            place = path.relative_to(bench.logs / name).parts[0]
-            kind = "database" if place.startswith("study.db") else "trials" if place.startswith("trial") else "other"
-            sizes[kind] += path.stat().st_size if path.is_file() else 0
+            lines = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+            sizes = {key: int(number) for key, number, *_ in lines}
+            found = {"megabytes": sizes["Anonymous:"] / 1e3, "files": len(list((folder / "fd").iterdir()))}
+            is_parent = str(session) in (folder.name, (folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found |= {f"parent_{key}": value for key, value in found.items() if is_parent}
+            held |= {key: held[key] + value for key, value in (found | {"processes": 1}).items()}
+    paths: dict[str, list[Path]] = {"database": [], "trials": [], "other": []}
+    for path in bench.run(name).rglob("*"):
+        place = path.relative_to(bench.run(name)).parts[0]
+        kind = "database" if place.startswith("study.db") else "trials" if place.startswith("trial") else "other"
+        paths[kind].append(path)
+    places = {"states": bench.states, "tokens": bench.logs / "tokens", "temporary": bench.temporary, "home": bench.home}
+    paths |= {kind: list(place.rglob("*")) for kind, place in places.items()}
+    return held | {f"{kind}_kb": kilobytes(found) for kind, found in paths.items()}
+
+
+def kilobytes(paths: Iterable[Path]) -> float:
+    total = 0.0
+    for path in paths:
+        with suppress(OSError):  # it is gone since
+            total += path.stat().st_size / 1e3 if path.is_file() else 0
+    return total
+
+
+def growth(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """From the first quarter of the rounds to the last, by medians; of the parents the most within the life of one."""
+    quarter = max(1, len(rounds) // 4)
+    early, late = rounds[:quarter], rounds[-quarter:]
+    lives = [list(life) for _, life in itertools.groupby(rounds, key=lambda found: found["life"])]
     return {
-        "megabytes": max(megabytes),
-        "files": max(files),
-        **{f"{kind}_kb": size / 1e3 for kind, size in sizes.items()},
+        key: max(life[-1][key] - life[0][key] for life in lives)
+        if key.startswith("parent_")
+        else statistics.median(found[key] for found in late) - statistics.median(found[key] for found in early)
+        for key in rounds[0].keys() - {"life", "finished"}
     }
 
 
-def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list[dict[str, float]]:
-    """Two workers search, and one of them, or all, are killed every two minutes: what grows, and is there progress?"""
-    name, rounds = bench.new_name(), []
+# What may grow, at first and with each trial. A trial in memory is some kilobytes, parameters, attributes, the history
+# of its epochs, and three processes hold it; on the disk it has rows of the database, lines of logs, and curves.
+ALLOWED = {
+    "processes": (1, 0),
+    "megabytes": (192, 0.15),
+    "parent_megabytes": (64, 0.05),
+    "files": (24, 0),
+    "parent_files": (8, 0),
+    "database_kb": (200, 8),
+    "trials_kb": (1000, 10),
+    "other_kb": (1000, 2),
+    "states_kb": (0, 0),
+    "tokens_kb": (0, 0),
+    "temporary_kb": (100, 0),
+    "home_kb": (100, 0),
+}
+
+
+def kill_one_that_trains(bench: Bench, name: str, session: int) -> bool:
+    alive = {int(folder.name) for folder in processes_of({session})}
+    running = [t.user_attrs["pid"] for t in bench.trials(name) if t.state.name == "RUNNING" and "arch" in t.user_attrs]
+    if running := [pid for pid in running if pid in alive]:
+        with suppress(ProcessLookupError):
+            os.kill(bench.random.choice(running), signal.SIGKILL)
+            return True
+    return False
+
+
+def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict[str, Any]:
+    """Two workers search; every two minutes one that trains is killed, each tenth time all: what grows?"""
+    name, rounds, life = bench.new_name(), [], 0
     sizes = "[" + ",".join(map(str, range(2, 65))) + "]"
     acts = "[gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid,gelu_fast,mish,leaky_relu,linear,relu2,gelu_10]"
     space = [f"--space.intermediate_size={sizes}", f"--space.hidden_act={acts}", "--space.hidden_size=[16,32]"]
@@ -1426,38 +1507,32 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> list
             break
         known, acknowledged = acknowledged, bench.acknowledged(name)
         row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
-        row.fault("lost", f"no progress in round {len(rounds)}", len(acknowledged) == len(known))
-        rounds.append({"trials": len(acknowledged), **usage(bench, name, process.pid)})
-        print({key: round(value) for key, value in rounds[-1].items()}, flush=True)
-        row.tried += 1
-        if len(rounds) % 2:
-            running = [t for t in bench.trials(name) if t.state.name == "RUNNING" and "pid" in t.user_attrs]
-            with suppress(ProcessLookupError, IndexError):
-                os.kill(bench.random.choice(running).user_attrs["pid"], signal.SIGKILL)
+        finished = len(acknowledged) - len(known)
+        rounds.append({"trials": len(acknowledged), "finished": finished, "life": life})
+        rounds[-1] |= usage(bench, name, process.pid)
+        row.fault("lost", f"no progress in round {len(rounds)}", finished <= 0)
+        shown = {key: round(value) for key, value in rounds[-1].items()}
+        print(shown, "no progress" * (finished <= 0), flush=True)
+        if len(rounds) % 10:
+            row.tried += kill_one_that_trains(bench, name, process.pid)
         else:
             error = kill_all(process)
+            row.tried += 1
             row.fault("undetected", error, "Traceback" in error)
-            process = bench.start(args)
+            process, life = bench.start(args), life + 1
     bench.wait_for_candidate(process, name, len(bench.trials(name)))  # it may have been started just now
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate()
-    row.fault("undetected", error, "Traceback" in error or process.returncode not in (0, 143))
-    acknowledged, known = bench.acknowledged(name), acknowledged
-    row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
-    numbers = [t.number for t in bench.trials(name)]
-    row.fault("duplicated", "numbers", numbers != list(range(len(numbers))))
-    row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in bench.trials(name)))
-    bench.check_processes(row, name)
-    if len(rounds) > 1:
-        first, last = rounds[0], rounds[-1]
-        # A trial in memory is some kilobytes: parameters, attributes, the history of its epochs.
-        # A line of the table, what a worker tells of it, and its points in TensorBoard are a kilobyte or two.
-        num_trials = last["trials"] - first["trials"]
-        allowed = {"megabytes": 64 + 0.05 * num_trials, "files": 8, "other_kb": 1000 + 2 * num_trials}
-        for key, more in allowed.items():
-            row.fault("undetected", f"{key}: {first[key]:.0f} to {last[key]:.0f}", last[key] > first[key] + more)
-    return rounds
+    row.fault("undetected", error, process.returncode not in (0, 143))
+    bench.check_stopped(row, name, acknowledged, error)
+    grown = growth(rounds) if rounds else {}
+    num_trials = rounds[-1]["trials"] - rounds[0]["trials"] if rounds else 0
+    row.notes.append(f"growth: {', '.join(f'{key} {more:.0f}' for key, more in sorted(grown.items()))}")
+    for key, (at_first, each) in ALLOWED.items():
+        more = grown.get(key, 0)
+        row.fault("undetected", f"{key} grew by {more:.0f}", more > at_first + each * num_trials)
+    return {"rounds": rounds, "growth": grown}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -1467,7 +1542,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="those without servers and many kills, in under four minutes"
     )
     parser.add_argument("--only", default="", help="ids, separated by commas")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="two workers for so long, killed every 2 minutes")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="two workers; every 2 minutes one is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the instants at which is killed")
     parser.add_argument("--json", type=Path, default=OUTPUT / "faults.json", help="where the figures go")
     options = parser.parse_args(args)
@@ -1481,7 +1556,7 @@ def main(args: Sequence[str] | None = None) -> int:
     rows = [Row(name, what, not_run=why) for name, (what, why) in NOT_HERE.items() if not wanted or name in wanted]
     more: dict[str, Any] = {}
     if options.soak:
-        wanted, rows = ["soak"], [Row("soak", f"two workers for {options.soak:g} minutes, killed every two")]
+        wanted, rows = ["soak"], [Row("soak", f"two workers for {options.soak:g} minutes, one killed every two")]
     started = time.monotonic()
 
     def write() -> None:
@@ -1494,7 +1569,7 @@ def main(args: Sequence[str] | None = None) -> int:
         bench = Bench(Path(folder), options.quick, options.seed)
         os.chdir(bench.home)  # where a path that is relative by mistake is seen; back at the end
         if options.soak:
-            more["rounds"] = soak(bench, rows[0], options.soak)
+            more = soak(bench, rows[0], options.soak)
         for name, (what, quick, function) in FAULTS.items():
             if (wanted and name not in wanted) or (options.quick and not quick and not wanted):
                 continue
@@ -1503,10 +1578,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 function(bench, row)
             except NotRun as reason:
                 row.not_run = str(reason)
-            except subprocess.CalledProcessError as error:
-                row.not_run = f"{' '.join(map(str, error.cmd))}: {error.stderr!r}"
+                row.fault("undetected", f"not run to its end: {reason}", row.tried > 0)
             except Exception as error:  # of the benchmark itself, or let through by what it calls
-                row.fault("undetected", f"{type(error).__name__}: {error}")
+                row.fault("undetected", f"{type(error).__name__}: {error} {getattr(error, 'stderr', None) or ''}")
             row.seconds = time.monotonic() - begun
             rows.append(row)
             write()

@@ -1,6 +1,7 @@
 """What benchmarks/faults.py is made of: a tiny teacher, searches on it, the checker I1 to I8, and rows of figures."""
 
 import io
+import logging
 import math
 import os
 import random
@@ -12,16 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common import ROOT  # isort: skip (before torch)
 
 import optuna
 import torch
+import yaml
 from filelock import FileLock, ReadWriteLock, Timeout
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,6 +37,8 @@ WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # What a search tells of each trial that it has stored, and names of files that are not finished.
 TOLD = re.compile(r"^trial +(\d+) .* reward (\S+), \d+ s$", re.MULTILINE)
 TEMPORARY = re.compile(r"\..*|.*\.(tmp|incomplete|partial)")
+# The faults in which a disk or a database fails, of which a worker may tell.
+FAILING = ("F05", "F06", "F07", "F13", "F14")
 # Starts of students that are written down, or that kill or fill their process for some shapes, as the environment says.
 HOOKS = """
 import ctypes, json, os, resource, time
@@ -98,6 +102,14 @@ class Row:
         """A part of the fault that cannot be made here."""
         self.notes.append(f"not run: {reason}")
 
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """A part that perhaps cannot be made here; the others stay."""
+        try:
+            yield
+        except NotRun as reason:
+            self.leave_out(reason)
+
     def is_bad(self) -> bool:
         return any((self.lost, self.duplicated, self.executed, self.undetected, self.zombies, self.unequal))
 
@@ -131,6 +143,7 @@ class Bench:
         self.home, self.told, self.temporary = folder / "home", folder / "told", folder / "tmp"
         self.num_trials = 4 if quick else 12
         self.storages: dict[str, str] = {}  # of runs whose study is not in their folder
+        self.roots: dict[str, Path] = {}  # of runs that are not among the others
         self._number, self._finished = 0, dict[int, str]()
         self.started: list[subprocess.Popen[str]] = []
         torch.set_num_threads(1)
@@ -167,13 +180,16 @@ class Bench:
         self._number += 1
         return f"run{self._number}"
 
+    def run(self, name: str) -> Path:
+        return self.roots.get(name, self.logs) / name
+
     def search(self, name: str, *more: str, command: str = "search") -> list[str]:
         """A command whose rewards do not depend on the clock (alpha 0), so that equal searches are equal."""
         options = {
             "teacher": self.teacher,
             "text": self.text,
             "name": name,
-            "root": self.logs,
+            "root": self.roots.get(name, self.logs),
             "states.folder": self.states,
             "data.max_length": 24,
             "data.batch_tokens": 512,
@@ -195,21 +211,38 @@ class Bench:
 
     def call(self, args: Sequence[str]) -> tuple[int, str]:
         """Exit code and stderr of a command in this process; -1 with the exception where one comes through."""
-        errors = io.StringIO()
+        errors, level = io.StringIO(), logging.root.manager.disable
+        logging.disable(logging.NOTSET)  # else it would tell nothing
         try:
-            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+            with self.tell(args) as told, redirect_stderr(errors), redirect_stdout(told):
                 code = kdnas(args)
         except Exception as error:
             return -1, f"Traceback: {error!r}"
+        finally:
+            logging.disable(level)
         if code in (130, 143):  # meant for us
             raise KeyboardInterrupt
         return code, errors.getvalue()
 
     def start(self, args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """The same in a process group of its own, whose errors are piped; what else it tells is kept for its run."""
-        name = next((arg for arg in args if arg.startswith("--name=")), "--name=none").removeprefix("--name=")
-        with (self.told / name).open("a") as told:
-            return self.start_program(["-m", "kdnas", *args], **({"stdout": told} | options))
+        """The same in a process group of its own, whose errors are piped."""
+        return self.start_told(["-m", "kdnas"], args, **options)
+
+    def start_told(self, program: Sequence[str], args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        """A program that takes the arguments of a command."""
+        with self.tell(args) as told:
+            return self.start_program([*program, *args], **({"stdout": told} | options))
+
+    def tell(self, args: Sequence[str]) -> IO[str]:
+        """Where all that a command tells is kept, for the run that it names."""
+        name = next((arg for arg in args if arg.startswith("--name=")), "").removeprefix("--name=")
+        return (self.told / (name if re.fullmatch(r"\w{1,99}", name) else "others")).open("a", encoding="utf-8")
+
+    def call_alone(self, args: Sequence[str], **options: Any) -> tuple[int, str]:
+        """Exit code and stderr of a command in a process of its own."""
+        process = self.start(args, **options)
+        _, error = process.communicate()
+        return process.returncode, error
 
     def start_program(self, args: Sequence[str], before: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
         """Python in a process group of its own; what comes ``before`` it may be strace."""
@@ -223,13 +256,20 @@ class Bench:
         self.started.append(process)
         return process
 
-    def refuse(self, row: Row, name: str, args: Sequence[str], words: str = "", codes: Sequence[int] = (2,)) -> None:
+    def refuse(
+        self,
+        row: Row,
+        name: str,
+        args: Sequence[str],
+        words: str = "",
+        call: Callable[[Sequence[str]], tuple[int, str]] | None = None,
+    ) -> None:
         """A command that must end with one line, and make nothing."""
         before, start = self.made(), time.monotonic()
-        code, error = self.call(args)
+        code, error = (call or self.call)(args)
         row.tried += 1
         row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - start)
-        if code not in codes or not is_one_line(error) or words not in error:
+        if code != 2 or not is_one_line(error) or words not in error:
             row.fault("undetected", f"{name}: exit {code}, {error}")
         if self.made() != before:
             row.fault("undetected", f"{name}: made {sorted(self.made() ^ before)}")
@@ -258,13 +298,15 @@ class Bench:
                 found.add(f"{path} {path.lstat().st_size} {path.lstat().st_mtime_ns}")
         return found
 
+    def study(self, name: str) -> optuna.Study:
+        url = self.storages.get(name, f"sqlite:///{self.run(name)}/study.db")  # the tables are made by the search alone
+        return optuna.load_study(study_name=name, storage=RDBStorage(url, skip_table_creation=True))
+
     def trials(self, name: str) -> list[optuna.trial.FrozenTrial]:
-        path = self.logs / name / "study.db"
-        if name not in self.storages and not path.exists():
+        if name not in self.storages and not (self.run(name) / "study.db").exists():
             return []
-        try:  # the tables are made by the search alone
-            url = self.storages.get(name, f"sqlite:///{path}")
-            return optuna.load_study(study_name=name, storage=RDBStorage(url, skip_table_creation=True)).trials
+        try:
+            return self.study(name).trials
         except (KeyError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
             return []
 
@@ -307,43 +349,59 @@ class Bench:
         error: str = "",
         one: bool = True,
         num_trials: int | None = None,
+        like: str = "",
     ) -> None:
-        """I1 to I8 after a search of one worker, or of several, has ended, however often it was broken off."""
+        """I1 to I8 after a search of one worker, or of several, has ended, however often it was broken off.
+
+        ``like``: the unbroken search that it shall equal, where that is not the reference.
+        """
+        self.check_stopped(row, name, acknowledged, error)
+        trials = self.trials(name)
+        counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
+        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - (num_trials or self.num_trials)))  # I2
+        row.fault("zombies", "waiting", sum(t.state.name == "WAITING" for t in trials))  # I3
+        row.fault("undetected", "no manifest", not (self.run(name) / "manifest.json").exists())  # I4
+        mine = self.story(name)  # I7; several workers propose in an order of their own
+        wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]
+        row.fault("unequal", wrong or mine, bool(wrong) or (one and mine != self.story(like or self.reference)))
+
+    def check_stopped(self, row: Row, name: str, acknowledged: dict[int, Any], error: str = "") -> None:
+        """Of these what holds, too, where a search has stopped before its end."""
         trials, values = self.trials(name), self.acknowledged(name)
         lost = [number for number, value in acknowledged.items() if values.get(number) != value]
         row.fault("lost", f"trials {lost}", len(lost))  # I1: what the database had
         path = self.told / name
-        told = TOLD.findall(path.read_text()) if path.exists() else []
+        told = TOLD.findall(path.read_text(encoding="utf-8") if path.exists() else "")
         lost = [n for n, reward in told if f"{values.get(int(n), [math.nan])[0]:.4f}" != reward]
         row.fault("lost", f"told, but not stored: {lost}", len(lost))  # and what the user was told
-        counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
+        row.fault("undetected", "trials finished, and none was told", bool(values) and not told)  # else that is vacuous
         numbers = [t.number for t in trials]
         row.fault("duplicated", f"{numbers}", numbers != list(range(len(numbers))))  # I2
-        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - (num_trials or self.num_trials)))
-        row.fault("zombies", "running", sum(t.state.name in ("RUNNING", "WAITING") for t in trials))  # I3
+        row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in trials))  # I3
         self.check_files(row, name)  # I4
         self.check_processes(row, name)  # I5
         row.fault("undetected", error, "Traceback" in error)  # I6
-        logs = [path.read_text(errors="replace") for path in (self.logs / name).glob("worker_*.log")]
-        errors = [what for log in logs for what in raised(log)]
+        logs = [path.read_text(errors="replace") for path in self.run(name).glob("worker_*.log")]
+        errors = [what for log in logs for what in raised(log, row.id in FAILING)]
         row.fault("undetected", f"a worker's log: {errors}", bool(errors))
-        mine = self.story(name)  # I7; several workers propose in an order of their own
-        wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]
-        row.fault("unequal", wrong or mine, bool(wrong) or (one and mine != self.story(self.reference)))
         self.look_at_canary(row, name)  # I8
         before, self._outside = self._outside, self.outside()
         row.fault("undetected", f"outside: {sorted(before ^ self._outside)}", before != self._outside)
 
+    def states_of(self, name: str) -> Path:
+        """Where a run keeps the teacher's states."""
+        path = self.run(name) / "config.yaml"
+        return Path(yaml.safe_load(path.read_text())["states"]["folder"]) if path.exists() else self.states
+
     def check_files(self, row: Row, name: str) -> None:
         """What manifests and database say of themselves is true, and nothing is left half written."""
-        run = self.logs / name
+        run = self.run(name)
         faults = [fault for path in run.rglob("manifest.json") for fault in verify(path.parent)[1]]
-        faults += [] if (run / "manifest.json").exists() else ["no manifest"]
         if (run / "study.db").exists():
             with closing(sqlite3.connect(run / "study.db")) as database:
                 faults += [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
         row.fault("undetected", faults, len(faults))
-        places = (run, self.logs / "tokens", self.states)
+        places = (run, run.parent / "tokens", self.states_of(name))
         left = [path for place in places for path in place.rglob("*") if TEMPORARY.fullmatch(path.name)]
         row.fault("zombies", left, len(left))
         for path in left:  # counted once
@@ -358,9 +416,9 @@ class Bench:
                 break
             time.sleep(0.2)
         for path in [
-            *self.logs.glob(f"{name}/**/*.lock"),
-            *self.logs.glob("tokens/*.lock"),
-            *self.states.glob("*/lock"),
+            *self.run(name).rglob("*.lock"),
+            *self.run(name).parent.glob("tokens/*.lock"),
+            *self.states_of(name).glob("*/lock"),
             *self.temporary.glob("*.lock"),
         ]:
             try:
@@ -373,13 +431,14 @@ class Bench:
                 row.fault("zombies", f"{path} is held")
 
 
-def raised(log: str) -> list[str]:
-    """What tracebacks end with; a worker tells that of a disk or a database that failed, too, which is no defect."""
+def raised(log: str, failing: bool = False) -> list[str]:
+    """What tracebacks end with, but for that of a disk or a database where it is ``failing``."""
+    forgiven = re.compile(r"[\w.]*(OSError|PermissionError|StoreAway)\b")
     found = []
     for block in re.split(r"^(?=Traceback \(most)", log, flags=re.MULTILINE)[1:]:
         is_cause = re.search("^(The above exception|During handling)", block, re.MULTILINE)
         end = re.search(r"^(?!Traceback|[ \t])\S.*", block, re.MULTILINE)
-        if end and not is_cause and not re.match(r"[\w.]*(OSError|PermissionError|StoreAway)\b", end[0]):
+        if end and not is_cause and not (failing and forgiven.match(end[0])):
             found.append(end[0])
     return found
 

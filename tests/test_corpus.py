@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import random
 import re
 import sys
@@ -393,6 +394,7 @@ def test_any_bytes_give_a_corpus_or_a_user_error(content, suffix):
             assert found.train and found.held_out
             assert len(set(every(found))) == len(every(found))
             assert all(row.strip() for row in every(found))
+        assert os.listdir(folder) == [path.name]
 
 
 PROSE = [row.capitalize() + "." for row in make_rows(1200, seed=3, longest=40) if len(row) >= 60]

@@ -1,9 +1,13 @@
+import json
+import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -62,4 +66,84 @@ def test_what_a_worker_tells_of_a_disk_that_failed_is_no_defect_and_all_else_is(
     cause = f"{frame}psycopg.OperationalError: connection failed\n  and more\n\nThe above exception was the cause:\n\n"
     log = f"trial 1\n{cause}{frame}kdnas.nas.storage.StoreAway: the database is away\n"
     log += f"{frame}PermissionError: [Errno 13] denied\n{frame}ValueError: a defect\n"
-    assert faults_checks.raised(log) == ["ValueError: a defect"]
+    defect = "ValueError: a defect"
+    assert faults_checks.raised(log, failing=True) == [defect]
+    told = ["kdnas.nas.storage.StoreAway: the database is away", "PermissionError: [Errno 13] denied"]
+    assert faults_checks.raised(log) == [*told, defect]  # where nothing was made to fail
+
+
+def test_trials_of_which_nothing_was_told_are_seen(bench, monkeypatch):
+    monkeypatch.setattr(bench, "acknowledged", lambda name: {0: (0.5, {}, None)})
+    bench.tell(["search", "--name=mine"]).close()
+    bench.check_stopped(row := faults.Row("F00", ""), "mine", {})
+    assert row.undetected == 1 and "none was told" in row.notes[0]
+    with bench.tell(["search", "--name=mine"]) as told:
+        told.write("trial   0  2 layers x 32 wide: loss 0.497, 1.0x, reward 0.5000, 10 s\n")
+    bench.check_stopped(row := faults.Row("F00", ""), "mine", {})
+    assert not row.is_bad()
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a\0b", "", "x" * 300])
+def test_what_a_run_of_no_plain_name_tells_is_kept_in_its_place(bench, name):
+    bench.tell(["search", f"--name={name}"]).close()
+    assert [path.name for path in bench.told.iterdir()] == ["others"]
+
+
+@pytest.mark.parametrize(
+    ("error", "tried", "is_bad"),
+    [
+        (subprocess.CalledProcessError(1, ["umount"]), 1, True),
+        (subprocess.CalledProcessError(1, ["umount"]), 0, True),
+        (faults.NotRun("no root"), 1, True),
+        (faults.NotRun("no root"), 0, False),
+    ],
+)
+def test_a_row_that_breaks_off_is_bad_and_one_that_cannot_begin_is_told(error, tried, is_bad, tmp_path, monkeypatch):
+    def broken(bench: faults.Bench, row: faults.Row) -> None:
+        row.tried = tried
+        raise error
+
+    monkeypatch.setattr(faults, "FAULTS", {"F99": ("broken", True, broken)})
+    monkeypatch.setattr(faults.logging, "disable", lambda level: None)  # for the tests that follow
+    assert faults.main(["--only=F99", f"--json={tmp_path / 'a.json'}"]) == is_bad
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["undetected"] == is_bad and bool(row["not_run"]) == isinstance(error, faults.NotRun)
+
+
+def test_growth_is_from_the_early_rounds_to_the_late_and_within_the_life_of_a_parent():
+    memory, lives = [9, 10, 12, 5, 5, 14, 20, 30], [0, 0, 0, 0, 1, 1, 1, 2]
+    rounds = [
+        {"life": life, "finished": 3, "megabytes": megabytes, "parent_megabytes": megabytes}
+        for life, megabytes in zip(lives, memory, strict=True)
+    ]
+    assert faults.growth(rounds) == {"megabytes": 25 - 9.5, "parent_megabytes": 15}
+    assert faults.growth(rounds[:1]) == {"megabytes": 0, "parent_megabytes": 0}
+
+
+def test_what_a_search_holds_is_that_of_all_its_processes_and_all_that_it_writes(bench):
+    run = bench.run("mine")
+    for name in ("trial_0000", "search"):
+        (run / name).mkdir(parents=True)
+    writes = {run / "study.db": 1, run / "trial_0000" / "a": 2, run / "search" / "b": 3, bench.temporary / "c": 4}
+    for path, kilobytes in writes.items():
+        path.write_bytes(bytes(1000 * kilobytes))
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    process = bench.start_program(
+        ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], stdin=subprocess.PIPE
+    )
+    end = time.monotonic() + 60
+    while (held := faults.usage(bench, "mine", process.pid))["processes"] < 3 and time.monotonic() < end:
+        time.sleep(0.1)
+    process.communicate("\n")
+    assert held["processes"] == 3 and held["files"] > held["parent_files"] > 0
+    assert held["megabytes"] > held["parent_megabytes"] > 0
+    kinds = ("database", "trials", "other", "temporary", "states", "tokens", "home")
+    assert [held[f"{kind}_kb"] for kind in kinds] == [1, 2, 3, 4, 0, 0, 0]
+
+
+def test_the_steps_of_a_fit_are_those_that_tensorboard_was_told(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(7):
+            writer.add_scalar("train/loss", 0.5, step)
+        writer.add_scalar("val/loss", 0.5, 9)
+    assert faults.steps_told(tmp_path) == 7

@@ -52,12 +52,17 @@ def test_names_that_are_no_plain_names_are_refused(name):
 @examples(200)
 @given(st.one_of(st.text(), st.text("ab/.\\\0\n-_~%é", max_size=6)))
 def test_any_name_is_refused_or_one_folder_within_the_root(name):
-    try:
-        run = Run("/logs", name)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert os.path.normpath(run.folder) == f"/logs/{name}" and "/" not in name
+    with tempfile.TemporaryDirectory() as parent:
+        try:
+            run = Run(root := f"{parent}/logs", name)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 and os.listdir(parent) == []
+        else:
+            assert os.path.normpath(run.folder) == f"{root}/{name}" and "/" not in name
+            run.check_writable()
+            assert os.listdir(parent) == []
+            write_text(run.config, name)
+            assert {str(path) for path in Path(parent).rglob("*")} == {root, f"{root}/{name}", str(run.config)}
 
 
 def test_making_a_run_touches_no_disk(tmp_path):

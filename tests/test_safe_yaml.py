@@ -1,8 +1,14 @@
 """YAML that could mislead or harm is refused in one line, wherever it is read."""
 
+import io
 import json
+import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import chdir, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import conftest
 import pytest
@@ -154,12 +160,33 @@ def test_a_random_case_that_hangs_fails_and_is_shown(monkeypatch):
         st.binary(max_size=40),
     )
 )
-def test_any_config_is_read_or_refused_in_one_line(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
+def test_any_config_is_read_or_refused_in_one_line_that_names_what_is_wrong(content):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        chdir(folder),
+        redirect_stderr(io.StringIO()) as errors,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        Path("any.yaml").write_bytes(content)
         patch.setattr(pipeline, "search", lambda config, console: None)
-        assert main(["search", "--config", str(path)]) in (0, 2)
+        code, told = main(["search", "--config", "any.yaml"]), errors.getvalue()
+        assert os.listdir() == ["any.yaml"]
+    assert code in (0, 2)
+    if code == 2:
+        assert told.startswith("kdnas: ") and len(told.splitlines()) == 1
+        try:
+            keys = {str(key) or '""' for key in every_key(yaml.safe_load(content))}
+        except (yaml.YAMLError, ValueError):
+            keys = set()
+        assert any(name in told for name in {"config", "teacher", "text", *keys})
+
+
+def every_key(value: Any) -> Iterator[Any]:
+    """The keys of a mapping, and of all that is in it."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from every_key(inner)
 
 
 @examples(200)

@@ -408,9 +408,11 @@ def test_any_files_give_a_task_or_one_line(name, columns, content, suffix):
                     pq.write_table(pa.table(columns), folder / f"{split}.parquet")
             else:
                 (folder / f"{split}{suffix}").write_bytes(content)
+        before = set(Path(parent).rglob("*"))
         try:
             loaded = load_task(str(folder))
         except UserError as error:
             assert len(str(error).splitlines()) == 1
         else:
             assert loaded.train["label"] and all(loaded.validations.values())
+        assert set(Path(parent).rglob("*")) == before
