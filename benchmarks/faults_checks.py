@@ -359,7 +359,6 @@ class Bench:
         trials = self.trials(name)
         counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
         row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - (num_trials or self.num_trials)))  # I2
-        row.fault("zombies", "waiting", sum(t.state.name == "WAITING" for t in trials))  # I3
         row.fault("undetected", "no manifest", not (self.run(name) / "manifest.json").exists())  # I4
         mine = self.story(name)  # I7; several workers propose in an order of their own
         wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]

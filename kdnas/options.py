@@ -173,6 +173,8 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
     message = " ".join(str(error).split())
     if wrong := _wrong_value(message):
         return UserError(wrong)
+    if unmapped := re.match(r"Unexpected config: ?(.{0,60})", message):
+        return UserError(f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`.")
     if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
         message = f"unrecognized arguments: {ambiguous[1]}"
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)

@@ -194,3 +194,10 @@ def every_key(value: Any) -> Iterator[Any]:
 def test_whatever_is_plain_passes(value):
     check_yaml(yaml.safe_dump(value))
     check_yaml(json.dumps(value))
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "text"])
+def test_a_config_that_maps_nothing_is_told_what_it_must_be(content, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(content)
+    assert main(["search", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(f"kdnas: A config is {content!r}: it must map names to values")
