@@ -1,6 +1,7 @@
 """The kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -22,6 +23,15 @@ def tell(message: str) -> None:
     """The one line on stderr; where nothing can be written there either, the exit code must do."""
     with suppress(OSError):
         print(f"kdnas: {message}", file=sys.stderr)
+
+
+def last_words(text: str) -> None:
+    """Print what there is room for, and nothing more: a full disk must not change the code that a process ends with."""
+    with suppress(OSError):
+        print(text, flush=True)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what their buffers still hold is written at the very end
+        os.dup2(null, stream)
 
 
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:

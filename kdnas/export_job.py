@@ -162,18 +162,17 @@ def push(folder: Path, repo: str) -> str:
 
 def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
     """The stage of a run: its student into ``student/``."""
+    if run.student.exists():
+        console.print(
+            f"Export: {run.student} is of another model than the run has now; it is made anew.", soft_wrap=True
+        )
     say(export_student(_source_of(run), run.student, card=_run_card(run), make_rows=make_rows), console)
 
 
 def is_exported(run: Run) -> bool:
-    """Whether ``student/`` is of what the run has now: `kdnas export` may have been there before fine-tuning.
-
-    A sentence encoder, which only that makes, stays.
-    """
-    made = _manifest(run.student)
-    return run.student.exists() and (
-        "sentences" in made.get("checks", {}) or made.get("source_sha256") in (None, source_sha256(_source_of(run)))
-    )
+    """Whether ``student/`` is of what the run has now: `kdnas export` may have been there before fine-tuning."""
+    made_from = _manifest(run.student).get("source_sha256")
+    return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.errors import CandidateFailed, UserError
+from kdnas.errors import CandidateFailed, UserError, last_words
 from kdnas.export_job import export_run, is_exported, rows_of_task, rows_of_texts
 from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
 from kdnas.glue.tasks import LoadedTask
@@ -265,11 +265,10 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
         except (UserError, CandidateFailed) as error:
-            print(error)
+            last_words(str(error))
             raise SystemExit(REFUSED) from None
         except OSError:
-            with suppress(OSError):  # the disk of the log may be the one that is full
-                traceback.print_exc()
+            last_words(traceback.format_exc())
             raise SystemExit(DISK) from None
 
 
@@ -292,7 +291,7 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # from now on no other process changes which student is best
     try:
         states = job.states("full")
-    except BaseException:
+    except Exception:
         with suppress(OSError):  # unless something is in it: nothing is fixed yet
             folder.rmdir()
         raise

@@ -33,7 +33,7 @@ from kdnas.config import RunConfig, SearchSettings, as_plain
 from kdnas.distill.layer_map import Even
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
-from kdnas.errors import CandidateFailed
+from kdnas.errors import CandidateFailed, UserError
 from kdnas.graph import open_session
 from kdnas.job import Job
 from kdnas.models import find_teacher
@@ -471,16 +471,19 @@ def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where
 ) -> None:
     states, full_kd = Job.states, tmp_path / "logs" / "tiny" / "full_kd"
     found: list[bool] = []
+    ends: list[type[BaseException]] = [KeyboardInterrupt, UserError]
 
     def stop_at_full(job: Job, split: str) -> object:
         if split == "mini":
             return states(job, split)
         found.append(full_kd.is_dir())  # by which a helping search knows
-        interrupt()
+        raise ends.pop(0)
 
     monkeypatch.setattr(Job, "states", stop_at_full)
     assert main(command) == 130
-    assert found == [True] and not full_kd.exists()
+    assert full_kd.exists(), "a search whose time is over is not begun again"
+    assert main(command) == 2
+    assert found == [True, True] and not full_kd.exists()
     monkeypatch.undo()
     assert main([*command, "--full_kd.num_epochs=2"]) == 0
 

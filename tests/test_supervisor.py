@@ -38,6 +38,7 @@ def wait_for_signals():
     while not os.path.exists(NOTES + ".end"):
         time.sleep(0.02)
 
+supervisor.LAST_SECONDS = PATIENCE
 cli.COMMANDS["search"] = search
 BODY
 sys.argv[1:] = ["search"]
@@ -47,9 +48,9 @@ sys.exit(code)
 """
 
 
-def program(body: str, notes: Path) -> list[str]:
+def program(body: str, notes: Path, last_seconds: float = 60) -> list[str]:
     lines = "def body(earlier):\n" + "".join(f"    {line}\n" for line in body.splitlines())
-    return [sys.executable, "-c", PROGRAM.replace("BODY", lines), str(notes)]
+    return [sys.executable, "-c", PROGRAM.replace("BODY", lines).replace("PATIENCE", str(last_seconds)), str(notes)]
 
 
 def seen(notes: Path) -> list[str]:
@@ -126,7 +127,7 @@ def test_a_second_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path):
 def test_a_second_signal_ends_a_child_whose_native_code_hears_of_none(tmp_path):
     notes = tmp_path / "notes"
     body = "signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)\nnote('ready')\ntime.sleep(60)"
-    process = subprocess.Popen(program(body, notes), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(program(body, notes, supervisor.LAST_SECONDS), stderr=subprocess.PIPE, text=True)
     wait_for(notes, "ready")
     for _ in range(2):
         process.terminate()

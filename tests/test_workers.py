@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -98,8 +99,9 @@ def work_in_turn(url: str, lock: Path, index: int, deadline: float) -> None:
     search(evaluate, SPACE, open_study(url, "s", {}), 1)
 
 
-def take_seven_seconds(url: str, index: int, deadline: float) -> None:
-    search(lambda trial, arch: time.sleep(7) or 0.5, SPACE, open_study(url, "s", {}), 1)
+def take_seconds(url: str, seconds: float, index: int, deadline: float) -> None:
+    """The first candidate takes so many, others none."""
+    search(lambda trial, arch: time.sleep(0 if trial.number else seconds) or 0.5, SPACE, open_study(url, "s", {}), 1)
 
 
 def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> None:
@@ -280,8 +282,9 @@ def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)]
 
 
-def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdnas.nas.workers.LONGEST_ROUND", 1.5)
+@pytest.mark.parametrize(("seconds", "states"), [(7, ["COMPLETE"]), (600, ["FAIL", "COMPLETE"])])
+def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(seconds, states, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdnas.nas.workers.LONGEST_PAUSE", 1.5)
     study = open_study(url, "s", {})
     get_trials, looks = study.get_trials, []
 
@@ -293,8 +296,9 @@ def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(url, tm
         return found
 
     monkeypatch.setattr(study, "get_trials", away)
-    run_workers(partial(take_seven_seconds, url), 1, study, lambda *_: None, 600, lambda i: tmp_path / "log", timeout=4)
-    assert len(looks) > 2 and [trial.state.name for trial in study.trials] == ["COMPLETE"]
+    worker = partial(take_seconds, url, seconds)
+    run_workers(worker, 1, study, lambda *_: None, 600, lambda index: tmp_path / "log", timeout=4)
+    assert len(looks) > 2 and [trial.state.name for trial in study.trials] == states
 
 
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
@@ -313,6 +317,14 @@ def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypa
     assert not begun
     _child(lambda *args: begun.append(args), 0, math.inf, os.getppid())
     assert begun == [(0, math.inf)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_worker_whose_log_is_full_ends_with_its_code_all_the_same():
+    code = "import os, sys; from kdnas.errors import last_words; full = os.open('/dev/full', os.O_WRONLY); "
+    code += "os.dup2(full, 1); os.dup2(full, 2); print('before'); last_words('the end'); sys.exit(3)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    assert subprocess.run([sys.executable, "-c", code], env=buffered).returncode == 3
 
 
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):

@@ -311,7 +311,8 @@ def read_study(storage: str | Path, name: str) -> optuna.Study:
         url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise UserError(f"There is no study in {shown!r}: no search was begun there, or give its --storage.")
-        database = RDBStorage(_literal(url.render_as_string(hide_password=False)), skip_table_creation=True)
+        there = _literal(url.render_as_string(hide_password=False))
+        database = RDBStorage(there, skip_table_creation=True, engine_kwargs=engine_options(url))
         study = optuna.load_study(study_name=name, storage=database)
         study.get_trials(deepcopy=False)
     except KeyError as error:

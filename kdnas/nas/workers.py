@@ -23,14 +23,17 @@ from kdnas.errors import CandidateFailed
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway, is_here
 from kdnas.precision import bf16_is_faster
+from kdnas.runs import nearest_folder
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.
 MOST_DEATHS = 2
-# Seconds between two looks at the workers are one or two; above this something was waited for.
-LONGEST_ROUND = 5.0
+# A look at the study takes milliseconds; above so many seconds the database was away.
+LONGEST_LOOK = 2.0
+# So long a worker may take, which the database keeps waiting too, until it tries again.
+LONGEST_PAUSE = 5.0
 # Exit codes, as the command line's.
 REFUSED, DISK, INTERRUPTED = 2, 3, 130
 
@@ -90,9 +93,16 @@ def run_workers(
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
+    def look(states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
+        asked = time.monotonic()
+        found = study.get_trials(deepcopy=False, states=states)
+        if (waited := time.monotonic() - asked) > LONGEST_LOOK:  # the candidates were kept waiting too
+            begun.update({number: begin + waited + LONGEST_PAUSE for number, begin in begun.items()})
+        return found
+
     def show_new() -> None:
         nonlocal num_deaths
-        for trial in study.get_trials(deepcopy=False):
+        for trial in look():
             if trial.state.is_finished() and trial.number not in shown:
                 shown.add(trial.number)
                 num_deaths = 0
@@ -101,10 +111,8 @@ def run_workers(
     def end_slow() -> None:
         nonlocal looked
         before, looked = looked, time.monotonic()
-        if looked - before > LONGEST_ROUND:  # a database that was away: they waited too, and may for a little yet
-            begun.update({number: begin + looked - before + LONGEST_ROUND for number, begin in begun.items()})
         by_pid = {worker.pid: worker for worker in workers.values()}
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in look((TrialState.RUNNING,)):
             worker = by_pid.get(trial.user_attrs.get("pid"))
             if worker is None or not is_here(trial) or "arch" not in trial.user_attrs:
                 continue  # another machine's, or it waits for others
@@ -132,10 +140,10 @@ def run_workers(
                             told_last = log_path(index).read_text(encoding="utf-8", errors="replace").splitlines()
                             refusals.append(told_last[-1] if told_last else "A worker has ended, and not said why.")
                     elif code == DISK:
-                        free = disk_usage(log_path(index).parent).free  # it may not have been able to tell its own line
+                        path = log_path(index)
+                        free = disk_usage(nearest_folder(path)).free  # there may have been no room for its last line
                         raise OSError(
-                            f"A worker's disk or network failed: see {str(log_path(index))!r} "
-                            f"({free:,} bytes are free there)"
+                            f"A worker's disk or network failed: see {str(path)!r} ({free:,} bytes are free there)"
                         )
                     elif code is not None:
                         pid = workers[index].pid or 0
