@@ -121,8 +121,8 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
         name = arg[2:].partition("=")[0].rstrip("+").replace("-", "_")
         if arg.startswith("--") and "." not in name and not any(known.startswith(name) for known in names):
             of_run = command == "search" and f"--{name}" in {known.partition(".")[0] for known in options_of("run")}
-            hint = nearest(name, {known.partition(".")[0] for known in names})
-            hint = " It is an option of `kdnas run`." if of_run else hint
+            others = {known.partition(".")[0] for known in names}
+            hint = " It is an option of `kdnas run`." if of_run else nearest(name, others)
             raise UserError(f"There is no option {arg.partition('=')[0]!r}.{hint}")
 
 

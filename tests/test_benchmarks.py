@@ -4,8 +4,11 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import optuna
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +23,7 @@ from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates
+from kdnas.distill.objectives import HiddenStates, View
 from kdnas.distill.teacher import LayerStats, LiveTeacher, ShareEnds, StatesSettings, TeacherStates, open_states
 from kdnas.families import arch_of
 from kdnas.glue.finetune import FinetuneSettings
@@ -447,6 +450,39 @@ def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(tiny_te
         mean = torch.lerp(mean, weight, 0.5)
     assert torch.allclose(next(module.student.parameters()), mean, atol=1e-6)
     assert not torch.equal(mean, seen[-1][1])
+
+
+def test_the_residual_is_what_the_embeddings_do_not_know():
+    numbers = np.random.default_rng(0)
+    embedding, residual = numbers.normal(size=(2, 400, 4))
+    last, states = embedding @ numbers.normal(size=(4, 4)) + 3 + residual, residual[:, :3] + 0.1
+    batch: Any = {"attention_mask": torch.ones(1, 400)}
+    ours, theirs = (
+        SimpleNamespace(num_hidden_layers=1, hidden_size=3),
+        SimpleNamespace(num_hidden_layers=2, hidden_size=4),
+    )
+    student = View(None, batch, real={0: torch.tensor(states).float()})
+    teacher = View(None, batch, real={-1: torch.tensor(embedding).float(), 1: torch.tensor(last).float()})
+    criterion = variants._Residual(ours, theirs)
+    criterion.fit(Started(), [student], [teacher])
+    ((error, count),) = criterion(student, teacher)
+
+    def beyond(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        inputs = np.c_[inputs, np.ones(len(inputs))]
+        return targets - inputs @ np.linalg.lstsq(inputs, targets, rcond=None)[0]
+
+    target = beyond(embedding, last)
+    expected = np.square(beyond(states, target)).mean() / target.var(0).mean()
+    assert count == 400 and 0.1 < expected < 0.5
+    assert float(error.detach()) / count == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["residual", "upper"])
+def test_an_objective_of_the_variants_alone_trains(name, tiny_teacher, data, tmp_path):
+    recipe = Recipe(**variants.VARIANTS[name].recipe)
+    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, recipe, StatesSettings(max_gb=0))
+    fit(make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 1), module, data)
+    assert [row["loss"] > 0 for row in module.history] == [True]
 
 
 def test_a_student_narrowed_from_a_wider_one_has_its_heads(tiny_teacher, data):

@@ -477,5 +477,10 @@ def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_began(monkeypat
     monkeypatch.setattr(signal, "pthread_sigmask", lambda *args: None)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(os, "_exit", leave)
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(kind))
     with pytest.raises(SystemExit) if ends else nullcontext():
         outlive_signals(0)
+        for kind in (ConnectionResetError, EOFError, ValueError):
+            sys.excepthook(kind, kind(), None)
+    assert told == [] if ends else told == [ValueError]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, save_teacher
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import kdnas.export_job
@@ -19,7 +20,7 @@ from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.errors import ParityError
 from kdnas.export import source_sha256
-from kdnas.export_job import _run_card, _teacher_words, is_exported
+from kdnas.export_job import _run_card, _teacher_words, export_run, is_exported
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, student_config
 from kdnas.runs import Run, new_folder, write_text
@@ -248,7 +249,9 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_a_run_exports_anew_what_was_exported_before_fine_tuning(student: Path, tmp_path: Path) -> None:
+def test_a_run_exports_anew_what_was_exported_before_fine_tuning(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(str(tmp_path / "logs"), "mine")
     assert not is_exported(run)
     shutil.copytree(student, run.full_kd / "encoder")
@@ -258,6 +261,11 @@ def test_a_run_exports_anew_what_was_exported_before_fine_tuning(student: Path, 
     assert is_exported(run)
     (run.glue / "student" / "model" / "model.safetensors").write_bytes(b"fine-tuned")
     assert not is_exported(run)
+    monkeypatch.setattr(kdnas.export_job, "_run_card", lambda run: None)
+    monkeypatch.setattr(kdnas.export_job, "export_student", lambda *args, **options: None)
+    monkeypatch.setattr(kdnas.export_job, "say", lambda report, console: None)
+    export_run(run, None, Console())
+    assert "is of another model than the run has now; it is made anew" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("logs")
     search(root, "done", [0.5, 0.25], sampler="tpe", search={"n_trials": 2})
     search(root, "begun", [0.375, 0.4375, 0.125], sampler="lstm", search={"n_trials": 9})
-    search(root, "other", [0.5], {"teacher": "xyz", "search.alpha": -0.1, "space": []}, teacher="<b>big</b>")
+    search(
+        root,
+        "other",
+        [0.5],
+        {"teacher": "xyz", "search.alpha": -0.1, "space": [], "loss": "other"},
+        teacher="<b>big</b>",
+    )
     return root
 
 
@@ -75,7 +81,7 @@ def test_what_makes_no_fair_comparison_is_said(root, tmp_path, capsys):
     text = Page(output.read_text(encoding="utf-8")).text
     for shown in (told, text):
         assert "They have different teachers." in shown
-        assert "Losses and rewards are not of one scale, for these differ: teacher, search.alpha." in shown
+        assert "Losses and rewards are not of one scale, for these differ: teacher, search.alpha, loss." in shown
     assert "<b>big</b>" in text and "has the best candidate" not in text
     assert str(output) in told
 
