@@ -843,19 +843,13 @@ def bad_teachers(bench: Bench, row: Row) -> None:
         "a decoder": lambda path: edit(path / "config.json", is_decoder=True),
         "another family": lambda path: edit(path / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
     }
-    bench.reference  # noqa: B018 (imports what takes seconds)
     for what, damage in spoil.items():
         with spoilt_teacher(bench) as folder:
             damage(folder)
-            bench.refuse(row, what, bench.search(bench.new_name(), f"--teacher={folder}"))
-    with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
-        bench.refuse(row, "a hub's name", bench.search(bench.new_name(), "--teacher=nobody/nothing"))
+            bench.refuse(row, what, bench.search(bench.new_name(), f"--teacher={folder}"), call=bench.call_alone)
+    away = partial(bench.call_alone, environment={"HF_HUB_OFFLINE": "1"})
+    bench.refuse(row, "a hub's name", bench.search(bench.new_name(), "--teacher=nobody/nothing"), call=away)
     row.fault("undetected", f"one took {row.worst_wait_s:.1f} s", row.worst_wait_s > 5)
-    with spoilt_teacher(bench) as folder:  # as a user waits for the last of them, imports among it
-        spoil["weights cut"](folder)
-        args = bench.search(bench.new_name(), f"--teacher={folder}")
-        bench.refuse(row, "weights cut, a process of its own", args, call=bench.call_alone)
-    row.notes.append(f"the longest is a whole command's, {row.worst_wait_s:.1f} s; without its imports it is 5 at most")
 
 
 @fault("F16", "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests")

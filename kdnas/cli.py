@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
+from kdnas.checkpoint import refuse_early
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest, tell
 from kdnas.pages import completion, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
@@ -69,6 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         refuse_unknown(args[0], args[1:])
+        refuse_early(args[1:])
         set_environment()
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
@@ -104,9 +106,8 @@ def _exit_code(args: list[str]) -> int:
 def _set_log_level(args: list[str]) -> list[str]:
     """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--quiet", dest="level", action="store_const", const="warning")
+    parser.add_argument("--quiet", dest="level", action="store_const", const="warning", default="info")
     parser.add_argument("--log-level", dest="level", choices=("debug", "info", "warning", "error"))
-    parser.set_defaults(level="info")
     try:
         options, others = parser.parse_known_args(args)
     except ArgumentError as error:
@@ -283,9 +284,8 @@ def _verify(args: Sequence[str]) -> None:
         raise in_one_line(error, parser) from error
     folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
     num_files, faults = verify(folder)
-    for fault in faults:
-        print(fault)
     if faults:
+        print(*faults, sep="\n")
         raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
     print(f"{num_files} files of {str(folder)!r} are as they were made.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")

