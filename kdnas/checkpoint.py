@@ -35,18 +35,17 @@ def _named_teacher(args: Sequence[str]) -> str | None:
     words = iter(args)
     for word in words:
         option, equals, value = word.partition("=")
-        if option in ("--teacher", "--config"):
-            value = value if equals else next(words, "")
-            if option == "--teacher":
-                found = value or None
-                continue
-            try:
-                found = read_yaml(Path(value)).get("teacher", found)
-            except UserError:  # the parser has a line of its own for it, and knows the configs that are shipped
+        if option == "--teacher":
+            found = value if equals else next(words, None)
+        elif option == "--config":
+            path = Path(value if equals else next(words, ""))
+            if not path.is_file():  # one that is shipped, or a pipe, which can be read once
                 return None
-        elif option in ("-h", "--help") or option.startswith("--print"):  # nothing is done then
-            return None
-        elif "--teacher".startswith(option) and len(option) > 2:  # it may be short for it
+            try:
+                found = read_yaml(path).get("teacher", found)
+            except UserError:  # the parser has a line of its own for it
+                return None
+        elif option in ("-h", "--help") or option.startswith(("--print", "--tea")):  # nothing is done, or short for it
             return None
     return found if isinstance(found, str) else None
 

@@ -24,6 +24,8 @@ from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
 from kdnas.training import WholeFiles
 
+KNOWN = ["--teacher=quickstart", "--text=b"]  # which the parser takes
+
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a command that ends with exit code 2."""
@@ -364,7 +366,7 @@ def test_force_new_counts_where_nothing_is_begun_too(
     monkeypatch.setattr("kdnas.cli._plan", lambda config: names.append(config.name))
     monkeypatch.setattr("kdnas.smoke.smoke", lambda config, console: names.append(config.name))
     (tmp_path / "mine").mkdir()
-    assert main(["run", "--teacher=quickstart", "--text=y", f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
+    assert main(["run", *KNOWN, f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
     assert names == ["mine-2"] and "Begun anew" not in caplog.text
 
 
@@ -615,7 +617,7 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "--teacher=quickstart", "--text=b", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
+        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
         (["space", "--teacher=quickstart", "--data.seed=7"], "data.seed is 7, but it is set by --seed: give that."),
         (["glue", "--model=a", "--task=rte", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seeds, how"),
     ],

@@ -83,7 +83,8 @@ def asked(monkeypatch):
 
 
 def test_a_number_with_an_exponent_is_one(asked, tmp_path):
-    (tmp_path / "a.yaml").write_text("teacher: quickstart\ntext: y\nrecipe: {learning_rate: 1e-3}\nsearch: {alpha: -6E-2}\n")
+    numbers = "recipe: {learning_rate: 1e-3}\nsearch: {alpha: -6E-2}\n"
+    (tmp_path / "a.yaml").write_text(f"teacher: quickstart\ntext: y\n{numbers}")
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 0
     assert (asked[0].recipe.learning_rate, asked[0].search.alpha) == (1e-3, -0.06)
 
