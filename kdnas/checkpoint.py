@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from kdnas.errors import UserError, first_line
 from kdnas.hub import looked_in
+from kdnas.pages import options_of
+from kdnas.runs import MANIFEST
 from kdnas.safe_yaml import read_yaml
 
 QUICKSTART = "quickstart"
@@ -19,94 +20,105 @@ TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sent
 PICKLED = "pytorch_model.bin"
 
 
-def refuse_early(args: Sequence[str]) -> None:
+def refuse_early(command: str, args: Sequence[str]) -> None:
     """Refuse the teacher that a command's options or YAML name by its files, where the parser cannot read another.
+
+    A finished run is left alone: its command answers without a teacher.
 
     Raises:
         UserError: as ``check_files``.
     """
-    name = _named_teacher(args)
-    if name not in (None, QUICKSTART):
-        check_files(name, name)
+    values = _named(args) if "--teacher" in options_of(command) else {}
+    teacher = values.get("teacher")
+    finished = Path(str(values.get("root", "lightning_logs")), str(values.get("name", "kdnas")), MANIFEST)
+    if (
+        isinstance(teacher, str)
+        and teacher.lower() not in (QUICKSTART, "null", "~", "")
+        and not os.path.isfile(finished)
+    ):
+        check_files(teacher, teacher)
 
 
-def _named_teacher(args: Sequence[str]) -> str | None:
-    found: Any = None
+def _named(args: Sequence[str]) -> dict[str, Any]:
+    """What options and YAML name, with teacher, root and name among it; empty where only the parser can tell."""
+    found: dict[str, Any] = {}
+    names = ("--config", "--teacher", "--root", "--name")
     words = iter(args)
     for word in words:
         option, equals, value = word.partition("=")
-        if option == "--teacher":
-            found = value if equals else next(words, None)
-        elif option == "--config":
-            path = Path(value if equals else next(words, ""))
-            if not path.is_file():  # one that is shipped, or a pipe, which can be read once
-                return None
+        if option in names:
+            value = value if equals else next(words, "-")
+            if value.startswith("-") or (option == "--config" and not os.path.isfile(value)):
+                return {}  # nothing is given; or a config that is shipped, or a pipe, which can be read once
             try:
-                found = read_yaml(path).get("teacher", found)
+                found |= read_yaml(Path(value)) if option == "--config" else {option[2:]: value}
             except UserError:  # the parser has a line of its own for it
-                return None
-        elif option in ("-h", "--help") or option.startswith(("--print", "--tea")):  # nothing is done, or short for it
-            return None
-    return found if isinstance(found, str) else None
+                return {}
+        elif (
+            option == "-h"
+            or option.startswith("--print")
+            or (len(option) > 2 and any(name.startswith(option) for name in (*names, "--help")))
+        ):  # nothing is done then; or it may be short for one of them
+            return {}
+    return {} if "config" in found else found
 
 
-def check_files(name: str, source: str) -> dict[str, Any] | None:
+def check_files(name: str, source: str) -> None:
     """Refuse what its files alone show to be no teacher.
 
     Args:
         name: as the user wrote it.
         source: the folder, or a name on the hub.
 
-    Returns:
-        What is in the folder's config.json; None where it is no folder.
-
     Raises:
         UserError: there is no such folder, nor a name that is in the hub's cache where only that may be asked; or it is
             a decoder, has no config or tokenizer, or has no weights, or safetensors that are cut off.
     """
     if os.path.isdir(source):
-        config = _check_folder(name, Path(source))
-        refuse_decoder(name, config)
-        return config
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        refuse_decoder(name, read_model_config(name, Path(source)))
+        _check_parts(name, Path(source))
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
-    if huggingface_hub.is_offline_mode():
-        try:
-            known = isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str)
-        except HFValidationError:
-            known = False
-        if not known:
-            raise UserError(
-                f"The teacher {name!r} was not found, here or {looked_in()}: "
-                f"give a folder, another name, or {QUICKSTART!r}."
-            )
-    return None
+    elif huggingface_hub.is_offline_mode() and not _may_be_cached(source):
+        remedy = f"give a folder, another name, or {QUICKSTART!r}"
+        raise UserError(f"The teacher {name!r} was not found, here or {looked_in()}: {remedy}.")
 
 
-def refuse_decoder(name: str, config: dict[str, Any]) -> None:
-    """Refuse a model that cannot look ahead.
+def read_model_config(name: str, folder: Path) -> dict[str, Any]:
+    """The config.json of a teacher's folder.
 
     Raises:
-        UserError: its config says that it is one.
+        UserError: there is none, or it holds no mapping.
     """
-    heads = config.get("architectures") or ()
-    if config.get("is_decoder") or any("CausalLM" in head or "LMHead" in head for head in map(str, heads)):
-        raise UserError(
-            f"The teacher {name!r} is a decoder ({config.get('model_type')}): take an encoder, such as BERT or RoBERTa."
-        )
-
-
-def _check_folder(name: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The teacher {name!r} has no readable config.json: {first_line(error)}.") from error
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
-    if not any((folder / file).is_file() for file in TOKENIZERS):
+    return config
+
+
+def refuse_decoder(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model that cannot look ahead.
+
+    Raises:
+        UserError: its config says that it is one.
+    """
+    heads = config.get("architectures")
+    heads = [str(head) for head in heads] if isinstance(heads, list) else []
+    of_decoders = [head for head in heads if "CausalLM" in head or ("LMHead" in head and "WithLMHead" not in head)]
+    if config.get("is_decoder") is True or of_decoders:
+        raise UserError(
+            f"The teacher {name!r} is a decoder ({config.get('model_type')}): take an encoder, such as BERT or RoBERTa."
+        )
+
+
+def _check_parts(name: str, folder: Path) -> None:
+    if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
         raise UserError(f"The teacher {name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights and not (folder / PICKLED).is_file():
+    if not weights and not os.path.isfile(folder / PICKLED):
         raise UserError(f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}.")
     for path in weights:
         try:
@@ -114,4 +126,10 @@ def _check_folder(name: str, folder: Path) -> dict[str, Any]:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{str(path)!r} is truncated or no safetensors file ({first_line(error)}).") from error
-    return config
+
+
+def _may_be_cached(source: str) -> bool:
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str)
+    except (OSError, ValueError):  # a cache that is damaged, or no name: transformers says what it is
+        return True

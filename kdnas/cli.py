@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.checkpoint import refuse_early
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest, tell
 from kdnas.pages import completion, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
@@ -70,7 +69,6 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         refuse_unknown(args[0], args[1:])
-        refuse_early(args[1:])
         set_environment()
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
@@ -83,7 +81,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(args: list[str]) -> int:
+    from kdnas.checkpoint import refuse_early
+
     try:
+        refuse_early(args[0], args[1:])
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         tell(str(error))
@@ -320,9 +321,8 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
     from kdnas.options import SaveConfigOnce, default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
     from kdnas.precision import trainer_precision
     from kdnas.progress import EpochLines, SayWhatGoesOn
-    from kdnas.runs import new_folder
     from kdnas.signals import honest_signals
-    from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
+    from kdnas.training import WholeFiles, check_checkpoint, keep_student, refuse_strategy, without_tensorflow
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
@@ -362,11 +362,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
             return trainer
 
         def after_fit(self) -> None:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "encoder"
-            if self.trainer.is_global_zero:
-                with new_folder(folder) as temporary:
-                    self.model.save_student(temporary)
-                log.info("The student, with its tokenizer: %s", folder)
+            log.info("The student, with its tokenizer: %s", keep_student(self.trainer, self.model))
 
     with honest_signals():
         KDCLI(

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
-from kdnas.checkpoint import PICKLED, check_files, refuse_decoder
+from kdnas.checkpoint import PICKLED, check_files, read_model_config, refuse_decoder
 from kdnas.checkpoint import QUICKSTART as QUICKSTART
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
@@ -135,10 +135,11 @@ def find_teacher(name: str) -> Teacher:
             token, its tokenizer is another model's, or its weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
-    files = check_files(name, source)
-    local = files is not None
-    if files is not None:
-        find_family(files.get("model_type"))
+    local = os.path.isdir(source)
+    if local:
+        find_family(read_model_config(name, Path(source)).get("model_type"))
+    check_files(name, source)
+    if local:
         _refuse_code(Path(source))
     try:
         if not local and not is_offline_mode():

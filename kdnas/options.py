@@ -19,8 +19,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from kdnas.config import RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import Recipe
-from kdnas.errors import UserError, nearest
-from kdnas.safe_yaml import check_yaml, flat, read_yaml
+from kdnas.errors import UserError, first_line, nearest
+from kdnas.runs import MANIFEST
+from kdnas.safe_yaml import NO_VALUE, check_yaml, flat, read_yaml
 
 _CONFIG_HELP = (
     "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
@@ -217,6 +218,8 @@ class SaveConfigOnce(SaveConfigCallback):
                 f"{str(path)!r} is of a fit with another {', '.join(differing)}: "
                 "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
             )
+        if stage == "fit" and trainer.is_global_zero:
+            path.with_name(MANIFEST).unlink(missing_ok=True)  # until the end again
         self.already_saved = differing is not None
         super().setup(trainer, pl_module, stage)
 
@@ -230,7 +233,7 @@ def refuse_ambiguous_yaml() -> None:
         check_yaml(text)
         try:
             return parse(text)
-        except ValueError as error:  # an integer of a million digits
-            raise yaml.YAMLError(str(error)) from error
+        except NO_VALUE as error:
+            raise yaml.YAMLError(first_line(error)) from error
 
     set_loader("yaml", load, (yaml.YAMLError,))

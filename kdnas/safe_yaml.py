@@ -13,6 +13,9 @@ MOST_CHARACTERS = 1 << 18
 MOST_NODES = 10_000
 MOST_LEVELS = 50
 
+# What values raise that are not of their kind: a date that is none, an integer of a million digits, `!!int ""`.
+NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
+
 
 def check_yaml(text: str) -> None:
     """Refuse YAML that loads, but not as whoever reads it would think; no object is made.
@@ -69,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         check_yaml(text)
         values = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
+    except (OSError, yaml.YAMLError, *NO_VALUE) as error:
         raise UserError(f"Cannot read {str(path)!r}: {first_line(error)}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds no mapping: it must map names to values.")

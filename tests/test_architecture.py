@@ -15,10 +15,10 @@ pages.py
 tables.py
 safe_yaml.py
 hub.py
-checkpoint.py
 predict.py
 supervisor.py
 runs.py
+checkpoint.py
 manifest.py
 arch.py
 families.py

@@ -20,6 +20,7 @@ import kdnas.pipeline
 from kdnas.checkpoint import refuse_early
 from kdnas.cli import COMMANDS, main
 from kdnas.distill.objectives import HiddenStates
+from kdnas.errors import UserError
 from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
 from kdnas.training import WholeFiles
@@ -229,16 +230,34 @@ def test_a_teacher_whose_files_are_not_there_is_refused_before_torch_is_imported
     [
         ["--teacher=/no/such", "--teacher=quickstart"],
         ["--teacher=/no/such", "--teach=quickstart"],
+        ["--teacher=/no/such", "--conf=named.yaml"],
         ["--teacher=/no/such", "--config=none.yaml"],
+        ["--teacher=/no/such", "--config=" + 300 * "x"],
+        ["--teacher=/no/such", "--config=nested.yaml"],
+        ["--teacher=/no/such", "--config=broken.yaml"],
         ["--teacher=/no/such", "--teacher"],
+        ["--teacher=/no/such", "--teacher", "--text=x"],
         ["--teacher=/no/such", "--print_config"],
+        ["--teacher=/no/such", "--he"],
         ["--teacher=/no/such", "-h"],
+        ["--teacher=/no/such", "--name=done"],
+        ["--teacher=~"],
         ["--teacher=quickstart"],
         ["--text=x.txt"],
     ],
 )
-def test_what_only_the_parser_can_tell_is_left_to_it(args: list[str]) -> None:
-    refuse_early(args)
+def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"named": "teacher: quickstart", "nested": "config: named.yaml", "broken": "a: !!bool b"}.items():
+        Path(f"{name}.yaml").write_text(text)
+    Path("lightning_logs/done").mkdir(parents=True)
+    Path("lightning_logs/done/manifest.json").write_text("{}")
+    refuse_early("run", args)
+    with pytest.raises(UserError, match="'/no/such' does not exist"):
+        refuse_early("run", ["--teacher=/no/such"])
+    refuse_early("report", ["--teacher=/no/such"])
 
 
 def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,6 +594,7 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     (encoder,) = (tmp_path / "lightning_logs").rglob("encoder")
     assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
     assert find_teacher(str(encoder)).tokenizer.get_vocab() == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
+    assert main(["verify", str(encoder.parent)]) == 0
     (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     assert checkpoint.name in saved_by
     capsys.readouterr()
@@ -606,6 +626,7 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     assert made == {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
     checkpoint = saved.parent / "checkpoints" / "last.ckpt"
     assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["verify", str(saved.parent)]) == 0
     assert main(["validate", *fit[1:], "--ckpt_path", str(checkpoint)]) == 0
     assert saved.read_bytes() == before
     student = (saved.parent / "encoder" / "model.safetensors").read_bytes()

@@ -328,6 +328,28 @@ def test_a_decoder_of_a_known_family_is_refused(values, folder):
     assert f"The teacher {str(folder)!r} is a decoder (bert): take an encoder, such as BERT" in refused(folder)
 
 
+def test_odd_types_in_a_config_are_named_where_they_matter(folder):
+    edit_json(folder / "config.json", architectures=1)
+    find_teacher(str(folder))
+    edit_json(folder / "config.json", is_decoder="false")
+    assert "is_decoder" in refused(folder)
+
+
+@pytest.mark.parametrize("damage", ["snapshots", "refs/main"])
+def test_a_damaged_cache_of_the_hub_is_told_in_one_line(damage, tmp_path, monkeypatch):
+    place = tmp_path / "models--a--b" / damage
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"\xff")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "'a/b' was not found, here or in the hub's cache" in refused("a/b")
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_there(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(300 * "n")
+    assert "has no tokenizer" in refused(folder)
+
+
 def test_a_folder_without_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     assert f"{str(folder)!r} has no tokenizer: put tokenizer.json into" in refused(folder)
