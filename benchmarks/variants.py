@@ -98,6 +98,17 @@ class Averaged(pl.Callback):
             pl_module.student.load_state_dict(self.mean, strict=False)  # type: ignore[union-attr, operator]
 
 
+class ShortFirst(pl.Callback):
+    """The first epoch goes from the shortest rows to the longest; later ones have their batches in any order."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sampler: Any = trainer.train_dataloader.sampler  # type: ignore[union-attr]
+        draw = sampler.batches
+        sampler.batches = lambda: (
+            draw() if sampler.epoch else sorted(draw(), key=lambda rows: sampler.padded_lengths[rows].max())
+        )
+
+
 class Narrowed(Start):
     """Begin as a wider student that is distilled already, narrowed."""
 
@@ -222,6 +233,7 @@ VARIANTS = {
     "decay-0.1": Variant(recipe={"weight_decay": 0.1}),
     "cosine": Variant(callbacks=lambda: [Shaped(lambda done: 0.5 + 0.5 * math.cos(math.pi * done))]),
     "wsd": Variant(callbacks=lambda: [Shaped(lambda done: min(1.0, (1 - done) / 0.3))]),
+    "short-first": Variant(callbacks=lambda: [ShortFirst()]),
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
     "constant-average": Variant(callbacks=lambda: [Shaped(lambda done: 1.0), Averaged(0.98)]),
     "3x384": Variant(arch=WIDE),

@@ -452,6 +452,19 @@ def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(tiny_te
     assert not torch.equal(mean, seen[-1][1])
 
 
+def test_the_first_epoch_may_go_from_short_rows_to_long_ones(tiny_teacher, data, tmp_path):
+    lengths: dict[int, list[int]] = {0: [], 1: []}
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, number):
+            lengths[trainer.current_epoch].append(batch["input_ids"].shape[1])
+
+    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
+    fit(make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.ShortFirst()]), module, data)
+    assert len(set(lengths[0])) > 2 and lengths[0] == sorted(lengths[0]) and lengths[1] != sorted(lengths[1])
+    assert sorted(lengths[0]) == sorted(lengths[1])
+
+
 def test_the_residual_is_what_the_embeddings_do_not_know():
     numbers = np.random.default_rng(0)
     embedding, residual = numbers.normal(size=(2, 400, 4))
