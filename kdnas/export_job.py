@@ -97,8 +97,7 @@ def export(config: ExportConfig, console: Console) -> Path:
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
-    if config.run is not None:
-        renew(run.folder, folder)
+    renew(folder)
     say(report, console)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
     if config.hub_repo:

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,23 +28,23 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
 
 
-def renew(folder: Path, path: Path) -> None:
-    """Write down what of a finished folder was rightly made anew; nothing else is looked at.
+def renew(path: Path) -> None:
+    """Write down, in every finished folder around it, what was rightly made anew; nothing else is looked at.
 
     Args:
-        folder: of a run; without a manifest it is not finished, and nothing is written.
-        path: of a file, or of a folder with all that is in it; what lies outside the run's folder is none of its files.
-
-    Raises:
-        UserError: the manifest is none.
+        path: of a file, or of a folder with all that is in it.
     """
-    folder, path = folder.resolve(), path.resolve()
-    if path.is_relative_to(folder) and (folder / MANIFEST).is_file():
-        values = _read(folder / MANIFEST)
-        files = {name: entry for name, entry in values["files"].items() if not (folder / name).is_relative_to(path)}
-        made = (file for file in _files(folder) if file.is_relative_to(path))
-        values["files"] = files | {file.relative_to(folder).as_posix(): _entry(file) for file in made}
-        write_json(folder / MANIFEST, values)
+    path = path.resolve()
+    for folder in path.parents:
+        values: dict[str, Any] = {}
+        if os.path.isfile(folder / MANIFEST):
+            with suppress(UserError):  # another program's file of that name; one that is damaged `verify` tells
+                values = _read(folder / MANIFEST)
+        if "kdnas" in values.get("versions", {}):
+            files = {name: entry for name, entry in values["files"].items() if not (folder / name).is_relative_to(path)}
+            made = (file for file in _files(folder) if file.is_relative_to(path))
+            values["files"] = files | {file.relative_to(folder).as_posix(): _entry(file) for file in made}
+            write_json(folder / MANIFEST, values)
 
 
 def _read(path: Path) -> dict[str, Any]:

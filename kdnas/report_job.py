@@ -39,7 +39,7 @@ def report(config: ReportConfig, console: Console) -> Path:
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
         page = write_report(runs[0], studies[0], output=output)
-        renew(runs[0].folder, page)
+        renew(page)
     else:
         page = compare(runs, studies, output or Path(config.root) / "comparison.html", console)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)

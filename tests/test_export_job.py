@@ -242,6 +242,12 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     for options in (["--force"], [f"--output={run / 'again'}"], ["--output=outside"]):
         assert main([*export, *options]) == 0
         assert main(["verify", str(run)]) == 0
+    (tmp_path / "manifest.json").write_text("[]")  # another program's
+    shutil.copytree(student, run / "mine")
+    write_manifest(run, {"name": "mine"})
+    assert main(["export", f"--student={run / 'mine'}"]) == 0 and (run / "mine-export" / "model.onnx").exists()
+    assert main(["verify", str(run)]) == 0
+    assert (tmp_path / "manifest.json").read_text() == "[]"
     (run / "best_student.yaml").write_text("changed")  # by somebody else: no export makes that right
     assert main([*export, "--force"]) == 0
     capsys.readouterr()

@@ -122,7 +122,6 @@ def spoil(path: str, content: bytes | None):
         (spoil("config.yaml", b"name: lost"), ["--run", "done"], "There is no study 'lost' in '.*study.db'"),
         (spoil("config.yaml", b"["), ["--run", "done"], "Cannot read '.*config.yaml'"),
         (spoil("glue/results.json", b"{"), ["--run", "done"], "results.json' is damaged"),
-        (spoil("manifest.json", b"[]"), ["--run", "done"], "manifest.json' is no manifest"),
     ],
 )
 def test_a_run_that_cannot_be_reported_gets_one_line(apply, options, message, tmp_path, capsys):
