@@ -22,6 +22,9 @@ Draw = Callable[[Axes], None]
 # Mid-tones that can be read on white and on black; INK becomes the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
 COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
+# Of more candidates than this only the front and the best get a mark, a number and a tip of their own: nobody could
+# read them, and each costs milliseconds, whenever the front moves.
+MOST_NAMED = 100
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -71,15 +74,19 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
         _front(axes, frame, INK)
-        for row in trained.to_dict("records"):
+        named, cloud = _named(trained, trained.index[trained["number"] == best].union(front(frame, "latency_ms")))
+        axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=GREY)
+        for row in named.to_dict("records"):
             is_best = row["number"] == best
             look = dict(marker="*", markersize=13, color=ORANGE) if is_best else dict(marker="o", color=GREY)
             axes.plot(row["latency_ms"], row["loss"], **look, gid=f"tip:{_tip(row)}", zorder=3)
             place = (row["latency_ms"], row["loss"])
             axes.annotate(row["number"], place, (5, 5), textcoords="offset points", fontsize=8)
-        for row in measured.drop(trained.index).to_dict("records"):
-            at_foot = axes.get_xaxis_transform()
-            axes.plot(row["latency_ms"], 0.03, "x", color=GREY, transform=at_foot, gid=f"tip:{_tip(row)}")
+        foot: dict[str, Any] = dict(marker="x", linestyle="", color=GREY, transform=axes.get_xaxis_transform())
+        named, cloud = _named(measured.drop(trained.index), measured.index[:0])
+        axes.plot(cloud["latency_ms"], [0.03] * len(cloud), **foot)
+        for row in named.to_dict("records"):
+            axes.plot(row["latency_ms"], 0.03, **foot, gid=f"tip:{_tip(row)}")
         if budget.get("latency_ms"):
             axes.axvline(budget["latency_ms"], color=ORANGE, linestyle="--", linewidth=1)
         if budget.get("speedup"):
@@ -95,7 +102,10 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
         _loss_by_latency(axes)
         for (name, frame), colour in zip(frames.items(), cycle(COLOURS), strict=False):
             _front(axes, frame, colour)
-            for row in frame[np.isfinite(frame["loss"]) & ~is_twin(frame)].to_dict("records"):
+            trained = frame[np.isfinite(frame["loss"]) & ~is_twin(frame)]
+            named, cloud = _named(trained, front(frame, "latency_ms"))
+            axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=colour, alpha=0.3)
+            for row in named.to_dict("records"):
                 axes.plot(row["latency_ms"], row["loss"], "o", color=colour, gid=f"tip:{name}, {_tip(row)}")
 
     return draw
@@ -141,6 +151,12 @@ def curves(ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mappi
             line.set(linewidth=weight, zorder=1 + weight)
 
     return draw
+
+
+def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Those that get a mark and a tip of their own, and the others: where there are very many, only ``kept`` do."""
+    named = candidates if len(candidates) <= MOST_NAMED else candidates.loc[candidates.index.isin(kept)]
+    return named, candidates.drop(named.index)
 
 
 def _loss_by_latency(axes: Axes) -> None:

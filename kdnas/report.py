@@ -21,7 +21,7 @@ from kdnas.arch import StudentArch
 from kdnas.latency import is_unsteady
 from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
-from kdnas.pictures import BLUE, GREY, INK, ORANGE, as_svg, curves, pareto
+from kdnas.pictures import BLUE, GREY, INK, MOST_NAMED, ORANGE, as_svg, curves, pareto
 from kdnas.precision import gpu_name
 from kdnas.runs import Run, read_json, write_text
 from kdnas.safe_yaml import read_yaml
@@ -153,8 +153,10 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
     frame = frame.assign(state=[in_words(trial) for trial in trials])
     frame = frame.sort_values(["reward", "number"], ascending=[False, True])
 
+    shown = sorted([trial for trial in frame["number"] if trial in histories][:MOST_NAMED])
+
     def by_epoch(name: str, label: str) -> str | None:
-        lines = [(f"trial {trial}", rows, ORANGE if trial == number else GREY) for trial, rows in histories.items()] + (
+        lines = [(f"trial {trial}", histories[trial], ORANGE if trial == number else GREY) for trial in shown] + (
             [("full KD", full_kd["history"], BLUE)] if full_kd else []
         )
         return as_svg(f"{label} by epoch", curves(label, name, lines)) if lines else None
@@ -180,6 +182,7 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
         errors=by_epoch("loss", "held-out loss"),
         shares=by_epoch("contextual_share", "contextual share"),
         scores=scores(),
+        best_shown=len(shown) < len(histories) and len(shown),
         candidates=_candidates(frame),
         best=best and str(best.number),
         checks=checks(frame, number, histories, full_kd, results, exported),

@@ -333,6 +333,23 @@ def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(htm
     assert sorted(re.findall(r"<title>(.*?)</title>", scores)) == sorted(tips)
 
 
+def test_of_very_many_candidates_the_front_and_the_best_are_named_and_the_others_shown(run, monkeypatch):
+    study = make_study()
+    for latency_ms, loss, reward in ((4, 0.2, 0.1), (2, 0.4, 0.2), (3, 0.5, 0.9), (5, 0.2, 0.3), (6, 0.3, 0.4)):
+        add(study, TrialState.COMPLETE, reward, **trained(1, latency_ms, loss, reward))
+    for latency_ms in (1.0, 1.1, 1.2, 1.3):
+        add(study, TrialState.FAIL, **measured(2, latency_ms, failed="nan"))
+    whole = write_report(run, study).read_text()
+    monkeypatch.setattr("kdnas.pictures.MOST_NAMED", 3)
+    monkeypatch.setattr("kdnas.report.MOST_NAMED", 3)
+    html = write_report(run, study).read_text()
+    pareto, errors, *_ = svgs(html)
+    assert sorted(re.findall(r"<title>trial (\d):", pareto)) == ["0", "1", "2"], "the front, and the best"
+    assert pareto.count("<use ") == svgs(whole)[0].count("<use ") > 9
+    assert sorted(re.findall(r"<title>trial (\d):", errors)) == ["2", "3", "4"], "the best three"
+    assert "the 3 with the best rewards" in html and "best rewards" not in whole
+
+
 def test_text_from_outside_stays_text(run):
     evil = "<script>alert('$x$')</script>"
     write_text(run.config, yaml.safe_dump(CONFIG | {"teacher": evil}))
