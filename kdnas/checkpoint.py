@@ -11,24 +11,36 @@ from safetensors import SafetensorError, safe_open
 
 from kdnas.errors import UserError, first_line
 from kdnas.hub import looked_in
-from kdnas.pages import options_of
 from kdnas.runs import MANIFEST
 from kdnas.safe_yaml import read_yaml
 
 QUICKSTART = "quickstart"
+# model_type of config.json -> what people call it; the rows of ``kdnas.families.FAMILIES``
+TITLES = {
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-RoBERTa",
+    "camembert": "CamemBERT",
+    "albert": "ALBERT",
+    "electra": "ELECTRA",
+    "distilbert": "DistilBERT",
+    "mpnet": "MPNet",
+    "deberta-v2": "DeBERTa-v2/v3",
+    "modernbert": "ModernBERT",
+}
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 PICKLED = "pytorch_model.bin"
 
 
-def refuse_early(command: str, args: Sequence[str]) -> None:
-    """Refuse the teacher that a command's options or YAML name by its files, where the parser cannot read another.
+def refuse_early(args: Sequence[str]) -> None:
+    """Refuse the teacher that options or YAML name by its files, where the parser cannot read another.
 
     A finished run is left alone: its command answers without a teacher.
 
     Raises:
         UserError: as ``check_files``.
     """
-    values = _named(args) if "--teacher" in options_of(command) else {}
+    values = _named(args)
     teacher = values.get("teacher")
     finished = Path(str(values.get("root", "lightning_logs")), str(values.get("name", "kdnas")), MANIFEST)
     if (
@@ -72,10 +84,13 @@ def check_files(name: str, source: str) -> None:
 
     Raises:
         UserError: there is no such folder, nor a name that is in the hub's cache where only that may be asked; or it is
-            a decoder, has no config or tokenizer, or has no weights, or safetensors that are cut off.
+            a decoder or of another family, has no config or tokenizer, or has no weights, or safetensors that are cut
+            off.
     """
     if os.path.isdir(source):
-        refuse_decoder(name, read_model_config(name, Path(source)))
+        config = _read_config(name, Path(source))
+        refuse_family(config.get("model_type"))
+        refuse_decoder(name, config)
         _check_parts(name, Path(source))
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
@@ -84,12 +99,7 @@ def check_files(name: str, source: str) -> None:
         raise UserError(f"The teacher {name!r} was not found, here or {looked_in()}: {remedy}.")
 
 
-def read_model_config(name: str, folder: Path) -> dict[str, Any]:
-    """The config.json of a teacher's folder.
-
-    Raises:
-        UserError: there is none, or it holds no mapping.
-    """
+def _read_config(name: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -97,6 +107,16 @@ def read_model_config(name: str, folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
     return config
+
+
+def refuse_family(model_type: Any) -> None:
+    """Refuse a model of which there is no row in ``kdnas.families.FAMILIES``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if str(model_type) not in TITLES:
+        raise UserError(f"A teacher of the family {model_type!r} is not supported: take an encoder ({_titles()}).")
 
 
 def refuse_decoder(name: str, config: Mapping[str, Any]) -> None:
@@ -107,11 +127,14 @@ def refuse_decoder(name: str, config: Mapping[str, Any]) -> None:
     """
     heads = config.get("architectures")
     heads = [str(head) for head in heads] if isinstance(heads, list) else []
-    of_decoders = [head for head in heads if "CausalLM" in head or ("LMHead" in head and "WithLMHead" not in head)]
-    if config.get("is_decoder") is True or of_decoders:
+    if config.get("is_decoder") is True or any("CausalLM" in head or "LMHead" in head for head in heads):
         raise UserError(
-            f"The teacher {name!r} is a decoder ({config.get('model_type')}): take an encoder, such as BERT or RoBERTa."
+            f"The teacher {name!r} is a decoder ({config.get('model_type')}): take an encoder ({_titles()})."
         )
+
+
+def _titles() -> str:
+    return ", ".join(TITLES.values())
 
 
 def _check_parts(name: str, folder: Path) -> None:

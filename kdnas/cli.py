@@ -16,7 +16,7 @@ from typing import Any
 
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, nearest, tell
-from kdnas.pages import completion, page, refuse_unknown
+from kdnas.pages import completion, options_of, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
@@ -81,10 +81,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(args: list[str]) -> int:
-    from kdnas.checkpoint import refuse_early
-
     try:
-        refuse_early(args[0], args[1:])
+        if "--teacher" in options_of(args[0]):
+            from kdnas.checkpoint import refuse_early
+
+            refuse_early(args[1:])
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         tell(str(error))
@@ -313,66 +314,11 @@ def _report(args: Sequence[str]) -> None:
 
 
 def _lightning(subcommand: str, args: Sequence[str]) -> None:
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-    from lightning.pytorch.plugins import TorchCheckpointIO
-
-    from kdnas.data.datamodule import KDDataModule
-    from kdnas.distill.module import HiddenStateDistillModule
-    from kdnas.options import SaveConfigOnce, default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
-    from kdnas.precision import trainer_precision
-    from kdnas.progress import EpochLines, SayWhatGoesOn
-    from kdnas.signals import honest_signals
-    from kdnas.training import WholeFiles, check_checkpoint, keep_student, refuse_strategy, without_tensorflow
+    from kdnas.fit_job import run_lightning
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
-    refuse_ambiguous_yaml()
-
-    class KDCLI(LightningCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("model.teacher", "data.tokenizer")
-            parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
-
-        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-            try:
-                super().parse_arguments(parser, args)
-            except (ArgumentError, UnicodeDecodeError) as error:
-                raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
-            trainer = self.config[subcommand].trainer
-            refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy).rpartition(".")[2])
-            if trainer.precision is None:
-                trainer.precision = trainer_precision(trainer.accelerator)
-            path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
-            if path and os.path.isfile(path):
-                check_checkpoint(Path(path))
-            elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
-                raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
-
-        def _parse_ckpt_path(self) -> None:
-            """Lightning would take a checkpoint's word for our settings, and import the classes that it names."""
-
-        def instantiate_trainer(self, **options: Any) -> Any:
-            without_tensorflow()
-            trainer = super().instantiate_trainer(**options)
-            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
-                trainer.strategy.checkpoint_io = WholeFiles()
-            said = None if quiet or sys.stdout.isatty() else partial(print, flush=True)
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
-            return trainer
-
-        def after_fit(self) -> None:
-            log.info("The student, with its tokenizer: %s", keep_student(self.trainer, self.model))
-
-    with honest_signals():
-        KDCLI(
-            HiddenStateDistillModule,
-            KDDataModule,
-            SaveConfigOnce,
-            args=[subcommand, *for_parser(args)],
-            parser_kwargs={"exit_on_error": False},
-            trainer_defaults={"enable_progress_bar": False} if quiet else None,
-        )
+    run_lightning(subcommand, args, quiet)
 
 
 def _completion(args: Sequence[str]) -> None:

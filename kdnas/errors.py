@@ -8,7 +8,15 @@ from contextlib import suppress
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2)."""
+    """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2).
+
+    Args:
+        message: the line; what others have named (a column, a file) is shown in it as Python would write it where it is
+            not to be printed.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class CandidateFailed(RuntimeError):

@@ -97,8 +97,8 @@ def export(config: ExportConfig, console: Console) -> Path:
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
-    renew(folder)
     say(report, console)
+    renew(folder)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
     if config.hub_repo:
         console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)

@@ -1,8 +1,8 @@
-"""``manifest.json``: what a finished run, or an exported student, consists of, and whether it still does."""
+"""``manifest.json``: what a finished run, fit, comparison or export consists of, and whether it still does."""
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -19,10 +19,10 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
 
     Args:
-        folder: of a run, or of an exported student.
+        folder: whose files they are.
         about: what else to say, such as the command.
     """
-    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder)}
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder, folder / MANIFEST)}
     versions = {"kdnas": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in LIBRARIES}
     write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
@@ -35,16 +35,31 @@ def renew(path: Path) -> None:
         path: of a file, or of a folder with all that is in it.
     """
     path = path.resolve()
+    made = [path]
     for folder in path.parents:
-        values: dict[str, Any] = {}
+        known: dict[str, Any] = {}
         if os.path.isfile(folder / MANIFEST):
-            with suppress(UserError):  # another program's file of that name; one that is damaged `verify` tells
-                values = _read(folder / MANIFEST)
-        if "kdnas" in values.get("versions", {}):
-            files = {name: entry for name, entry in values["files"].items() if not (folder / name).is_relative_to(path)}
-            made = (file for file in _files(folder) if file.is_relative_to(path))
-            values["files"] = files | {file.relative_to(folder).as_posix(): _entry(file) for file in made}
-            write_json(folder / MANIFEST, values)
+            with suppress(
+                UserError, OSError
+            ):  # another program's file of that name; one that is damaged `verify` tells
+                known = _read(folder / MANIFEST)
+        if not is_ours(known):
+            continue
+        files = {name: entry for name, entry in known["files"].items() if not _is_within(folder / name, made)}
+        found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
+        files |= {file.relative_to(folder).as_posix(): _entry(file) for file in found}
+        write_json(folder / MANIFEST, known | {"files": files})
+        made.append(folder / MANIFEST)  # which is in those of the folders around
+
+
+def is_ours(values: Any) -> bool:
+    """Whether a ``manifest.json`` is one of kdnas: other programs have files of that name."""
+    versions = values.get("versions") if isinstance(values, dict) else None
+    return isinstance(versions, dict) and "kdnas" in versions
+
+
+def _is_within(path: Path, places: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(place) for place in places)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,16 +71,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
+    if path.is_symlink():
+        return {"link": os.readlink(path)}
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
     """What counts as a run's: no locks, and nothing that a process which was killed has left half written."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted([*names, *(name for name in folders if (Path(place) / name).is_symlink())]):
             path = Path(place) / name
-            if not name.startswith(".") and not name.endswith(".lock") and path != folder / MANIFEST:
+            if not name.startswith(".") and not name.endswith(".lock") and path != but:
                 yield path
 
 
@@ -81,18 +98,23 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{str(folder)!r} has no manifest.json: no run is there, or it is not finished.")
+        raise UserError(f"{str(folder)!r} has no manifest.json: nothing was made there, or it is not finished.")
     files = _read(path)["files"]
     faults = []
     for name, entry in files.items():
         target = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             faults.append(f"{name!r}: leaves the folder")
-        elif any(part.is_symlink() for part in (target, *target.parents) if folder in part.parents):
+        elif any(part.is_symlink() for part in target.parents if folder in part.parents):
             faults.append(f"{name!r}: is a link")
+        elif target.is_symlink():
+            if entry != _entry(target):
+                faults.append(f"{name!r}: is a link" if "link" not in entry else f"{name!r}: links to another file")
+            elif not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
+                faults.append(f"{name!r}: links to what is not in the folder")
         elif not target.is_file():
             faults.append(f"{name!r}: is missing")
         elif entry != (found := _entry(target)):
             faults.append(f"{name!r}: is not as it was written ({found['bytes']:,} bytes)")
-    names = {str(path.relative_to(folder)) for path in _files(folder)}
+    names = {str(path.relative_to(folder)) for path in _files(folder, path)}
     return len(files), faults + [f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())]

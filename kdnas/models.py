@@ -28,11 +28,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
-from kdnas.checkpoint import PICKLED, check_files, read_model_config, refuse_decoder
+from kdnas.checkpoint import PICKLED, check_files, refuse_decoder, refuse_family
 from kdnas.checkpoint import QUICKSTART as QUICKSTART
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
-from kdnas.families import family_of, find_family, marks_pairs, match_marks
+from kdnas.families import family_of, marks_pairs, match_marks
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 from kdnas.hub import looked_in, refuse_away
@@ -135,11 +135,8 @@ def find_teacher(name: str) -> Teacher:
             token, its tokenizer is another model's, or its weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
-    local = os.path.isdir(source)
-    if local:
-        find_family(read_model_config(name, Path(source)).get("model_type"))
     check_files(name, source)
-    if local:
+    if local := os.path.isdir(source):
         _refuse_code(Path(source))
     try:
         if not local and not is_offline_mode():
@@ -153,7 +150,7 @@ def find_teacher(name: str) -> Teacher:
             f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
             f"give a folder, another name, or {QUICKSTART!r}."
         ) from error
-    find_family(config.model_type)
+    refuse_family(config.model_type)
     refuse_decoder(name, config.to_dict())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -12,16 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
-from lightning.pytorch.cli import SaveConfigCallback
 
 from kdnas.config import RunConfig, SearchConfig, as_plain
 from kdnas.distill.module import Recipe
 from kdnas.errors import UserError, first_line, nearest
-from kdnas.runs import MANIFEST
-from kdnas.safe_yaml import NO_VALUE, check_yaml, flat, read_yaml
+from kdnas.safe_yaml import NO_VALUE, check_yaml
 
 _CONFIG_HELP = (
     "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
@@ -176,6 +173,8 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
         return UserError(wrong)
     if unmapped := re.match(r"Unexpected config: ?(.{0,60})", message):
         return UserError(f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`.")
+    if message.startswith("Empty nested key"):
+        return UserError("A key of the config is empty, or begins or ends with a dot: give it a name.")
     if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
         message = f"unrecognized arguments: {ambiguous[1]}"
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
@@ -193,35 +192,6 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
         names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
         hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
     return UserError(message.rstrip(".") + "." + hint)
-
-
-class SaveConfigOnce(SaveConfigCallback):
-    """Writes a fit's config beside its curves; one that is there already stays, and so does what lies beside it.
-
-    Slurm's number of the job names the folder: a job that is queued again comes back to it, and so do two fits in one.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look at what is there, in the first process.
-
-        Raises:
-            UserError: it is the config of another fit, whose student would be replaced.
-        """
-        path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
-        differing: list[str] | None = None
-        if trainer.is_global_zero and path.is_file():
-            known, asked = flat(read_yaml(path)), flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
-            differing = [k for k in {**known, **asked} if k != "ckpt_path" and known.get(k) != asked.get(k)]
-        differing = trainer.strategy.broadcast(differing)
-        if differing and stage == "fit":
-            raise UserError(
-                f"{str(path)!r} is of a fit with another {', '.join(differing)}: "
-                "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
-            )
-        if stage == "fit" and trainer.is_global_zero:
-            path.with_name(MANIFEST).unlink(missing_ok=True)  # until the end again
-        self.already_saved = differing is not None
-        super().setup(trainer, pl_module, stage)
 
 
 @cache

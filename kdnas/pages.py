@@ -58,10 +58,10 @@ EXAMPLES = {
   kdnas report --run mine
   kdnas report --run tpe --run lstm --run random --output searches.html
 """,
-    "verify": """whether a finished run is still as its manifest says
+    "verify": """whether a finished run, fit, comparison or export is still as its manifest says
 
   kdnas verify mine
-  kdnas verify /copies/lightning_logs/mine
+  kdnas verify lightning_logs/version_0
 """,
     "fit": """one student, by the Lightning CLI
 

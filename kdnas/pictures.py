@@ -22,8 +22,8 @@ Draw = Callable[[Axes], None]
 # Mid-tones that can be read on white and on black; INK becomes the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
 COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
-# Of more candidates than this only the front and the best get a mark, a number and a tip of their own: nobody could
-# read them, and each costs milliseconds, whenever the front moves.
+# Of more candidates than this only those on the front, and the best of a run, get a mark and a tip of their own: nobody
+# could read more, and each costs milliseconds, whenever the front moves.
 MOST_NAMED = 100
 STYLE = {
     "svg.fonttype": "none",

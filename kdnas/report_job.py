@@ -39,9 +39,9 @@ def report(config: ReportConfig, console: Console) -> Path:
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
         page = write_report(runs[0], studies[0], output=output)
-        renew(page)
     else:
         page = compare(runs, studies, output or Path(config.root) / "comparison.html", console)
+    renew(page)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     return page
 

@@ -19,13 +19,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from kdnas.errors import UserError, first_line
-from kdnas.manifest import write_manifest
-from kdnas.precision import gpu_name, trainer_precision
-from kdnas.runs import new_file, new_folder
+from kdnas.precision import trainer_precision
+from kdnas.runs import new_file
 from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signals
 
 # Of the ten seconds that a signal gives.
@@ -139,25 +138,6 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     release_memory()
     with honest_signals(), one_error(Path(trainer.log_dir or trainer.default_root_dir)):
         trainer.fit(module, datamodule=data, weights_only=True, **options)
-
-
-def keep_student(trainer: pl.Trainer, module: Any) -> Path:
-    """Write the student of a finished fit beside its curves; then, where the folder is this fit's own, a manifest.
-
-    Args:
-        trainer: after ``fit``.
-        module: with ``save_student``.
-
-    Returns:
-        The student's folder, ``encoder/`` in the logger's; a Hugging Face folder.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process asks the first
-    if trainer.is_global_zero:
-        with new_folder(folder / "encoder") as temporary:
-            module.save_student(temporary)
-        if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):  # others have no folder for each fit
-            write_manifest(folder, {"name": folder.name, "command": sys.argv, "gpu": gpu_name()})
-    return folder / "encoder"
 
 
 @contextmanager

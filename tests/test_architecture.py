@@ -86,6 +86,7 @@ smoke.py
 rates.py
 plan.py
 options.py
+fit_job.py
 cli.py
 __main__.py
 """.split()

@@ -254,10 +254,9 @@ def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
         Path(f"{name}.yaml").write_text(text)
     Path("lightning_logs/done").mkdir(parents=True)
     Path("lightning_logs/done/manifest.json").write_text("{}")
-    refuse_early("run", args)
+    refuse_early(args)
     with pytest.raises(UserError, match="'/no/such' does not exist"):
-        refuse_early("run", ["--teacher=/no/such"])
-    refuse_early("report", ["--teacher=/no/such"])
+        refuse_early(["--teacher=/no/such"])
 
 
 def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,7 +613,7 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     config = tmp_path / "fit.yaml"
     config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
-    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=true")  # as docs/scale.md has it
+    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=link")  # docs/scale.md: true
     fit = ["fit", "--config", str(config), *(f"--trainer.callbacks{part}" for part in kept), "--ckpt_path=last"]
     checkpoints = tmp_path / "lightning_logs" / "version_4711" / "checkpoints"
     assert main(fit) == 0
@@ -626,13 +625,32 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     assert made == {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
     checkpoint = saved.parent / "checkpoints" / "last.ckpt"
     assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
-    assert main(["verify", str(saved.parent)]) == 0
     assert main(["validate", *fit[1:], "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["verify", str(saved.parent)]) == 0  # with the curves of both
     assert saved.read_bytes() == before
     student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
     error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
     assert "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
     assert (saved.parent / "encoder" / "model.safetensors").read_bytes() == student and saved.read_bytes() == before
+
+
+@pytest.mark.parametrize(("logger", "is_own"), [("false", False), ("TensorBoardLogger", False), ("CSVLogger", True)])
+def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_programs_theirs(
+    logger: str, is_own: bool, tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "fit.yaml"
+    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    options = [f"--trainer.logger={logger}"]
+    if logger != "false":
+        options.append(f"--trainer.logger.save_dir={tmp_path}")
+    if logger == "TensorBoardLogger":
+        options += ["--trainer.logger.name=", "--trainer.logger.version="]
+    assert main(["fit", "--config", str(config), *options]) == 0
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+    (encoder,) = tmp_path.rglob("encoder")
+    assert (encoder.parent != tmp_path) is is_own
+    assert not is_own or main(["verify", str(encoder.parent)]) == 0
 
 
 @pytest.mark.parametrize(

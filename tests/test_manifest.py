@@ -11,7 +11,7 @@ import pytest
 
 from kdnas.cli import main
 from kdnas.errors import UserError
-from kdnas.manifest import verify, write_manifest
+from kdnas.manifest import renew, verify, write_manifest
 from kdnas.runs import Run, write_text
 
 
@@ -104,6 +104,40 @@ def test_a_whole_run_is_told_by_name_and_by_folder(run, capsys):
     for place in (["a", f"--root={run.root}"], [str(run.folder)]):
         assert main(["verify", *place]) == 0
         assert capsys.readouterr().out.startswith(f"2 files of {str(run.folder)!r} are as they were made.\n")
+
+
+def test_what_is_made_anew_is_in_the_manifests_of_all_folders_around_it(run, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"files": {}, "versions": null}')  # another program's
+    write_manifest(run.student, {})
+    write_manifest(run.folder, {})
+    write_text(run.student / "again" / "model.onnx", "more")
+    assert len(verify(run.folder)[1]) == len(verify(run.student)[1]) == 1
+    renew(run.student / "again")
+    assert verify(run.student) == (2, []) and verify(run.folder) == (4, [])
+    write_text(run.report, "another")
+    renew(run.report)
+    assert verify(run.folder) == (4, [])
+    write_text(run.student / "again" / "model.onnx", "changed")
+    renew(run.report)
+    assert len(verify(run.folder)[1]) == 1, "nothing else is made right"
+    assert (tmp_path / "manifest.json").read_text() == '{"files": {}, "versions": null}'
+
+
+def test_a_link_is_one_that_stays_within_and_leads_where_it_led(run, tmp_path):
+    last = run.folder / "last.ckpt"
+    last.symlink_to("report.html")
+    write_manifest(run.folder, {})
+    assert verify(run.folder) == (3, [])
+    for target, fault in {"student/model.onnx": "links to another file", "nowhere": "links to another file"}.items():
+        last.unlink()
+        last.symlink_to(target)
+        assert verify(run.folder)[1] == [f"'last.ckpt': {fault}"]
+    last.unlink()
+    assert verify(run.folder)[1] == ["'last.ckpt': is missing"]
+    (tmp_path / "secret").write_text("x")
+    last.symlink_to(tmp_path / "secret")
+    write_manifest(run.folder, {})
+    assert verify(run.folder)[1] == ["'last.ckpt': links to what is not in the folder"]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": {"a": 1}}', '{"files": []}'])

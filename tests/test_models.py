@@ -325,7 +325,7 @@ def test_a_decoder_of_another_family_is_refused(tmp_path):
 )
 def test_a_decoder_of_a_known_family_is_refused(values, folder):
     edit_json(folder / "config.json", **values)
-    assert f"The teacher {str(folder)!r} is a decoder (bert): take an encoder, such as BERT" in refused(folder)
+    assert f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, " in refused(folder)
 
 
 def test_odd_types_in_a_config_are_named_where_they_matter(folder):

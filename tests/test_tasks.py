@@ -360,7 +360,7 @@ def test_columns_that_are_left_out_are_told(tmp_path, caplog):
         (tmp_path / "mine").mkdir(exist_ok=True)
         pq.write_table(pa.table(texts), tmp_path / "mine" / f"{split}.parquet")
     assert load_task(str(tmp_path / "mine")).task.columns == ("sentence",)
-    assert "'mine' is read from sentence; question is left out: `kdnas glue --data` takes any columns" in caplog.text
+    assert "'mine' is read from sentence; 'question' is left out: `kdnas glue --data` takes any columns" in caplog.text
 
 
 def test_a_file_of_an_odd_name_stays_within_its_folder(tmp_path):
@@ -387,6 +387,15 @@ def test_settings_are_chosen_on_training_rows_alone(tmp_path):
 
 CELLS = st.one_of(st.none(), st.integers(-1, 3), st.floats(), st.text(max_size=4), st.binary(max_size=3))
 COLUMN = st.one_of(*(st.lists(cells, min_size=3, max_size=3) for cells in (CELLS, st.integers(0, 1), st.text("ab"))))
+
+
+def test_a_column_whose_name_is_no_line_is_shown_in_one(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.csv").write_text('"a\n\x1b[2Jb"\nx\n')
+    with pytest.raises(UserError) as error:
+        load_task(str(folder))
+    assert r"it has a\n\x1b[2Jb; name it sentence" in str(error.value)
 
 
 @examples(60)

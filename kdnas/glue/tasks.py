@@ -323,7 +323,7 @@ def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
                     "The task %r is read from %s; %s left out: `kdnas glue --data` takes any columns.",
                     name,
                     " and ".join(columns),
-                    f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}",
+                    f"{', '.join(map(repr, others))} {'is' if len(others) == 1 else 'are'}",
                 )
             return columns
     raise UserError(
