@@ -163,7 +163,7 @@ def _alone(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def _search(job: Job) -> StudentArch:
+def _search(job: Job, is_worker: bool = False) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
     num_done = len(tried(study))
     is_done = is_complete(study, job.space, settings.n_trials) or run.full_kd.exists()
@@ -177,6 +177,7 @@ def _search(job: Job) -> StudentArch:
     episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
     told = False  # that the machine is busy
+    dropped: set[int] = set()  # whose weights were not kept
     with (
         settled_memory(),
         job.progress() as progress,
@@ -204,9 +205,10 @@ def _search(job: Job) -> StudentArch:
                 ranking = ModelRanking.of(rewards, episode, episodes[-1])
                 episodes.append(episodes[-1] + 1)
                 job.console.print(str(ranking), highlight=False, soft_wrap=True)
-            write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
-            _keep_best_weights(run, study)
-            board(study)
+            if not is_worker:  # its parent does that
+                write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
+                _keep_best_weights(run, study, dropped)
+                board(study)
 
         evaluate = Evaluator(
             teacher=job.teacher,
@@ -261,7 +263,7 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
                 if math.isfinite(deadline):
                     minutes = max(1e-3, deadline - time.monotonic()) / 60
                     job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
-                _search(job)
+                _search(job, is_worker=True)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
         except (UserError, CandidateFailed) as error:
@@ -272,11 +274,12 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
             raise SystemExit(DISK) from None
 
 
-def _keep_best_weights(run: Run, study: Study) -> None:
-    """Delete the weights of all but the best three candidates, and what their optimizers knew."""
+def _keep_best_weights(run: Run, study: Study, dropped: set[int]) -> None:
+    """Delete the weights of all but the best three candidates, and what their optimizers knew, and note whose."""
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
-        for name in KEPT:
+        for name in KEPT if trial.number not in dropped else ():
             (run.trial(trial.number) / name).unlink(missing_ok=True)
+        dropped.add(trial.number)
 
 
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:

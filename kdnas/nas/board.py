@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kdnas.nas.record import Study, trained, tried
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
-from kdnas.training import without_tensorflow
+from kdnas.training import release_memory, without_tensorflow
 
 
 class SearchBoard:
@@ -74,4 +74,5 @@ class SearchBoard:
         if draw and front != self._front:
             self._front = front
             self._writer.add_figure("search/pareto", as_figure(draw), len(self._written), close=False)
+            release_memory()  # a figure refers to itself
         self._writer.flush()

@@ -346,7 +346,8 @@ class EnsembleLSTM(Controller):
         counts_MT = torch.empty(size[0], size[2]).exponential_(generator=generator)
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
         for _ in range(self.num_updates):
-            tokens_MBS = torch.rand(size, generator=generator).argsort(-1)[..., : self.MAX_TOKENS]
+            num_tokens = min(self.MAX_TOKENS, size[-1])
+            tokens_MBS = torch.rand(size, generator=generator).topk(num_tokens, largest=False).indices
             rewards_MBS = rewards_T[tokens_MBS]
             predicted_MBS, _ = self(points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0)))
             weights_MBS = counts_MT[:, None].expand(size).gather(2, tokens_MBS)

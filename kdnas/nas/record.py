@@ -114,8 +114,9 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
 
 def find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
     """The trial from which this architecture is answered."""
+    wanted = arch.to_dict()
     for trial in settled(study):
-        if trial.user_attrs["arch"] == arch.to_dict() and "twin_of" not in trial.user_attrs:
+        if trial.user_attrs["arch"] == wanted and "twin_of" not in trial.user_attrs:
             return trial
     return None
 
@@ -144,8 +145,8 @@ def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
 
 def unseen(study: Study, space: SearchSpace, turn: int) -> FrozenTrial | None:
     """A trial to be queued, of an architecture that the study does not know, the same one for the same turn."""
-    known = [trial.user_attrs["arch"] for trial in settled(study)]
-    found = [arch for arch in space if arch.to_dict() not in known]
+    known = seen(study)
+    found = [arch for arch in space if arch not in known]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
     found = [arch for arch in found if arch.to_dict() not in taken]
