@@ -284,7 +284,11 @@ def _verify(args: Sequence[str]) -> None:
         from kdnas.options import in_one_line  # takes seconds
 
         raise in_one_line(error, parser) from error
-    folder = Path(options.run) if Path(options.run).is_dir() else Run(options.root, options.run).folder
+    folder = Path(options.run)
+    if not folder.is_dir():
+        if os.sep in options.run:
+            raise UserError(f"There is no folder {options.run!r}: give one, or the name of a run in --root.")
+        folder = Run(options.root, options.run).folder
     num_files, faults = verify(folder)
     if faults:
         print(*faults, sep="\n")

@@ -173,7 +173,7 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
         return UserError(wrong)
     if unmapped := re.match(r"Unexpected config: ?(.{0,60})", message):
         return UserError(f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`.")
-    if message.startswith(("Empty nested key", "Key must be a string")):
+    if message.startswith(("Empty nested key", "Key must be a string", "Spaces not allowed in keys")):
         return UserError(f"A key of the config is no name ({message.rstrip('.')}): give it one of letters.")
     if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
         message = f"unrecognized arguments: {ambiguous[1]}"

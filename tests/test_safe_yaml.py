@@ -200,7 +200,7 @@ def test_whatever_is_plain_passes(value):
     check_yaml(json.dumps(value))
 
 
-@pytest.mark.parametrize("content", ["! :", '"": 1', "data.: 1", ".data: 1", "data: {0e0: 1}"])
+@pytest.mark.parametrize("content", ["! :", '"": 1', "data.: 1", ".data: 1", "data: {0e0: 1}", "$ ! :"])
 def test_a_key_without_a_name_is_told(content, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 2
