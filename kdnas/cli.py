@@ -32,7 +32,7 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
   kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
   kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
   kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
-  kdnas verify  RUN                                 whether a finished run is still as its manifest says
+  kdnas verify  RUN                                 whether a finished run, fit or export is as its manifest says
 
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.

@@ -98,10 +98,10 @@ def export(config: ExportConfig, console: Console) -> Path:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
     say(report, console)
-    renew(folder)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
     if config.hub_repo:
         console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
+    renew(folder)
     return folder
 
 

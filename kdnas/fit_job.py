@@ -18,11 +18,11 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import UserError
-from kdnas.manifest import is_ours, renew, write_manifest
+from kdnas.manifest import renew, write_manifest
 from kdnas.options import default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
 from kdnas.precision import gpu_name, trainer_precision
 from kdnas.progress import EpochLines, SayWhatGoesOn
-from kdnas.runs import MANIFEST, new_folder, read_json
+from kdnas.runs import MANIFEST, new_folder
 from kdnas.safe_yaml import flat, read_yaml
 from kdnas.signals import honest_signals
 from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
@@ -150,14 +150,7 @@ class SaveConfigOnce(SaveConfigCallback):
                 "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
             )
         own = own_folder(trainer)
-        manifest = own and own / MANIFEST
-        if (
-            stage == "fit"
-            and trainer.is_global_zero
-            and manifest
-            and manifest.is_file()
-            and is_ours(read_json(manifest))
-        ):
-            manifest.unlink()  # until the end again
+        if own is not None and stage == "fit" and trainer.is_global_zero:
+            (own / MANIFEST).unlink(missing_ok=True)  # until the end again
         self.already_saved = differing is not None
         super().setup(trainer, pl_module, stage)

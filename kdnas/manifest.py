@@ -43,7 +43,7 @@ def renew(path: Path) -> None:
                 UserError, OSError
             ):  # another program's file of that name; one that is damaged `verify` tells
                 known = _read(folder / MANIFEST)
-        if not is_ours(known):
+        if not _is_ours(known):
             continue
         files = {name: entry for name, entry in known["files"].items() if not _is_within(folder / name, made)}
         found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
@@ -52,7 +52,7 @@ def renew(path: Path) -> None:
         made.append(folder / MANIFEST)  # which is in those of the folders around
 
 
-def is_ours(values: Any) -> bool:
+def _is_ours(values: Any) -> bool:
     """Whether a ``manifest.json`` is one of kdnas: other programs have files of that name."""
     versions = values.get("versions") if isinstance(values, dict) else None
     return isinstance(versions, dict) and "kdnas" in versions

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from kdnas.latency import measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, load_classifier, num_parameters, student_config
 from kdnas.nas.board import SearchBoard
-from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator
+from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator, drop_weights
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.record import FrozenTrial, Study, best_of, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
@@ -182,9 +182,15 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
         settled_memory(),
         job.progress() as progress,
         one_error(run.folder),
-        SearchBoard(run.folder / "search", explores) as board,
+        nullcontext() if is_worker else SearchBoard(run.folder / "search", explores) as board,
     ):
         bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
+
+        def write_down() -> None:
+            if board is not None:  # a worker's parent does it
+                write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
+                drop_weights(study, run.trial, dropped)
+                board(study)
 
         def show(study: Study, trial: FrozenTrial) -> None:
             nonlocal told
@@ -205,10 +211,7 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
                 ranking = ModelRanking.of(rewards, episode, episodes[-1])
                 episodes.append(episodes[-1] + 1)
                 job.console.print(str(ranking), highlight=False, soft_wrap=True)
-            if not is_worker:  # its parent does that
-                write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
-                _keep_best_weights(run, study, dropped)
-                board(study)
+            write_down()
 
         evaluate = Evaluator(
             teacher=job.teacher,
@@ -239,7 +242,7 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
             best = best_of(study, job.space, seconds)
         else:
             best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
-    write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
+        write_down()  # what ended while nobody looked
     if not (run.full_kd.exists() and run.best_student.exists()):  # else another process distils what it found
         StudentArch.from_dict(best.user_attrs["arch"]).to_yaml(run.best_student)
     return StudentArch.from_yaml(run.best_student)
@@ -272,14 +275,6 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
         except OSError:
             last_words(traceback.format_exc())
             raise SystemExit(DISK) from None
-
-
-def _keep_best_weights(run: Run, study: Study, dropped: set[int]) -> None:
-    """Delete the weights of all but the best three candidates, and what their optimizers knew, and note whose."""
-    for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
-        for name in KEPT if trial.number not in dropped else ():
-            (run.trial(trial.number) / name).unlink(missing_ok=True)
-        dropped.add(trial.number)
 
 
 def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:

@@ -53,6 +53,20 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+def test_what_ended_while_nobody_looked_is_written_down_by_the_next_start(search: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "logs" / "kdnas"
+    assert main([*search, "--search.n_trials=5", "--quiet"]) == 0
+    kept = sorted(run.glob("trial_*/*.safetensors"))
+    folders = {path.parent for path in kept}
+    (worst, *_) = sorted(set(run.glob("trial_*")) - folders)
+    (worst / "weights.safetensors").write_bytes(b"as if its parent had been killed")
+    for name in ("manifest.json", "best_student.yaml", "trials.csv"):
+        (run / name).unlink()
+    assert main([*search, "--search.n_trials=5", "--quiet"]) == 0
+    assert sorted(run.glob("trial_*/*.safetensors")) == kept and len(folders) == 3
+    assert len((run / "trials.csv").read_text().splitlines()) == 6
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == main(["--quiet", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -30,12 +30,27 @@ from kdnas.nas.callbacks import (
     RewardAfterFit,
     wait_for,
 )
+from kdnas.nas.record import Study, trained
 from kdnas.progress import FitProgress
 from kdnas.runs import file_sha256, new_file
 from kdnas.training import TrainerSettings, fit, make_trainer
 
 # In a trial's folder: what was trained, and what the optimizer knew of it. Full KD goes on from them.
 WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")
+
+
+def drop_weights(study: Study, folder: Callable[[int], Path], dropped: set[int]) -> None:
+    """Delete the weights of all but the best three candidates, and what their optimizers knew.
+
+    Args:
+        study: of the search.
+        folder: of a trial, by its number.
+        dropped: the trials of which that was done; those that are new are added.
+    """
+    for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
+        for name in KEPT if trial.number not in dropped else ():
+            (folder(trial.number) / name).unlink(missing_ok=True)
+        dropped.add(trial.number)
 
 
 @dataclass(frozen=True)
