@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _exit_code(args: list[str]) -> int:
     try:
         if "--teacher" in options_of(args[0]):
-            from kdnas.checkpoint import refuse_early
+            from kdnas.teacher_files import refuse_early
 
             refuse_early(args[1:])
         COMMANDS[args[0]](args[1:])
@@ -322,7 +322,7 @@ def _lightning(subcommand: str, args: Sequence[str]) -> None:
 
     quiet = not log.isEnabledFor(logging.INFO)
     _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
-    run_lightning(subcommand, args, quiet)
+    run_lightning(subcommand, args)
 
 
 def _completion(args: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ class UserError(ValueError):
             not to be printed.
     """
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 

@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from kdnas.arch import StudentArch
-from kdnas.checkpoint import TITLES, refuse_family
 from kdnas.errors import UserError, nearest
+from kdnas.teacher_files import TITLES, refuse_family
 
 
 @dataclass(frozen=True)

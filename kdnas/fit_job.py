@@ -30,13 +30,12 @@ from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, withou
 log = logging.getLogger(__name__)
 
 
-def run_lightning(subcommand: str, args: Sequence[str], quiet: bool) -> None:
+def run_lightning(subcommand: str, args: Sequence[str]) -> None:
     """Run a subcommand of the Lightning CLI on ``HiddenStateDistillModule`` and ``KDDataModule``.
 
     Args:
         subcommand: ``fit`` or ``validate``.
         args: its options.
-        quiet: show no progress.
 
     Raises:
         UserError: an option, a value or a file that it cannot take.
@@ -49,7 +48,7 @@ def run_lightning(subcommand: str, args: Sequence[str], quiet: bool) -> None:
             SaveConfigOnce,
             args=[subcommand, *for_parser(args)],
             parser_kwargs={"exit_on_error": False},
-            trainer_defaults={"enable_progress_bar": False} if quiet else None,
+            trainer_defaults={"enable_progress_bar": False} if _is_quiet() else None,
         )
 
 
@@ -92,8 +91,7 @@ class KDCLI(LightningCLI):
         trainer = super().instantiate_trainer(**options)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
             trainer.strategy.checkpoint_io = WholeFiles()
-        quiet = not log.isEnabledFor(logging.INFO)
-        said = None if quiet or sys.stdout.isatty() else partial(print, flush=True)
+        said = None if _is_quiet() or sys.stdout.isatty() else partial(print, flush=True)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
         return trainer
@@ -113,8 +111,13 @@ class KDCLI(LightningCLI):
     def after_validate(self) -> None:
         """Lightning's hook: write down the curves that it has added to the folder of a finished fit."""
         own = own_folder(self.trainer)
-        for path in own.glob("events.out.tfevents.*") if own and self.trainer.is_global_zero else ():
-            renew(path)
+        if own is not None and self.trainer.is_global_zero:
+            for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
+                renew(path)
+
+
+def _is_quiet() -> bool:
+    return not log.isEnabledFor(logging.INFO)
 
 
 def own_folder(trainer: pl.Trainer) -> Path | None:
@@ -127,7 +130,7 @@ def own_folder(trainer: pl.Trainer) -> Path | None:
 class SaveConfigOnce(SaveConfigCallback):
     """Writes a fit's config beside its curves; one that is there already stays, and so does what lies beside it.
 
-    But its manifest, which is written anew at the end.
+    Only a manifest does not: it is written anew at the end.
 
     Slurm's number of the job names the folder: a job that is queued again comes back to it, and so do two fits in one.
     """

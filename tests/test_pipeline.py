@@ -471,7 +471,7 @@ def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where
 ) -> None:
     states, full_kd = Job.states, tmp_path / "logs" / "tiny" / "full_kd"
     found: list[bool] = []
-    ends: list[type[BaseException]] = [KeyboardInterrupt, UserError]
+    ends: list[BaseException] = [KeyboardInterrupt(), UserError("no room")]
 
     def stop_at_full(job: Job, split: str) -> object:
         if split == "mini":

@@ -39,18 +39,16 @@ from kdnas.training import TrainerSettings, fit, make_trainer
 WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")
 
 
-def drop_weights(study: Study, folder: Callable[[int], Path], dropped: set[int]) -> None:
+def drop_weights(study: Study, folder: Callable[[int], Path]) -> None:
     """Delete the weights of all but the best three candidates, and what their optimizers knew.
 
     Args:
         study: of the search.
         folder: of a trial, by its number.
-        dropped: the trials of which that was done; those that are new are added.
     """
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-3]:
-        for name in KEPT if trial.number not in dropped else ():
+        for name in KEPT:
             (folder(trial.number) / name).unlink(missing_ok=True)
-        dropped.add(trial.number)
 
 
 @dataclass(frozen=True)

@@ -345,8 +345,8 @@ class EnsembleLSTM(Controller):
         size = (len(self.w), self.NUM_SEQUENCES, len(rewards_T))
         counts_MT = torch.empty(size[0], size[2]).exponential_(generator=generator)
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+        num_tokens = min(self.MAX_TOKENS, len(rewards_T))
         for _ in range(self.num_updates):
-            num_tokens = min(self.MAX_TOKENS, size[-1])
             tokens_MBS = torch.rand(size, generator=generator).topk(num_tokens, largest=False).indices
             rewards_MBS = rewards_T[tokens_MBS]
             predicted_MBS, _ = self(points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0)))
