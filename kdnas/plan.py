@@ -21,6 +21,7 @@ from kdnas.distill.teacher import TeacherStates, measure, state_cache
 from kdnas.job import Found, check_place, look, states_folder
 from kdnas.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.models import build_classifier, find_teacher, load_classifier, num_parameters, student_config
+from kdnas.nas.workers import worker_threads
 from kdnas.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
 from kdnas.runs import nearest_folder, temporary_folder
 from kdnas.smoke import Sizes, with_few_rows
@@ -152,7 +153,7 @@ def plan(config: SearchConfig) -> Plan:
         reading = _reading(sample)
         sample, states, storing, of_full_kd = _storing(sample)
         latencies, refused_share = _latencies(found)
-        with threads(max(1, torch.get_num_threads() // config.workers)):  # those of a worker
+        with threads(worker_threads(config.workers)):
             distillation = Distillation(sample.found, latencies, states, sample.folder)
         stages = [reading, storing, _searching(sample, distillation, latencies, refused_share)]
         if isinstance(config, RunConfig):

@@ -34,7 +34,7 @@ from kdnas.nas.callbacks import HoldStill, wait_for
 from kdnas.nas.record import failure_of, trained
 from kdnas.nas.search import end_trial, open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers
+from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers, worker_threads
 
 SPACE = SearchSpace(
     {
@@ -207,7 +207,7 @@ def test_workers_train_so_many_together_and_each_trial_is_shown_once(any_url, tm
     assert sorted(shown) == [trial.number for trial in study.trials if trial.state.is_finished()]
     numbers = [path.name.split("-") for path in (tmp_path / "seen").iterdir()]
     assert len({pid for _, pid, _ in numbers} - {str(os.getpid())}) == 2
-    assert {threads for *_, threads in numbers} == {str(max(1, os.cpu_count() // 2))}
+    assert {threads for *_, threads in numbers} == {str(worker_threads(2))}
 
 
 def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_path):
@@ -463,7 +463,9 @@ def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):
 )
 def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_devices, seen, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
@@ -474,6 +476,18 @@ def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_device
             found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
             assert os.environ["OMP_NUM_THREADS"] == "2"
     assert found == seen and dict(os.environ) == before
+
+
+def test_workers_share_the_cores_of_this_process_and_the_threads_that_the_user_allows(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)  # taskset, Slurm
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    assert [worker_threads(number) for number in (1, 3, 9)] == [8, 2, 1]
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)  # OMP_NUM_THREADS=4
+    assert [worker_threads(number) for number in (1, 3)] == [4, 1]
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS
+    monkeypatch.setattr("torch.get_num_threads", lambda: 100)
+    assert worker_threads(2) == 32
 
 
 def hold(path: str, seconds: float) -> None:

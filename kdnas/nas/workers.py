@@ -194,10 +194,16 @@ def _child(work: Callable[[int, float], None], index: int, deadline: float, pare
         raise SystemExit(INTERRUPTED) from None
 
 
+def worker_threads(num_workers: int) -> int:
+    """A worker's share of the cores that this process may use, and of the threads that the user allows it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, torch.get_num_threads()) // num_workers)  # OMP_NUM_THREADS, where that is set
+
+
 @contextmanager
 def _environment(index: int, num_workers: int) -> Iterator[None]:
     """What a process that is started within shall see: its share of the cores, and one GPU."""
-    wanted = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_workers))}
+    wanted = {"OMP_NUM_THREADS": str(worker_threads(num_workers))}
     if (num_devices := torch.cuda.device_count()) > 1:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices)))
         wanted["CUDA_VISIBLE_DEVICES"] = devices.split(",")[index % num_devices]
