@@ -1,6 +1,6 @@
 """The int8 graph: which rows it is chosen on, which rows it is reported on, and what it loses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,8 @@ def compare(exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None)
     return result
 
 
-def _lost(result: dict[str, float]) -> float:
+def lost(result: Mapping[str, Any]) -> float:
+    """The share of the score that int8 loses or, without one, of the cosine."""
     if "score" not in result:
         return 1 - result["cosine"]
     return (result["score"] - result["int8_score"]) / max(abs(result["score"]), 1e-9)
@@ -151,12 +152,12 @@ def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
         ParityError: the outputs have little to do with each other.
     """
     write_int8(source, target)
-    method, lost = "dynamic", _lost(compare(source, target, rows.choose, rows.task))
-    if not lost <= MOST_LOST:
+    method, loses = "dynamic", lost(compare(source, target, rows.choose, rows.task))
+    if not loses <= MOST_LOST:
         static = target.with_name(f"static.{target.name}")
         names = [node.name for node in open_session(source).get_inputs()]
         write_int8(source, static, [{name: batch[name] for name in names} for batch in rows.choose])
-        if _lost(compare(source, static, rows.choose, rows.task)) < lost:
+        if lost(compare(source, static, rows.choose, rows.task)) < loses:
             static.replace(target)
             method = "static"
         static.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from rich.table import Table
 from kdnas import __version__
 from kdnas.arch import StudentArch
 from kdnas.latency import is_unsteady
+from kdnas.nas.candidate import Budget
 from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
 from kdnas.pictures import BLUE, GREY, INK, MOST_NAMED, ORANGE, as_svg, curves, pareto
@@ -185,7 +186,7 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
         best_shown=len(shown) < len(histories) and len(shown),
         candidates=_candidates(frame),
         best=best and str(best.number),
-        checks=checks(frame, number, histories, full_kd, results, exported),
+        checks=checks(frame, number, histories, full_kd, results, exported, Budget(**budget)),
         uses=_uses(run, config, results, is_exported=exported is not None),
         config=run.config.read_text(encoding="utf-8"),
         environment=_environment(trials),

@@ -7,7 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from kdnas.latency import ArchLatency, Latency
+from kdnas.nas.candidate import Budget
 from kdnas.nas.trials import is_twin
+from kdnas.quantize import MOST_LOST, lost
 
 MOST_APART = 0.1  # two measurements of one latency; the middle half of many, as a share of their median
 LEAST_AGREEMENT = 0.5  # of two rankings
@@ -35,6 +38,7 @@ def checks(
     full_kd: Mapping[str, Any] | None,
     results: Mapping[str, Any] | None,
     exported: Mapping[str, Any] | None,
+    budget: Budget = Budget(),
 ) -> list[Check]:
     """Everything that a run's own figures say of each other; what was not measured is left out.
 
@@ -45,12 +49,13 @@ def checks(
         full_kd: what ``full_kd/result.json`` holds.
         results: what ``glue/results.json`` holds.
         exported: the checks of the export, from ``student/manifest.json``.
+        budget: of the search.
     """
     found = [
         _runner_up(frame, best),
         _settled(histories),
         _context(frame, best, full_kd),
-        _latency(frame, best, results),
+        _latency(frame, best, results, budget),
     ]
     found += [*_scores(results), *_files(exported)]
     return [check for check in found if check]
@@ -94,7 +99,7 @@ def _context(frame: pd.DataFrame, best: int | None, full_kd: Mapping[str, Any] |
     return Check("More than a table of words?", words + ".", bool(share > 0))
 
 
-def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] | None) -> Check | None:
+def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] | None, budget: Budget) -> Check | None:
     if best is None:
         return None
     row = frame[frame["number"] == best].iloc[0]
@@ -106,7 +111,12 @@ def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] |
         words += f"; fine-tuned and measured again {again['latency_ms']:.2f} ms (IQR {again['latency_iqr_ms']:.2f}), "
         words += f"{again['speedup']:.1f}x: {apart:+.0%}"
         is_good.append(bool(abs(apart) <= MOST_APART))
-    teacher_ms = (frame["latency_ms"] * frame["speedup"]).dropna()
+        student, teacher = (Latency(results["models"][name]["latency_ms"], 0.0, 0) for name in ("student", "teacher"))
+        violation, reason = budget.violation(ArchLatency(student, teacher, row["num_parameters"]))
+        if violation > 0:
+            words += f", beyond the budget ({reason})"
+            is_good.append(False)
+    teacher_ms = (frame["latency_ms"] * frame["speedup"])[~is_twin(frame)].dropna()
     if len(teacher_ms) > 1:
         low, median, high = teacher_ms.quantile([0.25, 0.5, 0.75])
         is_good.append(bool((high - low) / median <= MOST_APART))
@@ -142,4 +152,6 @@ def _files(exported: Mapping[str, Any] | None) -> list[Check]:
     words += f"{int8['cosine']:.4f} to it"
     if "score" in int8:
         words += f" and scores {int8['int8_score']:.3f} where float32 scores {int8['score']:.3f}"
-    return [Check("Do the exported files agree?", f"{words} ({int8['rows']}).", True)]
+    good = lost(int8) <= MOST_LOST
+    words += f" ({int8['rows']})" + ("." if good else f": int8 loses more than {MOST_LOST:.0%}.")
+    return [Check("Do the exported files agree?", words, good)]

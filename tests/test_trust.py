@@ -4,19 +4,20 @@ import pytest
 from optuna.trial import TrialState
 from test_report import add, make_results, make_study, measured, trained
 
+from kdnas.nas.candidate import Budget
 from kdnas.nas.trials import trials_frame
 from kdnas.trust import checks
 
 
-def found(histories=None, full_kd=None, results=None, exported=None, best=1):
-    """The checks of two trained candidates and one that was refused, by their names."""
+def found(histories=None, full_kd=None, results=None, exported=None, best=1, budget=Budget()):
+    """The checks of two trained candidates, one of which was repeated, and one that was refused, by their names."""
     study = make_study()
     add(study, TrialState.COMPLETE, 0.6, **trained(1, 2.0, 0.4, 0.6))
     add(study, TrialState.COMPLETE, 0.75, **trained(2, 4.0, 0.25, 0.75))
     add(study, TrialState.PRUNED, **measured(3, 5.0, refused="slow") | {"speedup": 4.2})
-    return {
-        check.name: check for check in checks(trials_frame(study), best, histories or {}, full_kd, results, exported)
-    }
+    add(study, TrialState.COMPLETE, 0.6, **trained(1, 2.0, 0.4, 0.6), twin_of=0)
+    shown = checks(trials_frame(study), best, histories or {}, full_kd, results, exported, budget)
+    return {check.name: check for check in shown}
 
 
 def test_the_runner_up_and_the_teachers_drift_are_told():
@@ -51,6 +52,20 @@ def test_a_latency_that_is_another_at_the_end_is_marked(again, good):
     assert check.good is good and f"{again / 4 - 1:+.0%}" in check.words
 
 
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        (Budget(speedup=4.9, latency_ms=4.1, num_parameters=2_460_000), ""),
+        (Budget(speedup=5.1), ", beyond the budget (5.00x as fast as the teacher, 5.1x is asked for)"),
+        (Budget(latency_ms=3.9), ", beyond the budget (4.000 ms, 3.9 ms is asked for)"),
+    ],
+)
+def test_the_second_latency_is_held_against_the_budget_too(budget, reason):
+    check = found(results=make_results(), budget=budget)["Is the latency real?"]
+    assert check.good is not bool(reason)
+    assert f"measured again 4.00 ms (IQR 0.25), 5.0x: +0%{reason}. The teacher" in check.words
+
+
 def test_a_score_is_as_sure_as_its_rows_allow():
     shown = found(results=make_results())  # 0.776 on 60 rows, 0.6 from a random start
     assert "uncertain by 0.105 (95 %)" in shown["How sure is the score?"].words
@@ -59,6 +74,21 @@ def test_a_score_is_as_sure_as_its_rows_allow():
     results = make_results()
     results["task"]["metric"] = "pearson"
     assert "How sure is the score?" not in found(results=results)
+
+
+@pytest.mark.parametrize(
+    ("int8", "good"),
+    [
+        ({"cosine": 0.95, "score": 0.8, "int8_score": 0.793}, True),
+        ({"cosine": 0.999, "score": 0.8, "int8_score": 0.79}, False),
+        ({"cosine": 0.991}, True),
+        ({"cosine": 0.95}, False),
+    ],
+)
+def test_files_agree_where_int8_loses_no_more_than_an_export_tolerates(int8, good):
+    check = found(exported={"max_abs_difference": 2e-6, "int8": int8 | {"rows": "60 rows"}})
+    check = check["Do the exported files agree?"]
+    assert check.good is good and check.words.endswith("(60 rows)." if good else "(60 rows): int8 loses more than 1%.")
 
 
 def test_the_context_after_full_kd_and_the_files_are_told():
