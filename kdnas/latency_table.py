@@ -31,9 +31,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
     """Measure every model in every combination, in turn, and show it: a table, a JSON file and a picture.
 
     Returns:
-        The rows of the JSON file: ``model``, ``backend``, ``threads``, ``batch``, ``length`` (null for a workload),
-        ``megabytes`` of parameters or of the ONNX file, the fields of ``Latency``, and ``speedup``, how many times
-        faster than the first model in the same combination.
+        The rows of the JSON file: ``model``, ``backend``, ``device``, ``threads``, ``batch``, ``length`` (null for a
+        workload), ``megabytes`` of parameters or of the ONNX file, the fields of ``Latency``, and ``speedup``, how many
+        times faster than the first model in the same combination.
 
     Raises:
         UserError: a model cannot be found or is shorter than a length, or a value is out of its range.
@@ -57,8 +57,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
                     {
                         "model": model.name,
                         "backend": backend,
+                        "device": settings.device,
                         "threads": settings.num_threads,
-                        "batch": settings.batch_size,
+                        "batch": len(settings.batches()[0]),  # a workload may have fewer rows
                         "length": None if settings.lengths else settings.length,
                         "megabytes": _megabytes(found, settings),
                         **asdict(latency),
@@ -121,6 +122,11 @@ def _shape(row: dict[str, Any]) -> str:
     return f"{row['batch']} x {row['length'] or 'workload'}"
 
 
+def _backend(row: dict[str, Any]) -> str:
+    """With the device, where that is not what goes without saying."""
+    return row["backend"] if row["device"] in ("cpu", row["backend"]) else f"{row['backend']}, {row['device']}"
+
+
 def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
     models = list(dict.fromkeys(row["model"] for row in rows))
     return dict(zip(models, short_names(models), strict=True))
@@ -136,7 +142,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             names[row["model"]],
-            row["backend"],
+            _backend(row),
             str(row["threads"]),
             _shape(row),
             f"{row['megabytes']:.1f}",
@@ -157,7 +163,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
     lines: dict[str, list[dict[str, Any]]] = {}
     names = _names(rows)
     for row in rows:
-        label = f"{names[row['model']]}, {row['backend']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        label = f"{names[row['model']]}, {_backend(row)}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         lines.setdefault(label, []).append(row)
     for label, line in lines.items():
         places = [shapes.index(_shape(row)) for row in line]

@@ -48,6 +48,7 @@ def test_every_combination_is_measured_with_all_models_in_turn(
     assert rows[1] == {
         "model": str(student),
         "backend": "torch",
+        "device": "cpu",
         "threads": 1,
         "batch": 1,
         "length": 16,
@@ -80,6 +81,21 @@ def test_models_of_one_name_are_told_apart(
     assert labels == ["mine/student, torch, 1 thread", "other/student, torch, 1 thread"]
 
 
+def test_it_is_said_which_device_where_not_all_is_of_the_cpu(
+    student: Path, tmp_path: Path, measured, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (student / "model.onnx").write_bytes(b"graph")
+    monkeypatch.setattr(kdnas.latency, "_devices", lambda: ["cpu", "cuda", "cuda:0"])
+    path = tmp_path / "a.json"
+    options = ["--length=16", "--backend", "torch", "cuda", "onnxruntime", f"--json={path}"]
+    for device, shown in (("cuda:0", ["torch, cuda:0", "cuda, cuda:0", "onnxruntime "]), ("cpu", ["torch ", "cuda "])):
+        assert main(["latency", f"--model={student}", f"--device={device}", *options]) == 0
+        table = capsys.readouterr().out
+        assert all(f" {backend}" in table for backend in shown)
+        devices = [row["device"] for row in json.loads(path.read_text())["rows"]]
+        assert devices == [device, "cuda" if device == "cpu" else device, "cpu"]
+
+
 def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, measured) -> None:
     (student / "model.onnx").write_bytes(b"8" * 3_000_000)
     assert main(["latency", f"--model={student}", "--backend=onnxruntime", f"--json={tmp_path / 'a.json'}"]) == 2
@@ -90,7 +106,7 @@ def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, me
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["megabytes"] == 3.0
 
 
-def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("4\n9\n13\n")
     written = []
@@ -100,11 +116,12 @@ def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, mon
         return write_deployed(model, folder, int8)
 
     monkeypatch.setattr(kdnas.latency_table, "write_deployed", write)
-    options = [f"--lengths={lengths}", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}", "--batch", "1", "2"]
+    options = [f"--lengths={lengths}", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}", "--batch", "1", "2", "64"]
     assert main(["latency", f"--model={tiny_teacher}", "--backend=onnxruntime-int8", *options]) == 0
     assert written == [True]  # once for both batch sizes
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [(row["batch"], row["length"]) for row in rows] == [(1, None), (2, None)]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, None), (2, None), (3, None)], "as large as there are"
+    assert "3 x workload" in capsys.readouterr().out
     assert all(row["median_ms"] > 0 and row["speedup"] == 1 for row in rows)
 
 
