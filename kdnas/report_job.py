@@ -35,7 +35,7 @@ def report(config: ReportConfig, console: Console) -> Path:
         UserError: a run is not there, is broken, or is named twice.
     """
     runs = [Run(config.root, name) for name in config.run]
-    studies = [_study_of(run, config.storage) for run in runs]
+    studies = [_study_of(run, config.storage, is_only=len(runs) == 1) for run in runs]
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
         page = write_report(runs[0], studies[0], output=output)
@@ -46,13 +46,15 @@ def report(config: ReportConfig, console: Console) -> Path:
     return page
 
 
-def _study_of(run: Run, storage: str | None) -> Study:
+def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
     if not run.config.is_file():
         there = sorted(path.parent.name for path in run.root.glob("*/config.yaml"))
         hint = nearest(run.name, there) if there else " There is none."
         raise UserError(f"There is no run {run.name!r} in {str(run.root)!r}.{hint}")
     config = read_yaml(run.config)
-    return read_study(storage or config.get("storage") or run.study_db, str(config.get("name", run.name)))
+    known = config.get("storage")  # of several runs, one without has its own file
+    asked = storage if known or is_only else None
+    return read_study(asked or known or run.study_db, str(config.get("name", run.name)))
 
 
 def compare(runs: list[Run], studies: list[Study], output: Path, console: Console) -> Path:

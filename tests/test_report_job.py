@@ -99,6 +99,17 @@ def test_one_run_is_reported_anew_and_stays_as_its_manifest_says(root, capsys):
     assert "'best_student.yaml': is not in the manifest" in capsys.readouterr().out
 
 
+def test_a_database_is_that_of_the_runs_which_had_one(tmp_path, capsys):
+    search(tmp_path, "local", [0.5])
+    run = search(tmp_path, "shared", [0.375, 0.25], storage="postgresql://me:***@host/studies")
+    url = f"sqlite:///{run.study_db.rename(tmp_path / 'studies.db')}"
+    report = ["report", "--root", str(tmp_path), "--storage", url]
+    assert main([*report, "--run", "shared", "--run", "local"]) == 0
+    assert "candidates trained 2 1".split() in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert main([*report, "--run", "shared"]) == 0
+    assert main([*report, "--run", "local"]) == 2, "of one run it is what the user says"
+
+
 def spoil(path: str, content: bytes | None):
     def apply(run: Run) -> None:
         (run.folder / path).unlink(missing_ok=True)
