@@ -6,9 +6,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,18 @@ class Latency:
     p95_ms: float = math.nan  # as the next two, where the number is from a record
     tokens_per_second: float = math.nan
     sequences_per_second: float = math.nan
+
+
+def measured_by(how: Mapping[str, Any]) -> str:
+    """How latency was measured: ``torch on cpu, batch 1 x 128, 1 thread``.
+
+    Args:
+        how: fields of ``LatencySettings``, as a config has them; what is left out is the default.
+    """
+    how = {**asdict(LatencySettings()), **how}
+    length, num_threads = "workload" if how["lengths"] else how["length"], how["num_threads"]
+    shape = f"batch {how['batch_size']} x {length}"
+    return f"{how['backend']} on {how['device']}, {shape}, {num_threads} thread{'s' * (num_threads > 1)}"
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:

@@ -94,7 +94,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         shown = ", ".join(f"{stage} {taken / 60:.1f}" for stage, taken in seconds.items())
         console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
-        console.print(result_table(read_json(run.glue / "results.json")))
+        console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
     console.print(
         f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
     )

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from kdnas import __version__
 from kdnas.arch import StudentArch
-from kdnas.latency import is_unsteady
+from kdnas.glue.finetune import FinetuneSettings
+from kdnas.latency import LatencySettings, is_unsteady, measured_by
 from kdnas.nas.candidate import Budget
 from kdnas.nas.record import FrozenTrial, Study
 from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
@@ -27,6 +28,7 @@ from kdnas.precision import gpu_name
 from kdnas.runs import Run, read_json, write_text
 from kdnas.safe_yaml import read_yaml
 from kdnas.tables import as_text, text_table
+from kdnas.training import TrainerSettings
 from kdnas.trust import checks
 
 SHAPE = ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act"]
@@ -58,14 +60,15 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def result_table(results: Mapping[str, Any]) -> Table:
+def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
     """``result_rows`` for the terminal.
 
     Args:
         results: what ``glue/results.json`` holds.
+        how: latency was measured; fields of ``LatencySettings``.
     """
     table = text_table(f"Fine-tuned on {results['task']['name']}", result_rows(results), words=["model"])
-    table.caption = caution(results)
+    table.caption = f"Latency: {measured_by(how)}. {caution(results)}".rstrip()
     return table
 
 
@@ -121,7 +124,8 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
 def write_report(run: Run, study: Study, *, title: str | None = None, output: Path | None = None) -> Path:
     """Write ``report.html``: one file that opens from disk and asks no network for anything.
 
-    The same run gives the same bytes: its date is that of the study's last trial. What was not run is left out.
+    On one machine the same run gives the same bytes: its date is that of the study's last trial. What was not run is
+    left out.
 
     Args:
         run: its ``config.yaml``, and what there is of ``full_kd/result.json``, ``glue/results.json`` and
@@ -179,6 +183,7 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
         shape=best and StudentArch.from_dict(best.user_attrs["arch"]),
         results=results,
         result_rows=results and result_rows(results),
+        measured_by=measured_by(config.get("latency", {})),
         pareto=draw_pareto and as_svg("Loss against latency of every candidate", draw_pareto),
         errors=by_epoch("loss", "held-out loss"),
         shares=by_epoch("contextual_share", "contextual share"),
@@ -266,11 +271,24 @@ def _uses(run: Run, config: Mapping[str, Any], results: Any, is_exported: bool) 
         task = shlex.quote(str(run.text / "which_package" if config["task"] == "quickstart" else config["task"]))
         uses["Its score with several seeds"] = (
             f"kdnas glue --model {teacher} --model {encoder} --task {task} --seeds 3 --name {run.name}-seeds"
+            + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in _unusual(config).items())
         )
     return uses | {"Whether the files are as they were made": f"kdnas verify {shlex.quote(str(run.folder))}"}
 
 
+def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run asked of fine-tuning and latency that is not the default, which `kdnas glue` would take."""
+    usual: dict[str, Any] = {"finetune": FinetuneSettings(), "trainer": TrainerSettings(), "latency": LatencySettings()}
+    return {
+        f"{part}.{name}": value
+        for part, default in usual.items()
+        for name, value in config.get(part, {}).items()
+        if name != "seed" and value != getattr(default, name, value)
+    }
+
+
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
+    """When the search ended, and which machine writes the page: workers, and what came later, may have had others."""
     dates = [date for trial in trials for date in (trial.datetime_start, trial.datetime_complete) if date]
     cpuinfo = Path("/proc/cpuinfo")
     processor = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None

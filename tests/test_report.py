@@ -3,6 +3,8 @@ import hashlib
 import io
 import math
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +15,17 @@ import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 
+from kdnas.config import GlueConfig
+from kdnas.glue.finetune import FinetuneSettings
+from kdnas.latency import LatencySettings
 from kdnas.nas.trials import front_table, line, trials_frame
+from kdnas.options import read_config
 from kdnas.report import result_rows, result_table, write_report
 from kdnas.runs import Run, write_json, write_text
+from kdnas.training import TrainerSettings
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr", "col"}
+CHECKED = {"max_abs_difference": 1e-6, "int8": {"cosine": 0.999, "rows": "9 texts"}}
 CONFIG = {"teacher": "bert-tiny", "text": "notes.parquet", "task": "topics", "search": {"n_trials": 3}}
 
 
@@ -229,8 +237,9 @@ def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
     [({"score": 0.6}, "A random start of its shape scores as high"), ({"latency_iqr_ms": 0.5}, "the machine was busy")],
 )
 def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_path, student, said):
-    assert result_table(make_results()).caption == ""
-    assert said in str(result_table(make_results(**student)).caption)
+    how = {"backend": "onnxruntime", "length": 32, "num_threads": 2}
+    assert result_table(make_results(), how).caption == "Latency: onnxruntime on cpu, batch 1 x 32, 2 threads."
+    assert said in str(result_table(make_results(**student), {}).caption)
     run = whole(tmp_path)
     write_json(run.glue / "results.json", make_results(**student))
     html = write_report(run, every_kind()).read_text()
@@ -247,7 +256,7 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
     headings = ["model", "parameters (M)", "MB", "latency (ms)", "IQR (ms)", "speed-up", "accuracy", "share kept (%)"]
     assert [list(row) for row in rows] == [headings] * 3
     console = Console(file=io.StringIO(), width=80)
-    console.print(result_table(make_results()))
+    console.print(result_table(make_results(), {}))
     lines = console.file.getvalue().splitlines()
     assert "Fine-tuned on topics" in lines[0]
     for row in rows:
@@ -264,7 +273,27 @@ def test_what_was_asked_is_said(tmp_path):
     assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
     assert text.startswith("My run")
+    assert "But for the date, of the machine that wrote this page. search ended" in text
     assert re.search(r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*", text)
+
+
+def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
+    run = whole(tmp_path)
+    asked = {
+        "finetune": {"num_epochs": 5, "learning_rate": 3e-5, "batch_size": 8, "max_length": 64, "seed": 7, "old": 1},
+        "trainer": {"accelerator": "cpu", "precision": "auto", "gradient_clip_val": 0.5},
+        "latency": {"backend": "onnxruntime-int8", "length": 32, "lengths": "my lengths.jsonl", "num_threads": 2},
+    }
+    write_text(run.config, yaml.safe_dump(CONFIG | asked))
+    write_json(run.student / "manifest.json", {"checks": CHECKED})
+    page = write_report(run, every_kind()).read_text()
+    (command,) = [line for line in re.findall("<pre>(.*?)</pre>", page) if line.startswith("kdnas glue")]
+    config, _ = read_config(GlueConfig, "glue", shlex.split(unescape(command))[2:])
+    assert config.finetune == FinetuneSettings(num_epochs=5, learning_rate=3e-5, max_length=64)
+    assert config.trainer == TrainerSettings(accelerator="cpu", gradient_clip_val=0.5)
+    assert config.latency == LatencySettings(**asked["latency"])
+    assert (config.seeds, len(config.model)) == (3, 2) and "batch_size" not in command and "auto" not in command
+    assert "the median, by onnxruntime-int8 on cpu, batch 1 x workload, 2 threads; IQR" in page
 
 
 def test_the_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
@@ -364,7 +393,7 @@ def test_text_from_outside_stays_text(run):
     # title twice, sentence, teacher, fine-tuning, heading, axis, caption, headline, reason, config
     assert page.text.count(evil) == 11
     console = Console(file=io.StringIO(), width=300)
-    console.print(result_table(results))
+    console.print(result_table(results, {}))
     assert console.file.getvalue().count(evil) == 2
 
 
@@ -372,7 +401,7 @@ def test_brackets_in_a_metric_are_no_markup_of_the_terminal():
     results = make_results()
     results["task"]["metric"] = "[bold]f1"
     console = Console(file=io.StringIO(), width=120)
-    console.print(result_table(results))
+    console.print(result_table(results, {}))
     assert "[bold]f1" in console.file.getvalue()
 
 
