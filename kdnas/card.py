@@ -11,7 +11,12 @@ from kdnas.families import arch_of
 from kdnas.graph import output_name
 from kdnas.models import num_parameters
 
-_TAGS = ("knowledge-distillation", "neural-architecture-search", "kdnas", "onnx")
+# How a student was made, and the hub's tags for it.
+_TAGS = {
+    "searched and distilled": ["knowledge-distillation", "neural-architecture-search"],
+    "distilled": ["knowledge-distillation"],
+    "exported": [],
+}
 
 _SENTENCES = """With sentence-transformers:
 
@@ -32,8 +37,8 @@ def model_card(
         model: what is exported.
         tokenizer: its tokenizer.
         card: ``name``; ``teacher``; ``sections``, which maps a title (``Scores``) to a table's rows, ``{name: value}``;
-            optionally ``base_model``, the teacher's name on the hub, ``text``, what it was distilled on, and
-            ``license``, by the hub's identifier.
+            optionally ``base_model``, the teacher's name on the hub, ``text``, what it was distilled on, ``made``, how
+            it was (else as far as its config tells), and ``license``, by the hub's identifier.
         report: what ``export_student`` returns.
     """
     output = output_name(model)
@@ -45,7 +50,9 @@ def model_card(
     library = "transformers"
     if "sentences" in report:
         library, pipeline_tag = "sentence-transformers", "sentence-similarity"
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline_tag, "tags": list(_TAGS)}
+    made = card.get("made") or ("distilled" if hasattr(model.config, "teacher_sha256") else "exported")
+    tags = [*_TAGS[made], "kdnas", "onnx"]
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline_tag, "tags": tags}
     if card.get("base_model"):
         front["base_model"] = str(card["base_model"])
     front["license"] = str(card.get("license") or "unknown")  # the hub's word for it
@@ -64,7 +71,7 @@ def model_card(
 
 # {_plain(card["name"])}
 
-A {kind} that was searched and distilled with kdnas. Its teacher: {_plain(card["teacher"])}.{text}
+A {kind} that was {made} with kdnas. Its teacher: {_plain(card["teacher"])}.{text}
 It has {num_parameters(model):,} parameters ({report["safetensors_megabytes"]:.1f} MB, \
 {report["int8_megabytes"]:.1f} MB in int8) and reads up to {tokenizer.model_max_length} tokens.
 Licence: {_plain(card.get("license") or "not stated")}; those of the teacher and of the text bind it too.

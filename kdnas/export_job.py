@@ -19,6 +19,7 @@ from kdnas.export import export_student, load_student, slower_shapes, source_sha
 from kdnas.families import has_classifier
 from kdnas.glue.tasks import LoadedTask, load_labelled, load_task
 from kdnas.hub import refuse_away
+from kdnas.latency import measured_by
 from kdnas.manifest import renew
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
@@ -64,7 +65,6 @@ def export(config: ExportConfig, console: Console) -> Path:
         source, folder = Path(config.student), Path(f"{config.student.rstrip('/')}-export")
         task_name, text, cut, split = config.task, config.text, config.length or MOST_TOKENS, {}
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
-        card |= {"text": Path(text).name} if text else {}
     folder = Path(config.output) if config.output else folder
     folder = folder.resolve() if config.output and folder.is_symlink() else folder  # the link itself stays
     if folder.exists():
@@ -235,6 +235,7 @@ def _teacher_words(teacher: str) -> dict[str, str]:
 def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
     config = read_yaml(run.config)
     card: dict[str, Any] = {"name": run.name, **_teacher_words(config["teacher"]), "sections": {}}
+    card["made"] = "searched and distilled"
     card["text"] = "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
     if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
         results = read_json(run.glue / "results.json")
@@ -243,12 +244,10 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
             f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
             "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
             "its shape from a random start": f"{results['models']['random']['score']:.3f}",
+            "rows that were scored": f"cut at {config['finetune']['max_length']} tokens",
         }
-        how = config["latency"]
-        length = "workload" if how["lengths"] else how["length"]
-        shape = f"{how['backend']} on {how['device']}, batch {how['batch_size']} x {length}"
         card["sections"]["Latency beside its teacher"] = {
-            shape: f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
+            measured_by(config["latency"]): f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
         }
     return card
 

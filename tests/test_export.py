@@ -46,6 +46,7 @@ CARD = {
     "name": HOSTILE,
     "teacher": HOSTILE,
     "base_model": HOSTILE,
+    "made": "searched and distilled",
     "sections": {"Scores": {"accuracy": 0.8125, HOSTILE: HOSTILE}},
 }
 PLAIN = {"name": "tiny", "teacher": "a tiny teacher", "sections": {}}
@@ -177,7 +178,7 @@ def test_the_card_is_valid_and_nothing_from_outside_breaks_it(classifier):
     }
     plain = r'a: "b" \| c --- \# \[d\](http://e) \<f\> \`g'
     assert f"\n# {plain}\n" in text
-    assert f"Its teacher: {plain}." in text
+    assert f"A text classifier that was searched and distilled with kdnas. Its teacher: {plain}." in text
     assert f"\n| {plain} | {plain} |\n" in text
     assert "\n| accuracy | 0.8125 |\n" in text
     assert "\n| hidden_size | 32 |\n" in text
@@ -350,12 +351,18 @@ def test_the_manifest_has_the_hash_of_every_file_and_what_was_checked(source: Pa
         content = (tmp_path / "student" / name).read_bytes()
         assert known == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert manifest["checks"] == json.loads(json.dumps(report))
-    assert "Licence: not stated" in (tmp_path / "student" / "README.md").read_text()
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert "Licence: not stated" in text and "A text classifier that was exported with kdnas." in text
+    assert ModelCard(text).data.tags == ["kdnas", "onnx"]
+    config = json.loads((source / "config.json").read_text()) | {"teacher_sha256": "abc"}
+    (source / "config.json").write_text(json.dumps(config))
     export_student(
         source, tmp_path / "licensed", card=PLAIN | {"license": "mit", "text": "a b"}, length=9, min_seconds=0.001
     )
     text = (tmp_path / "licensed" / "README.md").read_text()
     assert ModelCard(text).data.license == "mit" and "distilled on a b." in text and "up to 9 tokens" in text
+    assert "that was distilled with kdnas" in text
+    assert ModelCard(text).data.tags == ["knowledge-distillation", "kdnas", "onnx"]
     assert AutoTokenizer.from_pretrained(tmp_path / "licensed").model_max_length == 9
 
 

@@ -138,7 +138,7 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     run = root / "mine"
     shutil.copytree(student, run / "glue" / "student" / "model")
     ARCH.to_yaml(run / "best_student.yaml")
-    latency = {"backend": "torch", "device": "cpu", "batch_size": 1, "length": 16, "lengths": None}
+    latency = {"backend": "torch", "device": "cpu", "batch_size": 1, "length": 16, "lengths": None, "num_threads": 2}
     task = str(task_folder(root / "colours"))
     config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency, "seed": 7}
     config |= {"data": {"column": "body", "held_out_fraction": 0.25}, "finetune": {"max_length": 9}}
@@ -201,6 +201,14 @@ def test_what_the_card_says_is_of_what_is_exported(student: Path, tmp_path: Path
         assert _teacher_words(folder) == {"teacher": "bert"}
 
 
+def test_a_text_that_a_folder_is_compared_on_is_not_what_it_was_distilled_on(
+    student: Path, tmp_path: Path, exported
+) -> None:
+    write_text(tmp_path / "sample.txt", "\n".join(make_rows(40)))
+    assert main(["export", f"--student={student}", f"--text={tmp_path / 'sample.txt'}"]) == 0
+    assert exported[0][2]["card"] == {"name": "student", "teacher": "not stated", "sections": {}}
+
+
 def test_a_run_is_exported_with_its_own_task_and_words(
     student: Path, tiny_teacher: Path, tmp_path: Path, exported
 ) -> None:
@@ -214,12 +222,14 @@ def test_a_run_is_exported_with_its_own_task_and_words(
     card = options["card"]
     assert (card["name"], card["base_model"], card["text"]) == ("mine", "someone/bert", "rows.txt")
     assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"
+    assert card["sections"]["Scores"]["rows that were scored"] == "cut at 9 tokens"
+    assert card["made"] == "searched and distilled"
     assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}", f"--teacher={tiny_teacher}", "--force"]) == 0
     card = exported[-1][2]["card"]
     assert card["teacher"] == tiny_teacher.name and "base_model" not in card, "a folder is no link to the hub"
     card = exported[0][2]["card"]
     assert card["sections"]["Latency beside its teacher"] == {
-        "torch on cpu, batch 1 x 16": "2.00 ms, 3.0x faster than its teacher"
+        "torch on cpu, batch 1 x 16, 2 threads": "2.00 ms, 3.0x faster than its teacher"
     }
 
 
