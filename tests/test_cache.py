@@ -1,6 +1,7 @@
 import errno
 import functools
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -520,6 +521,8 @@ def test_states_beyond_float16_are_refused_and_those_at_its_end_are_stored(folde
     cache = StateCache(folder, token_rows(), LAYERS, WIDTH, precision)
     with pytest.raises(UserError, match=r"states reach 65,536; float16, in which they are kept, ends at 65,504: take"):
         cache.build(functools.partial(teacher, -65536.0), BATCH_TOKENS)
+    with pytest.raises(UserError, match=r"The teacher's hidden states are not numbers \(NaN\)"):
+        cache.build(functools.partial(teacher, math.nan), BATCH_TOKENS)
     assert not shards(folder)
     cache.build(functools.partial(teacher, -65504.0), BATCH_TOKENS)
     states = torch.cat(cache(cache.rows[0, np.arange(NUM_ROWS)], LAYERS))

@@ -278,6 +278,19 @@ def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
     refuse_early(["--teacher=/no/such"])
 
 
+@pytest.mark.parametrize("max_gb", [1, 0])
+def test_a_teacher_with_a_weight_that_is_no_number_is_refused(
+    max_gb: int, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_teacher(tmp_path / "teacher")
+    broken = AutoModel.from_pretrained(folder)
+    broken.encoder.layer[1].output.dense.weight.data[3, 5] = torch.nan
+    broken.save_pretrained(folder)
+    capsys.readouterr()
+    error = refused([*search, f"--teacher={folder}", f"--states.max_gb={max_gb}", "--quiet"], capsys)
+    assert error.startswith("kdnas: The teacher's hidden states are not numbers (NaN): take")
+
+
 def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:

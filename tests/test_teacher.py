@@ -227,11 +227,14 @@ def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
         assert set(chosen) != set(ids[: len(chosen)])  # a sample, not the beginning
 
 
-def test_a_live_teacher_s_states_beyond_float16_are_refused(teacher, data):
+@pytest.mark.parametrize(
+    ("factor", "message"), [(1e6, r"reach \d,\d{3},\d{3}; float16"), (float("nan"), r"are not numbers \(NaN\)")]
+)
+def test_a_live_teacher_s_states_that_float16_does_not_hold_are_refused(teacher, data, factor, message):
     def source(batch, layers):
-        return [1e6 * states for states in LiveTeacher(teacher.model)(batch, layers)]
+        return [factor * states for states in LiveTeacher(teacher.model)(batch, layers)]
 
-    with pytest.raises(UserError, match=r"The teacher's hidden states reach \d,\d{3},\d{3}; float16"):
+    with pytest.raises(UserError, match=f"The teacher's hidden states {message}"):
         measure(teacher.model, source, LAYERS, data, "cpu")
 
 

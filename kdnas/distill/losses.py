@@ -1,5 +1,6 @@
 """Pure functions. Shapes: N real tokens (padding is gone before), H the teacher's width."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ def within_half(states: Tensor) -> Tensor:
     """The same states, which float16 can hold: beyond its range they would be infinite without a word.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or one is not a number.
     """
     most, largest = torch.finfo(torch.float16).max, max(map(abs, map(float, states.aminmax())))
+    if math.isnan(largest):
+        raise UserError("The teacher's hidden states are not numbers (NaN): take another teacher.")
     if largest > most:
         raise UserError(
             f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, ends at {most:,.0f}: "
