@@ -19,6 +19,9 @@ from kdnas.models import embed
 
 log = logging.getLogger(__name__)
 
+# Embedded together: all words of a large vocabulary take gigabytes in float64.
+WORDS_AT_ONCE = 8192
+
 
 @dataclass(frozen=True)
 class Started:
@@ -148,9 +151,13 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     Returns:
         Orthonormal columns, shape (H_t, H_s), float32.
     """
-    word_ids = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
-    states = embed(teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0]
-    _, vectors = torch.linalg.eigh(torch.cov(states.double().T))  # eigenvalues in ascending order
+    words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
+    sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
+    for word_ids in words.split(WORDS_AT_ONCE):
+        states = embed(teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0].double()
+        sums, products = sums + states.sum(0), products + states.T @ states
+    mean = sums / len(words)
+    _, vectors = torch.linalg.eigh(products / len(words) - mean.outer(mean))  # eigenvalues in ascending order
     return vectors[:, -width:].flip(-1).float()
 
 

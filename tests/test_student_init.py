@@ -9,6 +9,7 @@ from conftest import VOCAB, make_batch, save_teacher
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdnas import student_init
 from kdnas.arch import StudentArch
 from kdnas.errors import UserError
 from kdnas.models import build_student, family_of, find_teacher, state_sha256, student_config
@@ -136,6 +137,22 @@ def test_the_basis_is_orthonormal_and_its_directions_hold_the_most_variance(teac
     singular = np.linalg.svd(words - words.mean(0), compute_uv=False)
     found = ((words - words.mean(0)) @ basis).norm(dim=0)
     np.testing.assert_allclose(found[:16], singular[:16], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_basis_is_that_of_all_words_together_however_few_are_embedded_at_once(bert, monkeypatch):
+    monkeypatch.setattr(student_init, "WORDS_AT_ONCE", 7)
+    sizes, embed = [], student_init.embed
+    monkeypatch.setattr(
+        student_init, "embed", lambda model, batch: sizes.append(len(batch["input_ids"])) or embed(model, batch)
+    )
+    basis = embedding_basis(bert, 16)
+    assert sum(sizes) == len(VOCAB) and set(sizes[:-1]) == {7} and len(sizes) > 2
+    word_ids = torch.arange(len(VOCAB))[:, None]
+    words = embed(bert, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0]
+    _, vectors = torch.linalg.eigh(torch.cov(words.double().T))
+    cosines = (basis * vectors[:, -16:].flip(-1).float()).sum(0).abs()  # a component's sign is by chance
+    torch.testing.assert_close(cosines, torch.ones(16), atol=1e-5, rtol=0)
 
 
 def correlation(student: PreTrainedModel, target: Tensor) -> float:
