@@ -111,6 +111,9 @@ class FromTeacher(Start):
         ours, theirs, narrows = arch_of(student.config), arch_of(teacher.config), family_of(student.config).narrows
         sizes = ("hidden_size", "num_attention_heads", "intermediate_size") if narrows else ("hidden_size",)
         if all(getattr(ours, size) == getattr(theirs, size) for size in sizes):
+            rest = ("num_attention_heads", "intermediate_size")
+            if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
+                log.info("The layers of a %s are copied and cut, a worse start.", student.config.model_type)
             return self._copy(student, teacher)
         if not narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)

@@ -314,14 +314,20 @@ def last_states(model: PreTrainedModel, rows: list) -> Tensor:
     return torch.cat([view_of(model, batch).real(model.config.num_hidden_layers - 1) for batch in rows])
 
 
-def test_at_equal_shape_the_start_is_the_teacher(teacher: Teacher):
+def test_at_equal_shape_the_start_is_the_teacher_and_the_log_says_where_heads_or_neurons_are_cut(
+    teacher: Teacher, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="kdnas")
     student, done = started(teacher, FromTeacher(), arch_of(teacher.config))
     torch.testing.assert_close(last_states(student, ROWS), last_states(teacher.model, ROWS))
     assert done.copied == {name for name, _ in student.named_parameters()} and done.heads == ((0, 1),) * 4
+    assert "a worse start" not in caplog.text
     for arch in (StudentArch(3, 1, 64, 48), StudentArch(4, 1, 64, 128, "relu")):
+        caplog.clear()
         student, done = started(teacher, FromTeacher(), arch)
         assert last_states(student, ROWS).isfinite().all()
         assert [len(heads) for heads in done.heads] == [1] * arch.num_hidden_layers
+        assert ("copied and cut, a worse start" in caplog.text) is not family_of(teacher.config).narrows
 
 
 def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(teacher: Teacher):
