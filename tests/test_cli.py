@@ -20,6 +20,7 @@ import kdnas
 import kdnas.pipeline
 from kdnas.cli import COMMANDS, main
 from kdnas.config import SearchConfig
+from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
@@ -583,6 +584,18 @@ def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
     assert done.returncode == 0, done.stderr
     for kept in ("states", "tokens"):
         assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, "both share one"
+    batches: list[Batch] = []
+
+    def both_ranks(self: HiddenStateDistillModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The loss of two batches together, at the second of them; accumulated over two it is halved."""
+        batches.append(batch)
+        if batch_idx % 2 == 0:
+            return 0 * next(self.parameters()).sum()
+        sums, counts = map(sum, zip(*(self(*self.views(one)) for one in batches), strict=True))
+        batches.clear()
+        return 2 * (sums / counts * self._weights("variance")).sum()
+
+    monkeypatch.setattr(HiddenStateDistillModule, "training_step", both_ranks)
     assert main([*command("one", 1, "auto"), "--trainer.accumulate_grad_batches=2"]) == 0
     for epoch in range(2):
         ranks, alone = [seen("two", epoch, rank) for rank in range(2)], seen("one", epoch, 0)

@@ -211,6 +211,31 @@ def test_steps_lower_the_loss(any_teacher, text_file, tmp_path, arch, objective)
     assert losses[0] > losses[1] > losses[2] > losses[3]
 
 
+def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_all_their_rows(
+    teacher, tiny_teacher, text_file, tmp_path, monkeypatch
+):
+    data = open_data(tiny_teacher, text_file, pair_share=0.5)
+    states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path), max_gb=0))
+    module = begun(make(teacher, states, objective=DEFAULT_OBJECTIVE), data).eval()
+    module.log = lambda *args, **kwargs: None
+
+    def gradient(rows: np.ndarray) -> Tensor:
+        module.zero_grad()
+        module.training_step(data.rows[0, rows], 0).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+
+    rows = data.train_ids()[:40]
+    is_pair = data.rows[0, rows]["token_type_ids"].any(1).numpy()
+    parts = rows[~is_pair][:3], rows[is_pair][:8]  # the first rank has no pairs
+    counts = [module(*module.views(data.rows[0, part]))[1] for part in parts]
+    assert 0 == counts[0][-1] < counts[1][-1] == 8
+    together = gradient(np.concatenate(parts))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sum(counts)))
+    assert (sum(map(gradient, parts)) / 2 - together).norm() < 1e-2 * together.norm()
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_every_precision_that_trains_a_student_trains(teacher, data, states, precision):
     module = make(teacher, states, objective=DEFAULT_OBJECTIVE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdnas.arch import StudentArch
@@ -210,7 +210,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, counts = self(*self.views(batch))
-        loss = (sums / counts.clamp_min(1) * self._weights("variance")).sum()
+        num_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if num_ranks > 1:
+            # DDP takes the mean of the ranks' gradients: with this, that of all their rows. One may have no pairs.
+            distributed.all_reduce(counts)
+        loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
