@@ -423,6 +423,16 @@ def test_damaged_tokens_are_made_anew(tiny_teacher, text_file, kept, name, damag
     assert tokens_of(open_kept(tiny_teacher, text_file, kept)) == tokens
 
 
+def test_of_what_is_told_about_tokens_what_its_own_name_says_is_read(tiny_teacher, text_file, kept):
+    first = open_kept(tiny_teacher, text_file, kept)
+    (path,) = first.rows.folder.glob("about.*")
+    other = path.read_text().replace(first.rows.sha256, 64 * "0")
+    for name in ("about.0.json", "about.z.json"):  # one of them is found before the right one, mostly
+        path.with_name(name).write_text(other)
+    again = open_kept(tiny_teacher, text_file, kept)
+    assert again.rows.sha256 == first.rows.sha256 and len(list(path.parent.glob("about.*"))) == 3
+
+
 def open_in_a_process(teacher: Path, text: Path, kept: Path, barrier, answers) -> None:
     """In one of several processes; counts how often it read the text."""
     read, num_reads = datamodule.load_corpus, []

@@ -87,11 +87,16 @@ def write_rows(
 
 def is_whole(folder: Path) -> bool:
     """Whether rows were written there, and are as they were written."""
-    return any(
-        path.name == _about(content := path.read_bytes().decode(errors="replace"))
-        and json.loads(content)["sha256"] == _sha256(folder)
-        for path in folder.glob("about.*")
-    )
+    about = _read_about(folder)
+    return about is not None and about["sha256"] == _sha256(folder)
+
+
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    """What is in the file whose name is its content's; None where there is none."""
+    for path in folder.glob("about.*"):
+        if path.name == _about(content := path.read_bytes().decode(errors="replace")):
+            return dict(json.loads(content))
+    return None
 
 
 def _about(content: str) -> str:
@@ -124,7 +129,8 @@ class TokenRows(Dataset[Batch]):
 
     def __init__(self, folder: Path, pad_token_id: int, max_length: int) -> None:
         self.folder, self.pad_token_id, self.max_length = folder, pad_token_id, max_length
-        about = json.loads(next(folder.glob("about.*")).read_text())
+        about = _read_about(folder)
+        assert about is not None, "is_whole() says so"
         self.num_train: int = about["num_train"]
         self.dropped: dict[str, int] = about["dropped"]
         self.num_variants: int = about["num_variants"]
