@@ -149,7 +149,7 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
     space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
     _check_objective(config.recipe.objective, teacher, space)
     meter = LatencyMeter(teacher.config, config.latency)
-    if not is_worker:
+    if not (is_worker or EARLIER.deaths or run.trials_csv.exists()):  # else the search is past it
         _refuse_impossible_budget(config, teacher, space)
     if isinstance(config, RunConfig) and config.task and config.finetune.max_length > max_length(teacher.config):
         raise UserError(

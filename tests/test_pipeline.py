@@ -410,7 +410,13 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     assert [busy in message for message in caplog.messages].count(True) == 1
     monkeypatch.setattr("kdnas.latency.MOST_SPREAD", float("inf"))
     caplog.clear()
-    assert main([*search, "--search.n_trials=3"]) == 0
+
+    def too_slow(*args: object) -> None:
+        raise UserError("No student meets the budget")
+
+    monkeypatch.setattr("kdnas.job._refuse_impossible_budget", too_slow)
+    assert main([*search, "--name=other"]) == 2
+    assert main([*search, "--search.n_trials=3"]) == 0, "what has begun is past a glance"
     assert "The machine is busy" not in caplog.text
     assert "going on after 2 of 3" in capsys.readouterr().out
     trials = pd.read_csv(tmp_path / "logs" / "tiny" / "trials.csv")
