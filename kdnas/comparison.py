@@ -28,7 +28,7 @@ from kdnas.errors import CandidateFailed, UserError, nearest
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished
 from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
-from kdnas.latency import LatencySettings, is_unsteady, measure_latency
+from kdnas.latency import LatencySettings, check_length, is_unsteady, measure_latency
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.precision import gpu_name
@@ -352,9 +352,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         for source, name in zip(config.model, short_names(config.model), strict=True)
     ]
     for one in plain:
-        longest = max_length(one.config)
-        if config.latency.length > longest:
-            raise UserError(f"latency.length is {config.latency.length}: {one.name!r} takes at most {longest} tokens.")
+        check_length(one.config, config.latency)
     contenders = list(plain)
     if config.distill_from is not None:
         teachers = dict.fromkeys((task.task.name for task in tasks), config.distill_from)

@@ -105,6 +105,14 @@ def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
         assert ("The latency of teacher, student spread by more than a tenth" in shown) == is_told
 
 
+def test_with_real_lengths_the_length_that_is_not_measured_refuses_no_model(command, tmp_path):
+    lengths = tmp_path / "lengths.jsonl"
+    lengths.write_text("7\n12\n")
+    own = [option for option in command if not option.startswith("--latency.length=")]
+    own += ["--seeds=1", f"--latency.lengths={lengths}"]  # the models take 40 tokens, the default is 128
+    assert main(own) == 0
+
+
 def test_a_comparison_goes_on_with_more_tasks_and_models(command, tmp_path, capsys):
     assert main([*command, "--seeds=1"]) == 0
     before = times(tmp_path)
@@ -244,7 +252,9 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--model=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
         (["--text-column=review"], "text_column is ['review'], but 'rte' has its own"),
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
-        (["--latency.length=99"], "latency.length is 99"),
+        (["--latency.length=99"], "length of latency is 99"),
+        (["--latency.lengths=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--latency.lengths=long.jsonl"], "length of latency is 99 in 'long.jsonl', but this bert takes 40 tokens"),
         (["--finetune.batch_size=0"], "batch_size is 0"),
         (["--grid.batch_sizes=[]"], "grid.batch_sizes is []"),
         (["--grid.batch_sizes=[0]"], "batch_size is 0"),
@@ -255,7 +265,9 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--sedes=3"], "Did you mean 'seeds'?"),
     ],
 )
-def test_bad_input_gets_one_line_and_makes_nothing(command, options, message, tmp_path, capsys):
+def test_bad_input_gets_one_line_and_makes_nothing(command, options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("long.jsonl").write_text("7\n99\n")
     given = {option.partition("=")[0] for option in options}
     kept = [option for option in command if option.partition("=")[0] not in given - {"--model"}]
     assert message in refused([*kept, *options], capsys)
