@@ -167,6 +167,7 @@ class Comparison:
             "seeds": self.seeds,
             **{name: as_plain(getattr(self, name)) for name in ("grid", "trainer", "latency")},
             "settings": [as_plain(one.settings) for one in self.contenders],
+            **self.latency.content(),
         }
         if self.results.is_file() and (known := dict(read_json(self.results)))["asked"] == asked:
             return known

@@ -216,6 +216,7 @@ def begin(found: Found, is_worker: bool = False) -> Job:
             **({"loss": "of what rows tell"} if config.data.pair_share == 0 else {}),  # once of all terms
             **({"pruner": config.pruner} if config.pruner != "none" else {}),
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
+            **config.latency.content(),
         }
     )
     del identity["search.n_trials"], identity["data.num_workers"]

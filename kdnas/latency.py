@@ -22,7 +22,7 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError, first_line, nearest
 from kdnas.graph import INPUTS, config_beside, open_session, random_batch, write_deployed
 from kdnas.models import build_classifier, max_length, num_parameters, student_config
-from kdnas.runs import temporary_folder
+from kdnas.runs import file_sha256, temporary_folder
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
@@ -92,6 +92,10 @@ class LatencySettings:
         size = min(self.batch_size, len(rows))
         num_batches = min(len(rows) // size, _MOST_BATCHES)
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
+
+    def content(self) -> dict[str, str]:
+        """What tells a file of lengths from another of its name; nothing where there is none."""
+        return {"latency.lengths_sha256": file_sha256(Path(self.lengths))} if self.lengths else {}
 
 
 @dataclass(frozen=True)

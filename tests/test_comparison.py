@@ -111,6 +111,10 @@ def test_with_real_lengths_the_length_that_is_not_measured_refuses_no_model(comm
     own = [option for option in command if not option.startswith("--latency.length=")]
     own += ["--seeds=1", f"--latency.lengths={lengths}"]  # the models take 40 tokens, the default is 128
     assert main(own) == 0
+    lengths.write_text("7\n24\n")
+    before = times(tmp_path), results(tmp_path)["models"]
+    assert main(own) == 0
+    assert times(tmp_path) == before[0] and results(tmp_path)["models"] != before[1], "measured on what is there now"
 
 
 def test_a_comparison_goes_on_with_more_tasks_and_models(command, tmp_path, capsys):

@@ -444,6 +444,20 @@ def test_another_config_under_the_same_name_is_refused(
     assert snapshot(finished_run) == before
 
 
+def test_other_lengths_in_the_same_file_are_another_study(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = tmp_path / "lengths.jsonl"
+    lengths.write_text("7\n12\n")
+    monkeypatch.setattr(pipeline, "_search", interrupt)
+    own = [*command, f"--latency.lengths={lengths}"]
+    assert main(own) == main(own) == 130
+    lengths.write_text("7\n16\n")
+    capsys.readouterr()
+    assert main(own) == 2
+    assert "other settings (latency.lengths_sha256: " in capsys.readouterr().err
+
+
 def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
