@@ -139,6 +139,8 @@ def distill(
         write_json(made_with, asked)
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
+        attention = module.student.config._attn_implementation  # another one may train faster
         fit_resumable(trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")])
         last.unlink()
+    module.student.set_attn_implementation(attention)
     return module.student.cpu().eval()

@@ -72,7 +72,9 @@ def test_a_stopped_distillation_goes_on(
     arch, data = StudentArch(1, 2, 64, 64), DataSettings(max_length=24, batch_tokens=256)
     states, recipe = StatesSettings(str(tmp_path / "states")), Recipe(objective=OfNumbers())
     options = dict(num_epochs=2, data=data, states=states, recipe=recipe, root=str(tmp_path))
-    whole = api.distill(str(tiny_teacher), str(text_file), arch, **options).state_dict()
+    student = api.distill(str(tiny_teacher), str(text_file), arch, **options)
+    assert student.config._attn_implementation == "sdpa" and not student.training  # it learned with another one
+    whole = student.state_dict()
 
     keep = training.KeepLast.on_train_epoch_end
 
