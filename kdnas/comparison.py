@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdnas.config import GlueConfig, Grid, as_plain
 from kdnas.errors import CandidateFailed, UserError, nearest
-from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished
+from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished, keep_failure
 from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
 from kdnas.latency import LatencySettings, check_length, is_unsteady, measure_latency
@@ -215,7 +215,9 @@ class Comparison:
             try:
                 result = self._once(one, rows, settings, folder, keep_model=False)
             except CandidateFailed as error:
-                result = {"score": None, "failed": str(error), "settings": dataclasses.asdict(settings)}
+                result = keep_failure(folder, rows, settings, self.trainer, str(error))
+            if result["score"] is None:
+                self.progress.console.print(f"{folder}: not tried again, {result['failed']}", soft_wrap=True)
             yield {"kind": "grid", "model": one.name, "folder": str(folder), **result}
 
     def _best(self, one: Contender, task: LoadedTask, choices: Sequence[dict[str, Any]]) -> FinetuneSettings:

@@ -155,7 +155,9 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
         if settings.learning_rate == 0.5:
             raise CandidateFailed("the loss is nan")
         settings_score = {(8, 1e-3): 0.3, (16, 1e-3): 0.9}.get((settings.batch_size, settings.learning_rate), 0.1)
-        return {**evaluate(classifier, tokenizer, task, settings, **options), "score": settings_score}
+        result = {**evaluate(classifier, tokenizer, task, settings, **options), "score": settings_score}
+        write_text(options["folder"] / "result.json", json.dumps(result))
+        return result
 
     monkeypatch.setattr(comparison, "evaluate_glue", fake)
     grid = [*command, "--seeds=1", "--grid.batch_sizes=[8,16]", "--grid.learning_rates=[1e-3,0.5]"]
@@ -168,6 +170,10 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
         assert (run["settings"]["batch_size"], run["settings"]["learning_rate"]) == (16, 1e-3)
     assert not list(tmp_path.rglob("grid_*/model"))
     assert "batch 16, learning rate 0.001" in capsys.readouterr().out
+    assert main([*grid, "--grid.held_out=0.25", "--seeds=2"]) == 0
+    assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
+    assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [run for run in runs if run["kind"] == "grid"]
+    assert capsys.readouterr().out.count("grid_8_0.5: not tried again, the loss is nan") == 2
 
 
 def test_grid_alone_has_the_originals_lists(capsys):

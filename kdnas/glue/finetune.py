@@ -208,6 +208,17 @@ def finished(
     return known
 
 
+def keep_failure(
+    folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings, why: str
+) -> dict[str, Any]:
+    """Write down, as a result without a score, that a fine-tuning failed: the same one would fail again."""
+    made_with = _made_with(task, settings, trainer_settings)
+    result = {"score": None, "failed": why, "settings": asdict(settings), **made_with}
+    write_json(folder / "result.json", result)
+    (folder / "last.ckpt").unlink(missing_ok=True)
+    return result
+
+
 def _made_with(task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings) -> dict[str, Any]:
     trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
     return {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
