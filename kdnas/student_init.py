@@ -86,12 +86,13 @@ class FromTeacher(Start):
 
     Student layer i is made from teacher layer i: the top layers are left out (``first_layers``).
 
-    The same width, heads and feed-forward width: embeddings and layers are copied. With the same depth, too, the
-    student then equals the teacher.
+    Of the teacher's shape but for its depth: embeddings and layers are copied. With the same depth, too, the student
+    then equals the teacher.
 
     Else (``narrow``): the hidden stream is projected on its principal components, the heads and neurons that move it
     most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
-    computed from the narrowed stream itself, so that each part repairs what the ones before it lost.
+    computed from the narrowed stream itself, so that each part repairs what the ones before it lost. As wide as its
+    teacher, the student keeps the stream and copies of those heads and neurons, and least squares add what they lack.
 
     Where the family's layers cannot be narrowed (``narrows`` of ``kdnas.models.FAMILIES``), a narrower student gets the
     embeddings, and the log says so. One of the teacher's width is copied all the same, a worse start: of the neurons
@@ -109,8 +110,7 @@ class FromTeacher(Start):
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         self.check(student.config, teacher.config)
         ours, theirs, narrows = arch_of(student.config), arch_of(teacher.config), family_of(student.config).narrows
-        sizes = ("hidden_size", "num_attention_heads", "intermediate_size") if narrows else ("hidden_size",)
-        if all(getattr(ours, size) == getattr(theirs, size) for size in sizes):
+        if ours == theirs or (ours.hidden_size == theirs.hidden_size and not narrows):
             rest = ("num_attention_heads", "intermediate_size")
             if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
                 log.info("The layers of a %s are copied and cut, a worse start.", student.config.model_type)

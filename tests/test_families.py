@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,12 +331,10 @@ def test_at_equal_shape_the_start_is_the_teacher_and_the_log_says_where_heads_or
         assert ("copied and cut, a worse start" in caplog.text) is not family_of(teacher.config).narrows
 
 
-def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(teacher: Teacher):
-    """Exactly, where layers are copied; where they are narrowed, see tests/test_narrowing.py."""
-    if family_of(teacher.config).narrows:
-        student, done = started(teacher, FromTeacher(), replace(arch_of(teacher.config), intermediate_size=48))
-        assert not [name for name in done.copied if "embedding" not in name]
-        return
+def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kdnas.distill.narrowing.autocast", lambda device: nullcontext())
     pruned = copy.copy(teacher)
     model = copy.deepcopy(teacher.model)
     object.__setattr__(pruned, "__dict__", pruned.__dict__ | {"model": model})
@@ -344,7 +343,8 @@ def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(teac
     for layer in set(family.layers(model)):
         layer.get_submodule(family.names.output).weight.data[:, dead] = 0
     student, _ = started(pruned, FromTeacher(), replace(arch_of(teacher.config), intermediate_size=48))
-    torch.testing.assert_close(last_states(student, ROWS), last_states(model, ROWS), rtol=1e-4, atol=1e-4)
+    most = 1e-2 if family.narrows else 1e-4  # least squares add what is lacking: the error of float16
+    torch.testing.assert_close(last_states(student, ROWS), last_states(model, ROWS), rtol=most, atol=most)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A narrower student made from its teacher's layers, map by map, by least squares.
+"""A smaller student made from its teacher's layers, map by map, by least squares.
 
 Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
 """
@@ -6,6 +6,7 @@ Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
     Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
     what is left of gamma is how much smaller the projected vector is than the centred one. Tables of a width of their
-    own stay as they are, and the map behind them is projected.
+    own stay as they are, and the map behind them is projected. A student as wide as its teacher gets all of them as
+    they are.
 
     Args:
         student: changed in place.
@@ -37,6 +39,11 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
     ours: Any = student.embeddings
     theirs: Any = teacher.embeddings
     mapping, source = embedding_mapping(student), embedding_mapping(teacher)
+    if len(basis_TS) == basis_TS.shape[1]:
+        ours.load_state_dict(theirs.state_dict())
+        if mapping is not None:
+            mapping.load_state_dict(source.state_dict())
+        return
     if mapping is not None:
         ours.load_state_dict(theirs.state_dict())
         mapping.weight.copy_(basis_TS.T @ source.weight)
@@ -74,6 +81,9 @@ def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Ba
     the scale that the teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
     teacher layers are left out, the second output map aims at the input of the next source layer, so it does their
     work too as far as a linear map can.
+
+    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept heads and neurons
+    are copied: least squares only add to each map what the copies lack. What did nothing can be left out without loss.
 
     Args:
         student: post-norm, with layers of its own; changed in place.
@@ -155,6 +165,7 @@ class _Narrowing:
         self.student, self.teacher, self.rows = student, teacher, rows
         self.names = family_of(teacher.config).names
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
+        self.is_as_wide = self.ours.hidden_size == self.theirs.hidden_size
         self.masks = [batch["attention_mask"].bool() for batch in rows]
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
         stream = shared.stream(teacher)
@@ -168,7 +179,7 @@ class _Narrowing:
         self.basis = self._basis([-1, *ends])
         start_embeddings(self.student, self.teacher, self.basis)
         before, z = _embedded(self.student, self.rows)
-        if embedding_mapping(self.student) is None:
+        if embedding_mapping(self.student) is None and not self.is_as_wide:
             z = self._fit_norm(embedding_norm(self.student), before, self.stream[-1] @ self.basis)
         kept = []
         for layer, source, end in zip(ours, sources, ends, strict=True):
@@ -179,6 +190,8 @@ class _Narrowing:
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
         width = self.ours.hidden_size
+        if self.is_as_wide:
+            return torch.eye(width, device=self.stream[-1].device)
         covariances = [torch.cov(self.stream[layer].float().T).double() for layer in layers]
         total = sum((c / c.trace() for c in covariances), torch.zeros_like(covariances[0]))
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
@@ -196,29 +209,58 @@ class _Narrowing:
         part = layer.get_submodule
         run = self._teacher_layer(theirs[source], self.stream[source - 1].float())
         heads = self._important_heads(theirs[source], run["value"])
-        queries, keys, values = self._cut(theirs[source], run, heads)
-        for parameter in part(names.key).parameters():
-            parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
-        query = fit_linear(part(names.query), z, queries, ours.num_attention_heads)
-        key = fit_linear(part(names.key), z, keys, ours.num_attention_heads)
-        value = fit_linear(part(names.value), z, values, ours.num_attention_heads)
-        context = self._attend(query, key, value, ours.num_attention_heads)
-        target, wanted = self._wanted(
-            theirs[source].get_submodule(names.attention_norm), run["attention"], run["attention_scale"]
-        )
-        z = z + fit_linear(part(names.attention_output), context, wanted - z)
-        z = self._fit_norm(part(names.attention_norm), z, target)
         out: Any = theirs[source].get_submodule(names.output)
         importance = run["activity"] * (out.weight.T @ self.basis).norm(dim=1)
         neurons = importance.topk(ours.intermediate_size).indices.sort().values
-        inner = fit_linear(part(names.intermediate), z, run["intermediate"][:, neurons])
+        queries, keys, values = self._cut(theirs[source], run, heads)
+        for parameter in part(names.key).parameters():
+            parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
+        if self.is_as_wide:
+            self._copy(layer, theirs[source], heads, neurons)
+        fit = partial(fit_linear, adds=self.is_as_wide)
+        query = fit(part(names.query), z, queries, ours.num_attention_heads)
+        key = fit(part(names.key), z, keys, ours.num_attention_heads)
+        value = fit(part(names.value), z, values, ours.num_attention_heads)
+        context = self._attend(query, key, value, ours.num_attention_heads)
+        norm, before = theirs[source].get_submodule(names.attention_norm), run["before_attention_norm"]
+        target, wanted = self._wanted(norm, run["attention"], before, before.std(-1, correction=0, keepdim=True))
+        z = z + fit(part(names.attention_output), context, wanted - z)
+        z = self._fit_norm(part(names.attention_norm), z, target)
+        inner = fit(part(names.intermediate), z, run["intermediate"][:, neurons])
+        if end != source and self.is_as_wide:
+            run = self._teacher_layer(theirs[end], self.stream[end - 1].float())
+        norm, before = theirs[end].get_submodule(names.output_norm), run["before_output_norm"]
+        target, wanted = self._wanted(norm, self.stream[end].float(), before, self.output_scale[end])
         del run
-        norm = theirs[end].get_submodule(names.output_norm)
-        target, wanted = self._wanted(norm, self.stream[end].float(), self.output_scale[end])
-        z = z + fit_linear(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
+        z = z + fit(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
 
-    def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def _copy(self, layer: Any, source: Any, heads: list[int], neurons: Tensor) -> None:
+        """Copy what is kept of a teacher layer of the same width; the norms are fitted."""
+        names, width = self.names, self.ours.hidden_size
+        ours, theirs = width // self.ours.num_attention_heads, width // self.theirs.num_attention_heads
+        to: Any
+        of: Any
+        places = torch.arange(width).view(-1, ours)[:, :theirs].flatten()
+        kept = torch.arange(width).view(-1, theirs)[heads].flatten()
+        same_scores = (ours / theirs) ** 0.25  # attention divides by the root of a head's size
+
+        for name, to, of, factor in (
+            (names.query, places, kept, same_scores),
+            (names.key, places, kept, same_scores),
+            (names.value, places, kept, 1.0),
+            (names.intermediate, slice(None), neurons, 1.0),
+        ):
+            target, origin = layer.get_submodule(name), source.get_submodule(name)
+            target.weight[to] = origin.weight[of] * factor
+            target.bias[to] = origin.bias[of] * factor
+        for name, to, of in ((names.attention_output, places, kept), (names.output, slice(None), neurons)):
+            target, origin = layer.get_submodule(name), source.get_submodule(name)
+            target.weight.zero_()
+            target.weight[:, to] = origin.weight[:, of]
+            target.bias.copy_(origin.bias)
+
+    def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Any]:
         """What the parts of a teacher layer give for the stream x, flat; most in float32."""
         names = self.names
         part = layer.get_submodule
@@ -229,12 +271,14 @@ class _Narrowing:
             attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention)
             activated = ACT2FN[self.theirs.hidden_act](intermediate)
+            before_output = attention + part(names.output)(activated).float() if self.is_as_wide else None
         return {
             "query": query,
             "key": key,
             "value": value,
-            "attention_scale": before_norm.std(-1, correction=0, keepdim=True),
+            "before_attention_norm": before_norm,
             "attention": attention,
+            "before_output_norm": before_output,
             "intermediate": intermediate,
             "activity": activated.float().square().mean(0).sqrt(),
         }
@@ -286,8 +330,10 @@ class _Narrowing:
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
 
-    def _wanted(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What a student's norm should give, and what should go into it, for what a teacher's gives and divides by."""
+    def _wanted(self, norm: Any, after: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's norm should give, and what should go into it, for what a teacher's gives and gets."""
+        if self.is_as_wide:
+            return after, before
         target = after @ self.basis
         direction = (target - norm.bias @ self.basis) / norm.weight.abs().mean()
         direction -= direction.mean(-1, keepdim=True)
@@ -304,13 +350,21 @@ class _Narrowing:
 
 
 @torch.no_grad()
-def fit_linear(linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1, strength: float = 3e-2) -> Tensor:
-    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives."""
-    weight = ridge_map(inputs, targets, strength).float()
-    outputs = torch.arange(linear.out_features, device=weight.device).view(num_heads, -1)
-    outputs = outputs[:, : weight.shape[1] // num_heads].flatten()
-    linear.weight[outputs] = weight[:-1].T
-    linear.bias[outputs] = weight[-1]
+def fit_linear(
+    linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1, strength: float = 3e-2, adds: bool = False
+) -> Tensor:
+    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives.
+
+    With ``adds`` the regression is of what the map as it is lacks, and is added to it.
+    """
+    outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
+    outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
+    if not adds:
+        linear.weight[outputs], linear.bias[outputs] = 0.0, 0.0
+    lacks = targets.float() - F.linear(inputs.float(), linear.weight[outputs], linear.bias[outputs])
+    weight = ridge_map(inputs, lacks, strength).float()
+    linear.weight[outputs] += weight[:-1].T
+    linear.bias[outputs] += weight[-1]
     return F.linear(inputs.float(), linear.weight, linear.bias)
 
 
