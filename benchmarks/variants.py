@@ -42,7 +42,7 @@ from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
 from kdnas.distill.losses import ridge_map, squared_error
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.narrowing import copied_tables, fit_linear, narrow
+from kdnas.distill.narrowing import fit_linear
 from kdnas.distill.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, open_states
@@ -123,11 +123,12 @@ class Narrowed(Start):
         return Started(heads=tuple(tuple(theirs[head] for head in ours) for ours, theirs in layers))
 
 
-class Solved(Start):
-    """Layers by least squares where those of ``FromTeacher`` would be copies, too."""
+class Copied(Start):
+    """Copies alone, of a student that is only shallower than its teacher; they learn at the rates of copies."""
 
+    @torch.no_grad()
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
-        return Started(copied_tables(student), narrow(student, teacher, rows))
+        return FromTeacher()._copy(student, teacher)
 
 
 class Residual(Objective):
@@ -237,7 +238,7 @@ VARIANTS = {
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
     "constant-average": Variant(callbacks=lambda: [Shaped(lambda done: 1.0), Averaged(0.98)]),
     "3x384": Variant(arch=WIDE),
-    "3x384-solved": Variant(arch=WIDE, recipe={"start": Solved()}),
+    "3x384-copied": Variant(arch=WIDE, recipe={"start": Copied()}),
     "full-anew": Variant(split="full"),
     "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),
     "full-optimizer": Variant(split="full", goes_on=(WEIGHTS, OPTIMIZER)),

@@ -82,17 +82,17 @@ class FromEmbeddings(Start):
 
 
 class FromTeacher(Start):
-    """Embeddings and layers of the teacher: copied where they have the same sizes, else narrowed.
+    """Embeddings and layers of the teacher: copied and corrected, or narrowed.
 
     Student layer i is made from teacher layer i: the top layers are left out (``first_layers``).
 
-    Of the teacher's shape but for its depth: embeddings and layers are copied. With the same depth, too, the student
-    then equals the teacher.
+    Of the teacher's shape, the student is its teacher.
 
     Else (``narrow``): the hidden stream is projected on its principal components, the heads and neurons that move it
     most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
     computed from the narrowed stream itself, so that each part repairs what the ones before it lost. As wide as its
-    teacher, the student keeps the stream and copies of those heads and neurons, and least squares add what they lack.
+    teacher, the student keeps the stream and copies of those heads and neurons, and least squares add what they lack;
+    also to the last layer of one that is only shallower, whose output then aims at that of the layers left out.
 
     Where the family's layers cannot be narrowed (``narrows`` of ``kdnas.models.FAMILIES``), a narrower student gets the
     embeddings, and the log says so. One of the teacher's width is copied all the same, a worse start: of the neurons

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import os
 import signal
@@ -24,6 +23,7 @@ from kdnas.distill.objectives import HiddenStates, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states, sample_batches
 from kdnas.errors import CandidateFailed, UserError
+from kdnas.families import arch_of
 from kdnas.models import Teacher, embed, find_teacher
 from kdnas.signals import Terminated
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
@@ -592,7 +592,7 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
     any_teacher, text_file, states_settings, matrix_rate
 ):
     teacher = find_teacher(str(any_teacher))
-    for arch in (NARROW, short := dataclasses.replace(SHORT, intermediate_size=128)):
+    for arch in (NARROW, whole := arch_of(teacher.config)):
         recipe = dict(learning_rate=1e-2, copied_learning_rate=1e-4, weight_decay=0.5, constant_rate=True)
         recipe |= dict(matrix_learning_rate=matrix_rate, copied_matrix_learning_rate=1e-3)
         module, data = make(teacher, None, arch, **recipe), open_data(any_teacher, text_file)
@@ -604,7 +604,7 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
         assert found.keys() == set(names.values())
         for parameter, name in names.items():
             is_copied = name.startswith("student.") and (
-                arch is short or (teacher.config.model_type == "albert" and name.startswith("student.embeddings."))
+                arch is whole or (teacher.config.model_type == "albert" and name.startswith("student.embeddings."))
             )
             is_table = "embedding" in name or not name.startswith("student.")
             if matrix_rate is not None and parameter.ndim > 1 and not is_table:

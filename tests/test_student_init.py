@@ -1,5 +1,6 @@
 import copy
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +70,21 @@ def test_at_equal_shape_the_student_is_the_teacher(teacher):
         assert (others - theirs).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize(("depth", "sources"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])])
-def test_the_first_layers_are_copied(bert, depth, sources):
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_first_layers_are_kept_and_the_last_of_them_aims_at_the_teacher_s_last(bert, depth, monkeypatch):
+    monkeypatch.setattr("kdnas.distill.narrowing.autocast", lambda device: nullcontext())
     student, start = started(bert, FromTeacher(), num_hidden_layers=depth)
-    for layer, source in zip(student.encoder.layer, sources, strict=True):
-        assert state_sha256(layer.state_dict()) == state_sha256(bert.encoder.layer[source].state_dict())
     assert state_sha256(student.embeddings.state_dict()) == state_sha256(bert.embeddings.state_dict())
-    assert start.heads == ((0, 1),) * depth
+    assert start == Started(frozenset(), ((0, 1),) * depth)
+    ours, theirs = states(student), states(bert)
+    for layer in range(depth):  # 0: the embeddings
+        torch.testing.assert_close(ours[layer], theirs[layer], atol=2e-2, rtol=1e-2)
+    kept = (theirs[depth] - theirs[-1]).square().mean()
+    assert (ours[depth] - theirs[-1]).square().mean() < 0.9 * kept
 
 
-@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 2}])
-def test_of_the_same_sizes_all_parameters_are_copied(teacher, sizes):
-    student, start = started(teacher, FromTeacher(), **sizes)
+def test_of_the_same_shape_all_parameters_are_copied(teacher):
+    student, start = started(teacher, FromTeacher())
     assert start.copied == {name for name, _ in student.named_parameters()}
 
 
