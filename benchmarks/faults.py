@@ -832,52 +832,69 @@ def bad_teachers(bench: Bench, row: Row) -> None:
     def edit(path: Path, **values: object) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    weights = "model.safetensors"
-    spoil: dict[str, Callable[[Path], Any]] = {
-        "no folder": shutil.rmtree,
-        "empty folder": lambda path: [file.unlink() for file in path.iterdir()],
-        "no tokenizer": lambda path: [file.unlink() for file in path.glob("tokenizer*")],
-        "config is no JSON": lambda path: (path / "config.json").write_text("{no"),
-        "weights cut": lambda path: (path / weights).write_bytes((path / weights).read_bytes()[:-99]),
-        "weights empty": lambda path: (path / weights).write_bytes(b""),
-        "a decoder": lambda path: edit(path / "config.json", is_decoder=True),
-        "another family": lambda path: edit(path / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+    weights, gpt2 = "model.safetensors", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    no_config, cut = "'{}' has no readable config.json", "'{}/model.safetensors' is truncated"
+    spoil: dict[str, tuple[Callable[[Path], Any], str]] = {
+        "no folder": (shutil.rmtree, "'{}' does not exist"),
+        "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], no_config),
+        "no tokenizer": (lambda path: [file.unlink() for file in path.glob("tokenizer*")], "'{}' has no tokenizer"),
+        "config is no JSON": (lambda path: (path / "config.json").write_text("{no"), no_config),
+        "weights cut": (lambda path: (path / weights).write_bytes((path / weights).read_bytes()[:-99]), cut),
+        "weights empty": (lambda path: (path / weights).write_bytes(b""), cut),
+        "a decoder": (lambda path: edit(path / "config.json", is_decoder=True), "'{}' is a decoder"),
+        "another family": (lambda path: edit(path / "config.json", **gpt2), "'gpt2' is not supported"),
     }
-    for what, damage in spoil.items():
+    for what, (damage, words) in spoil.items():
         with spoilt_teacher(bench) as folder:
             damage(folder)
-            bench.refuse(row, what, bench.search(bench.new_name(), f"--teacher={folder}"), call=bench.call_alone)
+            args = bench.search(bench.new_name(), f"--teacher={folder}")
+            bench.refuse(row, what, args, words.format(folder), bench.call_alone)
+    with spoilt_teacher(bench) as folder:
+        args = bench.search(bench.new_name(), f"--teacher={folder}", "--search.n_trials=1")
+        bench.allow(row, "nothing spoilt", args)
     away = partial(bench.call_alone, environment={"HF_HUB_OFFLINE": "1"})
-    bench.refuse(row, "a hub's name", bench.search(bench.new_name(), "--teacher=nobody/nothing"), call=away)
+    args = bench.search(bench.new_name(), "--teacher=nobody/nothing")
+    bench.refuse(row, "a hub's name", args, "'nobody/nothing' was not found", away)
     row.fault("undetected", f"one took {row.worst_wait_s:.1f} s", row.worst_wait_s > 5)
+
+
+TAG = "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:pathlib.Path.touch'"
 
 
 @fault("F16", "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests")
 def pickles(bench: Bench, row: Row) -> None:
     payload = {"state_dict": Payload(bench.canary)}
     with spoilt_teacher(bench) as folder:
+        weights, states = folder / "pytorch_model.bin", f"--states.folder={folder / 'states'}"
+        tensors = load((folder / "model.safetensors").read_bytes())
         (folder / "model.safetensors").unlink()
-        torch.save(payload, folder / "pytorch_model.bin")
-        bench.refuse(row, "weights", bench.search(bench.new_name(), f"--teacher={folder}"))
+        torch.save(payload, weights)
+        args = bench.search(bench.new_name(), f"--teacher={folder}", states, "--search.n_trials=1")
+        bench.refuse(row, "weights", args, f"'{weights}' is truncated or holds more than tensors")
+        torch.save(tensors, weights)
+        bench.allow(row, "weights of tensors alone", args)
     torch.save(payload, checkpoint := bench.folder / "evil.ckpt")
     model = [f"--model.teacher={bench.teacher}", f"--data.text={bench.text}", f"--ckpt_path={checkpoint}"]
     arch = '--model.arch={"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}'
-    bench.refuse(row, "checkpoint of fit", ["fit", *model, arch])
+    bench.refuse(row, "checkpoint of fit", ["fit", *model, arch], f"'{checkpoint}' is damaged or holds")
     checkpoint.unlink()
     (shard,) = (bench.logs / bench.reference and bench.states).rglob("*.bin")
+    stored = shard.read_bytes()
     torch.save(payload, shard)
     code, error = bench.call(bench.search(bench.new_name()))
     row.tried += 1
-    row.fault("undetected", f"shard: {error}", code != 0)
+    right = code == 0 and f"{shard} is damaged" in error and shard.read_bytes() == stored
+    row.fault("undetected", f"shard: exit {code}, {error}", not right)
     bench.look_at_canary(row, "shard")
     tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{bench.canary}']]"
     (bench.folder / "a.yaml").write_text(f"name: {tag}\n")
-    bench.refuse(row, "config", ["search", f"--config={bench.folder / 'a.yaml'}"])
+    bench.refuse(row, "config", ["search", f"--config={bench.folder / 'a.yaml'}"], TAG)
     run = bench.logs / bench.reference
     known = (run / "manifest.json").read_bytes()
     torch.save(payload, run / "manifest.json")
-    bench.refuse(row, "manifest", ["verify", str(run)])
+    bench.refuse(row, "manifest", ["verify", str(run)], f"'{run / 'manifest.json'}' is damaged")
     (run / "manifest.json").write_bytes(known)
+    bench.allow(row, "manifest as it was", ["verify", str(run)])
     if not bench.quick:
         pickles_in_run(bench, row, tag)
 
@@ -912,12 +929,19 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
         if what.startswith("candidates'"):
             (run / last).unlink()  # else they are not read
         assert (paths := list(paths)), f"{what}: there are none"
+        known = {path: path.read_bytes() for path in paths if path.exists()}
         for path in paths:
             path.write_bytes(buffers[content].getvalue())
         code, error = bench.call(args)
         row.tried += 1
-        row.fault("undetected", f"{what}: exit {code}, {error}", code != 0 and not (code == 2 and is_one_line(error)))
+        if what in ("tokens", "shards, arrays of objects"):  # of this run, and of other texts and teachers
+            right = code == 0 and any(path.read_bytes() == stored for path, stored in known.items())
+        else:
+            right = code == 2 and is_one_line(error) and any(f"{path}'" in error for path in paths)
+        row.fault("undetected", f"{what}: exit {code}, {error}", not right)
         bench.look_at_canary(row, what)
+        for path, stored in known.items():
+            path.write_bytes(stored)
         shutil.rmtree(run)
         shutil.copytree(whole, run)
     row.notes.append("void: a sampler's file; its state is in the database, and CMA-ES, which pickles it, is refused")
@@ -938,7 +962,8 @@ def remote_code(bench: Bench, row: Row) -> None:
             bench.look_at_canary(row, "a known model")
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
-            bench.refuse(row, "an unknown one", bench.search(bench.new_name(), f"--teacher={folder}"))
+            args = bench.search(bench.new_name(), f"--teacher={folder}")
+            bench.refuse(row, "an unknown one", args, "'evil' is not supported")
 
 
 NAMES = ("../x", "/etc/x", "a/../../x", "..", ".", "", "a\0b", "a\nb", "x" * 300, "-rf", "%2e%2e/", "a b")
@@ -947,10 +972,11 @@ NAMES = ("../x", "/etc/x", "a/../../x", "..", ".", "", "a\0b", "a\nb", "x" * 300
 @fault("F18", "names of runs that lead elsewhere, and a run that is a link")
 def names(bench: Bench, row: Row) -> None:
     for name in NAMES:
-        bench.refuse(row, repr(name), bench.search(name))
+        bench.refuse(row, repr(name), bench.search(name), f"The run name {name!r} is not valid")
+    bench.allow(row, "a name that leads nowhere else", bench.search("a-b_1..c", "--search.n_trials=1"))
     bench.logs.mkdir(exist_ok=True)
     (bench.logs / "link").symlink_to(bench.folder / "teacher")
-    bench.refuse(row, "a link", bench.search("link"), "is a link to")
+    bench.refuse(row, "a link", bench.search("link"), f"{bench.logs / 'link'}' is a link to")
     (bench.logs / "link").unlink()
 
 

@@ -261,10 +261,10 @@ class Bench:
         row: Row,
         name: str,
         args: Sequence[str],
-        words: str = "",
+        words: str,
         call: Callable[[Sequence[str]], tuple[int, str]] | None = None,
     ) -> None:
-        """A command that must end with one line, and make nothing."""
+        """A command that must end with one line, these words in it, and make nothing."""
         before, start = self.made(), time.monotonic()
         code, error = (call or self.call)(args)
         row.tried += 1
@@ -274,6 +274,11 @@ class Bench:
         if self.made() != before:
             row.fault("undetected", f"{name}: made {sorted(self.made() ^ before)}")
         self.look_at_canary(row, name)
+
+    def allow(self, row: Row, name: str, args: Sequence[str]) -> None:
+        """The control of those that are refused: it differs in what is wrong with them, and succeeds."""
+        code, error = self.call(args)
+        row.fault("undetected", f"{name}: exit {code}, {error}", code != 0)
 
     def look_at_canary(self, row: Row, name: str) -> None:
         if self.canary.exists():

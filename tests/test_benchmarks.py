@@ -400,7 +400,7 @@ def test_faults_are_counted_and_those_that_cannot_be_made_are_told_with_the_reas
 def test_a_fault_that_goes_unnoticed_is_counted(tmp_path, monkeypatch):
     bench, row = faults.Bench(tmp_path, quick=True, seed=0), faults.Row("F00", "")
     monkeypatch.setattr(faults_checks, "kdnas", lambda args: bench.canary.touch() or 0)
-    bench.refuse(row, "nothing said", ["search"])
+    bench.refuse(row, "nothing said", ["search"], "")
     assert (row.tried, row.executed) == (1, 1) and row.undetected == 2 and row.is_bad()
 
 

@@ -41,7 +41,7 @@ def test_a_trial_that_was_told_and_is_not_stored_is_lost(bench, monkeypatch):
 
 def test_what_is_written_outside_is_seen(bench, monkeypatch):
     monkeypatch.setattr(faults_checks, "kdnas", lambda args: (bench.home / "stray").touch() or 2)
-    bench.refuse(row := faults.Row("F00", ""), "", ["search"])
+    bench.refuse(row := faults.Row("F00", ""), "", ["search"], "")
     assert row.undetected == 2 and "stray" in row.notes[-1]
 
 
