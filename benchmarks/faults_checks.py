@@ -312,8 +312,12 @@ class Bench:
             return []
         try:
             return self.study(name).trials
-        except (KeyError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        except KeyError:  # it has not begun
             return []
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            if re.search("no such table|relation .* does not exist", f"{error} {error.__cause__}"):  # nor they
+                return []
+            raise
 
     def story(self, name: str) -> list[Any]:
         return [(t.params, t.value) for t in self.trials(name) if t.state.name == "COMPLETE"]

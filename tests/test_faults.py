@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -43,6 +44,22 @@ def test_what_is_written_outside_is_seen(bench, monkeypatch):
     monkeypatch.setattr(faults_checks, "kdnas", lambda args: (bench.home / "stray").touch() or 2)
     bench.refuse(row := faults.Row("F00", ""), "", ["search"], "")
     assert row.undetected == 2 and "stray" in row.notes[-1]
+
+
+def test_a_study_that_cannot_be_read_is_not_one_without_trials(bench):
+    bench.run("mine").mkdir(parents=True)
+    assert bench.trials("mine") == []
+    (database := bench.run("mine") / "study.db").touch()
+    assert bench.trials("mine") == []  # it has no tables
+    database.write_bytes(b"no database" * 99)
+    with pytest.raises(StorageInternalError):
+        bench.trials("mine")
+
+
+def test_a_control_that_is_refused_is_seen(bench, monkeypatch):
+    monkeypatch.setattr(faults_checks, "kdnas", lambda args: 2)
+    bench.allow(row := faults.Row("F00", ""), "", ["search"])
+    assert row.undetected == 1
 
 
 def test_a_wait_is_what_a_trial_takes_beside_its_training():
