@@ -471,7 +471,7 @@ def failing_calls(bench: Bench, row: Row) -> None:
             row.tried += 1
             if process.returncode == 0:  # it did not matter
                 bench.check(row, name, {}, error)
-            told = process.returncode in (1, 2, 3) and is_one_line(error)
+            told = process.returncode == 3 and is_one_line(error)
             bad = process.returncode != 0 and not told
             row.fault("undetected", f"{call} {number}: exit {process.returncode}, {error}", bad)
             acknowledged = bench.acknowledged(name)
