@@ -26,7 +26,7 @@ import torch
 import yaml
 from filelock import FileLock, ReadWriteLock, Timeout
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -312,10 +312,11 @@ class Bench:
             return []
         try:
             return self.study(name).trials
-        except KeyError:  # it has not begun
+        except (KeyError, IntegrityError):  # it has not begun, or both make its tables
             return []
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            if re.search("no such table|relation .* does not exist", f"{error} {error.__cause__}"):  # nor they
+            begins = "no such table|already exists|relation .* does not exist"
+            if re.search(begins, f"{error} {error.__cause__}"):
                 return []
             raise
 
