@@ -1,9 +1,10 @@
 """What kdnas survives: faults that are made on purpose, one a row, and a checker after each.
 
 A row counts what was tried, and what went wrong: acknowledged trials that are ``lost`` (or altered), trials that are
-``duplicated`` or beyond what was asked, payloads ``executed``, faults ``undetected`` (taken without a word, told
-with a traceback, or half made), ``zombies`` (trials that run, processes, locks or temporary files that are left), and
-searches that end ``unequal`` to an unbroken one: all should be 0. ``worst_wait_s`` is the longest wait.
+``duplicated`` or beyond what was asked, work that is done again, payloads ``executed``, faults ``undetected`` (taken
+without a word, told with a traceback, or half made), ``zombies`` (trials that run, processes, locks or temporary files
+that are left), and searches that end ``unequal`` to an unbroken one: all should be 0. ``worst_wait_s`` is the longest
+wait.
 
     python benchmarks/faults.py --quick                  without servers and many kills, in under four minutes
     python benchmarks/faults.py --only F01,F13           some of them, as often as in the whole run
@@ -181,7 +182,39 @@ def outcome(bench: Bench, name: str) -> list[Any]:
     return [kd["arch"], kd["history"], scores, weights, bench.story(name)]
 
 
-@fault("F03", "kill -9 in each stage of a run: the figures and the student's weights end the same", quick=False)
+def units_done(bench: Bench, run: Path) -> dict[Path, int]:
+    """What each finished unit of a run's work has left, and when: shards, trials, fits, the student."""
+    names = ("trial_*/weights.safetensors", "full_kd/result.json", "glue/*/result.json", "student/manifest.json")
+    paths = [path for name in names for path in run.glob(name)]
+    paths += [*bench.states.rglob("*.bin"), *(bench.logs / "tokens").rglob("variant*.bin")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def fits_begun(run: Path) -> dict[Path, tuple[int, int]]:
+    """Fits that are not finished: how many steps are in the checkpoint, and how many were made, as far as is known."""
+    begun = {path.parent for name in ("full_kd", "glue/*") for path in run.glob(f"{name}/events*")}
+    return {
+        folder: (steps_of(last) if (last := folder / "last.ckpt").exists() else 0, steps_told(folder))
+        for folder in begun
+        if not (folder / "result.json").exists()
+    }
+
+
+def repeated_units(done: dict[Path, int], begun: dict[Path, tuple[int, int]], num_epochs: int) -> list[Path]:
+    """What a second start has made again of the finished units, and fits of which it repeated more than an epoch."""
+    again = [path for path, changed in done.items() if path.exists() and path.stat().st_mtime_ns != changed]
+    for folder, (kept, made) in begun.items():
+        latest = max(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        if min(steps_in(latest), default=kept) < kept or num_epochs * (made - kept) > steps_told(folder):
+            again.append(folder)
+    return again
+
+
+@fault(
+    "F03",
+    "kill -9 in each stage of a run: it ends with the same figures and weights, and at most one unit is made again",
+    quick=False,
+)
 def kill_stages(bench: Bench, row: Row) -> None:
     def forget_states() -> None:
         for folder in (bench.states, bench.logs / "tokens"):
@@ -213,7 +246,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
             if was_over:  # none was killed
                 row.fault("lost", error, process.returncode != 0)
                 continue
-            acknowledged = bench.acknowledged(run.name)
+            acknowledged, done, begun = bench.acknowledged(run.name), units_done(bench, run), fits_begun(run)
             process = bench.start(bench.job(run.name))
             error += process.communicate()[1]
             row.tried += 1
@@ -221,6 +254,8 @@ def kill_stages(bench: Bench, row: Row) -> None:
             repeated.append((time.monotonic() - start) / unbroken - 1)
             bench.check(row, run.name, acknowledged, error)
             row.fault("undetected", f"{stage}: {error}", process.returncode != 0)
+            again = repeated_units(done, begun, num_epochs=2)
+            row.fault("duplicated", f"{stage}: made again {[str(path) for path in again]}", len(again) > 1)
             row.fault("unequal", stage, process.returncode == 0 and outcome(bench, run.name) != expected)
     row.notes.append(
         f"an unbroken run takes {unbroken:.0f} s; with a kill {statistics.median(repeated):.0%} more, "
@@ -306,10 +341,15 @@ def steps_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
+def steps_in(events: Path) -> list[int]:
+    """The steps of a fit that TensorBoard was told of, numbered from 0, in a file or in all of a folder."""
+    found = EventAccumulator(str(events)).Reload()
+    return [event.step for event in found.Scalars("train/loss")] if "train/loss" in found.Tags()["scalars"] else []
+
+
 def steps_told(folder: Path) -> int:
-    """How many steps of a fit were told to TensorBoard, which numbers them from 0."""
-    events = EventAccumulator(str(folder)).Reload()
-    return max((event.step + 1 for event in events.Scalars("train/loss")), default=0)
+    """How many steps of a fit were told to TensorBoard."""
+    return max(steps_in(folder), default=-1) + 1
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -164,3 +165,21 @@ def test_the_steps_of_a_fit_are_those_that_tensorboard_was_told(tmp_path):
             writer.add_scalar("train/loss", 0.5, step)
         writer.add_scalar("val/loss", 0.5, 9)
     assert faults.steps_told(tmp_path) == 7
+
+
+def test_a_fit_that_begins_before_its_checkpoint_and_a_result_that_is_written_again_are_repeated(tmp_path):
+    def told(first, last):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{first}") as writer:
+            for step in range(first, last):
+                writer.add_scalar("train/loss", 0.5, step)
+
+    told(0, 7)
+    (result := tmp_path / "result.json").touch()
+    done = {result: result.stat().st_mtime_ns}
+    told(5, 10)
+    begun = {tmp_path: (5, 7)}
+    assert faults.repeated_units(done, begun, num_epochs=2) == []
+    assert faults.repeated_units(done, {tmp_path: (6, 7)}, num_epochs=2) == [tmp_path]
+    assert faults.repeated_units(done, {tmp_path: (1, 7)}, num_epochs=2) == [tmp_path]
+    os.utime(result, (0, 0))
+    assert faults.repeated_units(done, begun, num_epochs=2) == [result]
