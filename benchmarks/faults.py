@@ -117,6 +117,8 @@ def on_postgres(bench: Bench, row: Row, times: int, round_of: Callable[[str], No
 
 @fault("F02", "kill -9 of one of two workers; the other waits at most 5 s, and a third takes its place", quick=False)
 def kill_worker(bench: Bench, row: Row) -> None:
+    thirds: list[bool] = []
+
     def round_of(name: str) -> None:
         process = bench.start(bench.search(name, "--workers=2"))
         known: dict[int, str] = {}
@@ -132,8 +134,14 @@ def kill_worker(bench: Bench, row: Row) -> None:
         except ProcessLookupError:  # it had ended: none was killed
             return row.fault("lost", process.communicate()[1], process.returncode != 0)
         acknowledged, instant = bench.acknowledged(name), datetime.now()
+        workers: set[int] = set()
+        while process.poll() is None:
+            workers |= {int(path.name) for path in processes_of({process.pid}) if has(path / "cmdline", b"spawn_main")}
+            time.sleep(0.1)
         _, error = process.communicate()
         row.tried += 1
+        row.fault("lost", f"{name}: nobody took the place of {killed}", not workers - known.keys())
+        thirds.append(bool({t.user_attrs.get("pid") for t in bench.trials(name)} - known.keys() - {None}))
         wait = longest_wait(bench.trials(name), known.keys() - {killed}, instant)
         row.notes += [f"{name}: nobody else was at work"] * math.isnan(wait)
         row.worst_wait_s = max(row.worst_wait_s, 0.0 if math.isnan(wait) else wait)
@@ -144,6 +152,7 @@ def kill_worker(bench: Bench, row: Row) -> None:
         round_of(bench.new_name())
     if not bench.quick:
         on_postgres(bench, row, 10, round_of)
+    row.notes.append(f"in {sum(thirds)} of {len(thirds)} the third was there in time for a trial of its own")
 
 
 def longest_wait(trials: Sequence[Any], pids: set[int], instant: datetime) -> float:
