@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, ParityError, UserError, nearest, tell
+from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, nearest, tell
 from kdnas.pages import completion, options_of, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
@@ -97,7 +97,7 @@ def _exit_code(args: list[str]) -> int:
     except OSError as error:  # a disk that is full or gone; what is finished is kept
         from kdnas.runs import room
 
-        tell(f"{error}{room(error)}{_goes_on(args)}")
+        tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
         tell(f"interrupted{_goes_on(args)}")

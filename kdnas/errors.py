@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -63,6 +64,15 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's error, to put into one of ours; its name where it says nothing."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
+
+
+def as_raised(error: OSError) -> OSError:
+    """An error as it was before torch handed it over from a loader's worker: in its text alone, below a traceback."""
+    if error.errno is not None or not str(error).startswith("Caught "):
+        return error
+    last = str(error).strip().splitlines()[-1]
+    found = re.search(r"\[Errno (\d+)\] (.*)", last)
+    return OSError(int(found[1]), found[2]) if found else OSError(last)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -22,6 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
+from torch.utils.data import DataLoader, Dataset
 
 import kdnas.nas.search
 import kdnas.nas.storage
@@ -603,6 +604,45 @@ def test_memory_that_a_call_of_the_system_lacks_is_the_candidates_fault(study):
     search(fail_first, SPACE, study, n_trials=2)
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[0].user_attrs["failed"] == "out of memory: [Errno 12] Cannot allocate memory"
+
+
+class FailingRows(Dataset):
+    def __init__(self, *error: object) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> None:
+        raise OSError(*self.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ((errno.EIO, "Input/output error", "rows.bin"), "[Errno 5] Input/output error: 'rows.bin'"),
+        (("a stale handle",), "OSError: a stale handle"),
+    ],
+)
+def test_a_disk_that_fails_in_a_loaders_worker_is_no_fault_of_the_candidate(study, error, told):
+    def read(trial, arch):
+        next(iter(DataLoader(FailingRows(*error), num_workers=1)))
+
+    with pytest.raises(OSError) as caught:
+        search(read, SPACE, study, n_trials=1)
+    assert str(caught.value) == told
+    assert states(study) == ["FAIL", "WAITING"]
+    assert study.trials[0].user_attrs["failed"] == f"interrupted ({told}); tried again"
+
+
+def test_a_file_that_a_loaders_worker_does_not_find_is_the_candidates_fault(study):
+    def read_first(trial, arch):
+        if trial.number == 0:
+            next(iter(DataLoader(FailingRows(errno.ENOENT, "No such file or directory"), num_workers=1)))
+        return value_of(trial, arch)
+
+    search(read_first, SPACE, study, n_trials=1)
+    assert study.trials[0].user_attrs["failed"] == "FileNotFoundError: [Errno 2] No such file or directory"
 
 
 def test_a_trial_ends_and_is_queued_again_at_one_instant(study, reopen, monkeypatch):

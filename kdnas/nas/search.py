@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError, causes, first_line
+from kdnas.errors import CandidateFailed, UserError, as_raised, causes, first_line
 from kdnas.nas.record import (
     answer,
     best_of,
@@ -268,8 +268,12 @@ def search(
                 result[:] = [(trial, float(value))]
                 return value
             except Exception as error:  # whatever a candidate dies of, the search goes on
-                if isinstance(error, (optuna.TrialPruned, StoreAway)) or getattr(error, "errno", None) in DISK_ERRORS:
+                if isinstance(error, (optuna.TrialPruned, StoreAway)):
                     raise
+                if isinstance(error, OSError):
+                    error = as_raised(error)
+                    if error.errno is None or error.errno in DISK_ERRORS:
+                        raise error
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error
                 reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
