@@ -15,7 +15,16 @@ from kdnas.errors import UserError
 from kdnas.nas.record import trained
 from kdnas.nas.search import open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import StoreAway, connect, engine_options, read_study, sqlite_url, without_password
+from kdnas.nas.storage import (
+    StoreAway,
+    connect,
+    engine_options,
+    keep_result,
+    read_study,
+    sqlite_url,
+    without_password,
+)
+from kdnas.runs import this_host
 
 SPACE = SearchSpace(
     {
@@ -114,6 +123,27 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
     assert "arch" in study.trials[1].user_attrs and not kept.exists()
     search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
     assert len(trained(study)) == 3 and len(study.trials) == 3
+
+
+@pytest.mark.parametrize("host", [this_host(), "elsewhere"])
+def test_a_result_that_a_dead_worker_kept_is_taken_up_by_one_that_lives(host, start, tmp_path):
+    study, other = start(), start()
+
+    def evaluate(trial, arch):
+        if trial.number == 0:  # meanwhile another worker is at one, of which the database does not take the end
+            dead = other.ask()
+            for name, value in {"arch": SPACE.suggest(dead).to_dict(), "host": host, "pid": 2**22 + 1}.items():
+                dead.set_user_attr(name, value)
+            other._storage.record_heartbeat(dead._trial_id)
+            with other._storage._backend.engine.begin() as connection:
+                connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+            keep_result(tmp_path, "s", dead.number, [["set_trial_user_attr", "loss", 0.25]], 7.5)
+        return 0.5
+
+    search(evaluate, SPACE, study, 3, folder=tmp_path)
+    assert (study.trials[1].value, study.trials[1].user_attrs["loss"]) == (7.5, 0.25)
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    assert not list(tmp_path.glob("unsent*"))
 
 
 def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_with_the_result(start, tmp_path):

@@ -95,8 +95,7 @@ def open_study(
         study.set_user_attr("identity", dict(identity))
     else:
         refuse_difference(name, known, identity)
-    if folder:
-        take_up(folder, study, connected)
+    connected.folder = folder
     bury_dead(study, deaths=EARLIER.deaths)
     return study
 
@@ -123,6 +122,8 @@ def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str] | None = None) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
+    A result that was kept of one is its end.
+
     Args:
         study: whose.
         number: of the one trial that this process runs; None: it has none yet.
@@ -132,13 +133,17 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
         The processes whose trials were ended.
     """
     buried: set[int] = set()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    dead = {trial.number for trial in running if is_here(trial) and not is_alive_here(trial)}
+    if store := _store(study):  # who is dead by now keeps nothing more
+        take_up(store, study._study_id)
+    for trial in running:
         pid: int = trial.user_attrs.get("pid", 0)
         if is_here(trial) and pid == os.getpid() and number is not None:
             if trial.number != number:  # it was begun here, and the answer that said so was lost
                 why = "interrupted (the database did not answer); tried again"
                 end_trial(study, trial, "failed", why, _again(trial))
-        elif is_here(trial) and (pid == os.getpid() or not is_alive_here(trial)):
+        elif trial.number in dead or is_here(trial) and pid == os.getpid():
             buried.add(pid)
             end_trial(study, trial, "died", (deaths or {}).get(pid, ""), _successor(trial))
     return buried

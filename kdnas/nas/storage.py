@@ -149,6 +149,7 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], **options: Any) -> None:
         self.successor = successor
+        self.folder: Path | None = None  # of the run, where results are kept that the database could not take
         self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
@@ -213,6 +214,7 @@ class PatientStorage(RDBStorage):
 
     @_patient
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        take_up(self, study_id)
         stale = super()._get_stale_trial_ids(study_id)
         # One whose machine died before the first beat has none, and Optuna passes it over.
         with self.scoped_session() as session:
@@ -344,9 +346,9 @@ def keep_result(folder: Path, study: str, number: int, written: list[list[Any]],
     return path
 
 
-def take_up(folder: Path, study: optuna.Study, storage: RDBStorage) -> None:
-    """Give the study the results that were kept, each once; those of other studies are left alone."""
-    for path in sorted(folder.glob("unsent_*.json")):
+def take_up(storage: PatientStorage, study_id: int) -> None:
+    """Give a study the results that were kept, each once; those of other studies are left alone."""
+    for path in sorted(storage.folder.glob("unsent_*.json")) if storage.folder else ():
         try:
             kept = read_json(path)
             study_name, number, written, value = (kept[key] for key in ("study", "number", "written", "value"))
@@ -354,17 +356,18 @@ def take_up(folder: Path, study: optuna.Study, storage: RDBStorage) -> None:
             continue
         except (KeyError, TypeError) as error:
             raise UserError(f"{str(path)!r} is no result that was kept: move it away.") from error
-        if study_name != study.study_name:
+        if study_name != storage.get_study_name_from_id(study_id):
             continue
         try:
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
             for name, *args in written:
                 if name in _KEPT:
                     getattr(storage, name)(trial_id, *args)
             storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
             log.info("Trial %d: its result, which the database could not take, is stored.", number)
         except UpdateFinishedTrialError:
-            log.warning("Trial %d was given up by another worker before its result came.", number)
+            if storage.get_trial(trial_id).state != TrialState.COMPLETE:  # by another, which took it up too
+                log.warning("Trial %d was given up by another worker before its result came.", number)
         except KeyError:
             log.warning("%s is of a study that is gone: in this one there is no trial %d.", path, number)
             continue
