@@ -125,6 +125,23 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
     assert len(trained(study)) == 3 and len(study.trials) == 3
 
 
+def test_a_result_is_not_given_to_another_trial_of_its_number(start, tmp_path, caplog):
+    study = start()
+    outage = Outage(study)
+
+    def evaluate(trial, arch):
+        outage.left = float("inf")
+        return 7.5
+
+    with pytest.raises(StoreAway):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    (tmp_path / "study.db").unlink()
+    study = start()
+    search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
+    assert [trial.value for trial in study.trials] == [0.5] * 3
+    assert (tmp_path / "unsent_0000.json").exists() and caplog.text.count("of a study that is gone") == 1
+
+
 @pytest.mark.parametrize("host", [this_host(), "elsewhere"])
 def test_a_result_that_a_dead_worker_kept_is_taken_up_by_one_that_lives(host, start, tmp_path):
     study, other = start(), start()

@@ -311,9 +311,9 @@ def search(
                 log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
                 continue
             kept = [
-                keep_result(folder, study.study_name, trial.number, store.written[trial._trial_id], value)
+                keep_result(folder, study.study_name, trial.number, written, value, trial.user_attrs.get("since"))
                 for trial, value in result
-                if folder and trial._trial_id in store.written
+                if folder and (written := store.written.get(trial._trial_id)) is not None
             ]
             for path in kept:
                 log.warning("Kept: %s", path)

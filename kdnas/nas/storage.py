@@ -150,6 +150,7 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], **options: Any) -> None:
         self.successor = successor
         self.folder: Path | None = None  # of the run, where results are kept that the database could not take
+        self.foreign: set[Path] = set()  # those of a study that is gone
         self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
@@ -331,7 +332,9 @@ def without_password(url: str) -> str:
     return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url))
 
 
-def keep_result(folder: Path, study: str, number: int, written: list[list[Any]], value: float) -> Path:
+def keep_result(
+    folder: Path, study: str, number: int, written: list[list[Any]], value: float, since: float | None = None
+) -> Path:
     """Write down a finished trial that the database could not take; ``take_up`` gives it to it.
 
     Args:
@@ -340,15 +343,17 @@ def keep_result(folder: Path, study: str, number: int, written: list[list[Any]],
         number: of the trial.
         written: what was written of it, as ``PatientStorage`` keeps it.
         value: of the trial.
+        since: when it began, by which it is told from another one of this number, in a study that was made anew.
     """
     path = folder / f"unsent_{number:04d}.json"
-    write_json(path, {"study": study, "number": number, "written": written, "value": value})
+    write_json(path, {"study": study, "number": number, "since": since, "written": written, "value": value})
     return path
 
 
 def take_up(storage: PatientStorage, study_id: int) -> None:
     """Give a study the results that were kept, each once; those of other studies are left alone."""
-    for path in sorted(storage.folder.glob("unsent_*.json")) if storage.folder else ():
+    found = set(storage.folder.glob("unsent_*.json")) if storage.folder else set()
+    for path in sorted(found - storage.foreign):
         try:
             kept = read_json(path)
             study_name, number, written, value = (kept[key] for key in ("study", "number", "written", "value"))
@@ -360,6 +365,8 @@ def take_up(storage: PatientStorage, study_id: int) -> None:
             continue
         try:
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            if kept.get("since") not in (None, storage.get_trial(trial_id).user_attrs.get("since")):
+                raise KeyError(number)
             for name, *args in written:
                 if name in _KEPT:
                     getattr(storage, name)(trial_id, *args)
@@ -369,6 +376,7 @@ def take_up(storage: PatientStorage, study_id: int) -> None:
             if storage.get_trial(trial_id).state != TrialState.COMPLETE:  # by another, which took it up too
                 log.warning("Trial %d was given up by another worker before its result came.", number)
         except KeyError:
-            log.warning("%s is of a study that is gone: in this one there is no trial %d.", path, number)
+            log.warning("%s is of a study that is gone: in this one there is no trial %d, or another.", path, number)
+            storage.foreign.add(path)
             continue
         path.unlink(missing_ok=True)
