@@ -1,6 +1,7 @@
 """A database that is away: a short while nobody notices, and for ever no finished result is lost."""
 
 import math
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 from sqlalchemy import event, make_url
-from sqlalchemy.exc import OperationalError, PendingRollbackError
+from sqlalchemy.exc import InternalError, OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
 from kdnas.errors import UserError
@@ -267,6 +268,57 @@ def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(can_be_read, star
         search(evaluate, SPACE, study, 3, folder=tmp_path)
     assert pauses == []
     assert [trial.value for trial in start().trials] == [0.75]
+
+
+def test_a_damaged_page_is_told_in_one_line_whatever_reads_it(start, tmp_path):
+    path, size = tmp_path / "study.db", 4096
+    search(lambda trial, arch: trial.report(0.5, 0) or 0.5, SPACE, start(), 2, folder=tmp_path)
+    whole, told = path.read_bytes(), []
+    for page in range(0, len(whole), size):
+        path.write_bytes(whole[:page] + bytes(size) + whole[page + size :])
+        try:
+            search(lambda trial, arch: 0.5, SPACE, start(), 3, folder=tmp_path)
+        except UserError as error:
+            told.append(str(error))
+    line = r"'.*study.db' is damaged \(.*\): restore a copy of it, or take another name \(--force-new does\)."
+    assert len(told) > 15 and all(re.fullmatch(line, text) for text in told)
+
+
+class Malformed(sqlite3.DatabaseError):
+    sqlite_errorname = "SQLITE_CORRUPT"
+
+
+@pytest.mark.parametrize("when", ["within", "at its end"])
+def test_a_file_that_is_found_damaged_in_a_search_is_no_fault_of_the_candidate(when, start, tmp_path):
+    study = start()
+    outage = Outage(study, Malformed)
+
+    def evaluate(trial, arch):
+        outage.left = 1 if when == "within" else float("inf")
+        if when == "within":
+            trial.set_user_attr("loss", 0.5)
+        return 0.75
+
+    with pytest.raises(UserError, match="study.db' is damaged"):
+        search(evaluate, SPACE, study, 3, folder=tmp_path)
+    states = [trial.state.name for trial in start().trials]  # a copy, as it were
+    assert states == (["FAIL", "WAITING"] if when == "within" else ["COMPLETE"])
+
+
+@pytest.mark.parametrize("sign", [{"sqlstate": "25006"}, {"pgcode": "25P03"}, {"connection_invalidated": True}])
+def test_a_server_that_another_has_taken_over_from_is_waited_for(sign, start, tmp_path, pauses):
+    study = start()
+
+    def fail(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("INSERT INTO trial_user_attributes") and len(pauses) < 3:
+            orig = InternalError("cannot execute INSERT in a read-only transaction", {}, Exception())
+            vars(orig.orig).update(sign)
+            orig.connection_invalidated = "connection_invalidated" in sign
+            raise orig
+
+    event.listen(study._storage._backend.engine, "before_cursor_execute", fail)
+    search(lambda trial, arch: 0.5, SPACE, study, 1, folder=tmp_path)
+    assert len(pauses) == 3 and [trial.state.name for trial in study.trials] == ["COMPLETE"]
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_with_its_bytes(start, tmp_path, monkeypatch):

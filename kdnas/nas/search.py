@@ -36,6 +36,7 @@ from kdnas.nas.storage import (
     PATIENCE_SECONDS,
     PatientStorage,
     StoreAway,
+    StoreDamaged,
     connect,
     is_alive_here,
     is_here,
@@ -242,6 +243,7 @@ def search(
         UserError: ``n_trials`` is below 1, or no candidate meets the constraints.
         CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
         StoreAway: the database is away.
+        StoreDamaged: its file is damaged.
     """
     if n_trials < 1:
         raise UserError(f"n_trials is {n_trials}: give at least 1.")
@@ -273,7 +275,7 @@ def search(
                 result[:] = [(trial, float(value))]
                 return value
             except Exception as error:  # whatever a candidate dies of, the search goes on
-                if isinstance(error, (optuna.TrialPruned, StoreAway)):
+                if isinstance(error, (optuna.TrialPruned, StoreAway, StoreDamaged)):
                     raise
                 if isinstance(error, OSError):
                     error = as_raised(error)
@@ -302,7 +304,10 @@ def search(
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
             interruption, away = (
                 next((cause for cause in earlier if isinstance(cause, kind)), None)
-                for kind in (KeyboardInterrupt, StoreAway)  # a full disk can be read, so the latter may be over
+                for kind in (
+                    KeyboardInterrupt,
+                    (StoreAway, StoreDamaged),
+                )  # a full disk can be read, so the latter may be over
             )
             stop = interruption or ((store.stopped or store.away or away) if store else None)
             if store is None or stop is None:
@@ -339,7 +344,7 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     """Have a trial tried again that something else than its candidate ends."""
     try:
         yield
-    except (KeyboardInterrupt, OSError) as stop:
+    except (KeyboardInterrupt, OSError, StoreDamaged) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
             store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
             store.successors[trial._trial_id] = _again(trial._cached_frozen_trial)  # first: nothing here can fail

@@ -38,6 +38,10 @@ class StoreAway(OSError):
     """The database has been away for too long."""
 
 
+class StoreDamaged(UserError):
+    """The database's file is not whole, which no waiting mends."""
+
+
 def _patient(call: Callable[..., Any]) -> Any:
     """The same call of RDBStorage, each of which is one transaction, tried until the database answers."""
 
@@ -63,7 +67,8 @@ def _patient(call: Callable[..., Any]) -> Any:
                 raise
             except (StorageInternalError, DBAPIError) as error:
                 cause = _cause(error)
-                if not isinstance(cause, _AWAY):
+                _refuse_damaged(cause, self.engine.url.database)
+                if not _is_away(cause):
                     raise
                 disk = _disk_failure(cause, self.engine.url.database)
                 patience = HURRY_SECONDS if self.stopped else PATIENCE_SECONDS
@@ -80,6 +85,7 @@ def _patient(call: Callable[..., Any]) -> Any:
                 except KeyboardInterrupt as stop:
                     self.stopped, self.away = stop, StoreAway("The study's database does not answer")
                     raise
+                self.engine.dispose()  # what is open may lead to a server that is none any more
                 pause = min(2 * pause, 5)
             except UpdateFinishedTrialError:
                 if pause == 0.1 or call.__name__ != "set_trial_state_values":
@@ -91,12 +97,27 @@ def _patient(call: Callable[..., Any]) -> Any:
 
 # The last is what Optuna's own second query says after the first was cut.
 _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
+_AWAY_STATES = ("25006", "25P03")  # PostgreSQL's: read-only, as after a failover; too slow within a transaction
 _KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
 
 
 def _cause(error: BaseException) -> BaseException:
     """What SQLAlchemy said, where Optuna has wrapped it."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether waiting may mend it: the connection is cut, or leads to a server that can only be read by now."""
+    orig = getattr(error, "orig", None)
+    state = getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None)  # psycopg's, psycopg2's
+    return isinstance(error, _AWAY) or getattr(error, "connection_invalidated", False) or state in _AWAY_STATES
+
+
+def _refuse_damaged(error: BaseException, database: str | None) -> None:
+    name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        what = f"{database!r} is damaged ({first_line(error)})"
+        raise StoreDamaged(f"{what}: restore a copy of it, or take another name (--force-new does).") from error
 
 
 def _disk_failure(error: BaseException, database: str | None) -> str:
@@ -144,10 +165,9 @@ class PatientStorage(RDBStorage):
     Args:
         url: SQLAlchemy's.
         successor: gives, for a trial whose process, somewhere, has stopped beating, what is queued in its place.
-        options: of RDBStorage.
     """
 
-    def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], **options: Any) -> None:
+    def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None]) -> None:
         self.successor = successor
         self.folder: Path | None = None  # of the run, where results are kept that the database could not take
         self.foreign: set[Path] = set()  # those of a study that is gone
@@ -156,7 +176,8 @@ class PatientStorage(RDBStorage):
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         self.skipped: set[int] = set()  # the trials of which the database has not taken all of that
-        super().__init__(url, engine_kwargs=engine_options(make_url(url)), **options)
+        engine = engine_options(make_url(url))
+        super().__init__(url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
 
     create_new_study = _patient(RDBStorage.create_new_study)
     get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
@@ -258,17 +279,13 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
         patience: seconds to wait for a database that was there before.
 
     Raises:
-        UserError: it cannot be reached, or its driver is not installed.
+        UserError: it cannot be reached, its file is damaged, or its driver is not installed.
         StoreAway: its disk is full, or fails; or it has stayed away.
     """
     begin, tried = time.monotonic(), False
-    options: dict[str, Any] = {
-        "heartbeat_interval": HEARTBEAT_SECONDS,
-        "grace_period": GRACE_SECONDS,
-    }
     while True:
         try:
-            storage = PatientStorage(_literal(url), successor, **options)
+            storage = PatientStorage(_literal(url), successor)
             break
         except ImportError as error:
             reason = first_line(error.__cause__ or error)
@@ -280,9 +297,10 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
             raise UserError(f"The database {without_password(url)!r} cannot be used ({first_line(error)}).") from error
         except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             cause = _cause(error)
+            _refuse_damaged(cause, make_url(url).database)
             if disk := isinstance(cause, DBAPIError) and _disk_failure(cause, make_url(url).database):
                 raise StoreAway(disk) from error
-            may_come = patience > 0 and isinstance(cause, _AWAY)
+            may_come = patience > 0 and _is_away(cause)
             if may_come and time.monotonic() > begin + patience:
                 raise StoreAway(f"The study's database has not answered for {patience:g} s") from error
             # Tried twice in any case: another worker may make the same tables at this moment.
