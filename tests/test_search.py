@@ -29,7 +29,7 @@ import kdnas.nas.storage
 from kdnas import supervisor
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
-from kdnas.nas.record import failure_of, trained, tried
+from kdnas.nas.record import failure_of, superseded, trained, tried
 from kdnas.nas.sampler import make_sampler
 from kdnas.nas.search import MOST_FAILURES, end_trial, open_study, refuse_difference, search
 from kdnas.nas.space import SearchSpace
@@ -265,27 +265,40 @@ def test_a_twin_is_answered_from_the_record_and_not_evaluated_again(study, end):
     assert [trial.number for trial in trained(study) if arch_of(trial) == ONE] == ([0] if end is end_well else [])
 
 
-@pytest.mark.parametrize("moment", ["before", "within"])
-def test_a_kill_while_a_twin_is_answered_changes_no_order(moment, study, url, request, monkeypatch):
+@pytest.mark.parametrize("end", [end_well, fail])
+@pytest.mark.parametrize("moment", ["before", "within", "after"])
+def test_a_kill_while_a_twin_is_answered_changes_no_order(moment, end, study, url, request, monkeypatch):
     name = f"{request.node.name} whole"
     whole = open_study(url, name, {"seed": 0})
     for one in (whole, study):
         for arch in (ONE, ONE):
             one.enqueue_trial(arch.to_dict())
-    search(Recorded(), SPACE, whole, n_trials=4)
+    evaluate = Recorded(lambda trial, arch: end(trial, arch) if arch == ONE else value_of(trial, arch))
+    search(evaluate, SPACE, whole, n_trials=4)
 
     def die(trial, twin, answer=kdnas.nas.search.answer):
         if moment == "within":
-            answer(trial, twin)
+            patch.setattr(optuna.Trial, "set_user_attr", say_and_die)
+        if moment != "before":
+            with suppress(CandidateFailed):
+                answer(trial, twin)
         raise SystemExit  # nobody hears of it
+
+    def say_and_die(trial, name, value, set_user_attr=optuna.Trial.set_user_attr):
+        set_user_attr(trial, name, value)
+        if name in ("failed", "loss"):
+            raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(kdnas.nas.search, "answer", die)
-        search(Recorded(), SPACE, study, n_trials=4)
-    assert states(study) == ["COMPLETE", "RUNNING"]
+        search(evaluate, SPACE, study, n_trials=4)
+    assert states(study)[1:] == ["RUNNING"]
     study = open_study(url, request.node.name, {"seed": 0})
-    search(Recorded(), SPACE, study, n_trials=4)
-    ends = [[(t.params, t.value) for t in one.trials if t.value is not None] for one in (whole, study)]
+    search(evaluate, SPACE, study, n_trials=4)
+    ends = [
+        [(t.params, t.value, t.state) for t in one.trials if t.value is not None or t.number not in again]
+        for one, again in ((whole, set()), (study, superseded(study.trials)))
+    ]
     assert ends[0] == ends[1] and len(ends[0]) > 4
 
 

@@ -129,10 +129,10 @@ def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
 
 def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
+    trial.set_user_attr("twin_of", twin.number)  # first: after a kill, what is copied below is not taken for its own
     for name, value in twin.user_attrs.items():
         if name not in ITS_OWN:
             trial.set_user_attr(name, value)
-    trial.set_user_attr("twin_of", twin.number)
     for name, violation in twin.constraints.items():
         trial.set_constraint(name, violation)
     if twin.state == TrialState.PRUNED:

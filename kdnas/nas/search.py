@@ -196,6 +196,8 @@ def _interrupted(stop: BaseException) -> str:
 
 def _successor(trial: FrozenTrial) -> FrozenTrial | None:
     """What is queued in place of a trial whose process died: the same, once; again, where it was being stopped."""
+    if "twin_of" in trial.user_attrs:  # answering it has no dangers, and what is to follow it is not queued yet
+        return _again(trial)
     if reason := trial.user_attrs.get("failed"):
         return _again(trial) if reason.startswith("interrupted") else None
     had_begun = "arch" in trial.user_attrs
