@@ -21,7 +21,7 @@ from kdnas.models import find_teacher
 from kdnas.nas.candidate import Budget
 from kdnas.nas.search import differences
 from kdnas.progress import FitProgress, live_progress
-from kdnas.runs import Run, read_json, write_json
+from kdnas.runs import Run, read_json, sweep, write_json
 from kdnas.safe_yaml import flat
 from kdnas.training import TrainerSettings, fit_resumable
 
@@ -129,6 +129,7 @@ def distill(
     except Timeout as error:
         raise UserError(f"{str(run.folder)!r} is another call's: wait for it, or give another name.") from error
     with alone, live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
+        sweep(run.folder)
         last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
         known = asked | read_json(made_with) if last.exists() and made_with.exists() else asked
         if shown := differences(known, asked):

@@ -22,7 +22,7 @@ from kdnas.manifest import renew, write_manifest
 from kdnas.options import default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
 from kdnas.precision import gpu_name, trainer_precision
 from kdnas.progress import EpochLines, SayWhatGoesOn
-from kdnas.runs import MANIFEST, new_folder
+from kdnas.runs import MANIFEST, new_folder, sweep
 from kdnas.safe_yaml import flat, read_yaml
 from kdnas.signals import honest_signals
 from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
@@ -155,5 +155,6 @@ class SaveConfigOnce(SaveConfigCallback):
         own = own_folder(trainer)
         if own is not None and stage == "fit" and trainer.is_global_zero:
             (own / MANIFEST).unlink(missing_ok=True)  # until the end again
+            sweep(own.parent, "version_*/**/.*")  # of fits before it, each in a folder of its own
         self.already_saved = differing is not None
         super().setup(trainer, pl_module, stage)

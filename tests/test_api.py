@@ -23,6 +23,7 @@ from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.latency import LatencySettings
+from kdnas.runs import this_host
 from kdnas.training import TrainerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,10 @@ def test_a_stopped_distillation_goes_on(
     for name in ("gradient_clip_val", "states"):  # which an earlier version did not write down
         del made_with[name]
     last.with_name("made_with.json").write_text(json.dumps(made_with))
+    half = last.with_name(f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh")  # as a kill leaves it
+    half.touch()
     found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()
+    assert not half.exists()
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 

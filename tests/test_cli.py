@@ -25,6 +25,7 @@ from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
+from kdnas.runs import this_host
 from kdnas.teacher_files import refuse_early
 from kdnas.training import WholeFiles
 
@@ -756,7 +757,10 @@ def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
     assert main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"]) == 130
     (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    half = Path(checkpoint).with_name(f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh")  # as a kill leaves it
+    half.touch()
     assert main(["fit", "--config", str(config), "--ckpt_path", checkpoint]) == 0
+    assert not half.exists()
     steps = {torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("epoch=*.ckpt")}
     assert max(steps) > 3
 
