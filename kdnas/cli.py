@@ -51,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 where the user can mend it; 1 where training failed, or an export did not
-        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM.
+        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+        SIGHUP.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -101,7 +102,7 @@ def _exit_code(args: list[str]) -> int:
         return 3
     except KeyboardInterrupt as stop:
         tell(f"interrupted{_goes_on(args)}")
-        return 143 if type(stop).__name__ == "Terminated" else 130
+        return {"Terminated": 143, "HungUp": 129}.get(type(stop).__name__, 130)
     return 0
 
 

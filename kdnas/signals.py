@@ -12,8 +12,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, but the exit code is 143."""
 
 
-TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1)
+class HungUp(Terminated):
+    """SIGHUP, where it is not ignored (``nohup``): the terminal is gone; the exit code is 129."""
+
+
+TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _asked: list[type[KeyboardInterrupt]] = []  # since the outermost honest_signals began
+
+
+def stop_of(number: int) -> type[KeyboardInterrupt]:
+    """What a signal is raised as."""
+    return {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}.get(signal.Signals(number), Terminated)
 
 
 def notice_signals() -> None:
@@ -34,18 +43,18 @@ def honest_signals(once: bool = False) -> Iterator[None]:
         once: later ones do not disturb what ends after the first: for a process that another one ends.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1.
+        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1, ``HungUp`` after SIGHUP.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # a second, which the search itself needs not
 
     def end(signum: int, frame: Any) -> None:
-        if once and _asked:
+        if _asked and (once or signum == signal.SIGHUP):  # of which a shell and the system send one each
             return
-        _asked.append(KeyboardInterrupt if signum == signal.SIGINT else Terminated)
+        _asked.append(stop_of(signum))
         raise _asked[-1]
 
     def say_others(unraisable: Any) -> None:
-        if unraisable.exc_type not in (KeyboardInterrupt, Terminated):  # those are noticed later
+        if unraisable.exc_type not in (KeyboardInterrupt, Terminated, HungUp):  # those are noticed later
             say(unraisable)
 
     # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a

@@ -21,7 +21,7 @@ from kdnas.errors import tell
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A signal to a whole process group has reached the child by then; one that has not was for the parent alone.
 WAIT_SECONDS = 0.3
 # So long a child may take for its end after a second signal: native code hears of none.
@@ -83,7 +83,7 @@ def supervise(command: Callable[[], int]) -> int:
         command: gives an exit code.
 
     Returns:
-        The exit code; 130 or 143 after a signal; 1 where the child died of something else than a candidate.
+        The exit code; 130, 143 or 129 after a signal; 1 where the child died of something else than a candidate.
     """
     if not hasattr(os, "fork") or "torch" in sys.modules or sys.gettrace():
         return command()
@@ -95,7 +95,7 @@ def supervise(command: Callable[[], int]) -> int:
         if asked or not _at_candidate[0]:
             what = "interrupted" if asked else f"the process died ({cause(code)})"
             tell(f"{what}; the same command goes on from here.")
-            return (130 if asked[0] == signal.SIGINT else 143) if asked else 1
+            return {signal.SIGINT: 130, signal.SIGHUP: 129}.get(signal.Signals(asked[0]), 143) if asked else 1
         log.warning("The process died (%s) with its candidate; the search goes on in another.", cause(code))
         _at_candidate[0] = 0
         EARLIER.deaths[pid] = cause(code)
@@ -131,6 +131,8 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
             os.kill(pid, signal.SIGKILL)
 
     def pass_on(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGHUP:  # a shell and the system send one each: it is no second request
+            return
         asked.append(number)
         if len(asked) == 2:
             signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)

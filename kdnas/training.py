@@ -25,7 +25,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from kdnas.errors import UserError, first_line
 from kdnas.precision import trainer_precision
 from kdnas.runs import new_file
-from kdnas.signals import TERMINATIONS, Terminated, honest_signals, notice_signals
+from kdnas.signals import TERMINATIONS, honest_signals, notice_signals, stop_of
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
@@ -323,13 +323,15 @@ class KeepLast(pl.Callback):
             torch.cuda.set_rng_state(self._random["cuda"])
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *TERMINATIONS)}
+            numbers = [n for n in (signal.SIGINT, *TERMINATIONS) if signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in numbers}
 
     def _ask(self, signum: int, frame: Any) -> None:
-        stop = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+        if self._asked and signum == signal.SIGHUP:  # a shell and the system send one each: it is no second request
+            return
         if self._asked:
-            raise stop
-        self._asked, self._asked_at = stop, time.monotonic()
+            raise stop_of(signum)
+        self._asked, self._asked_at = stop_of(signum), time.monotonic()
 
     def on_validation_batch_end(self, *args: Any) -> None:
         if self._asked and time.monotonic() - self._asked_at > LONGEST_WAIT:

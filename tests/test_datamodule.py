@@ -27,7 +27,7 @@ from kdnas.errors import UserError
 from kdnas.models import find_teacher
 
 PAD = 3
-TOLD = [int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)]
+TOLD = [int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)]
 
 
 def write(path: Path, train: list[str], held_out: list[str]) -> Path:

@@ -146,6 +146,36 @@ def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
     assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
 
 
+HANG = """
+from kdnas.signals import stop_of
+if heard := signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, told)
+note("ready")
+while not os.path.exists(NOTES + ".end"):
+    time.sleep(0.02)
+note("kept")
+if heard:
+    raise stop_of(signal.SIGHUP)
+""".strip()
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_terminal_that_is_closed_ends_it_unless_nohup_keeps_that_away(is_ignored, tmp_path):
+    """A shell and the system send a signal each, and the second is no request to end at once."""
+    notes = tmp_path / "notes"
+    process = subprocess.Popen(
+        ["sh", "-c", "trap '' HUP; exec \"$@\"" if is_ignored else 'exec "$@"', "sh", *program(HANG, notes, 0.1)],
+        start_new_session=True,
+    )
+    wait_for(notes, "ready")
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGHUP)
+        time.sleep(2 * supervisor.WAIT_SECONDS)
+    Path(f"{notes}.end").touch()
+    assert process.wait(timeout=30) == (0 if is_ignored else 129)
+    assert seen(notes) == ["begun", "ready", *["told SIGHUP"] * (0 if is_ignored else 2), "kept", "ended"]
+
+
 def test_the_child_ends_with_its_parent(tmp_path):
     notes = tmp_path / "notes"
     process = subprocess.Popen(program("note('ready')\ntime.sleep(60)", notes))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
-from kdnas.signals import Terminated, honest_signals
+from kdnas.signals import HungUp, Terminated, honest_signals
 from kdnas.training import (
     ClipFusedGradients,
     KeepLast,
@@ -197,7 +197,7 @@ def test_ctrl_c_is_a_keyboard_interrupt(tmp_path):
         fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(interrupt)]), Steep(), Data())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_terminations_are_told_from_ctrl_c_within_a_fit_and_outside(number, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "1")  # where Lightning would queue the job again
@@ -207,9 +207,24 @@ def test_terminations_are_told_from_ctrl_c_within_a_fit_and_outside(number, tmp_
     with pytest.raises(Terminated):
         fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), kill]), Steep(), Data())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
-    with pytest.raises(Terminated), honest_signals():
+    with pytest.raises(Terminated) as stopped, honest_signals():
         os.kill(os.getpid(), number)
+    assert (stopped.type is HungUp) == (number == signal.SIGHUP)
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_hangup_that_is_ignored_stays_so_and_one_that_is_told_twice_is_one(tmp_path, monkeypatch):
+    hang_up = Call(lambda trainer, module: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), hang_up]), Steep(), Data())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (tmp_path / "last.ckpt").unlink()
+    with pytest.raises(HungUp):
+        keep = KeepLast(tmp_path / "last.ckpt")
+        fit(make_trainer(settings(), tmp_path / "fit", 1, [keep, hang_up, hang_up]), Steep(), Data())
+    assert (tmp_path / "last.ckpt").exists()
 
 
 class Deaf:

@@ -136,7 +136,7 @@ def outlive_signals(index: int) -> None:
     # The thread that hands tensors over would tell the main process's end in the middle of one, with a traceback.
     told = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError | EOFError) else told(kind, *rest)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
