@@ -1,10 +1,14 @@
 """The graph that users deploy: fed with a batch, written as ONNX, in int8, and run."""
 
+import errno
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -102,7 +106,10 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-    with _quiet("root"):  # it recommends a preparation of its own that changes nothing here
+    with (
+        _told_if_full(source, target),
+        _quiet("root"),
+    ):  # it recommends a preparation of its own that changes nothing here
         if calibration is None:
             quantize_dynamic(
                 source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8
@@ -149,6 +156,20 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
 def config_beside(path: Path) -> PreTrainedConfig:
     """The config in the folder of a graph."""
     return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _told_if_full(source: Path, target: Path) -> Iterator[None]:
+    """Native code writes a copy of the graph, and does not say where a full disk has cut it: its reader fails."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        for place in (source.parent, target.parent, Path(tempfile.gettempdir())):
+            if disk_usage(place).free < source.stat().st_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place / target.name)) from error
+        raise
 
 
 @contextmanager

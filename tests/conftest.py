@@ -3,7 +3,9 @@
 import functools
 import gc
 import os
+import shutil
 import signal
+import subprocess
 
 from kdnas.cli import set_environment
 
@@ -283,3 +285,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "rows.txt"
     path.write_text("\n".join(make_rows(120)) + "\n")
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk, and not everywhere; full disks are injected elsewhere here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

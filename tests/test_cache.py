@@ -8,11 +8,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,18 +321,6 @@ def test_a_folder_that_does_not_fit_is_named(folder, monkeypatch):
         UserError, match=rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', [\d,]+ are free"
     ):
         open_cache(folder).build(FakeTeacher(), BATCH_TOKENS)
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk, and not everywhere; full disks are injected elsewhere here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_while_the_cache_is_built(small_disk, monkeypatch):

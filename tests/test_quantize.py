@@ -1,6 +1,8 @@
 """The int8 graph: how it is chosen and what is reported."""
 
+import errno
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,28 @@ def test_matrices_have_a_scale_a_column_and_the_table_of_words_is_in_eight_bits(
         assert arrays[f"{weight.name}_scale"].shape == (weight.dims[1],)
     (words,) = (one for one in exact.graph.initializer if one.name.endswith("word_embeddings.weight"))
     assert arrays[f"{words.name}_quantized"].dtype.itemsize == 1
+
+
+@pytest.mark.parametrize("full", ["its folder", "the temporary one"])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_a_full_disk_that_native_code_does_not_tell_is_told(
+    is_static: bool, full: str, graph: Path, rows: Rows, small_disk: Path, tmp_path: Path, monkeypatch
+) -> None:
+    folder = small_disk if full == "its folder" else tmp_path
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if full == "its folder" else small_disk))
+    source = shutil.copy(graph, folder / "model.onnx")
+    failed = []
+    for share in (0.0, 0.5, 0.9, 9.0):
+        room = shutil.disk_usage(small_disk).free - int(share * graph.stat().st_size)
+        (small_disk / "filler").write_bytes(bytes(max(0, room)))
+        try:
+            write_int8(source, folder / "int8.onnx", rows.choose if is_static else None)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            failed.append(share)
+        for path in (small_disk / "filler", folder / "model-inferred.onnx", folder / "int8.onnx"):
+            path.unlink(missing_ok=True)
+    assert failed == [0.0, 0.5, 0.9]
 
 
 def test_cosine_by_hand() -> None:
