@@ -33,7 +33,7 @@ from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, load_classifier, max_length, num_parameters, state_sha256
 from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress, live_progress
-from kdnas.runs import Run, read_json, short_names, write_json, write_text
+from kdnas.runs import Run, read_json, short_names, sweep, write_json, write_text
 from kdnas.signals import honest_signals
 from kdnas.training import TrainerSettings
 
@@ -364,6 +364,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     try:
         with FileLock(run.folder / "run.lock", blocking=False), live_progress(console) as progress:
             run.manifest.unlink(missing_ok=True)  # until the end again
+            sweep(run.folder)
             write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
             results = Comparison(
                 run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress

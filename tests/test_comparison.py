@@ -14,7 +14,7 @@ from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.task_distill import TaskDistillSettings
 from kdnas.glue.tasks import TASKS, load_task
 from kdnas.models import load_classifier
-from kdnas.runs import short_names, write_text
+from kdnas.runs import short_names, this_host, write_text
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,11 @@ def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
     assert [Path(run["folder"], "model").exists() for run in runs] == [True, False, True, False]
     before, asked = times(tmp_path), results(tmp_path)
     assert len(before) == 4
+    half = tmp_path / "logs" / "mine" / "student" / f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh"
+    half.parent.mkdir(exist_ok=True)
+    half.touch()  # as a kill leaves it
     assert main(command) == 0
-    assert times(tmp_path) == before and results(tmp_path) == asked
+    assert times(tmp_path) == before and results(tmp_path) == asked and not half.exists()
     assert main(["verify", str(tmp_path / "logs" / "mine")]) == 0
     for share, is_told in ((0.5, True), (0.0, False)):
         for row in asked["models"].values():

@@ -306,10 +306,7 @@ def search(
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
             interruption, away = (
                 next((cause for cause in earlier if isinstance(cause, kind)), None)
-                for kind in (
-                    KeyboardInterrupt,
-                    (StoreAway, StoreDamaged),
-                )  # a full disk can be read, so the latter may be over
+                for kind in (KeyboardInterrupt, (StoreAway, StoreDamaged))  # a full disk can be read: it may be over
             )
             stop = interruption or ((store.stopped or store.away or away) if store else None)
             if store is None or stop is None:
