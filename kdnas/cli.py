@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, nearest, tell
+from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, causes, nearest, tell
 from kdnas.pages import completion, options_of, page, refuse_unknown
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
@@ -98,12 +98,19 @@ def _exit_code(args: list[str]) -> int:
     except OSError as error:  # a disk that is full or gone; what is finished is kept
         from kdnas.runs import room
 
+        # To a terminal that was closed nothing can be written: the signal came first.
+        if stop := next((cause for cause in causes(error) if type(cause).__name__ == "HungUp"), None):
+            return _interrupted(stop, args)
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
-        tell(f"interrupted{_goes_on(args)}")
-        return {"Terminated": 143, "HungUp": 129}.get(type(stop).__name__, 130)
+        return _interrupted(stop, args)
     return 0
+
+
+def _interrupted(stop: BaseException, args: list[str]) -> int:
+    tell(f"interrupted{_goes_on(args)}")
+    return {"Terminated": 143, "HungUp": 129}.get(type(stop).__name__, 130)
 
 
 def _set_log_level(args: list[str]) -> list[str]:

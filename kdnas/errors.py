@@ -60,6 +60,14 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
     return f"{hint} Choose from: {', '.join(names)}." if always_list or not close else hint
 
 
+class StoreAway(OSError):
+    """The study's database has been away for too long."""
+
+
+class StoreDamaged(UserError):
+    """The file of the study's database is not whole, which no waiting mends."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, to put into one of ours; its name where it says nothing."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()

@@ -15,6 +15,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from kdnas.errors import first_line
 from kdnas.families import marks_pairs, max_length
 
 OPSET = 20
@@ -168,7 +169,8 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
     except Exception as error:
         for place in (source.parent, target.parent, Path(tempfile.gettempdir())):
             if disk_usage(place).free < source.stat().st_size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place / target.name)) from error
+                words = f"{os.strerror(errno.ENOSPC)} ({first_line(error)})"
+                raise OSError(errno.ENOSPC, words, str(place / target.name)) from error
         raise
 
 

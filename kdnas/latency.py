@@ -127,7 +127,7 @@ def measured_by(how: Mapping[str, Any]) -> str:
     """
     how = {**asdict(LatencySettings()), **how}
     length, num_threads = "workload" if how["lengths"] else how["length"], how["num_threads"]
-    shape = f"batch {how['batch_size']} x {length}"
+    shape = f"batch {'of at most ' if how['lengths'] else ''}{how['batch_size']} x {length}"
     return f"{how['backend']} on {how['device']}, {shape}, {num_threads} thread{'s' * (num_threads > 1)}"
 
 

@@ -67,7 +67,7 @@ class RandomStart(Start):
 class FromEmbeddings(Start):
     """The embedding tables alone, projected on the first H_s principal components; layers stay random.
 
-    The components are those of the teacher's embedding output over its vocabulary.
+    The components are those of the teacher's embedding output over its vocabulary. Tables as wide are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -76,9 +76,10 @@ class FromEmbeddings(Start):
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
         self.check(student.config, teacher.config)
-        basis_TS = embedding_basis(teacher, student.config.hidden_size)
+        theirs, ours = teacher.config.hidden_size, student.config.hidden_size
+        basis_TS = torch.eye(ours) if ours == theirs else embedding_basis(teacher, ours)
         start_embeddings(student, teacher, basis_TS)
-        return Started(copied_tables(student))
+        return Started(copied_tables(student, teacher))
 
 
 class FromTeacher(Start):
@@ -118,7 +119,7 @@ class FromTeacher(Start):
         if not narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
             return FromEmbeddings()(student, teacher, rows)
-        return Started(copied_tables(student), narrow(student, teacher, rows))
+        return Started(copied_tables(student, teacher), narrow(student, teacher, rows))
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)

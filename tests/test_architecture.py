@@ -56,6 +56,7 @@ nas/controller.py
 nas/sampler.py
 nas/callbacks.py
 nas/candidate.py
+nas/unsent.py
 nas/storage.py
 nas/search.py
 nas/trials.py

@@ -26,6 +26,7 @@ from kdnas.errors import UserError
 from kdnas.models import find_teacher
 from kdnas.pages import EXAMPLES
 from kdnas.runs import this_host
+from kdnas.signals import HungUp, Terminated
 from kdnas.teacher_files import refuse_early
 from kdnas.training import WholeFiles
 
@@ -805,6 +806,21 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     error = refused([command, "--config", str(config), "--ckpt_path=memory://evil.ckpt"], capsys)
     assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(HungUp, 129), (Terminated, 3)])
+def test_a_closed_terminal_cannot_be_written_to_but_a_disk_that_fails_while_it_ends_is_told(
+    stop: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unwind(args: list[str]) -> None:
+        try:
+            raise stop
+        finally:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(COMMANDS, "space", unwind)
+    assert main(["space"]) == code
+    assert ("Input/output error" in capsys.readouterr().err) is (code == 3)
 
 
 def test_disk_that_fills_up_ends_with_one_line_and_goes_on(

@@ -176,7 +176,7 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert main([*grid, "--grid.held_out=0.25", "--seeds=2"]) == 0
     assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
     assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [run for run in runs if run["kind"] == "grid"]
-    assert capsys.readouterr().out.count("grid_8_0.5: not tried again, the loss is nan") == 2
+    assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again: the loss is nan") == 2
 
 
 def test_grid_alone_has_the_originals_lists(capsys):

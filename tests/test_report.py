@@ -293,7 +293,7 @@ def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
     assert config.trainer == TrainerSettings(accelerator="cpu", gradient_clip_val=0.5)
     assert config.latency == LatencySettings(**asked["latency"])
     assert (config.seeds, len(config.model)) == (3, 2) and "batch_size" not in command and "auto" not in command
-    assert "the median, by onnxruntime-int8 on cpu, batch 1 x workload, 2 threads; IQR" in page
+    assert "the median, by onnxruntime-int8 on cpu, batch of at most 1 x workload, 2 threads; IQR" in page
 
 
 def test_the_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):

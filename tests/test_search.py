@@ -658,6 +658,16 @@ def test_a_file_that_a_loaders_worker_does_not_find_is_the_candidates_fault(stud
     assert study.trials[0].user_attrs["failed"] == "FileNotFoundError: [Errno 2] No such file or directory"
 
 
+def test_an_error_of_the_candidates_own_code_without_a_number_is_its_fault(study):
+    def no_source(trial, arch):
+        if trial.number == 0:
+            raise OSError("could not get source code")
+        return value_of(trial, arch)
+
+    search(no_source, SPACE, study, n_trials=1)
+    assert study.trials[0].user_attrs["failed"] == "OSError: could not get source code"
+
+
 def test_a_trial_ends_and_is_queued_again_at_one_instant(study, reopen, monkeypatch):
     def killed(*args):
         raise SystemExit

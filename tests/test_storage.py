@@ -12,19 +12,13 @@ from sqlalchemy import event, make_url
 from sqlalchemy.exc import InternalError, OperationalError, PendingRollbackError
 
 import kdnas.nas.storage
-from kdnas.errors import UserError
-from kdnas.nas.record import trained
-from kdnas.nas.search import open_study, search
+from kdnas.errors import StoreAway, StoreDamaged, UserError
+from kdnas.nas.record import best_of, trained
+from kdnas.nas.search import bury_dead, end_trial, open_study, search
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import (
-    StoreAway,
-    connect,
-    engine_options,
-    keep_result,
-    read_study,
-    sqlite_url,
-    without_password,
-)
+from kdnas.nas.storage import connect, engine_options, read_study, sqlite_url, without_password
+from kdnas.nas.trials import best_trial
+from kdnas.nas.unsent import keep_result
 from kdnas.runs import this_host
 
 SPACE = SearchSpace(
@@ -280,7 +274,7 @@ def test_a_damaged_page_is_told_in_one_line_whatever_reads_it(start, tmp_path):
             search(lambda trial, arch: 0.5, SPACE, start(), 3, folder=tmp_path)
         except UserError as error:
             told.append(str(error))
-    line = r"'.*study.db' is damaged \(.*\): restore a copy of it, or take another name \(--force-new does\)."
+    line = r"'.*study.db' is damaged \(.*\): restore a copy of it, or take another --name or --storage\."
     assert len(told) > 15 and all(re.fullmatch(line, text) for text in told)
 
 
@@ -387,8 +381,8 @@ def test_another_error_of_the_database_is_not_waited_for(start, pauses):
 def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tmp_path, caplog):
     study = start()
     trial = study.ask()
-    kdnas.nas.storage.keep_result(tmp_path, "s", trial.number, [["set_trial_user_attr", "loss", 1.0]], 0.5)
-    kdnas.nas.storage.keep_result(tmp_path, "other", 7, [], 0.5)
+    keep_result(tmp_path, "s", trial.number, [["set_trial_user_attr", "loss", 1.0]], 0.5)
+    keep_result(tmp_path, "other", 7, [], 0.5)
     study.tell(trial, state=optuna.trial.TrialState.FAIL)
     again = start()
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
@@ -396,17 +390,46 @@ def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tm
     assert "Trial 0 was given up" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "7"])
-def test_a_file_that_is_no_kept_result_is_told_in_one_line(content, start, tmp_path):
-    (tmp_path / "unsent_0000.json").write_text(content)
-    with pytest.raises(UserError, match=r"unsent_0000.json' is no result that was kept: move it away"):
-        start()
+@pytest.mark.parametrize("content", ["{}", "[]", "7", '{"study": '])
+def test_a_file_that_is_no_kept_result_is_told_and_stays_where_it_is(content, start, tmp_path, caplog):
+    path = tmp_path / "unsent_0000.json"
+    path.write_text(content)
+    start()
+    assert caplog.text.count(f"{path} is no result that was kept: move it away") == 1 and path.exists()
 
 
 def test_a_result_of_a_study_that_is_gone_stays_where_it_is(start, tmp_path, caplog):
-    path = kdnas.nas.storage.keep_result(tmp_path, "s", 7, [], 0.5)  # the database was made anew since
-    assert start().trials == []
+    path = keep_result(tmp_path, "s", 7, [], 0.5)  # the database was made anew since
+    study = start()
+    assert study.trials == []
     assert path.exists() and "in this one there is no trial 7" in caplog.text
+    trial = study.ask()
+    bury_dead(study, trial.number)
+    assert path.exists() and caplog.text.count("in this one there is no trial 7") == 1
+    keep_result(tmp_path, "s", 7, [], 0.5)  # another one of the same name is looked at
+    bury_dead(study, trial.number)
+    assert caplog.text.count("in this one there is no trial 7") == 2
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        best_trial,
+        lambda study: best_of(study, SPACE, math.inf),
+        lambda study: end_trial(study, study.trials[0], "died", ""),
+    ],
+)
+def test_a_damaged_file_is_not_taken_for_a_study_without_a_best_trial(look, start, monkeypatch):
+    study = start()
+    study.ask()
+
+    def damaged(*args: object, **options: object) -> None:
+        raise StoreDamaged("it is damaged")
+
+    monkeypatch.setattr(optuna.Study, "best_trial", property(damaged))
+    monkeypatch.setattr(optuna.Study, "tell", damaged)
+    with pytest.raises(StoreDamaged):
+        look(study)
 
 
 def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch):

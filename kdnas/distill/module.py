@@ -215,7 +215,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
             # DDP takes the mean of the ranks' gradients: with this, that of all their rows. One may have no pairs.
             distributed.all_reduce(counts)
         loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)  # one rank's alone is no loss of anything
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -64,11 +64,16 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         norm.bias.copy_(their_norm.bias @ fold + shift)
 
 
-def copied_tables(student: PreTrainedModel) -> frozenset[str]:
+def copied_tables(student: PreTrainedModel, teacher: PreTrainedModel) -> frozenset[str]:
     """The names of the parameters that ``start_embeddings`` leaves as the teacher has them."""
-    if embedding_mapping(student) is None:
-        return frozenset()
-    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
+    tables: Any = student.embeddings
+    held, mapping = list(tables.parameters()), embedding_mapping(student)
+    if arch_of(student.config).hidden_size < arch_of(teacher.config).hidden_size:
+        held = held if mapping is not None else []
+    elif mapping is not None:
+        held += mapping.parameters()
+    copies = set(map(id, held))
+    return frozenset(name for name, parameter in student.named_parameters() if id(parameter) in copies)
 
 
 def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
@@ -228,6 +233,7 @@ class _Narrowing:
         z = self._fit_norm(part(names.attention_norm), z, target)
         inner = fit(part(names.intermediate), z, run["intermediate"][:, neurons])
         if end != source and self.is_as_wide:
+            del run, before, target, wanted
             run = self._teacher_layer(theirs[end], self.stream[end - 1].float())
         norm, before = theirs[end].get_submodule(names.output_norm), run["before_output_norm"]
         target, wanted = self._wanted(norm, self.stream[end].float(), before, self.output_scale[end])
@@ -359,12 +365,12 @@ def fit_linear(
     """
     outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
-    if not adds:
-        linear.weight[outputs], linear.bias[outputs] = 0.0, 0.0
-    lacks = targets.float() - F.linear(inputs.float(), linear.weight[outputs], linear.bias[outputs])
-    weight = ridge_map(inputs, lacks, strength).float()
-    linear.weight[outputs] += weight[:-1].T
-    linear.bias[outputs] += weight[-1]
+    weight, bias = linear.weight[outputs], linear.bias[outputs]
+    if adds:
+        targets = targets.float() - F.linear(inputs.float(), weight, bias)
+    found = ridge_map(inputs, targets, strength).float()
+    linear.weight[outputs] = found[:-1].T + (weight if adds else 0)
+    linear.bias[outputs] = found[-1] + (bias if adds else 0)
     return F.linear(inputs.float(), linear.weight, linear.bias)
 
 

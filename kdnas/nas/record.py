@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError
+from kdnas.errors import CandidateFailed, StoreDamaged, UserError
 from kdnas.nas.space import SearchSpace
 
 # What is said of a trial itself, and not of its candidate.
@@ -97,6 +97,8 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
     """
     try:
         best = study.best_trial
+    except StoreDamaged:
+        raise
     except ValueError as error:  # no trial is complete and feasible
         if failed(study) and not tried(study):
             reason = failure_of(failed(study)[-1])

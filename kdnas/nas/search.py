@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, UserError, as_raised, causes, first_line
+from kdnas.errors import CandidateFailed, StoreAway, StoreDamaged, UserError, as_raised, causes, first_line
 from kdnas.nas.record import (
     answer,
     best_of,
@@ -35,14 +35,11 @@ from kdnas.nas.space import SearchSpace
 from kdnas.nas.storage import (
     PATIENCE_SECONDS,
     PatientStorage,
-    StoreAway,
-    StoreDamaged,
     connect,
     is_alive_here,
     is_here,
-    keep_result,
-    take_up,
 )
+from kdnas.nas.unsent import keep_result, take_up
 from kdnas.signals import Terminated
 from kdnas.supervisor import EARLIER, candidate
 
@@ -138,7 +135,7 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
     dead = {trial.number for trial in running if is_here(trial) and not is_alive_here(trial)}
     if store := _store(study):  # who is dead by now keeps nothing more
         take_up(store, study._study_id)
-    for trial in running:
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         pid: int = trial.user_attrs.get("pid", 0)
         if is_here(trial) and pid == os.getpid() and number is not None:
             if trial.number != number:  # it was begun here, and the answer that said so was lost
@@ -169,6 +166,8 @@ def end_trial(
         if reason:
             optuna.Trial(study, trial._trial_id).set_user_attr(attribute, reason)
         study.tell(trial.number, state=TrialState.FAIL)
+    except StoreDamaged:
+        raise
     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
         if store:
             store.successors.pop(trial._trial_id, None)
@@ -185,6 +184,8 @@ def end_interrupted(study: Study, pids: Collection[int | None], stop: BaseExcept
     if store := _store(study):
         store.stopped = stop
     with suppress(StoreAway):
+        if store:
+            take_up(store, study._study_id)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if is_here(trial) and trial.user_attrs["pid"] in pids:
                 end_trial(study, trial, "failed", _interrupted(stop), _again(trial))
@@ -280,8 +281,8 @@ def search(
                 if isinstance(error, (optuna.TrialPruned, StoreAway, StoreDamaged)):
                     raise
                 if isinstance(error, OSError):
-                    error = as_raised(error)
-                    if error.errno is None or error.errno in DISK_ERRORS:
+                    is_loader_s, error = str(error).startswith("Caught "), as_raised(error)
+                    if error.errno in DISK_ERRORS or (error.errno is None and is_loader_s):
                         raise error
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error

@@ -19,8 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from kdnas.errors import UserError, first_line
-from kdnas.runs import is_alive, process_start, read_json, this_host, write_json
+from kdnas.errors import StoreAway, StoreDamaged, UserError, first_line
+from kdnas.nas.unsent import KEPT, take_up
+from kdnas.runs import is_alive, process_start, this_host
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +35,13 @@ HURRY_SECONDS = 2.0
 GRACE_SECONDS = 900
 
 
-class StoreAway(OSError):
-    """The database has been away for too long."""
-
-
-class StoreDamaged(UserError):
-    """The database's file is not whole, which no waiting mends."""
-
-
 def _patient(call: Callable[..., Any]) -> Any:
     """The same call of RDBStorage, each of which is one transaction, tried until the database answers."""
 
     @functools.wraps(call)
     def patient(self: "PatientStorage", *args: Any, **options: Any) -> Any:
         begin, pause = time.monotonic(), 0.1
-        if call.__name__ in _KEPT:
+        if call.__name__ in KEPT:
             self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
         while True:
             try:
@@ -74,7 +67,7 @@ def _patient(call: Callable[..., Any]) -> Any:
                 patience = HURRY_SECONDS if self.stopped else PATIENCE_SECONDS
                 if self.away or disk or time.monotonic() > begin + patience:
                     self.away = StoreAway(disk or f"The study's database has not answered for {patience:g} s")
-                    if call.__name__ in _KEPT:
+                    if call.__name__ in KEPT:
                         self.skipped.add(args[0])
                         return None  # it is written down with the result, or before the trial's next call
                     raise self.away from error
@@ -98,7 +91,6 @@ def _patient(call: Callable[..., Any]) -> Any:
 # The last is what Optuna's own second query says after the first was cut.
 _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 _AWAY_STATES = ("25006", "25P03")  # PostgreSQL's: read-only, as after a failover; too slow within a transaction
-_KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -117,7 +109,7 @@ def _refuse_damaged(error: BaseException, database: str | None) -> None:
     name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         what = f"{database!r} is damaged ({first_line(error)})"
-        raise StoreDamaged(f"{what}: restore a copy of it, or take another name (--force-new does).") from error
+        raise StoreDamaged(f"{what}: restore a copy of it, or take another --name or --storage.") from error
 
 
 def _disk_failure(error: BaseException, database: str | None) -> str:
@@ -170,7 +162,7 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None]) -> None:
         self.successor = successor
         self.folder: Path | None = None  # of the run, where results are kept that the database could not take
-        self.foreign: set[Path] = set()  # those of a study that is gone
+        self.foreign: set[tuple[Path, int]] = set()  # those that are not this study's, with their times
         self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
@@ -257,6 +249,7 @@ class PatientStorage(RDBStorage):
         try:
             super().record_heartbeat(trial_id)
         except (StorageInternalError, DBAPIError) as error:
+            self.engine.dispose()  # the next one, by another connection
             log.debug("No heartbeat of trial %d: %s", trial_id, error)
 
 
@@ -297,9 +290,10 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
             raise UserError(f"The database {without_password(url)!r} cannot be used ({first_line(error)}).") from error
         except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             cause = _cause(error)
-            _refuse_damaged(cause, make_url(url).database)
-            if disk := isinstance(cause, DBAPIError) and _disk_failure(cause, make_url(url).database):
-                raise StoreAway(disk) from error
+            if isinstance(cause, DBAPIError):
+                _refuse_damaged(cause, make_url(url).database)
+                if disk := _disk_failure(cause, make_url(url).database):
+                    raise StoreAway(disk) from error
             may_come = patience > 0 and _is_away(cause)
             if may_come and time.monotonic() > begin + patience:
                 raise StoreAway(f"The study's database has not answered for {patience:g} s") from error
@@ -348,53 +342,3 @@ def read_study(storage: str | Path, name: str) -> optuna.Study:
 def without_password(url: str) -> str:
     """A database's URL that may be shown; it may be no URL at all."""
     return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url))
-
-
-def keep_result(
-    folder: Path, study: str, number: int, written: list[list[Any]], value: float, since: float | None = None
-) -> Path:
-    """Write down a finished trial that the database could not take; ``take_up`` gives it to it.
-
-    Args:
-        folder: of the run.
-        study: its name.
-        number: of the trial.
-        written: what was written of it, as ``PatientStorage`` keeps it.
-        value: of the trial.
-        since: when it began, by which it is told from another one of this number, in a study that was made anew.
-    """
-    path = folder / f"unsent_{number:04d}.json"
-    write_json(path, {"study": study, "number": number, "since": since, "written": written, "value": value})
-    return path
-
-
-def take_up(storage: PatientStorage, study_id: int) -> None:
-    """Give a study the results that were kept, each once; those of other studies are left alone."""
-    found = set(storage.folder.glob("unsent_*.json")) if storage.folder else set()
-    for path in sorted(found - storage.foreign):
-        try:
-            kept = read_json(path)
-            study_name, number, written, value = (kept[key] for key in ("study", "number", "written", "value"))
-        except FileNotFoundError:  # another start was faster
-            continue
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is no result that was kept: move it away.") from error
-        if study_name != storage.get_study_name_from_id(study_id):
-            continue
-        try:
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            if kept.get("since") not in (None, storage.get_trial(trial_id).user_attrs.get("since")):
-                raise KeyError(number)
-            for name, *args in written:
-                if name in _KEPT:
-                    getattr(storage, name)(trial_id, *args)
-            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
-            log.info("Trial %d: its result, which the database could not take, is stored.", number)
-        except UpdateFinishedTrialError:
-            if storage.get_trial(trial_id).state != TrialState.COMPLETE:  # by another, which took it up too
-                log.warning("Trial %d was given up by another worker before its result came.", number)
-        except KeyError:
-            log.warning("%s is of a study that is gone: in this one there is no trial %d, or another.", path, number)
-            storage.foreign.add(path)
-            continue
-        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from kdnas.arch import StudentArch
+from kdnas.errors import StoreDamaged
 from kdnas.latency import is_unsteady
 from kdnas.nas.record import failure_of
 from kdnas.tables import as_text, text_table
@@ -29,6 +30,8 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The best feasible candidate so far; None where there is none."""
     try:
         best = study.best_trial
+    except StoreDamaged:
+        raise
     except ValueError:  # no trial is complete
         return None
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]

@@ -19,9 +19,9 @@ import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from kdnas.errors import CandidateFailed
+from kdnas.errors import CandidateFailed, StoreAway
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
-from kdnas.nas.storage import PATIENCE_SECONDS, StoreAway, is_here
+from kdnas.nas.storage import PATIENCE_SECONDS, is_here
 from kdnas.precision import bf16_is_faster
 from kdnas.runs import nearest_folder
 from kdnas.signals import honest_signals, notice_signals
