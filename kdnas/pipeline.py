@@ -44,7 +44,7 @@ from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
 from kdnas.precision import gpu_name
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
-from kdnas.runs import Run, file_sha256, new_folder, read_json, write_json, write_text
+from kdnas.runs import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
 from kdnas.safe_yaml import read_yaml
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import EARLIER
@@ -236,6 +236,7 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
             timeout = 60 * timeout if timeout is not None else math.inf
             end = time.monotonic() + seconds
             refusal = run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
+            sweep(run.folder)  # what a worker that was killed has left half written
             if refusal and time.monotonic() < end and not is_over(study, job.space, settings.n_trials):
                 raise UserError(refusal)
             best = best_of(study, job.space, seconds)

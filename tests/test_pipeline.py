@@ -39,7 +39,7 @@ from kdnas.job import Job
 from kdnas.models import find_teacher
 from kdnas.nas.record import trained
 from kdnas.options import read_config
-from kdnas.runs import Run
+from kdnas.runs import Run, this_host
 from kdnas.safe_yaml import flat
 from kdnas.training import fit
 
@@ -767,14 +767,24 @@ def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypa
     assert re.findall(r"episode (\d): best so far", capsys.readouterr().out) == ["1", "2"]
 
 
-def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys):
+def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys, monkeypatch):
     """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
     options = [
         option for option in command[1:] if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
     ]
     sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
     search = ["search", *options, f"--sampler={sampler}", "--workers=2", "--search.n_trials=4"]
+    half = tmp_path / "logs" / "tiny" / "trial_0001" / f".student.safetensors.{this_host()}-{2**22 + 1}.abcdefgh"
+
+    def run_and_leave(*args: object) -> str | None:
+        refusal = pipeline_run_workers(*args)
+        half.touch()  # as a worker that is killed leaves it
+        return refusal
+
+    pipeline_run_workers = pipeline.run_workers
+    monkeypatch.setattr(pipeline, "run_workers", run_and_leave)
     assert main(search) == 0
+    assert not half.exists()
     shown = " ".join(capsys.readouterr().out.split())
     for episode in (1, 2):  # as each ends
         assert re.search(rf"episode {episode}: best so far [^;]*; best of this episode [^;]*", shown), shown
