@@ -260,6 +260,12 @@ def view_of(model: PreTrainedModel, batch: Batch) -> View:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def hangups_are_heard() -> None:
+    """Also under nohup, or where the tests' own terminal is gone."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where data modules keep tokenised texts that were told no other place; shared, as they are between runs."""
     with pytest.MonkeyPatch.context() as patch:
