@@ -28,7 +28,7 @@ class Started:
     """What a start did to a student.
 
     Args:
-        copied: names of the student's parameters that hold the teacher's values.
+        copied: names of the student's parameters that hold the teacher's values and learn at the rates of copies.
         heads: for each student layer, the teacher's heads that its own heads were made from; None: unrelated.
     """
 
@@ -79,7 +79,7 @@ class FromEmbeddings(Start):
         theirs, ours = teacher.config.hidden_size, student.config.hidden_size
         basis_TS = torch.eye(ours) if ours == theirs else embedding_basis(teacher, ours)
         start_embeddings(student, teacher, basis_TS)
-        return Started(copied_tables(student, teacher))
+        return Started(copied_tables(student))
 
 
 class FromTeacher(Start):
@@ -119,7 +119,7 @@ class FromTeacher(Start):
         if not narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
             return FromEmbeddings()(student, teacher, rows)
-        return Started(copied_tables(student, teacher), narrow(student, teacher, rows))
+        return Started(copied_tables(student), narrow(student, teacher, rows))
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)

@@ -141,9 +141,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         num_copied = len(self.started.copied) if self.started else 0
         return (
             f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
-            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} began as copies of the teacher's. "
-            "It learns:\n\n"
-            f"{terms}"
+            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} learn at the rates of copies. "
+            f"It learns:\n\n{terms}"
         )
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -64,16 +64,14 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         norm.bias.copy_(their_norm.bias @ fold + shift)
 
 
-def copied_tables(student: PreTrainedModel, teacher: PreTrainedModel) -> frozenset[str]:
-    """The names of the parameters that ``start_embeddings`` leaves as the teacher has them."""
-    tables: Any = student.embeddings
-    held, mapping = list(tables.parameters()), embedding_mapping(student)
-    if arch_of(student.config).hidden_size < arch_of(teacher.config).hidden_size:
-        held = held if mapping is not None else []
-    elif mapping is not None:
-        held += mapping.parameters()
-    copies = set(map(id, held))
-    return frozenset(name for name, parameter in student.named_parameters() if id(parameter) in copies)
+def copied_tables(student: PreTrainedModel) -> frozenset[str]:
+    """The names of the tables that ``start_embeddings`` always leaves as the teacher has them: those of an own width.
+
+    Others may be its copies too, but what follows them is not, so they learn as new ones (LOG.md).
+    """
+    if embedding_mapping(student) is None:
+        return frozenset()
+    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
 
 
 def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
