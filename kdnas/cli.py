@@ -17,6 +17,7 @@ from typing import Any
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, causes, nearest, tell
 from kdnas.pages import completion, options_of, page, refuse_unknown
+from kdnas.signals import HungUp, exit_code
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
@@ -99,18 +100,18 @@ def _exit_code(args: list[str]) -> int:
         from kdnas.runs import room
 
         # To a terminal that was closed nothing can be written: the signal came first.
-        if stop := next((cause for cause in causes(error) if type(cause).__name__ == "HungUp"), None):
-            return _interrupted(stop, args)
+        if any(isinstance(cause, HungUp) for cause in causes(error)):
+            return _interrupted(HungUp, args)
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
-        return _interrupted(stop, args)
+        return _interrupted(type(stop), args)
     return 0
 
 
-def _interrupted(stop: BaseException, args: list[str]) -> int:
+def _interrupted(stop: type[BaseException], args: list[str]) -> int:
     tell(f"interrupted{_goes_on(args)}")
-    return {"Terminated": 143, "HungUp": 129}.get(type(stop).__name__, 130)
+    return exit_code(stop)
 
 
 def _set_log_level(args: list[str]) -> list[str]:

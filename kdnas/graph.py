@@ -107,10 +107,8 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-    with (
-        _told_if_full(source, target),
-        _quiet("root"),
-    ):  # it recommends a preparation of its own that changes nothing here
+    # Its logger, the root one, recommends a preparation of its own that changes nothing here.
+    with _told_if_full(source, target), _quiet("root"):
         if calibration is None:
             quantize_dynamic(
                 source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8

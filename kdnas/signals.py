@@ -25,6 +25,11 @@ def stop_of(number: int) -> type[KeyboardInterrupt]:
     return {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}.get(signal.Signals(number), Terminated)
 
 
+def exit_code(stop: type[BaseException]) -> int:
+    """130 after Ctrl-C, else 143 or 129: 128 and the number of the signal, SIGUSR1 as SIGTERM."""
+    return 129 if issubclass(stop, HungUp) else 143 if issubclass(stop, Terminated) else 130
+
+
 def notice_signals() -> None:
     """Raise again what Python has swallowed: it prints and ignores an exception in a finaliser, and a signal's too.
 

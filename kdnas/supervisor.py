@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdnas.errors import tell
+from kdnas.signals import exit_code, stop_of
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def supervise(command: Callable[[], int]) -> int:
         if asked or not _at_candidate[0]:
             what = "interrupted" if asked else f"the process died ({cause(code)})"
             tell(f"{what}; the same command goes on from here.")
-            return {signal.SIGINT: 130, signal.SIGHUP: 129}.get(signal.Signals(asked[0]), 143) if asked else 1
+            return exit_code(stop_of(asked[0])) if asked else 1
         log.warning("The process died (%s) with its candidate; the search goes on in another.", cause(code))
         _at_candidate[0] = 0
         EARLIER.deaths[pid] = cause(code)

@@ -16,6 +16,7 @@ tables.py
 safe_yaml.py
 hub.py
 predict.py
+signals.py
 supervisor.py
 runs.py
 teacher_files.py
@@ -43,7 +44,6 @@ distill/cache.py
 distill/metrics.py
 distill/teacher.py
 distill/optimizers.py
-signals.py
 progress.py
 training.py
 distill/curves.py
