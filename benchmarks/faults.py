@@ -656,8 +656,8 @@ def damaged_study(bench: Bench, row: Row) -> None:
         (run / "study.db").write_bytes(damaged)
         code, error = bench.call(bench.search(name))
         row.tried += 1
-        refused = code == 2 and is_one_line(error) and "study.db" in error
-        row.fault("undetected", f"{what}: exit {code}, {error}", code != 0 and not refused)
+        refused = code == 2 and is_one_line(error) and ("study.db" in error or "no study" in error)
+        row.fault("undetected", f"{what}: exit {code}, {error}", not refused and (code != 0 or "cut" in what))
         if code == 0:
             unnoticed.append(what)
             values = bench.acknowledged(name)

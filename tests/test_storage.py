@@ -278,6 +278,21 @@ def test_a_damaged_page_is_told_in_one_line_whatever_reads_it(start, tmp_path):
     assert len(told) > 15 and all(re.fullmatch(line, text) for text in told)
 
 
+@pytest.mark.parametrize("left", [b"", b"S", None])
+def test_a_study_that_is_gone_while_its_candidates_are_not_is_no_new_one(left, start, tmp_path):
+    path = tmp_path / "study.db"
+    search(lambda trial, arch: (tmp_path / f"trial_{trial.number:04d}").mkdir() or 0.5, SPACE, start(), 2)
+    whole = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    for _ in range(2):  # nothing is made by the first that the second would take for the study
+        with pytest.raises(UserError, match="holds candidates of a search, but its database has no study 's' any more"):
+            start()
+    path.write_bytes(whole)
+    assert [trial.value for trial in start().trials] == [0.5] * 2
+
+
 class Malformed(sqlite3.DatabaseError):
     sqlite_errorname = "SQLITE_CORRUPT"
 

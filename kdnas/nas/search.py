@@ -76,10 +76,15 @@ def open_study(
 
     Raises:
         UserError: the database cannot be reached, or the study is there and its identity differs (each difference is
-            shown).
+            shown), or it is not, though the folder holds candidates of it.
         StoreAway: it was there, and has stayed away.
     """
     connected = connect(storage, _successor, PATIENCE_SECONDS if was_there else 0.0)
+    if folder and any(folder.glob("trial_*")) and name not in optuna.get_all_study_names(connected):
+        raise UserError(
+            f"{str(folder)!r} holds candidates of a search, but its database has no study {name!r} any more: restore "
+            f"a copy of it, give the --storage that it was, or give a new name, such as --name {name}-2."
+        )
     study = optuna.create_study(
         storage=connected,
         study_name=name,
