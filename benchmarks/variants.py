@@ -60,6 +60,7 @@ BETWEEN = dataclasses.replace(ARCH, hidden_size=288, intermediate_size=1152)
 # Epochs of fine-tuning; small students take more than their teachers (LOG.md).
 TASKS = {"stsb": 6, "cola": 4, "mrpc": 4, "sst2": 2}
 MOST_ROWS, HELD_OUT = 7_000, 0.25
+READ_WORDS = 96  # what max_length holds of a row
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
@@ -166,6 +167,46 @@ class _Residual(Criterion):
         fit_linear(self.projection, torch.cat([view.real(self.ours) for view in students]), target, strength=1e-3)
 
 
+def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
+    """The text with half of its training rows replaced by the tasks', without their labels, a pair as one row."""
+    rng = np.random.default_rng(0)
+    theirs = task_texts(tasks)
+    rows = pq.read_table(text).to_pydict()
+    ours = np.flatnonzero(np.array(rows["split"]) == "train")
+    replaced = rng.permutation(ours)[: min(len(ours) // 2, len(theirs))]
+    for row, chosen in zip(replaced, rng.permutation(len(theirs)), strict=False):
+        rows["text"][row] = theirs[chosen]
+    return write_rows(rows, folder / "task_rows.parquet")
+
+
+def at_task_lengths(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
+    """The text with what is read of its training rows cut into as many words as rows of the tasks have."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([len(row.split()) for row in task_texts(tasks)])
+    rows = pq.read_table(text).to_pydict()
+    pieces: list[tuple[str, str]] = []
+    for row, split in zip(rows["text"], rows["split"], strict=True):
+        words = row.split()[:READ_WORDS] if split == "train" else [row]
+        while words:
+            length = int(rng.choice(lengths))
+            pieces.append((" ".join(words[:length]), split))
+            words = words[length:]
+    texts, splits = zip(*pieces, strict=True)
+    return write_rows({"text": texts, "split": splits}, folder / "task_lengths.parquet")
+
+
+def task_texts(tasks: Sequence[LoadedTask]) -> list[str]:
+    """The training rows of all tasks, the sentences of a pair as one."""
+    return [" ".join(row) for task in tasks for row in zip(*(task.train[c] for c in task.task.columns), strict=True)]
+
+
+def write_rows(rows: dict[str, Any], path: Path) -> str:
+    """Write rows of text, and give their path."""
+    with new_file(path) as file:
+        pq.write_table(pa.table(rows), file)
+    return str(path)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One change to configs/fit.yaml.
@@ -174,7 +215,7 @@ class Variant:
         recipe: of ``Recipe``.
         data: of ``DataSettings``.
         arch: of the student.
-        task_rows: half of the rows are those that it will be fine-tuned on, without their labels.
+        rows: writes other rows, by the tasks, and gives their path.
         callbacks: makes the Trainer's.
         epochs: for ``--epochs``, as a factor.
         in_steps: half of the epochs, rounded down, go to a student of 288, which is then narrowed.
@@ -185,7 +226,7 @@ class Variant:
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     arch: StudentArch = ARCH
-    task_rows: bool = False
+    rows: Callable[[str, Sequence[LoadedTask], Path], str] | None = None
     callbacks: Callable[[], list[pl.Callback]] = list
     epochs: float = 1.0
     in_steps: bool = False
@@ -218,7 +259,8 @@ VARIANTS = {
     "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),
     "start-embeddings": Variant(recipe={"start": FromEmbeddings()}),
     "start-embeddings-fast": Variant(recipe={"start": FromEmbeddings(), **NEW_RATES}),
-    "task-rows": Variant(task_rows=True),
+    "task-rows": Variant(rows=with_task_rows),
+    "task-lengths": Variant(rows=at_task_lengths),
     "in-steps": Variant(in_steps=True),
     "masked-0": Variant(data={"masked_share": 0.0}),
     "masked-100": Variant(data={"masked_share": 1.0}),
@@ -246,20 +288,6 @@ VARIANTS = {
 SAME_ROWS = {"batch_tokens", "num_mask_variants"}  # what of the data leaves the held-out rows as they are
 
 
-def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
-    """The text with half of its training rows replaced by the tasks', the sentences of a pair as one row."""
-    rng = np.random.default_rng(0)
-    theirs = [" ".join(row) for task in tasks for row in zip(*(task.train[c] for c in task.task.columns), strict=True)]
-    rows = pq.read_table(text).to_pydict()
-    ours = np.flatnonzero(np.array(rows["split"]) == "train")
-    replaced = rng.permutation(ours)[: min(len(ours) // 2, len(theirs))]
-    for row, chosen in zip(replaced, rng.permutation(len(theirs)), strict=False):
-        rows["text"][row] = theirs[chosen]
-    with new_file(folder / "task_rows.parquet") as file:
-        pq.write_table(pa.table(rows), file)
-    return str(folder / "task_rows.parquet")
-
-
 def place_of(folder: Path, name: str, seed: int) -> Path:
     """Where a variant's run with one seed of distillation is kept."""
     return folder / (f"{name}-seed-{seed}" if seed else name)
@@ -276,7 +304,7 @@ def distil(
         distil("fit", seed, text, tasks, num_epochs, folder, progress)
     begun = place_of(folder, "fit", seed)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
-    text = with_task_rows(text, tasks, folder) if variant.task_rows else text
+    text = variant.rows(text, tasks, folder) if variant.rows else text
     recipe = dataclasses.replace(config.recipe, **variant.recipe)
     data_settings = dataclasses.replace(config.data, seed=seed, **variant.data)
     data = KDDataModule(TEACHER, text, data_settings, split=variant.split)
@@ -361,7 +389,7 @@ def show(folder: Path, seeds: Sequence[int], tasks: Sequence[str], path: Path) -
     for row in rows:
         cells = [" / ".join(f"{score:.3f}" for score in row["scores"][task]) for task in tasks]
         variant = VARIANTS[row["name"]]
-        comparable = variant.data.keys() <= SAME_ROWS and not variant.task_rows
+        comparable = variant.data.keys() <= SAME_ROWS and not variant.rows
         figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
         table.add_row(
             row["name"], str(row["kd_seed"]), *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}"
