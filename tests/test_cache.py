@@ -28,6 +28,7 @@ from kdnas.distill import cache as cache_module
 from kdnas.distill.cache import StateCache, cache_key
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
+from kdnas.nas.search import DISK_ERRORS
 
 LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 
@@ -235,6 +236,18 @@ def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first
     assert shards(folder) == before
     assert ("is damaged; its states are computed anew" in caplog.text) is (damage != "deleted")
     check(cache)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "100 bytes cut", "empty"])
+def test_a_shard_that_goes_while_the_cache_is_used_is_an_error_of_the_disk_that_names_it(folder, damage):
+    cache, _ = build(folder)
+    paths = sorted(folder.glob("*.bin"))
+    for path in paths:
+        DAMAGES[damage](path, path)
+    with pytest.raises(OSError, match="Stored teacher states were removed or cut while in use") as caught:
+        check(cache)
+    assert caught.value.filename in map(str, paths) and caught.value.errno in DISK_ERRORS
+    check(build(folder)[0])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,21 @@ def fake(num_hidden_layers: int, hidden_size: int) -> SimpleNamespace:
     return SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_hidden_layers, hidden_size=hidden_size))
 
 
+class Asking(HiddenStates):
+    def __init__(self, layers: set[int]) -> None:
+        self.asked = layers
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return self.asked
+
+
+@pytest.mark.parametrize("layer", [-2, 4, 1.5, "last"])
+def test_a_layer_that_is_not_there_is_refused_with_the_objective_s_name(layer):
+    assert needed_layers(Asking({-1, 0}), [2], 4) == [-1, 0, 3]
+    with pytest.raises(UserError, match=f"Asking asks for teacher layer {layer!r}: there are 0 to 3, and -1, the emb"):
+        needed_layers(Asking({0, layer}), [2], 4)
+
+
 # All objectives
 
 

@@ -168,6 +168,34 @@ def test_states_are_those_of_the_machine_s_precision_and_no_other_s_are_taken(te
     assert errors[1] < 0.005 < errors[0] == errors[2]  # float16 keeps three digits, bfloat16 two
 
 
+@pytest.mark.parametrize("changed", ["teacher", "text", "tokenizer"])
+def test_states_of_another_teacher_text_or_tokenizer_are_not_used_and_that_is_said(
+    changed, teacher, data, text_file, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, logger="kdnas")
+    settings, said = StatesSettings(str(tmp_path / "states")), "is of another teacher, text or setting, and is not used"
+    before = open_states(teacher, data, LAYERS, settings).source.folder
+    assert said not in caplog.text
+    folder = shutil.copytree(teacher.source, tmp_path / "teacher")
+    if changed == "teacher":
+        trained = find_teacher(str(folder)).load()
+        trained.embeddings.LayerNorm.bias.data += 0.1
+        trained.save_pretrained(folder)
+    elif changed == "text":
+        text_file = shutil.copy(text_file, tmp_path / "text.txt")
+        text_file.write_text("river and a mountain\n" + text_file.read_text())
+    else:
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"river": ', '"rivers": '))
+    other, rows = find_teacher(str(folder)), open_data(folder, text_file, num_mask_variants=3, mask_probability=0.4)
+    states = open_states(other, rows, LAYERS, settings)
+    assert states.source.folder != before and caplog.text.count(said) == 1
+    sample_ids = np.arange(9)
+    expected = oracle(other, rows, sample_ids)
+    for layer, found in states(rows.rows[0, sample_ids]).items():
+        assert close(found, expected[layer + 1])
+
+
 def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(teacher, data, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 12)
     settings = StatesSettings(str(tmp_path))

@@ -189,7 +189,11 @@ class StateCache:
             raise self._no_room(needed) from error
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """The stored states of a batch's real tokens: for each of the layers a tensor (N, H), float16 on the CPU."""
+        """The stored states of a batch's real tokens: for each of the layers a tensor (N, H), float16 on the CPU.
+
+        Raises:
+            OSError: a shard is gone, or cut, since ``build``.
+        """
         indices = [self.layers.index(layer) for layer in layers]
         variant = int(batch["variant"])
         sample_ids = batch["sample_ids"].cpu().numpy()
@@ -307,9 +311,15 @@ class StateCache:
         name = self._names[variant, shard]
         found = self._maps.pop(name, None)
         if found is None:
-            with (self.folder / name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            shape = (len(self.layers), self._num_tokens(shard))
+            shape, path = (len(self.layers), self._num_tokens(shard)), self.folder / name
+            try:
+                with path.open("rb") as file:
+                    is_whole = os.fstat(file.fileno()).st_size == self._num_bytes(shard)  # beyond its end is a SIGBUS
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if is_whole else None
+            except FileNotFoundError:
+                mapped = None
+            if mapped is None:
+                raise OSError(errno.ESTALE, "Stored teacher states were removed or cut while in use", str(path))
             found = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
             if len(self._maps) >= MOST_MAPS:
                 del self._maps[next(iter(self._maps))]  # the one that was not used for the longest time

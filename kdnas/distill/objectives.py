@@ -160,9 +160,20 @@ class Objective(ABC):
 
 
 def needed_layers(objective: Objective, depths: Iterable[int], num_teacher_layers: int) -> list[int]:
-    """The teacher layers that students of these depths need, ascending; the last always, for it is what is measured."""
-    needed = (objective.teacher_layers(depth, num_teacher_layers) for depth in depths)
-    return sorted(set().union({num_teacher_layers - 1}, *needed))
+    """The teacher layers that students of these depths need, ascending; the last always, for it is what is measured.
+
+    Raises:
+        UserError: the objective asks for a layer that is not there.
+    """
+    asked = (objective.teacher_layers(depth, num_teacher_layers) for depth in depths)
+    needed: set[int] = set().union({num_teacher_layers - 1}, *asked)
+    for layer in needed:
+        if layer not in range(-1, num_teacher_layers):
+            raise UserError(
+                f"{type(objective).__name__} asks for teacher layer {layer!r}: "
+                f"there are 0 to {num_teacher_layers - 1}, and -1, the embedding output."
+            )
+    return sorted(needed)
 
 
 class HiddenStates(Objective):
