@@ -6,16 +6,16 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB, make_batch, save_teacher, view_of
+from conftest import make_batch, make_config, save_teacher, view_of
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
 from kdnas.distill.narrowing import CalibrationRows, _best_factors, narrow
 from kdnas.errors import UserError
-from kdnas.models import build_student, family_of, find_teacher, state_sha256
+from kdnas.models import build_encoder, build_student, family_of, find_teacher, state_sha256
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start
 
 SHAPE = dict(num_hidden_layers=4, num_attention_heads=4, hidden_size=32, intermediate_size=64)
@@ -25,16 +25,9 @@ HELD_OUT = make_batch(24, 99, length=20)
 
 def build(family: str, **sizes: int) -> PreTrainedModel:
     """A random model with every bias and scale of its own."""
-    values = dict(
-        vocab_size=len(VOCAB),
-        max_position_embeddings=40,
-        type_vocab_size=1 if family == "roberta" else 3,
-        pad_token_id=3,
-        layer_norm_eps=1e-9,
-        initializer_range=0.2,
-    )
+    odd = {"roberta": dict(type_vocab_size=1), "distilbert": dict(layer_norm_eps=None)}.get(family, {})
     torch.manual_seed(0)
-    model = AutoModel.from_config(CONFIGS[family](**(values | sizes)), add_pooling_layer=False).eval()
+    model = build_encoder(make_config(family, **dict(layer_norm_eps=1e-9) | odd | sizes)).eval()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -182,7 +175,7 @@ def test_rows_that_remember_give_each_teacher_its_own(low_rank):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 @pytest.mark.parametrize("num_layers", [4, 2])
 def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_layers, monkeypatch):
     monkeypatch.setattr("kdnas.distill.narrowing.autocast", lambda device: nullcontext())
