@@ -25,7 +25,8 @@ from kdnas.nas.record import Study, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
-from kdnas.nas.storage import sqlite_url, without_password
+from kdnas.nas.storage import check_reachable, sqlite_url, without_password
+from kdnas.precision import keep
 from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import flat, read_yaml
@@ -102,7 +103,10 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     if not run.glue.exists() and not run.student.exists():  # what is exported stays
         free += ["finetune.", "task"]
     shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
-    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared})
+    is_stage_s = all(key.startswith(("finetune.", "task")) for key in shared if known[key] != asked[key])
+    begins_anew = run.glue.exists() and not run.student.exists() and is_stage_s
+    remedy = f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or " if begins_anew else ""
+    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared}, remedy)
 
 
 def is_whole(run: Run, config: Mapping[str, Any]) -> bool:
@@ -145,6 +149,8 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
     config.trainer.check()
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
+    if config.storage and not (is_worker or EARLIER.deaths):
+        check_reachable(config.storage)
     teacher = find_teacher(config.teacher)
     space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
     _check_objective(config.recipe.objective, teacher, space)
@@ -228,6 +234,9 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     if is_worker:
         return job
     sweep(run.folder)
+    begun_in = study.user_attrs.get("cpu_matmuls")
+    if (computed_in := keep(begun_in)) != begun_in:
+        study.set_user_attr("cpu_matmuls", computed_in)
     if study.user_attrs.get("budget") != (budget := as_plain(config.search.budget)):
         study.set_user_attr("budget", budget)
     is_done = is_complete(study, space, config.search.n_trials)

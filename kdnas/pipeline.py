@@ -166,10 +166,13 @@ def _alone(run: Run) -> Iterator[None]:
 def _search(job: Job, is_worker: bool = False) -> StudentArch:
     settings, run, study = job.config.search, job.run, job.study
     num_done = len(tried(study))
-    is_done = is_complete(study, job.space, settings.n_trials) or run.full_kd.exists()
-    if run.best_student.exists() and is_done:
-        job.console.print(f"Search: {num_done} candidates are done.")
-        return StudentArch.from_yaml(run.best_student)
+    is_done = run.full_kd.exists() or is_complete(study, job.space, settings.n_trials)
+    if is_done and run.best_student.exists():
+        known = StudentArch.from_yaml(run.best_student)
+        # A search that was prolonged, and stopped after its last candidate, has not told yet who is the best now.
+        if run.full_kd.exists() or known.to_dict() == best_of(study, job.space).user_attrs["arch"]:
+            job.console.print(f"Search: {num_done} candidates are done.")
+            return known
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states("mini")  # before the live display: building them shows its own bar

@@ -1,5 +1,6 @@
 """What a machine multiplies faster, bfloat16 or float32: measured, for the name of a processor does not tell."""
 
+import logging
 import os
 import time
 
@@ -7,6 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from kdnas.errors import UserError
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "KDNAS_CPU_MATMULS"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,6 +35,22 @@ def bf16_is_faster(device_type: str) -> bool:
     if (given := os.environ[VARIABLE]) not in DTYPES:
         raise UserError(f"{VARIABLE} is {given!r}: give bfloat16 or float32, or leave it out.")
     return given == "bfloat16"
+
+
+def keep(begun_in: str | None) -> str:
+    """Compute as what is gone on with was begun, whatever this machine is faster in.
+
+    Args:
+        begun_in: ``bfloat16`` or ``float32``; None: nothing is begun yet.
+
+    Returns:
+        What matmuls on a CPU are computed in from now on.
+    """
+    if begun_in is not None and begun_in != (given := os.environ.get(VARIABLE, begun_in)):
+        log.warning("This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given)
+    if begun_in is not None:
+        os.environ[VARIABLE] = begun_in
+    return "bfloat16" if bf16_is_faster("cpu") else "float32"
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:

@@ -108,6 +108,7 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
     hears, says = os.pipe()
     os.set_blocking(says, False)
     asked: list[int] = []
+    passed: list[int] = []  # of them, those that the child got from here
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is clear who handles them
     pid = os.fork()
@@ -139,8 +140,13 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
             signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
         end = time.monotonic() + WAIT_SECONDS
         while select.select([hears], [], [], max(0, end - time.monotonic()))[0]:
-            if os.read(hears, 1) in (b"", bytes([number])):  # it has ended, or knows
+            if not (heard := os.read(hears, 1)):  # it has ended
                 return
+            if heard[0] in passed:
+                passed.remove(heard[0])
+            elif heard[0] == number:  # it knows
+                return
+        passed.append(number)
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 

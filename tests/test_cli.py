@@ -18,12 +18,15 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 import kdnas.pipeline
+from kdnas.arch import StudentArch
 from kdnas.cli import COMMANDS, main
 from kdnas.config import SearchConfig
 from kdnas.data.datamodule import Batch
 from kdnas.distill.objectives import HiddenStates
 from kdnas.errors import UserError
+from kdnas.manifest import verify
 from kdnas.models import find_teacher
+from kdnas.nas.storage import read_study
 from kdnas.pages import EXAMPLES
 from kdnas.runs import this_host
 from kdnas.signals import HungUp, Terminated
@@ -70,6 +73,20 @@ def test_what_ended_while_nobody_looked_is_written_down_by_the_next_start(search
     assert main([*search, "--search.n_trials=5", "--quiet"]) == 0
     assert sorted(run.glob("trial_*/*.safetensors")) == kept and len(folders) == 3
     assert len((run / "trials.csv").read_text().splitlines()) == 6
+
+
+def test_the_best_of_a_search_that_was_prolonged_and_stopped_after_its_last_candidate_is_the_best_of_all(
+    search: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "logs" / "kdnas"
+    assert main([*search, "--search.n_trials=3", "--quiet"]) == 0
+    best = (run / "best_student.yaml").read_text()
+    others = [trial for trial in read_study(run / "study.db", "kdnas").trials if trial.state.name == "COMPLETE"]
+    worse = min(others, key=lambda trial: trial.value)
+    StudentArch.from_dict(worse.user_attrs["arch"]).to_yaml(run / "best_student.yaml")
+    (run / "manifest.json").unlink()
+    assert main([*search, "--search.n_trials=3", "--quiet"]) == 0
+    assert (run / "best_student.yaml").read_text() == best and verify(run)[1] == []
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -848,6 +865,7 @@ def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("kdnas: The database ") and "secret" not in error
     assert not list((tmp_path / "logs").rglob("config.yaml"))
+    assert "postgres" not in url or not (tmp_path / "logs").exists()
 
 
 def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(

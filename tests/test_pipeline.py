@@ -443,6 +443,18 @@ def test_another_config_under_the_same_name_is_refused(
     assert snapshot(finished_run) == before
 
 
+def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    monkeypatch.setenv("KDNAS_CPU_MATMULS", "bfloat16")
+    assert main(search) == 0
+    monkeypatch.setenv("KDNAS_CPU_MATMULS", "float32")
+    assert main([*search, "--search.n_trials=3"]) == 0
+    assert "begun with matmuls in bfloat16, not in float32, and goes on so" in caplog.text
+    assert os.environ["KDNAS_CPU_MATMULS"] == "bfloat16"
+
+
 def test_other_lengths_in_the_same_file_are_another_study(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -607,6 +619,12 @@ def test_what_changes_no_result_may_change_before_its_stage(
     assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
     assert main([*changed, "--space.hidden_size=[32]"]) == 2  # another space
     assert re.search(r"space\.hidden_size: .* there, \[32\] now", capsys.readouterr().err)
+    (run := tmp_path / "logs/tiny").joinpath("student").rename(tmp_path / "student")  # fine-tuning does not end
+    (run / "glue").mkdir()
+    assert main([*changed, "--finetune.learning_rate=1e-5"]) == 2
+    assert f"go back to them, delete '{run}/glue', and fine-tuning begins anew" in capsys.readouterr().err
+    (run / "glue").rmdir()
+    assert main([*changed, "--finetune.learning_rate=1e-5"]) == 0
     search = [option for option in command if not option.startswith(("--config", "--task", "--full", "--fine"))]
     longer = ["search", *search[1:], "--search.n_trials=3", "--data.pair_share=0.5", "--data.masked_share=0.5"]
     assert main(longer) == 2

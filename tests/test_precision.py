@@ -9,7 +9,7 @@ from torch import nn
 
 from kdnas import precision
 from kdnas.errors import UserError
-from kdnas.precision import VARIABLE, autocast, autocast_dtype, bf16_is_faster, trainer_precision
+from kdnas.precision import VARIABLE, autocast, autocast_dtype, bf16_is_faster, keep, trainer_precision
 from kdnas.training import TrainerSettings, make_trainer
 
 
@@ -62,6 +62,15 @@ def test_child_processes_take_what_their_parent_found(bf16_wins):
     code = "from kdnas import precision; precision._seconds = None; print(precision.trainer_precision('cpu'))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == ("bf16-mixed" if bf16_wins else "32-true")
+
+
+def test_what_is_gone_on_with_stays_as_it_was_begun(bf16_wins, monkeypatch, caplog):
+    assert keep(None) == ("bfloat16" if bf16_wins else "float32")
+    for begun_in in ("float32", "bfloat16"):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        assert keep(begun_in) == begun_in and not caplog.text
+        assert bf16_is_faster("cpu") == (begun_in == "bfloat16")
+    assert keep("float32") == "float32" and "begun with matmuls in float32, not in bfloat16" in caplog.text
 
 
 def test_what_the_environment_gives_is_taken_or_refused(bf16_wins, monkeypatch):

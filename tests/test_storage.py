@@ -475,7 +475,7 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
 def test_a_server_that_says_nothing_is_noticed_in_seconds_unless_its_url_says_otherwise(url, expected):
     arguments = engine_options(make_url(url))["connect_args"]
     assert arguments.get("connect_timeout") == expected
-    assert arguments.get("tcp_user_timeout") == (30_000 if "psycopg" in url or expected else None)
+    assert arguments.get("tcp_user_timeout") == (4_000 if "psycopg" in url or expected else None)
 
 
 @pytest.mark.parametrize("name", ["what?x=1", "a%20b", "{project}", "a{}", "#1 & more"])

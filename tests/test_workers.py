@@ -32,9 +32,10 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill, wait_for
 from kdnas.nas.record import failure_of, trained
-from kdnas.nas.search import end_trial, open_study, search
+from kdnas.nas.search import bury_dead, end_trial, open_study, search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers, worker_threads
+from kdnas.runs import this_host
 
 SPACE = SearchSpace(
     {
@@ -317,6 +318,54 @@ def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypa
     assert not begun
     _child(lambda *args: begun.append(args), 0, math.inf, os.getppid())
     assert begun == [(0, math.inf)]
+
+
+def watch_over_a_deaf_worker(url: str, folder: Path) -> None:
+    run_workers(
+        partial(deaf_at_a_trial, url, folder), 1, open_study(url, "s", {}), lambda *_: None, 600, folder.joinpath
+    )
+
+
+def deaf_at_a_trial(url: str, folder: Path, index: int, deadline: float) -> None:
+    def train(trial: optuna.Trial, arch: StudentArch) -> float:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # native code hears of none either
+        time.sleep(600)
+        return 0.5
+
+    search(train, SPACE, open_study(url, "s", {}), 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_worker_that_hears_no_signal_ends_with_its_parent_and_its_trial_is_tried_again(url, tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=watch_over_a_deaf_worker, args=(url, tmp_path))
+    parent.start()
+    study = open_study(url, "s", {})
+    while not (running := [t for t in study.get_trials(states=(TrialState.RUNNING,)) if "arch" in t.user_attrs]):
+        time.sleep(0.1)
+    assert running[0].user_attrs["starter"] == parent.pid != running[0].user_attrs["pid"]
+    time.sleep(0.5)  # until it is deaf
+    parent.kill()
+    parent.join()
+    search(lambda trial, arch: 0.5, SPACE, open_study(url, "s", {}), 1)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert study.trials[1].user_attrs["retry_of"] == 0
+
+
+def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, monkeypatch):
+    study, dead = open_study(url, "s", {}), {"host": this_host(), "pid": 2**22 + 1, "since": time.time()}
+    trial = study.ask()
+    for name, value in (dead | {"starter": os.getppid()}).items():
+        trial.set_user_attr(name, value)
+    bury_dead(study)
+    assert study.trials[0].state == TrialState.RUNNING, "another process will say what it died of"
+    trial.set_user_attr("starter", os.getpid())
+    bury_dead(study, deaths={2**22 + 1: "SIGKILL"})
+    assert (study.trials[0].state, study.trials[0].user_attrs["died"]) == (TrialState.FAIL, "SIGKILL")
+    other = study.ask()
+    for name, value in (dead | {"starter": 2**22 + 2}).items():
+        other.set_user_attr(name, value)
+    bury_dead(study)
+    assert study.trials[other.number].state == TrialState.FAIL, "nobody is left who would"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -36,6 +36,7 @@ from kdnas.nas.storage import (
     PATIENCE_SECONDS,
     PatientStorage,
     connect,
+    has_starter,
     is_alive_here,
     is_here,
 )
@@ -103,8 +104,8 @@ def open_study(
     return study
 
 
-def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to go on under a name that stands for something else.
+def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any], remedy: str = "") -> None:
+    """Refuse to go on under a name that stands for something else; ``remedy``: one more, where there is one.
 
     Raises:
         UserError: with every key that differs, what is known and what is asked for, and a new name.
@@ -112,7 +113,7 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
     if shown := differences(known, asked):
         raise UserError(
             f"The run {name!r} was made with other settings ({shown}): "
-            f"go back to them, or give a new name, such as --name {name}-2 (--force-new does)."
+            f"go back to them, {remedy}or give a new name, such as --name {name}-2 (--force-new does)."
         )
 
 
@@ -137,7 +138,7 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
     """
     buried: set[int] = set()
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    dead = {trial.number for trial in running if is_here(trial) and not is_alive_here(trial)}
+    dead = {t.number for t in running if is_here(t) and not is_alive_here(t) and not has_starter(t)}
     if store := _store(study):  # who is dead by now keeps nothing more
         take_up(store, study._study_id)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -376,7 +377,7 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
     while time.monotonic() <= end:
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = [trial for trial in running if trial.number < number]
+        before = [t for t in running if t.number < number or (t.number > number and "arch" in t.user_attrs)]
         num_missing = min(n_trials - len(tried(study)), len(space) - len(seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0

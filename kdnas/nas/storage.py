@@ -7,16 +7,17 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, event, make_url
+from sqlalchemy import URL, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from kdnas.errors import StoreAway, StoreDamaged, UserError, first_line
@@ -33,6 +34,8 @@ PATIENCE_SECONDS = 600.0
 HURRY_SECONDS = 2.0
 # No heart beats while the database is away.
 GRACE_SECONDS = 900
+# Of a worker: the process that started it, and will say what it died of.
+STARTER: dict[str, Any] = {}
 
 
 def _patient(call: Callable[..., Any]) -> Any:
@@ -44,6 +47,11 @@ def _patient(call: Callable[..., Any]) -> Any:
         if call.__name__ in KEPT:
             self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
         while True:
+            if self.stopped and self.away:  # each call would take seconds of the few that are left
+                if call.__name__ in KEPT:
+                    self.skipped.add(args[0])
+                    return None
+                raise self.away
             try:
                 if args and isinstance(args[0], int) and args[0] in self.skipped:
                     with suppress(UpdateFinishedTrialError):  # the call itself will say so
@@ -66,13 +74,13 @@ def _patient(call: Callable[..., Any]) -> Any:
                 disk = _disk_failure(cause, self.engine.url.database)
                 patience = HURRY_SECONDS if self.stopped else PATIENCE_SECONDS
                 if self.away or disk or time.monotonic() > begin + patience:
-                    self.away = StoreAway(disk or f"The study's database has not answered for {patience:g} s")
+                    self.away = StoreAway(disk or _unanswered(patience, cause))
                     if call.__name__ in KEPT:
                         self.skipped.add(args[0])
                         return None  # it is written down with the result, or before the trial's next call
                     raise self.away from error
                 if pause == 0.1:
-                    log.warning("The study's database does not answer; waiting for it.")
+                    log.warning("The study's database does not answer (%s); waiting for it.", first_line(cause))
                 try:
                     time.sleep(pause)
                 except KeyboardInterrupt as stop:
@@ -96,6 +104,10 @@ _AWAY_STATES = ("25006", "25P03")  # PostgreSQL's: read-only, as after a failove
 def _cause(error: BaseException) -> BaseException:
     """What SQLAlchemy said, where Optuna has wrapped it."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
+
+
+def _unanswered(patience: float, error: BaseException) -> str:
+    return f"The study's database has not answered for {patience:g} s ({first_line(error)})"
 
 
 def _is_away(error: BaseException) -> bool:
@@ -123,7 +135,8 @@ def _disk_failure(error: BaseException, database: str | None) -> str:
 
 def _owner() -> dict[str, Any]:
     # Optuna's own time of the start is local, and machines may be in different zones.
-    return {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid()), "since": time.time()}
+    owner = {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid()), "since": time.time()}
+    return owner | STARTER
 
 
 def is_here(trial: FrozenTrial) -> bool:
@@ -136,11 +149,17 @@ def is_alive_here(trial: FrozenTrial) -> bool:
     return is_here(trial) and is_alive(trial.user_attrs["pid"], trial.user_attrs.get("begun"))
 
 
+def has_starter(trial: FrozenTrial) -> bool:
+    """Whether another living process than this one watches over that of the trial."""
+    starter = trial.user_attrs.get("starter")
+    return starter not in (None, os.getpid()) and is_alive(starter, trial.user_attrs.get("starter_begun"))
+
+
 def engine_options(url: URL) -> dict[str, Any]:
     """SQLAlchemy's options for a connection whose end is noticed, also where the server's machine is gone."""
     libpq = {
-        "connect_timeout": 5,
-        "tcp_user_timeout": 30_000,  # ms; the kernel's own is a quarter of an hour
+        "connect_timeout": 2,
+        "tcp_user_timeout": 4_000,  # ms; the kernel's own is a quarter of an hour. After a signal there are ten seconds
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
@@ -275,11 +294,40 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
         UserError: it cannot be reached, its file is damaged, or its driver is not installed.
         StoreAway: its disk is full, or fails; or it has stayed away.
     """
+    storage = _reached(url, partial(PatientStorage, _literal(url), successor), patience)
+    if storage.engine.name == "sqlite":
+        # It locks at the first write of a transaction: two workers would take one trial out of the queue.
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
+
+
+def check_reachable(url: str) -> None:
+    """Look whether the server of a database answers; nothing is written. Of an SQLite file nothing is known before.
+
+    Raises:
+        UserError: it does not, or its driver is not installed.
+        StoreAway: its disk is full, or fails.
+    """
+
+    def answer() -> None:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            engine = create_engine(parsed, **engine_options(parsed))
+            engine.connect().close()
+            engine.dispose()
+
+    _reached(url, answer, 0.0)
+
+
+T = TypeVar("T")
+
+
+def _reached(url: str, make: Callable[[], T], patience: float) -> T:
+    """What ``make`` gives, which reaches a database; errors and arguments are those of ``connect``."""
     begin, tried = time.monotonic(), False
     while True:
         try:
-            storage = PatientStorage(_literal(url), successor)
-            break
+            return make()
         except ImportError as error:
             reason = first_line(error.__cause__ or error)
             raise UserError(
@@ -296,7 +344,7 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
                     raise StoreAway(disk) from error
             may_come = patience > 0 and _is_away(cause)
             if may_come and time.monotonic() > begin + patience:
-                raise StoreAway(f"The study's database has not answered for {patience:g} s") from error
+                raise StoreAway(_unanswered(patience, cause)) from error
             # Tried twice in any case: another worker may make the same tables at this moment.
             if not may_come and (tried or not isinstance(cause, DBAPIError)):
                 raise UserError(
@@ -305,10 +353,6 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
                 ) from error
             tried = True
             time.sleep(1)
-    if storage.engine.name == "sqlite":
-        # It locks at the first write of a transaction: two workers would take one trial out of the queue.
-        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return storage
 
 
 def read_study(storage: str | Path, name: str) -> optuna.Study:

@@ -21,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdnas.errors import CandidateFailed, StoreAway
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
-from kdnas.nas.storage import PATIENCE_SECONDS, is_here
+from kdnas.nas.storage import PATIENCE_SECONDS, STARTER, is_here
 from kdnas.precision import bf16_is_faster
-from kdnas.runs import nearest_folder
+from kdnas.runs import nearest_folder, process_start
 from kdnas.signals import honest_signals, notice_signals
 from kdnas.supervisor import cause
 
@@ -184,9 +184,10 @@ def run_workers(
 def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int) -> None:
     """A worker, which ends with the process that started it, also where that is killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG; native code hears of no other
     if os.getppid() != parent:  # killed before that, while this one imported
         raise SystemExit(INTERRUPTED)
+    STARTER.update(starter=parent, starter_begun=process_start(parent))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work(index, deadline)
