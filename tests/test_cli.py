@@ -6,14 +6,18 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import make_rows, save_teacher, write_task
+from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
@@ -27,6 +31,7 @@ from kdnas.errors import UserError
 from kdnas.manifest import verify
 from kdnas.models import find_teacher
 from kdnas.nas.storage import read_study
+from kdnas.nas.trials import in_words
 from kdnas.pages import EXAMPLES
 from kdnas.runs import this_host
 from kdnas.signals import HungUp, Terminated
@@ -87,6 +92,55 @@ def test_the_best_of_a_search_that_was_prolonged_and_stopped_after_its_last_cand
     (run / "manifest.json").unlink()
     assert main([*search, "--search.n_trials=3", "--quiet"]) == 0
     assert (run / "best_student.yaml").read_text() == best and verify(run)[1] == []
+
+
+# ``kdnas`` on a machine on which a forward pass always takes as many milliseconds as the model has layers times width.
+BY_THE_TABLE = """
+import sys
+from kdnas import cli
+
+def search(args):
+    from kdnas import latency
+
+    def measure(models, settings):
+        shapes = [model.config for model in models]
+        return [latency.Latency(shape.num_hidden_layers * shape.hidden_size / 10, 0.01, 9) for shape in shapes]
+
+    latency.measure_latency = measure
+    known(args)
+
+known, cli.COMMANDS["search"] = cli.COMMANDS["search"], search
+sys.exit(cli.main())
+"""
+
+
+def test_a_search_that_is_killed_again_and_again_is_the_unbroken_one_where_latency_is_a_table(
+    search: list[str], tmp_path: Path
+) -> None:
+    def start(name: str) -> subprocess.Popen[bytes]:
+        options = [f"--name={name}", "--search.n_trials=7", "--search.budget.speedup=2", "--quiet"]
+        return subprocess.Popen([sys.executable, "-c", BY_THE_TABLE, *search, *options], start_new_session=True)
+
+    def trials(name: str) -> list[FrozenTrial]:
+        with suppress(UserError):
+            return read_study(tmp_path / "logs" / name / "study.db", name).get_trials(deepcopy=False)
+        return []
+
+    assert start("unbroken").wait() == 0
+    for number in (1, 4):
+        process = start("broken")
+        while not any("arch" in trial.user_attrs for trial in trials("broken")[number:]):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start("broken").wait() == 0
+    unbroken, broken = (
+        [(t.params, t.value, in_words(t)) for t in trials(name) if t.state != TrialState.FAIL]
+        for name in ("unbroken", "broken")
+    )
+    assert broken == unbroken and {"refused", "finished"} <= {word for *_, word in unbroken}
+    assert len(trials("broken")) > len(trials("unbroken")), "at least one was killed within"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

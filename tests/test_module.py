@@ -268,6 +268,14 @@ def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
     assert teacher.sha256() == before
 
 
+def test_the_heap_s_holes_are_given_back_every_some_steps(teacher, data, states, monkeypatch):
+    trimmed, module = [], make(teacher, states)
+    monkeypatch.setattr("kdnas.distill.module.TRIM_STEPS", 3)
+    monkeypatch.setattr("kdnas.distill.module.trim_heap", lambda: trimmed.append(module.global_step))
+    trainer(num_epochs=2, limit_train_batches=7).fit(module, datamodule=data)
+    assert trimmed == [3, 6, 10, 13]
+
+
 def test_every_epoch_trains_on_every_row_and_is_validated(tiny_teacher, tmp_path, states_settings):
     (tmp_path / "rows.txt").write_text("\n".join(make_rows(150)))
     data = open_data(tiny_teacher, tmp_path / "rows.txt", batch_tokens=32, held_out_fraction=0.04)

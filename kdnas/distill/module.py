@@ -27,10 +27,12 @@ from kdnas.families import arch_of
 from kdnas.models import Teacher, build_student, encode, find_teacher, num_parameters, refuse_other_inputs
 from kdnas.precision import autocast
 from kdnas.student_init import FromTeacher, Start, Started
-from kdnas.training import ClipFusedGradients, release_memory
+from kdnas.training import ClipFusedGradients, release_memory, trim_heap
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
+# Batches of ever other lengths leave holes in the heap, which grows by gigabytes; to give them back takes time (LOG.md).
+TRIM_STEPS = 25
 
 
 # What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
@@ -222,6 +224,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.val_errors.update(*self(student, teacher))
         self.token_probe.update(student.real(self.arch.num_hidden_layers - 1), teacher.real(self.last_layer))
         self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if batch_idx % TRIM_STEPS == TRIM_STEPS - 1:
+            trim_heap()
 
     def on_validation_epoch_end(self) -> None:
         means, counts = self.val_errors.compute().cpu()
