@@ -31,7 +31,7 @@ from kdnas.training import ClipFusedGradients, release_memory, trim_heap
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
-# Batches of ever other lengths leave holes in the heap, which grows by gigabytes; to give them back takes time (LOG.md).
+# Batches of ever other lengths leave holes in the heap, which grows by hundreds of megabytes (LOG.md).
 TRIM_STEPS = 25
 
 
