@@ -504,31 +504,61 @@ def stopped_run(bench: Bench, *more: str) -> tuple[Path, list[str]]:
 SYSTEM_CALLS = ("fsync,fdatasync", "pwrite64", "rename,renameat2", "ftruncate", "write")
 
 
-@fault("F07", "the N-th system call of a search fails, once: fsync, pwrite64, rename, ftruncate, write", quick=False)
+@fault(
+    "F07",
+    "the N-th system call of a search, or of what follows it, fails, once: fsync, pwrite64, rename, ftruncate, write",
+    quick=False,
+)
 def failing_calls(bench: Bench, row: Row) -> None:
     if not shutil.which("strace"):
         raise NotRun("needs strace")
+
+    def fails(name: str, args: list[str], call: str, number: int) -> bool:
+        """Whether so many were made, of which the last has failed."""
+        trace = bench.folder / "trace"
+        strace = ["strace", "-f", "--seccomp-bpf", "-o", str(trace), f"--trace={call}"]
+        strace.append(f"--inject={call}:error=EIO:when={number}")  # counted in each thread
+        process = bench.start(args, before=strace)
+        _, error = process.communicate()
+        if not has(trace, b"(INJECTED)"):
+            return False
+        row.tried += 1
+        if process.returncode == 0:  # it did not matter
+            bench.check(row, name, {}, error)
+        bad = process.returncode != 0 and not (process.returncode == 3 and is_one_line(error))
+        row.fault("undetected", f"{call} {number} of {args[0]}: exit {process.returncode}, {error}", bad)
+        return True
+
     for call in SYSTEM_CALLS[: 2 if bench.quick else None]:
         for number in (3,) if bench.quick else (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233):
-            name, trace = bench.new_name(), bench.folder / "trace"
-            strace = ["strace", "-f", "--seccomp-bpf", "-o", str(trace), f"--trace={call}"]
-            strace.append(f"--inject={call}:error=EIO:when={number}")  # counted in each thread
-            process = bench.start(bench.search(name), before=strace)
-            _, error = process.communicate()
-            if not has(trace, b"(INJECTED)"):
-                break  # so many are not made
-            row.tried += 1
-            if process.returncode == 0:  # it did not matter
-                bench.check(row, name, {}, error)
-            told = process.returncode == 3 and is_one_line(error)
-            bad = process.returncode != 0 and not told
-            row.fault("undetected", f"{call} {number}: exit {process.returncode}, {error}", bad)
+            name = bench.new_name()
+            if not fails(name, bench.search(name), call, number):
+                break
             acknowledged = bench.acknowledged(name)
             code, error = bench.call(bench.search(name))
             row.fault("undetected", f"after {call} {number}: {error}", code != 0)
             bench.check(row, name, acknowledged, error)
     if not row.tried:
         raise NotRun("strace may not look into processes here")
+    if not bench.quick:
+        failing_calls_of_a_run(bench, row, fails)
+
+
+def failing_calls_of_a_run(bench: Bench, row: Row, fails: Callable[[str, list[str], str, int], bool]) -> None:
+    """In full KD, fine-tuning, export and report: the next start ends with the weights of an unharmed run."""
+    run, args = stopped_run(bench)
+    shutil.copytree(run, whole := bench.folder / f"whole_{run.name}")
+    weights = []
+    for call, number in [("", 0), *itertools.product(SYSTEM_CALLS, (1, 3, 8, 21, 55, 144))]:
+        if call and not fails(run.name, args, call, number):
+            continue
+        code, error = bench.call(args)
+        row.fault("undetected", f"after {call} {number}: {error}", code != 0)
+        bench.check(row, run.name, {}, error)
+        weights.append((run / "student" / "model.safetensors").read_bytes())
+        row.fault("unequal", f"{call} {number}: other weights", weights[-1] != weights[0])
+        shutil.rmtree(run)
+        shutil.copytree(whole, run)
 
 
 def damages(shard: Path, other: Path) -> dict[str, Callable[[], Any]]:
