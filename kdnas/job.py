@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kdnas.arch import StudentArch
 from kdnas.config import RunConfig, SearchConfig, as_plain
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule, Split
@@ -21,7 +22,7 @@ from kdnas.errors import UserError, first_line
 from kdnas.glue.tasks import LoadedTask, load_task
 from kdnas.latency import LatencyMeter, is_unsteady
 from kdnas.models import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
-from kdnas.nas.record import Study, is_complete
+from kdnas.nas.record import Study, best_of, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
 from kdnas.nas.space import SearchSpace
@@ -234,14 +235,18 @@ def begin(found: Found, is_worker: bool = False) -> Job:
     if is_worker:
         return job
     sweep(run.folder)
-    begun_in = study.user_attrs.get("cpu_matmuls")
-    if (computed_in := keep(begun_in)) != begun_in:
+    computed_in = keep(study.user_attrs.get("cpu_matmuls"))
+    if not study.get_trials(deepcopy=False):
         study.set_user_attr("cpu_matmuls", computed_in)
     if study.user_attrs.get("budget") != (budget := as_plain(config.search.budget)):
         study.set_user_attr("budget", budget)
     is_done = is_complete(study, space, config.search.n_trials)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
         raise UserError(f"The run {run.name!r} distils its best student already: prolong it under a new name.")
+    if is_done and run.best_student.exists() and not run.full_kd.exists():
+        best = best_of(study, space).user_attrs["arch"]
+        if StudentArch.from_yaml(run.best_student).to_dict() != best:
+            run.best_student.unlink()  # a search that was prolonged has not told yet who is the best now
     known = read_yaml(run.config) if run.config.exists() else {}
     asked = known | _plain(config)
     if asked != known or not run.best_student.exists() or not is_done:

@@ -41,7 +41,7 @@ from kdnas.nas.search import search as search_loop
 from kdnas.nas.storage import without_password
 from kdnas.nas.trials import front_table, has_spread, in_words, line, trials_frame
 from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
-from kdnas.precision import gpu_name
+from kdnas.precision import gpu_name, own_precision
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
@@ -53,6 +53,7 @@ from kdnas.training import fit_resumable, one_error, settled_memory
 log = logging.getLogger("kdnas")
 
 
+@own_precision()
 @honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     """Find the best student within the budget, into ``<root>/<name>/``.
@@ -101,6 +102,7 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
 
 
+@own_precision()
 @honest_signals()
 def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
     """What of a run is not done yet; arguments and errors are those of ``run``.
@@ -168,11 +170,8 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
     num_done = len(tried(study))
     is_done = run.full_kd.exists() or is_complete(study, job.space, settings.n_trials)
     if is_done and run.best_student.exists():
-        known = StudentArch.from_yaml(run.best_student)
-        # A search that was prolonged, and stopped after its last candidate, has not told yet who is the best now.
-        if run.full_kd.exists() or known.to_dict() == best_of(study, job.space).user_attrs["arch"]:
-            job.console.print(f"Search: {num_done} candidates are done.")
-            return known
+        job.console.print(f"Search: {num_done} candidates are done.")
+        return StudentArch.from_yaml(run.best_student)
     if num_done:
         job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
     states = job.states("mini")  # before the live display: building them shows its own bar

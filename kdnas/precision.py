@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
@@ -51,6 +53,19 @@ def keep(begun_in: str | None) -> str:
     if begun_in is not None:
         os.environ[VARIABLE] = begun_in
     return "bfloat16" if bf16_is_faster("cpu") else "float32"
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """What is kept within holds for nothing that the same process does later."""
+    known = os.environ.get(VARIABLE)
+    try:
+        yield
+    finally:
+        if known is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = known
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:

@@ -267,6 +267,7 @@ def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(can_be_read, star
 def test_a_damaged_page_is_told_in_one_line_whatever_reads_it(start, tmp_path):
     path, size = tmp_path / "study.db", 4096
     search(lambda trial, arch: trial.report(0.5, 0) or 0.5, SPACE, start(), 2, folder=tmp_path)
+    (tmp_path / "trial_0000").mkdir()
     whole, told = path.read_bytes(), []
     for page in range(0, len(whole), size):
         path.write_bytes(whole[:page] + bytes(size) + whole[page + size :])

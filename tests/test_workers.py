@@ -31,11 +31,12 @@ import kdnas.nas.storage
 from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.callbacks import HoldStill, wait_for
-from kdnas.nas.record import failure_of, trained
+from kdnas.nas.record import ITS_OWN, failure_of, trained
 from kdnas.nas.search import bury_dead, end_trial, open_study, search
 from kdnas.nas.space import SearchSpace
+from kdnas.nas.storage import _owner
 from kdnas.nas.workers import DISK, MOST_DEATHS, _child, _environment, run_workers, worker_threads
-from kdnas.runs import this_host
+from kdnas.runs import is_alive, this_host
 
 SPACE = SearchSpace(
     {
@@ -311,6 +312,7 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
 
 def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypatch):
     begun: list[tuple[int, float]] = []
+    monkeypatch.setattr("kdnas.nas.workers.STARTER", {})
     told = SimpleNamespace(prctl=lambda *_: None)  # this process is no worker
     monkeypatch.setattr("kdnas.nas.workers.ctypes.CDLL", lambda name: told)
     with pytest.raises(SystemExit):
@@ -346,6 +348,8 @@ def test_a_worker_that_hears_no_signal_ends_with_its_parent_and_its_trial_is_tri
     time.sleep(0.5)  # until it is deaf
     parent.kill()
     parent.join()
+    while is_alive(running[0].user_attrs["pid"]):
+        time.sleep(0.1)
     search(lambda trial, arch: 0.5, SPACE, open_study(url, "s", {}), 1)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     assert study.trials[1].user_attrs["retry_of"] == 0
@@ -358,6 +362,7 @@ def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, mon
         trial.set_user_attr(name, value)
     bury_dead(study)
     assert study.trials[0].state == TrialState.RUNNING, "another process will say what it died of"
+    assert _owner().keys() | trial.user_attrs.keys() <= ITS_OWN
     trial.set_user_attr("starter", os.getpid())
     bury_dead(study, deaths={2**22 + 1: "SIGKILL"})
     assert (study.trials[0].state, study.trials[0].user_attrs["died"]) == (TrialState.FAIL, "SIGKILL")
@@ -366,6 +371,14 @@ def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, mon
         other.set_user_attr(name, value)
     bury_dead(study)
     assert study.trials[other.number].state == TrialState.FAIL, "nobody is left who would"
+    left = study.ask()
+    for name, value in (dead | {"starter": os.getppid()}).items():
+        left.set_user_attr(name, value)
+    bury_dead(study)
+    monkeypatch.setattr("kdnas.nas.storage.WATCHER_SECONDS", 0.0)
+    assert study.trials[left.number].state == TrialState.RUNNING
+    bury_dead(study)
+    assert study.trials[left.number].state == TrialState.FAIL, "it lives, and watches no more"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -226,7 +226,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if batch_idx % TRIM_STEPS == TRIM_STEPS - 1:
+        if self.device.type == "cpu" and batch_idx % TRIM_STEPS == TRIM_STEPS - 1:
             trim_heap()
 
     def on_validation_epoch_end(self) -> None:

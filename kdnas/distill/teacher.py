@@ -181,7 +181,7 @@ def open_states(
         source = cache
         missing = cache.num_missing_bytes(row_ids)
         new = f"{missing / 1e9:.2f} GB of them are computed now" if missing else "all of them are there"
-        if missing and not folder.exists() and folder.parent.exists() and any(folder.parent.iterdir()):
+        if missing and not folder.exists() and folder.parent.exists() and any(folder.parent.glob("*/lock")):
             new += " (what lies beside it is of another teacher, text or setting, and is not used)"
         log.info("Teacher states: %.2f GB in %s, %s", size / 1e9, folder, new)
         batch_tokens = (

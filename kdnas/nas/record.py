@@ -19,6 +19,8 @@ ITS_OWN = {
     "pid",
     "begun",
     "since",
+    "starter",
+    "starter_begun",
     "seconds",
     "retry_of",
     "died",

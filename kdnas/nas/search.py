@@ -36,7 +36,6 @@ from kdnas.nas.storage import (
     PATIENCE_SECONDS,
     PatientStorage,
     connect,
-    has_starter,
     is_alive_here,
     is_here,
 )
@@ -81,11 +80,14 @@ def open_study(
         StoreAway: it was there, and has stayed away.
     """
     connected = connect(storage, _successor, PATIENCE_SECONDS if was_there else 0.0)
-    if folder and any(folder.glob("trial_*")) and name not in optuna.get_all_study_names(connected):
-        raise UserError(
-            f"{str(folder)!r} holds candidates of a search, but its database has no study {name!r} any more: restore "
-            f"a copy of it, give the --storage that it was, or give a new name, such as --name {name}-2."
-        )
+    try:
+        connected.get_study_id_from_name(name)
+    except KeyError:
+        if folder and any(folder.glob("trial_*")):
+            raise UserError(
+                f"{str(folder)!r} holds candidates of a search, but its database has no study {name!r} any more: "
+                f"restore a copy of it, give the --storage that it was, or a new name, such as --name {name}-2."
+            ) from None
     study = optuna.create_study(
         storage=connected,
         study_name=name,
@@ -138,8 +140,9 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
     """
     buried: set[int] = set()
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    dead = {t.number for t in running if is_here(t) and not is_alive_here(t) and not has_starter(t)}
-    if store := _store(study):  # who is dead by now keeps nothing more
+    store = _store(study)
+    dead = {t.number for t in running if is_here(t) and not is_alive_here(t) and not (store and store.is_watched(t))}
+    if store:  # who is dead by now keeps nothing more
         take_up(store, study._study_id)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         pid: int = trial.user_attrs.get("pid", 0)

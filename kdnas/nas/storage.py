@@ -34,8 +34,9 @@ PATIENCE_SECONDS = 600.0
 HURRY_SECONDS = 2.0
 # No heart beats while the database is away.
 GRACE_SECONDS = 900
-# Of a worker: the process that started it, and will say what it died of.
+# Of a worker: the process that started it, and will say what it died of; so long others leave that to it.
 STARTER: dict[str, Any] = {}
+WATCHER_SECONDS = 10.0
 
 
 def _patient(call: Callable[..., Any]) -> Any:
@@ -47,11 +48,11 @@ def _patient(call: Callable[..., Any]) -> Any:
         if call.__name__ in KEPT:
             self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
         while True:
-            if self.stopped and self.away:  # each call would take seconds of the few that are left
+            if self.gave_up:  # each call would take seconds of the few that are left
                 if call.__name__ in KEPT:
                     self.skipped.add(args[0])
                     return None
-                raise self.away
+                raise self.gave_up
             try:
                 if args and isinstance(args[0], int) and args[0] in self.skipped:
                     with suppress(UpdateFinishedTrialError):  # the call itself will say so
@@ -75,6 +76,7 @@ def _patient(call: Callable[..., Any]) -> Any:
                 patience = HURRY_SECONDS if self.stopped else PATIENCE_SECONDS
                 if self.away or disk or time.monotonic() > begin + patience:
                     self.away = StoreAway(disk or _unanswered(patience, cause))
+                    self.gave_up = self.away if self.stopped else None
                     if call.__name__ in KEPT:
                         self.skipped.add(args[0])
                         return None  # it is written down with the result, or before the trial's next call
@@ -149,16 +151,10 @@ def is_alive_here(trial: FrozenTrial) -> bool:
     return is_here(trial) and is_alive(trial.user_attrs["pid"], trial.user_attrs.get("begun"))
 
 
-def has_starter(trial: FrozenTrial) -> bool:
-    """Whether another living process than this one watches over that of the trial."""
-    starter = trial.user_attrs.get("starter")
-    return starter not in (None, os.getpid()) and is_alive(starter, trial.user_attrs.get("starter_begun"))
-
-
 def engine_options(url: URL) -> dict[str, Any]:
     """SQLAlchemy's options for a connection whose end is noticed, also where the server's machine is gone."""
     libpq = {
-        "connect_timeout": 2,
+        "connect_timeout": 3,
         "tcp_user_timeout": 4_000,  # ms; the kernel's own is a quarter of an hour. After a signal there are ten seconds
         "keepalives_idle": 30,
         "keepalives_interval": 10,
@@ -185,10 +181,19 @@ class PatientStorage(RDBStorage):
         self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
         self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
+        self.gave_up: StoreAway | None = None  # after that nothing is asked of it any more
+        self.seen_dead: dict[int, float] = {}  # since when, of trials that another process should end
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         self.skipped: set[int] = set()  # the trials of which the database has not taken all of that
         engine = engine_options(make_url(url))
         super().__init__(url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+
+    def is_watched(self, trial: FrozenTrial) -> bool:
+        """Whether another process, which knows what that of the trial died of, can be expected to end it."""
+        starter, begun = (trial.user_attrs.get(name) for name in ("starter", "starter_begun"))
+        if starter in (None, os.getpid()) or not is_alive(starter, begun):
+            return False
+        return time.monotonic() < self.seen_dead.setdefault(trial._trial_id, time.monotonic()) + WATCHER_SECONDS
 
     create_new_study = _patient(RDBStorage.create_new_study)
     get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
@@ -306,7 +311,6 @@ def check_reachable(url: str) -> None:
 
     Raises:
         UserError: it does not, or its driver is not installed.
-        StoreAway: its disk is full, or fails.
     """
 
     def answer() -> None:

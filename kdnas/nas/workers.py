@@ -75,7 +75,7 @@ def run_workers(
     refusals: list[str] = []
     begun: dict[int, float] = {}  # when each running trial was first seen, and later where it had to wait
     looked = time.monotonic()
-    slow: set[int] = set()  # processes that were ended for their candidate
+    buried: set[int] = set()  # processes whose trials are ended
     shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
@@ -122,7 +122,7 @@ def run_workers(
             elif looked > begin + timeout:
                 worker.kill()  # native code hears of no signal that can be caught
                 worker.join()
-                slow.add(worker.pid or 0)
+                buried.add(worker.pid or 0)
                 end_trial(study, trial, "failed", f"it took longer than {timeout / 60:g} minutes")
 
     try:
@@ -133,7 +133,11 @@ def run_workers(
                 multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
                 notice_signals()
                 end_slow()
-                for index, code in [(index, worker.exitcode) for index, worker in workers.items()]:
+                codes = {index: worker.exitcode for index, worker in workers.items()}
+                ended = (None, 0, REFUSED, DISK)
+                if deaths := {workers[i].pid or 0: cause(code) for i, code in codes.items() if code not in ended}:
+                    buried |= bury_dead(study, deaths=deaths)
+                for index, code in codes.items():
                     if code in (0, REFUSED):
                         del workers[index]
                         if code == REFUSED:
@@ -146,8 +150,7 @@ def run_workers(
                             f"A worker's disk or network failed: see {str(path)!r} ({free:,} bytes are free there)"
                         )
                     elif code is not None:
-                        pid = workers[index].pid or 0
-                        if pid not in slow | bury_dead(study, deaths={pid: cause(code)}):
+                        if workers[index].pid not in buried:
                             num_deaths += 1  # no candidate was the cause
                         if num_deaths > MOST_DEATHS * num_workers:
                             raise CandidateFailed(
