@@ -468,8 +468,8 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
         ("sqlite:///a.db", None),
         ("mysql+pymysql://u@h/db", None),
         ("postgresql+pg8000://u@h/db", None),
-        ("postgresql://u:{p}@h/db", 5),
-        ("postgresql+psycopg://u@h/db", 5),
+        ("postgresql://u:{p}@h/db", 3),
+        ("postgresql+psycopg://u@h/db", 3),
         ("postgresql+psycopg://u@h/db?connect_timeout=60", None),
     ],
 )
