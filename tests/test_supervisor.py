@@ -136,6 +136,19 @@ def test_a_second_signal_ends_a_child_whose_native_code_hears_of_none(tmp_path):
     assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
 
 
+def test_a_process_that_hears_no_signal_is_not_waited_for_at_the_end(tmp_path):
+    body = """import multiprocessing
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note("deaf")
+    time.sleep(120)
+multiprocessing.get_context("fork").Process(target=deaf, daemon=True).start()
+while "deaf" not in open(NOTES).read():
+    time.sleep(0.02)"""
+    done = subprocess.run(program(body, tmp_path / "notes"), timeout=30)
+    assert (done.returncode, seen(tmp_path / "notes")) == (0, ["begun", "deaf", "ended"])
+
+
 def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
     notes = tmp_path / "notes"
     body = "note('ready')\ntime.sleep(60)"
