@@ -150,8 +150,6 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
     config.trainer.check()
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
-    if config.storage and not (is_worker or EARLIER.deaths):
-        check_reachable(config.storage)
     teacher = find_teacher(config.teacher)
     space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
     _check_objective(config.recipe.objective, teacher, space)
@@ -179,6 +177,8 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     Raises:
         UserError: anything that the user can mend.
     """
+    if config.storage and not (is_worker or EARLIER.deaths):
+        check_reachable(config.storage)
     run, teacher, space, meter = check(config, is_worker)
     text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
     if QUICKSTART in (text, task_source):

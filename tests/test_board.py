@@ -60,6 +60,19 @@ def test_exploration_falls_by_what_a_pruner_ended_too(tmp_path):
     assert scalars(tmp_path, "exploration_ratio") == [(1, 1), (2, 1 / 3)]
 
 
+def test_a_candidate_at_which_two_workers_were_is_one_point(tmp_path):
+    study = make_study()
+    attrs = trained(1, 2.0, 0.5, 0.5)
+    running = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+    study.add_trial(running)
+    add(study, 1, 2.0, 0.5, minutes=1)  # begun later, ended earlier
+    with SearchBoard(tmp_path) as board:
+        board(study)
+        study.tell(0, 0.5)
+        board(study)
+    assert scalars(tmp_path, "reward") == [(1, 0.5)]
+
+
 def test_of_two_searches_in_one_folder_the_first_writes(tmp_path):
     study = make_study()
     add(study, 1, 2.0, 0.5, minutes=1)

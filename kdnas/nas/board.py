@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
+from kdnas.arch import StudentArch
 from kdnas.nas.record import Study, trained, tried
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
@@ -32,7 +33,7 @@ class SearchBoard:
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
         self.folder, self.exploration = folder, exploration
         self._writer: SummaryWriter | None = None
-        self._written: set[int] = set()
+        self._written: set[StudentArch] = set()  # two workers may have been at the same one
         self._best, self._front = -math.inf, ""
 
     def __enter__(self) -> "SearchBoard":
@@ -58,9 +59,13 @@ class SearchBoard:
         if self._writer is None:
             return
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
-        ended = [(trial.datetime_complete, trial) for trial in trained(study) if trial.number not in self._written]
-        for time, trial in sorted(ended, key=lambda pair: (pair[0], pair[1].number)):
-            self._written.add(trial.number)
+        ended = [
+            (trial.datetime_complete, trial, StudentArch.from_dict(trial.user_attrs["arch"]))
+            for trial in trained(study)
+        ]
+        new = [found for found in ended if found[2] not in self._written]
+        for time, trial, arch in sorted(new, key=lambda found: (found[0], found[1].number)):
+            self._written.add(arch)
             self._best = max(self._best, trial.value or 0.0)
             values = {"reward": trial.value or 0.0, "best_reward": self._best}
             if self.exploration:
