@@ -14,7 +14,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Two of torch's optimizers behind one: Lightning, schedules and checkpoints see a single one.
 
     Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike. On
-    one seed a small student learned by it in two epochs as much as by AdamW in eight (LOG.md).
+    one seed, and at one rate of AdamW's, a small student's held-out loss ended at 0.458 by it, at 0.501 by AdamW
+    alone; fine-tuned they were the same within the noise (LOG.md).
 
     Args:
         muon_groups: parameter groups of matrices, each with ``lr``.
