@@ -177,9 +177,9 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
     Raises:
         UserError: anything that the user can mend.
     """
+    run, teacher, space, meter = check(config, is_worker)
     if config.storage and not (is_worker or EARLIER.deaths):
         check_reachable(config.storage)
-    run, teacher, space, meter = check(config, is_worker)
     text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
     if QUICKSTART in (text, task_source):
         path = build_quickstart_text(run.text)

@@ -48,9 +48,9 @@ def keep(begun_in: str | None) -> str:
     Returns:
         What matmuls on a CPU are computed in from now on.
     """
-    if begun_in is not None and begun_in != (given := os.environ.get(VARIABLE, begun_in)):
-        log.warning("This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given)
     if begun_in is not None:
+        if (given := os.environ.get(VARIABLE, begun_in)) != begun_in:
+            log.warning("This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given)
         os.environ[VARIABLE] = begun_in
     return "bfloat16" if bf16_is_faster("cpu") else "float32"
 

@@ -123,7 +123,9 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = command()
-        for left in sys.modules["multiprocessing"].active_children() if "multiprocessing" in sys.modules else ():
+        import multiprocessing  # mostly loaded by now
+
+        for left in multiprocessing.active_children():
             left.kill()  # Python would wait for it, and one that hangs since its fork hears of no SIGTERM
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback

@@ -31,7 +31,7 @@ from kdnas.arch import StudentArch
 from kdnas.errors import CandidateFailed, UserError
 from kdnas.nas.record import failure_of, superseded, trained, tried
 from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import MOST_FAILURES, end_trial, open_study, refuse_difference, search
+from kdnas.nas.search import MOST_FAILURES, _is_needed, end_trial, open_study, refuse_difference, search
 from kdnas.nas.space import SearchSpace
 from kdnas.runs import process_start, this_host
 from kdnas.signals import Terminated
@@ -136,6 +136,13 @@ def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Tr
 
 
 # Totals
+
+
+def test_a_trial_is_not_needed_beside_a_later_one_that_began_to_train_before(study):
+    first, later = running_trial(study, ONE), running_trial(study, TWO)
+    end = time.monotonic() + 0.6
+    assert _is_needed(study, SPACE, first.number, 2, end)
+    assert not _is_needed(study, SPACE, first.number, 1, end) and not _is_needed(study, SPACE, later.number, 1, end)
 
 
 def test_it_stops_when_so_many_distinct_candidates_are_trained(study):

@@ -108,7 +108,7 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
             outage.left = float("inf")
         return 0.75
 
-    with pytest.raises(StoreAway, match="database has not answered for 600 s"):
+    with pytest.raises(StoreAway, match=r"database has not answered for 600 s \(\(sqlite3.OperationalError\) .+\)$"):
         search(evaluate, SPACE, study, 3, folder=tmp_path)
     (kept,) = tmp_path.glob("unsent*")
     assert kept.name == "unsent_0001.json"
@@ -135,6 +135,19 @@ def test_a_result_is_not_given_to_another_trial_of_its_number(start, tmp_path, c
     search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
     assert [trial.value for trial in study.trials] == [0.5] * 3
     assert (tmp_path / "unsent_0000.json").exists() and caplog.text.count("of a study that is gone") == 1
+
+
+def test_after_a_signal_a_database_that_stays_away_is_asked_once(start, tmp_path, pauses):
+    study = start()
+    trial, outage, store = study.ask(), Outage(study), study._storage._backend
+    store.stopped, outage.left = KeyboardInterrupt(), float("inf")
+    with pytest.raises(StoreAway, match="has not answered for 2 s"):
+        study.trials  # noqa: B018
+    asked = outage.failed
+    trial.set_user_attr("failed", "interrupted")
+    with pytest.raises(StoreAway):
+        study.trials  # noqa: B018
+    assert outage.failed == asked > 0
 
 
 @pytest.mark.parametrize("host", [this_host(), "elsewhere"])

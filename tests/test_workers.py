@@ -303,6 +303,30 @@ def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(seconds
     assert len(looks) > 2 and [trial.state.name for trial in study.trials] == states
 
 
+def die_together(url: str, folder: Path, index: int, deadline: float) -> None:
+    """The first candidate of each kills its process, both at one time; others take none."""
+
+    def train(trial: optuna.Trial, arch: StudentArch) -> float:
+        if trial.number < 2:
+            (folder / f"begun-{trial.number}").touch()
+            while len(list(folder.glob("begun-*"))) < 2:
+                time.sleep(0.01)
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.5
+
+    search(train, SPACE, open_study(url, "s", {}), 2)
+
+
+def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path):
+    study = open_study(url, "s", {})
+    run_workers(
+        partial(die_together, url, tmp_path), 2, study, lambda *_: None, 600, lambda index: tmp_path / f"{index}"
+    )
+    dead = [trial.user_attrs["died"] for trial in study.trials[:2]]
+    assert dead == ["SIGKILL, perhaps out of memory"] * 2 and len(trained(study)) == 2
+
+
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"

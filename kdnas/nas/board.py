@@ -59,12 +59,10 @@ class SearchBoard:
         if self._writer is None:
             return
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
-        ended = [
-            (trial.datetime_complete, trial, StudentArch.from_dict(trial.user_attrs["arch"]))
-            for trial in trained(study)
-        ]
-        new = [found for found in ended if found[2] not in self._written]
-        for time, trial, arch in sorted(new, key=lambda found: (found[0], found[1].number)):
+        for trial in sorted(trained(study), key=lambda trial: (trial.datetime_complete, trial.number)):
+            arch, time = StudentArch.from_dict(trial.user_attrs["arch"]), trial.datetime_complete
+            if arch in self._written:
+                continue
             self._written.add(arch)
             self._best = max(self._best, trial.value or 0.0)
             values = {"reward": trial.value or 0.0, "best_reward": self._best}

@@ -25,6 +25,7 @@ from kdnas.nas.unsent import KEPT, take_up
 from kdnas.runs import is_alive, process_start, this_host
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Minutes, not seconds: with a short grace a live but slow worker is declared dead.
 HEARTBEAT_SECONDS = 60
@@ -321,9 +322,6 @@ def check_reachable(url: str) -> None:
             engine.dispose()
 
     _reached(url, answer, 0.0)
-
-
-T = TypeVar("T")
 
 
 def _reached(url: str, make: Callable[[], T], patience: float) -> T:
