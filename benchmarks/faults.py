@@ -279,7 +279,8 @@ def kill_stages(bench: Bench, row: Row) -> None:
 def signals(bench: Bench, row: Row) -> None:
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 
-    def end(process: subprocess.Popen[str], number: int, times: int = 1) -> None:
+    def end(process: subprocess.Popen[str], number: int, of: str, times: int = 1) -> None:
+        what = f"{of}, {times} x {signal.Signals(number).name}"
         start = time.monotonic()
         for _ in range(times):
             with suppress(ProcessLookupError):
@@ -292,9 +293,9 @@ def signals(bench: Bench, row: Row) -> None:
         row.tried += 1
         wait = time.monotonic() - start
         row.worst_wait_s = max(row.worst_wait_s, wait)
-        row.fault("undetected", f"{times} signals: it took {wait:.1f} s", wait > (10 if times == 1 else 5))
-        row.fault("undetected", f"{process.returncode} {error}", process.returncode != codes[number])
-        row.fault("undetected", error, "Traceback" in error)
+        row.fault("undetected", f"{what}: it took {wait:.1f} s", wait > (10 if times == 1 else 5))
+        row.fault("undetected", f"{what}: {process.returncode} {error}", process.returncode != codes[number])
+        row.fault("undetected", f"{what}: {error}", "Traceback" in error)
 
     epochs = 8 if bench.quick else 40  # enough that it is not over before it is stopped
     options = [f"--full_kd.num_epochs={epochs}", f"--finetune.num_epochs={epochs}"]
@@ -310,7 +311,7 @@ def signals(bench: Bench, row: Row) -> None:
             while process.poll() is None and not list(folder.rglob("last.ckpt")):
                 time.sleep(0.02)
             time.sleep(bench.random.uniform(0, 0.3))
-            end(process, number)
+            end(process, number, f"{args[-1]}, in {folder.name}")
             # As far as the fit came: one of an epoch's end before it has fewer steps than the fit has told TensorBoard.
             kept = [(steps_of(path), steps_told(path.parent)) for path in folder.rglob("last.ckpt")]
             lost = not kept or any(steps < told for steps, told in kept)
@@ -334,7 +335,7 @@ def signals(bench: Bench, row: Row) -> None:
         process = bench.start(args)
         bench.wait_for_candidate(process, name)
         time.sleep(bench.random.uniform(0, 2))
-        end(process, number, times)
+        end(process, number, " ".join(args[-2:]), times)
         if goes_on:
             acknowledged = bench.acknowledged(name)
             code, error = bench.call_alone(args)

@@ -116,7 +116,8 @@ class Row:
     def fault(self, kind: str, note: object, count: int = 1) -> None:
         if count:
             setattr(self, kind, getattr(self, kind) + int(count))
-            self.notes.append(f"{kind}: {str(note)[-300:]}")
+            text = str(note)
+            self.notes.append(f"{kind}: {text if len(text) <= 400 else f'{text[:100]} ... {text[-300:]}'}")
 
 
 class NotRun(Exception):

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 
@@ -38,6 +39,19 @@ def notice_signals() -> None:
     """
     if _asked:
         raise _asked[0]
+
+
+def start_resource_tracker() -> None:
+    """Have Python's process that removes what others leave in shared memory outlive a signal to all of a group.
+
+    It is started by whatever needs it first, and ignores SIGINT and SIGTERM alone; the one that took the place of a
+    dead one would tell tracebacks of what it does not know.
+    """
+    known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)  # which it inherits
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
 
 @contextmanager

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,6 +322,17 @@ def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_
     del loader
     second.join(timeout=10)
     assert second.exitcode == 0
+
+
+def test_what_removes_shared_memory_outlives_a_signal_to_the_process_group(tiny_teacher, text_file, monkeypatch):
+    monkeypatch.setattr(resource_tracker, "_resource_tracker", tracker := resource_tracker.ResourceTracker())
+    monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
+    next(iter(open_data(tiny_teacher, text_file, num_workers=1).train_dataloader()))
+    for number in TOLD:
+        os.kill(tracker._pid, number)
+    time.sleep(0.5)
+    assert os.waitpid(tracker._pid, os.WNOHANG) == (0, 0)
+    tracker._stop()  # it ends where nobody can tell it anything
 
 
 def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(tiny_teacher, text_file, monkeypatch):

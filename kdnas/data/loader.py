@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data.masking import IntArray
 from kdnas.errors import UserError
+from kdnas.signals import start_resource_tracker
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
@@ -111,6 +112,8 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # Lightning may call iter() twice before an epoch; what follows runs at the first next().
         self._num_given, self._num_to_skip = self._num_to_skip, 0
+        if self.num_workers:
+            start_resource_tracker()
         for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
             self._num_given += 1
             yield batch

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from shutil import disk_usage
@@ -24,7 +23,7 @@ from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, STARTER, is_here
 from kdnas.precision import bf16_is_faster
 from kdnas.runs import nearest_folder, process_start
-from kdnas.signals import honest_signals, notice_signals
+from kdnas.signals import honest_signals, notice_signals, start_resource_tracker
 from kdnas.supervisor import cause
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
@@ -80,7 +79,7 @@ def run_workers(
     bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
 
     workers: dict[int, BaseProcess] = {}
-    resource_tracker.ensure_running()  # the first start would make it, and let signals through on the way
+    start_resource_tracker()  # the first start would, and let signals through on the way
 
     def start(index: int) -> None:
         process = context.Process(target=_child, args=(work, index, deadline, os.getpid()), name=f"worker {index}")
