@@ -163,7 +163,7 @@ def test_a_teacher_of_few_dimensions_is_followed_closely(low_rank):
 
 
 @torch.no_grad()
-def test_rows_that_remember_give_each_teacher_its_own(low_rank):
+def test_rows_that_remember_give_each_teacher_its_own(low_rank, monkeypatch):
     other = copy.deepcopy(low_rank)
     for parameter in other.parameters():
         parameter.mul_(1.1)
@@ -172,6 +172,11 @@ def test_rows_that_remember_give_each_teacher_its_own(low_rank):
         ours, plain = student_of(teacher), student_of(teacher)
         assert narrow(ours, teacher, shared) == narrow(plain, teacher, ROWS)
         assert state_sha256(ours.state_dict()) == state_sha256(plain.state_dict())
+    cov, computed = torch.cov, []
+    monkeypatch.setattr(torch, "cov", lambda states: computed.append(len(states)) or cov(states))
+    for num_layers in (4, 2):
+        narrow(student_of(low_rank, num_hidden_layers=num_layers), low_rank, shared)
+    assert low_rank.config.hidden_size not in computed  # those of the teacher's stream are known
 
 
 @torch.no_grad()

@@ -138,11 +138,13 @@ def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Tr
 # Totals
 
 
-def test_a_trial_is_not_needed_beside_a_later_one_that_began_to_train_before(study):
+def test_a_trial_is_not_needed_beside_a_later_one_that_began_to_train_before(study, caplog):
     first, later = running_trial(study, ONE), running_trial(study, TWO)
     end = time.monotonic() + 0.6
+    caplog.set_level("INFO", "kdnas")
     assert _is_needed(study, SPACE, first.number, 2, end)
     assert not _is_needed(study, SPACE, first.number, 1, end) and not _is_needed(study, SPACE, later.number, 1, end)
+    assert caplog.messages == ["Trial 0 waits for 1 that run and may be the last ones needed."]
 
 
 def test_it_stops_when_so_many_distinct_candidates_are_trained(study):

@@ -5,7 +5,7 @@ Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and 
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -112,6 +112,14 @@ class TeacherStream:
 
     states: dict[int, Tensor]
     scales: list[Tensor]
+    _covariances: dict[int, Tensor] = field(default_factory=dict)
+
+    def covariance(self, layer: int) -> Tensor:
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64; computed once."""
+        if layer not in self._covariances:
+            covariance = torch.cov(self.states[layer].float().T).double()
+            self._covariances[layer] = covariance / covariance.trace()
+        return self._covariances[layer]
 
     @classmethod
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
@@ -172,7 +180,7 @@ class _Narrowing:
         self.masks = [batch["attention_mask"].bool() for batch in rows]
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
         stream = shared.stream(teacher)
-        self.stream, self.output_scale = stream.states, stream.scales
+        self.stream, self.output_scale, self.covariance = stream.states, stream.scales, stream.covariance
 
     def run(self) -> tuple[tuple[int, ...], ...]:
         family = family_of(self.teacher.config)
@@ -195,8 +203,7 @@ class _Narrowing:
         width = self.ours.hidden_size
         if self.is_as_wide:
             return torch.eye(width, device=self.stream[-1].device)
-        covariances = [torch.cov(self.stream[layer].float().T).double() for layer in layers]
-        total = sum((c / c.trace() for c in covariances), torch.zeros_like(covariances[0]))
+        total = torch.stack([self.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
         # The student's norms take the mean over dimensions away: the components live beside it, one fewer than H_s.
         turn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))

@@ -377,6 +377,7 @@ def _store(study: Study) -> PatientStorage | None:
 
 def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end: float) -> bool:
     """Whether a trial must run for ``n_trials`` to be trained; waits while those before it may make it superfluous."""
+    said = False
     while time.monotonic() <= end:
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -384,6 +385,9 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
         num_missing = min(n_trials - len(tried(study)), len(space) - len(seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
+        if not said:
+            log.info("Trial %d waits for %d that run and may be the last ones needed.", number, len(before))
+            said = True
         time.sleep(0.5)
         bury_dead(study, number)
         optuna.storages.fail_stale_trials(study)
