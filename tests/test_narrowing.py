@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_batch, make_config, save_teacher, view_of
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.distill.layer_map import first_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
-from kdnas.distill.narrowing import CalibrationRows, _best_factors, narrow
+from kdnas.distill.narrowing import CalibrationRows, _best_factors, _Narrowing, fit_linear, narrow
 from kdnas.errors import UserError
 from kdnas.models import build_encoder, build_student, family_of, find_teacher, state_sha256
 from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start
@@ -318,3 +319,34 @@ def test_the_best_factors_are_those_of_the_singular_value_decomposition(rank):
     u, s, vh = np.linalg.svd(product)
     best = (u[:, :rank] * s[:rank]) @ vh[:rank] if rank < 6 else product
     np.testing.assert_allclose(less_left @ less_right.T, best, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_fitted_map_equals_scikit_learn_s_in_each_head_s_first_outputs(adds):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 5, generator=generator) * torch.tensor([0.3, 1.0, 4.0, 2.0, 1.0]) + 1
+    targets = torch.randn(60, 6, generator=generator) + inputs @ torch.randn(5, 6, generator=generator)
+    linear = nn.Linear(5, 8)  # two heads of four; the teacher's are of three
+    weight, bias, fitted = linear.weight.clone(), linear.bias.clone(), [0, 1, 2, 4, 5, 6]
+    given = fit_linear(linear, inputs, targets, num_heads=2, strength=0.1, adds=adds)
+    lacks = targets - (inputs @ weight[fitted].T + bias[fitted] if adds else 0)
+    oracle = Ridge(alpha=float(0.1 * 60 * inputs.var(0, correction=0).mean())).fit(inputs, lacks)
+    np.testing.assert_allclose(linear.weight[fitted] - weight[fitted] * adds, oracle.coef_, atol=1e-4)
+    np.testing.assert_allclose(linear.bias[fitted] - bias[fitted] * adds, oracle.intercept_, atol=1e-4)
+    assert torch.equal(linear.weight[[3, 7]], weight[[3, 7]]) and torch.equal(linear.bias[[3, 7]], bias[[3, 7]])
+    torch.testing.assert_close(given, linear(inputs))
+
+
+@torch.no_grad()
+def test_the_scale_and_shift_of_a_norm_are_those_of_a_line_through_each_dimension():
+    generator = torch.Generator().manual_seed(0)
+    before, target = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    target += 3 * before
+    norm = nn.LayerNorm(6)
+    given = _Narrowing._fit_norm(None, norm, before, target)
+    normed = nn.LayerNorm(6)(before)
+    for i in range(6):
+        line = np.polyfit(normed[:, i].double(), target[:, i].double(), 1)
+        np.testing.assert_allclose([norm.weight[i], norm.bias[i]], line, rtol=1e-4)
+    torch.testing.assert_close(given, norm(before))
