@@ -324,6 +324,16 @@ def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_
     assert second.exitcode == 0
 
 
+def test_a_signal_to_the_process_group_ends_no_worker_that_has_just_begun(tiny_teacher, text_file, monkeypatch):
+    def signalled(index):
+        for number in TOLD:  # by another process, so that it is not its parent's
+            subprocess.run(["kill", f"-{number}", str(os.getpid())], check=True)
+        outlive_signals(index)
+
+    monkeypatch.setattr(datamodule, "outlive_signals", signalled)
+    assert len(list(open_data(tiny_teacher, text_file, num_workers=2).train_dataloader())) > 2
+
+
 def test_what_removes_shared_memory_outlives_a_signal_to_the_process_group(tiny_teacher, text_file, monkeypatch):
     monkeypatch.setattr(resource_tracker, "_resource_tracker", tracker := resource_tracker.ResourceTracker())
     monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)

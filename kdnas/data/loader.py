@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data.masking import IntArray
 from kdnas.errors import UserError
-from kdnas.signals import start_resource_tracker
+from kdnas.signals import TERMINATIONS, start_resource_tracker
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
@@ -112,9 +112,16 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # Lightning may call iter() twice before an epoch; what follows runs at the first next().
         self._num_given, self._num_to_skip = self._num_to_skip, 0
-        if self.num_workers:
+        begins = self.num_workers > 0 and self._iterator is None
+        if begins:
             start_resource_tracker()
-        for batch in itertools.islice(super().__iter__(), self._num_given, None):  # a batch is microseconds' work
+        # Workers are born deaf: one that a signal ends before `outlive_signals` would end the fit with an error.
+        known = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *TERMINATIONS) if begins else ())
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, known)
+        for batch in itertools.islice(batches, self._num_given, None):  # a batch is microseconds' work
             self._num_given += 1
             yield batch
 
@@ -139,7 +146,7 @@ def outlive_signals(index: int) -> None:
     # The thread that hands tensors over would tell the main process's end in the middle of one, with a traceback.
     told = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError | EOFError) else told(kind, *rest)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *TERMINATIONS))
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
