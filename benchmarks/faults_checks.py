@@ -32,6 +32,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from kdnas.cli import main as kdnas
 from kdnas.manifest import verify
+from kdnas.precision import bf16_is_faster
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # What a search tells of each trial that it has stored, and names of files that are not finished.
@@ -147,6 +148,7 @@ class Bench:
         self.roots: dict[str, Path] = {}  # of runs that are not among the others
         self._number, self._finished = 0, dict[int, str]()
         self.started: list[subprocess.Popen[str]] = []
+        bf16_is_faster("cpu")  # once for all: a busy machine may find another, and searches would not be equal
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]

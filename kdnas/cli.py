@@ -17,7 +17,7 @@ from typing import Any
 from kdnas import __version__
 from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, causes, nearest, tell
 from kdnas.pages import completion, options_of, page, refuse_unknown
-from kdnas.signals import HungUp, exit_code
+from kdnas.signals import HungUp, exit_code, let_go
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
@@ -105,6 +105,7 @@ def _exit_code(args: list[str]) -> int:
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
+        let_go(stop)
         return _interrupted(type(stop), args)
     return 0
 

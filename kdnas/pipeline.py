@@ -46,7 +46,7 @@ from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
 from kdnas.runs import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
 from kdnas.safe_yaml import read_yaml
-from kdnas.signals import honest_signals, notice_signals
+from kdnas.signals import honest_signals, let_go, notice_signals
 from kdnas.supervisor import EARLIER
 from kdnas.training import fit_resumable, one_error, settled_memory
 
@@ -269,7 +269,8 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
                     minutes = max(1e-3, deadline - time.monotonic()) / 60
                     job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
                 _search(job, is_worker=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            let_go(stop)
             raise SystemExit(INTERRUPTED) from None
         except (UserError, CandidateFailed) as error:
             last_words(str(error))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
+from kdnas.errors import causes
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, but the exit code is 143."""
@@ -39,6 +41,20 @@ def notice_signals() -> None:
     """
     if _asked:
         raise _asked[0]
+
+
+def let_go(stop: BaseException) -> None:
+    """Free what a signal has torn out of its work, without a word of what its finalisers fail at.
+
+    Args:
+        stop: the signal, as an exception that nobody raises again; its tracebacks are removed.
+    """
+    say, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        for error in list(causes(stop)):
+            error.__traceback__ = None
+    finally:
+        sys.unraisablehook = say
 
 
 def start_resource_tracker() -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from kdnas.cli import set_environment
 from kdnas.errors import UserError
-from kdnas.signals import HungUp, Terminated, honest_signals
+from kdnas.signals import HungUp, Terminated, honest_signals, let_go
 from kdnas.training import (
     ClipFusedGradients,
     KeepLast,
@@ -402,3 +402,27 @@ def test_tensorboard_looks_for_no_tensorflow(monkeypatch):
     from tensorboard.compat import tf
 
     assert tf.__version__ != "theirs"
+
+
+def test_what_a_signal_tears_is_let_go_without_a_word(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    def broken():
+        try:
+            yield
+        finally:
+            raise ValueError("closed already")
+
+    def torn():
+        held = broken()
+        next(held)
+        raise KeyboardInterrupt
+
+    for is_let_go in (True, False):
+        try:
+            torn()
+        except KeyboardInterrupt as stop:
+            if is_let_go:
+                let_go(stop)
+        assert len(told) == (0 if is_let_go else 1)

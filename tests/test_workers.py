@@ -303,26 +303,30 @@ def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(seconds
     assert len(looks) > 2 and [trial.state.name for trial in study.trials] == states
 
 
-def die_together(url: str, folder: Path, index: int, deadline: float) -> None:
-    """The first candidate of each kills its process, both at one time; others take none."""
+def die_together(url: str, folder: Path, later: float, index: int, deadline: float) -> None:
+    """The first candidate of each kills its process, both at one time, or one later; others take none."""
 
     def train(trial: optuna.Trial, arch: StudentArch) -> float:
         if trial.number < 2:
             (folder / f"begun-{trial.number}").touch()
             while len(list(folder.glob("begun-*"))) < 2:
                 time.sleep(0.01)
-            time.sleep(1)
+            time.sleep(1 + later * trial.number)
             os.kill(os.getpid(), signal.SIGKILL)
         return 0.5
 
     search(train, SPACE, open_study(url, "s", {}), 2)
 
 
-def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path):
-    study = open_study(url, "s", {})
-    run_workers(
-        partial(die_together, url, tmp_path), 2, study, lambda *_: None, 600, lambda index: tmp_path / f"{index}"
-    )
+@pytest.mark.parametrize("later", [0, 1])
+def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path, monkeypatch, later):
+    def bury_slowly(*args: Any, **options: Any) -> set[int]:
+        time.sleep(2 * later)  # meanwhile the other dies, too
+        return bury_dead(*args, **options)
+
+    monkeypatch.setattr("kdnas.nas.workers.bury_dead", bury_slowly)
+    study, work = open_study(url, "s", {}), partial(die_together, url, tmp_path, later)
+    run_workers(work, 2, study, lambda *_: None, 600, lambda index: tmp_path / f"{index}")
     dead = [trial.user_attrs["died"] for trial in study.trials[:2]]
     assert dead == ["SIGKILL, perhaps out of memory"] * 2 and len(trained(study)) == 2
 
@@ -336,14 +340,26 @@ def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
 
 def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypatch):
     begun: list[tuple[int, float]] = []
+    method = multiprocessing.get_start_method()
     monkeypatch.setattr("kdnas.nas.workers.STARTER", {})
     told = SimpleNamespace(prctl=lambda *_: None)  # this process is no worker
     monkeypatch.setattr("kdnas.nas.workers.ctypes.CDLL", lambda name: told)
     with pytest.raises(SystemExit):
-        _child(lambda *args: begun.append(args), 0, math.inf, os.getppid() + 1)
+        _child(lambda *args: begun.append(args), 0, math.inf, os.getppid() + 1, method)
     assert not begun
-    _child(lambda *args: begun.append(args), 0, math.inf, os.getppid())
+    _child(lambda *args: begun.append(args), 0, math.inf, os.getppid(), method)
     assert begun == [(0, math.inf)]
+
+
+def tell_start_method(path: Path, index: int, deadline: float) -> None:
+    path.write_text(multiprocessing.get_start_method())
+
+
+def test_a_worker_starts_processes_as_the_process_does_that_started_it(url, tmp_path):
+    """Else each candidate's processes that make batches would import all libraries anew."""
+    work, study = partial(tell_start_method, tmp_path / "method"), open_study(url, "s", {})
+    run_workers(work, 1, study, lambda *_: None, math.inf, lambda index: tmp_path / "log")
+    assert (tmp_path / "method").read_text() == multiprocessing.get_start_method()
 
 
 def watch_over_a_deaf_worker(url: str, folder: Path) -> None:
@@ -388,7 +404,7 @@ def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, mon
     assert study.trials[0].state == TrialState.RUNNING, "another process will say what it died of"
     assert _owner().keys() | trial.user_attrs.keys() <= ITS_OWN
     trial.set_user_attr("starter", os.getpid())
-    bury_dead(study, deaths={2**22 + 1: "SIGKILL"})
+    bury_dead(study, died_of={2**22 + 1: "SIGKILL"}.get)
     assert (study.trials[0].state, study.trials[0].user_attrs["died"]) == (TrialState.FAIL, "SIGKILL")
     other = study.ask()
     for name, value in (dead | {"starter": 2**22 + 2}).items():

@@ -102,7 +102,7 @@ def open_study(
     else:
         refuse_difference(name, known, identity)
     connected.folder = folder
-    bury_dead(study, deaths=EARLIER.deaths)
+    bury_dead(study, died_of=EARLIER.deaths.get)
     return study
 
 
@@ -125,7 +125,7 @@ def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
 
 
-def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str] | None = None) -> set[int]:
+def bury_dead(study: Study, number: int | None = None, died_of: Callable[[int], str | None] | None = None) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
     A result that was kept of one is its end.
@@ -133,7 +133,7 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
     Args:
         study: whose.
         number: of the one trial that this process runs; None: it has none yet.
-        deaths: what processes died of, by their number, as far as that is known.
+        died_of: gives what a process died of, by its number, as far as that is known.
 
     Returns:
         The processes whose trials were ended.
@@ -152,7 +152,7 @@ def bury_dead(study: Study, number: int | None = None, deaths: Mapping[int, str]
                 end_trial(study, trial, "failed", why, _again(trial))
         elif trial.number in dead or is_here(trial) and pid == os.getpid():
             buried.add(pid)
-            end_trial(study, trial, "died", (deaths or {}).get(pid, ""), _successor(trial))
+            end_trial(study, trial, "died", died_of and died_of(pid) or "", _successor(trial))
     return buried
 
 

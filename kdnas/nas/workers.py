@@ -82,7 +82,8 @@ def run_workers(
     start_resource_tracker()  # the first start would, and let signals through on the way
 
     def start(index: int) -> None:
-        process = context.Process(target=_child, args=(work, index, deadline, os.getpid()), name=f"worker {index}")
+        args = work, index, deadline, os.getpid(), multiprocessing.get_start_method()
+        process = context.Process(target=_child, args=args, name=f"worker {index}")
         # Ctrl-C reaches it too, and while it imports nothing would catch that: it hears of it in `_child`.
         known = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -98,6 +99,10 @@ def run_workers(
         if (waited := time.monotonic() - asked) > LONGEST_LOOK:  # the candidates were kept waiting too
             begun.update({number: begin + waited + LONGEST_PAUSE for number, begin in begun.items()})
         return found
+
+    def died_of(pid: int) -> str | None:  # asked when it is dead, perhaps since a moment ago
+        code = next((worker.exitcode for worker in workers.values() if worker.pid == pid), None)
+        return None if code is None else cause(code)
 
     def show_new() -> None:
         nonlocal num_deaths
@@ -133,9 +138,8 @@ def run_workers(
                 notice_signals()
                 end_slow()
                 codes = {index: worker.exitcode for index, worker in workers.items()}
-                ended = (None, 0, REFUSED, DISK)
-                if deaths := {workers[i].pid or 0: cause(code) for i, code in codes.items() if code not in ended}:
-                    buried |= bury_dead(study, deaths=deaths)
+                if any(code not in (None, 0, REFUSED, DISK) for code in codes.values()):
+                    buried |= bury_dead(study, died_of=died_of)
                 for index, code in codes.items():
                     if code in (0, REFUSED):
                         del workers[index]
@@ -183,8 +187,10 @@ def run_workers(
     return refusals[-1] if len(refusals) == num_workers else ""
 
 
-def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int) -> None:
+def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int, method: str) -> None:
     """A worker, which ends with the process that started it, also where that is killed."""
+    # Its own, spawn, would import all libraries anew in each process that makes batches, and wait for that at the end.
+    multiprocessing.set_start_method(method, force=True)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG; native code hears of no other
     if os.getppid() != parent:  # killed before that, while this one imported
