@@ -33,7 +33,7 @@ from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import flat, read_yaml
 from kdnas.supervisor import EARLIER
 
-BEGINS_AS = "the first layers, copied and corrected, or narrowed"  # kdnas.student_init.FromTeacher
+BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"  # kdnas.student_init.FromTeacher
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import first_layers, spread
+from kdnas.distill.layer_map import kept_layers, spread
 from kdnas.distill.narrowing import copied_tables, narrow, start_embeddings
 from kdnas.errors import UserError
 from kdnas.families import arch_of, family_of
@@ -85,7 +85,7 @@ class FromEmbeddings(Start):
 class FromTeacher(Start):
     """Embeddings and layers of the teacher: copied and corrected, or narrowed.
 
-    Student layer i is made from teacher layer i: the top layers are left out (``first_layers``).
+    The student's layers are made from the teacher's first ones and its last (``kept_layers``).
 
     Of the teacher's shape, the student is its teacher.
 
@@ -93,7 +93,7 @@ class FromTeacher(Start):
     most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
     computed from the narrowed stream itself, so that each part repairs what the ones before it lost. As wide as its
     teacher, the student keeps the stream and copies of those heads and neurons, and least squares add what they lack;
-    also to the last layer of one that is only shallower, whose output then aims at that of the layers left out.
+    also to the layer of one that is only shallower that does the work of the layers left out behind it.
 
     Where the family's layers cannot be narrowed (``narrows`` of ``kdnas.models.FAMILIES``), a narrower student gets the
     embeddings, and the log says so. One of the teacher's width is copied all the same, a worse start: of the neurons
@@ -132,7 +132,7 @@ class FromTeacher(Start):
                 source = teacher_parameters[name]
                 # MPNet's table of distances has a column a head.
                 parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
-        for layer, number in zip(student_layers, first_layers(len(student_layers), len(teacher_layers)), strict=True):
+        for layer, number in zip(student_layers, kept_layers(len(student_layers), len(teacher_layers)), strict=True):
             _copy_layer(layer, teacher_layers[number], family.names.intermediate, family.names.output)
         return Started(frozenset(name for name, _ in student.named_parameters()), (heads,) * len(student_layers))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, first_layers, spread
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, kept_layers, spread
 from kdnas.errors import UserError
 
 # mapping, student layers, teacher layers, teacher layer of each student layer
@@ -65,9 +65,12 @@ def test_layers_are_spread_evenly_first_and_last_among_them(num_chosen, num_all,
     assert spread(num_chosen, num_all) == chosen
 
 
-def test_a_student_begins_as_the_first_layers():
-    assert first_layers(3, 6) == [0, 1, 2]
-    assert first_layers(6, 6) == [0, 1, 2, 3, 4, 5]
+@pytest.mark.parametrize(
+    ("num_ours", "num_theirs", "kept"),
+    [(1, 6, [0]), (3, 6, [0, 1, 5]), (4, 12, [0, 1, 2, 11]), (6, 6, [0, 1, 2, 3, 4, 5]), (2, 2, [0, 1])],
+)
+def test_a_student_begins_as_the_first_layers_and_the_last(num_ours, num_theirs, kept):
+    assert kept_layers(num_ours, num_theirs) == kept
 
 
 def test_no_layer_is_chosen_twice():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.distill.layer_map import first_layers, spread
+from kdnas.distill.layer_map import kept_layers, spread
 from kdnas.distill.losses import attention_divergence, attention_map
 from kdnas.distill.objectives import Criterion, Objective, Term, View
 from kdnas.errors import UserError
@@ -26,7 +26,7 @@ class AttentionMaps(Objective):
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        return {layer - 1 for layer in first_layers(num_student_layers, num_teacher_layers)}
+        return {layer - 1 for layer in kept_layers(num_student_layers, num_teacher_layers)}
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
         return _AttentionMaps(student, teacher)
@@ -43,7 +43,7 @@ class _AttentionMaps(Criterion):
                 f"AttentionMaps: num_attention_heads is {ours.num_attention_heads}, the teacher has "
                 f"{theirs.num_attention_heads}: give the student at most as many."
             )
-        self.sources = first_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
+        self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
         self.terms = [Term("attention_maps", 1.0, compares=False)]
         heads = torch.tensor([spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources))
         self.register_buffer("heads", heads)  # (L_s, A_s): which head of the teacher each of ours is

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import first_layers
+from kdnas.distill.layer_map import kept_layers
 from kdnas.distill.losses import ridge_map, within_half
 from kdnas.families import arch_of, family_of
 from kdnas.models import embed, embedding_mapping, embedding_norm, encode
@@ -185,7 +185,7 @@ class _Narrowing:
     def run(self) -> tuple[tuple[int, ...], ...]:
         family = family_of(self.teacher.config)
         ours, theirs = family.layers(self.student), family.layers(self.teacher)
-        sources = first_layers(len(ours), len(theirs))
+        sources = kept_layers(len(ours), len(theirs))
         ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
         self.basis = self._basis([-1, *ends])
         start_embeddings(self.student, self.teacher, self.basis)
