@@ -220,7 +220,7 @@ def test_a_nested_objective_survives_fit_too(tmp_path, capsys):
         (HiddenStates(), {1: {5, 0}, 2: {4, 5, 0, 3}, 4: {2, 3, 4, 5, 0, 1}}),
         (HiddenStates(LastLayer()), {1: {5}, 2: {5}, 4: {5}}),
         (HiddenStates(Even()), {1: {5}, 2: {2, 5}, 4: {1, 2, 4, 5}}),
-        (AttentionMaps(), {1: {-1}, 2: {-1, 0}, 3: {-1, 0, 1}, 4: {-1, 0, 1, 2}, 6: {-1, 0, 1, 2, 3, 4}}),
+        (AttentionMaps(), {1: {-1}, 2: {-1, 4}, 3: {-1, 0, 4}, 4: {-1, 0, 1, 4}, 6: {-1, 0, 1, 2, 3, 4}}),
         (AttentionRelations(), {1: {4}, 4: {4}}),
         (AttentionRelations(layer=0), {2: {-1}}),
         (AttentionRelations(layer=-6), {2: {-1}}),
