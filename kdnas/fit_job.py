@@ -25,7 +25,7 @@ from kdnas.progress import EpochLines, SayWhatGoesOn
 from kdnas.runs import MANIFEST, new_folder, sweep
 from kdnas.safe_yaml import flat, read_yaml
 from kdnas.signals import honest_signals
-from kdnas.training import WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
+from kdnas.training import FLUSH_SECONDS, WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,9 @@ class KDCLI(LightningCLI):
         trainer = super().instantiate_trainer(**options)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
             trainer.strategy.checkpoint_io = WholeFiles()
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger._kwargs.setdefault("flush_secs", FLUSH_SECONDS)
         said = None if _is_quiet() or sys.stdout.isatty() else partial(print, flush=True)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]

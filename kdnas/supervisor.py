@@ -4,7 +4,6 @@ The child is forked before anything heavy is imported, so it costs milliseconds;
 another one goes on.
 """
 
-import ctypes
 import logging
 import mmap
 import os
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdnas.errors import tell
-from kdnas.signals import exit_code, stop_of
+from kdnas.signals import die_with_parent, exit_code, stop_of
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +113,7 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
     pid = os.fork()
     if pid == 0:
         os.close(hears)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends with its parent
+        die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         # The parent sees which signals have come here, even while native code keeps Python from handling them.

@@ -29,6 +29,8 @@ from kdnas.signals import TERMINATIONS, honest_signals, notice_signals, stop_of
 
 # Of the ten seconds that a signal gives.
 LONGEST_WAIT = 5.0
+# TensorBoard's own are 120, and so long a writer may not hear of its end, where a signal came while it was told more.
+FLUSH_SECONDS = 2
 REMEDY = "run more workers on one study, or use DDP in `kdnas fit`."
 
 
@@ -122,7 +124,7 @@ def make_trainer(
         precision=precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,
-        logger=TensorBoardLogger(folder.parent, name="", version=folder.name),
+        logger=TensorBoardLogger(folder.parent, name="", version=folder.name, flush_secs=FLUSH_SECONDS),
         callbacks=[*callbacks, NoticeSignals()],
         plugins=[WholeFiles()],
         enable_checkpointing=False,

@@ -27,6 +27,7 @@ from kdnas.data.loader import LengthGroupedBatches, outlive_signals
 from kdnas.data.masking import Masker
 from kdnas.errors import UserError
 from kdnas.models import find_teacher
+from kdnas.runs import is_alive
 
 PAD = 3
 TOLD = [int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)]
@@ -496,6 +497,28 @@ def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):
     assert isinstance(data.train_dataloader().sampler, DistributedSampler)
 
 
+PARENT = """
+import multiprocessing, os, time
+from kdnas.data.loader import outlive_signals
+
+def work():
+    outlive_signals(0)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_loader_s_worker_ends_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert is_alive(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate(timeout=30)  # to the end of what both write to
+
+
 @pytest.mark.parametrize(
     ("method", "is_alive", "ends"),
     [("fork", True, True), ("spawn", False, True), ("forkserver", True, False), ("forkserver", False, True)],
@@ -508,6 +531,7 @@ def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_began(monkeypat
     monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
     monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: method)
     monkeypatch.setattr(signal, "pthread_sigmask", lambda *args: None)
+    monkeypatch.setattr("kdnas.data.loader.die_with_parent", lambda: None)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(os, "_exit", leave)
     told: list[type[BaseException]] = []

@@ -500,3 +500,12 @@ def test_a_study_lies_where_its_path_says(tmp_path, name):
     study.ask()
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
     assert len(read_study(path, "s").trials) == len(read_study(sqlite_url(path), "s").trials) == 1
+
+
+def test_a_query_that_a_signal_tears_is_told_in_no_traceback(tmp_path, caplog):
+    with connect(sqlite_url(tmp_path / "study.db"), lambda trial: None).engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        cursor.connection.close()
+        connection._safe_close_cursor(cursor)  # as at the end of a query that has raised
+        connection.connection.dbapi_connection = sqlite3.connect(":memory:")
+    assert not caplog.records

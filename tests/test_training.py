@@ -426,3 +426,20 @@ def test_what_a_signal_tears_is_let_go_without_a_word(monkeypatch):
             if is_let_go:
                 let_go(stop)
         assert len(told) == (0 if is_let_go else 1)
+
+
+def test_a_writer_that_a_signal_has_torn_is_closed(tmp_path):
+    """What Python's queue was told in the middle of which a signal came, its reader sees when it looks by itself."""
+    trainer = make_trainer(TrainerSettings(), tmp_path / "fit", 1)
+    writer = trainer.logger.experiment
+    writer.add_scalar("loss", 0.5, 0)
+    writer.flush()
+    told = writer.file_writer.event_writer._async_writer._byte_queue.not_empty
+    torn = threading.Lock()
+    torn.acquire()
+    with told:
+        told._waiters.appendleft(torn)  # notified already, and not yet taken off the list
+    closing = threading.Thread(target=writer.close, daemon=True)
+    closing.start()
+    closing.join(timeout=30)
+    assert not closing.is_alive()

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -342,8 +341,7 @@ def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypa
     begun: list[tuple[int, float]] = []
     method = multiprocessing.get_start_method()
     monkeypatch.setattr("kdnas.nas.workers.STARTER", {})
-    told = SimpleNamespace(prctl=lambda *_: None)  # this process is no worker
-    monkeypatch.setattr("kdnas.nas.workers.ctypes.CDLL", lambda name: told)
+    monkeypatch.setattr("kdnas.nas.workers.die_with_parent", lambda: None)  # this process is no worker
     with pytest.raises(SystemExit):
         _child(lambda *args: begun.append(args), 0, math.inf, os.getppid() + 1, method)
     assert not begun

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data.masking import IntArray
 from kdnas.errors import UserError
-from kdnas.signals import TERMINATIONS, start_resource_tracker
+from kdnas.signals import TERMINATIONS, die_with_parent, start_resource_tracker
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
@@ -133,6 +133,7 @@ def outlive_signals(index: int) -> None:
     """
     if sys.platform in ("darwin", "win32"):
         return  # which do not say whose signal it is
+    die_with_parent()  # torch itself looks every five seconds
     parent = multiprocessing.parent_process()
     is_served = multiprocessing.get_start_method(allow_none=True) == "forkserver"  # the server's child, not its own
     if parent is not None and (not parent.is_alive() or os.getppid() != parent.pid and not is_served):

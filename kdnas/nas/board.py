@@ -13,7 +13,7 @@ from kdnas.arch import StudentArch
 from kdnas.nas.record import Study, trained, tried
 from kdnas.nas.trials import best_trial, trials_frame
 from kdnas.pictures import as_figure, pareto
-from kdnas.training import release_memory, without_tensorflow
+from kdnas.training import FLUSH_SECONDS, release_memory, without_tensorflow
 
 
 class SearchBoard:
@@ -46,7 +46,7 @@ class SearchBoard:
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
         without_tensorflow()
-        self._writer = SummaryWriter(str(self.folder))
+        self._writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
         return self
 
     def __exit__(self, *exception: Any) -> None:

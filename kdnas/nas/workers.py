@@ -1,6 +1,5 @@
 """Several processes that search in one study, on one machine."""
 
-import ctypes
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -23,7 +22,7 @@ from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, STARTER, is_here
 from kdnas.precision import bf16_is_faster
 from kdnas.runs import nearest_folder, process_start
-from kdnas.signals import honest_signals, notice_signals, start_resource_tracker
+from kdnas.signals import die_with_parent, honest_signals, notice_signals, start_resource_tracker
 from kdnas.supervisor import cause
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
@@ -191,8 +190,7 @@ def _child(work: Callable[[int, float], None], index: int, deadline: float, pare
     """A worker, which ends with the process that started it, also where that is killed."""
     # Its own, spawn, would import all libraries anew in each process that makes batches, and wait for that at the end.
     multiprocessing.set_start_method(method, force=True)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG; native code hears of no other
+    die_with_parent()
     if os.getppid() != parent:  # killed before that, while this one imported
         raise SystemExit(INTERRUPTED)
     STARTER.update(starter=parent, starter_begun=process_start(parent))
