@@ -16,7 +16,7 @@ install: $(ENV) ## The environment alone, into .venv
 quickstart: $(ENV) ## The whole job on a real teacher and real text, into lightning_logs/quickstart/
 	@.venv/bin/kdnas run --config configs/quickstart.yaml $(ARGS)
 
-test: $(ENV) ## The test suite on all cores; ARGS="tests/test_arch.py -k yaml" runs a part of it
+test: $(ENV) ## The test suite on all cores; ARGS="-m slow" runs what takes longer, ARGS="tests/test_arch.py -k yaml" a part of it
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(ENV) ## Style, format and types

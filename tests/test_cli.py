@@ -114,6 +114,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_again_and_again_is_the_unbroken_one_where_latency_is_a_table(
     search: list[str], tmp_path: Path
 ) -> None:

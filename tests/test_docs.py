@@ -167,6 +167,7 @@ def test_options_targets_and_yaml_in_the_prose_are_there(my_kd: Path, capsys: py
     assert num_options > 50
 
 
+@pytest.mark.slow
 def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_teacher(Path("bert-base-uncased"), max_position_embeddings=160)
     write_table(Path("my.parquet"), text=make_rows(120))

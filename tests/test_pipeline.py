@@ -251,6 +251,7 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
     assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_what_was_searched_or_stopped_and_then_reported_is_not_finished(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -691,6 +692,7 @@ def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(command: list[str
     assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
 
 
+@pytest.mark.slow
 def test_a_search_measures_by_the_backend_that_is_asked_for(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,7 @@ def test_workers_train_so_many_together_and_each_trial_is_shown_once(any_url, tm
     assert {threads for *_, threads in numbers} == {str(worker_threads(2))}
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_path):
     study, _ = start(any_url, tmp_path / "seen", len(SPACE), "once")
     lost = [trial for trial in study.trials if trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs]
@@ -241,6 +242,7 @@ def test_a_trial_that_two_processes_end_at_once_is_queued_once(postgresql):
     assert [trial.state.name for trial in first.get_trials()] == ["FAIL", "WAITING"]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_crashes_and_one_that_hangs_fail_alone_with_their_reasons(url, tmp_path):
     (tmp_path / "seen").mkdir()
     study = open_study(url, "s", {})
@@ -264,6 +266,7 @@ def test_a_candidate_that_crashes_and_one_that_hangs_fail_alone_with_their_reaso
     assert found[3:] == [("COMPLETE", None)]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp_path):
     study, path = open_study(url, "s", {}), tmp_path / "stillness.lock"
     held = threading.Event()
@@ -283,6 +286,7 @@ def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "states"), [(7, ["COMPLETE"]), (600, ["FAIL", "COMPLETE"])])
 def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(seconds, states, url, tmp_path, monkeypatch):
     monkeypatch.setattr("kdnas.nas.workers.LONGEST_PAUSE", 1.5)
@@ -317,6 +321,7 @@ def die_together(url: str, folder: Path, later: float, index: int, deadline: flo
     search(train, SPACE, open_study(url, "s", {}), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [0, 1])
 def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path, monkeypatch, later):
     def bury_slowly(*args: Any, **options: Any) -> set[int]:
@@ -330,6 +335,7 @@ def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path, monkeypa
     assert dead == ["SIGKILL, perhaps out of memory"] * 2 and len(trained(study)) == 2
 
 
+@pytest.mark.slow
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
         CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
@@ -432,6 +438,7 @@ def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
         run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
 
 
+@pytest.mark.slow
 @pytest.mark.postgres
 def test_results_of_two_workers_are_kept_where_the_database_stays_away_and_taken_up_by_the_next_start(
     server, tmp_path, monkeypatch

@@ -27,9 +27,6 @@ from kdnas.runs import is_alive, process_start, this_host
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What it tells, with a traceback, comes after what it raises: a signal, mostly, that tore a query.
-logging.getLogger("sqlalchemy.pool.impl.QueuePool.kdnas").setLevel(logging.CRITICAL)
-
 # Minutes, not seconds: with a short grace a live but slow worker is declared dead.
 HEARTBEAT_SECONDS = 60
 # A server that restarts is back in seconds, one that is moved in minutes.
@@ -166,6 +163,8 @@ def engine_options(url: URL) -> dict[str, Any]:
     }
     knows = url.get_backend_name() == "postgresql" and url.get_driver_name() in ("psycopg", "psycopg2")
     arguments = {name: value for name, value in libpq.items() if name not in url.query} if knows else {}
+    # What the pool tells, with a traceback, comes after what it raises: a signal, mostly, that tore a query.
+    logging.getLogger("sqlalchemy.pool.impl.QueuePool.kdnas").setLevel(logging.CRITICAL)
     # By the first of them, a connection that the server has cut meanwhile is noticed before it is used.
     return {"pool_pre_ping": True, "pool_logging_name": "kdnas", "connect_args": arguments}
 
