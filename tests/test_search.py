@@ -1,6 +1,7 @@
 """The search loop, driven by a two-line ``evaluate``: totals, twins, failures, interruptions, dead and busy workers."""
 
 import errno
+import gc
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -424,6 +426,7 @@ def test_refused_candidates_do_not_count(study):
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
         (UserError("a mistake"), "UserError: a mistake"),
         (MemoryError(), "out of memory: MemoryError"),
+        (RuntimeError("could not create a primitive"), "out of memory: could not create a primitive"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
             "out of memory: DefaultCPUAllocator: can't",
@@ -1115,3 +1118,23 @@ def test_studies_of_one_database_do_not_mix(url):
     first, second = (open_study(url, name, {"name": name}) for name in ("first", "second"))
     search(value_of, SPACE, first, n_trials=1)
     assert (len(first.trials), len(second.trials)) == (1, 0)
+
+
+def test_what_a_failed_candidate_held_is_given_back_before_anything_follows(study):
+    class Held:
+        pass
+
+    refs, alive = [], []
+
+    def evaluate(trial, arch):
+        held = Held()
+        refs.append(weakref.ref(held))
+        raise ValueError("no")
+
+    gc.disable()
+    try:
+        with pytest.raises(CandidateFailed, match="ValueError: no"):
+            search(evaluate, SPACE, study, 1, [lambda study, trial: alive.append(refs[-1]() is not None)])
+    finally:
+        gc.enable()
+    assert len(alive) > 1 and not any(alive)

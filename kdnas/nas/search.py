@@ -4,7 +4,6 @@ import errno
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from kdnas.nas.record import (
     failed,
     find_twin,
     is_complete,
+    reason_of,
     rivals,
     seen,
     tried,
@@ -295,10 +295,7 @@ def search(
                         raise error
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error
-                reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
-                if isinstance(error, MemoryError) or re.search("(?i)out of memory|can(no|.)t allocate memory", reason):
-                    reason = f"out of memory: {first_line(error)}"
-                trial.set_user_attr("failed", reason)
+                trial.set_user_attr("failed", reason := reason_of(error))
                 raise CandidateFailed(reason) from error
 
     def is_at_end() -> bool:
