@@ -490,7 +490,7 @@ def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
 def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(folder: str) -> None:
+    def fail(folder: str, flush_secs: int) -> None:
         raise OSError(errno.EIO, "Input/output error")  # as TensorBoard's, which names no file
 
     monkeypatch.setattr("kdnas.nas.board.SummaryWriter", fail)
