@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import traceback
 from collections.abc import Iterable
 
 import optuna
@@ -12,7 +11,7 @@ from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, StoreDamaged, UserError, causes, first_line
+from kdnas.errors import CandidateFailed, StoreDamaged, UserError, first_line
 from kdnas.nas.space import SearchSpace
 
 # What is said of a trial itself, and not of its candidate.
@@ -38,9 +37,7 @@ OUT_OF_MEMORY = "(?i)out of memory|can(no|.)t allocate memory|could not create a
 
 
 def reason_of(error: Exception) -> str:
-    """Why a candidate fails that has raised this. What its frames hold is freed, which would live as long as it."""
-    for cause in causes(error):
-        traceback.clear_frames(cause.__traceback__)
+    """Why a candidate fails that has raised this."""
     reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
     is_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, reason)
     return f"out of memory: {first_line(error)}" if is_memory else reason

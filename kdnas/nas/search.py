@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -295,6 +296,8 @@ def search(
                         raise error
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error
+                for cause in causes(error):  # an error keeps what its frames hold for as long as it lives
+                    traceback.clear_frames(cause.__traceback__)
                 trial.set_user_attr("failed", reason := reason_of(error))
                 raise CandidateFailed(reason) from error
 

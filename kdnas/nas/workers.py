@@ -188,11 +188,11 @@ def run_workers(
 
 def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int, method: str) -> None:
     """A worker, which ends with the process that started it, also where that is killed."""
-    # Its own, spawn, would import all libraries anew in each process that makes batches, and wait for that at the end.
-    multiprocessing.set_start_method(method, force=True)
     die_with_parent()
     if os.getppid() != parent:  # killed before that, while this one imported
         raise SystemExit(INTERRUPTED)
+    # Its own, spawn, would import all libraries anew in each process that makes batches, and wait for that at the end.
+    multiprocessing.set_start_method(method, force=True)
     STARTER.update(starter=parent, starter_begun=process_start(parent))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
