@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from kdnas.arch import StudentArch
 from kdnas.config import FullKDSettings, RunConfig, SearchConfig, as_plain
+from kdnas.distill.metrics import too_long
 from kdnas.distill.module import HiddenStateDistillModule
 from kdnas.errors import CandidateFailed, UserError, last_words
 from kdnas.export_job import export_run, is_exported, rows_of_task, rows_of_texts
@@ -323,7 +324,8 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         },
     )
     last.unlink()
-    job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}.")
+    remark = too_long(module.history)
+    job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}{remark}.")
 
 
 def _kept_of_candidate(job: Job, arch: StudentArch) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, save_teacher
+from filelock import FileLock
 from torch import Tensor
 
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
@@ -467,6 +469,35 @@ def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder
     assert len(shards(folder)) == 3 * VARIANTS
     assert not list(folder.glob(".*.partial"))
     check(build(folder)[0])
+
+
+def test_whole_states_are_checked_though_another_process_has_the_lock(folder):
+    build(folder)
+    with FileLock(folder / "lock"):
+        thread = threading.Thread(target=lambda: check(build(folder)[0]), daemon=True)
+        thread.start()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_a_damaged_shard_that_another_process_removes_first_is_computed_again(folder, monkeypatch):
+    build(folder)
+    before = shards(folder)
+    gone, glob = folder / next(iter(before)), Path.glob
+    gone.write_bytes(b"damaged")
+
+    def found(self: Path, pattern: str) -> list[Path]:
+        paths = list(glob(self, pattern))
+        if gone in paths:
+            gone.unlink()
+        return paths
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", found)
+        cache, asked = build(folder)
+    assert asked == rows_in(before[gone.name])
+    assert shards(folder) == before
+    check(cache)
 
 
 @pytest.mark.parametrize(("num_passes", "num_done"), [(3, 0), (21, 4)])

@@ -18,6 +18,7 @@ from kdnas.config import as_plain
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps, AttentionRelations
 from kdnas.distill.layer_map import Even, Last, LastLayer
+from kdnas.distill.metrics import too_long
 from kdnas.distill.module import CALIBRATION_TOKENS, DEFAULT_OBJECTIVE, HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates, View, WeightedSum
 from kdnas.distill.sentences import PairComparison, SentenceState
@@ -760,6 +761,19 @@ def test_an_error_that_is_not_finite_fails_the_candidate(teacher, data, states, 
     with pytest.raises(CandidateFailed, match=f"the held-out error is {value} after epoch 0"):
         trainer().validate(module, data, verbose=False)
     assert module.history == []
+
+
+def test_an_objective_with_nothing_to_compare_is_refused_not_perfect(teacher, data, states):
+    module = make(teacher, states, objective=PairComparison())  # these rows have no pairs
+    with pytest.raises(UserError, match="give the objective nothing to compare: give more text, or longer rows"):
+        trainer().validate(module, data, verbose=False)
+    assert module.history == []
+
+
+def test_a_loss_that_rises_is_remarked_with_the_epoch_that_was_better():
+    history = [{"epoch": epoch, "loss": loss} for epoch, loss in enumerate([0.6, 0.523, 0.539])]
+    assert too_long(history) == " (the loss was 0.523 after epoch 2: give fewer epochs, or more text)"
+    assert too_long(history[:2]) == too_long(history[:1]) == too_long([*history, {"epoch": 3, "loss": 0.527}]) == ""
 
 
 def test_a_loader_without_a_data_module_is_refused(teacher, data):

@@ -168,21 +168,22 @@ class StateCache:
         needed = self.num_bytes(row_ids)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / "lock"):
-                for leftover in self.folder.glob(".*.partial"):
-                    leftover.unlink()
-                names: dict[tuple[int, int], str | None] = {}
-                places = self._places(row_ids)
-                for place in _tracked(places, "stored teacher states: check"):
-                    names[place] = self._find(*place)
-                missing = [place for place in places if names[place] is None]
-                needed = sum(self._num_bytes(shard) for _, shard in missing)
-                if needed > self._free():
-                    raise self._no_room(needed)
-                for place, name in self._fill(missing, teacher, batch_tokens):
-                    names[place] = name
-                    needed -= self._num_bytes(place[1])
-                self._names = {place: name for place, name in names.items() if name is not None}
+            # What is whole is checked by all ranks at once; one computes the rest.
+            places = self._places(row_ids)
+            names = {place: self._find(*place) for place in _tracked(places, "stored teacher states: check")}
+            if None in names.values():
+                with FileLock(self.folder / "lock"):
+                    for leftover in self.folder.glob(".*.partial"):
+                        leftover.unlink()
+                    names |= {place: self._find(*place, alone=True) for place in places if names[place] is None}
+                    missing = [place for place in places if names[place] is None]
+                    needed = sum(self._num_bytes(shard) for _, shard in missing)
+                    if needed > self._free():
+                        raise self._no_room(needed)
+                    for place, name in self._fill(missing, teacher, batch_tokens):
+                        names[place] = name
+                        needed -= self._num_bytes(place[1])
+            self._names = {place: name for place, name in names.items() if name is not None}
         except OSError as error:  # others use the disk too
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -228,16 +229,20 @@ class StateCache:
     def _digest(self, prefix: str) -> "hashlib._Hash":
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
-    def _find(self, variant: int, shard: int) -> str | None:
-        """The name of a finished, undamaged shard; a damaged one is removed."""
+    def _find(self, variant: int, shard: int, alone: bool = False) -> str | None:
+        """The name of a finished, undamaged shard; who is ``alone`` removes a damaged one."""
         prefix = self._prefix(variant, shard)
         for path in self.folder.glob(f"{prefix}.*.bin"):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: self._digest(prefix))
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, lambda: self._digest(prefix))
+            except FileNotFoundError:  # a damaged one that another process has just removed
+                continue
             if digest.hexdigest() == path.name.split(".")[1]:
                 return path.name
-            log.warning("%s is damaged; its states are computed anew.", path)
-            path.unlink()
+            if alone:
+                log.warning("%s is damaged; its states are computed anew.", path)
+                path.unlink()
         return None
 
     def _fill(

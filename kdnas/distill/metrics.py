@@ -1,8 +1,14 @@
 """What is measured of a student on held-out rows, as sums that add up over batches and ranks."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+# A loss that ends higher than it was by this share: there was too little text for so many epochs.
+TOO_LONG = 0.01
 
 
 class TermErrors(Metric):
@@ -94,3 +100,11 @@ class RidgeProbe(Metric):
         error = self.yy[1] - 2 * (weight * self.xy[1]).sum(0) + (weight * (self.xx[1] @ weight)).sum(0)
         variance = self.yy[1] / count - (self.xy[1, -1] / count).square()
         return error.mean() / count, variance.mean()
+
+
+def too_long(history: Sequence[dict[str, Any]]) -> str:
+    """Of a student's epochs, a remark where the held-out loss was lower before the last one; else nothing."""
+    best = min(history, key=lambda row: row["loss"])
+    if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:
+        return ""
+    return f" (the loss was {best['loss']:.3f} after epoch {best['epoch'] + 1}: give fewer epochs, or more text)"

@@ -233,6 +233,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
+        if not counts.any():
+            raise UserError("The held-out rows give the objective nothing to compare: give more text, or longer rows.")
         weights = self._weights("held_out_variance").cpu()
         compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)  # a text may give no pairs
         if compares.any():
