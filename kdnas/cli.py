@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, causes, nearest, tell
+from kdnas.errors import CandidateFailed, ParityError, UserError, as_raised, causes, is_memory, nearest, reason_of, tell
 from kdnas.pages import completion, options_of, page, refuse_unknown
 from kdnas.signals import HungUp, exit_code, let_go
 from kdnas.supervisor import EARLIER, remember, remembered, supervise
@@ -75,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
         if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
-            return supervise(partial(_exit_code, args))
+            return supervise(partial(_exit_code, args), _goes_on(args))
         return _exit_code(args)
     except UserError as error:
         tell(str(error))
@@ -95,6 +95,11 @@ def _exit_code(args: list[str]) -> int:
         return 2
     except (CandidateFailed, ParityError) as error:
         tell(str(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        tell(f"{reason_of(error)}{_goes_on(args)}")
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
         from kdnas.runs import room
@@ -158,8 +163,10 @@ def show_logs() -> None:
 
 
 def _goes_on(args: Sequence[str]) -> str:
-    resumes = args[0] in ("run", "search") and not {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
-    return "; the same command goes on from here." if resumes else "."
+    if args[0] not in ("run", "search", "glue") or {"--smoke", "--dry-run", "--dry_run"}.intersection(args):
+        return "."
+    is_new = any(arg.startswith(("--force-new", "--force_new")) for arg in args)
+    return f"; the same command goes on from here{', by the --name it told, without --force-new' if is_new else ''}."
 
 
 def _quieten(*loggers: str) -> None:

@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdnas.config import GlueConfig, Grid, as_plain
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, UserError, is_memory, nearest, reason_of
 from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished, keep_failure
 from kdnas.glue.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
 from kdnas.glue.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
@@ -214,8 +214,10 @@ class Comparison:
             folder = self.folder / one.folder(task) / f"grid_{size}_{rate:g}"
             try:
                 result = self._once(one, rows, settings, folder, keep_model=False)
-            except CandidateFailed as error:
-                result = keep_failure(folder, rows, settings, self.trainer, str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not (isinstance(error, CandidateFailed) or is_memory(error)):
+                    raise
+                result = keep_failure(folder, rows, settings, self.trainer, reason_of(error))
             if result["score"] is None:
                 self.progress.console.print(f"{folder}: failed, not tried again: {result['failed']}", soft_wrap=True)
             yield {"kind": "grid", "model": one.name, "folder": str(folder), **result}
@@ -237,8 +239,7 @@ class Comparison:
     def _once(
         self, one: Contender, task: LoadedTask, settings: FinetuneSettings, folder: Path, keep_model: bool
     ) -> dict[str, Any]:
-        known = finished(folder, task, settings, self.trainer)
-        if known is not None:
+        if (known := finished(folder, task, settings, self.trainer)) is not None:
             return known
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
@@ -380,8 +381,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     show = partial(console.print, soft_wrap=True, highlight=False)
     if busy:
         show(f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.")
-    show(f"Every run: {run.folder / 'runs.jsonl'}")
-    show(f"The models: {run.folder}/TASK/MODEL/seed_0/model")
+    show(f"Every run: {run.folder / 'runs.jsonl'}\nThe models: {run.folder}/TASK/MODEL/seed_0/model")
     return results
 
 

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+# What torch's own allocators say, and oneDNN, which says no more where it can allocate nothing.
+OUT_OF_MEMORY = "(?i)out of memory|can(no|.)t allocate memory|could not create a primitive"
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2).
@@ -22,6 +25,17 @@ class UserError(ValueError):
 
 class CandidateFailed(RuntimeError):
     """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why a candidate fails that has raised this."""
+    reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+    return f"out of memory: {first_line(error)}" if is_memory(error) else reason
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory left, in any library's words."""
+    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"))
 
 
 class ParityError(RuntimeError):
@@ -85,6 +99,8 @@ def as_raised(error: OSError) -> OSError:
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those that it came from, or that were handled when it came."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a cause that is raised again is its own
+        seen.add(id(error))
         yield error
         error = error.__context__ or error.__cause__

@@ -22,6 +22,7 @@ from kdnas.errors import UserError, first_line
 from kdnas.safe_yaml import read_yaml
 
 MANIFEST = "manifest.json"
+ASIDE = "_set_aside"  # how a hidden name ends of what is about to be replaced; longer than what is drawn
 # Beside the runs, below their root.
 SHARED = ("tokens", "teacher_states")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -74,9 +75,9 @@ class Run:
 
     @property
     def stillness(self) -> Path:
-        """The lock of the workers of this machine; on its own disk, for it is taken at each step."""
+        """The lock of this user's workers of this machine; on its own disk, for it is taken at each step."""
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"kdnas-{key}-stillness.lock"
+        return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
 
     def check_writable(self) -> None:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.
@@ -224,15 +225,20 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
 def sweep(folder: Path, pattern: str = "**/.*") -> None:
     """Remove what processes of this machine that were killed have left: by default, what is half written.
 
+    A folder that was about to be replaced gets its name back.
+
     Args:
         folder: to look into.
         pattern: of names that began as ``owned`` says.
     """
-    mine = re.compile(rf".*\.{re.escape(this_host())}-(\d+)\.\w+")
+    mine = re.compile(rf"\.?(.+)\.{re.escape(this_host())}-(\d+)\.\w+")
     for path in list(folder.glob(pattern)):
-        if (found := mine.fullmatch(path.name)) and not is_alive(int(found[1])):
+        if (found := mine.fullmatch(path.name)) and not is_alive(int(found[2])):
             with suppress(OSError):  # another user's, or another start was faster
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.name.endswith(ASIDE) and not path.with_name(found[1]).exists():
+                    os.replace(path, path.with_name(found[1]))
+                else:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
@@ -343,7 +349,7 @@ def _exchange(one: Path, other: Path) -> None:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE; not every file system can
     if swap and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
         return
-    aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other)))
+    aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:
         os.replace(one, other)

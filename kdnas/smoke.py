@@ -16,12 +16,13 @@ from rich.table import Table
 from kdnas.config import RunConfig, SearchConfig
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.readers import some_rows
-from kdnas.errors import UserError
+from kdnas.errors import CandidateFailed, UserError
 from kdnas.glue.tasks import load_task
 from kdnas.job import check
 from kdnas.nas.candidate import Budget
 from kdnas.pipeline import run_stages
-from kdnas.runs import Run, nearest_folder, owned, sweep
+from kdnas.runs import Run, nearest_folder, owned, sweep, this_host
+from kdnas.supervisor import EARLIER
 
 NUM_ROWS = 64
 NUM_CANDIDATES = 2
@@ -108,9 +109,13 @@ def smoke(config: RunConfig, console: Console) -> None:
 
     Raises:
         UserError: anything that the user can mend.
+        CandidateFailed: the process before this one was killed by a candidate.
     """
     check(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
+    for pid, died in EARLIER.deaths.items():  # in a new folder nothing would tell that it was tried before
+        kept = ", ".join(str(path) for path in place.glob(f"{name}.{this_host()}-{pid}.*"))
+        raise CandidateFailed(f"a candidate of the smoke run killed its process ({died}); what it made is kept: {kept}")
     sweep(place, f"{name}.*")
     folder = Path(tempfile.mkdtemp(dir=place, prefix=owned(name)))
     try:

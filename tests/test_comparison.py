@@ -179,6 +179,29 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again: the loss is nan") == 2
 
 
+def test_a_point_of_a_grid_without_memory_fails_alone_and_another_error_is_not_its_own(
+    command, tmp_path, monkeypatch, capsys
+):
+    evaluate, found = comparison.evaluate_glue, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    def fake(classifier, tokenizer, task, settings, **options):
+        if settings.batch_size == 16:
+            raise found
+        return evaluate(classifier, tokenizer, task, settings, **options)
+
+    monkeypatch.setattr(comparison, "evaluate_glue", fake)
+    grid = [*command, "--seeds=1", "--grid.batch_sizes=[8,16]", "--grid.learning_rates=[1e-3]"]
+    assert main(grid) == 0
+    told = "out of memory: CUDA out of memory. Tried to allocate 9 GiB"
+    assert [run.get("failed") for run in lines(tmp_path)] == [None, told, None] * 2
+    assert f"grid_16_0.001: failed, not tried again: {told}" in capsys.readouterr().out.replace("\n", "")
+    assert main([*command, "--seeds=1", "--finetune.batch_size=16", "--name=other"]) == 1
+    assert capsys.readouterr().err == f"kdnas: {told}; the same command goes on from here.\n"
+    found = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        main([*grid, "--name=other"])
+
+
 def test_grid_alone_has_the_originals_lists(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["glue", "--model=x", "--grid", "--print_config"])

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from kdnas.errors import CandidateFailed, UserError, nearest
+from kdnas.errors import CandidateFailed, UserError, causes, nearest
 from kdnas.runs import (
     Run,
     is_alive,
@@ -96,6 +96,9 @@ def test_machines_that_share_a_run_share_neither_logs_nor_the_lock_of_each_step(
     assert run.stillness.parent == Path(tempfile.gettempdir())
     monkeypatch.chdir(tmp_path)
     assert Run(".", "a").stillness == run.stillness != Run(".", "b").stillness
+    mine = run.stillness
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert run.stillness != mine, "another user's cannot be opened"
 
 
 def test_a_folder_that_is_a_file_is_refused_with_its_name(tmp_path):
@@ -247,6 +250,21 @@ def test_what_a_killed_process_has_left_is_swept_and_what_a_live_one_writes_is_n
         assert sorted(tmp_path.rglob(".*")) == sorted([alive, tmp_path / ".gitignore"])
 
 
+def test_a_kill_between_the_renames_of_a_file_system_without_exchange_gives_the_old_folder_back(tmp_path):
+    kill = "import ctypes, os; from pathlib import Path; from kdnas.runs import *\n"
+    kill += "replace, left = os.replace, [int(os.sys.argv[2])]\n"
+    kill += "def until(*paths):\n    left[0] -= 1\n    replace(*paths) if left[0] >= 0 else os.kill(os.getpid(), 9)\n"
+    kill += "ctypes.CDLL, os.replace = lambda name: None, until\n"
+    kill += "with new_folder(Path(os.sys.argv[1])) as new:\n    (new / 'new').touch()"
+    target = tmp_path / "student"
+    for num_renames, code, kept in ((0, -9, "old"), (1, -9, "old"), (2, -9, "new"), (3, 0, "new")):
+        with new_folder(target) as folder:
+            (folder / "old").touch()
+        assert subprocess.run([sys.executable, "-c", kill, str(target), str(num_renames)]).returncode == code
+        sweep(tmp_path)
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["student", f"student/{kept}"]
+
+
 def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     kill = "import os; from kdnas.runs import temporary_folder; folder = temporary_folder(); os.kill(os.getpid(), 9)"
@@ -279,6 +297,17 @@ def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
         raise OSError(errno.EDQUOT, "Quota exceeded")  # as a write tells it
     with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "student"):
         raise SafetensorError("header too large")
+
+
+def test_an_error_that_is_raised_again_by_what_it_caused_has_an_end():
+    first, second = ValueError("first"), ValueError("second")
+    with pytest.raises(ValueError, match="first"):
+        try:
+            raise second from first
+        except ValueError:
+            raise first from None
+    first.__context__ = second
+    assert list(causes(first)) == [first, second]
 
 
 def test_a_process_that_has_ended_is_not_alive_though_nobody_has_looked():

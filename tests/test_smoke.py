@@ -88,6 +88,18 @@ def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_
     assert not killed.exists(), "it is swept; those of a process that lives, as this one, are not"
 
 
+def test_a_smoke_run_that_a_candidate_has_killed_is_not_begun_again(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / f"mine-smoke.{this_host()}-{2**22 + 1}.abcdefgh"
+    kept.mkdir()
+    monkeypatch.setattr("kdnas.supervisor.EARLIER.deaths", {2**22 + 1: "SIGSEGV"})
+    monkeypatch.setattr(smoke, "run_stages", None)
+    assert main([*command, "--smoke"]) == 1
+    told = f"a candidate of the smoke run killed its process (SIGSEGV); what it made is kept: {kept}"
+    assert capsys.readouterr().err == f"kdnas: {told}\n" and kept.exists()
+
+
 def few(config: RunConfig, folder: Path, **options: int) -> tuple[RunConfig, Sizes]:
     folder.mkdir()
     return with_few_rows(config, folder, **{"num_rows": 64, **options})

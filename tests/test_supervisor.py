@@ -92,6 +92,23 @@ def test_another_death_ends_the_command_with_one_line(tmp_path):
     assert done.stderr == "kdnas: the process died (SIGABRT); the same command goes on from here.\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "'search', '--force-new'",
+            "; the same command goes on from here, by the --name it told, without --force-new.",
+        ),
+        ("'search', '--dry-run'", "."),
+    ],
+)
+def test_it_is_said_how_to_go_on_with_what_was_begun_anew(tmp_path, arguments, told):
+    lines = program("os.kill(os.getpid(), signal.SIGABRT)", tmp_path / "notes")
+    lines[2] = lines[2].replace('sys.argv[1:] = ["search"]', f"sys.argv[1:] = [{arguments}]")
+    done = subprocess.run(lines, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"kdnas: the process died (SIGABRT){told}\n")
+
+
 def test_an_exit_code_is_handed_on_and_what_follows_is_done_once(tmp_path):
     done = subprocess.run(program("raise OSError('no disk')", tmp_path / "notes"), capture_output=True, text=True)
     assert (done.returncode, seen(tmp_path / "notes")) == (3, ["begun", "ended"])
@@ -205,7 +222,7 @@ def test_the_child_ends_with_its_parent(tmp_path):
 
 def test_where_torch_is_loaded_there_is_no_child():
     assert "torch" in sys.modules
-    assert supervisor.supervise(os.getpid) == os.getpid()
+    assert supervisor.supervise(os.getpid, ".") == os.getpid()
 
 
 def test_a_call_from_python_stays_in_its_process(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable
 
 import optuna
@@ -11,7 +10,7 @@ from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, StoreDamaged, UserError, first_line
+from kdnas.errors import CandidateFailed, StoreDamaged, UserError
 from kdnas.nas.space import SearchSpace
 
 # What is said of a trial itself, and not of its candidate.
@@ -30,17 +29,6 @@ ITS_OWN = {
     "queued_for",
     "waits",
 }
-
-
-# What torch's own allocators say, and oneDNN, which says no more where it can allocate nothing.
-OUT_OF_MEMORY = "(?i)out of memory|can(no|.)t allocate memory|could not create a primitive"
-
-
-def reason_of(error: Exception) -> str:
-    """Why a candidate fails that has raised this."""
-    reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
-    is_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, reason)
-    return f"out of memory: {first_line(error)}" if is_memory else reason
 
 
 def failure_of(trial: FrozenTrial) -> str | None:

@@ -18,14 +18,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, StoreAway, StoreDamaged, UserError, as_raised, causes, first_line
+from kdnas.errors import CandidateFailed, StoreAway, StoreDamaged, UserError, as_raised, causes, first_line, reason_of
 from kdnas.nas.record import (
     answer,
     best_of,
     failed,
     find_twin,
     is_complete,
-    reason_of,
     rivals,
     seen,
     tried,
