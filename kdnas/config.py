@@ -324,7 +324,7 @@ class ExportConfig:
             its. A run knows its own.
         task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
         data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv file, or a folder.
-        text_column: of ``data``; twice for pairs.
+        text_column: of ``data``, twice for pairs; else of ``text``.
         label_column: of ``data``.
         text: rows without labels for the same, where there is no task; of a run, its own by default.
         length: where texts are cut, in tokens; as many as the student takes by default.

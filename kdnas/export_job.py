@@ -42,7 +42,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         The folder.
 
     Raises:
-        UserError: anything that the user can mend; nothing is written then.
+        UserError: anything that the user can mend; nothing is written then, unless it was the push that failed.
         ParityError: a file does not compute what the student computes; nothing is written either.
     """
     if (config.run is None) == (config.student is None):
@@ -62,7 +62,9 @@ def export(config: ExportConfig, console: Console) -> Path:
             text = str(run.text) if known["text"] == QUICKSTART else known["text"]
     else:
         assert config.student is not None
-        source, folder = Path(config.student), Path(f"{config.student.rstrip('/')}-export")
+        source = Path(config.student)
+        named = source if source.name not in ("", "..") else source.resolve()
+        folder = named.with_name(f"{named.name}-export")
         task_name, text, cut, split = config.task, config.text, config.length or MOST_TOKENS, {}
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
     folder = Path(config.output) if config.output else folder
@@ -84,7 +86,8 @@ def export(config: ExportConfig, console: Console) -> Path:
         task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
     else:
         task = load_task(task_name) if task_name else None
-    corpus = load_corpus(text, **({} if config.text else split)) if text else None
+    column = {"column": config.text_column[0]} if config.text_column and not config.data else {}
+    corpus = load_corpus(text, **({} if config.text else split) | column) if text else None
     sentences = _sentences(teacher, corpus, task) if is_sentences else None
     make_rows = None
     if sentences:
@@ -97,11 +100,11 @@ def export(config: ExportConfig, console: Console) -> Path:
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
     report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
+    renew(folder)
     say(report, console)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
     if config.hub_repo:
         console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
-    renew(folder)
     return folder
 
 

@@ -94,6 +94,23 @@ def test_labelled_rows_may_be_a_table_of_ones_own(student: Path, tmp_path: Path,
     assert rows_of.name == "6 validation rows of reviews"
 
 
+def test_rows_without_labels_may_have_a_column_of_another_name(student: Path, tmp_path: Path, exported, capsys) -> None:
+    pq.write_table(pa.table({"body": make_rows(60)}), tmp_path / "rows.parquet")
+    export = ["export", f"--student={student}", f"--text={tmp_path / 'rows.parquet'}"]
+    assert main(export) == 2 and "has no column 'text'" in capsys.readouterr().err
+    assert main([*export, "--text-column=body"]) == 0
+    assert len(exported) == 1 and exported[0][2]["make_rows"] is not None
+
+
+@pytest.mark.parametrize("name", [".", "../student", "../student/"])
+def test_the_default_folder_is_beside_the_student_however_it_is_named(
+    student: Path, exported, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(student)
+    assert main(["export", f"--student={name}"]) == 0
+    assert exported[0][1].resolve() == student.with_name("student-export")
+
+
 def test_it_is_said_where_int8_is_slower(student: Path, exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", f"--student={student}"]) == 0
     shown = capsys.readouterr().out
@@ -402,6 +419,28 @@ def test_a_folder_is_pushed_where_a_repository_is_named(
     assert (
         "Cannot push to 'me/small': list index out of range" in error and f"The export is in {str(folder)!r}" in error
     )
+
+
+def test_a_run_whose_export_cannot_be_pushed_is_verified_all_the_same(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(student, tmp_path / "mine" / "student")
+    write_manifest(tmp_path / "mine", {"name": "mine"})
+
+    def change(source, folder, **options):
+        (folder / "config.json").write_text("{}")
+        return REPORT
+
+    def refuse(folder, repo):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kdnas.export_job, "export_student", change)
+    monkeypatch.setattr(kdnas.export_job, "push", refuse)
+    monkeypatch.setattr(kdnas.export_job, "check_hub", lambda repo: None)
+    monkeypatch.setattr(kdnas.export_job, "_check_output", lambda *args: None)
+    output = tmp_path / "mine" / "student"
+    assert main(["export", f"--student={student}", f"--output={output}", "--hub-repo=me/small"]) == 130
+    assert main(["verify", str(tmp_path / "mine")]) == 0, capsys.readouterr()
 
 
 def test_without_a_login_nothing_is_exported(
