@@ -22,7 +22,7 @@ from kdnas.graph import INT8, ONNX, write_deployed
 from kdnas.latency import ON_ONNX, LatencySettings, check_length, is_unsteady, measure_latency
 from kdnas.models import Teacher, build_classifier, find_teacher, num_parameters
 from kdnas.precision import gpu_name
-from kdnas.runs import new_file, short_names, temporary_folder, write_json
+from kdnas.runs import check_writable, new_file, short_names, temporary_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,13 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
         times faster than the first model in the same combination.
 
     Raises:
-        UserError: a model cannot be found or is shorter than a length, or a value is out of its range.
+        UserError: a model cannot be found or is shorter than a length, or a value is out of its range, or the figures
+            cannot be written where they are asked for.
     """
-    combinations = config.settings()
+    combinations, path = config.settings(), Path(config.json)
+    if path == (picture := path.with_suffix(".png")):
+        raise UserError(f"json is {config.json!r}, the picture's name: give a file that ends with .json.")
+    check_writable(path.parent, "--json")
     models = [_find(name) for name in config.model]
     for settings in combinations:
         for model in models:
@@ -66,13 +70,11 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
                         "speedup": latencies[0].median_ms / latency.median_ms,
                     }
                 )
-    path = Path(config.json)
-    write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
-    picture = path.with_suffix(".png")
-    with new_file(picture) as temporary:
-        _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     console.width = max(console.width, 120)  # ten columns do not fold well
     console.print(_table(rows))
+    write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
+    with new_file(picture) as temporary:
+        _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     if any(is_unsteady(row["median_ms"], row["iqr_ms"]) for row in rows):
         log.warning("The machine is busy: latencies spread by more than a tenth. Let nothing else run.")
     console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
