@@ -77,7 +77,7 @@ def distill(
 ) -> PreTrainedModel:
     """Distil one student on all rows, as the full KD of ``kdnas run`` does; after Ctrl-C the same call goes on.
 
-    Another call of the same name is refused then, until ``last.ckpt`` in its folder is deleted.
+    A call of the same name with other settings is refused then, until ``last.ckpt`` in its folder is deleted.
 
     Args:
         teacher: a folder, a hub name, or ``quickstart``.
@@ -100,6 +100,8 @@ def distill(
     """
     run = Run(root, name)
     run.check_writable()
+    if run.config.exists():
+        raise UserError(f"{str(run.folder)!r} is the folder of a search or a comparison: give another name.")
     trainer.check()
     found = find_teacher(teacher)
     if text == QUICKSTART:

@@ -32,6 +32,7 @@ from kdnas.progress import live_progress
 from kdnas.runs import Run, check_writable, sweep, write_text
 from kdnas.safe_yaml import flat, read_yaml
 from kdnas.supervisor import EARLIER
+from kdnas.training import TrainerSettings
 
 BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"  # kdnas.student_init.FromTeacher
 
@@ -224,6 +225,11 @@ def begin(found: Found, is_worker: bool = False) -> Job:
             **({"pruner": config.pruner} if config.pruner != "none" else {}),
             **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
             **config.latency.content(),
+            "trainer": {
+                name: value
+                for name in ("precision", "gradient_clip_val")
+                if (value := getattr(config.trainer, name)) != getattr(TrainerSettings(), name)
+            },
         }
     )
     del identity["search.n_trials"], identity["data.num_workers"]

@@ -115,6 +115,13 @@ def test_a_stopped_distillation_goes_on(
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+def test_the_folder_of_a_run_takes_no_distillation(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("teacher: t\n")
+    with pytest.raises(UserError, match="mine' is the folder of a search or a comparison: give another name"):
+        api.distill(str(tiny_teacher), str(text_file), StudentArch(1, 2, 64, 64), name="mine", root=str(tmp_path))
+
+
 def test_importing_kdnas_imports_nothing_else() -> None:
     code = "import sys, kdnas; from kdnas import distill; assert 'torch' not in sys.modules; print(kdnas.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -930,6 +930,19 @@ def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
     assert "postgres" not in url or not (tmp_path / "logs").exists()
 
 
+def test_another_machine_s_settings_of_training_are_refused_by_the_study(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = f"--storage=sqlite:///{tmp_path}/shared.db"
+    assert main([*search, shared]) == 0
+    capsys.readouterr()
+    other = [*search, shared, f"--root={tmp_path / 'other'}"]
+    assert main([*other, "--trainer.precision=32-true", "--trainer.gradient_clip_val=0.5"]) == 2
+    told = "trainer.precision: None there, '32-true' now; trainer.gradient_clip_val: None there, 0.5 now"
+    assert told in capsys.readouterr().err
+    assert main(other) == 0
+
+
 def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     search: list[str],
     tmp_path: Path,
