@@ -45,7 +45,7 @@ from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
 from kdnas.precision import gpu_name, own_precision
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
-from kdnas.runs import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
+from kdnas.runs import Run, file_sha256, new_folder, placed, read_json, sweep, write_json, write_text
 from kdnas.safe_yaml import read_yaml
 from kdnas.signals import honest_signals, let_go, notice_signals
 from kdnas.supervisor import EARLIER
@@ -150,8 +150,7 @@ def _about(run: Run) -> dict[str, Any]:
 def _alone(run: Run) -> Iterator[None]:
     """Two processes must not do the same stages; a search may have more workers."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / "run.lock"
-    lock = FileLock(path)
+    lock = FileLock(path := run.folder / "run.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -160,7 +159,8 @@ def _alone(run: Run) -> Iterator[None]:
             f"The run {run.name!r} is being made by {holder:.200}: wait for it, or add a worker by `kdnas search`."
         ) from error
     try:
-        path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        with placed(path):
+            path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
     finally:
         lock.release()

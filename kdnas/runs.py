@@ -158,6 +158,17 @@ def room(error: OSError) -> str:
 
 
 @contextmanager
+def placed(path: Path) -> Iterator[None]:
+    """An error of the disk that does not say where it was, as that of a write, says it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
 
@@ -217,9 +228,8 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
         is_theirs = isinstance(error, SafetensorError) or type(error) is Exception
         if is_theirs and (found := re.search(r"os error (\d+)", str(error))):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)
-        raise
+        with placed(path):
+            raise
 
 
 def sweep(folder: Path, pattern: str = "**/.*") -> None:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import tracemalloc
 from collections import Counter
+from io import BufferedWriter, FileIO
 from pathlib import Path
 
 import datasets
@@ -253,6 +254,14 @@ def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("one")
     with pytest.raises(UserError, match=f"{tmp_path.name}' holds no text"):
         load_corpus(str(tmp_path))
+
+
+def test_a_full_disk_for_temporary_files_is_an_error_of_the_disk_with_the_place(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(make_rows(20)))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: BufferedWriter(FileIO("/dev/full", "w")))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        load_corpus(str(tmp_path / "a.txt"))
 
 
 def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):

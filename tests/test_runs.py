@@ -25,6 +25,7 @@ from kdnas.runs import (
     is_alive,
     new_file,
     new_folder,
+    placed,
     process_start,
     read_json,
     sweep,
@@ -295,6 +296,8 @@ def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
         Tokenizer(WordLevel({"a": 0}, unk_token="a")).save("/dev/full")
     with pytest.raises(OSError, match=f"Quota exceeded: '{tmp_path}/a'"), new_file(tmp_path / "a"):
         raise OSError(errno.EDQUOT, "Quota exceeded")  # as a write tells it
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/lock'"), placed(tmp_path / "lock"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "student"):
         raise SafetensorError("header too large")
 

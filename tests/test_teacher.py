@@ -1,4 +1,5 @@
 import copy
+import errno
 import logging
 import re
 import shutil
@@ -137,7 +138,17 @@ def test_damaged_statistics_are_measured_anew(teacher, data, states, damage, tmp
     path.write_text(damage(before))
     assert path.read_text() != before
     assert open_states(teacher, data, LAYERS, StatesSettings(str(folder))).stats == states.stats
-    assert "is damaged; it is measured anew" in caplog.text and path.read_text() == before
+    assert caplog.text.count("is damaged; it is measured anew") == 1 and path.read_text() == before
+
+
+def test_what_is_there_is_opened_without_a_lock(teacher, data, states, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(teacher_module, "FileLock", refuse)
+    monkeypatch.setattr(cache, "FileLock", refuse)
+    folder = Path(states.source.folder).parent
+    assert open_states(teacher, data, LAYERS, StatesSettings(str(folder))).stats == states.stats
 
 
 def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(

@@ -25,7 +25,7 @@ from rich.progress import track
 from kdnas.data.masking import IntArray
 from kdnas.data.readers import all_rows
 from kdnas.errors import UserError
-from kdnas.runs import KeptFile, new_folder
+from kdnas.runs import KeptFile, new_folder, placed
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def load_corpus(
         raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
     num_empty = 0
     sizes, digests, marks = array("q"), bytearray(), bytearray()
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with placed(folder or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=folder) as file:
         for row, split in all_rows(text, column):
             if row is None or not row.strip():
                 num_empty += 1

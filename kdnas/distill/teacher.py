@@ -191,12 +191,14 @@ def open_states(
     num_rows, settings_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
     measured_file = folder / f"measured_{num_rows}_{settings_tokens}.json"  # on what, and in which batches
     measured_file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        measured = _read_measured(measured_file)
-        if measured is None:
-            stats, ends = measured = measure(teacher.model, source, wanted, data, device)
-            plain = {"layers": {str(layer): asdict(found) for layer, found in stats.items()}, "ends": asdict(ends)}
-            write_json(measured_file, plain | {"sha256": _sha256(plain)})
+    measured = _read_measured(measured_file)
+    if measured is None:
+        with FileLock(folder / "lock"):
+            measured = _read_measured(measured_file, alone=True)  # another process may have measured meanwhile
+            if measured is None:
+                stats, ends = measured = measure(teacher.model, source, wanted, data, device)
+                plain = {"layers": {str(layer): asdict(found) for layer, found in stats.items()}, "ends": asdict(ends)}
+                write_json(measured_file, plain | {"sha256": _sha256(plain)})
     return TeacherStates(source, wanted, teacher.config.hidden_size, *measured)
 
 
@@ -204,8 +206,8 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_measured(path: Path) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """What was measured before; None where it was not, or is damaged."""
+def _read_measured(path: Path, alone: bool = False) -> tuple[dict[int, LayerStats], ShareEnds] | None:
+    """What was measured before; None where it was not, or is damaged, which one that is ``alone`` says."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(found):
@@ -215,7 +217,8 @@ def _read_measured(path: Path) -> tuple[dict[int, LayerStats], ShareEnds] | None
         return None
     except (UserError, KeyError, TypeError, AttributeError):
         pass
-    log.warning("%s is damaged; it is measured anew.", path)
+    if alone:
+        log.warning("%s is damaged; it is measured anew.", path)
     return None
 
 
