@@ -264,8 +264,9 @@ def evaluate_glue(
 
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
-        ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``, ``history`` (epoch from 0, score),
-        ``settings``, ``precision`` and ``gradient_clip_val`` as asked for, and ``trained_in``, what ``auto`` stood for.
+        ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds`` (since the last start), ``history``
+        (epoch from 0, score), ``settings``, ``precision`` and ``gradient_clip_val`` as asked for, and ``trained_in``,
+        what ``auto`` stood for.
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
