@@ -83,3 +83,18 @@ class StudentArch:
             UserError: the file is missing, is no YAML mapping, or holds other fields.
         """
         return cls.from_dict(read_yaml(path))
+
+
+def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """The teacher layers that a student begins as: the first ones and the last, ``0, ..., L_s - 2`` and ``L_t - 1``.
+
+    Of one alone, the first. What lets two sentences look at each other is made by layers that follow each other: of
+    four, half as wide, those that are evenly spread keep a third less of STS-B after the same distillation. The last
+    one makes a better student of two to four of six layers than the next one does, and none of one (LOG.md).
+
+    Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer models", whose symmetric
+    dropping keeps bottom and top layers; how many of which is measured.
+    """
+    if num_student_layers == 1:
+        return [0]
+    return [*range(min(num_student_layers, num_teacher_layers) - 1), num_teacher_layers - 1]

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from kdnas.arch import StudentArch
+from kdnas.arch import StudentArch, kept_layers
 from kdnas.errors import UserError, nearest
 from kdnas.teacher_files import TITLES, refuse_family
 
@@ -124,6 +124,12 @@ def _deberta_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
     return sizes
 
 
+def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
+    kept = kept_layers(arch.num_hidden_layers, config.num_hidden_layers)
+    types = [config.layer_types[layer] for layer in kept]  # a copy has the window of its original
+    return {"layer_types": (types * arch.num_hidden_layers)[: arch.num_hidden_layers]}
+
+
 _BERT = Family()
 # Positions are counted from the padding id, which is 1 in all published checkpoints: positions minus 2.
 _ROBERTA = Family(max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1)
@@ -206,9 +212,7 @@ FAMILIES: Mapping[str, Family] = {
             output_norm="mlp_norm",
         ),
         fields={"hidden_act": "hidden_activation"},
-        follows=lambda config, arch: {
-            "layer_types": (config.layer_types * arch.num_hidden_layers)[: arch.num_hidden_layers]
-        },
+        follows=_modernbert_follows,
         build={},
         scores=_modernbert_scores,
         own_mask=True,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kdnas.arch import kept_layers
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import kept_layers, spread
+from kdnas.distill.layer_map import spread
 from kdnas.distill.narrowing import copied_tables, narrow, start_embeddings
 from kdnas.errors import UserError
 from kdnas.families import arch_of, family_of

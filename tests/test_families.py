@@ -38,7 +38,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from kdnas import teacher_files
-from kdnas.arch import StudentArch
+from kdnas.arch import StudentArch, kept_layers
 from kdnas.cli import main
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionRelations
@@ -555,6 +555,15 @@ def test_a_text_read_by_another_tokenizer_is_refused(tmp_path: Path, text_file: 
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     with pytest.raises(UserError, match="other' does not read as .*' does: it takes 30 tokens, its teacher 40"):
         trainer.fit(module, datamodule=data)
+
+
+def test_a_layer_that_is_a_copy_attends_as_far_as_its_original():
+    config = make_config("modernbert", num_hidden_layers=7)  # of which 0, 3 and 6 see all
+    far = {True: "full_attention", False: "sliding_attention"}
+    for depth in range(1, 8):
+        kept = kept_layers(depth, 7)
+        student = student_config(config, replace(ARCH, num_hidden_layers=depth))
+        assert student.layer_types == [far[layer % 3 == 0] for layer in kept]
 
 
 def test_heads_of_an_odd_size_are_refused_where_positions_are_rotations():

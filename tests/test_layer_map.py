@@ -1,6 +1,7 @@
 import pytest
 
-from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, kept_layers, spread
+from kdnas.arch import kept_layers
+from kdnas.distill.layer_map import Even, Last, LastAndSkip, LastLayer, LayerMapping, Skip, spread
 from kdnas.errors import UserError
 
 # mapping, student layers, teacher layers, teacher layer of each student layer

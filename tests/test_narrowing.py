@@ -11,8 +11,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdnas.arch import StudentArch
-from kdnas.distill.layer_map import kept_layers
+from kdnas.arch import StudentArch, kept_layers
 from kdnas.distill.losses import attention_divergence, ridge_map
 from kdnas.distill.narrowing import CalibrationRows, _best_factors, _Narrowing, fit_linear, narrow
 from kdnas.errors import UserError

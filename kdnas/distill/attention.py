@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.distill.layer_map import kept_layers, spread
+from kdnas.arch import kept_layers
+from kdnas.distill.layer_map import spread
 from kdnas.distill.losses import attention_divergence, attention_map
 from kdnas.distill.objectives import Criterion, Objective, Term, View
 from kdnas.errors import UserError

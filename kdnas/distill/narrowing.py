@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from kdnas.arch import kept_layers
 from kdnas.data.datamodule import Batch
-from kdnas.distill.layer_map import kept_layers
 from kdnas.distill.losses import ridge_map, within_half
 from kdnas.families import arch_of, family_of
 from kdnas.models import embed, embedding_mapping, embedding_norm, encode
