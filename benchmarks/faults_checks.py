@@ -318,7 +318,8 @@ class Bench:
         except (KeyError, IntegrityError):  # it has not begun, or both make its tables
             return []
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            begins = "no such table|already exists|relation .* does not exist"
+            # A study that is begun is not written to by whoever reads it; on a full disk another one cannot be begun.
+            begins = "no such table|already exists|relation .* does not exist|disk is full"
             if re.search(begins, f"{error} {error.__cause__}"):
                 return []
             raise
