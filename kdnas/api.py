@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -125,11 +124,7 @@ def distill(
         }
     )
     asked = json.loads(json.dumps(asked))  # as it is read again
-    run.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        alone = FileLock(run.folder / "run.lock").acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"{str(run.folder)!r} is another call's: wait for it, or give another name.") from error
+    alone = run.alone("wait for it, or give another name")
     with alone, live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
         sweep(run.folder)
         last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"

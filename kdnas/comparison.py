@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -361,18 +360,14 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     if config.distill_from is not None:
         teachers = dict.fromkeys((task.task.name for task in tasks), config.distill_from)
         contenders += with_help(plain[1:] or plain, teachers, tasks, config.distill)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run.folder / "run.lock", blocking=False), live_progress(console) as progress:
-            run.manifest.unlink(missing_ok=True)  # until the end again
-            sweep(run.folder)
-            write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
-            results = Comparison(
-                run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress
-            ).run()
-            write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
-    except Timeout as error:
-        raise UserError(f"The comparison {run.name!r} is being made by another process: wait for it.") from error
+    with run.alone("wait for it"), live_progress(console) as progress:
+        run.manifest.unlink(missing_ok=True)  # until the end again
+        sweep(run.folder)
+        write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
+        results = Comparison(
+            run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress
+        ).run()
+        write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
     console.print(score_table(results))
     for name, row in results["models"].items():
         if row.get("gap_closed") is not None:

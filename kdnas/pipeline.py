@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 import os
-import platform
 import sys
 import time
 import traceback
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from filelock import FileLock, ReadWriteLock, Timeout
+from filelock import ReadWriteLock
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -45,7 +44,7 @@ from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
 from kdnas.precision import gpu_name, own_precision
 from kdnas.progress import FitProgress
 from kdnas.report import result_table, write_report
-from kdnas.runs import Run, file_sha256, new_folder, placed, read_json, sweep, write_json, write_text
+from kdnas.runs import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
 from kdnas.safe_yaml import read_yaml
 from kdnas.signals import honest_signals, let_go, notice_signals
 from kdnas.supervisor import EARLIER
@@ -123,7 +122,7 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
     run = Run(config.root, config.name)
     with timed("reading"):
         found = look(config, console)
-    with _alone(run):
+    with run.alone("wait for it, or add a worker by `kdnas search`"):
         job = begin(found)
         run.manifest.unlink(missing_ok=True)  # that of a search, or of what has lost a stage: until the end
         with timed("search"):
@@ -144,26 +143,6 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
 def _about(run: Run) -> dict[str, Any]:
     """What its manifest says of how it was made."""
     return {"name": run.name, "command": [without_password(argument) for argument in sys.argv], "gpu": gpu_name()}
-
-
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Two processes must not do the same stages; a search may have more workers."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path := run.folder / "run.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
-        raise UserError(
-            f"The run {run.name!r} is being made by {holder:.200}: wait for it, or add a worker by `kdnas search`."
-        ) from error
-    try:
-        with placed(path):
-            path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        yield
-    finally:
-        lock.release()
 
 
 def _search(job: Job, is_worker: bool = False) -> StudentArch:

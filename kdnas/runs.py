@@ -11,11 +11,13 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from kdnas.errors import UserError, first_line
@@ -88,6 +90,27 @@ class Run:
         if os.path.islink(self.folder):
             raise UserError(f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root.")
         check_writable(self.folder, "--root")
+
+    @contextmanager
+    def alone(self, remedy: str) -> Iterator[None]:
+        """Two processes must not make the same run; ``remedy`` is what the second one may do instead.
+
+        Raises:
+            UserError: another process makes it; with who that is.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path := self.folder / "run.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
+            raise UserError(f"The run {self.name!r} is being made by {holder:.200}: {remedy}.") from error
+        try:
+            with placed(path):
+                path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%F %T')}")
+            yield
+        finally:
+            lock.release()
 
     def refuse_other_kind(self, is_comparison: bool) -> None:
         """A folder is a comparison's, whose config names models, or a search's or a run's, and never both.

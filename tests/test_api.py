@@ -99,7 +99,7 @@ def test_a_stopped_distillation_goes_on(
             api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed)
     with (
         FileLock(tmp_path / "stopped" / "run.lock"),
-        pytest.raises(UserError, match="stopped' is another call's: wait"),
+        pytest.raises(UserError, match="'stopped' is being made by process .*: wait for it, or give another name"),
     ):
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"

@@ -1,6 +1,7 @@
 """`kdnas glue`: one table of models on labelled tasks, whatever the rows come from."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.task_distill import TaskDistillSettings
 from kdnas.glue.tasks import TASKS, load_task
 from kdnas.models import load_classifier
-from kdnas.runs import short_names, this_host, write_text
+from kdnas.runs import Run, short_names, this_host, write_text
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,12 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
     assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [run for run in runs if run["kind"] == "grid"]
     assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again: the loss is nan") == 2
+
+
+def test_a_comparison_that_another_process_makes_is_refused_with_who_that_is(command, tmp_path, capsys):
+    with Run(tmp_path / "logs", "mine").alone("wait"):
+        error = refused(command, capsys)
+    assert f"The run 'mine' is being made by process {os.getpid()} of " in error and error.endswith(": wait for it.\n")
 
 
 def test_a_point_of_a_grid_without_memory_fails_alone_and_another_error_is_not_its_own(
