@@ -32,6 +32,8 @@ MOST_DEATHS = 2
 LONGEST_LOOK = 2.0
 # So long a worker may take, which the database keeps waiting too, until it tries again.
 LONGEST_PAUSE = 5.0
+# A process that was killed ends in a moment, unless a driver holds one of its threads.
+LONGEST_END = 5.0
 # Exit codes, as the command line's.
 REFUSED, DISK, INTERRUPTED = 2, 3, 130
 
@@ -100,8 +102,11 @@ def run_workers(
         return found
 
     def died_of(pid: int) -> str | None:  # asked when it is dead, perhaps since a moment ago
-        code = next((worker.exitcode for worker in workers.values() if worker.pid == pid), None)
-        return None if code is None else cause(code)
+        worker = next((worker for worker in workers.values() if worker.pid == pid), None)
+        if worker is None:
+            return None
+        worker.join(LONGEST_END)  # its first thread is a zombie before the others have ended
+        return None if worker.exitcode is None else cause(worker.exitcode)
 
     def show_new() -> None:
         nonlocal num_deaths
