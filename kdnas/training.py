@@ -24,7 +24,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from kdnas.errors import UserError, first_line
 from kdnas.precision import trainer_precision
-from kdnas.runs import new_file
+from kdnas.runs import new_file, placed
 from kdnas.signals import TERMINATIONS, honest_signals, notice_signals, stop_of
 
 # Of the ten seconds that a signal gives.
@@ -152,12 +152,8 @@ def one_error(folder: Path) -> Iterator[None]:
     if getattr(threading.excepthook, "func", None) is not _say_but_of_writers:
         # For good: the thread may end after this.
         threading.excepthook = partial(_say_but_of_writers, threading.excepthook)
-    try:
+    with placed(folder):
         yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = str(folder)
-        raise
 
 
 def _say_but_of_writers(say: Callable[[Any], object], args: Any) -> None:

@@ -335,6 +335,36 @@ def test_of_workers_that_die_together_each_cause_is_told(url, tmp_path, monkeypa
     assert dead == ["SIGKILL, perhaps out of memory"] * 2 and len(trained(study)) == 2
 
 
+def outlive_its_first_thread(url: str, folder: Path, index: int, deadline: float) -> None:
+    """The first candidate of each kills its process, the second's after its first thread has ended alone."""
+
+    def kill() -> None:
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def train(trial: optuna.Trial, arch: StudentArch) -> float:
+        if trial.number < 2:
+            (folder / f"begun-{trial.number}").touch()
+            while len(list(folder.glob("begun-*"))) < 2:
+                time.sleep(0.01)
+            if trial.number == 1:
+                threading.Thread(target=kill).start()
+                ctypes.CDLL(None).pthread_exit(None)
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.5
+
+    search(train, SPACE, open_study(url, "s", {}), 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a process's first thread has ended")
+def test_the_cause_is_told_of_a_worker_whose_first_thread_ends_before_the_others(url, tmp_path):
+    study, work = open_study(url, "s", {}), partial(outlive_its_first_thread, url, tmp_path)
+    run_workers(work, 2, study, lambda *_: None, 600, lambda index: tmp_path / f"{index}")
+    dead = [trial.user_attrs["died"] for trial in study.trials[:2]]
+    assert dead == ["SIGKILL, perhaps out of memory"] * 2 and len(trained(study)) == 2
+
+
 @pytest.mark.slow
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
