@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_table
-from filelock import FileLock
 from transformers import AutoModel, AutoTokenizer
 
 import kdnas
@@ -23,7 +22,7 @@ from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import StatesSettings
 from kdnas.errors import UserError
 from kdnas.latency import LatencySettings
-from kdnas.runs import this_host
+from kdnas.runs import Run, this_host
 from kdnas.training import TrainerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +97,8 @@ def test_a_stopped_distillation_goes_on(
         with pytest.raises(UserError, match=re.escape(told)):
             api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed)
     with (
-        FileLock(tmp_path / "stopped" / "run.lock"),
-        pytest.raises(UserError, match="'stopped' is being made by process .*: wait for it, or give another name"),
+        Run(tmp_path, "stopped").alone("wait"),
+        pytest.raises(UserError, match="'stopped' is being made by process [0-9]+ of .*: wait for it, or"),
     ):
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"
