@@ -195,6 +195,29 @@ def at_task_lengths(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str
     return write_rows({"text": texts, "split": splits}, folder / "task_lengths.parquet")
 
 
+def with_neighbours(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
+    """The text with 15 % of the words of its training rows replaced by one of the eight nearest to them.
+
+    Near by the cosine of the teacher's word embeddings, among words of one token and three letters; other words stay.
+    TinyBERT augments its tasks' rows so, by GloVe and BERT (https://arxiv.org/abs/1909.10351).
+    """
+    rng = np.random.default_rng(0)
+    teacher = find_teacher(TEACHER)
+    words = {word: index for word, index in teacher.tokenizer.get_vocab().items() if word.isalpha() and len(word) > 2}
+    names = np.array(list(words))
+    table = nn.functional.normalize(teacher.model.get_input_embeddings().weight.detach()[list(words.values())])
+    near = torch.cat([(part @ table.T).topk(9).indices[:, 1:] for part in table.split(2_000)]).numpy()
+    place = {name: index for index, name in enumerate(names)}
+    rows = pq.read_table(text).to_pydict()
+    for row in np.flatnonzero(np.array(rows["split"]) == "train"):
+        found = rows["text"][row].split()[:READ_WORDS]
+        for index in np.flatnonzero(rng.random(len(found)) < 0.15):
+            if (known := place.get(found[index].lower())) is not None:
+                found[index] = str(names[rng.choice(near[known])])
+        rows["text"][row] = " ".join(found)
+    return write_rows(rows, folder / "neighbours.parquet")
+
+
 def task_texts(tasks: Sequence[LoadedTask]) -> list[str]:
     """The training rows of all tasks, the sentences of a pair as one."""
     return [" ".join(row) for task in tasks for row in zip(*(task.train[c] for c in task.task.columns), strict=True)]
@@ -261,6 +284,7 @@ VARIANTS = {
     "start-embeddings-fast": Variant(recipe={"start": FromEmbeddings(), **NEW_RATES}),
     "task-rows": Variant(rows=with_task_rows),
     "task-lengths": Variant(rows=at_task_lengths),
+    "neighbours": Variant(rows=with_neighbours),
     "in-steps": Variant(in_steps=True),
     "masked-0": Variant(data={"masked_share": 0.0}),
     "masked-100": Variant(data={"masked_share": 1.0}),

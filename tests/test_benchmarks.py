@@ -13,7 +13,7 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_task
+from conftest import make_rows, write_task
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -488,6 +488,28 @@ def test_the_residual_is_what_the_embeddings_do_not_know():
     expected = np.square(beyond(states, target)).mean() / target.var(0).mean()
     assert count == 400 and 0.1 < expected < 0.5
     assert float(error.detach()) / count == pytest.approx(expected, rel=1e-2)
+
+
+def test_words_give_way_to_their_neighbours(tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "TEACHER", str(tiny_teacher))
+    rows, splits = make_rows(60), ["train"] * 50 + ["validation"] * 10
+    text = variants.write_rows({"text": rows, "split": splits}, tmp_path / "rows.parquet")
+    found = pq.read_table(variants.with_neighbours(text, [], tmp_path)).to_pydict()
+    assert found["split"] == splits and found["text"][50:] == rows[50:]
+    teacher = find_teacher(str(tiny_teacher))
+    vocabulary = {word: index for word, index in teacher.tokenizer.get_vocab().items() if len(word) > 2}
+    embeddings = teacher.model.get_input_embeddings().weight.detach().numpy()
+    before, after = (" ".join(part[:50]).split() for part in (rows, found["text"]))
+    replaced = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert 0.1 < len(replaced) / len(before) < 0.2
+
+    def closeness(one: str, other: str) -> float:
+        a, b = embeddings[vocabulary[one]], embeddings[vocabulary[other]]
+        return a @ b / np.sqrt(a @ a * (b @ b))
+
+    for old, new in replaced:
+        nearer = [word for word in vocabulary if word.isalpha() and closeness(old, word) > closeness(old, new) + 1e-6]
+        assert len(nearer) <= 8 and old in nearer
 
 
 @pytest.mark.parametrize("name", ["residual", "upper"])
