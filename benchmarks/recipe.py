@@ -4,8 +4,8 @@
                                  [--learning-rate RATE] [--matrix-learning-rate RATE]
 
 Both train the same student (4 layers x 192) on the same 30 % of a text's rows, cut at 50 tokens. The original's recipe
-is configs/original.yaml. Ours is the default Recipe with the original's own objective, in bf16, on stored teacher
-states, 4,096 tokens a batch.
+is configs/original.yaml, with the teacher in float32 too. Ours is the default Recipe with the original's own objective,
+in bf16, on stored teacher states, 4,096 tokens a batch.
 
 The error of both is the original's objective: on the same held-out rows with the same masks, the mean squared error of
 the student's layers, each through its recipe's own trained projection, on the two teacher layers that LastAndSkip gives
@@ -29,13 +29,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
-from kdnas.models import find_teacher
+from kdnas.models import encode, find_teacher
 from kdnas.progress import FitProgress
 from kdnas.runs import write_json
 from kdnas.student_init import FromTeacher
@@ -149,6 +150,15 @@ class HeldOutError(pl.Callback):
         self.curve.append((self.seconds, float((sums / counts).mean()) / self.variance))
 
 
+class Float32Teacher(LiveTeacher):
+    """A live teacher in the precision of its weights, as the original's is."""
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        states = encode(self.model, batch).hidden_states  # type: ignore[arg-type]
+        return [states[layer + 1][batch["attention_mask"].bool()] for layer in layers]
+
+
 def train(
     module: HiddenStateDistillModule,
     data: KDDataModule,
@@ -173,7 +183,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     teacher = find_teacher(common.TEACHER)
     teacher.model.eval()  # read before any clock runs
     theirs = KDDataModule(common.TEACHER, text, config.data)
-    ours = KDDataModule(common.TEACHER, text, replace(config.data, batch_tokens=BATCH_TOKENS, num_mask_variants=1))
+    our_data = replace(config.data, batch_tokens=BATCH_TOKENS, pad_to_max_length=False, num_mask_variants=1)
+    ours = KDDataModule(common.TEACHER, text, our_data)
     for data in (theirs, ours):
         data.setup()
     assert ours.rows is not None
@@ -201,9 +212,12 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = list(ours.loader(ours.held_out_ids(), shuffle=False))
     pl.seed_everything(0, verbose=False)
     original = HiddenStateDistillModule(teacher, config.arch, config.recipe)
-    live = LiveTeacher(teacher.model)
     original.states = TeacherStates(
-        live, original.target_layers, teacher.config.hidden_size, module.states.stats, module.states.ends
+        Float32Teacher(teacher.model),
+        original.target_layers,
+        teacher.config.hidden_size,
+        module.states.stats,
+        module.states.ends,
     )
     watch = HeldOutError(batches, variance, num_steps=QUICK_STEPS if chosen.quick else None)
     settings = TrainerSettings(

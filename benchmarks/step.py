@@ -27,7 +27,6 @@ from typing import Any
 
 import common
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.profilers import Profiler
 from rich.console import Console
@@ -39,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.arch import StudentArch
 from kdnas.config import as_plain
-from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
+from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
@@ -56,7 +55,6 @@ BATCH_TOKENS = 4096
 # (rows, inner, columns): square ones, and the students' own first maps on a batch.
 MATMULS = ((2048, 2048, 2048), (3072, 3072, 3072), (4096, 4096, 4096), (4096, 192, 768), (4096, 384, 1536))
 # The original: rows padded to 50 tokens, 32 a batch.
-ORIGINAL_ROWS, ORIGINAL_LENGTH = 32, 50
 WARM_UP = 4
 PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
 
@@ -281,21 +279,6 @@ def time_steps(step: Callable[[Batch], object], batches: Iterable[Batch], num_st
     }
 
 
-def original_batches(data: KDDataModule, num_batches: int) -> list[Batch]:
-    """Rows in random order, 32 a batch, all padded to 50 tokens."""
-    assert data.rows is not None
-    train = data.train_ids()
-    chosen = np.random.default_rng(0).permutation(np.resize(train, num_batches * ORIGINAL_ROWS))
-    batches = []
-    for ids in chosen.reshape(num_batches, ORIGINAL_ROWS):
-        batch: Any = dict(data.rows[0, ids])
-        missing = ORIGINAL_LENGTH - batch["input_ids"].shape[1]
-        for name, value in (("input_ids", data.rows.pad_token_id), ("attention_mask", 0), ("token_type_ids", 0)):
-            batch[name] = F.pad(batch[name], (0, missing), value=value)
-        batches.append(batch)
-    return batches
-
-
 def original_step(teacher: Teacher, arch: StudentArch, device: str) -> Callable[[Batch], None]:
     """The original's: fp32, teacher live in fp32, one projection for all layers, AdamW at 1e-4 that is not fused."""
     student = build_student(teacher.config, arch).train().to(device)
@@ -347,8 +330,8 @@ def measure(
     config = common.read_config("fit")
     settings = replace(config.data, max_length=128, batch_tokens=BATCH_TOKENS, num_mask_variants=1)
     data = KDDataModule(common.TEACHER, text, settings)
-    cut = KDDataModule(common.TEACHER, text, DataSettings(max_length=ORIGINAL_LENGTH, pair_share=0.0, masked_share=1.0))
-    for module in (data, cut):
+    original = KDDataModule(common.TEACHER, text, common.read_config("original").data)
+    for module in (data, original):
         module.setup()
     named = {
         "HiddenStates": HiddenStates(),
@@ -385,7 +368,7 @@ def measure(
             batches = [on(device, batch) for batch in data.train_dataloader()]
             result["transformers"] = time_steps(transformers_step(teacher, arch, device), batches, num_steps)
             progress.advance(task)
-            rows = [on(device, batch) for batch in original_batches(cut, WARM_UP + num_steps)]
+            rows = [on(device, batch) for batch in original.train_dataloader()]
             result["original"] = time_steps(original_step(teacher, arch, device), rows, num_steps)
             progress.advance(task)
             for name in ("transformers", "original"):

@@ -262,11 +262,15 @@ def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
 
 
 LAST = HiddenStates(LastLayer())
+RATES = ("learning_rate", "copied_learning_rate", "matrix_learning_rate", "copied_matrix_learning_rate")
+UNMOVED = dict.fromkeys(RATES, 1e-12)  # an epoch at such rates leaves the start as it is, and measures it
 NEW_RATES = {"learning_rate": 3e-3, "matrix_learning_rate": 5e-3}
 
 VARIANTS = {
     "fit": Variant(),
     "twice-as-long": Variant(epochs=2),
+    "start-alone": Variant(recipe=UNMOVED, epochs=1 / 3),
+    "3x384-start-alone": Variant(arch=WIDE, recipe=UNMOVED, epochs=1 / 3),
     "last-layer": Variant(recipe={"objective": LAST}),
     "last-and-skip": Variant(recipe={"objective": HiddenStates(LastAndSkip())}),
     "even": Variant(recipe={"objective": HiddenStates(Even())}),

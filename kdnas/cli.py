@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where training failed, or an export did not
+        The exit code: 0; 2 where the user can mend it; 1 where training failed, memory ran out or an export did not
         compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM, 129 after
         SIGHUP.
     """
@@ -72,10 +72,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         refuse_unknown(args[0], args[1:])
         set_environment()
+        remember("")
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
         if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
-            return supervise(partial(_exit_code, args), _goes_on(args))
+            return supervise(partial(_exit_code, args), partial(_goes_on, args))
         return _exit_code(args)
     except UserError as error:
         tell(str(error))
@@ -99,6 +100,7 @@ def _exit_code(args: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
+        log.debug("where it was found:", exc_info=error)
         tell(f"{reason_of(error)}{_goes_on(args)}")
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
@@ -166,7 +168,9 @@ def _goes_on(args: Sequence[str]) -> str:
     if args[0] not in ("run", "search", "glue") or {"--smoke", "--dry-run", "--dry_run"}.intersection(args):
         return "."
     is_new = any(arg.startswith(("--force-new", "--force_new")) for arg in args)
-    return f"; the same command goes on from here{', by the --name it told, without --force-new' if is_new else ''}."
+    if is_new and not remembered():
+        return "."  # nothing is begun
+    return f"; the same command goes on from here{f', with --name {remembered()} for --force-new' if is_new else ''}."
 
 
 def _quieten(*loggers: str) -> None:

@@ -218,7 +218,9 @@ class Comparison:
                     raise
                 result = keep_failure(folder, rows, settings, self.trainer, reason_of(error))
             if result["score"] is None:
-                self.progress.console.print(f"{folder}: failed, not tried again: {result['failed']}", soft_wrap=True)
+                self.progress.console.print(
+                    f"{folder}: failed, not tried again while it is there: {result['failed']}", soft_wrap=True
+                )
             yield {"kind": "grid", "model": one.name, "folder": str(folder), **result}
 
     def _best(self, one: Contender, task: LoadedTask, choices: Sequence[dict[str, Any]]) -> FinetuneSettings:

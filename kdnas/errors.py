@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-# What torch's own allocators say, and oneDNN, which says no more where it can allocate nothing.
-OUT_OF_MEMORY = "(?i)out of memory|can(no|.)t allocate memory|could not create a primitive"
+# What torch's own allocators say, and oneDNN, which says no more where it can allocate nothing (but for what else it
+# cannot make, it says more).
+OUT_OF_MEMORY = "(?im)out of memory|can(no|.)t allocate memory|could not create a primitive$"
 
 
 class UserError(ValueError):

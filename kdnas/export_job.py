@@ -23,7 +23,7 @@ from kdnas.latency import measured_by
 from kdnas.manifest import renew
 from kdnas.models import Teacher, find_teacher, refuse_other_inputs
 from kdnas.quantize import Rows, task_rows, text_rows
-from kdnas.runs import MANIFEST, Run, read_json
+from kdnas.runs import MANIFEST, Run, read_json, sweep
 from kdnas.safe_yaml import read_yaml
 from kdnas.sentence_export import Sentences, check_sentences
 from kdnas.signals import honest_signals
@@ -69,6 +69,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
     folder = Path(config.output) if config.output else folder
     folder = folder.resolve() if config.output and folder.is_symlink() else folder  # the link itself stays
+    sweep(folder.parent, f".{folder.name}.*")
     if folder.exists():
         _check_output(folder, source, config.force)
     if teacher_name is not None:
@@ -86,6 +87,10 @@ def export(config: ExportConfig, console: Console) -> Path:
         task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
     else:
         task = load_task(task_name) if task_name else None
+    if not config.data and (len(config.text_column) > 1 or (config.text_column and not text)):
+        raise UserError(
+            f"text_column is {config.text_column}: give it with --data FILE, or one column with --text FILE."
+        )
     column = {"column": config.text_column[0]} if config.text_column and not config.data else {}
     corpus = load_corpus(text, **({} if config.text else split) | column) if text else None
     sentences = _sentences(teacher, corpus, task) if is_sentences else None

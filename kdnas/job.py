@@ -233,6 +233,8 @@ def begin(found: Found, is_worker: bool = False) -> Job:
         }
     )
     del identity["search.n_trials"], identity["data.num_workers"]
+    if not config.data.pad_to_max_length:
+        del identity["data.pad_to_max_length"]  # studies from before it was an option
     sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
     run.folder.mkdir(parents=True, exist_ok=True)
     storage, was_there = config.storage or sqlite_url(run.study_db), is_worker or bool(EARLIER.deaths)

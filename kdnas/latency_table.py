@@ -40,8 +40,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
             cannot be written where they are asked for.
     """
     combinations, path = config.settings(), Path(config.json)
-    if path == (picture := path.with_suffix(".png")):
-        raise UserError(f"json is {config.json!r}, the picture's name: give a file that ends with .json.")
+    picture = path.with_suffix(".png") if path.name else path
+    if path == picture or path.is_dir() or picture.is_dir():
+        raise UserError(f"json is {config.json!r}, the picture's name or a folder's: give a file that ends with .json.")
     check_writable(path.parent, "--json")
     models = [_find(name) for name in config.model]
     for settings in combinations:

@@ -20,7 +20,18 @@ from kdnas.safe_yaml import flat, read_yaml
 from kdnas.tables import as_text, text_table
 
 # What a loss depends on, beside what is asked by name: only where all of it is equal are two losses of one scale.
-SCALE = ("begins as", "teacher", "text", "num_train_rows", "states.", "data.", "recipe.", "search.num_epochs", "loss")
+SCALE = (
+    "begins as",
+    "teacher",
+    "text",
+    "num_train_rows",
+    "states.",
+    "data.",
+    "recipe.",
+    "trainer.",
+    "loss",
+    "search.num_epochs",
+)
 REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")
 NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_workers")  # changes no result
 

@@ -45,7 +45,7 @@ def notice_signals() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, on Linux; native code hears of no other."""
+    """On Linux, have the kernel kill this process when the thread that started it ends; native code hears no other."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 

@@ -73,7 +73,7 @@ def cause(code: int) -> str:
     return f"{signal.Signals(-code).name}{', perhaps out of memory' if -code == signal.SIGKILL else ''}"
 
 
-def supervise(command: Callable[[], int], goes_on: str) -> int:
+def supervise(command: Callable[[], int], goes_on: Callable[[], str]) -> int:
     """Run a command in a child, and again in another one when a candidate has killed it.
 
     Without a child where there is no ``fork``, where a debugger looks on, and where torch is loaded already (in a
@@ -81,7 +81,7 @@ def supervise(command: Callable[[], int], goes_on: str) -> int:
 
     Args:
         command: gives an exit code.
-        goes_on: how what was interrupted is gone on with, in words that follow others.
+        goes_on: says how what was interrupted is gone on with, in words that follow others.
 
     Returns:
         The exit code; 130, 143 or 129 after a signal; 1 where the child died of something else than a candidate.
@@ -95,9 +95,9 @@ def supervise(command: Callable[[], int], goes_on: str) -> int:
             return code
         if asked or not _at_candidate[0]:
             what = "interrupted" if asked else f"the process died ({cause(code)})"
-            tell(f"{what}{goes_on}")
+            tell(f"{what}{goes_on()}")
             return exit_code(stop_of(asked[0])) if asked else 1
-        log.warning("The process died (%s) with its candidate; the search goes on in another.", cause(code))
+        log.warning("The process died (%s) with its candidate; another one takes its place.", cause(code))
         _at_candidate[0] = 0
         EARLIER.deaths[pid] = cause(code)
         EARLIER.seconds += time.monotonic() - started

@@ -75,7 +75,7 @@ def test_original_config_is_what_the_original_did():
     config = common.read_config("original")
     assert config.recipe.objective.shared_projection and not config.recipe.objective.normalize
     assert (config.recipe.learning_rate, config.recipe.constant_rate, config.recipe.dropout) == (1e-4, True, True)
-    assert (config.data.max_length, config.data.batch_tokens) == (50, 1600)
+    assert (config.data.max_length, config.data.batch_tokens, config.data.pad_to_max_length) == (50, 32 * 50, True)
     assert (config.trainer["precision"], config.trainer["max_epochs"]) == ("32-true", 4)
     assert (config.arch.num_hidden_layers, config.arch.hidden_size) == (4, 192)
 
@@ -141,15 +141,6 @@ def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
     size = 64 // teacher.config.num_attention_heads
     per_head = 2 * 2 * 64 * size * num_rows * length + 2 * size * num_rows * length**2
     assert step.criterion_flops(module, batch) == 2 * ARCH.num_attention_heads * per_head
-
-
-def test_original_batches_are_padded_to_its_length(data):
-    batches = step.original_batches(data, 5)
-    assert len(batches) == 5
-    for batch in batches:
-        assert batch["input_ids"].shape == batch["attention_mask"].shape == (32, 50)
-        assert (batch["input_ids"][batch["attention_mask"] == 0] == 3).all()
-        assert set(batch["sample_ids"].tolist()) <= set(data.train_ids().tolist())
 
 
 def test_time_steps_leaves_the_warm_up_out(data):

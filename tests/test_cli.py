@@ -938,7 +938,7 @@ def test_another_machine_s_settings_of_training_are_refused_by_the_study(
     capsys.readouterr()
     other = [*search, shared, f"--root={tmp_path / 'other'}"]
     assert main([*other, "--trainer.precision=32-true", "--trainer.gradient_clip_val=0.5"]) == 2
-    told = "trainer.precision: None there, '32-true' now; trainer.gradient_clip_val: None there, 0.5 now"
+    told = "trainer.precision: the default there, '32-true' now; trainer.gradient_clip_val: the default there, 0.5 now"
     assert told in capsys.readouterr().err
     assert main(other) == 0
 

@@ -2,6 +2,7 @@ import copy
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -138,6 +139,22 @@ def test_shapes_repeat(tiny_teacher, text_file, max_length):
     lengths = {length for _, length in shapes}
     assert lengths == {min(length, max_length) for length in (8, 16, 24, 32)}
     assert len(shapes) <= 2 * len(lengths) + 1, "full batches, and one beside them where the length changes"
+
+
+def test_rows_that_are_all_padded_to_the_longest_length_come_in_any_order(tiny_teacher, text_file, data):
+    padded = open_data(tiny_teacher, text_file, pad_to_max_length=True, batch_tokens=4 * 24, max_length=24)
+    again = pickle.loads(pickle.dumps(padded.rows))  # as a loader's process has it
+    lengths = []
+    for _, batch in padded.train_dataloader().sampler:
+        found = again[0, batch]
+        assert found["input_ids"].shape == (len(batch), 24) and len(batch) <= 4
+        assert (found["input_ids"][found["attention_mask"] == 0] == padded.rows.pad_token_id).all()
+        assert found["attention_mask"].sum(1).tolist() == padded.rows.lengths[batch].tolist()
+        lengths.append(padded.rows.lengths[batch])
+    spread = np.mean([np.ptp(some) for some in lengths])
+    assert spread > 0.5 * np.ptp(np.concatenate(lengths)), "rows of all lengths together"
+    other = open_data(tiny_teacher, text_file, batch_tokens=4 * 24, max_length=24)
+    assert padded.rows.folder == other.rows.folder, "the same tokens, kept once"
 
 
 def test_a_sampler_that_knows_no_longest_length_keeps_within_the_budget(data):

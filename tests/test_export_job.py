@@ -23,7 +23,7 @@ from kdnas.export import source_sha256
 from kdnas.export_job import _run_card, _teacher_words, export_run, is_exported
 from kdnas.manifest import write_manifest
 from kdnas.models import build_classifier, find_teacher, student_config
-from kdnas.runs import Run, new_folder, write_text
+from kdnas.runs import Run, new_folder, this_host, write_text
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
 REPORT = {
@@ -83,6 +83,17 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
         patch.setattr(kdnas.export_job, "export_student", None)
         assert main(["export", f"--student={student}"]) == 2
     assert f"The folder {str(folder)!r} exists: give another --output, or --force" in capsys.readouterr().err
+
+
+def test_an_export_that_a_killed_process_had_set_aside_is_there_again(
+    student: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside = tmp_path / f".deployed.{this_host()}-{2**22 + 1}.abcdefgh_set_aside"
+    aside.mkdir()
+    (aside / "model.onnx").touch()
+    assert main(["export", f"--student={student}", f"--output={tmp_path / 'deployed'}"]) == 2
+    assert "deployed' is there, and no earlier export" in capsys.readouterr().err
+    assert (tmp_path / "deployed" / "model.onnx").exists() and not aside.exists()
 
 
 def test_labelled_rows_may_be_a_table_of_ones_own(student: Path, tmp_path: Path, exported) -> None:
@@ -315,6 +326,8 @@ def test_a_run_exports_anew_what_was_exported_before_fine_tuning(
         (["--length=long"], "length"),
         (["--data=reviews.csv"], "data is 'reviews.csv' and text_column is []: give --data FILE --text-column NAME"),
         (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv' and task is 'stsb'"),
+        (["--text-column=x"], "text_column is ['x']: give it with --data FILE, or one column with --text FILE"),
+        (["--text=a.txt", "--text-column=x", "--text-column=y"], "text_column is ['x', 'y']: give it with --data FILE"),
         (["--as=onnx"], "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers."),
         (["--as", "sentence-transformers"], "teacher is None"),
         (["--forse"], "Did you mean 'force'?"),

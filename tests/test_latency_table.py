@@ -149,7 +149,10 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--min-seconds=0", "min_seconds of latency is 0"),
         ("--modell=x", "Did you mean 'model'?"),
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
-        ("--json=a.png", "json is 'a.png', the picture's name: give a file that ends with .json"),
+        ("--json=a.png", "json is 'a.png', the picture's name or a folder's: give a file that ends with .json"),
+        ("--json=", "json is '', the picture's name or a folder's"),
+        ("--json=.", "json is '.', the picture's name or a folder's"),
+        ("--json=/proc", "json is '/proc', the picture's name or a folder's"),
     ],
 )
 def test_bad_input_gets_one_line_and_measures_nothing(

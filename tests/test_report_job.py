@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
         "other",
         [0.5],
-        {"teacher": "xyz", "search.alpha": -0.1, "space": [], "loss": "other"},
+        {"teacher": "xyz", "search.alpha": -0.1, "space": [], "loss": "other", "trainer.precision": "32-true"},
         teacher="<b>big</b>",
     )
     return root
@@ -81,7 +81,10 @@ def test_what_makes_no_fair_comparison_is_said(root, tmp_path, capsys):
     text = Page(output.read_text(encoding="utf-8")).text
     for shown in (told, text):
         assert "They have different teachers." in shown
-        assert "Losses and rewards are not of one scale, for these differ: teacher, search.alpha, loss." in shown
+        assert (
+            "Losses and rewards are not of one scale, for these differ: teacher, search.alpha, loss, trainer.precision."
+            in shown
+        )
     assert "<b>big</b>" in text and "has the best candidate" not in text
     assert str(output) in told
 

@@ -428,6 +428,10 @@ def test_refused_candidates_do_not_count(study):
         (MemoryError(), "out of memory: MemoryError"),
         (RuntimeError("could not create a primitive"), "out of memory: could not create a primitive"),
         (
+            RuntimeError("could not create a primitive descriptor for the matmul primitive"),
+            "RuntimeError: could not create a primitive descriptor for the matmul primitive",
+        ),
+        (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
             "out of memory: DefaultCPUAllocator: can't",
         ),
@@ -1100,8 +1104,8 @@ def test_another_identity_is_refused_with_each_difference_and_a_new_name(url):
         "'taken'",
         "seed: 0 there, 5 now",
         "rate: 0.1 there, 'x' now",
-        "old: 1 there, None now",
-        "new: None there, [2] now",
+        "old: 1 there, the default now",
+        "new: the default there, [2] now",
         "--name taken-2",
     ):
         assert part in message
@@ -1120,7 +1124,8 @@ def test_studies_of_one_database_do_not_mix(url):
     assert (len(first.trials), len(second.trials)) == (1, 0)
 
 
-def test_what_a_failed_candidate_held_is_given_back_before_anything_follows(study):
+@pytest.mark.parametrize("error", [ValueError("no"), optuna.TrialPruned("no")])
+def test_what_a_failed_candidate_held_is_given_back_before_anything_follows(study, error):
     class Held:
         pass
 
@@ -1129,12 +1134,13 @@ def test_what_a_failed_candidate_held_is_given_back_before_anything_follows(stud
     def evaluate(trial, arch):
         held = Held()
         refs.append(weakref.ref(held))
-        raise ValueError("no")
+        if len(refs) == 1:
+            raise type(error)(*error.args)
+        return 1.0
 
     gc.disable()
     try:
-        with pytest.raises(CandidateFailed, match="ValueError: no"):
-            search(evaluate, SPACE, study, 1, [lambda study, trial: alive.append(refs[-1]() is not None)])
+        search(evaluate, SPACE, study, 2, [lambda study, trial: alive.append(refs[0]() is not None)])
     finally:
         gc.enable()
     assert len(alive) > 1 and not any(alive)

@@ -82,7 +82,7 @@ def test_a_candidate_that_kills_its_process_leaves_the_command_alive(tmp_path):
         "begun SIGSEGV,SIGKILL, perhaps out of memory",
         "ended",
     ]
-    assert "The process died (SIGSEGV) with its candidate; the search goes on in another." in done.stderr
+    assert "The process died (SIGSEGV) with its candidate; another one takes its place." in done.stderr
 
 
 def test_another_death_ends_the_command_with_one_line(tmp_path):
@@ -93,17 +93,19 @@ def test_another_death_ends_the_command_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "begins", "told"),
     [
         (
             "'search', '--force-new'",
-            "; the same command goes on from here, by the --name it told, without --force-new.",
+            "supervisor.remember('mine-2')",
+            "; the same command goes on from here, with --name mine-2 for --force-new.",
         ),
-        ("'search', '--dry-run'", "."),
+        ("'search', '--force-new'", "pass", "."),
+        ("'search', '--dry-run'", "pass", "."),
     ],
 )
-def test_it_is_said_how_to_go_on_with_what_was_begun_anew(tmp_path, arguments, told):
-    lines = program("os.kill(os.getpid(), signal.SIGABRT)", tmp_path / "notes")
+def test_it_is_said_how_to_go_on_with_what_was_begun_anew(tmp_path, arguments, begins, told):
+    lines = program(f"{begins}\nos.kill(os.getpid(), signal.SIGABRT)", tmp_path / "notes")
     lines[2] = lines[2].replace('sys.argv[1:] = ["search"]', f"sys.argv[1:] = [{arguments}]")
     done = subprocess.run(lines, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, f"kdnas: the process died (SIGABRT){told}\n")
@@ -222,7 +224,7 @@ def test_the_child_ends_with_its_parent(tmp_path):
 
 def test_where_torch_is_loaded_there_is_no_child():
     assert "torch" in sys.modules
-    assert supervisor.supervise(os.getpid, ".") == os.getpid()
+    assert supervisor.supervise(os.getpid, lambda: ".") == os.getpid()
 
 
 def test_a_call_from_python_stays_in_its_process(tmp_path):

@@ -48,6 +48,7 @@ class DataSettings:
         mini_fraction: share of the training rows that a candidate of the search sees, above 0 and below 1.
         max_length: longer rows are cut, in tokens; with the special tokens.
         batch_tokens: rows times padded length of a batch is at most this.
+        pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length; slower.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words never do.
         mask_probability: share of tokens that is masked, 0 to 1.
         masked_share: share of the rows that is masked at all, 0 to 1; for each of a row's masks anew.
@@ -64,6 +65,7 @@ class DataSettings:
     mini_fraction: float = 0.3
     max_length: int = 128
     batch_tokens: int = 4096
+    pad_to_max_length: bool = False
     pair_share: float = 0.5
     mask_probability: float = 0.15
     masked_share: float = 0.5
@@ -152,7 +154,7 @@ class KDDataModule(ResumableDataModule):
                             with suppress(OSError):
                                 empty.rmdir()
                         raise
-        self.rows = TokenRows(folder, tokenizer.pad_token_id, settings.max_length)
+        self.rows = TokenRows(folder, tokenizer.pad_token_id, settings.max_length, settings.pad_to_max_length)
 
     def read_corpus(self) -> Corpus:
         """The rows of text themselves."""
@@ -169,6 +171,7 @@ class KDDataModule(ResumableDataModule):
         """The hash of all that the rows depend on."""
         told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
+        del settings["pad_to_max_length"]
         libraries = [tokenizers.__version__, transformers.__version__]
         parts = [
             FORMAT,

@@ -122,13 +122,15 @@ class TokenRows(Dataset[Batch]):
         folder: of ``write_rows``.
         pad_token_id: id of the padding token.
         max_length: no batch is padded to more.
+        pad_to_max_length: each is padded to as much.
 
     Attributes:
         sha256: hash of every input that a model will see: text, tokenizer, cut, pairs, masks and order are in it.
     """
 
-    def __init__(self, folder: Path, pad_token_id: int, max_length: int) -> None:
-        self.folder, self.pad_token_id, self.max_length = folder, pad_token_id, max_length
+    def __init__(self, folder: Path, pad_token_id: int, max_length: int, pad_to_max_length: bool = False) -> None:
+        self._made_with = folder, pad_token_id, max_length, pad_to_max_length  # what a copy is made with
+        self.folder, self.pad_token_id = folder, pad_token_id
         about = _read_about(folder)
         assert about is not None, "is_whole() says so"
         self.num_train: int = about["num_train"]
@@ -138,11 +140,13 @@ class TokenRows(Dataset[Batch]):
         self.lengths: IntArray = np.fromfile(folder / "lengths.bin", dtype=np.int64)
         self.second_starts: IntArray = np.fromfile(folder / "second_starts.bin", dtype=np.int64)
         self.padded_lengths = padded(self.lengths, max_length)
+        if pad_to_max_length:
+            self.padded_lengths[:] = max_length
         self._starts: IntArray = np.cumsum(self.lengths) - self.lengths
         self._files = [KeptFile(_variant(folder, variant)) for variant in range(self.num_variants)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenRows, (self.folder, self.pad_token_id, self.max_length)  # open files go to no other process
+        return TokenRows, self._made_with  # open files go to no other process
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -211,7 +211,7 @@ def finished(
 def keep_failure(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings, why: str
 ) -> dict[str, Any]:
-    """Write down, as a result without a score, that a fine-tuning failed: the same one would fail again."""
+    """Write down, as a result without a score, that a fine-tuning failed: the same one would most likely fail again."""
     made_with = _made_with(task, settings, trainer_settings)
     result = {"score": None, "failed": why, "settings": asdict(settings), **made_with}
     write_json(folder / "result.json", result)

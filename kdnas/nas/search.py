@@ -121,8 +121,9 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
 
 def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Every key of two settings that differs, what is known and what is asked for; empty where none does."""
-    differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
-    return "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
+    there, now = ({key: repr(value) for key, value in settings.items()} for settings in (known, asked))
+    keys = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
+    return "; ".join(f"{key}: {there.get(key, 'the default')} there, {now.get(key, 'the default')} now" for key in keys)
 
 
 def bury_dead(study: Study, number: int | None = None, died_of: Callable[[int], str | None] | None = None) -> set[int]:
@@ -287,6 +288,8 @@ def search(
                 result[:] = [(trial, float(value))]
                 return value
             except Exception as error:  # whatever a candidate dies of, the search goes on
+                for cause in causes(error):  # an error keeps what its frames hold for as long as it lives
+                    traceback.clear_frames(cause.__traceback__)
                 if isinstance(error, (optuna.TrialPruned, StoreAway, StoreDamaged)):
                     raise
                 if isinstance(error, OSError):
@@ -295,8 +298,6 @@ def search(
                         raise error
                 if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
                     raise Terminated from error
-                for cause in causes(error):  # an error keeps what its frames hold for as long as it lives
-                    traceback.clear_frames(cause.__traceback__)
                 trial.set_user_attr("failed", reason := reason_of(error))
                 raise CandidateFailed(reason) from error
 
