@@ -72,7 +72,6 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         refuse_unknown(args[0], args[1:])
         set_environment()
-        remember("")
         if is_process:
             sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
         if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
