@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.arch import StudentArch
 from kdnas.comparison import contender
+from kdnas.config import as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.layer_map import LastAndSkip
@@ -45,6 +46,7 @@ import overhead
 import quality
 import recipe
 import samplers
+import starts
 import step
 import text
 import variants
@@ -60,7 +62,7 @@ def data(tiny_teacher, text_file):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, step, text, variants]
+    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, starts, step, text, variants]
 )
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -479,6 +481,37 @@ def test_the_residual_is_what_the_embeddings_do_not_know():
     expected = np.square(beyond(states, target)).mean() / target.var(0).mean()
     assert count == 400 and 0.1 < expected < 0.5
     assert float(error.detach()) / count == pytest.approx(expected, rel=1e-2)
+
+
+def test_what_crosses_is_between_two_sentences_alone():
+    batch = {
+        "input_ids": torch.tensor([[1, 7, 8, 2, 9, 2, 3], [1, 7, 8, 2, 3, 3, 3]]),  # [CLS] a b [SEP] c [SEP]; no pair
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]),
+        "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 0], [0] * 7]),
+    }
+    maps = torch.rand(2, 2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    student = SimpleNamespace(
+        batch=batch, mask_BT=batch["attention_mask"].bool(), attention=lambda layer: maps[0, :, 1:]
+    )
+    teacher = SimpleNamespace(attention=lambda layer, heads: maps[1][:, heads] + layer)
+    criterion = SimpleNamespace(sources=[0, 5], heads=torch.tensor([[0, 2], [1, 0]]))
+    found = starts.crossing(student, teacher, criterion, [1, 2])
+    places = [(1, 4), (2, 4), (4, 1), (4, 2)]
+    ours = [float(maps[0, 0, head, n, m]) for _ in range(2) for n, m in places for head in (1, 2)]
+    theirs = [
+        float(maps[1, 0, head, n, m]) + layer
+        for layer, heads in ((0, (0, 2)), (5, (1, 0)))
+        for n, m in places
+        for head in heads
+    ]
+    assert found.shape == (2, 16)
+    assert np.allclose(sorted(found.T.tolist()), sorted(zip(ours, theirs, strict=True)))
+
+
+def test_the_recipe_of_fit_is_the_default():
+    config = common.read_config("fit")
+    assert as_plain(config.recipe) == as_plain(Recipe())
+    assert config.data == DataSettings()
 
 
 def test_words_give_way_to_their_neighbours(tiny_teacher, tmp_path, monkeypatch):
