@@ -188,21 +188,31 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
                 "num_seeds": num_seeds,
             }
         )
-    teacher = next((row["average"] for row in rows if row["name"] == "teacher"), None)
-    table = Table("model", "speed-up", "KD, CPU seconds", *tasks, "average", "kept", "seeds")
+    means = {row["name"]: {task: statistics.mean(row["scores"][task]) for task in tasks} for row in rows}
+    teacher = means.get("teacher")
+    without_rte = [task for task in tasks if task != "rte"]  # which is chance for small models
+    table = Table("model", "speed-up", "KD, CPU seconds", *tasks, "average", "kept", "without RTE", "seeds")
     for row in rows:
-        row["kept"] = row["average"] / teacher if teacher else None
-        cells = [f"{statistics.mean(row['scores'][task]):.3f}" for task in tasks]
-        kept = f"{row['kept']:.1%}" if teacher else ""
+        mine = means[row["name"]]
+        for key, those in (("kept", tasks), ("kept_without_rte", without_rte)):
+            row[key] = sum(mine[task] for task in those) / sum(teacher[task] for task in those) if teacher else None
+        kept = [f"{row[key]:.1%}" if teacher else "" for key in ("kept", "kept_without_rte")]
         spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
-        cells = [f"{row['kd_cpu_seconds']:.0f}", *cells, f"{row['average']:.3f}{spread}", kept]
+        cells = [f"{mine[task]:.3f}" for task in tasks]
+        cells = [f"{row['kd_cpu_seconds']:.0f}", *cells, f"{row['average']:.3f}{spread}", *kept]
         table.add_row(row["name"], f"{row['speedup']:.1f}x", *cells, str(row["num_seeds"]))
-    Console(width=140).print(table)
+    console = Console(width=150)
+    console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"machine": machine(), "rows": rows})
+    if not teacher:
+        console.print(
+            f"Shares are not known: there is no {folder / 'teacher'}, which --only teacher makes.", soft_wrap=True
+        )
+        return
     figure, axes = plt.subplots(figsize=(6, 4))
     for shape in SHAPES:
-        ours = [row for row in rows if row["name"].startswith(f"{shape}-ours") and teacher]
+        ours = [row for row in rows if row["name"].startswith(f"{shape}-ours")]
         curve = sorted((row["kd_cpu_seconds"], row["kept"]) for row in ours)
         if curve:
             axes.plot([s / 60 for s, _ in curve], [100 * k for _, k in curve], "o-", label=shape)

@@ -3,6 +3,7 @@ import itertools
 import json
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from kdnas.families import arch_of
 from kdnas.glue.finetune import FinetuneSettings
 from kdnas.glue.tasks import load_task
 from kdnas.models import build_student, find_teacher
+from kdnas.runs import write_json
 from kdnas.student_init import Started
 from kdnas.training import TrainerSettings, fit, make_trainer
 
@@ -481,6 +483,28 @@ def test_the_residual_is_what_the_embeddings_do_not_know():
     expected = np.square(beyond(states, target)).mean() / target.var(0).mean()
     assert count == 400 and 0.1 < expected < 0.5
     assert float(error.detach()) / count == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_shares_kept_are_of_the_teacher_that_is_there(is_there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "LatencyMeter", lambda *args: SimpleNamespace(measure=lambda arch: Speed(6.0)))
+    monkeypatch.setattr(quality, "find_teacher", lambda name: SimpleNamespace(config=None))
+    Speed = namedtuple("Speed", "speedup")
+    scores = {"teacher": (0.8, 0.4), "4x192-ours-1": (0.6, 0.5), "3x384-ours-1": (0.7, 0.5)}
+    for name, pair in scores.items():
+        for task, score in zip(("stsb", "rte"), pair, strict=True):
+            for seed in (0, 1) if is_there or name != "teacher" else ():
+                write_json(tmp_path / name / f"{task}-{seed}" / "result.json", {"score": score + 0.1 * seed})
+    write_json(tmp_path / "4x192-ours-1" / "result.json", {"seconds": 70.0, "cpu_seconds": 60.0, "threads": 1})
+    quality.show(tmp_path, list(scores), ["teacher", "4x192", "3x384"], ["stsb", "rte"], tmp_path / "out.json")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    ours = rows["4x192-ours-1"]
+    assert (ours["average"], ours["kd_cpu_seconds"], ours["num_seeds"]) == (pytest.approx(0.6), 60.0, 2)
+    shares = [rows[name][key] for name in scores if name != "teacher" for key in ("kept", "kept_without_rte")]
+    expected = [1.2 / 1.3, 0.65 / 0.85, 1.0, 0.75 / 0.85]
+    assert shares == (pytest.approx(expected) if is_there else [None] * 4)
+    assert ("Shares are not known" in capsys.readouterr().out) == (not is_there)
+    assert (tmp_path / "out.png").exists() == is_there
 
 
 def test_what_crosses_is_between_two_sentences_alone():
