@@ -1,6 +1,6 @@
 """How near a distillation step is to what the machine can do, where its time goes, and what others' steps take.
 
-    python benchmarks/step.py [--quick] [--json PATH] [--text PATH] [--accelerator cpu|gpu] [--compile]
+    python benchmarks/step.py [--quick] [--json PATH] [--text PATH] [--accelerator cpu|gpu] [--compile] [--objectives]
 
 The peak is the fastest matmul that this machine was seen to do, in the precision of the step. A step's FLOPs are those
 of its matmuls, on real tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear
@@ -12,7 +12,7 @@ The optimizer (Muon's matmuls too), norms, activations and the embedding are not
 Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
 ``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
 Weights are random: they do not change the time. On a GPU each part waits for the device, so that its time is its own;
-``--compile`` compiles our student, for lengths that change.
+``--compile`` compiles our student, for lengths that change; ``--objectives`` times other objectives too, 4 x 192 alone.
 """
 
 import tempfile
@@ -39,9 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdnas.arch import StudentArch
 from kdnas.config import as_plain
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.layer_map import LastAndSkip
+from kdnas.distill.attention import AttentionMaps, AttentionRelations
+from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
+from kdnas.distill.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
+from kdnas.distill.sentences import PairComparison, SentenceState
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
 from kdnas.models import Teacher, build_student, encode, find_teacher
 from kdnas.precision import autocast, bf16_is_faster
@@ -54,7 +56,15 @@ ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
 BATCH_TOKENS = 4096
 # (rows, inner, columns): square ones, and the students' own first maps on a batch.
 MATMULS = ((2048, 2048, 2048), (3072, 3072, 3072), (4096, 4096, 4096), (4096, 192, 768), (4096, 384, 1536))
-# The original: rows padded to 50 tokens, 32 a batch.
+LAST = HiddenStates(LastLayer())
+OTHERS: dict[str, Objective] = {
+    "last layer alone": LAST,
+    "without maps": WeightedSum([LAST, PairComparison()], [1.0, 0.5]),
+    "without pairs' comparison": WeightedSum([LAST, AttentionMaps()], [1.0, 1.0]),
+    "relations for maps": WeightedSum([LAST, AttentionRelations(), PairComparison()], [1.0, 1.0, 0.5]),
+    "with [CLS]": WeightedSum([LAST, AttentionMaps(), PairComparison(), SentenceState()], [1.0, 1.0, 0.5, 0.5]),
+    "evenly spread layers": HiddenStates(Even()),
+}
 WARM_UP = 4
 PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
 
@@ -321,7 +331,7 @@ def transformers_step(teacher: Teacher, arch: StudentArch, device: str) -> Calla
 
 
 def measure(
-    text: str | None, quick: bool, progress: Progress, folder: Path, device: str, compiled: bool
+    text: str | None, quick: bool, progress: Progress, folder: Path, device: str, compiled: bool, others: bool
 ) -> dict[str, Any]:
     """All figures; see the module."""
     num_steps = 5 if quick else 100
@@ -338,18 +348,20 @@ def measure(
         "recipe's default": Recipe().objective,
         "fit.yaml": config.recipe.objective,
     }
+    named |= OTHERS if others else {}
+    archs = ARCHS[:1] if others else ARCHS
     # Each once, under its last name.
     objectives = dict({repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values())
     matmuls = measure_matmuls(0.4 if quick else 3.0, device)
     peak = max(matmul["gflops"] for matmul in matmuls)
     num_layers = teacher.config.num_hidden_layers
-    depths = [arch.num_hidden_layers for arch in ARCHS]
+    depths = [arch.num_hidden_layers for arch in archs]
     layers = {layer for objective in objectives.values() for layer in needed_layers(objective, depths, num_layers)}
     states = open_states(teacher, data, layers, StatesSettings(str(folder / "states"), max_gb=float("inf")))
     students: list[dict[str, Any]] = []
     with progress:
-        task = progress.add_task("others' steps", total=2 * len(ARCHS))
-        for arch in ARCHS:
+        task = progress.add_task("others' steps", total=2 * len(archs))
+        for arch in archs:
             result: dict[str, Any] = {"arch": arch.to_dict(), "ours": {}}
             for name, objective in objectives.items():
                 result["ours"][name] = measure_ours(
@@ -419,6 +431,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = common.options("step", "Times a distillation step against the machine's peak and others'.")
     options.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="where all of it runs")
     options.add_argument("--compile", action="store_true", help="our student, by torch.compile")
+    options.add_argument("--objectives", action="store_true", help="parts of the default objective, and others")
     chosen = options.parse_args(args)
     common.quieten()
     console = Console()
@@ -426,7 +439,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
         progress = Progress(console=console, transient=True)
         device = "cpu" if chosen.accelerator == "cpu" else "cuda"
-        results = measure(chosen.text, chosen.quick, progress, Path(folder), device, chosen.compile)
+        results = measure(chosen.text, chosen.quick, progress, Path(folder), device, chosen.compile, chosen.objectives)
     show(results, console)
     write_json(chosen.json, results)
     console.print(f"Figures: {chosen.json}")
