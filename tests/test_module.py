@@ -196,6 +196,22 @@ def test_cached_and_live_states_give_the_same_loss(
     assert losses[0] != losses[1]  # one of them is rounded
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("matmuls", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed")])
+def test_an_epoch_on_stored_states_is_one_on_the_live_teacher(tmp_path, monkeypatch, matmuls, precision):
+    monkeypatch.setenv(VARIABLE, matmuls)
+    text = tmp_path / "rows.txt"
+    text.write_text("\n".join(row for seed in range(2) for row in make_rows(200, seed)))
+    teacher, ends = find_teacher("quickstart"), []
+    for max_gb in (0, 1):
+        data = open_data("quickstart", text, pair_share=0.5, masked_share=0.5)
+        module = make(teacher, None, StudentArch(2, 6, 192, 384), objective=DEFAULT_OBJECTIVE)
+        module.states = open_states(teacher, data, module.target_layers, StatesSettings(str(tmp_path), max_gb))
+        fit(trainer(precision=precision), begun(module, data), data)
+        ends.append(module.history[-1]["loss"])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3) and ends[0] != ends[1]
+
+
 @pytest.mark.parametrize("arch", [NARROW, SHORT])
 @pytest.mark.parametrize("objective", [HiddenStates(fit_projections=False), SUM], ids=["hidden states", "sum"])
 def test_steps_lower_the_loss(any_teacher, text_file, tmp_path, arch, objective):
