@@ -177,7 +177,7 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert main([*grid, "--grid.held_out=0.25", "--seeds=2"]) == 0
     assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
     assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [run for run in runs if run["kind"] == "grid"]
-    assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again: the loss is nan") == 2
+    assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again while it is there: the loss is nan") == 2
 
 
 def test_a_comparison_that_another_process_makes_is_refused_with_who_that_is(command, tmp_path, capsys):
@@ -201,7 +201,9 @@ def test_a_point_of_a_grid_without_memory_fails_alone_and_another_error_is_not_i
     assert main(grid) == 0
     told = "out of memory: CUDA out of memory. Tried to allocate 9 GiB"
     assert [run.get("failed") for run in lines(tmp_path)] == [None, told, None] * 2
-    assert f"grid_16_0.001: failed, not tried again: {told}" in capsys.readouterr().out.replace("\n", "")
+    assert f"grid_16_0.001: failed, not tried again while it is there: {told}" in capsys.readouterr().out.replace(
+        "\n", ""
+    )
     assert main([*command, "--seeds=1", "--finetune.batch_size=16", "--name=other"]) == 1
     assert capsys.readouterr().err == f"kdnas: {told}; the same command goes on from here.\n"
     found = RuntimeError("another")
