@@ -11,6 +11,7 @@ time.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,6 @@ from rich.table import Table
 from torch import Tensor
 
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.attention import AttentionMaps
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
 from kdnas.distill.objectives import View
 from kdnas.distill.teacher import StatesSettings, open_states
@@ -35,7 +35,12 @@ from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
 from kdnas.training import TrainerSettings, make_trainer
 
 STARTS = {"random": RandomStart(), "embeddings": FromEmbeddings(), "teacher": FromTeacher()}
-FIGURES = ("loss", "contextual_share", "sentence_r2", "terms/attention_maps")
+FIGURES = {  # in the table: as it is logged
+    "loss": "val/loss",
+    "contextual_share": "val/contextual_share",
+    "sentence_r2": "val/sentence_r2",
+    "attention_maps": "terms/attention_maps",
+}
 
 
 def crossing(student: View, teacher: View, criterion: Any, outside: Sequence[int]) -> Tensor:
@@ -55,7 +60,7 @@ def crossing(student: View, teacher: View, criterion: Any, outside: Sequence[int
         torch.stack([student.attention(i), teacher.attention(layer, heads)]).float()
         for i, (layer, heads) in enumerate(zip(criterion.sources, criterion.heads, strict=True))
     ]
-    return torch.cat([both.movedim(2, 0)[..., between].movedim(0, 1).flatten(1) for both in maps], 1)
+    return torch.cat([both.movedim(2, 1)[..., between].flatten(1) for both in maps], 1)
 
 
 def measure(teacher: Teacher, data: KDDataModule, recipe: Recipe, shape: str, folder: Path) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def measure(teacher: Teacher, data: KDDataModule, recipe: Recipe, shape: str, fo
     module.student.eval()
     with torch.no_grad():
         parts = [crossing(*module.views(batch), criterion, outside) for batch in data.val_dataloader()]
-    figures = {name.removeprefix("terms/"): found[name if "/" in name else f"val/{name}"] for name in FIGURES}
+    figures = {name: found[logged] for name, logged in FIGURES.items()}
     return {"seconds": seconds, **figures, "crossing": float(torch.corrcoef(torch.cat(parts, 1))[0, 1])}
 
 
@@ -84,7 +89,6 @@ def main(args: Sequence[str] | None = None) -> None:
     quieten()
     shapes = ["4x192"] if chosen.quick else list(SHAPES)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
-    assert any(isinstance(part, AttentionMaps) for part in config.recipe.objective.objectives)  # type: ignore[attr-defined]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=OUTPUT) as name:
@@ -95,9 +99,9 @@ def main(args: Sequence[str] | None = None) -> None:
         data.setup()
         pairs = [(shape, start) for shape in shapes for start in STARTS]
         for shape, start in track(pairs, "starts", transient=True, console=Console()):
-            recipe = Recipe(objective=config.recipe.objective, start=STARTS[start])
+            recipe = replace(config.recipe, start=STARTS[start])
             rows.append({"shape": shape, "start": start, **measure(teacher, data, recipe, shape, folder)})
-    columns = ("seconds", *(name.removeprefix("terms/") for name in FIGURES), "crossing")
+    columns = ("seconds", *FIGURES, "crossing")
     table = Table("student", "start", *columns, title="Before any training")
     for row in rows:
         table.add_row(

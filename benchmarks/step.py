@@ -12,7 +12,7 @@ The optimizer (Muon's matmuls too), norms, activations and the embedding are not
 Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
 ``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
 Weights are random: they do not change the time. On a GPU each part waits for the device, so that its time is its own;
-``--compile`` compiles our student, for lengths that change; ``--objectives`` times other objectives too, 4 x 192 alone.
+``--compile`` compiles our student, for lengths that change; ``--objectives`` times those of variants.py too, 4 x 192.
 """
 
 import tempfile
@@ -35,15 +35,14 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from variants import VARIANTS
 
 from kdnas.arch import StudentArch
 from kdnas.config import as_plain
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.attention import AttentionMaps, AttentionRelations
-from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
+from kdnas.distill.layer_map import LastAndSkip
 from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
-from kdnas.distill.sentences import PairComparison, SentenceState
+from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
 from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
 from kdnas.models import Teacher, build_student, encode, find_teacher
 from kdnas.precision import autocast, bf16_is_faster
@@ -56,15 +55,6 @@ ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
 BATCH_TOKENS = 4096
 # (rows, inner, columns): square ones, and the students' own first maps on a batch.
 MATMULS = ((2048, 2048, 2048), (3072, 3072, 3072), (4096, 4096, 4096), (4096, 192, 768), (4096, 384, 1536))
-LAST = HiddenStates(LastLayer())
-OTHERS: dict[str, Objective] = {
-    "last layer alone": LAST,
-    "without maps": WeightedSum([LAST, PairComparison()], [1.0, 0.5]),
-    "without pairs' comparison": WeightedSum([LAST, AttentionMaps()], [1.0, 1.0]),
-    "relations for maps": WeightedSum([LAST, AttentionRelations(), PairComparison()], [1.0, 1.0, 0.5]),
-    "with [CLS]": WeightedSum([LAST, AttentionMaps(), PairComparison(), SentenceState()], [1.0, 1.0, 0.5, 0.5]),
-    "evenly spread layers": HiddenStates(Even()),
-}
 WARM_UP = 4
 PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
 
@@ -348,7 +338,8 @@ def measure(
         "recipe's default": Recipe().objective,
         "fit.yaml": config.recipe.objective,
     }
-    named |= OTHERS if others else {}
+    if others:
+        named |= {name: found.recipe["objective"] for name, found in VARIANTS.items() if "objective" in found.recipe}
     archs = ARCHS[:1] if others else ARCHS
     # Each once, under its last name.
     objectives = dict({repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values())
@@ -431,7 +422,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = common.options("step", "Times a distillation step against the machine's peak and others'.")
     options.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="where all of it runs")
     options.add_argument("--compile", action="store_true", help="our student, by torch.compile")
-    options.add_argument("--objectives", action="store_true", help="parts of the default objective, and others")
+    options.add_argument("--objectives", action="store_true", help="those of variants.py too")
     chosen = options.parse_args(args)
     common.quieten()
     console = Console()

@@ -262,8 +262,8 @@ def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
 
 
 LAST = HiddenStates(LastLayer())
-RATES = ("learning_rate", "copied_learning_rate", "matrix_learning_rate", "copied_matrix_learning_rate")
-UNMOVED = dict.fromkeys(RATES, 1e-12)  # an epoch at such rates leaves the start as it is, and measures it
+# An epoch at such rates leaves the start as it is, and measures it.
+UNMOVED = {field.name: 1e-12 for field in dataclasses.fields(Recipe) if field.name.endswith("learning_rate")}
 NEW_RATES = {"learning_rate": 3e-3, "matrix_learning_rate": 5e-3}
 
 VARIANTS = {

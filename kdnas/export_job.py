@@ -83,15 +83,16 @@ def export(config: ExportConfig, console: Console) -> Path:
         card["license"] = config.license
     if config.hub_repo:
         check_hub(config.hub_repo)
+    column: dict[str, str] = {}
     if config.data:
         task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
     else:
+        if len(config.text_column) > (1 if text else 0):
+            raise UserError(
+                f"text_column is {config.text_column}: give it with --data FILE, or one column with --text FILE."
+            )
+        column = {"column": config.text_column[0]} if config.text_column else {}
         task = load_task(task_name) if task_name else None
-    if not config.data and (len(config.text_column) > 1 or (config.text_column and not text)):
-        raise UserError(
-            f"text_column is {config.text_column}: give it with --data FILE, or one column with --text FILE."
-        )
-    column = {"column": config.text_column[0]} if config.text_column and not config.data else {}
     corpus = load_corpus(text, **({} if config.text else split) | column) if text else None
     sentences = _sentences(teacher, corpus, task) if is_sentences else None
     make_rows = None

@@ -171,7 +171,7 @@ class KDDataModule(ResumableDataModule):
         """The hash of all that the rows depend on."""
         told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
-        del settings["pad_to_max_length"]
+        del settings["pad_to_max_length"]  # which changes no row
         libraries = [tokenizers.__version__, transformers.__version__]
         parts = [
             FORMAT,
