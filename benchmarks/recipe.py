@@ -231,7 +231,9 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps = watch.steps[QUICK_WARM_UP:]
         per_token = sum(seconds for seconds, _ in steps) / sum(tokens for _, tokens in steps)
         curve, tokens = [*curve, (per_token * ORIGINAL_TOKENS, chosen.original_error)], ORIGINAL_TOKENS
-        cache_seconds *= ORIGINAL_TOKENS / num_epochs / lengths[ours.train_ids()].sum()  # of the larger text, too
+        cache_seconds *= (
+            ORIGINAL_TOKENS / num_epochs / float(lengths[ours.train_ids()].sum())
+        )  # of the larger text, too
 
     our_watch = HeldOutError(batches, variance, start_seconds, points=4, target=curve[-1][1])
     train(module, ours, our_watch, TrainerSettings(accelerator="cpu"), chosen.epochs, folder / "ours", "our recipe")
@@ -313,8 +315,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     if results["quick"]:
         console.print(
             f"--quick: the original ran {QUICK_STEPS} steps here; its seconds are extended to the "
-            f"{results['original_tokens']:,} tokens of its four epochs on a larger text, whose error it takes, and those "
-            "of the teacher's states to one of the four. Rough."
+            f"{results['original_tokens']:,} tokens of its four epochs on a larger text, whose error it takes, and "
+            "those of the teacher's states to one of the four. Rough."
         )
 
 
