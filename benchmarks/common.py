@@ -1,8 +1,8 @@
-"""What the benchmarks share: options, text, configs, machine. Import it before torch: it sets what kdnas.cli sets."""
+"""What the benchmarks share: options, text, configs, machine. Import it before torch: it sets the environment."""
 
 import os
 
-from kdnas.cli import set_environment
+from kdnas.cli.main import set_environment
 
 set_environment()
 
@@ -25,11 +25,11 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from kdnas import __version__
-from kdnas.arch import StudentArch
 from kdnas.data.corpus import build_quickstart_text, load_corpus
 from kdnas.data.datamodule import DataSettings
-from kdnas.distill.module import Recipe
-from kdnas.runs import new_file
+from kdnas.distillation.module import Recipe
+from kdnas.models.arch import StudentArch
+from kdnas.system.files import new_file
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "lightning_logs" / "benchmarks"

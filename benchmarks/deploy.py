@@ -29,17 +29,17 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from kdnas.export import export_student, load_student
-from kdnas.export_job import rows_of_task
-from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.graph import INT8, ONNX, Feed
-from kdnas.latency import LatencySettings, measure_latency
-from kdnas.models import find_teacher, load_classifier
-from kdnas.progress import FitProgress
-from kdnas.quantize import outputs, score
-from kdnas.runs import write_json
-from kdnas.training import TrainerSettings
+from kdnas.commands.export import rows_of_task
+from kdnas.deploy.export import export_student, load_student
+from kdnas.deploy.latency import LatencySettings, measure_latency
+from kdnas.deploy.onnx import INT8, ONNX, Feed
+from kdnas.deploy.quantize import outputs, score
+from kdnas.models.encoders import find_teacher, load_classifier
+from kdnas.system.files import write_json
+from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
+from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings
 
 TASKS = ("sst2", "stsb")
 SHAPE = "4x192"

@@ -64,7 +64,7 @@ from rich.table import Table
 from safetensors.torch import load, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kdnas.runs import write_json
+from kdnas.system.files import write_json
 
 FAULTS: dict[str, tuple[str, bool, Callable[[Bench, Row], None]]] = {}
 
@@ -624,8 +624,8 @@ def shards(bench: Bench, row: Row) -> None:
 # A search that writes down each shard that its teacher computes.
 COUNTED = """
 import os, sys
-from kdnas.cli import main
-from kdnas.distill.cache import StateCache
+from kdnas.cli.main import main
+from kdnas.distillation.state_cache import StateCache
 
 compute = StateCache._compute
 
@@ -714,7 +714,7 @@ def damaged_study(bench: Bench, row: Row) -> None:
 def not_finite(bench: Bench, row: Row) -> None:
     from kdnas.nas.search import open_study, search
     from kdnas.nas.space import SearchSpace
-    from kdnas.report import trials_frame
+    from kdnas.report.page import trials_frame
 
     choices = {"num_hidden_layers": [1, 2, 3], "num_attention_heads": [1], "hidden_size": [16, 32]}
     space = SearchSpace({**choices, "intermediate_size": [64], "hidden_act": ["gelu", "relu"]})
@@ -740,8 +740,8 @@ def not_finite(bench: Bench, row: Row) -> None:
 
 def not_finite_in_search(bench: Bench, row: Row, place: str, value: float) -> None:
     """What would be the best student has such a loss or latency: it fails, the others are what they are without it."""
-    from kdnas import latency
-    from kdnas.distill.module import HiddenStateDistillModule as Module
+    from kdnas.deploy import latency
+    from kdnas.distillation.module import HiddenStateDistillModule as Module
     from kdnas.nas.record import failure_of
     from kdnas.nas.trials import trials_frame
 

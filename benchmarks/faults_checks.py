@@ -30,9 +30,9 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from kdnas.cli import main as kdnas
-from kdnas.manifest import verify
-from kdnas.precision import bf16_is_faster
+from kdnas.cli.main import main as kdnas
+from kdnas.system.manifest import verify
+from kdnas.training.precision import bf16_is_faster
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # What a search tells of each trial that it has stored, and names of files that are not finished.
@@ -45,7 +45,7 @@ HOOKS = """
 import ctypes, json, os, resource, time
 from pathlib import Path
 from kdnas.nas import storage
-from kdnas.student_init import FromTeacher
+from kdnas.distillation.start import FromTeacher
 
 storage.PATIENCE_SECONDS = float(os.environ.get("PATIENCE", storage.PATIENCE_SECONDS))
 

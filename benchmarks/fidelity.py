@@ -41,20 +41,20 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
-from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
-from kdnas.distill.attention import AttentionRelations
-from kdnas.distill.layer_map import LastAndSkip
-from kdnas.distill.metrics import RidgeProbe
-from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.objectives import View
-from kdnas.distill.teacher import StatesSettings, TeacherStates, open_states
-from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.models import find_teacher, load_classifier
-from kdnas.progress import FitProgress
-from kdnas.runs import new_file, new_folder, read_json, write_json
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.distillation.attention import AttentionRelations
+from kdnas.distillation.metrics import RidgeProbe
+from kdnas.distillation.module import HiddenStateDistillModule
+from kdnas.distillation.objectives import View
+from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import find_teacher, load_classifier
+from kdnas.models.layers import LastAndSkip
+from kdnas.system.files import new_file, new_folder, read_json, write_json
+from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
+from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 TABLE = ROOT / "benchmarks" / "data" / "fidelity.json.gz"
 SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]

@@ -33,17 +33,17 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from kdnas.comparison import Comparison, Contender, contender, score_table, short_names, with_help
-from kdnas.config import Grid
-from kdnas.glue.batches import GLUEDataModule
-from kdnas.glue.finetune import FinetuneSettings, GLUEModule, evaluate_glue
-from kdnas.glue.task_distill import TaskDistillSettings
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.latency import LatencySettings
-from kdnas.models import build_classifier, student_config
-from kdnas.precision import trainer_precision
-from kdnas.runs import write_json
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.commands.config import Grid
+from kdnas.commands.glue import Comparison, Contender, contender, score_table, short_names, with_help
+from kdnas.deploy.latency import LatencySettings
+from kdnas.models.encoders import build_classifier, student_config
+from kdnas.system.files import write_json
+from kdnas.tasks.batches import GLUEDataModule
+from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.tasks.task_distill import TaskDistillSettings
+from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.precision import trainer_precision
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 SETTINGS = FinetuneSettings(num_epochs=3, learning_rate=5e-5, batch_size=32, max_length=128)
 STUDENT_RATE = 2e-4

@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from kdnas.export import export_student
-from kdnas.latency import LatencyMeter, LatencySettings
-from kdnas.models import build_classifier, find_teacher, student_config
+from kdnas.deploy.export import export_student
+from kdnas.deploy.latency import LatencyMeter, LatencySettings
+from kdnas.models.encoders import build_classifier, find_teacher, student_config
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import write_json
+from kdnas.system.files import write_json
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8")
 NUM_STUDENTS = 10

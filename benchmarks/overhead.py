@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kdnas import search
-from kdnas.arch import StudentArch
-from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.latency import LatencyMeter
+from kdnas.deploy.latency import LatencyMeter
+from kdnas.distillation.module import HiddenStateDistillModule
+from kdnas.models.arch import StudentArch
 from kdnas.nas.candidate import Evaluator
-from kdnas.runs import write_json
+from kdnas.system.files import write_json
 
 PARTS = {
     "latency": (LatencyMeter, "measure"),

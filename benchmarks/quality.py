@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.distill.teacher import StatesSettings, open_states
-from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.latency import LatencyMeter, LatencySettings
-from kdnas.models import build_classifier, find_teacher, load_classifier, student_config
-from kdnas.progress import FitProgress
-from kdnas.runs import new_folder, read_json, write_json
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.deploy.latency import LatencyMeter, LatencySettings
+from kdnas.distillation.module import HiddenStateDistillModule
+from kdnas.distillation.teacher_states import StatesSettings, open_states
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import build_classifier, find_teacher, load_classifier, student_config
+from kdnas.system.files import new_folder, read_json, write_json
+from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
+from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
 SHAPES = {"4x192": StudentArch(4, 6, 192, 768, "gelu"), "3x384": StudentArch(3, 12, 384, 1536, "gelu")}

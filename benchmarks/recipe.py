@@ -32,15 +32,15 @@ from rich.table import Table
 from torch import Tensor
 
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.layer_map import LastAndSkip
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates
-from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
-from kdnas.models import encode, find_teacher
-from kdnas.progress import FitProgress
-from kdnas.runs import write_json
-from kdnas.student_init import FromTeacher
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.objectives import HiddenStates
+from kdnas.distillation.start import FromTeacher
+from kdnas.distillation.teacher_states import LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.models.encoders import encode, find_teacher
+from kdnas.models.layers import LastAndSkip
+from kdnas.system.files import write_json
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 Curve = list[tuple[float, float]]  # seconds, error
 

@@ -35,20 +35,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kdnas.arch import StudentArch
-from kdnas.config import SearchSettings
+from kdnas.commands.config import SearchSettings
 from kdnas.data.datamodule import KDDataModule
-from kdnas.distill.objectives import needed_layers
-from kdnas.distill.teacher import StatesSettings, open_states
-from kdnas.latency import LatencyMeter, LatencySettings
-from kdnas.models import find_teacher
+from kdnas.deploy.latency import LatencyMeter, LatencySettings
+from kdnas.distillation.objectives import needed_layers
+from kdnas.distillation.teacher_states import StatesSettings, open_states
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import find_teacher
 from kdnas.nas.candidate import Budget, Evaluator
 from kdnas.nas.record import tried
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import search
 from kdnas.nas.space import SearchSpace
-from kdnas.runs import read_json, write_json
-from kdnas.training import TrainerSettings
+from kdnas.system.files import read_json, write_json
+from kdnas.training.trainer import TrainerSettings
 
 TABLE = ROOT / "benchmarks" / "data" / "samplers.json.gz"
 SPACE = SearchSpace(

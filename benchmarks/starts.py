@@ -2,9 +2,9 @@
 
     python benchmarks/starts.py [--quick] [--json PATH] [--text PATH]
 
-Each start of kdnas.student_init makes a student of 4 layers x 192 and one of 3 x 384, which is then validated on the
-held-out rows as after an epoch. ``crossing`` is what survives of the attention between the two sentences of a pair: the
-correlation of the student's and the teacher's maps over all tokens n and m of different sentences, [CLS] and [SEP] left
+Each start of kdnas.distillation.start makes a student of 4 layers x 192 and one of 3 x 384, which is then validated on
+the held-out rows as after an epoch. ``crossing`` is what survives of the attention between the two sentences of a pair:
+the correlation of the student's and the teacher's maps over all tokens n and m of different sentences, [CLS] and [SEP] left
 out, in all layers and heads that the start took over (1: the same, 0: nothing). Seconds are of the start alone, CPU
 time.
 """
@@ -26,13 +26,13 @@ from rich.table import Table
 from torch import Tensor
 
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import View
-from kdnas.distill.teacher import StatesSettings, open_states
-from kdnas.models import Teacher, find_teacher
-from kdnas.runs import write_json
-from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart
-from kdnas.training import TrainerSettings, make_trainer
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.objectives import View
+from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart
+from kdnas.distillation.teacher_states import StatesSettings, open_states
+from kdnas.models.encoders import Teacher, find_teacher
+from kdnas.system.files import write_json
+from kdnas.training.trainer import TrainerSettings, make_trainer
 
 STARTS = {"random": RandomStart(), "embeddings": FromEmbeddings(), "teacher": FromTeacher()}
 FIGURES = {  # in the table: as it is logged

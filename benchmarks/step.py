@@ -37,19 +37,19 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from variants import VARIANTS
 
-from kdnas.arch import StudentArch
-from kdnas.config import as_plain
+from kdnas.commands.config import as_plain
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distill.layer_map import LastAndSkip
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, Objective, View, needed_layers
-from kdnas.distill.teacher import LiveTeacher, StatesSettings, TeacherStates, open_states
-from kdnas.models import Teacher, build_student, encode, find_teacher
-from kdnas.precision import autocast, bf16_is_faster
-from kdnas.progress import FitProgress
-from kdnas.runs import write_json
-from kdnas.student_init import Started
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.objectives import HiddenStates, Objective, View, needed_layers
+from kdnas.distillation.start import Started
+from kdnas.distillation.teacher_states import LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import Teacher, build_student, encode, find_teacher
+from kdnas.models.layers import LastAndSkip
+from kdnas.system.files import write_json
+from kdnas.training.precision import autocast, bf16_is_faster
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
 BATCH_TOKENS = 4096

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdnas.data.corpus import build_quickstart_text, load_corpus
-from kdnas.runs import write_json
+from kdnas.system.files import write_json
 
 NUM_STEPS = 5
 RUNS = ("first", "tokenised")

@@ -36,23 +36,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kdnas.arch import StudentArch
 from kdnas.data.datamodule import Batch, KDDataModule, Split
-from kdnas.distill.attention import AttentionMaps, AttentionRelations
-from kdnas.distill.layer_map import Even, LastAndSkip, LastLayer
-from kdnas.distill.losses import ridge_map, squared_error
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.narrowing import fit_linear
-from kdnas.distill.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum
-from kdnas.distill.sentences import PairComparison, SentenceState
-from kdnas.distill.teacher import StatesSettings, open_states
-from kdnas.glue.finetune import FinetuneSettings, evaluate_glue
-from kdnas.glue.tasks import LoadedTask, load_task
-from kdnas.models import find_teacher, load_classifier
-from kdnas.progress import FitProgress
-from kdnas.runs import new_file, new_folder, read_json, write_json
-from kdnas.student_init import FromEmbeddings, FromTeacher, RandomStart, Start, Started
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.distillation.attention import AttentionMaps, AttentionRelations
+from kdnas.distillation.losses import ridge_map, squared_error
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.narrowing import fit_linear
+from kdnas.distillation.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum
+from kdnas.distillation.sentences import PairComparison, SentenceState
+from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start, Started
+from kdnas.distillation.teacher_states import StatesSettings, open_states
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import find_teacher, load_classifier
+from kdnas.models.layers import Even, LastAndSkip, LastLayer
+from kdnas.system.files import new_file, new_folder, read_json, write_json
+from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
+from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 ARCH = SHAPES["4x192"]
 WIDE = SHAPES["3x384"]

@@ -1,5 +1,5 @@
 """``python -m kdnas``."""
 
-from kdnas.cli import main
+from kdnas.cli.main import main
 
 raise SystemExit(main())

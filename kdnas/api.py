@@ -1,28 +1,17 @@
-"""From Python: ``from kdnas import distill, search``."""
+"""From Python: ``from kdnas import distill, search``. What takes seconds to import is imported by the call."""
 
-import json
-from dataclasses import replace
-from typing import Any
+from __future__ import annotations
 
-import torch
-from rich.console import Console
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
-from kdnas import pipeline
-from kdnas.arch import StudentArch
-from kdnas.config import SearchConfig, SearchSettings, as_plain
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
-from kdnas.data.datamodule import DataSettings, KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.teacher import StatesSettings
-from kdnas.errors import UserError
-from kdnas.models import find_teacher
-from kdnas.nas.candidate import Budget
-from kdnas.nas.search import differences
-from kdnas.progress import FitProgress, live_progress
-from kdnas.runs import Run, read_json, sweep, write_json
-from kdnas.safe_yaml import flat
-from kdnas.training import TrainerSettings, fit_resumable
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdnas.data.datamodule import DataSettings
+    from kdnas.distillation.module import Recipe
+    from kdnas.distillation.teacher_states import StatesSettings
+    from kdnas.models.arch import StudentArch
+    from kdnas.training.trainer import TrainerSettings
 
 
 def search(
@@ -48,7 +37,7 @@ def search(
         num_parameters: at most.
         n_trials: distinct candidates to train in all.
         num_epochs: of each candidate's mini-KD.
-        settings: the other fields of ``kdnas.config.SearchConfig``, such as ``name``, ``sampler``, ``workers``.
+        settings: the other fields of ``SearchConfig``, such as ``name``, ``sampler``, ``workers``.
 
     Returns:
         The best student's shape.
@@ -56,8 +45,12 @@ def search(
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
+    from kdnas.commands import run
+    from kdnas.commands.config import SearchConfig, SearchSettings
+    from kdnas.nas.candidate import Budget
+
     asked = SearchSettings(n_trials, num_epochs, Budget(speedup, latency_ms, num_parameters))
-    return pipeline.search(SearchConfig(teacher=teacher, text=text, search=asked, **settings))
+    return run.search(SearchConfig(teacher=teacher, text=text, search=asked, **settings))
 
 
 def distill(
@@ -66,10 +59,10 @@ def distill(
     arch: StudentArch,
     *,
     num_epochs: int = 10,
-    recipe: Recipe = Recipe(),
-    data: DataSettings = DataSettings(),
-    states: StatesSettings = StatesSettings(),
-    trainer: TrainerSettings = TrainerSettings(),
+    recipe: Recipe | None = None,
+    data: DataSettings | None = None,
+    states: StatesSettings | None = None,
+    trainer: TrainerSettings | None = None,
     name: str = "distill",
     root: str = "lightning_logs",
     seed: int = 0,
@@ -97,6 +90,27 @@ def distill(
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
+    import json
+    from dataclasses import replace
+
+    import torch
+    from rich.console import Console
+
+    from kdnas.commands.config import as_plain
+    from kdnas.data.corpus import QUICKSTART, build_quickstart_text
+    from kdnas.data.datamodule import DataSettings, KDDataModule
+    from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+    from kdnas.distillation.teacher_states import StatesSettings
+    from kdnas.models.encoders import find_teacher
+    from kdnas.nas.search import differences
+    from kdnas.system.errors import UserError
+    from kdnas.system.files import Run, read_json, sweep, write_json
+    from kdnas.system.yaml import flat
+    from kdnas.training.progress import FitProgress, live_progress
+    from kdnas.training.trainer import TrainerSettings, fit_resumable
+
+    recipe, data = recipe or Recipe(), data or DataSettings()
+    states, trainer = states or StatesSettings(), trainer or TrainerSettings()
     run = Run(root, name)
     run.check_writable()
     if run.config.exists():

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 
-from kdnas.cli import set_environment
+from kdnas.cli.main import set_environment
 
 set_environment()  # before torch is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C
@@ -42,8 +42,8 @@ from transformers import (
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import Batch
-from kdnas.distill.objectives import View
-from kdnas.models import FAMILIES, encode
+from kdnas.distillation.objectives import View
+from kdnas.models.encoders import FAMILIES, encode
 
 
 def examples(number: int) -> settings:

@@ -1,6 +1,5 @@
 """From teacher to student in a script."""
 
-import ast
 import json
 import re
 import subprocess
@@ -10,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_table
 from transformers import AutoModel, AutoTokenizer
 
-import kdnas
-from kdnas import api, training
-from kdnas.arch import StudentArch
+from kdnas import api
 from kdnas.data.datamodule import DataSettings
-from kdnas.distill.module import Recipe
-from kdnas.distill.objectives import HiddenStates
-from kdnas.distill.teacher import StatesSettings
-from kdnas.errors import UserError
-from kdnas.latency import LatencySettings
-from kdnas.runs import Run, this_host
-from kdnas.training import TrainerSettings
+from kdnas.deploy.latency import LatencySettings
+from kdnas.distillation.module import Recipe
+from kdnas.distillation.objectives import HiddenStates
+from kdnas.distillation.teacher_states import StatesSettings
+from kdnas.models.arch import StudentArch
+from kdnas.system.errors import UserError
+from kdnas.system.files import Run, this_host
+from kdnas.training import trainer as training
+from kdnas.training.trainer import TrainerSettings
+from tests.conftest import write_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,19 +120,7 @@ def test_the_folder_of_a_run_takes_no_distillation(tiny_teacher: Path, text_file
         api.distill(str(tiny_teacher), str(text_file), StudentArch(1, 2, 64, 64), name="mine", root=str(tmp_path))
 
 
-def test_importing_kdnas_imports_nothing_else() -> None:
-    code = "import sys, kdnas; from kdnas import distill; assert 'torch' not in sys.modules; print(kdnas.__version__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == f"{kdnas.__version__}\n", done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'serch'"):
-        kdnas.serch  # noqa: B018
-
-
-def test_the_stub_names_what_can_be_imported() -> None:
-    stub = ast.parse((Path(kdnas.__file__).parent / "__init__.pyi").read_text())
-    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert names == {"distill", "search"}
-    for name in names:
-        assert callable(getattr(kdnas, name)) and callable(getattr(api, name))
-    code = "import sys, kdnas; assert callable(kdnas.distill) and 'torch' not in sys.modules"
+def test_importing_kdnas_imports_nothing_heavy() -> None:
+    code = "import sys, types, kdnas; assert 'torch' not in sys.modules; "
+    code += "assert all(isinstance(f, types.FunctionType) for f in (kdnas.distill, kdnas.search))"
     subprocess.run([sys.executable, "-c", code], check=True)

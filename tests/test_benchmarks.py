@@ -14,26 +14,33 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_rows, write_task
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdnas.arch import StudentArch
-from kdnas.comparison import contender
-from kdnas.config import as_plain
+from kdnas.commands.config import as_plain
+from kdnas.commands.glue import contender
 from kdnas.data.datamodule import DataSettings, KDDataModule
-from kdnas.distill.attention import AttentionMaps
-from kdnas.distill.layer_map import LastAndSkip
-from kdnas.distill.module import HiddenStateDistillModule, Recipe
-from kdnas.distill.objectives import HiddenStates, View
-from kdnas.distill.teacher import LayerStats, LiveTeacher, ShareEnds, StatesSettings, TeacherStates, open_states
-from kdnas.families import arch_of
-from kdnas.glue.finetune import FinetuneSettings
-from kdnas.glue.tasks import load_task
-from kdnas.models import build_student, find_teacher
-from kdnas.runs import write_json
-from kdnas.student_init import Started
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.distillation.attention import AttentionMaps
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.objectives import HiddenStates, View
+from kdnas.distillation.start import Started
+from kdnas.distillation.teacher_states import (
+    LayerStats,
+    LiveTeacher,
+    ShareEnds,
+    StatesSettings,
+    TeacherStates,
+    open_states,
+)
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import build_student, find_teacher
+from kdnas.models.families import arch_of
+from kdnas.models.layers import LastAndSkip
+from kdnas.system.files import write_json
+from kdnas.tasks.finetune import FinetuneSettings
+from kdnas.tasks.tasks import load_task
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
+from tests.conftest import make_rows, write_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

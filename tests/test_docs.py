@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_rows, save_teacher, write_table, write_task
 
-from kdnas.arch import StudentArch
-from kdnas.cli import COMMANDS, USAGE, main
-from kdnas.pages import EXAMPLES, page
-from kdnas.precision import trainer_precision
+from kdnas.cli.help import EXAMPLES, page
+from kdnas.cli.main import COMMANDS, USAGE, main
+from kdnas.models.arch import StudentArch
+from kdnas.training.precision import trainer_precision
+from tests.conftest import make_rows, save_teacher, write_table, write_task
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -236,7 +236,7 @@ def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Pa
         assert not re.search(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""", text), name
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
-    for folder, target, suffix in (("kdnas/help", "commands", ".txt"), ("configs", "configs", ".yaml")):
+    for folder, target, suffix in (("kdnas/cli/pages", "commands", ".txt"), ("configs", "configs", ".yaml")):
         text = (ROOT / f"docs/reference/{target}.md").read_text()
         included = set(re.findall(rf'--8<-- "{folder}/(\w+){suffix}"', text))
         assert included == {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}

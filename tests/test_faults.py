@@ -82,11 +82,11 @@ def test_a_wait_is_what_a_trial_takes_beside_its_training():
 def test_what_a_worker_tells_of_a_disk_that_failed_is_no_defect_and_all_else_is():
     frame = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    f()\n'
     cause = f"{frame}psycopg.OperationalError: connection failed\n  and more\n\nThe above exception was the cause:\n\n"
-    log = f"trial 1\n{cause}{frame}kdnas.errors.StoreAway: the database is away\n"
+    log = f"trial 1\n{cause}{frame}kdnas.system.errors.StoreAway: the database is away\n"
     log += f"{frame}PermissionError: [Errno 13] denied\n{frame}ValueError: a defect\n"
     defect = "ValueError: a defect"
     assert faults_checks.raised(log, failing=True) == [defect]
-    told = ["kdnas.errors.StoreAway: the database is away", "PermissionError: [Errno 13] denied"]
+    told = ["kdnas.system.errors.StoreAway: the database is away", "PermissionError: [Errno 13] denied"]
     assert faults_checks.raised(log) == [*told, defect]  # where nothing was made to fail
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import nbformat
 import pytest
-from conftest import write_task
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.conftest import write_task
 
 ROOT = Path(__file__).parents[1] / "notebooks"
 NAMES = ["compare_samplers", "glue", "kd", "kd_nas_lstm"]

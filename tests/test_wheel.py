@@ -53,8 +53,8 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_has_all_of_the_package_and_the_configs_and_nothing_else(sources: Path, wheel: Path) -> None:
-    configs = {f"kdnas/configs/{path.name}" for path in (sources / "configs").iterdir()}
-    wanted = {f"kdnas/{name}" for name in files_of(sources / "kdnas") if not name.startswith("configs/")} | configs
+    configs = {f"kdnas/cli/configs/{path.name}" for path in (sources / "configs").iterdir()}
+    wanted = {f"kdnas/{name}" for name in files_of(sources / "kdnas") if not name.startswith("cli/configs/")} | configs
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == wanted
     assert len(configs) >= 5

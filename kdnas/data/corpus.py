@@ -24,8 +24,8 @@ from rich.progress import track
 
 from kdnas.data.masking import IntArray
 from kdnas.data.readers import all_rows
-from kdnas.errors import UserError
-from kdnas.runs import KeptFile, new_folder, placed
+from kdnas.system.errors import UserError
+from kdnas.system.files import KeptFile, new_folder, placed
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from kdnas.data.readers import text_sha256
 from kdnas.data.tokens import Batch as Batch
 from kdnas.data.tokens import TokenRows as TokenRows
 from kdnas.data.tokens import is_whole, write_rows
-from kdnas.errors import UserError
-from kdnas.models import find_teacher, max_length
-from kdnas.runs import new_folder
+from kdnas.models.encoders import find_teacher, max_length
+from kdnas.system.errors import UserError
+from kdnas.system.files import new_folder
 
 Split = Literal["mini", "full"]
 

@@ -16,8 +16,8 @@ import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
 from kdnas.data.masking import IntArray
-from kdnas.errors import UserError
-from kdnas.signals import TERMINATIONS, die_with_parent, start_resource_tracker
+from kdnas.system.errors import UserError
+from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_tracker
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):

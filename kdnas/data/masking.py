@@ -5,7 +5,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from kdnas.errors import UserError
+from kdnas.system.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 

@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdnas.errors import UserError, first_line
-from kdnas.hub import looked_in, refuse_away
-from kdnas.runs import file_sha256
+from kdnas.models.hub import looked_in, refuse_away
+from kdnas.system.errors import UserError, first_line
+from kdnas.system.files import file_sha256
 
 Rows = Iterable[tuple[str | None, str | None]]  # text and split
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
-from kdnas.runs import KeptFile
+from kdnas.system.files import KeptFile
 
 # A batch's length is a multiple of this, so that shapes repeat: each new shape makes new kernels.
 LENGTH_STEP = 8

@@ -10,10 +10,10 @@ import optuna
 from filelock import ReadWriteLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from kdnas.distill.module import HiddenStateDistillModule
-from kdnas.errors import CandidateFailed
-from kdnas.latency import ArchLatency, LatencyMeter
+from kdnas.deploy.latency import ArchLatency, LatencyMeter
+from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.nas.reward import reward
+from kdnas.system.errors import CandidateFailed
 
 
 class FailOnNonFiniteLoss(pl.Callback):

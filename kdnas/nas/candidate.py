@@ -14,14 +14,13 @@ from filelock import ReadWriteLock
 from rich.progress import Progress
 from safetensors.torch import save
 
-from kdnas.arch import StudentArch
 from kdnas.data.datamodule import KDDataModule
-from kdnas.distill.module import HiddenStateDistillModule, Recipe, calibration_rows
-from kdnas.distill.narrowing import CalibrationRows
-from kdnas.distill.teacher import TeacherStates
-from kdnas.errors import UserError
-from kdnas.latency import ArchLatency, LatencyMeter
-from kdnas.models import Teacher
+from kdnas.deploy.latency import ArchLatency, LatencyMeter
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe, calibration_rows
+from kdnas.distillation.narrowing import CalibrationRows
+from kdnas.distillation.teacher_states import TeacherStates
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import Teacher
 from kdnas.nas.callbacks import (
     FailOnNonFiniteLoss,
     HoldStill,
@@ -31,9 +30,10 @@ from kdnas.nas.callbacks import (
     wait_for,
 )
 from kdnas.nas.record import Study, trained
-from kdnas.progress import FitProgress
-from kdnas.runs import file_sha256, new_file
-from kdnas.training import TrainerSettings, fit, make_trainer
+from kdnas.system.errors import UserError
+from kdnas.system.files import file_sha256, new_file
+from kdnas.training.progress import FitProgress
+from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 # In a trial's folder: what was trained, and what the optimizer knew of it. Full KD goes on from them.
 WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")

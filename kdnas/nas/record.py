@@ -9,9 +9,9 @@ from optuna.study import Study as Study
 from optuna.trial import FrozenTrial as FrozenTrial
 from optuna.trial import TrialState, create_trial
 
-from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, StoreDamaged, UserError
+from kdnas.models.arch import StudentArch
 from kdnas.nas.space import SearchSpace
+from kdnas.system.errors import CandidateFailed, StoreDamaged, UserError
 
 # What is said of a trial itself, and not of its candidate.
 ITS_OWN = {

@@ -2,7 +2,7 @@
 
 import math
 
-from kdnas.errors import UserError
+from kdnas.system.errors import UserError
 
 
 def reward(

@@ -16,9 +16,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from kdnas.errors import UserError, first_line, nearest
 from kdnas.nas.controller import Controller, EnsembleLSTM, History, RewardLSTM, exploration_ratio, likely_feasible
 from kdnas.nas.record import superseded
+from kdnas.system.errors import UserError, first_line, nearest
 
 # A short name, a class path, or a mapping of class_path and init_args, as in YAML.
 Spec = str | Mapping[str, Any]

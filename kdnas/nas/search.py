@@ -17,8 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from kdnas.arch import StudentArch
-from kdnas.errors import CandidateFailed, StoreAway, StoreDamaged, UserError, as_raised, causes, first_line, reason_of
+from kdnas.models.arch import StudentArch
 from kdnas.nas.record import (
     answer,
     best_of,
@@ -40,8 +39,18 @@ from kdnas.nas.storage import (
     is_here,
 )
 from kdnas.nas.unsent import keep_result, take_up
-from kdnas.signals import Terminated
-from kdnas.supervisor import EARLIER, candidate
+from kdnas.system.errors import (
+    CandidateFailed,
+    StoreAway,
+    StoreDamaged,
+    UserError,
+    as_raised,
+    causes,
+    first_line,
+    reason_of,
+)
+from kdnas.system.signals import Terminated
+from kdnas.system.supervisor import EARLIER, candidate
 
 log = logging.getLogger(__name__)
 

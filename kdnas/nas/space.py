@@ -9,9 +9,9 @@ import optuna
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from kdnas.arch import StudentArch
-from kdnas.errors import UserError, nearest
-from kdnas.families import arch_of, check_heads, family_of
+from kdnas.models.arch import StudentArch
+from kdnas.models.families import arch_of, check_heads, family_of
+from kdnas.system.errors import UserError, nearest
 
 MIN_HEAD_SIZE = 16
 

@@ -20,9 +20,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from kdnas.errors import StoreAway, StoreDamaged, UserError, first_line
 from kdnas.nas.unsent import KEPT, take_up
-from kdnas.runs import is_alive, process_start, this_host
+from kdnas.system.errors import StoreAway, StoreDamaged, UserError, first_line
+from kdnas.system.files import is_alive, process_start, this_host
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

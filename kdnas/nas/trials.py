@@ -7,13 +7,11 @@ import numpy as np
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
-from rich.table import Table
 
-from kdnas.arch import StudentArch
-from kdnas.errors import StoreDamaged
-from kdnas.latency import is_unsteady
+from kdnas.deploy.latency import is_unsteady
+from kdnas.models.arch import StudentArch
 from kdnas.nas.record import failure_of
-from kdnas.tables import as_text, text_table
+from kdnas.system.errors import StoreDamaged
 
 ARCH = [field.name for field in fields(StudentArch)]
 MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
@@ -118,25 +116,3 @@ def front(frame: pd.DataFrame, size: str) -> pd.Index:
 def is_twin(frame: pd.DataFrame) -> pd.Series:
     """Which rows only repeat another."""
     return frame["reason"].fillna("").str.startswith("same shape")
-
-
-def front_table(study: optuna.Study) -> Table:
-    """The best student, and those on the Pareto fronts of loss and latency, and of loss and parameters."""
-    frame = trials_frame(study)
-    best = best_trial(study)
-    shown = frame[frame["front"].notna() | (frame["number"] == (best.number if best else -1))]
-    rows = [
-        {
-            "": "*" if best is not None and row["number"] == best.number else "",
-            "trial": str(row["number"]),
-            "loss": as_text(row["loss"], ".4f"),
-            "latency (ms)": as_text(row["latency_ms"], ".2f"),
-            "speed-up": as_text(row["speedup"], ".1f", "x"),
-            "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
-            "reward": as_text(row["reward"], ".4f"),
-            # The best may be on none: each worker measures its own teacher, so rewards need not follow latencies.
-            "front of": "" if pd.isna(row["front"]) else row["front"],
-        }
-        for row in shown.sort_values("latency_ms").to_dict("records")
-    ]
-    return text_table("The best student (*) and the Pareto fronts", rows, words=["front of"])

@@ -8,8 +8,8 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from kdnas.errors import UserError
-from kdnas.runs import read_json, write_json
+from kdnas.system.errors import UserError
+from kdnas.system.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from kdnas.errors import CandidateFailed, StoreAway
 from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, STARTER, is_here
-from kdnas.precision import bf16_is_faster
-from kdnas.runs import nearest_folder, process_start
-from kdnas.signals import die_with_parent, honest_signals, notice_signals, start_resource_tracker
-from kdnas.supervisor import cause
+from kdnas.system.errors import CandidateFailed, StoreAway
+from kdnas.system.files import nearest_folder, process_start
+from kdnas.system.signals import die_with_parent, honest_signals, notice_signals, start_resource_tracker
+from kdnas.system.supervisor import cause
+from kdnas.training.precision import bf16_is_faster
 
 # A worker that dies is replaced, and its trial tried again; so many deaths a worker in a row, without a trial that ends
 # or a candidate that is to blame, are no bad luck.

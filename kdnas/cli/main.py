@@ -1,0 +1,376 @@
+"""The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
+
+import argparse
+import dataclasses
+import gc
+import logging
+import os
+import shlex
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdnas import __version__
+from kdnas.cli.help import completion, options_of, page, refuse_unknown
+from kdnas.system.errors import (
+    CandidateFailed,
+    ParityError,
+    UserError,
+    as_raised,
+    causes,
+    is_memory,
+    nearest,
+    reason_of,
+    tell,
+)
+from kdnas.system.signals import HungUp, exit_code, let_go
+from kdnas.system.supervisor import EARLIER, remember, remembered, supervise
+
+log = logging.getLogger("kdnas")
+
+USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
+
+  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report; --smoke tries it first
+  kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
+  kdnas space   --teacher DIR                       what students a search may propose, and what they cost
+  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
+  kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
+  kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
+  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
+  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
+  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
+  kdnas verify  RUN                                 whether a finished run, fit or export is as its manifest says
+
+`kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
+them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
+`--quiet` and `--log-level debug|info|warning|error` go with every command.
+`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and options by TAB.
+"""
+
+_DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: command and options; those of the process by default.
+
+    Returns:
+        The exit code: 0; 2 where the user can mend it; 1 where training failed, memory ran out or an export did not
+        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+        SIGHUP.
+    """
+    is_process = args is None
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    try:
+        args = _set_log_level(args) if args else ["--help"]
+        if args[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        if args[0] not in COMMANDS:
+            raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+        if args[1:] in (["-h"], ["--help"]):
+            print(page(args[0]), end="")
+            return 0
+        refuse_unknown(args[0], args[1:])
+        set_environment()
+        if is_process:
+            sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
+        if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
+            return supervise(partial(_exit_code, args), partial(_goes_on, args))
+        return _exit_code(args)
+    except UserError as error:
+        tell(str(error))
+        return 2
+
+
+def _exit_code(args: list[str]) -> int:
+    try:
+        if "--teacher" in options_of(args[0]):
+            from kdnas.models.checkpoint_files import refuse_early
+
+            refuse_early(args[1:])
+        COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        tell(str(error))
+        log.debug("where it was found:", exc_info=error)
+        return 2
+    except (CandidateFailed, ParityError) as error:
+        tell(str(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        log.debug("where it was found:", exc_info=error)
+        tell(f"{reason_of(error)}{_goes_on(args)}")
+        return 1
+    except OSError as error:  # a disk that is full or gone; what is finished is kept
+        from kdnas.system.files import room
+
+        # To a terminal that was closed nothing can be written: the signal came first.
+        if any(isinstance(cause, HungUp) for cause in causes(error)):
+            return _interrupted(HungUp, args)
+        tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
+        return 3
+    except KeyboardInterrupt as stop:
+        let_go(stop)
+        return _interrupted(type(stop), args)
+    return 0
+
+
+def _interrupted(stop: type[BaseException], args: list[str]) -> int:
+    tell(f"interrupted{_goes_on(args)}")
+    return exit_code(stop)
+
+
+def _set_log_level(args: list[str]) -> list[str]:
+    """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--quiet", dest="level", action="store_const", const="warning", default="info")
+    parser.add_argument("--log-level", dest="level", choices=("debug", "info", "warning", "error"))
+    try:
+        options, others = parser.parse_known_args(args)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from error
+    if not others:
+        raise UserError("There is no command: `kdnas --help` lists them.")
+    log.setLevel(options.level.upper())
+    return others
+
+
+def set_environment() -> None:
+    """Tell the libraries, before they are imported, what the user has not told them."""
+    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven times slower; without
+    # any spinning, small matmuls wait for threads to wake up (LOG.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
+    os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
+    # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
+    if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # Imports make half a million objects that stay: looking through them all the time was a tenth of a start.
+    gc.set_threshold(10_000)
+
+
+def show_logs() -> None:
+    """Tell on the terminal what is logged, each line above the bars of a live display."""
+    handler = logging.lastResort  # looks up sys.stderr for each line, where a live display puts itself
+    assert handler is not None
+    handler.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def _goes_on(args: Sequence[str]) -> str:
+    if args[0] not in ("run", "search", "glue") or {"--smoke", "--dry-run", "--dry_run"}.intersection(args):
+        return "."
+    is_new = any(arg.startswith(("--force-new", "--force_new")) for arg in args)
+    if is_new and not remembered():
+        return "."  # nothing is begun
+    return f"; the same command goes on from here{f', with --name {remembered()} for --force-new' if is_new else ''}."
+
+
+def _quieten(*loggers: str) -> None:
+    """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", message=".*is (an )?experimental")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="No seed found")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Batches are gathered in microseconds; workers would cost more than they bring.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    show_logs()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: " not in str(record.msg))
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
+
+
+def _console() -> Any:
+    """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
+    from rich.console import Console
+
+    return Console(markup=False, quiet=not log.isEnabledFor(logging.INFO))
+
+
+def _plan(config: Any) -> None:
+    from rich.console import Console
+
+    from kdnas.commands.plan import plan
+
+    log.setLevel(max(log.level, logging.WARNING))  # where the few rows are that it measures on
+    Console().print(plan(config).table())
+
+
+FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
+
+
+def _new(config: Any, is_begun: bool) -> Any:
+    """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
+    from kdnas.system.files import free_name
+
+    name = remembered() if EARLIER.deaths else free_name(config.root, config.name)
+    remember(name)
+    log.log(logging.INFO if is_begun else logging.DEBUG, "Begun anew as %s.", name)
+    return dataclasses.replace(config, name=name)
+
+
+def _run(args: Sequence[str]) -> None:
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import RunConfig
+    from kdnas.commands.run import run
+    from kdnas.commands.smoke import smoke
+    from kdnas.nas.storage import without_password
+
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
+    trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
+    config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW)
+    if flags["dry_run"] and flags["smoke"]:
+        raise UserError("--dry-run and --smoke are two things: give one of them.")
+    config = _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
+    if flags["dry_run"]:
+        _plan(config)
+    elif flags["smoke"]:
+        console = _console()
+        smoke(config, console)
+        command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
+        console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
+    else:
+        run(config, _console())
+
+
+def _search(args: Sequence[str]) -> None:
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import SearchConfig
+    from kdnas.commands.run import search
+
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
+    config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
+    config = _new(config, not flags["dry_run"]) if flags["force_new"] else config
+    if flags["dry_run"]:
+        _plan(config)
+    else:
+        search(config, _console())
+
+
+def _space(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import SpaceConfig
+    from kdnas.commands.plan import show_space
+
+    _quieten("lightning.pytorch", "lightning.fabric", "optuna")
+    show_space(read_config(SpaceConfig, "space", args)[0], Console(markup=False))
+
+
+def _latency(args: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import LatencyConfig
+    from kdnas.commands.latency import latency_table
+
+    _quieten()
+    latency_table(read_config(LatencyConfig, "latency", args)[0], Console(markup=False))
+
+
+def _glue(args: Sequence[str]) -> None:
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import GlueConfig
+    from kdnas.commands.glue import glue
+
+    _quieten("lightning.pytorch", "lightning.fabric")
+    args = ["--grid={}" if arg == "--grid" else arg for arg in args]
+    glue(read_config(GlueConfig, "glue", args)[0], _console())
+
+
+def _verify(args: Sequence[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from kdnas.system.files import MANIFEST, Run, file_sha256
+    from kdnas.system.manifest import verify
+
+    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
+    parser.add_argument("run", type=str, help="name or folder of a finished run")
+    parser.add_argument("--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)")
+    try:
+        options = parser.parse_args(args)
+    except ArgumentError as error:
+        from kdnas.cli.parser import in_one_line  # takes seconds
+
+        raise in_one_line(error, parser) from error
+    folder = Path(options.run)
+    if not folder.is_dir():
+        if os.sep in options.run:
+            raise UserError(f"There is no folder {options.run!r}: give one, or the name of a run in --root.")
+        folder = Run(options.root, options.run).folder
+    num_files, faults = verify(folder)
+    if faults:
+        print(*faults, sep="\n")
+        raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
+    print(f"{num_files} files of {str(folder)!r} are as they were made.")
+    print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")
+
+
+def _export(args: Sequence[str]) -> None:
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import ExportConfig
+    from kdnas.commands.export import export
+
+    _quieten()
+    args = ["--force=true" if arg == "--force" else arg for arg in args]
+    # ``as`` can be no name in Python.
+    args = [f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg for arg in args]
+    export(read_config(ExportConfig, "export", args)[0], _console())
+
+
+def _report(args: Sequence[str]) -> None:
+    from kdnas.cli.parser import read_config
+    from kdnas.commands.config import ReportConfig
+    from kdnas.commands.report import report
+
+    report(read_config(ReportConfig, "report", args)[0], _console())
+
+
+def _lightning(subcommand: str, args: Sequence[str]) -> None:
+    from kdnas.cli.fit import run_lightning
+
+    quiet = not log.isEnabledFor(logging.INFO)
+    _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
+    run_lightning(subcommand, args)
+
+
+def _completion(args: Sequence[str]) -> None:
+    if len(args) != 1:
+        raise UserError("`kdnas completion` takes one shell: bash, zsh, fish or tcsh.")
+    print(completion(args[0]))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": _run,
+    "search": _search,
+    "space": _space,
+    "latency": _latency,
+    "export": _export,
+    "glue": _glue,
+    "fit": partial(_lightning, "fit"),
+    "validate": partial(_lightning, "validate"),
+    "report": _report,
+    "verify": _verify,
+    "completion": _completion,
+}

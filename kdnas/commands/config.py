@@ -1,0 +1,399 @@
+"""What a search or a run is asked for: the settings of every part, under the names that YAML and options use."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdnas.data.datamodule import DataSettings
+from kdnas.deploy.latency import ON_ONNX, LatencySettings
+from kdnas.distillation.module import Recipe
+from kdnas.distillation.teacher_states import StatesSettings
+from kdnas.nas.candidate import Budget
+from kdnas.nas.reward import reward
+from kdnas.system.errors import UserError
+from kdnas.tasks.finetune import FinetuneSettings
+from kdnas.tasks.task_distill import TaskDistillSettings
+from kdnas.training.trainer import TrainerSettings
+
+
+@dataclass(frozen=True)
+class SpaceSettings:
+    """Other values for some fields of the search space; null leaves what was derived from the teacher.
+
+    Args:
+        num_hidden_layers: layers.
+        num_attention_heads: heads a layer; each must divide every width.
+        hidden_size: widths.
+        intermediate_size: widths of the feed-forward part.
+        hidden_act: activations, by transformers' names.
+    """
+
+    num_hidden_layers: list[int] | None = None
+    num_attention_heads: list[int] | None = None
+    hidden_size: list[int] | None = None
+    intermediate_size: list[int] | None = None
+    hidden_act: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How many candidates, how long each, and what makes a good one.
+
+    Args:
+        n_trials: distinct candidates to train in all; those that the pruner ends count.
+        num_epochs: of each candidate's mini-KD.
+        budget: hard limits that a student must keep.
+        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.
+        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a ranking.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    n_trials: int = 20
+    num_epochs: int = 2
+    budget: Budget = field(default_factory=Budget)
+    alpha: float = -0.06
+    beta: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("n_trials", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"search.{name} is {getattr(self, name)}: give at least 1.")
+        reward(0.0, 1.0, 1.0, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class FullKDSettings:
+    """The last distillation, of the best student on all training rows.
+
+    Args:
+        num_epochs: passes over the rows.
+        from_candidate: go on from the weights and the optimizer's state of the search's candidate; else begin again
+            from the teacher.
+    """
+
+    num_epochs: int = 4
+    from_candidate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What ``kdnas search`` is asked for.
+
+    Args:
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from the package index).
+        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart`` (prose of the
+            installed packages).
+        name: of the run; the same name again goes on where it was stopped.
+        root: the folder of all runs.
+        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or any Optuna sampler by class
+            path, with its init_args.
+        pruner: what ends candidates early, by their held-out loss after each epoch: none, median, hyperband, or any
+            Optuna pruner by class path, with its init_args.
+        workers: processes that train candidates at the same time on this machine, each with its share of the cores and
+            one device. Latency is measured while the others hold still.
+        storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
+            default.
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
+            process beside this one, as with several workers. None: no limit.
+        time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
+        seed: of the split, the masks, the search and the weights.
+        space: what students may be proposed; ``kdnas space`` shows it.
+        data: how text becomes batches; its seed is ``seed``.
+        recipe: how students are distilled.
+        search: how many candidates, and the budget.
+        latency: how latency is measured.
+        states: where the teacher's states are kept.
+        trainer: device and precision.
+
+    Raises:
+        UserError: a value is out of its range, or a part has another seed.
+    """
+
+    teacher: str
+    text: str
+    name: str = "kdnas"
+    root: str = "lightning_logs"
+    sampler: str | dict[str, Any] = "tpe"
+    pruner: str | dict[str, Any] = "none"
+    workers: int = 1
+    storage: str | None = None
+    candidate_timeout: float | None = None
+    time_budget: float | None = None
+    seed: int = 0
+    space: SpaceSettings = field(default_factory=SpaceSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    recipe: Recipe = field(default_factory=Recipe)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    states: StatesSettings = field(default_factory=StatesSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("data", "finetune"):  # a run's; a search has none
+            if (part := getattr(self, name, None)) and part.seed not in (type(part).seed, self.seed):
+                raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}: give at least 1.")
+        for name in ("candidate_timeout", "time_budget"):
+            if (minutes := getattr(self, name)) is not None and not minutes > 0:
+                raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig(SearchConfig):
+    """What ``kdnas space`` is asked for: a search, of which the teacher is enough.
+
+    Args:
+        text: as for a search, or nothing: random words, to measure on.
+    """
+
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(SearchConfig):
+    """What ``kdnas run`` is asked for: a search, and what follows it.
+
+    Args:
+        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in GLUE's layout, a
+            GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the encoder is exported.
+        full_kd: the last distillation.
+        finetune: how teacher and student are fine-tuned; its seed is ``seed``.
+    """
+
+    task: str | None = None
+    full_kd: FullKDSettings = field(default_factory=FullKDSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """What ``kdnas latency`` is asked for; of lists, every combination is measured.
+
+    Args:
+        model: a teacher or a student, in any number: folders, names on the hub, or ``quickstart``. The first is what
+            others are compared with: the teacher. Of an exported folder the ONNX files are measured as they are; else
+            the shape alone counts, with a classification head.
+        backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
+        batch: rows a batch.
+        length: tokens a row.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of ``length``.
+        threads: CPU threads.
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...
+        min_seconds: time to spend on each measurement, at least.
+        json: where the figures go; the picture lies beside it, as ``.png``.
+    """
+
+    model: list[str]
+    backend: list[str] = field(default_factory=lambda: ["torch"])
+    batch: list[int] = field(default_factory=lambda: [1])
+    length: list[int] = field(default_factory=lambda: [128])
+    lengths: str | None = None
+    threads: list[int] = field(default_factory=lambda: [1])
+    device: str = "cpu"
+    min_seconds: float = 0.5
+    json: str = "lightning_logs/latency.json"
+
+    def settings(self) -> list[LatencySettings]:
+        """How each combination is measured.
+
+        Raises:
+            UserError: a value is out of its range, or a backend is unknown.
+        """
+        return [
+            LatencySettings(
+                backend,
+                "cpu" if backend in ON_ONNX else self.device,
+                batch,
+                length,
+                self.lengths,
+                threads,
+                self.min_seconds,
+            )
+            for backend, threads, batch, length in itertools.product(
+                self.backend, self.threads, self.batch, self.length[:1] if self.lengths else self.length
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What fine-tuning is tried with before, on a part of the training rows: every combination, with the first seed.
+
+    Args:
+        batch_sizes: rows a step.
+        learning_rates: AdamW's peaks.
+        held_out: share of the training rows that a combination is scored on; those that are reported stay unseen.
+
+    Raises:
+        UserError: a list is empty, or the share leaves nothing.
+    """
+
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-4, 5e-5, 3e-5])
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1.")
+        for size, rate in itertools.product(self.batch_sizes, self.learning_rates):
+            FinetuneSettings(batch_size=size, learning_rate=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueConfig:
+    """What ``kdnas glue`` is asked for: models to fine-tune on labelled tasks, in turn and with the same settings.
+
+    Args:
+        model: a teacher or a student, in any number, ``--model`` once for each: folders or hub names of encoders, or
+            ``quickstart``. The first is what others are compared with: the teacher.
+        task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from folders below
+            ``data``; or folders in GLUE's layout; once for each.
+        data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv or tsv file (a tenth
+            of it is held out and scored), or a folder with train and validation files.
+        text_column: of your own text; twice for pairs.
+        label_column: of your own text. Whole numbers and text are classes, fractional numbers a regression.
+        distill_from: a classifier fine-tuned on the task: all models but the first (or the only one) are trained with
+            its help too, in rows of their own.
+        name: of the comparison; the same name again goes on, with more models, tasks or seeds if asked for.
+        root: the folder of all runs.
+        seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and standard deviation.
+        grid: choose batch size and learning rate for each model and task first; ``--grid`` alone takes the defaults.
+        finetune: how models are fine-tuned; its seed is each of ``seeds``.
+        distill: what the teacher's help is.
+        latency: how latency is measured.
+        trainer: device and precision.
+
+    Raises:
+        UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its own.
+    """
+
+    model: list[str]
+    task: list[str] = field(default_factory=list)
+    data: str | None = None
+    text_column: list[str] = field(default_factory=list)
+    label_column: str = "label"
+    distill_from: str | None = None
+    name: str = "glue"
+    root: str = "lightning_logs"
+    seeds: int = 1
+    grid: Grid | None = None
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        if not self.model or len(set(self.model)) < len(self.model):
+            raise UserError(f"model is {self.model}: give one at least, and none twice.")
+        if len(set(self.task)) < len(self.task):
+            raise UserError(f"task is {self.task}: give none twice.")
+        if self.task and self.text_column:
+            raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
+        if not self.task and self.data is None:
+            raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
+        if self.finetune.seed != FinetuneSettings.seed:
+            raise UserError(f"finetune.seed is {self.finetune.seed}, but it is set by --seeds, how many: give that.")
+        if self.seeds < 1:
+            raise UserError(f"seeds is {self.seeds}: give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What ``kdnas export`` is asked for: ``--run NAME`` or ``--student FOLDER``.
+
+    Args:
+        run: name of a finished run, whose student it is.
+        student: instead of a run, the folder of any encoder or classifier with its tokenizer: what ``glue`` and
+            ``latency`` call a model.
+        root: the folder of all runs.
+        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
+            with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
+        output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
+        teacher: of ``student``: folder, hub name or ``quickstart``, for the card; it is checked that the student can be
+            its. A run knows its own.
+        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
+        data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv file, or a folder.
+        text_column: of ``data``, twice for pairs; else of ``text``.
+        label_column: of ``data``.
+        text: rows without labels for the same, where there is no task; of a run, its own by default.
+        length: where texts are cut, in tokens; as many as the student takes by default.
+        license: for the card, by the hub's identifier, such as apache-2.0.
+        hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
+        force: replace an earlier export that is there.
+
+    Raises:
+        UserError: labelled rows are given twice, or half.
+    """
+
+    run: str | None = None
+    student: str | None = None
+    root: str = "lightning_logs"
+    format: str = "transformers"
+    output: str | None = None
+    teacher: str | None = None
+    task: str | None = None
+    data: str | None = None
+    text_column: list[str] = field(default_factory=list)
+    label_column: str = "label"
+    text: str | None = None
+    length: int | None = None
+    license: str | None = None
+    hub_repo: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data and (self.task or not self.text_column):
+            given = f"task is {self.task!r}" if self.task else "text_column is []"
+            raise UserError(f"data is {self.data!r} and {given}: give --data FILE --text-column NAME, or --task.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What ``kdnas report`` is asked for: a run whose report is made anew, or several to compare.
+
+    Args:
+        run: names of runs, finished or not; once for each.
+        root: the folder of all runs.
+        output: the page; by default ``report.html`` of the run or, of several, ``comparison.html`` in the root.
+        storage: SQLAlchemy URL of the studies' database, where the run's own config hides its password.
+
+    Raises:
+        UserError: no run, or one is given twice.
+    """
+
+    run: list[str]
+    root: str = "lightning_logs"
+    output: str | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run or len(set(self.run)) < len(self.run):
+            raise UserError(f"run is {self.run}: give one at least, and none twice.")
+
+
+def as_plain(value: Any) -> Any:
+    """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {name: as_plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    if not hasattr(value, "__dict__"):
+        raise UserError(f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects of yours.")
+    arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
+    return {"class_path": path} | ({"init_args": arguments} if arguments else {})

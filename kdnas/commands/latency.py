@@ -1,0 +1,179 @@
+"""``kdnas latency``: models beside each other, by backend, batch, length and threads."""
+
+import logging
+import math
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from kdnas import __version__
+from kdnas.commands.config import LatencyConfig
+from kdnas.deploy.latency import ON_ONNX, LatencySettings, check_length, is_unsteady, measure_latency
+from kdnas.deploy.onnx import INT8, ONNX, write_deployed
+from kdnas.models.encoders import Teacher, build_classifier, find_teacher, num_parameters
+from kdnas.system.errors import UserError
+from kdnas.system.files import check_writable, new_file, short_names, temporary_folder, write_json
+from kdnas.training.precision import gpu_name
+
+log = logging.getLogger(__name__)
+
+
+def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
+    """Measure every model in every combination, in turn, and show it: a table, a JSON file and a picture.
+
+    Returns:
+        The rows of the JSON file: ``model``, ``backend``, ``device``, ``threads``, ``batch``, ``length`` (null for a
+        workload), ``megabytes`` of parameters or of the ONNX file, the fields of ``Latency``, and ``speedup``, how many
+        times faster than the first model in the same combination.
+
+    Raises:
+        UserError: a model cannot be found or is shorter than a length, or a value is out of its range, or the figures
+            cannot be written where they are asked for.
+    """
+    combinations, path = config.settings(), Path(config.json)
+    picture = path.with_suffix(".png") if path.name else path
+    if path == picture or path.is_dir() or picture.is_dir():
+        raise UserError(f"json is {config.json!r}, the picture's name or a folder's: give a file that ends with .json.")
+    check_writable(path.parent, "--json")
+    models = [_find(name) for name in config.model]
+    for settings in combinations:
+        for model in models:
+            check_length(model.config, settings)
+    rows: list[dict[str, Any]] = []
+    with temporary_folder() as name:
+        deployed: dict[str, list[nn.Module | Path]] = {}
+        for settings in combinations:
+            backend = settings.backend
+            if backend not in deployed:
+                folders = [Path(name) / backend / str(place) for place in range(len(models))]
+                deployed[backend] = [_deploy(*pair, backend) for pair in zip(models, folders, strict=True)]
+            latencies = measure_latency(deployed[backend], settings)
+            for model, found, latency in zip(models, deployed[backend], latencies, strict=True):
+                rows.append(
+                    {
+                        "model": model.name,
+                        "backend": backend,
+                        "device": settings.device,
+                        "threads": settings.num_threads,
+                        "batch": len(settings.batches()[0]),  # a workload may have fewer rows
+                        "length": None if settings.lengths else settings.length,
+                        "megabytes": _megabytes(found, settings),
+                        **asdict(latency),
+                        "speedup": latencies[0].median_ms / latency.median_ms,
+                    }
+                )
+    console.width = max(console.width, 120)  # ten columns do not fold well
+    console.print(_table(rows))
+    write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
+    with new_file(picture) as temporary:
+        _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    if any(is_unsteady(row["median_ms"], row["iqr_ms"]) for row in rows):
+        log.warning("The machine is busy: latencies spread by more than a tenth. Let nothing else run.")
+    console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
+    return rows
+
+
+def _find(name: str) -> Teacher:
+    try:
+        return find_teacher(name)
+    except UserError as error:
+        raise UserError(str(error).replace("The teacher", "The model", 1)) from error
+
+
+def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
+    """What a backend runs: an exported file where there is one, else the graph of this shape."""
+    int8 = backend == "onnxruntime-int8"
+    exported = Path(model.source) / (INT8 if int8 else ONNX)
+    if backend in ON_ONNX and exported.is_file():
+        return exported
+    with torch.random.fork_rng(devices=[]):
+        module = build_classifier(model.config).eval()
+    return write_deployed(module, folder, int8) if backend in ON_ONNX else module
+
+
+def _megabytes(deployed: nn.Module | Path, settings: LatencySettings) -> float:
+    if isinstance(deployed, Path):
+        return deployed.stat().st_size / 1e6
+    return num_parameters(deployed) * (2 if settings.backend == "torch-bf16" else 4) / 1e6
+
+
+def _machine() -> dict[str, Any]:
+    import onnxruntime
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": gpu_name(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "kdnas": __version__,
+    }
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['batch']} x {row['length'] or 'workload'}"
+
+
+def _backend(row: dict[str, Any]) -> str:
+    """With the device, where that is not what goes without saying."""
+    return row["backend"] if row["device"] in ("cpu", row["backend"]) else f"{row['backend']}, {row['device']}"
+
+
+def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    return dict(zip(models, short_names(models), strict=True))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("model", overflow="fold")
+    table.add_column("backend", no_wrap=True)
+    for heading in ("threads", "batch", "MB", "median (IQR), ms", "p95, ms", "tokens/s", "rows/s", "speed-up"):
+        table.add_column(heading, justify="right")
+    names = _names(rows)
+    for row in rows:
+        table.add_row(
+            names[row["model"]],
+            _backend(row),
+            str(row["threads"]),
+            _shape(row),
+            f"{row['megabytes']:.1f}",
+            f"{row['median_ms']:.2f} ({row['iqr_ms']:.2f})",
+            f"{row['p95_ms']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['sequences_per_second']:,.1f}",
+            f"{row['speedup']:.2f}x",
+        )
+    return table
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """Medians over the shapes of the batch, with the interquartile range, one line a model, backend and threads."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    shapes = list(dict.fromkeys(map(_shape, rows)))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    names = _names(rows)
+    for row in rows:
+        label = f"{names[row['model']]}, {_backend(row)}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        lines.setdefault(label, []).append(row)
+    for label, line in lines.items():
+        places = [shapes.index(_shape(row)) for row in line]
+        spread = [row["iqr_ms"] / 2 for row in line]
+        axes.errorbar(places, [row["median_ms"] for row in line], spread, marker="o", capsize=3, label=label)
+    axes.set(xlabel="batch x length", ylabel="median, ms", xticks=range(len(shapes)), xticklabels=shapes, yscale="log")
+    largest = max(row["median_ms"] for row in rows)
+    axes.set_ylim(top=10 ** math.ceil(math.log10(largest)))
+    axes.legend(fontsize=7)
+    return figure

@@ -1,0 +1,228 @@
+"""The student as others use it: a Hugging Face folder with ONNX and int8 beside it, checked against each other."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kdnas.deploy.card import model_card
+from kdnas.deploy.latency import LatencySettings, measure_latency
+from kdnas.deploy.onnx import INPUTS, INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
+from kdnas.deploy.quantize import Rows, random_rows, write_best_int8
+from kdnas.deploy.sentences import Sentences, add_sentence_files
+from kdnas.models.families import arch_of, class_names, family_of, has_classifier, match_marks, max_length, name_classes
+from kdnas.system.errors import ParityError, UserError, first_line
+from kdnas.system.files import file_sha256, new_folder, write_text
+from kdnas.system.manifest import write_manifest
+
+# Attention scores of a batch, a GB of them in float32: longer rows are not compared.
+MOST_SCORES = 2**28
+OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def export_student(
+    source: Path,
+    folder: Path,
+    *,
+    card: Mapping[str, Any],
+    make_rows: Callable[[PreTrainedTokenizerBase], Rows] | None = None,
+    length: int | None = None,
+    sentences: Sentences | None = None,
+    tolerance: float = 1e-4,
+    min_seconds: float = 0.1,
+) -> dict[str, Any]:
+    """Write a Hugging Face folder with ONNX, int8, ``predict.py``, model card and manifest, all or nothing.
+
+    The graphs take the tokenizer's ``model_input_names``, of any batch size and length, and give ``logits``
+    (a classifier) or ``last_hidden_state`` (an encoder; its pooler, if any, is left out).
+
+    Args:
+        source: a Hugging Face folder with tokenizer: a sequence classifier if its config says so, else an encoder.
+        folder: appears whole, when all checks have passed. One that is there is replaced then.
+        card: for the model card, see ``model_card``.
+        make_rows: from the tokenizer the rows that the int8 graph is chosen and scored on; random words by default.
+        length: where texts are cut, in tokens; as many as the model takes by default.
+        sentences: make it a folder for sentence-transformers, with this teacher's pooling.
+        tolerance: largest difference of an output between torch and onnxruntime.
+        min_seconds: of each measurement of latency.
+
+    Returns:
+        ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``, ``opset``, ``int8``
+        (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, for one thread, ``torch_ms``,
+        ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see ``add_sentence_files``) where that is asked for.
+
+    Raises:
+        UserError: the source has no model or no tokenizer that loads whole, or the length is beyond its positions.
+        ParityError: an output differs by more than the tolerance.
+    """
+    model, tokenizer = load_student(source)
+    if length is not None:
+        if not 2 <= length <= max_length(model.config):
+            raise UserError(
+                f"length is {length}: the student {str(source)!r} takes from 2 to {max_length(model.config)} tokens."
+            )
+        tokenizer.model_max_length = length
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.copyfile(Path(__file__).with_name("predict.py"), temporary / "predict.py")
+        compared = add_sentence_files(temporary, model, tokenizer, sentences) if sentences else None
+        exact, int8 = temporary / ONNX, temporary / INT8
+        write_onnx(model, exact, tokenizer.model_input_names)
+        difference = _check_parity(model, tokenizer, exact, tolerance)
+        names, longest = tokenizer.model_input_names, tokenizer.model_max_length
+        rows = make_rows(tokenizer) if make_rows else random_rows(model.config, names, min(longest, 128))
+        chosen = write_best_int8(exact, int8, rows)
+        _check_predict(tokenizer, temporary)
+        report: dict[str, Any] = {
+            "max_abs_difference": difference,
+            "onnx_megabytes": exact.stat().st_size / 1e6,
+            "int8_megabytes": int8.stat().st_size / 1e6,
+            "safetensors_megabytes": (temporary / "model.safetensors").stat().st_size / 1e6,
+            "opset": OPSET,
+            "int8": chosen,
+            "latency": _latency(model, exact, int8, longest, min_seconds),
+            **({"sentences": compared} if compared else {}),
+        }
+        write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
+        write_manifest(temporary, {"checks": report, "source_sha256": source_sha256(source)})
+    return report
+
+
+def source_sha256(source: Path) -> str | None:
+    """Of a student's weights where they are in one file of safetensors, else None."""
+    weights = source / "model.safetensors"
+    return file_sha256(weights) if weights.is_file() else None
+
+
+def slower_shapes(report: Mapping[str, Any]) -> list[str]:
+    """The shapes of a batch at which the int8 graph is slower than the float32 one."""
+    return [f"{row['batch']} x {row['length']}" for row in report["latency"] if row["int8_ms"] > row["onnx_ms"]]
+
+
+def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
+
+    Raises:
+        UserError: the folder has no model or no tokenizer that loads whole, or a head of another kind.
+    """
+    here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}  # a lost folder is no hub's name
+    try:
+        if not os.path.isdir(source):
+            raise FileNotFoundError("there is no such folder")
+        config = AutoConfig.from_pretrained(source, **here)
+        lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
+        if lost:
+            raise ValueError(f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences")
+        if has_classifier(config) and config.problem_type == "multi_label_classification":
+            raise ValueError("it gives several labels at once: give a classifier of one")
+        factory = AutoModelForSequenceClassification if has_classifier(config) else AutoModel
+        model, info = factory.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **here,
+            **({} if has_classifier(config) else family_of(config).build),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **here)
+    except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
+        raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"Cannot export {str(source)!r}: its weights lack {sorted(info['missing_keys'])[0]!r} "
+            f"(and {len(info['missing_keys']) - 1} more)."
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
+        raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
+    if has_classifier(config):
+        name_classes(model.config, class_names(config))  # who reads the folder counts from 0
+    match_marks(tokenizer, config)
+    unknown = set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}
+    if unknown:
+        raise UserError(
+            f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, which no encoder here reads."
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
+    return model.eval(), tokenizer
+
+
+def _parity_lengths(longest: int) -> list[int]:
+    """1, 2, 3, 5, 8, 13, ... and the longest."""
+    lengths, step = [1], 1
+    while lengths[-1] + step < longest:
+        lengths.append(lengths[-1] + step)
+        step = lengths[-2]
+    return [*lengths, longest]
+
+
+def _check_parity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float) -> float:
+    """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only).
+
+    Up to the longest rows that are read, or whose attention fits into memory.
+    """
+    output, session = output_name(model), open_session(path)
+    worst = 0.0
+    heads = arch_of(model.config).num_attention_heads
+    longest = min(tokenizer.model_max_length, math.isqrt(MOST_SCORES // heads))
+    for length in _parity_lengths(longest):
+        for size in (1, 8) if 8 * heads * length**2 <= MOST_SCORES else (1,):
+            lengths = [max(1, length - length * place // (2 * size)) for place in range(size)]
+            batch = random_batch(model.config, lengths, tokenizer.model_input_names)
+            with torch.inference_mode():
+                expected = model(**batch)[output]
+            (found,) = session.run([output], {name: value.numpy() for name, value in batch.items()})
+            difference = (expected - torch.from_numpy(found)).abs()
+            if output == "last_hidden_state":
+                difference = difference[batch["attention_mask"].bool()]
+            largest = difference.max().item()
+            if not largest <= tolerance:  # NaN too
+                raise ParityError(
+                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} at batch x length {size} x "
+                    f"{length}; {tolerance:g} is allowed."
+                )
+            worst = max(worst, largest)
+    return worst
+
+
+def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """``predict.py`` must read texts as transformers does."""
+    from kdnas.deploy.predict import Predictor
+
+    texts = ["A text.", " ".join(["A long text."] * tokenizer.model_max_length), "another, shorter text"]
+    expected = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    for name, found in Predictor(folder).encode(texts).items():
+        if found.shape != expected[name].shape or (found != expected[name]).any():
+            raise ParityError(f"The {name} of predict.py differ from those of transformers' tokenizer.")
+
+
+def _latency(
+    model: PreTrainedModel, exact: Path, int8: Path, longest: int, min_seconds: float
+) -> list[dict[str, float]]:
+    rows = []
+    for batch, length in dict.fromkeys([(1, min(16, longest)), (1, min(128, longest)), (8, min(128, longest))]):
+        settings = LatencySettings("onnxruntime", batch_size=batch, length=length, min_seconds=min_seconds)
+        onnx, in_int8 = measure_latency([exact, int8], settings)
+        plain = LatencySettings(batch_size=batch, length=length, min_seconds=min_seconds)
+        (torch_,) = measure_latency([model], plain)
+        rows.append(
+            {
+                "batch": batch,
+                "length": length,
+                "torch_ms": torch_.median_ms,
+                "onnx_ms": onnx.median_ms,
+                "int8_ms": in_int8.median_ms,
+            }
+        )
+    return rows

@@ -1,0 +1,392 @@
+"""Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
+
+import copy
+import importlib.util
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kdnas.deploy.onnx import INPUTS, config_beside, open_session, random_batch, write_deployed
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import build_classifier, max_length, num_parameters, student_config
+from kdnas.system.errors import CandidateFailed, UserError, first_line, nearest
+from kdnas.system.files import file_sha256, temporary_folder
+
+BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
+ON_ONNX = ("onnxruntime", "onnxruntime-int8")
+MOST_SPREAD = 0.1  # of a median
+_NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
+_FEWEST_ROUNDS = 3
+_MOST_BATCHES = 32  # of a workload
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """How latency is measured.
+
+    Args:
+        backend: what runs the model: ``torch`` (float32), ``torch-bf16`` (bfloat16 weights), ``onnxruntime``,
+            ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda`` (torch on the first GPU, in float32; its
+            products in TF32, as all of the command line's on a GPU).
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on the CPU.
+        batch_size: rows a batch.
+        length: tokens a row, with the two that the tokenizer adds.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of one length: 32
+            batches of a random sample at most, each padded to its longest row.
+        num_threads: CPU threads.
+        min_seconds: time to spend on each model, at least.
+
+    Raises:
+        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such device.
+    """
+
+    backend: str = "torch"
+    device: str = "cpu"
+    batch_size: int = 1
+    length: int = 128
+    lengths: str | None = None
+    num_threads: int = 1
+    min_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}")
+        if self.backend in ON_ONNX and importlib.util.find_spec("onnxruntime") is None:
+            raise UserError(f"backend {self.backend} of latency needs onnxruntime: pip install 'kdnas'.")
+        if self.backend == "cuda" and self.device == "cpu":
+            object.__setattr__(self, "device", "cuda")
+        devices = _devices()
+        if self.device not in devices:
+            raise UserError(f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}")
+        if self.backend in ON_ONNX and self.device != "cpu":
+            raise UserError(f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}.")
+        for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+                raise UserError(f"{name} of latency is {value!r}: give a whole number of at least {least}.")
+        if not 0 < self.min_seconds < math.inf:
+            raise UserError(f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5.")
+
+    def batches(self) -> list[list[int]]:
+        """The lengths of the rows of each batch that is timed.
+
+        Raises:
+            UserError: ``lengths`` is no file of whole numbers above 0.
+        """
+        if self.lengths is None:
+            return [[self.length] * self.batch_size]
+        rows = _read_lengths(self.lengths)
+        random.Random(0).shuffle(rows)
+        size = min(self.batch_size, len(rows))
+        num_batches = min(len(rows) // size, _MOST_BATCHES)
+        return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
+
+    def content(self) -> dict[str, str]:
+        """What tells a file of lengths from another of its name; nothing where there is none."""
+        return {"latency.lengths_sha256": file_sha256(Path(self.lengths))} if self.lengths else {}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass.
+
+    Args:
+        median_ms: median, in milliseconds.
+        iqr_ms: interquartile range, in milliseconds; the mean of those of batches, where they differ in length.
+        num_runs: forward passes that were timed, each by itself.
+        p95_ms: what 95 % of the passes stay below, in milliseconds.
+        tokens_per_second: real tokens, without padding.
+        sequences_per_second: rows.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    num_runs: int
+    p95_ms: float = math.nan  # as the next two, where the number is from a record
+    tokens_per_second: float = math.nan
+    sequences_per_second: float = math.nan
+
+
+def measured_by(how: Mapping[str, Any]) -> str:
+    """How latency was measured: ``torch on cpu, batch 1 x 128, 1 thread``.
+
+    Args:
+        how: fields of ``LatencySettings``, as a config has them; what is left out is the default.
+    """
+    how = {**asdict(LatencySettings()), **how}
+    length, num_threads = "workload" if how["lengths"] else how["length"], how["num_threads"]
+    shape = f"batch {'of at most ' if how['lengths'] else ''}{how['batch_size']} x {length}"
+    return f"{how['backend']} on {how['device']}, {shape}, {num_threads} thread{'s' * (num_threads > 1)}"
+
+
+def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
+    """Whether an interquartile range is that of a busy machine."""
+    return iqr_ms > MOST_SPREAD * median_ms
+
+
+@dataclass(frozen=True)
+class ArchLatency:
+    """Latency of an architecture beside its teacher, both from one measurement.
+
+    Args:
+        student: latency of the student.
+        teacher: latency of the teacher, measured in turn with it.
+        num_parameters: of the student's deployed graph, encoder and classification head.
+    """
+
+    student: Latency
+    teacher: Latency
+    num_parameters: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than its teacher the student is, by medians."""
+        return self.teacher.median_ms / self.student.median_ms
+
+
+def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
+    """Time the forward pass of each model, all in turn, so that a drifting machine cancels in their ratio.
+
+    Eval mode, autocast off, inference mode, a real attention mask. Each round gives every model its share of
+    ``min_seconds``, led by an untimed pass; the first round is a warm-up and is dropped. On a GPU, time is that between
+    two events on its stream.
+
+    Args:
+        models: models with a Hugging Face ``config``, or ONNX files that lie beside their ``config.json``; for a
+            backend of onnxruntime, models are written as ONNX first. They come back as they came in.
+        settings: backend, device, batch, threads and time.
+
+    Returns:
+        One latency a model, in their order.
+
+    Raises:
+        UserError: a model takes no input of ``settings.length`` tokens.
+    """
+    configs: list[Any] = [config_beside(model) if isinstance(model, Path) else model.config for model in models]
+    for config in configs:
+        check_length(config, settings)
+    lengths = settings.batches()
+    share = settings.min_seconds / _NUM_ROUNDS
+    seconds = partial(_seconds, torch.device(settings.device))
+    rounds: list[list[list[float]]] = []
+    with threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
+        passes = [
+            [partial(run, _batch(config, rows, settings)) for rows in lengths]
+            for run, config in zip(runs, configs, strict=True)
+        ]
+        for turn in passes:
+            _timed(turn, seconds, share)
+        while len(rounds) < _FEWEST_ROUNDS or min(map(_total, zip(*rounds, strict=True))) < settings.min_seconds:
+            rounds.append([_timed(turn, seconds, share) for turn in passes])
+    return [_summary(sum(turns, []), lengths) for turns in zip(*rounds, strict=True)]
+
+
+class LatencyMeter:
+    """Latency of architectures beside one teacher; measured once each, and remembered.
+
+    What is measured is encoder and classification head, with random weights: latency does not depend on them.
+
+    Args:
+        teacher_config: the teacher's config.
+        settings: how to measure.
+
+    Raises:
+        UserError: the teacher takes no input of ``settings.length`` tokens.
+    """
+
+    def __init__(self, teacher_config: PreTrainedConfig, settings: LatencySettings) -> None:
+        check_length(teacher_config, settings)
+        self.teacher_config = teacher_config
+        self.settings = settings
+        self._known: dict[StudentArch, ArchLatency] = {}
+
+    def remember(self, arch: StudentArch, value: ArchLatency) -> None:
+        """Answer with this value from now on: a number from a record, or from a latency table."""
+        self._known[arch] = value
+
+    def measure(self, arch: StudentArch) -> ArchLatency:
+        """The latency of an architecture: the remembered one, or else measured now.
+
+        Raises:
+            CandidateFailed: a median that is no positive number.
+        """
+        if arch not in self._known:
+            model = _build(student_config(self.teacher_config, arch))
+            student, teacher = measure_latency([model, self._teacher], self.settings)
+            for role, latency in (("student", student), ("teacher", teacher)):
+                if not 0 < latency.median_ms < math.inf:
+                    raise CandidateFailed(f"The {role}'s latency beside {arch} is {latency.median_ms} ms.")
+            self.remember(arch, ArchLatency(student, teacher, num_parameters(model)))
+        return self._known[arch]
+
+    @cached_property
+    def _teacher(self) -> PreTrainedModel | Path:
+        model = _build(self.teacher_config)
+        if self.settings.backend not in ON_ONNX:
+            return model
+        self._folder = temporary_folder()  # lives as long as the meter
+        return write_deployed(model.eval(), Path(self._folder.name), self.settings.backend == "onnxruntime-int8")
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    count = torch.accelerator.device_count()
+    return ["cpu", accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
+
+
+def _read_lengths(name: str) -> list[int]:
+    try:
+        values = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"lengths of latency: cannot read {name!r}: {first_line(error)}.") from error
+    rows: list[Any] = [value.get("length") if isinstance(value, dict) else value for value in values]
+    wrong = [row for row in rows if isinstance(row, bool) or not isinstance(row, int) or row < 1]
+    if wrong or not rows:
+        found = f"has {wrong[0]!r}" if wrong else "is empty"
+        raise UserError(
+            f'lengths of latency: {name!r} {found}: give a whole number above 0, or {{"length": 17}}, a line.'
+        )
+    return rows
+
+
+def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
+    """Refuse rows that a model cannot read.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
+    """
+    longest, asked = max_length(config), max(map(max, settings.batches()))
+    if asked > longest:
+        where = f" in {settings.lengths!r}" if settings.lengths else ""
+        raise UserError(
+            f"length of latency is {asked}{where}, but this {config.model_type} takes {longest} tokens at most: "
+            "give a smaller length."
+        )
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):  # measuring must not change what the caller draws next
+        return build_classifier(config)
+
+
+def _batch(config: PreTrainedConfig, lengths: Sequence[int], settings: LatencySettings) -> dict[str, Any]:
+    if settings.backend in ON_ONNX:
+        batch = random_batch(config, lengths, (*INPUTS, "token_type_ids"))
+        return {name: value.numpy() for name, value in batch.items()}
+    batch = random_batch(config, lengths)
+    return {name: value.to(settings.device) for name, value in batch.items()}
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """With so many of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _running(
+    models: Sequence[nn.Module | Path], settings: LatencySettings
+) -> Iterator[list[Callable[[dict[str, Any]], Any]]]:
+    """One function of a batch for each model, as the backend runs it."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    with _deployed(modules, settings.device), torch.autocast(torch.device(settings.device).type, enabled=False):
+        if settings.backend in ON_ONNX:
+            with temporary_folder() as name:
+                yield [_session(model, Path(name) / str(place), settings) for place, model in enumerate(models)]
+        elif settings.backend == "torch-bf16":
+            copies = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
+            yield [partial(_call, model) for model in copies]
+        else:
+            yield [partial(_call, model) for model in modules]
+
+
+def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
+    return model(**batch)
+
+
+def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[[dict[str, Any]], Any]:
+    path = model if isinstance(model, Path) else write_deployed(model, folder, settings.backend == "onnxruntime-int8")
+    session = open_session(path, settings.num_threads)
+    names = [node.name for node in session.get_inputs()]
+    return lambda batch: session.run(None, {name: batch[name] for name in names})
+
+
+@contextmanager
+def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """Models in eval mode on the device; afterwards each in the modes and on the device that it came in."""
+    # Not under inference_mode: parameters that are moved there could never be trained again.
+    before = [
+        (model, next(model.parameters()).device, [(module, module.training) for module in model.modules()])
+        for model in models
+    ]
+    try:
+        for model in models:
+            model.to(device).eval()
+        yield
+    finally:
+        for model, home, modes in before:
+            model.to(home)
+            for module, training in modes:
+                module.training = training
+
+
+def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """The time of one pass."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def _timed(
+    turn: Sequence[Callable[[], Any]], seconds: Callable[[Callable[[], Any]], float], share: float
+) -> list[float]:
+    """Seconds of each pass of one model's turn: every batch equally often, the first one once before, untimed."""
+    turn[0]()
+    times: list[float] = []
+    while sum(times) < share:
+        times += [seconds(run) for run in turn]
+    return times
+
+
+def _total(turns: Sequence[list[float]]) -> float:
+    return sum(map(sum, turns))
+
+
+def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
+    """Quantiles over all passes, the interquartile range within a batch; rates from the median of each batch."""
+    seconds = np.array(times).reshape(-1, len(lengths))
+    median, most = np.percentile(1000 * seconds, (50, 95)).tolist()
+    low, high = np.percentile(1000 * seconds, (25, 75), axis=0).mean(1).tolist()
+    cycle = float(np.median(seconds, 0).sum())
+    num_tokens, num_rows = sum(map(sum, lengths)), sum(map(len, lengths))
+    return Latency(median, high - low, len(times), most, num_tokens / cycle, num_rows / cycle)

@@ -1,0 +1,186 @@
+"""The graph that users deploy: fed with a batch, written as ONNX, in int8, and run."""
+
+import errno
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import torch
+from torch.export import Dim
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from kdnas.models.families import marks_pairs, max_length
+from kdnas.system.errors import first_line
+
+OPSET = 20
+ONNX, INT8 = "model.onnx", "model.int8.onnx"  # names of the files in a deployed folder
+INPUTS = ("input_ids", "attention_mask")
+Feed = dict[str, Any]  # numpy arrays by the graph's input names
+
+
+def output_name(model: PreTrainedModel) -> str:
+    """What the graph gives: ``logits`` of a classifier, ``last_hidden_state`` of an encoder."""
+    return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
+
+
+def random_batch(
+    config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of random ids of the whole vocabulary, the same at each call, padded to the longest.
+
+    Args:
+        config: of the model that reads them.
+        lengths: real tokens of each row.
+        names: the inputs that are wanted; ``token_type_ids`` marks the second half of a row where the family has marks.
+        seed: of the ids.
+
+    Returns:
+        Each of shape (rows, longest).
+    """
+    pad_id = config.pad_token_id or 0
+    shape = (len(lengths), max(lengths))
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    ids[ids == pad_id] = (pad_id + 1) % config.vocab_size
+    places = torch.arange(shape[1])
+    mask = (places < torch.tensor(lengths)[:, None]).long()
+    values = {
+        "input_ids": ids.where(mask.bool(), pad_id),
+        "attention_mask": mask,
+        "token_type_ids": mask * (places >= shape[1] // 2) * marks_pairs(config),
+    }
+    return {name: values[name] for name in names}
+
+
+def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = INPUTS) -> None:
+    """Write the graph of a model in eval mode on the CPU, for every batch size and length, as one file.
+
+    Attention is written in its plain form: the fused kernel's has twelve nodes more a layer, and onnxruntime takes 10 %
+    longer for them. What is normalised after an addition is written as a Sum: onnxruntime fuses an Add with the norm
+    into SkipLayerNormalization, which takes more than three times as long as both.
+
+    Args:
+        model: a classifier or an encoder; it is not changed.
+        path: the file.
+        input_names: of the graph, the tokenizer's ``model_input_names``.
+    """
+    axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
+    batch = random_batch(model.config, [8, 5], input_names)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with _quiet("torch.onnx"), _quiet("onnxscript"):
+            program = torch.onnx.export(
+                model,
+                kwargs=batch,
+                input_names=list(batch),
+                output_names=[output_name(model)],
+                dynamic_shapes=dict.fromkeys(batch, axes),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None
+        for node in program.model.graph:
+            node.metadata_props.clear()  # paths of this machine, and more bytes than a small student
+            before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
+            if before is not None and before.op_type == "Add":
+                before.op_type = "Sum"
+        program.save(path, external_data=False)
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = None) -> None:
+    """Write a graph with its matrices and embedding tables in 8 bits, matrices with one scale a column.
+
+    Args:
+        source: the float32 graph.
+        target: the file.
+        calibration: batches whose ranges the activations' scales are taken from (static); None: from each batch as it
+            comes (dynamic).
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    # Its logger, the root one, recommends a preparation of its own that changes nothing here.
+    with _told_if_full(source, target), _quiet("root"):
+        if calibration is None:
+            quantize_dynamic(
+                source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8
+            )
+            return
+        feeds = iter(calibration)
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def get_next(self) -> Feed | None:
+                return next(feeds, None)
+
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},  # attention's own products stay as they are
+        )
+
+
+def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
+    """Write the graph beside its config, and give the file to measure."""
+    model.config.save_pretrained(folder)
+    write_onnx(model, folder / ONNX, (*INPUTS, *["token_type_ids"] * marks_pairs(model.config)))
+    if not int8:
+        return folder / ONNX
+    write_int8(folder / ONNX, folder / INT8)
+    return folder / INT8
+
+
+def open_session(path: Path, num_threads: int = 0) -> Any:
+    """An onnxruntime session of a file on the CPU; 0 threads: as many as cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def config_beside(path: Path) -> PreTrainedConfig:
+    """The config in the folder of a graph."""
+    return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _told_if_full(source: Path, target: Path) -> Iterator[None]:
+    """Native code writes a copy of the graph, and does not say where a full disk has cut it: its reader fails."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        for place in (source.parent, target.parent, Path(tempfile.gettempdir())):
+            if disk_usage(place).free < source.stat().st_size:
+                words = f"{os.strerror(errno.ENOSPC)} ({first_line(error)})"
+                raise OSError(errno.ENOSPC, words, str(place / target.name)) from error
+        raise
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Exporter and quantiser warn and log about their own internals, nothing that a user could act on."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,171 @@
+"""The int8 graph: which rows it is chosen on, which rows it is reported on, and what it loses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from kdnas.deploy.onnx import Feed, open_session, random_batch, write_int8
+from kdnas.system.errors import ParityError
+from kdnas.tasks.batches import GLUEDataModule
+from kdnas.tasks.scores import make_metrics
+from kdnas.tasks.tasks import LoadedTask, Task
+
+MOST_LOST = 0.01  # of score or cosine, before static calibration is tried
+LEAST_COSINE = 0.9
+NUM_TO_CHOOSE_ON = 256
+MOST_TO_REPORT = 2_000
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows for the int8 graph, as batches; no row is in both lists.
+
+    Args:
+        choose: to calibrate and to choose on: training rows.
+        report: to report on: validation or held-out rows.
+        name: of the rows, for people.
+        task: how outputs are scored; then every batch has ``labels``.
+    """
+
+    choose: list[Feed] = field(repr=False)
+    report: list[Feed] = field(repr=False)
+    name: str
+    task: Task | None = None
+
+
+def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True) -> Rows:
+    """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on.
+
+    Args:
+        task: whose.
+        tokenizer: the student's.
+        length: longer rows are cut.
+        is_scored: whether the student is a classifier of the task; an encoder's states alone are compared.
+    """
+    data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
+    data.setup()
+    choose = _sample(data.rows["train"], NUM_TO_CHOOSE_ON)
+    reported = _sample(data.rows[task.task.validations[0]], MOST_TO_REPORT)
+
+    def batches(rows: list[dict[str, Any]]) -> list[Feed]:
+        data.rows = dict.fromkeys(task.task.validations, rows)
+        return [{name: value.numpy() for name, value in batch.items()} for batch in data.val_dataloader()[0]]
+
+    name = f"{len(reported):,} validation rows of {task.task.name}"
+    return Rows(batches(choose), batches(reported), name, task.task if is_scored else None)
+
+
+def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:
+    """A sample of the training texts to choose on, and of the held-out texts to report on."""
+
+    def batches(texts: Sequence[str]) -> list[Feed]:
+        chosen = sorted(_sample(texts, NUM_TO_CHOOSE_ON), key=len)
+        options: Any = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "np"}
+        return [dict(tokenizer(chosen[i : i + BATCH_SIZE], **options)) for i in range(0, len(chosen), BATCH_SIZE)]
+
+    return Rows(batches(train), batches(held_out), f"{min(len(held_out), NUM_TO_CHOOSE_ON):,} held-out texts")
+
+
+def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
+    """Rows of random words, where there is no text."""
+    drawn = np.random.default_rng(0).integers(2, length + 1, size=(16, 8)).tolist()
+    batches = [
+        {name: value.numpy() for name, value in random_batch(config, lengths, names, seed).items()}
+        for seed, lengths in enumerate(drawn)
+    ]
+    return Rows(batches[:8], batches[8:], "rows of random words")
+
+
+def _sample(rows: Sequence[Any], most: int) -> list[Any]:
+    places = np.random.default_rng(0).permutation(len(rows))[:most]
+    return [rows[place] for place in places]
+
+
+def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
+    """What a graph gives for each batch; of an encoder's states, those of real tokens."""
+    session = open_session(path)
+    names = [node.name for node in session.get_inputs()]
+    found = []
+    for batch in batches:
+        (output,) = session.run(None, {name: batch[name] for name in names})
+        found.append(output if output.ndim == 2 else output[batch["attention_mask"] == 1])
+    return found
+
+
+def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> float:
+    """The task's score: the mean of its metrics."""
+    metrics = make_metrics(task)
+    for output, batch in zip(found, batches, strict=True):
+        predicted = torch.from_numpy(output)
+        metrics.update(
+            predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1), torch.from_numpy(batch["labels"])
+        )
+    values = [float(value) for value in metrics.compute().values()]
+    return sum(values) / len(values)
+
+
+def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
+    """Of all logits as one vector; of an encoder, the mean over tokens."""
+    a, b = (np.concatenate(list(parts)).astype(np.float64) for parts in (first, second))
+    if a.shape[1] < 32:  # logits: the angle between two of them says little
+        a, b = a.reshape(1, -1), b.reshape(1, -1)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).clip(1e-12)).mean())
+
+
+def compare(exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None) -> dict[str, float]:
+    """``cosine`` of the two graphs' outputs and, of a task, ``score`` of both."""
+    found, expected = outputs(int8, batches), outputs(exact, batches)
+    result = {"cosine": cosine(found, expected)}
+    if task is not None:
+        result |= {"score": score(task, expected, batches), "int8_score": score(task, found, batches)}
+    return result
+
+
+def lost(result: Mapping[str, Any]) -> float:
+    """The share of the score that int8 loses or, without one, of the cosine."""
+    if "score" not in result:
+        return 1 - result["cosine"]
+    return (result["score"] - result["int8_score"]) / max(abs(result["score"]), 1e-9)
+
+
+def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
+    """Write the int8 graph: scales of activations taken as they come; calibrated ones where that loses more than 1 %.
+
+    The choice is made on ``rows.choose``; of the two the one that loses less is kept.
+
+    Args:
+        source: the float32 graph.
+        target: the file.
+        rows: to choose and to report on.
+
+    Returns:
+        ``method`` (dynamic or static), ``rows``, and on the reported rows ``cosine`` to the float32 graph and, of a
+        task, ``score`` of the float32 graph and ``int8_score``.
+
+    Raises:
+        ParityError: the outputs have little to do with each other.
+    """
+    write_int8(source, target)
+    method, loses = "dynamic", lost(compare(source, target, rows.choose, rows.task))
+    if not loses <= MOST_LOST:
+        static = target.with_name(f"static.{target.name}")
+        names = [node.name for node in open_session(source).get_inputs()]
+        write_int8(source, static, [{name: batch[name] for name in names} for batch in rows.choose])
+        if lost(compare(source, static, rows.choose, rows.task)) < loses:
+            static.replace(target)
+            method = "static"
+        static.unlink(missing_ok=True)
+    result = compare(source, target, rows.report, rows.task)
+    if not result["cosine"] >= LEAST_COSINE:  # NaN too
+        output = open_session(source).get_outputs()[0].name
+        raise ParityError(
+            f"{output} of {target.name} has a cosine of {result['cosine']:.3f} to those of {source.name} on "
+            f"{rows.name}; {LEAST_COSINE} is needed."
+        )
+    return {"method": method, "rows": rows.name, **result}

@@ -1,0 +1,151 @@
+"""An export that sentence-transformers loads: the teacher's pooling, checked and compared with the teacher."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdnas.distillation.losses import ridge_map
+from kdnas.models.encoders import Teacher
+from kdnas.system.errors import ParityError, UserError, first_line
+from kdnas.system.files import write_json
+from kdnas.tasks.scores import make_metrics
+from kdnas.tasks.tasks import LoadedTask
+
+MOST_TEXTS = 1_000
+_PREFIX = "sentence_transformers.models."
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """What a student is made a sentence encoder with, and compared on.
+
+    Args:
+        teacher: whose pooling is taken.
+        train: texts on which a linear map from the student's vectors to the teacher's is fitted, to compare them.
+        held_out: other texts, on which the cosine is reported.
+        task: pairs with a number (STS-B), to rank by the cosine of their vectors; None: not done.
+    """
+
+    teacher: Teacher
+    train: Sequence[str]
+    held_out: Sequence[str]
+    task: LoadedTask | None = None
+
+
+def check_sentences(task: LoadedTask | None) -> None:
+    """Refuse before anything is computed.
+
+    Raises:
+        UserError: sentence-transformers is not installed, or the task has no pairs with a number.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError("sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'.")
+    if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
+        raise UserError(f"The task {task.task.name!r} has no pairs with a number: give --task stsb, or none.")
+
+
+def add_sentence_files(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sentences
+) -> dict[str, Any]:
+    """Make of an exported encoder a folder that ``SentenceTransformer(folder)`` loads, and compare it.
+
+    Args:
+        folder: with ``config.json``, weights and tokenizer; it gets ``modules.json`` and what belongs to it.
+        model: the encoder.
+        tokenizer: its tokenizer; its ``model_max_length`` is where texts are cut.
+        sentences: teacher and texts.
+
+    Returns:
+        ``pooling`` (mean or cls), ``normalized``, ``cosine`` (mean over held-out texts, between the teacher's vectors
+        and a linear map of the student's, fitted on other texts) and, of a task, ``spearman`` and ``teacher_spearman``.
+
+    Raises:
+        UserError: the student is no encoder, or the teacher pools in another way.
+        ParityError: sentence-transformers gives other vectors than the encoder.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if "ForSequenceClassification" in type(model).__name__:
+        raise UserError(
+            f"The student is a {type(model).__name__}: sentence-transformers takes an encoder, as in full_kd/encoder."
+        )
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    try:
+        teacher = SentenceTransformer(sentences.teacher.source, device="cpu", trust_remote_code=False)
+    except (ValueError, ImportError) as error:  # modules.json names a class that is not sentence-transformers' own
+        raise UserError(
+            f"The teacher {sentences.teacher.name!r} is no sentence encoder that can be read ({first_line(error)})."
+        ) from error
+    kinds = {type(module).__name__: module for module in teacher}
+    pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
+    if pooling not in ("mean", "cls"):
+        raise UserError(f"The teacher {sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported.")
+    normalized = "Normalize" in kinds
+    _write_modules(folder, int(model.config.hidden_size), tokenizer.model_max_length, pooling, normalized)
+    student = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+    _check_vectors(student, model, tokenizer, pooling, normalized, sentences.held_out[:8])
+
+    train, held_out = list(sentences.train[:MOST_TEXTS]), list(sentences.held_out[:MOST_TEXTS])
+    weights = ridge_map(_vectors(student, train), _vectors(teacher, train)).float()
+    mapped = _vectors(student, held_out) @ weights[:-1] + weights[-1]
+    cosine = F.cosine_similarity(mapped, _vectors(teacher, held_out)).mean()
+    report = {"pooling": pooling, "normalized": normalized, "cosine": float(cosine)}
+    if sentences.task is not None:
+        report |= {
+            "task": sentences.task.task.name,
+            "spearman": spearman(student, sentences.task),
+            "teacher_spearman": spearman(teacher, sentences.task),
+        }
+    return report
+
+
+def spearman(encoder: Any, task: LoadedTask) -> float:
+    """Spearman's rank correlation of the cosine of two sentences' vectors with the label, on the validation rows."""
+    first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
+    metrics = make_metrics(task.task)
+    metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))
+    return float(metrics.compute()["spearman"])
+
+
+def _write_modules(folder: Path, width: int, length: int, pooling: str, normalized: bool) -> None:
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * normalized]
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"{_PREFIX}{kind}"}
+        for place, (path, kind) in enumerate(kinds)
+    ]
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
+    modes = {f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens")}
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
+
+
+def _check_vectors(
+    student: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pooling: str,
+    normalized: bool,
+    texts: Sequence[str],
+) -> None:
+    batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        states = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    expected = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    if normalized:
+        expected = F.normalize(expected)
+    largest = float((_vectors(student, texts) - expected).abs().max())
+    if not largest <= 1e-4:
+        raise ParityError(f"The vectors of sentence-transformers differ from the student's by {largest:.3g}.")
+
+
+def _vectors(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)))

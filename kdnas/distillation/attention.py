@@ -1,0 +1,112 @@
+"""Objectives on attention: its maps, or the relations among queries, keys and values, as the teacher's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdnas.distillation.losses import attention_divergence, attention_map
+from kdnas.distillation.objectives import Criterion, Objective, Term, View
+from kdnas.distillation.start import Started
+from kdnas.models.arch import kept_layers
+from kdnas.models.layers import spread
+from kdnas.system.errors import UserError
+
+
+class AttentionMaps(Objective):
+    """Kullback-Leibler divergence of the student's attention maps from the teacher's, for every layer and head.
+
+    ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its head a, real tokens
+    n and m: P is the map of the teacher's head that the start gave to the student's head. It keeps what pair tasks
+    need, attention between two sentences, which an error on hidden states alone wears away (LOG.md).
+
+    Source: TinyBERT (Jiao et al. 2020, section 3.1) with the mean squared error of logits replaced by the divergence,
+    as in MiniLM (Wang et al. 2020, section 3.1).
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {layer - 1 for layer in kept_layers(num_student_layers, num_teacher_layers)}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _AttentionMaps(student, teacher)
+
+
+class _AttentionMaps(Criterion):
+    heads: Tensor
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        super().__init__()
+        ours, theirs = student.config, teacher.config
+        if ours.num_attention_heads > theirs.num_attention_heads:
+            raise UserError(
+                f"AttentionMaps: num_attention_heads is {ours.num_attention_heads}, the teacher has "
+                f"{theirs.num_attention_heads}: give the student at most as many."
+            )
+        self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
+        self.terms = [Term("attention_maps", 1.0, compares=False)]
+        heads = torch.tensor([spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources))
+        self.register_buffer("heads", heads)  # (L_s, A_s): which head of the teacher each of ours is
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        total: Any = 0.0
+        for i, (layer, heads) in enumerate(zip(self.sources, self.heads, strict=True)):
+            with torch.no_grad():
+                theirs = teacher.attention(layer, heads)
+            total = total + attention_divergence(student.attention(i), theirs, student.mask_BT)
+        return [(total / len(self.sources), int(student.mask_BT.sum()))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        if started.heads is not None:
+            self.heads.copy_(torch.tensor(started.heads))
+
+
+class AttentionRelations(Objective):
+    """MiniLMv2's self-attention relations: of queries among themselves, of keys, of values, in one layer each.
+
+    Queries, keys and values of all heads are cut anew into ``num_heads`` relation heads, so widths and numbers of heads
+    may differ. ``mean over the three of KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``.
+
+    Args:
+        layer: the teacher's, from 0; negative from the end. The student's is always its last.
+        num_heads: relation heads; must divide both widths.
+
+    Raises:
+        UserError: there is no such layer, or the heads do not divide a width.
+
+    Source: Wang et al. 2021, "MiniLMv2", section 3.1 (which takes the upper middle layer of a large teacher).
+    """
+
+    def __init__(self, layer: int = -1, num_heads: int = 12) -> None:
+        self.layer, self.num_heads = layer, num_heads
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        if not -num_teacher_layers <= self.layer < num_teacher_layers:
+            raise UserError(f"AttentionRelations: layer is {self.layer}, the teacher has {num_teacher_layers} layers.")
+        return {self.layer % num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        (below,) = self.teacher_layers(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        for width in (student.config.hidden_size, teacher.config.hidden_size):
+            if self.num_heads < 1 or width % self.num_heads:
+                raise UserError(f"AttentionRelations: {self.num_heads} relation heads do not divide the width {width}.")
+        return _AttentionRelations(below + 1, self.num_heads)
+
+
+class _AttentionRelations(Criterion):
+    def __init__(self, layer: int, num_heads: int) -> None:
+        super().__init__()
+        self.layer, self.num_heads = layer, num_heads
+        self.terms = [Term("attention_relations", 1.0)]
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        last = student.model.config.num_hidden_layers - 1
+        total: Any = 0.0
+        for part in ("query", "key", "value"):
+            with torch.no_grad():
+                theirs = teacher.heads(self.layer, part, self.num_heads)
+                their_map = attention_map(theirs, theirs, teacher.mask_BT)
+            ours = student.heads(last, part, self.num_heads)
+            total = total + attention_divergence(attention_map(ours, ours, student.mask_BT), their_map, student.mask_BT)
+        return [(total / 3, int(student.mask_BT.sum()))]

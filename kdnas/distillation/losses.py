@@ -1,0 +1,144 @@
+"""Pure functions. Shapes: N real tokens (padding is gone before), H the teacher's width."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdnas.models.encoders import additive_mask
+from kdnas.models.families import dot_scores
+from kdnas.system.errors import UserError
+
+
+def within_half(states: Tensor) -> Tensor:
+    """The same states, which float16 can hold: beyond its range they would be infinite without a word.
+
+    Raises:
+        UserError: it cannot, or one is not a number.
+    """
+    most, largest = torch.finfo(torch.float16).max, max(map(abs, map(float, states.aminmax())))
+    if math.isnan(largest):
+        raise UserError("The teacher's hidden states are not numbers (NaN): take another teacher.")
+    if largest > most:
+        raise UserError(
+            f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, ends at {most:,.0f}: "
+            "take another teacher."
+        )
+    return states
+
+
+def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
+    """Sum over tokens of the mean over dimensions of the squared error, in float32.
+
+    Divided by N it is the mean squared error; kept as a sum it adds up over batches of different sizes.
+
+    Args:
+        predicted_NH: shape (N, H).
+        target_NH: shape (N, H).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ (they would broadcast silently).
+    """
+    if predicted_NH.shape != target_NH.shape:
+        raise ValueError(f"The shapes {tuple(predicted_NH.shape)} and {tuple(target_NH.shape)} differ.")
+    return (predicted_NH.float() - target_NH.float()).square().mean(-1).sum()
+
+
+def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
+    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); exactly 0 where m is padding.
+
+    Args:
+        query_BATD: shape (B, A, T, D).
+        key_BATD: the same.
+        mask_BT: True on real tokens.
+    """
+    return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
+
+
+def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
+    """``softmax over real tokens m of scores(n, m)``; exactly 0 where m is padding."""
+    return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
+
+
+def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Sum over real tokens of the mean over heads of KL(teacher's attention || student's).
+
+    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the student's S.
+
+    Args:
+        map_BATT: the student's, shape (B, A, T, T), 0 where the second token is padding.
+        teacher_map_BATT: the teacher's, the same shape.
+        mask_BT: True on real tokens.
+
+    Returns:
+        A float32 scalar. In training computed in the maps' precision: in bfloat16 a token's has an error of some 4e-4.
+        Without a gradient, as on held-out rows, computed in float32.
+
+    Raises:
+        ValueError: the shapes differ (they would broadcast silently).
+    """
+    if map_BATT.shape != teacher_map_BATT.shape:
+        raise ValueError(f"The shapes {tuple(map_BATT.shape)} and {tuple(teacher_map_BATT.shape)} differ.")
+    if not map_BATT.requires_grad:
+        map_BATT, teacher_map_BATT = map_BATT.float(), teacher_map_BATT.float()
+    return _Divergence.apply(map_BATT, teacher_map_BATT.detach(), mask_BT) / map_BATT.shape[1]  # type: ignore[no-untyped-call]
+
+
+class _Divergence(torch.autograd.Function):
+    """Few passes over large maps, in their own precision: four times as fast as autograd's, which is float32's."""
+
+    LEAST = 1e-30  # in place of 0, which has no logarithm
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, mask_BT: Tensor) -> Tensor:
+        ours = ours.clamp_min(_Divergence.LEAST)
+        weights = theirs * mask_BT[:, None, :, None].to(theirs.dtype)
+        ctx.save_for_backward(ours, weights)
+        # The ratio before the logarithm: rounded to bfloat16, the difference of two logarithms is worth less.
+        return (theirs.clamp_min(_Divergence.LEAST) / ours).log_().mul_(weights).sum(-1).float().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        ours, weights = ctx.saved_tensors
+        return (weights / ours).mul_(-grad[0]), None, None
+
+
+def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
+    """How much of what context adds the student knows: ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``.
+
+    0: no more than a look-up table of words. 1: equal to the teacher. Negative: less than the table.
+
+    Args:
+        mse: of the student, on one layer of the teacher.
+        mse_context_free: of the best linear map from the teacher's own embedding output to that layer.
+        mse_teacher: of that layer itself, where what measures leaves an error of it.
+    """
+    span = mse_context_free - mse_teacher
+    return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
+
+
+def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> Tensor:
+    """The linear map with a constant that predicts targets from inputs best.
+
+    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W|^2``; the constant is not shrunk.
+
+    Args:
+        inputs_ND: shape (N, D).
+        targets_NH: shape (N, H).
+        strength: weight of the shrinkage, relative to the mean variance of the inputs.
+
+    Returns:
+        W, shape (D + 1, H), in float64; the last row is the constant.
+    """
+    # Products of centred float32 numbers are exact enough for a shrunk solution, and ten times faster than float64's.
+    inputs, targets = inputs_ND.float(), targets_NH.float()
+    mean_input, mean_target = inputs.mean(0), targets.mean(0)
+    centred = inputs - mean_input
+    gram = (centred.T @ centred).double()
+    gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
+    weight = torch.linalg.solve(gram, (centred.T @ (targets - mean_target)).double())
+    return torch.cat([weight, (mean_target.double() - mean_input.double() @ weight)[None]])

@@ -1,0 +1,337 @@
+"""HiddenStateDistillModule: a student learns its teacher's hidden states under masked inputs."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.distillation.attention import AttentionMaps
+from kdnas.distillation.curves import StudentCurves
+from kdnas.distillation.losses import contextual_share
+from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe, TermErrors
+from kdnas.distillation.narrowing import CalibrationRows
+from kdnas.distillation.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
+from kdnas.distillation.sentences import PairComparison
+from kdnas.distillation.start import FromTeacher, Start, Started
+from kdnas.distillation.teacher_states import LayerStats, StatesSettings, TeacherStates, open_states, sample_batches
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import Teacher, build_student, encode, find_teacher, num_parameters, refuse_other_inputs
+from kdnas.models.families import arch_of
+from kdnas.models.layers import LastLayer
+from kdnas.system.errors import CandidateFailed, UserError
+from kdnas.training.optimizers import MuonAdamW, is_layer_matrix
+from kdnas.training.precision import autocast
+from kdnas.training.trainer import ClipFusedGradients, release_memory, trim_heap
+
+# Enough for least squares in a narrow student's width; some seconds on two cores.
+CALIBRATION_TOKENS = 20_000
+# Batches of ever other lengths leave holes in the heap, which grows by hundreds of megabytes (LOG.md).
+TRIM_STEPS = 25
+
+
+# What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
+DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), AttentionMaps(), PairComparison()], [1.0, 1.0, 0.5])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is distilled; the same for mini-KD, full KD and ``kdnas fit``.
+
+    Args:
+        objective: what the student is asked to know of its teacher.
+        start: the student's first weights.
+        learning_rate: AdamW's peak rate of new parameters.
+        copied_learning_rate: the same of parameters that hold the teacher's values; a high one destroys them.
+        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW takes them too.
+        copied_matrix_learning_rate: the same of matrices that hold the teacher's values.
+        weight_decay: on matrices only.
+        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the rest.
+        constant_rate: no warm-up and no decay (the original).
+        dropout: train the student with its dropout (a student that small underfits; off by default).
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    objective: Objective = DEFAULT_OBJECTIVE
+    start: Start = FromTeacher()
+    learning_rate: float = 1.5e-3
+    copied_learning_rate: float = 2e-4
+    matrix_learning_rate: float | None = 2.5e-3
+    copied_matrix_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.1
+    constant_rate: bool = False
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        rates = ("learning_rate", "copied_learning_rate", "matrix_learning_rate", "copied_matrix_learning_rate")
+        for name in rates:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise UserError(f"{name} is {rate}: give a rate above 0, such as 1e-3.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01.")
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
+
+
+def calibration_rows(data: KDDataModule) -> CalibrationRows:
+    """The rows of the data's split that students start on; always the same, on every rank."""
+    return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
+
+
+class HiddenStateDistillModule(ClipFusedGradients):
+    """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
+
+    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
+    layer where the term is scaled, else 1. The held-out loss, of which a reward is made, is the weighted mean of the
+    terms that compare students: attention maps do not, for each student is asked for those of its own layers. Where no
+    term does, all count. So training and held-out loss are not the same sum.
+
+    The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
+    batch to states, opened in ``setup`` from the data module; a search sets it, and ``self.calibration``, the rows that
+    students start on, once for all candidates.
+
+    Args:
+        teacher: a folder, a hub name or ``quickstart``.
+        arch: shape of the student.
+        recipe: how it is distilled.
+        states: where the teacher's states are kept.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Teacher,
+        arch: StudentArch,
+        recipe: Recipe = Recipe(),
+        states: StatesSettings = StatesSettings(),
+    ) -> None:
+        super().__init__()
+        self._teacher = find_teacher(teacher) if isinstance(teacher, str) else teacher
+        self.arch, self.recipe, self._states_settings = arch, recipe, states
+        config = self._teacher.config
+        self.last_layer = config.num_hidden_layers - 1
+        self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
+        self.student = build_student(config, arch)
+        recipe.start.check(self.student.config, config)
+        self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
+        self.terms = self.criterion.terms
+        self.states: TeacherStates | None = None
+        self.calibration: CalibrationRows | None = None
+        self.started: Started | None = None
+        self.optimizer_tensors: dict[str, Tensor] = {}  # of the fit that this one goes on from, if any
+        self.val_errors = TermErrors(len(self.terms))
+        self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, TOKEN_STRENGTH)
+        self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
+        self.history: list[dict[str, float]] = []
+
+    def describe(self) -> str:
+        """The student beside its teacher, and what it is asked, as Markdown."""
+        teacher, student = arch_of(self._teacher.config).to_dict(), self.arch.to_dict()
+        teacher["parameters"], student["parameters"] = (
+            f"{num_parameters(model):,}" for model in (self._teacher.model, self.student)
+        )
+        rows = "".join(f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items())
+        terms = "".join(f"- {term.name}, weight {term.weight:g}\n" for term in self.terms)
+        num_copied = len(self.started.copied) if self.started else 0
+        return (
+            f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
+            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} learn at the rates of copies. "
+            f"It learns:\n\n{terms}"
+        )
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The same curves in mini-KD, full KD and ``kdnas fit``."""
+        return [StudentCurves()]
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, KDDataModule):
+            raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
+        if data.tokenizer != self._teacher.name:
+            refuse_other_inputs(find_teacher(data.tokenizer), self._teacher)
+        if self.states is None:
+            device = str(self.trainer.strategy.root_device)
+            self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
+        if stage == "fit":
+            self.begin(data)
+            if self.trainer.strategy.root_device.type == "cpu":
+                # The fused kernel's backward pass takes twice as long there; and this one gives the maps.
+                self.student.set_attn_implementation("eager")
+            self.student.train()  # Lightning warns of a fit that begins in eval mode; on_train_start decides
+        self._teacher.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def begin(self, data: KDDataModule) -> None:
+        """Start the student from the teacher, and the criterion from both, on a sample of the training rows; once."""
+        if self.started is not None:
+            return
+        release_memory()  # what the reading of text left
+        rows = self.calibration or calibration_rows(data)
+        self.student.eval()
+        teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
+        self.started = self.recipe.start(self.student, teacher, rows)
+        with autocast("cpu"):
+            views = [self.views(batch) for batch in rows]
+        self.criterion.fit(self.started, [student for student, _ in views], [teacher for _, teacher in views])
+        del views
+        release_memory()
+
+    def save_student(self, folder: Path) -> None:
+        """Write the student as transformers does, with its teacher's tokenizer; its config says which teacher."""
+        self.student.config.teacher_sha256 = self._teacher.sha256()
+        self.student.save_pretrained(folder)
+        self._teacher.tokenizer.save_pretrained(folder)
+
+    def on_train_start(self) -> None:
+        self.student.train(self.recipe.dropout)
+
+    def views(self, batch: Batch) -> tuple[View, View]:
+        """The student's and the teacher's states on a batch."""
+        assert self.states is not None, "setup() sets it"
+        eager = self.student.config._attn_implementation == "eager"
+        output = encode(self.student, batch, maps=eager and not self.student.training)  # dropout falls on maps too
+        padded = dict(enumerate(output.hidden_states or (), -1))
+        student = View(self.student, batch, padded, maps=output.attentions)
+        return student, View(self._teacher.model, batch, real=self.states(batch, self.target_layers))
+
+    def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
+        """For each term of the loss the sum of its errors, and over how many things it is; shapes (terms,)."""
+        errors = self.criterion(student, teacher)
+        sums = torch.stack([error for error, _ in errors])
+        return sums, torch.tensor([count for _, count in errors], dtype=sums.dtype, device=sums.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        sums, counts = self(*self.views(batch))
+        num_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if num_ranks > 1:
+            # DDP takes the mean of the ranks' gradients: with this, that of all their rows. One may have no pairs.
+            distributed.all_reduce(counts)
+        loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)  # one rank's alone is no loss of anything
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        student, teacher = self.views(batch)
+        self.val_errors.update(*self(student, teacher))
+        self.token_probe.update(student.real(self.arch.num_hidden_layers - 1), teacher.real(self.last_layer))
+        self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.device.type == "cpu" and batch_idx % TRIM_STEPS == TRIM_STEPS - 1:
+            trim_heap()
+
+    def on_validation_epoch_end(self) -> None:
+        means, counts = self.val_errors.compute().cpu()
+        if not torch.isfinite(means).all():
+            raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
+        if not counts.any():
+            raise UserError("The held-out rows give the objective nothing to compare: give more text, or longer rows.")
+        weights = self._weights("held_out_variance").cpu()
+        compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)  # a text may give no pairs
+        if compares.any():
+            total = sum(term.weight for term, is_one in zip(self.terms, compares.tolist(), strict=True) if is_one)
+            weights = weights * compares / total
+        loss = float((means * weights).sum())
+        token_mse = float(self.token_probe.compute()[0])
+        sentence_mse, sentence_variance = (float(value) for value in self.sentence_probe.compute())
+        assert self.states is not None, "setup() sets it"
+        ends = self.states.ends
+        metrics = {
+            "val/loss": loss,
+            "val/contextual_share": contextual_share(token_mse, ends.context_free, ends.teacher),
+            "val/sentence_r2": 1 - sentence_mse / sentence_variance if sentence_variance > 0 else 0.0,
+        }
+        for term, mean in zip(self.terms, means.tolist(), strict=True):
+            metrics[f"terms/{term.name}"] = mean
+        for layer in sorted({term.layer for term in self.terms if term.layer is not None}):
+            # Several student layers may learn from one of the teacher's: what is logged is what the best of them knows.
+            mse = min(mean for term, mean in zip(self.terms, means.tolist(), strict=True) if term.layer == layer)
+            stats = self.stats(layer)
+            metrics |= {
+                f"teacher_layer_{layer}/raw_mse": mse,
+                f"teacher_layer_{layer}/r2": 1 - mse / stats.held_out_variance,
+                f"teacher_layer_{layer}/contextual_share": contextual_share(mse, stats.held_out_mse_context_free),
+            }
+        for metric in (self.val_errors, self.token_probe, self.sentence_probe):
+            metric.reset()
+        self.log_dict(metrics)
+        self.log("val_loss", loss, prog_bar=True, logger=False)
+        if not self.trainer.sanity_checking:
+            shown = {name: metrics[f"val/{name}"] for name in ("loss", "contextual_share", "sentence_r2")}
+            self.history.append({"epoch": self.current_epoch} | shown)
+
+    def stats(self, layer: int) -> LayerStats:
+        """Variance and context-free error of a teacher layer."""
+        assert self.states is not None, "setup() sets it"
+        return self.states.stats[layer]
+
+    def _weights(self, scale: str) -> Tensor:
+        """Of the terms' mean errors in the loss; where a term is scaled, over its layer's variance. Shape (terms,)."""
+        scales = [
+            getattr(self.stats(term.layer), scale) if term.scaled and term.layer is not None else 1.0
+            for term in self.terms
+        ]
+        weights = [term.weight / scale for term, scale in zip(self.terms, scales, strict=True)]
+        return torch.tensor(weights, device=self.device)
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        copied = self.started.copied if self.started is not None else frozenset()
+        muon: dict[float, list[nn.Parameter]] = {}
+        adamw: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            is_copied = name.removeprefix("student.") in copied
+            if recipe.matrix_learning_rate is not None and is_layer_matrix(name, parameter):
+                rate = recipe.copied_matrix_learning_rate if is_copied else recipe.matrix_learning_rate
+                muon.setdefault(rate, []).append(parameter)
+            else:
+                rate = recipe.copied_learning_rate if is_copied else recipe.learning_rate
+                adamw.setdefault((rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        optimizer = MuonAdamW(
+            [{"params": p, "lr": rate} for rate, p in muon.items()],
+            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()],
+            recipe.weight_decay,
+        )
+        # A checkpoint of this fit is loaded afterwards, over it.
+        optimizer.load_tensors(self, self.optimizer_tensors)
+        self.optimizer_tensors = {}
+        if recipe.constant_rate:
+            return optimizer
+        if self.trainer.estimated_stepping_batches == math.inf:
+            raise UserError(
+                "The training has no last step, at which the rate is 0: give trainer.max_epochs or trainer.max_steps, "
+                "or recipe.constant_rate."
+            )
+        num_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        num_warmup = max(1, round(recipe.warmup_share * num_steps))
+        schedule = LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup)),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = self.history
+        checkpoint["copied"] = sorted(self.started.copied) if self.started is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ours, theirs = (
+            {name: getattr(value, "shape", None) for name, value in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if differing or "history" not in checkpoint:
+            what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
+            raise UserError(f"The checkpoint is of another student or objective{what}. Give that, or another one.")
+        self.history = list(checkpoint["history"])
+        if checkpoint["copied"] is not None:  # a loaded student must not be started again
+            self.started = Started(frozenset(checkpoint["copied"]))

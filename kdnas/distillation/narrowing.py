@@ -1,0 +1,397 @@
+"""A smaller student made from its teacher's layers, map by map, by least squares.
+
+Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from kdnas.data.datamodule import Batch
+from kdnas.distillation.losses import ridge_map, within_half
+from kdnas.models.arch import kept_layers
+from kdnas.models.encoders import embed, embedding_mapping, embedding_norm, encode
+from kdnas.models.families import arch_of, family_of
+from kdnas.training.precision import autocast
+
+
+def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
+    """Give a narrower student the teacher's embedding output in another basis, as far as a layer norm lets it.
+
+    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
+    what is left of gamma is how much smaller the projected vector is than the centred one. Tables of a width of their
+    own stay as they are, and the map behind them is projected. A student as wide as its teacher gets all of them as
+    they are.
+
+    Args:
+        student: changed in place.
+        teacher: of the same family.
+        basis_TS: from the teacher's stream to the student's, (H_t, H_s).
+    """
+    ours: Any = student.embeddings
+    theirs: Any = teacher.embeddings
+    mapping, source = embedding_mapping(student), embedding_mapping(teacher)
+    if len(basis_TS) == basis_TS.shape[1]:
+        ours.load_state_dict(theirs.state_dict())
+        if mapping is not None:
+            mapping.load_state_dict(source.state_dict())
+        return
+    if mapping is not None:
+        ours.load_state_dict(theirs.state_dict())
+        mapping.weight.copy_(basis_TS.T @ source.weight)
+        mapping.bias.copy_(basis_TS.T @ source.bias)
+        return
+    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the tables.
+    fold, shift = (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
+    norm, their_norm = embedding_norm(student), embedding_norm(teacher)
+    centred = their_norm.weight[:, None] * fold
+    centred = centred - centred.mean(0)
+    for name, table in theirs.named_children():
+        if isinstance(table, nn.Embedding):
+            getattr(ours, name).weight.copy_(table.weight @ centred)
+    models: tuple[Any, Any] = (student, teacher)
+    words, their_words = (model.get_input_embeddings().weight for model in models)
+    norm.weight.fill_(float((words.std(-1) / their_words.std(-1)).nanmean()))
+    if norm.bias is not None:
+        norm.bias.copy_(their_norm.bias @ fold + shift)
+
+
+def copied_tables(student: PreTrainedModel) -> frozenset[str]:
+    """The names of the tables that ``start_embeddings`` always leaves as the teacher has them: those of an own width.
+
+    Others may be its copies too, but what follows them is not, so they learn as new ones (LOG.md).
+    """
+    if embedding_mapping(student) is None:
+        return frozenset()
+    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
+
+
+def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
+    """Give a narrower student the teacher's layers in a smaller basis, map by map, by least squares.
+
+    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it over the layers that
+    count, turned so that every column is free of the mean that a layer norm takes away. The student's stream shall be
+    ``B^T x``. For each student layer, in order, from its own stream z: queries, keys and values are the ridge
+    regression of the kept teacher heads' on z; the output maps are that of ``sigma B^T norm(x) - z``, where sigma is
+    the scale that the teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
+    teacher layers are left out, the second output map aims at the input of the next source layer, so it does their
+    work too as far as a linear map can.
+
+    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept heads and neurons
+    are copied: least squares only add to each map what the copies lack. What did nothing can be left out without loss.
+
+    Args:
+        student: post-norm, with layers of its own; changed in place.
+        teacher: of the same family.
+        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a little better (LOG.md).
+
+    Returns:
+        For each student layer, the teacher's heads that its heads were made from.
+
+    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in ``LOG.md``.
+    """
+    return _Narrowing(student, teacher, rows).run()
+
+
+@dataclass(frozen=True)
+class TeacherStream:
+    """What a teacher gives on the calibration rows, flat; the same for all of its students.
+
+    Args:
+        states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
+        scales: how large the stream is before each layer's last norm, which divides by that, (N, 1).
+    """
+
+    states: dict[int, Tensor]
+    scales: list[Tensor]
+    _covariances: dict[int, Tensor] = field(default_factory=dict)
+
+    def covariance(self, layer: int) -> Tensor:
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64; computed once."""
+        if layer not in self._covariances:
+            covariance = torch.cov(self.states[layer].float().T).double()
+            self._covariances[layer] = covariance / covariance.trace()
+        return self._covariances[layer]
+
+    @classmethod
+    def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
+        """By one pass over the rows."""
+        _, embedded = _embedded(teacher, rows)
+        layers = family_of(teacher.config).layers(teacher)
+        states: list[list[Tensor]] = [[] for _ in layers]
+        scales: list[list[Tensor]] = [[] for _ in layers]
+        inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            for layer in layers:
+                norm = layer.get_submodule(family_of(teacher.config).names.output_norm)
+                hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
+            for batch in rows:
+                mask = batch["attention_mask"].bool()
+                with autocast(teacher.device.type):
+                    outputs = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+                for i, output in enumerate(outputs):
+                    # In half precision: all layers of a wide teacher are gigabytes otherwise.
+                    states[i].append(within_half(output[mask]).half())
+                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+                inputs.clear()
+        return cls({-1: embedded} | dict(enumerate(map(torch.cat, states))), [torch.cat(parts) for parts in scales])
+
+
+class CalibrationRows(list[Batch]):
+    """Rows to calibrate on, that remember what a teacher gave on them: a search's students share both."""
+
+    def __init__(self, rows: Iterable[Batch]) -> None:
+        super().__init__(rows)
+        self._last: tuple[PreTrainedModel, TeacherStream] | None = None
+
+    def stream(self, teacher: PreTrainedModel) -> TeacherStream:
+        """The teacher's, computed when it is first asked for; its weights must not change afterwards."""
+        if self._last is None or self._last[0] is not teacher:
+            self._last = teacher, TeacherStream.of(teacher, self)
+        return self._last[1]
+
+
+def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """What goes into the embedding's layer norm, and what comes out of it, flat."""
+    before: list[Tensor] = []
+    with embedding_norm(model).register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
+        after = [embed(model, batch) for batch in rows]
+    masks = [batch["attention_mask"].bool() for batch in rows]
+    flat = [torch.cat([t[mask] for t, mask in zip(ts, masks, strict=True)]) for ts in (before, after)]
+    return flat[0], flat[1]
+
+
+class _Narrowing:
+    """The calibration rows' streams, flat (N, H), and the steps of ``narrow``."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> None:
+        self.student, self.teacher, self.rows = student, teacher, rows
+        self.names = family_of(teacher.config).names
+        self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
+        self.is_as_wide = self.ours.hidden_size == self.theirs.hidden_size
+        self.masks = [batch["attention_mask"].bool() for batch in rows]
+        shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
+        stream = shared.stream(teacher)
+        self.stream, self.output_scale, self.covariance = stream.states, stream.scales, stream.covariance
+
+    def run(self) -> tuple[tuple[int, ...], ...]:
+        family = family_of(self.teacher.config)
+        ours, theirs = family.layers(self.student), family.layers(self.teacher)
+        sources = kept_layers(len(ours), len(theirs))
+        ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
+        self.basis = self._basis([-1, *ends])
+        start_embeddings(self.student, self.teacher, self.basis)
+        before, z = _embedded(self.student, self.rows)
+        if embedding_mapping(self.student) is None and not self.is_as_wide:
+            z = self._fit_norm(embedding_norm(self.student), before, self.stream[-1] @ self.basis)
+        kept = []
+        for layer, source, end in zip(ours, sources, ends, strict=True):
+            z, heads = self._layer(layer, theirs, source, end, z)
+            kept.append(heads)
+        return tuple(kept)
+
+    def _basis(self, layers: list[int]) -> Tensor:
+        """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
+        width = self.ours.hidden_size
+        if self.is_as_wide:
+            return torch.eye(width, device=self.stream[-1].device)
+        total = torch.stack([self.covariance(layer) for layer in layers]).sum(0)
+        components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
+        # The student's norms take the mean over dimensions away: the components live beside it, one fewer than H_s.
+        turn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+        turn[:, 0] = 1.0
+        beside_mean = torch.linalg.qr(turn)[0][:, 1:]
+        return components @ beside_mean.to(components.device).T
+
+    def _layer(
+        self, layer: nn.Module, theirs: list[nn.Module], source: int, end: int, z: Tensor
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Make one student layer; its stream after it, and the teacher's heads that it has."""
+        names, ours = self.names, self.ours
+        part = layer.get_submodule
+        run = self._teacher_layer(theirs[source], self.stream[source - 1].float())
+        heads = self._important_heads(theirs[source], run["value"])
+        out: Any = theirs[source].get_submodule(names.output)
+        importance = run["activity"] * (out.weight.T @ self.basis).norm(dim=1)
+        neurons = importance.topk(ours.intermediate_size).indices.sort().values
+        queries, keys, values = self._cut(theirs[source], run, heads)
+        for parameter in part(names.key).parameters():
+            parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
+        if self.is_as_wide:
+            self._copy(layer, theirs[source], heads, neurons)
+        fit = partial(fit_linear, adds=self.is_as_wide)
+        query = fit(part(names.query), z, queries, ours.num_attention_heads)
+        key = fit(part(names.key), z, keys, ours.num_attention_heads)
+        value = fit(part(names.value), z, values, ours.num_attention_heads)
+        context = self._attend(query, key, value, ours.num_attention_heads)
+        norm, before = theirs[source].get_submodule(names.attention_norm), run["before_attention_norm"]
+        target, wanted = self._wanted(norm, run["attention"], before, before.std(-1, correction=0, keepdim=True))
+        z = z + fit(part(names.attention_output), context, wanted - z)
+        z = self._fit_norm(part(names.attention_norm), z, target)
+        inner = fit(part(names.intermediate), z, run["intermediate"][:, neurons])
+        if end != source and self.is_as_wide:
+            del run, before, target, wanted
+            run = self._teacher_layer(theirs[end], self.stream[end - 1].float())
+        norm, before = theirs[end].get_submodule(names.output_norm), run["before_output_norm"]
+        target, wanted = self._wanted(norm, self.stream[end].float(), before, self.output_scale[end])
+        del run
+        z = z + fit(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
+        return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
+
+    def _copy(self, layer: Any, source: Any, heads: list[int], neurons: Tensor) -> None:
+        """Copy what is kept of a teacher layer of the same width; the norms are fitted."""
+        names, width = self.names, self.ours.hidden_size
+        ours, theirs = width // self.ours.num_attention_heads, width // self.theirs.num_attention_heads
+        to: Any
+        of: Any
+        places = torch.arange(width).view(-1, ours)[:, :theirs].flatten()
+        kept = torch.arange(width).view(-1, theirs)[heads].flatten()
+        same_scores = (ours / theirs) ** 0.25  # attention divides by the root of a head's size
+
+        for name, to, of, factor in (
+            (names.query, places, kept, same_scores),
+            (names.key, places, kept, same_scores),
+            (names.value, places, kept, 1.0),
+            (names.intermediate, slice(None), neurons, 1.0),
+        ):
+            target, origin = layer.get_submodule(name), source.get_submodule(name)
+            target.weight[to] = origin.weight[of] * factor
+            target.bias[to] = origin.bias[of] * factor
+        for name, to, of in ((names.attention_output, places, kept), (names.output, slice(None), neurons)):
+            target, origin = layer.get_submodule(name), source.get_submodule(name)
+            target.weight.zero_()
+            target.weight[:, to] = origin.weight[:, of]
+            target.bias.copy_(origin.bias)
+
+    def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Any]:
+        """What the parts of a teacher layer give for the stream x, flat; most in float32."""
+        names = self.names
+        part = layer.get_submodule
+        with autocast(x.device.type):
+            query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
+            context = self._attend(query, key, value, self.theirs.num_attention_heads)
+            before_norm = x + part(names.attention_output)(context).float()
+            attention = part(names.attention_norm)(before_norm).float()
+            intermediate = part(names.intermediate)(attention)
+            activated = ACT2FN[self.theirs.hidden_act](intermediate)
+            before_output = attention + part(names.output)(activated).float() if self.is_as_wide else None
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "before_attention_norm": before_norm,
+            "attention": attention,
+            "before_output_norm": before_output,
+            "intermediate": intermediate,
+            "activity": activated.float().square().mean(0).sqrt(),
+        }
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+        """Attention within each row, over real tokens; everything flat, (N, A * D)."""
+        contexts = []
+        start = 0
+        for mask in self.masks:
+            stop = start + int(mask.sum())
+
+            def heads(flat: Tensor, mask: Tensor = mask, start: int = start, stop: int = stop) -> Tensor:
+                padded = flat.new_zeros(*mask.shape, flat.shape[-1])
+                padded[mask] = flat[start:stop]
+                return padded.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+            context = F.scaled_dot_product_attention(
+                heads(query), heads(key), heads(value), attn_mask=mask[:, None, None]
+            )
+            contexts.append(context.transpose(1, 2).flatten(2)[mask])
+            start = stop
+        return torch.cat(contexts).float()
+
+    def _important_heads(self, source: nn.Module, value: Tensor) -> list[int]:
+        """The heads whose values move the stream most, as many as the student has, in their order."""
+        out: Any = source.get_submodule(self.names.attention_output)
+        per_head = self.theirs.num_attention_heads
+        moved = [
+            (weight @ torch.cov(values.T) * weight).sum()  # the variance of values @ weight.T
+            for values, weight in zip(value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True)
+        ]
+        chosen = torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist()
+        return sorted(chosen)
+
+    def _cut(self, source: nn.Module, run: dict[str, Tensor], heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the kept heads, each in as many dimensions as a student's head has."""
+        num_theirs = self.theirs.num_attention_heads
+        size = self.ours.hidden_size // self.ours.num_attention_heads
+        out: Any = source.get_submodule(self.names.attention_output)
+        query, key, value = (run[name].chunk(num_theirs, -1) for name in ("query", "key", "value"))
+        weights = out.weight.chunk(num_theirs, -1)
+        cut: list[tuple[Tensor, Tensor, Tensor]] = []
+        for head in heads:
+            # Attention divides by the root of a head's size: the scores stay as they are.
+            rescale = (size / query[head].shape[-1]) ** 0.25
+            q, k = _best_factors(query[head] * rescale, key[head] * rescale, size)
+            v, _ = _best_factors(value[head], weights[head], size)
+            cut.append((q, k, v))
+        q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
+        return q, k, v
+
+    def _wanted(self, norm: Any, after: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's norm should give, and what should go into it, for what a teacher's gives and gets."""
+        if self.is_as_wide:
+            return after, before
+        target = after @ self.basis
+        direction = (target - norm.bias @ self.basis) / norm.weight.abs().mean()
+        direction -= direction.mean(-1, keepdim=True)
+        return target, scale * direction
+
+    def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
+        """Scale and shift of a layer norm by least squares; what it then gives."""
+        normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
+        mean, target_mean = normed.mean(0), target.mean(0)
+        centred = normed - mean
+        norm.weight.copy_((centred * (target - target_mean)).mean(0) / centred.square().mean(0).clamp_min(1e-6))
+        norm.bias.copy_(target_mean - norm.weight * mean)
+        return normed * norm.weight + norm.bias
+
+
+@torch.no_grad()
+def fit_linear(
+    linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1, strength: float = 3e-2, adds: bool = False
+) -> Tensor:
+    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives.
+
+    With ``adds`` the regression is of what the map as it is lacks, and is added to it.
+    """
+    outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
+    outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
+    weight, bias = linear.weight[outputs], linear.bias[outputs]
+    if adds:
+        targets = targets.float() - F.linear(inputs.float(), weight, bias)
+    found = ridge_map(inputs, targets, strength).float()
+    linear.weight[outputs] = found[:-1].T + (weight if adds else 0)
+    linear.bias[outputs] = found[-1] + (bias if adds else 0)
+    return F.linear(inputs.float(), linear.weight, linear.bias)
+
+
+def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``left'`` and ``right'`` of at most ``rank`` columns with ``left' right'^T`` closest to ``left right^T``.
+
+    Where there are no more columns than that, they stay as they are.
+    """
+    if left.shape[-1] <= rank:
+        return left, right
+    _, left_root = torch.linalg.qr(left)
+    _, right_root = torch.linalg.qr(right)
+    u, s, vh = torch.linalg.svd(left_root @ right_root.T)
+    root = s[:rank].sqrt()
+    # left = Q R, so Q = left R^-1; the triangular system may be singular: least squares.
+    return (
+        left @ torch.linalg.pinv(left_root) @ u[:, :rank] * root,
+        right @ torch.linalg.pinv(right_root) @ vh.T[:, :rank] * root,
+    )

@@ -1,0 +1,163 @@
+"""Objectives on whole rows: [CLS], the mean state, how alike rows are, and how the two sentences of a pair compare."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from kdnas.distillation.losses import squared_error
+from kdnas.distillation.narrowing import fit_linear
+from kdnas.distillation.objectives import Criterion, Objective, Term, View
+from kdnas.distillation.start import Started
+from kdnas.system.errors import UserError
+
+
+class SentenceState(Objective):
+    """Squared error of one vector a row: the last layer's [CLS] state, or the mean over real tokens, projected.
+
+    Divided by the variance of the teacher's vector.
+
+    Args:
+        pooling: ``cls`` (the first token) or ``mean``.
+
+    Raises:
+        UserError: another pooling.
+    """
+
+    def __init__(self, pooling: str = "cls") -> None:
+        if pooling not in ("cls", "mean"):
+            raise UserError(f"SentenceState: pooling is {pooling!r}: give cls or mean.")
+        self.pooling = pooling
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _SentenceState(self.pooling, student.config.hidden_size, teacher.config.hidden_size)
+
+
+class _SentenceState(Criterion):
+    variance: Tensor
+
+    def __init__(self, pooling: str, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.terms = [Term(f"sentence_{pooling}", 1.0)]
+        self.projection = nn.Linear(student_width, teacher_width)
+        self.register_buffer("variance", torch.ones(()))
+
+    def _vector(self, view: View) -> Tensor:
+        if self.pooling == "mean":
+            return view.pooled(view.mask_BT)
+        return view.padded(view.model.config.num_hidden_layers - 1)[:, 0].float()
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        predicted = self.projection(self._vector(student))
+        return [(squared_error(predicted, self._vector(teacher)) / self.variance, len(predicted))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        targets = torch.cat([self._vector(view) for view in teachers])
+        self.variance.copy_(targets.var(0, correction=0).mean().clamp_min(1e-6))
+        fit_linear(self.projection, torch.cat([self._vector(view) for view in students]), targets, strength=1e-3)
+
+
+class SentenceSimilarity(Objective):
+    """How alike the rows of a batch are to the student, against how alike they are to the teacher.
+
+    With s and t the means of the last states over real tokens, the error of row i is the mean over the other rows j of
+    ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. No projection stands
+    between: what is searched with the teacher's vectors by cosine can be searched with the student's own. The one
+    objective whose errors depend on which rows share a batch. After Passalis and Tefas 2018, who match the cosines of
+    a batch as probabilities.
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _SentenceSimilarity()
+
+
+class _SentenceSimilarity(Criterion):
+    variance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms = [Term("sentence_similarity", 1.0)]
+        self.register_buffer("variance", torch.ones(()))
+
+    @staticmethod
+    def cosines(view: View) -> Tensor:
+        """Of each row with each other row, (B, B - 1)."""
+        vectors_BH = F.normalize(view.pooled(view.mask_BT))
+        others = ~torch.eye(len(vectors_BH), dtype=torch.bool, device=vectors_BH.device)
+        with torch.autocast(vectors_BH.device.type, enabled=False):
+            return (vectors_BH @ vectors_BH.T)[others].view(len(vectors_BH), len(vectors_BH) - 1)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        ours, theirs = self.cosines(student), self.cosines(teacher)
+        num_others = ours.shape[1]  # a row alone has nothing to be compared with
+        error = (ours - theirs).square().sum() / max(num_others, 1) / self.variance
+        return [(error, len(ours) if num_others else 0)]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        cosines = torch.cat([self.cosines(view).flatten() for view in teachers])
+        if len(cosines) > 1:
+            self.variance.copy_(cosines.var(correction=0).clamp_min(1e-6))
+
+
+class PairComparison(Objective):
+    """Tells from a pair's [CLS] how its two sentences compare in the teacher's eyes.
+
+    With u and v the means of the teacher's last states over the first and the second sentence, a small head on the
+    student's last [CLS] state predicts ``|u - v|`` (each dimension standardised) and ``cos(u, v)`` (standardised); the
+    error is the mean of both mean squared errors. It needs rows that are pairs (``data.pair_share``). It exercises what
+    fine-tuning on pairs asks of [CLS], from text without labels. It trusts that the teacher's mean states carry
+    meaning, which holds best for sentence encoders.
+    """
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _PairComparison(student.config.hidden_size, teacher.config.hidden_size)
+
+
+class _PairComparison(Criterion):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.terms = [Term("pair_comparison", 1.0)]
+        self.head = nn.Sequential(
+            nn.Linear(student_width, student_width), nn.GELU(), nn.Linear(student_width, teacher_width + 1)
+        )
+        self.register_buffer("mean", torch.zeros(teacher_width + 1))
+        self.register_buffer("std", torch.ones(teacher_width + 1))
+
+    @staticmethod
+    def comparison(teacher: View) -> tuple[Tensor, Tensor]:
+        """Which rows are pairs, (B,), and of those ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        second = teacher.batch["token_type_ids"].bool()
+        paired = second.any(1)
+        u = teacher.pooled(teacher.mask_BT & ~second)[paired]
+        v = teacher.pooled(second)[paired]
+        return paired, torch.cat([(u - v).abs(), F.cosine_similarity(u, v)[:, None]], -1)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        paired, target = self.comparison(teacher)
+        cls = student.padded(student.model.config.num_hidden_layers - 1)[:, 0][paired]
+        error = (self.head(cls).float() - (target - self.mean) / self.std).square()
+        return [((error[:, :-1].mean(-1) + error[:, -1]).sum() / 2, len(target))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        target = torch.cat([self.comparison(view)[1] for view in teachers])
+        if len(target) > 1:
+            self.mean.copy_(target.mean(0))
+            std = target.std(0)
+            # Some dimensions of a teacher never move: they must not be divided by nothing.
+            std[:-1].clamp_min_(0.1 * float(std[:-1].mean()))
+            self.std.copy_(std.clamp_min(1e-6))

@@ -1,0 +1,299 @@
+"""The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.data.loader import LengthGroupedBatches
+from kdnas.distillation.losses import ridge_map, within_half
+from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe
+from kdnas.distillation.state_cache import Precision, StateCache, cache_key
+from kdnas.models.encoders import Teacher, embed, encode
+from kdnas.system.errors import UserError
+from kdnas.system.files import read_json, write_json
+from kdnas.training.precision import autocast, autocast_dtype
+
+log = logging.getLogger(__name__)
+
+# A CPU's caches hold the activations of so many: up to 10 % faster than 4,096, with short rows (LOG.md).
+CPU_BATCH_TOKENS = 2048
+# Enough for a map of 769 x 768 numbers; a few seconds of a 6-layer teacher on two cores.
+STATS_TOKENS = 30_000
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the errors on one teacher layer are measured against; means over tokens and dimensions.
+
+    Args:
+        variance: of the layer's states on training rows.
+        held_out_variance: the same on held-out rows.
+        held_out_mse_context_free: error, on held-out rows, of the best linear map from the teacher's embedding output
+            (layer 0 of ``hidden_states``) to this layer, fitted on training rows.
+    """
+
+    variance: float
+    held_out_variance: float
+    held_out_mse_context_free: float
+
+
+@dataclass(frozen=True)
+class ShareEnds:
+    """Errors on the teacher's last layer that a probe of all held-out rows makes: where a student's share is 0 and 1.
+
+    Args:
+        context_free: of the teacher's embedding output.
+        teacher: of that layer itself, which is not 0: a probe shrinks its map.
+    """
+
+    context_free: float
+    teacher: float
+
+
+@dataclass(frozen=True)
+class StatesSettings:
+    """Where the teacher's states are kept.
+
+    Args:
+        folder: the states of all teachers and texts, one folder each; safe to delete. By default
+            ``teacher_states`` in the folder of all runs.
+        max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
+        precision: of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4 of the states' variance.
+    """
+
+    folder: str | None = None
+    max_gb: float = 20.0
+    precision: Precision = "float16"
+
+    def __post_init__(self) -> None:
+        if not self.max_gb >= 0:
+            raise UserError(f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live).")
+
+
+class LiveTeacher:
+    """Runs the teacher for every batch.
+
+    Args:
+        model: the teacher's encoder, frozen, in eval mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
+    def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
+        device = batch["input_ids"].device
+        with autocast(device.type):
+            states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
+        assert states is not None
+        real = batch["attention_mask"].flatten().nonzero()[:, 0]  # once for all layers
+        return [states[layer + 1].flatten(0, 1)[real] for layer in layers]
+
+
+StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache, a LiveTeacher
+
+
+class TeacherStates:
+    """What a student learns from, wherever it comes from.
+
+    Args:
+        source: gives, for a batch, the states (N, H) of each layer.
+        layers: the teacher layers that it gives.
+        hidden_size: H.
+        stats: of each layer.
+        ends: of the contextual share.
+    """
+
+    def __init__(
+        self,
+        source: StateSource,
+        layers: Sequence[int],
+        hidden_size: int,
+        stats: dict[int, LayerStats],
+        ends: ShareEnds,
+    ) -> None:
+        self.source, self.layers, self.hidden_size = source, list(layers), hidden_size
+        self.stats, self.ends = stats, ends
+
+    def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device; all layers by default."""
+        device = batch["input_ids"].device
+        layers = self.layers if layers is None else layers
+        return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
+
+
+def state_cache(
+    teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings, device: str = "cpu"
+) -> StateCache:
+    """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
+    assert data.rows is not None, "call data.setup() first"
+    wanted = sorted(set(layers))
+    order = np.concatenate([data.held_out_ids(), data.draw_order()])
+    computed_in = autocast_dtype(torch.device(device).type)
+    key = cache_key(teacher.sha256(), data.rows, wanted, settings.precision, order, computed_in)
+    folder = Path(settings.folder or "lightning_logs/teacher_states") / key
+    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
+
+
+def open_states(
+    teacher: Teacher,
+    data: KDDataModule,
+    layers: Iterable[int],
+    settings: StatesSettings = StatesSettings(),
+    device: str = "cpu",
+) -> TeacherStates:
+    """The states of these layers for the rows of the data's split and the held-out ones, computed now if not there.
+
+    Args:
+        teacher: whose states.
+        data: set up; the rows and masks.
+        layers: teacher layers, from 0; -1 is the embedding output.
+        settings: where, and how much of the disk.
+        device: where the teacher runs while the cache is built.
+
+    Raises:
+        UserError: the disk has too little room for a cache within the budget.
+    """
+    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings, device)
+    wanted, folder = cache.layers, cache.folder
+    row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
+    size = cache.num_bytes(row_ids)
+    source: StateSource = live
+    if size > settings.max_gb * 1e9:
+        log.info(
+            "The teacher runs live: its states would take %.1f GB, the budget is %.1f GB.",
+            size / 1e9,
+            settings.max_gb,
+        )
+    else:
+        source = cache
+        missing = cache.num_missing_bytes(row_ids)
+        new = f"{missing / 1e9:.2f} GB of them are computed now" if missing else "all of them are there"
+        if missing and not folder.exists() and folder.parent.exists() and any(folder.parent.glob("*/lock")):
+            new += " (what lies beside it is of another teacher, text or setting, and is not used)"
+        log.info("Teacher states: %.2f GB in %s, %s", size / 1e9, folder, new)
+        batch_tokens = (
+            data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
+        )
+        cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
+    num_rows, settings_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
+    measured_file = folder / f"measured_{num_rows}_{settings_tokens}.json"  # on what, and in which batches
+    measured_file.parent.mkdir(parents=True, exist_ok=True)
+    measured = _read_measured(measured_file)
+    if measured is None:
+        with FileLock(folder / "lock"):
+            measured = _read_measured(measured_file, alone=True)  # another process may have measured meanwhile
+            if measured is None:
+                stats, ends = measured = measure(teacher.model, source, wanted, data, device)
+                plain = {"layers": {str(layer): asdict(found) for layer, found in stats.items()}, "ends": asdict(ends)}
+                write_json(measured_file, plain | {"sha256": _sha256(plain)})
+    return TeacherStates(source, wanted, teacher.config.hidden_size, *measured)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_measured(path: Path, alone: bool = False) -> tuple[dict[int, LayerStats], ShareEnds] | None:
+    """What was measured before; None where it was not, or is damaged, which one that is ``alone`` says."""
+    try:
+        found = read_json(path)
+        if found.pop("sha256") == _sha256(found):
+            stats = {int(layer): LayerStats(**values) for layer, values in found["layers"].items()}
+            return stats, ShareEnds(**found["ends"])
+    except FileNotFoundError:
+        return None
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass
+    if alone:
+        log.warning("%s is damaged; it is measured anew.", path)
+    return None
+
+
+def _to(batch: Batch, device: str) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
+
+
+def measure(
+    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
+) -> tuple[dict[int, LayerStats], ShareEnds]:
+    """What a student's errors are held against; the same for every split and rank.
+
+    Args:
+        model: the teacher's encoder.
+        source: gives its states.
+        layers: of the teacher, ascending; the last of them is the one of the contextual share.
+        data: set up.
+        device: where the model runs.
+    """
+    model.to(device)  # type: ignore[arg-type]
+    return _stats(model, source, layers, data, device), _ends(model, source, layers[-1], data, device)
+
+
+@torch.no_grad()
+def _ends(model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str) -> ShareEnds:
+    """By the probe that a student is measured by, on the same batches in the same order."""
+    assert data.rows is not None
+    width = model.config.hidden_size
+    # One rank measures while the others wait: there is nobody to add sums with.
+    context_free, teacher = (RidgeProbe(width, width, TOKEN_STRENGTH, False).to(device) for _ in range(2))
+    for index in _batches(data, data.held_out_ids()):
+        batch = _to(data.rows[index], device)
+        target = source(batch, [layer])[0].to(device)
+        context_free.update(embed(model, batch)[batch["attention_mask"].bool()], target)
+        teacher.update(target, target)
+    return ShareEnds(*(float(probe.compute()[0]) for probe in (context_free, teacher)))
+
+
+@torch.no_grad()
+def _stats(
+    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
+) -> dict[int, LayerStats]:
+    """Variance of each layer, and the error of the best context-free predictor of it.
+
+    Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
+    """
+    embedded, states = [], []
+    for ids in (data.select("mini").train_ids(), data.held_out_ids()):  # the same ones for every split
+        batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
+        embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
+        # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
+        sampled = [[within_half(state).half().cpu() for state in source(batch, layers)] for batch in batches]
+        states.append([torch.cat(parts) for parts in zip(*sampled, strict=True)])
+    stats = {}
+    for layer, *halves in zip(layers, *states, strict=True):
+        train, held_out = (half.float() for half in halves)
+        weight = ridge_map(embedded[0], train).float()
+        predicted = torch.addmm(weight[-1], embedded[1], weight[:-1])
+        stats[layer] = LayerStats(
+            variance=float(train.var(0, correction=0).mean()),
+            held_out_variance=float(held_out.var(0, correction=0).mean()),
+            held_out_mse_context_free=float((predicted - held_out).square().mean()),
+        )
+    return stats
+
+
+def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
+    """Batches of about so many real tokens out of these rows; always the same, on every rank."""
+    assert data.rows is not None
+    chosen = np.random.default_rng(0).permutation(sample_ids)
+    chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
+    return [data.rows[index] for index in _batches(data, chosen)]
+
+
+def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
+    """As the loader's of held-out rows, but that is this rank's alone."""
+    assert data.rows is not None
+    return LengthGroupedBatches(data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False)

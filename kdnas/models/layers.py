@@ -1,0 +1,88 @@
+"""Which layers of the teacher a layer of the student learns from.
+
+Layers are numbered from 0; the embedding output is no layer. Student and teacher have L_s and L_t layers.
+"""
+
+from abc import ABC, abstractmethod
+
+from kdnas.system.errors import UserError
+
+
+def spread(num_chosen: int, num_all: int) -> list[int]:
+    """``num_chosen`` of the numbers 0 .. num_all - 1, evenly spread, first and last among them.
+
+    ``floor(i (n - 1) / (k - 1) + 1/2)``; of one alone, the first.
+    """
+    if num_chosen == 1:
+        return [0]
+    steps = num_chosen - 1
+    return [(2 * i * (num_all - 1) + steps) // (2 * steps) for i in range(num_chosen)]
+
+
+class LayerMapping(ABC):
+    """A rule that gives each student layer its teacher layers, or none."""
+
+    @abstractmethod
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        """The teacher layers of one student layer, in the order in which their states are concatenated."""
+
+    def __call__(self, num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, ...]]:
+        """The teacher layers of every student layer.
+
+        Returns:
+            L_s tuples of teacher layers.
+
+        Raises:
+            UserError: the student has more layers than the teacher, or the rule names a layer that is not there.
+        """
+        if not 1 <= num_student_layers <= num_teacher_layers:
+            raise UserError(
+                f"A student of {num_student_layers} layers cannot learn from a teacher of {num_teacher_layers}: "
+                f"give it 1 to {num_teacher_layers}."
+            )
+        pairs = [self.layers(i, num_student_layers, num_teacher_layers) for i in range(num_student_layers)]
+        for layer in {layer for pair in pairs for layer in pair}:
+            if not 0 <= layer < num_teacher_layers:
+                raise UserError(f"The mapping names teacher layer {layer}: there are 0 to {num_teacher_layers - 1}.")
+        return pairs
+
+
+class Last(LayerMapping):
+    """The last L_s layers: ``L_t - L_s + i``."""
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        return (num_teacher_layers - num_student_layers + student_layer,)
+
+
+class Skip(LayerMapping):
+    """Every k-th layer: ``i * floor(L_t / L_s)``.
+
+    The original's README has this rule; its code takes ``floor(i * L_t / L_s)``. They differ for 12 -> 5 and
+    12 -> 7 to 10.
+    """
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        return (student_layer * (num_teacher_layers // num_student_layers),)
+
+
+class LastAndSkip(LayerMapping):
+    """Two teacher layers a student layer, ``Last`` then ``Skip``, as in the original; ``HiddenStates`` has it unset."""
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        sizes = (student_layer, num_student_layers, num_teacher_layers)
+        return Last().layers(*sizes) + Skip().layers(*sizes)
+
+
+class Even(LayerMapping):
+    """Evenly spread, the last student layer at the teacher's last: ``round((i + 1) * L_t / L_s) - 1``."""
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        # Integer arithmetic, halves rounded up: round() would send them to the even neighbour.
+        return ((2 * (student_layer + 1) * num_teacher_layers + num_student_layers) // (2 * num_student_layers) - 1,)
+
+
+class LastLayer(LayerMapping):
+    """The student's last layer learns the teacher's last; the others learn nothing directly."""
+
+    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+        return (num_teacher_layers - 1,) if student_layer == num_student_layers - 1 else ()

@@ -1,0 +1,184 @@
+"""Pictures of a search: one drawing, as SVG within a page, with hover, and as an image for TensorBoard."""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, cycle
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+from kdnas.nas.trials import front, is_twin
+from kdnas.report.tables import as_text
+
+Draw = Callable[[Axes], None]
+
+# Mid-tones that can be read on white and on black; INK becomes the colour of the page's text.
+INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
+COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
+# Of more candidates than this only those on the front, and the best of a run, get a mark and a tip of their own: nobody
+# could read more, and each costs milliseconds, whenever the front moves.
+MOST_NAMED = 100
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.12,
+    **dict.fromkeys(("text.color", "grid.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor"), INK),
+}
+
+
+def as_figure(draw: Draw) -> Figure:
+    """A drawing by itself, on white."""
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
+        draw(figure.add_subplot())
+    return figure
+
+
+def as_svg(label: str, draw: Draw) -> Markup:
+    """A drawing in the page's colours. A part whose gid is ``tip:...`` gets that text as its tool tip."""
+    file = io.StringIO()
+    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        as_figure(draw).savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'<g id="tip:([^"]*)">', r'<g class="mark"><title>\1</title>', svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1, ...: every picture has them
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -> Draw | None:
+    """Loss against latency of every candidate, with the front; None where nothing was measured.
+
+    Args:
+        frame: of ``trials_frame``.
+        best: number of the best trial, if there is one.
+        budget: maps ``speedup`` (at least) or ``latency_ms`` (at most) to its limit.
+    """
+    measured = frame[frame["latency_ms"].notna() & ~is_twin(frame)]
+    trained = measured[np.isfinite(measured["loss"])]
+    teacher_ms = (measured["latency_ms"] * measured["speedup"]).median()
+
+    def draw(axes: Axes) -> None:
+        _loss_by_latency(axes)
+        _front(axes, frame, INK)
+        named, cloud = _named(trained, trained.index[trained["number"] == best].union(front(frame, "latency_ms")))
+        axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=GREY)
+        for row in named.to_dict("records"):
+            is_best = row["number"] == best
+            look = dict(marker="*", markersize=13, color=ORANGE) if is_best else dict(marker="o", color=GREY)
+            axes.plot(row["latency_ms"], row["loss"], **look, gid=f"tip:{_tip(row)}", zorder=3)
+            place = (row["latency_ms"], row["loss"])
+            axes.annotate(row["number"], place, (5, 5), textcoords="offset points", fontsize=8)
+        foot: dict[str, Any] = dict(marker="x", linestyle="", color=GREY, transform=axes.get_xaxis_transform())
+        named, cloud = _named(measured.drop(trained.index), measured.index[:0])
+        axes.plot(cloud["latency_ms"], [0.03] * len(cloud), **foot)
+        for row in named.to_dict("records"):
+            axes.plot(row["latency_ms"], 0.03, **foot, gid=f"tip:{_tip(row)}")
+        if budget.get("latency_ms"):
+            axes.axvline(budget["latency_ms"], color=ORANGE, linestyle="--", linewidth=1)
+        if budget.get("speedup"):
+            axes.axvline(teacher_ms / budget["speedup"], color=ORANGE, linestyle="--", linewidth=1)
+
+    return draw if len(measured) else None
+
+
+def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
+    """The candidates and the fronts of several searches over each other, by the runs' names."""
+
+    def draw(axes: Axes) -> None:
+        _loss_by_latency(axes)
+        for (name, frame), colour in zip(frames.items(), cycle(COLOURS), strict=False):
+            _front(axes, frame, colour)
+            trained = frame[np.isfinite(frame["loss"]) & ~is_twin(frame)]
+            named, cloud = _named(trained, front(frame, "latency_ms"))
+            axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=colour, alpha=0.3)
+            for row in named.to_dict("records"):
+                axes.plot(row["latency_ms"], row["loss"], "o", color=colour, gid=f"tip:{name}, {_tip(row)}")
+
+    return draw
+
+
+def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
+    """The best reward by the number of trained candidates.
+
+    Args:
+        rewards: of each run's candidates, in their order.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.set(xlabel="trained candidates", ylabel="best reward")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for (name, values), colour in zip(rewards.items(), cycle(COLOURS), strict=False):
+            best = list(accumulate(values, max))
+            tip = f"tip:{name}: {as_text(max(values, default=None), '.4f')} after {len(values)} candidates"
+            axes.step(range(1, len(best) + 1), best, where="post", color=colour, linewidth=2, gid=tip)
+            axes.plot(range(1, len(best) + 1), best, "o", markersize=4, color=colour, gid=tip)
+
+    return draw
+
+
+def curves(ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mapping[str, Any]], str]]) -> Draw:
+    """Values by epoch.
+
+    Args:
+        ylabel: what they are.
+        name: the key of a row's value.
+        histories: for each line its name, its rows and its colour; those in grey are thin.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for label, history, colour in histories:
+            epochs = [row["epoch"] + 1 for row in history]
+            values = np.array([row[name] for row in history], dtype=float)
+            tip = f"tip:{label}: {', '.join(as_text(value, '.3f') for value in values)}"
+            weight = 1 if colour == GREY else 2
+            (line,) = axes.plot(epochs, values, "o-", markersize=4, color=colour, gid=tip)
+            line.set(linewidth=weight, zorder=1 + weight)
+
+    return draw
+
+
+def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Those that get a mark and a tip of their own, and the others: where there are very many, only ``kept`` do."""
+    named = candidates if len(candidates) <= MOST_NAMED else candidates.loc[candidates.index.isin(kept)]
+    return named, candidates.drop(named.index)
+
+
+def _loss_by_latency(axes: Axes) -> None:
+    axes.set(xlabel="latency (ms, logarithmic)", ylabel="held-out loss", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
+
+
+def _front(axes: Axes, frame: pd.DataFrame, colour: str) -> None:
+    shown = frame.loc[front(frame, "latency_ms")]
+    axes.step(shown["latency_ms"], shown["loss"], where="post", color=colour, linewidth=1, zorder=2)
+
+
+def _tip(row: Mapping[str, Any]) -> str:
+    """What a candidate is, on hover."""
+    shape = f"{row['num_hidden_layers']} x {row['hidden_size']}, {row['num_attention_heads']} heads"
+    found = [
+        as_text(row["latency_ms"], ".2f", " ms"),
+        as_text(row["speedup"], ".1f", "x"),
+        f"loss {as_text(row['loss'], '.4f')}",
+        f"contextual share {as_text(row['contextual_share'], '.3f')}",
+        f"reward {as_text(row['reward'], '.4f')}",
+    ]
+    return f"trial {row['number']}: {shape}, " + ", ".join(part for part in found if not part.endswith("-"))

@@ -1,0 +1,56 @@
+"""Tables of text: the same rows for the terminal and for a page."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import optuna
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from kdnas.nas.trials import best_trial, trials_frame
+
+
+def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
+    """A number for a cell; ``-`` where it is not known."""
+    return "-" if pd.isna(value) else f"{value * scale:{spec}}{unit}"
+
+
+def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str] = ()) -> Table:
+    """Rows for the terminal: headings on several lines, and no borders, so it fits 80 columns.
+
+    Args:
+        title: above the table.
+        rows: from heading to text, the same headings in the same order.
+        words: headings of columns that are no numbers, and stand left.
+    """
+    table = Table(title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in rows[0] if rows else ():
+        label = Text(heading.replace(" ", "\n"))
+        table.add_column(label, justify="left" if heading in words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    return table
+
+
+def front_table(study: optuna.Study) -> Table:
+    """The best student, and those on the Pareto fronts of loss and latency, and of loss and parameters."""
+    frame = trials_frame(study)
+    best = best_trial(study)
+    shown = frame[frame["front"].notna() | (frame["number"] == (best.number if best else -1))]
+    rows = [
+        {
+            "": "*" if best is not None and row["number"] == best.number else "",
+            "trial": str(row["number"]),
+            "loss": as_text(row["loss"], ".4f"),
+            "latency (ms)": as_text(row["latency_ms"], ".2f"),
+            "speed-up": as_text(row["speedup"], ".1f", "x"),
+            "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
+            "reward": as_text(row["reward"], ".4f"),
+            # The best may be on none: each worker measures its own teacher, so rewards need not follow latencies.
+            "front of": "" if pd.isna(row["front"]) else row["front"],
+        }
+        for row in shown.sort_values("latency_ms").to_dict("records")
+    ]
+    return text_table("The best student (*) and the Pareto fronts", rows, words=["front of"])

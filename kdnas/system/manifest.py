@@ -1,0 +1,118 @@
+"""``manifest.json``: what a finished run, fit, comparison or export consists of, and whether it still does."""
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kdnas import __version__
+from kdnas.system.errors import UserError
+from kdnas.system.files import MANIFEST, file_sha256, read_json, write_json
+
+LIBRARIES = ("torch", "transformers", "lightning", "optuna", "onnxruntime", "numpy")
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
+
+    Args:
+        folder: whose files they are.
+        about: what else to say, such as the command.
+    """
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder, folder / MANIFEST)}
+    versions = {"kdnas": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in LIBRARIES}
+    write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
+
+
+def renew(path: Path) -> None:
+    """Write down, in every finished folder around it, what was rightly made anew; nothing else is looked at.
+
+    Args:
+        path: of a file, or of a folder with all that is in it.
+    """
+    path = path.resolve()
+    made = [path]
+    for folder in path.parents:
+        known = _ours(folder / MANIFEST)
+        if known is None:
+            continue
+        files = {name: entry for name, entry in known["files"].items() if not _is_within(folder / name, made)}
+        found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
+        files |= {file.relative_to(folder).as_posix(): _entry(file) for file in found}
+        write_json(folder / MANIFEST, known | {"files": files})
+        made.append(folder / MANIFEST)  # which is in those of the folders around
+
+
+def _ours(path: Path) -> dict[str, Any] | None:
+    """A manifest of kdnas; None where there is none, or another program's, or one that is damaged (`verify` tells)."""
+    try:
+        values = _read(path) if os.path.isfile(path) else {}
+    except (UserError, OSError):
+        return None
+    versions = values.get("versions")
+    return values if isinstance(versions, dict) and "kdnas" in versions else None
+
+
+def _is_within(path: Path, places: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(place) for place in places)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    files = values.get("files") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"{str(path)!r} is no manifest: it lists no files.")
+    return dict(values)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    if path.is_symlink():
+        return {"link": os.readlink(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
+    """What counts as a run's: no locks, and nothing that a process which was killed has left half written."""
+    for place, folders, names in os.walk(folder):  # does not follow links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted([*names, *(name for name in folders if (Path(place) / name).is_symlink())]):
+            path = Path(place) / name
+            if not name.startswith(".") and not name.endswith(".lock") and path != but:
+                yield path
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """Hold a folder against its manifest; what lies outside is never looked at.
+
+    Returns:
+        How many files the manifest has, and in a line each what is not as it says: files that are missing, changed,
+        links, or not in it; their names as Python writes them, for anybody may have chosen them.
+
+    Raises:
+        UserError: there is no manifest, or it is none.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} has no manifest.json: nothing was made there, or it is not finished.")
+    files = _read(path)["files"]
+    faults = []
+    for name, entry in files.items():
+        target = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            faults.append(f"{name!r}: leaves the folder")
+        elif any(part.is_symlink() for part in target.parents if folder in part.parents):
+            faults.append(f"{name!r}: is a link")
+        elif target.is_symlink():
+            if entry != _entry(target):
+                faults.append(f"{name!r}: is a link" if "link" not in entry else f"{name!r}: links to another file")
+            elif not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
+                faults.append(f"{name!r}: links to what is not in the folder")
+        elif not target.is_file():
+            faults.append(f"{name!r}: is missing")
+        elif entry != (found := _entry(target)):
+            faults.append(f"{name!r}: is not as it was written ({found['bytes']:,} bytes)")
+    names = {str(path.relative_to(folder)) for path in _files(folder, path)}
+    return len(files), faults + [f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())]

@@ -1,0 +1,87 @@
+"""YAML that cannot mean something else than it says: one value a key, no bomb of aliases, nothing that runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdnas.system.errors import UserError, first_line
+
+# A config of ours has 100 lines. A few aliases of aliases would make gigabytes of it.
+MOST_CHARACTERS = 1 << 18
+MOST_NODES = 10_000
+MOST_LEVELS = 50
+
+# What values raise that are not of their kind: a date that is none, an integer of a million digits, `!!int ""`.
+NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
+
+
+def check_yaml(text: str) -> None:
+    """Refuse YAML that loads, but not as whoever reads it would think; no object is made.
+
+    Raises:
+        yaml.YAMLError: a key is given twice, a value contains itself or a NUL, which no name of a file can have, or all
+            is too large once its aliases are written out.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {MOST_LEVELS} levels deep") from None
+    if node is not None:
+        _count(node, (), {})
+
+
+def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node, int]) -> int:
+    """How many nodes there are with all aliases written out."""
+    where = f"line {node.start_mark.line + 1}"
+    if node in above:
+        raise yaml.YAMLError(f"a value contains itself, {where}")
+    if len(above) > MOST_LEVELS:
+        raise yaml.YAMLError(f"it is nested more than {MOST_LEVELS} levels deep, {where}")
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise yaml.YAMLError(f"a value contains a NUL, {where}")
+    if node not in known:
+        known[node] = 1 + sum(_count(child, (*above, node), known) for child in _children(node))
+        if known[node] > MOST_NODES:
+            raise yaml.YAMLError(f"it has more than {MOST_NODES:,} values, aliases written out, {where}")
+    return known[node]
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice, line {key.start_mark.line + 1}")
+            seen.add((key.tag, str(key.value)))
+            yield from (key, value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or holds no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        values = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, *NO_VALUE) as error:
+        raise UserError(f"Cannot read {str(path)!r}: {first_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds no mapping: it must map names to values.")
+    return values
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

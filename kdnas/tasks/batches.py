@@ -1,0 +1,109 @@
+"""Batches of a labelled task: rows of similar length together, padded to the longest of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from kdnas.data.loader import ResumableDataModule, ResumableLoader
+from kdnas.tasks.rows import Columns
+from kdnas.tasks.tasks import LoadedTask
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """An order in which rows of similar length share a batch; another one each epoch.
+
+    Args:
+        lengths: length of every row, in tokens.
+        batch_size: rows a batch.
+        seed: of the order, with the epoch.
+    """
+
+    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix rows.
+    BATCHES_A_PIECE = 50
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning's Trainer calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        rows = generator.permutation(len(self))
+        step = self.BATCHES_A_PIECE * self.batch_size
+        pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
+        rows = np.concatenate([piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces])
+        # The last batch, where it is not full, stays last: in between it would shift all later ones.
+        full = len(rows) - len(rows) % self.batch_size
+        batches = generator.permutation(rows[:full].reshape(-1, self.batch_size))
+        yield from [*batches.flatten().tolist(), *rows[full:].tolist()]
+
+
+class GLUEDataModule(ResumableDataModule):
+    """Batches of a task, padded to their longest row: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
+
+    Training rows come grouped by length, in another order each epoch; validation rows come sorted by length.
+
+    Args:
+        task: the task with its rows.
+        tokenizer: the classifier's.
+        batch_size: rows a batch.
+        max_length: longer rows are cut, in tokens; with the special tokens.
+        seed: of the order of the training rows.
+    """
+
+    def __init__(
+        self,
+        task: LoadedTask,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 32,
+        max_length: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.task, self.tokenizer = task, tokenizer
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenise all rows, once."""
+        if not self.rows:
+            splits = {"train": self.task.train, **self.task.validations}
+            self.rows = {split: self._tokenise(columns) for split, columns in splits.items()}
+
+    def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
+        texts = [columns[name] for name in self.task.task.columns]
+        # Which is the second sentence is told in any case: a teacher may have a mark for it where the student has none.
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+        encoded = {**encoded, "labels": columns["label"]}
+        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Rows of similar length together, shuffled by seed and epoch."""
+        rows = self.rows["train"]
+        lengths = [len(row["input_ids"]) for row in rows]
+        return self.resumable(self._loader(rows, LengthGroupedSampler(lengths, self.batch_size, self.seed)))
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """Rows sorted by length, for each split that is scored."""
+        splits = [self.rows[split] for split in self.task.task.validations]
+        return [self._loader(sorted(rows, key=lambda row: len(row["input_ids"]))) for rows in splits]
+
+    def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> ResumableLoader:
+        return ResumableLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=DataCollatorWithPadding(self.tokenizer),
+            generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
+        )

@@ -1,0 +1,321 @@
+"""Fine-tuning of a classifier on a task, and the score that it ends with."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from kdnas.models.encoders import max_length, num_parameters
+from kdnas.models.families import marks_pairs, name_classes
+from kdnas.system.errors import CandidateFailed, UserError
+from kdnas.system.files import new_folder, read_json, write_json
+from kdnas.tasks.batches import GLUEDataModule
+from kdnas.tasks.scores import make_metrics
+from kdnas.tasks.tasks import LoadedTask, Task
+from kdnas.training.trainer import ClipFusedGradients, TrainerSettings, fit_resumable
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a classifier is fine-tuned; the same for teacher and student. Defaults are those of run_glue.py.
+
+    Args:
+        num_epochs: passes over the training rows; the score is the one after the last.
+        learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line.
+        batch_size: rows a step.
+        max_length: longer rows are cut, in tokens; with the special tokens.
+        warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and below 1.
+        weight_decay: AdamW's, on matrices only (no bias, no layer norm).
+        seed: of dropout and of the order of the rows.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    num_epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 8
+    max_length: int = 128
+    warmup_share: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_epochs", 1), ("batch_size", 1), ("max_length", 8), ("seed", 0), ("weight_decay", 0)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5.")
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
+
+
+def classify(classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False) -> SequenceClassifierOutput:
+    """A classifier's answer to a batch with or without labels; with ``hidden_states`` on demand."""
+    unread = {"labels"} if marks_pairs(classifier.config) else {"labels", "token_type_ids"}
+    inputs = {name: value for name, value in batch.items() if name not in unread}
+    return classifier(**inputs, output_hidden_states=states)
+
+
+class GLUEModule(ClipFusedGradients):
+    """A classifier in training: cross entropy, or mean squared error where the task is a regression.
+
+    Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, their mean.
+    MNLI has loss and metric twice, ``..._matched`` and ``..._mismatched``.
+
+    Args:
+        classifier: transformers' model for sequence classification with ``task.num_labels`` outputs.
+        task: what is predicted and how it is scored.
+        settings: how it is trained.
+    """
+
+    def __init__(
+        self, classifier: PreTrainedModel, task: Task, settings: FinetuneSettings = FinetuneSettings()
+    ) -> None:
+        super().__init__()
+        assert classifier.config.num_labels == task.num_labels
+        self.classifier, self.task, self.settings = classifier, task, settings
+        self.suffixes = [split.removeprefix("validation") for split in task.validations]
+        self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
+
+    def on_fit_start(self) -> None:
+        """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
+        self.train()
+        if self.device.type == "cpu":
+            self.classifier.set_attn_implementation("eager")  # the fused kernel's backward pass is slower there
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
+        return self.outputs(classify(self.classifier, batch))
+
+    def outputs(self, answer: SequenceClassifierOutput) -> Tensor:
+        """What ``forward`` gives, from a classifier's answer."""
+        assert answer.logits is not None
+        logits = answer.logits.float()
+        return logits.squeeze(-1) if self.task.num_labels == 1 else logits
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is trained on, of a batch."""
+        return self.label_loss(self(batch), batch["labels"])
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, or mean squared error, of what ``forward`` gives."""
+        return F.mse_loss(outputs, labels.float()) if self.task.num_labels == 1 else F.cross_entropy(outputs, labels)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            CandidateFailed: it is not finite.
+        """
+        loss = self._finite(self.loss(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        if not loss.isfinite():
+            raise CandidateFailed(
+                f"The loss of {self.task.name!r} is {loss.item()} at step {self.global_step}: lower the learning rate."
+            )
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of its split.
+
+        Raises:
+            CandidateFailed: its loss is not finite.
+        """
+        outputs, labels = self(batch), batch["labels"]
+        self.log(
+            f"val/loss{self.suffixes[dataloader_idx]}",
+            self._finite(self.label_loss(outputs, labels)),
+            batch_size=len(labels),
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+        self.metrics[dataloader_idx].update(outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all rows, and their mean."""
+        values: dict[str, float] = {}
+        for suffix, metrics in zip(self.suffixes, self.metrics, strict=True):
+            values |= {f"{name}{suffix}": float(value) for name, value in metrics.compute().items()}
+            metrics.reset()
+        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        self.log("val/score", sum(values.values()) / len(values), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, fused=True)
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(self.settings.warmup_share * num_steps), num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _History(pl.Callback):
+    """The score after each epoch, and all that was measured after the last.
+
+    A fit goes on only where rows and settings are those that it was begun with.
+
+    Args:
+        made_with: what says so.
+    """
+
+    def __init__(self, made_with: dict[str, Any]) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
+        self.made_with = made_with
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "last": self.last, "made_with": self.made_with}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.last = list(state_dict["rows"]), state_dict["last"]
+        _refuse_other(self.made_with, state_dict["made_with"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": trainer.current_epoch, "score": self.last["val/score"]})
+
+
+def finished(
+    folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
+) -> dict[str, Any] | None:
+    """The result of a fine-tuning that was done before; None where there is none.
+
+    Raises:
+        UserError: it was made on other rows, or with other settings.
+    """
+    if not (folder / "result.json").is_file():
+        return None
+    known = dict(read_json(folder / "result.json"))
+    made_with = _made_with(task, settings, trainer_settings)
+    # One of an earlier version does not say all of it.
+    _refuse_other(made_with, {name: (known["settings"] | known).get(name, asked) for name, asked in made_with.items()})
+    return known
+
+
+def keep_failure(
+    folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings, why: str
+) -> dict[str, Any]:
+    """Write down, as a result without a score, that a fine-tuning failed: the same one would most likely fail again."""
+    made_with = _made_with(task, settings, trainer_settings)
+    result = {"score": None, "failed": why, "settings": asdict(settings), **made_with}
+    write_json(folder / "result.json", result)
+    (folder / "last.ckpt").unlink(missing_ok=True)
+    return result
+
+
+def _made_with(task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings) -> dict[str, Any]:
+    trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
+    return {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
+
+
+def _refuse_other(asked: dict[str, Any], known: dict[str, Any]) -> None:
+    if known["task_sha256"] != asked["task_sha256"]:
+        raise UserError(f"The rows of {asked['task']!r} are not those that it was begun with: give a new run name.")
+    for name, value in known.items():
+        if asked[name] != value:
+            raise UserError(
+                f"{name} of fine-tuning is {asked[name]!r}, and it was begun with {value!r}: give a new run name."
+            )
+
+
+def evaluate_glue(
+    classifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LoadedTask,
+    settings: FinetuneSettings,
+    *,
+    folder: Path,
+    trainer_settings: TrainerSettings = TrainerSettings(),
+    callbacks: Sequence[pl.Callback] = (),
+    make_module: Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule] | None = None,
+    keep_model: bool = True,
+) -> dict[str, Any]:
+    """Fine-tune a classifier on a task, score it and save it.
+
+    The score is the one after the last epoch. The best epoch's would be tuned on the rows that it is reported for.
+
+    Args:
+        classifier: its weights are trained in place; it comes back in eval mode, on the CPU.
+        tokenizer: the classifier's.
+        task: the task with its rows.
+        settings: how it is trained.
+        folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last, ``result.json``.
+            Where that is there already, nothing is trained and it is returned; from ``last.ckpt`` it goes on.
+        trainer_settings: device and precision.
+        callbacks: more of Lightning's callbacks, such as a progress bar.
+        make_module: what trains the classifier; ``GLUEModule`` by default.
+        keep_model: write ``model/``.
+
+    Returns:
+        ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
+        ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds`` (since the last start), ``history``
+        (epoch from 0, score), ``settings``, ``precision`` and ``gradient_clip_val`` as asked for, and ``trained_in``,
+        what ``auto`` stood for.
+
+    Raises:
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
+            begun with other settings.
+        CandidateFailed: a loss is not finite.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    known = finished(folder, task, settings, trainer_settings)
+    if known is not None:
+        (folder / "last.ckpt").unlink(missing_ok=True)
+        return known
+    if settings.max_length > max_length(classifier.config):
+        raise UserError(
+            f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
+        )
+    start = time.perf_counter()
+    names = task.task.label_names or [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
+    name_classes(classifier.config, names)
+    attention = classifier.config._attn_implementation
+    history = _History(_made_with(task, settings, trainer_settings))
+    data = GLUEDataModule(
+        task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        module = (make_module or GLUEModule)(classifier, task.task, settings)
+        fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
+    trained_in = str(module.trainer.precision)
+    classifier.eval()
+    classifier.set_attn_implementation(attention)
+    if keep_model:
+        with new_folder(folder / "model") as model:
+            classifier.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+    metrics = [f"{name}{suffix}" for suffix in module.suffixes for name in task.task.metrics]
+    result = {
+        "task": task.task.name,
+        "task_sha256": task.sha256,
+        "score": history.rows[-1]["score"],
+        "metrics": {name: history.last[f"val/{name}"] for name in metrics},
+        "num_parameters": num_parameters(classifier),
+        "megabytes": sum(p.numel() * p.element_size() for p in classifier.parameters()) / 1e6,
+        "seconds": time.perf_counter() - start,
+        "history": history.rows,
+        "settings": asdict(settings),
+        "precision": trainer_settings.precision,
+        "gradient_clip_val": trainer_settings.gradient_clip_val,
+        "trained_in": trained_in,
+    }
+    write_json(folder / "result.json", result)
+    (folder / "last.ckpt").unlink()
+    return result

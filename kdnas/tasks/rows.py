@@ -1,0 +1,107 @@
+"""Rows of labelled tasks: read from parquet, csv and tsv, and parted."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from kdnas.system.errors import UserError, first_line
+
+Columns = dict[str, list[Any]]
+SUFFIXES = (".parquet", ".csv", ".tsv")
+
+
+def find_file(folder: Path, *splits: str) -> Path:
+    """The file of a split in a folder: ``<split>.parquet``, ``.csv`` or ``.tsv``; the first name that is there.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = [folder / f"{split}{suffix}" for split in splits for suffix in SUFFIXES]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"The task's file {str(paths[0])!r} is missing: a task has train.parquet and {splits[0]}.parquet, "
+        "or csv or tsv files of these names."
+    )
+
+
+def read_table(path: Path, text_columns: Sequence[str] = (), header: Sequence[str] = ()) -> pa.Table:
+    """Read a file of rows.
+
+    Args:
+        path: a parquet file; a csv file, where a field in double quotes may hold commas and newlines and an empty one
+            is null; or a tsv file as GLUE's own are: no quotes, a tab always ends a field.
+        text_columns: read as text, whatever they look like.
+        header: names of the columns of a tsv file whose first row has none of ``text_columns``.
+
+    Raises:
+        UserError: the suffix is another one, or the file cannot be read so.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{str(path)!r} has the suffix {suffix!r}: give a {', '.join(SUFFIXES)} file, or a folder.")
+    try:
+        if suffix == ".parquet":
+            # partitioning=None: a folder called "label=3" must not become a column.
+            return pq.read_table(path, partitioning=None)
+        is_csv = suffix == ".csv"
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline().rstrip("\r\n").split("\t")
+        has_header = is_csv or not header or bool(set(text_columns) & set(first))
+        return pacsv.read_csv(
+            path,
+            pacsv.ReadOptions(column_names=None if has_header else list(header), block_size=1 << 26),
+            pacsv.ParseOptions(
+                delimiter="," if is_csv else "\t", quote_char='"' if is_csv else False, newlines_in_values=is_csv
+            ),
+            pacsv.ConvertOptions(
+                column_types=dict.fromkeys(text_columns, pa.string()),
+                null_values=[""],
+                strings_can_be_null=is_csv,
+                true_values=[],
+                false_values=[],
+            ),
+        )
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)}).") from error
+
+
+def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
+    """Part rows in two: those that train, and about ``share`` of them for measuring; rows of one text stay together.
+
+    Which texts are held out depends on the texts alone: those whose hashes are smallest.
+
+    Args:
+        columns: at least two distinct texts.
+        text_columns: what makes a text.
+        share: of the distinct texts; at least one is held out, and one is not.
+
+    Raises:
+        UserError: there is one text only.
+    """
+    texts = list(zip(*(columns[name] for name in text_columns), strict=True))
+    order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
+    if len(order) < 2:
+        raise UserError(f"There are {len(texts)} rows with {len(order)} distinct texts: none can be held out.")
+    held_out = set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
+    sides = [[i for i, text in enumerate(texts) if (text in held_out) == side] for side in (False, True)]
+    train, validation = ({name: [values[i] for i in rows] for name, values in columns.items()} for rows in sides)
+    return train, validation
+
+
+def in_turn(labels: Sequence[Any], most: int) -> list[int]:
+    """The numbers of at most so many rows, drawn at random (always the same), of each label as many as there are."""
+    seen: Counter[Any] = Counter()
+    turns = []
+    for row in np.random.default_rng(0).permutation(len(labels)).tolist():
+        turns.append((seen[labels[row]], row))
+        seen[labels[row]] += 1
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])[:most]]

@@ -1,0 +1,217 @@
+"""Task distillation: a classifier learns from a fine-tuned teacher, on the task's own rows."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from kdnas.distillation.losses import ridge_map, squared_error
+from kdnas.models.encoders import Reads, find_teacher, refuse_other_inputs
+from kdnas.models.families import class_names, has_classifier
+from kdnas.system.errors import UserError, first_line
+from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, classify
+from kdnas.tasks.tasks import Task, class_order, warn_of_names
+
+# Enough tokens for a map between two widths; the start takes a second.
+_BATCHES_TO_BEGIN_WITH = 32
+
+
+@dataclass(frozen=True)
+class TaskDistillSettings:
+    """What a fine-tuned teacher adds to fine-tuning.
+
+    The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``.
+
+    Args:
+        temperature: that both distributions over the classes are softened by; a regression has none.
+        soft_weight: share of the teacher's answers in what is learned beside the hidden states, 0 to 1.
+        hidden_weight: weight of the error of the last layer's hidden states, as a share of their variance.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    temperature: float = 2.0
+    soft_weight: float = 0.5
+    hidden_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"distill.temperature is {self.temperature}: give a number above 0, such as 2.")
+        if not 0 <= self.soft_weight <= 1:
+            raise UserError(f"distill.soft_weight is {self.soft_weight}: give a share of 0 to 1.")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise UserError(f"distill.hidden_weight is {self.hidden_weight}: give at least 0.")
+
+
+def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+    """How far answers are from the teacher's: ``T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))``.
+
+    Args:
+        outputs: logits s, shape (B, C); or predictions of a regression, (B,), whose mean squared error it then is.
+        teacher_outputs: the teacher's t, the same shape.
+        temperature: T; the factor keeps the size of the gradients.
+
+    Raises:
+        ValueError: the shapes differ (they would broadcast silently).
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+    if outputs.shape != teacher_outputs.shape:
+        raise ValueError(f"The shapes {tuple(outputs.shape)} and {tuple(teacher_outputs.shape)} differ.")
+    if outputs.ndim == 1:
+        return F.mse_loss(outputs, teacher_outputs)
+    ours, theirs = (values.div(temperature).log_softmax(-1) for values in (outputs, teacher_outputs))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """Error of hidden states over real tokens, as a share of the teacher's variance: ``|p - t|^2 / |t - mean t|^2``.
+
+    Args:
+        predicted_BTH: from the student's states, shape (B, T, H).
+        teacher_BTH: the same shape.
+        mask_BT: True on real tokens.
+
+    Returns:
+        A float32 scalar: 0 where they are equal, 1 where the mean of the batch is predicted.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    predicted, teacher = predicted_BTH[mask_BT], teacher_BTH[mask_BT].float()
+    return squared_error(predicted, teacher) / squared_error(teacher.mean(0).expand_as(teacher), teacher)
+
+
+def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistillSettings) -> Tensor:
+    """The sum that is trained on: ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
+    return (1 - settings.soft_weight) * label + settings.soft_weight * soft + settings.hidden_weight * hidden
+
+
+class TaskDistillModule(GLUEModule):
+    """A classifier in training beside a fine-tuned teacher, which answers the same rows.
+
+    Logs the three parts of the loss too: ``train/label``, ``train/soft`` and ``train/hidden``.
+
+    Args:
+        classifier: as ``GLUEModule``'s.
+        task: likewise.
+        settings: likewise.
+        teacher: fine-tuned on the same task; no submodule, and never changed.
+        distill: what counts how much.
+    """
+
+    def __init__(
+        self,
+        classifier: PreTrainedModel,
+        task: Task,
+        settings: FinetuneSettings,
+        teacher: PreTrainedModel,
+        distill: TaskDistillSettings = TaskDistillSettings(),
+    ) -> None:
+        super().__init__(classifier, task, settings)
+        assert teacher.config.num_labels == task.num_labels
+        self.distill = distill
+        self._teacher: Any = (teacher,)  # in a tuple: parameters() and checkpoints must not see it
+        self.projection = nn.Linear(classifier.config.hidden_size, teacher.config.hidden_size)
+
+    @property
+    def teacher(self) -> Any:
+        """The fine-tuned teacher."""
+        return self._teacher[0]
+
+    def on_fit_start(self) -> None:
+        """Let the projection begin as the best linear map, so that the classifier is not driven by a random one."""
+        self.teacher.to(self.device).eval()
+        if not self.trainer.ckpt_path:
+            self._begin_projection()
+        super().on_fit_start()
+
+    def on_fit_end(self) -> None:
+        """Leave the device to the next one."""
+        self.teacher.to("cpu")
+
+    def _begin_projection(self) -> None:
+        self.classifier.eval()
+        pairs = []
+        loader: Any = self.trainer.train_dataloader
+        for batch in itertools.islice(loader, _BATCHES_TO_BEGIN_WITH):
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            with torch.no_grad():
+                states = [_last_state(classify(model, batch, True)) for model in (self.classifier, self.teacher)]
+            pairs.append([state[batch["attention_mask"].bool()] for state in states])
+        ours, theirs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        weights = ridge_map(ours, theirs)
+        with torch.no_grad():
+            self.projection.weight.copy_(weights[:-1].T)
+            self.projection.bias.copy_(weights[-1])
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is trained on, of a batch."""
+        with torch.no_grad():
+            theirs = classify(self.teacher, batch, True)
+        ours = classify(self.classifier, batch, True)
+        outputs = self.outputs(ours)
+        parts = {
+            "label": self.label_loss(outputs, batch["labels"]),
+            "soft": soft_loss(outputs, self.outputs(theirs), self.distill.temperature),
+            "hidden": hidden_loss(
+                self.projection(_last_state(ours)), _last_state(theirs), batch["attention_mask"].bool()
+            ),
+        }
+        self.log_dict({f"train/{name}": value for name, value in parts.items()})
+        return task_loss(**parts, settings=self.distill)
+
+
+def _last_state(answer: Any) -> Tensor:
+    return answer.hidden_states[-1]
+
+
+def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedModel:
+    """A teacher that was fine-tuned on a task, in eval mode and frozen.
+
+    Args:
+        source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
+        task: what it must have been fine-tuned on.
+        students: the encoders that shall learn from it; they must read text as the teacher does.
+
+    Raises:
+        UserError: there is none, it has no trained head for this task, or it reads text in another way.
+    """
+    found = find_teacher(source)
+    if not has_classifier(found.config):
+        raise UserError(f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}.")
+    config: Any = found.config
+    if config.problem_type == "multi_label_classification":
+        raise UserError(f"The teacher {source!r} gives several labels at once: take a classifier of one.")
+    names = class_names(config)
+    if config.num_labels != task.num_labels:
+        raise UserError(
+            f"The teacher {source!r} has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
+            "take one that was fine-tuned on it."
+        )
+    order = class_order(task, names)
+    if order and order != sorted(order):
+        raise UserError(
+            f"The teacher {source!r} has the classes {', '.join(names)}, and {task.name!r} has "
+            f"{', '.join(task.label_names)}: take one with the same order."
+        )
+    if order is None:
+        warn_of_names(task, names, source)
+    for student in students:
+        refuse_other_inputs(student, found)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            found.source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # a broken checkpoint raises anything
+        raise UserError(f"Cannot load the teacher {source!r}: {first_line(error)}.") from error
+    if info["missing_keys"]:
+        raise UserError(f"The weights of the teacher {source!r} lack {sorted(info['missing_keys'])[0]!r}.")
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,103 @@
+"""What a machine multiplies faster, bfloat16 or float32: measured, for the name of a processor does not tell."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional as F
+
+from kdnas.system.errors import UserError
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "KDNAS_CPU_MATMULS"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def bf16_is_faster(device_type: str) -> bool:
+    """Whether a linear layer takes less time in bfloat16 than in float32: measured once, for child processes too.
+
+    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; one whose AMX is hidden from its
+    virtual machine is half as fast (LOG.md). On other devices it is taken for granted.
+
+    What was found is in the environment, for ranks and workers must agree: states computed in another precision are
+    other states. There it can be given, too.
+
+    Raises:
+        UserError: what is given there is neither.
+    """
+    if device_type != "cpu":
+        return True
+    if VARIABLE not in os.environ:
+        seconds = _seconds()
+        os.environ[VARIABLE] = min(DTYPES, key=lambda name: seconds[DTYPES[name]])
+    if (given := os.environ[VARIABLE]) not in DTYPES:
+        raise UserError(f"{VARIABLE} is {given!r}: give bfloat16 or float32, or leave it out.")
+    return given == "bfloat16"
+
+
+def keep(begun_in: str | None) -> str:
+    """Compute as what is gone on with was begun, whatever this machine is faster in.
+
+    Args:
+        begun_in: ``bfloat16`` or ``float32``; None: nothing is begun yet.
+
+    Returns:
+        What matmuls on a CPU are computed in from now on.
+    """
+    if begun_in is not None:
+        if (given := os.environ.get(VARIABLE, begun_in)) != begun_in:
+            log.warning("This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given)
+        os.environ[VARIABLE] = begun_in
+    return "bfloat16" if bf16_is_faster("cpu") else "float32"
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """What is kept within holds for nothing that the same process does later."""
+    known = os.environ.get(VARIABLE)
+    try:
+        yield
+    finally:
+        if known is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = known
+
+
+def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
+    """The least of several rounds, in turn: what other work on the machine adds is no property of either."""
+    with torch.random.fork_rng(devices=[]):
+        given = {dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)] for dtype in DTYPES.values()}
+    rounds = [{dtype: _time(*pair) for dtype, pair in given.items()} for _ in range(num_rounds)]
+    return {dtype: min(seconds[dtype] for seconds in rounds) for dtype in given}
+
+
+def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    F.linear(x, weight)
+    return time.perf_counter() - begin
+
+
+def autocast(device_type: str) -> torch.autocast:
+    """Matmuls in bfloat16 where that is faster; elsewhere nothing is changed."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16_is_faster(device_type))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """In what matmuls are computed under ``autocast``."""
+    return torch.bfloat16 if bf16_is_faster(device_type) else torch.float32
+
+
+def trainer_precision(accelerator: str) -> str:
+    """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    return "bf16-mixed" if bf16_is_faster("cpu" if on_cpu else "other") else "32-true"
+
+
+def gpu_name() -> str | None:
+    """Of the GPU that is used where none is chosen; None: there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,85 @@
+"""Help pages and completions: shown without torch, and never older than the parsers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdnas
+from kdnas.cli.help import EXAMPLES, page
+from kdnas.cli.main import COMMANDS, main
+
+FOLDER = Path(kdnas.__file__).parent / "cli" / "pages"
+
+
+def test_pages_are_what_the_parsers_say() -> None:
+    # In a process of its own: parsers list the subclasses that are imported.
+    code = "import json; from kdnas.cli.main import COMMANDS; from kdnas.cli.help import EXAMPLES, render"
+    code += "; print(json.dumps({name: render(name, COMMANDS[name]) for name in EXAMPLES}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    made = json.loads(done.stdout.splitlines()[-1])
+    for command, text in made.items():
+        if os.environ.get("WRITE_PAGES"):
+            (FOLDER / f"{command}.txt").write_text(text, encoding="utf-8")
+        assert page(command) == text, "make the pages anew: WRITE_PAGES=1 pytest tests/test_pages.py"
+
+
+def test_every_command_but_completion_has_a_page() -> None:
+    assert len(EXAMPLES) == 10
+    assert {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
+
+
+def test_help_and_completion_do_not_import_torch() -> None:
+    code = "import sys; from kdnas.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for args in (["run", "--help"], ["completion", "bash"], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "kdnas" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("kdnas se", "search"),
+        ("kdnas search --search.n_t", "--search.n_trials"),
+        ("kdnas search --time-b", "--time-budget"),
+        ("kdnas search --time_b", "--time_budget"),
+        ("kdnas glue --log", "--log-level"),
+        ("kdnas export --a", "--as"),
+        ("kdnas fit --ckpt-", "--ckpt-path"),
+        ("kdnas run --text my.p", "my.parquet"),
+        ("kdnas fit --data.text my.p", "my.parquet"),
+        ("kdnas completion z", "zsh"),
+    ],
+)
+def test_bash_completes_commands_options_and_files(
+    words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "completion.bash"
+    (tmp_path / "my.parquet").touch()
+    assert main(["completion", "bash"]) == 0
+    script.write_text(capsys.readouterr().out)
+    place = len(words.split()) - 1
+    command = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={place}; _shtab_kdnas; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+def test_bash_completes_files_wherever_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert "complete -o bashdefault -o default " in capsys.readouterr().out
+
+
+def test_completion_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "--help"]) == main(["completion", "-h"]) == 0
+    assert 'eval "$(kdnas completion bash)"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [["cmd"], [], ["bash", "zsh"]])
+def test_an_unknown_shell_gets_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bash" in error and (len(args) != 1 or args[0] in error)

@@ -1,0 +1,182 @@
+"""Each callback around a fit of a module that does next to nothing."""
+
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import BertConfig
+
+from kdnas.deploy.latency import ArchLatency, Latency, LatencyMeter, LatencySettings
+from kdnas.distillation.module import HiddenStateDistillModule
+from kdnas.models.arch import StudentArch
+from kdnas.nas.callbacks import FailOnNonFiniteLoss, LatencyAfterFit, PruneByHeldOutLoss, RewardAfterFit
+from kdnas.nas.reward import reward
+from kdnas.system.errors import CandidateFailed
+from kdnas.training.trainer import TrainerSettings, make_trainer
+
+ARCH = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64, hidden_act="relu")
+CPU = TrainerSettings(accelerator="cpu", precision="32-true")
+STEPS = 4  # of an epoch
+
+
+class Tiny(HiddenStateDistillModule):
+    """One weight; the losses of its steps and the held-out losses of its epochs are given."""
+
+    def __init__(self, held_out: list[float], losses: dict[int, float] | None = None) -> None:
+        pl.LightningModule.__init__(self)
+        self.weight = nn.Parameter(torch.ones(()))
+        self.arch, self.history = ARCH, []
+        self.held_out, self.losses = held_out, losses or {}
+
+    def setup(self, stage: str | None = None) -> None:
+        pass
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return []
+
+    def on_train_start(self) -> None:
+        pass
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.weight * self.losses.get(self.global_step, 0.5)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        loss = 99.0 if self.trainer.sanity_checking else self.held_out[self.current_epoch]
+        self.log("val_loss", loss)
+        self.history.append({"epoch": self.current_epoch, "loss": loss, "contextual_share": 0.25})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(folder: Path, module: Tiny, *callbacks: pl.Callback, sanity: int = 0, logs: bool = True) -> None:
+    trainer = make_trainer(CPU, folder / "trial_0000", len(module.held_out), callbacks)
+    trainer.num_sanity_val_steps = sanity
+    if not logs:
+        trainer.loggers = []
+    rows = DataLoader(range(STEPS))
+    trainer.fit(module, rows, rows)
+
+
+@pytest.fixture
+def meter(monkeypatch) -> LatencyMeter:
+    """A meter that must not measure."""
+    monkeypatch.setattr("kdnas.deploy.latency.measure_latency", None)
+    return LatencyMeter(BertConfig(), LatencySettings())
+
+
+def remembered(meter: LatencyMeter, student_ms: float = 2.0, teacher_ms: float = 10.0) -> ArchLatency:
+    value = ArchLatency(Latency(student_ms, 0.1, 9), Latency(teacher_ms, 0.2, 9), 1234)
+    meter.remember(ARCH, value)
+    return value
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_ends_the_fit_at_its_step(tmp_path, loss):
+    module = Tiny([0.5, 0.5], {5: loss})
+    with pytest.raises(CandidateFailed, match=f"the training loss is {loss} at step 6"):
+        fit(tmp_path, module, FailOnNonFiniteLoss())
+    assert module.global_step == 6
+    assert len(module.history) == 1
+
+
+def test_a_finite_loss_however_large_ends_nothing(tmp_path):
+    module = Tiny([0.5], {1: 1e30, 2: -1e30})
+    fit(tmp_path, module, FailOnNonFiniteLoss())
+    assert module.global_step == STEPS
+
+
+def test_the_held_out_score_of_each_epoch_is_reported(tmp_path):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+    fit(tmp_path, Tiny([0.75, 0.5, 1.25]), PruneByHeldOutLoss(study.ask()), sanity=1)
+    assert study.trials[0].intermediate_values == {0: 0.25, 1: 0.5, 2: -0.25}
+
+
+def test_the_fit_ends_where_the_pruner_says_so(tmp_path):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
+    module = Tiny([0.5, 0.75, 0.1])
+    with pytest.raises(optuna.TrialPruned, match=r"^held-out loss 0\.7500 after epoch 2 of 3$"):
+        fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
+    assert module.global_step == 2 * STEPS
+    assert study.trials[0].user_attrs == {"stopped_early": "held-out loss 0.7500 after epoch 2 of 3"}
+
+
+def test_what_is_trained_to_its_end_is_never_pruned(tmp_path):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
+    module = Tiny([0.5, 0.75])
+    fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
+    assert module.global_step == 2 * STEPS and study.trials[0].intermediate_values == {0: 0.5, 1: 0.25}
+
+
+def test_the_median_pruner_sees_a_higher_score_as_better(tmp_path):
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+
+    def objective(trial: optuna.Trial) -> float:
+        module = Tiny([0.4, 0.3] if trial.number < 2 else [0.9, 0.1] if trial.number == 2 else [0.2, 0.2])
+        fit(tmp_path, module, PruneByHeldOutLoss(trial))
+        return 1 - module.history[-1]["loss"]
+
+    study.optimize(objective, n_trials=4)
+    complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
+    assert [trial.state for trial in study.trials] == [complete, complete, pruned, complete]
+    assert study.trials[2].intermediate_values == {0: pytest.approx(0.1)}
+
+
+def test_the_latency_is_the_one_that_the_meter_remembers(tmp_path, meter):
+    value = remembered(meter)
+    callback = LatencyAfterFit(meter)
+    assert callback.latency is None
+    fit(tmp_path, Tiny([0.5]), callback)
+    assert callback.latency is value
+
+
+def test_the_reward_is_that_of_the_last_epoch_and_the_latency(tmp_path, meter):
+    remembered(meter, 2.0, 10.0)
+    latency = LatencyAfterFit(meter)
+    rewarded = RewardAfterFit(latency, alpha=-0.5, beta=0.3)
+    assert math.isnan(rewarded.reward)
+    fit(tmp_path, Tiny([0.9, 0.2]), latency, rewarded)
+    assert rewarded.reward == reward(0.2, 2.0, 10.0, -0.5, 0.3) == pytest.approx(0.8 * (2 / 3) ** -0.5)
+
+
+def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_path, meter):
+    remembered(meter, 2.0, 10.0)
+    latency = LatencyAfterFit(meter)
+    rewarded = RewardAfterFit(latency, alpha=-0.06, beta=0.6)
+    fit(tmp_path, Tiny([0.5]), latency, rewarded)
+    assert len(list((tmp_path / "trial_0000").glob("events.out.tfevents.*"))) == 1
+    events = EventAccumulator(str(tmp_path / "trial_0000"))
+    events.Reload()
+    written = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+    assert written == pytest.approx(
+        {
+            "hp/reward": rewarded.reward,
+            "hp/loss": 0.5,
+            "hp/contextual_share": 0.25,
+            "hp/latency_ms": 2.0,
+            "hp/speedup": 5.0,
+        }
+    )
+    metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == ARCH.to_dict()
+
+
+def test_the_reward_is_computed_without_a_logger_too(tmp_path, meter):
+    remembered(meter)
+    latency = LatencyAfterFit(meter)
+    rewarded = RewardAfterFit(latency, alpha=-0.06, beta=0.6)
+    fit(tmp_path, Tiny([0.5]), latency, rewarded, logs=False)
+    assert rewarded.reward == reward(0.5, 2.0, 10.0)

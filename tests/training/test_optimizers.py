@@ -1,0 +1,118 @@
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from kdnas.system.errors import UserError
+from kdnas.training.optimizers import MuonAdamW, is_layer_matrix
+
+
+def make() -> tuple[nn.Linear, MuonAdamW]:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 4)
+    muon = [{"params": [linear.weight], "lr": 0.02}]
+    adamw = [{"params": [linear.bias], "lr": 0.1, "weight_decay": 0.0}]
+    return linear, MuonAdamW(muon, adamw, weight_decay=0.0)
+
+
+def step(linear: nn.Linear, optimizer: MuonAdamW, seed: int) -> None:
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    linear(inputs).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_matrix_moves_alike_in_every_direction_by_the_size_of_adamws_step():
+    linear, optimizer = make()
+    before, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    step(linear, optimizer, 1)
+    moved = before - linear.weight.detach()
+    # Orthogonalised in five bfloat16 steps: singular values near 1, times 0.2 * sqrt(6) * 0.02.
+    singular = torch.linalg.svdvals(moved) / (0.2 * 6**0.5 * 0.02)
+    assert singular.min() > 0.5 and singular.max() < 1.4
+    torch.testing.assert_close((linear.bias.detach() - bias).abs(), torch.full((4,), 0.1), rtol=1e-3, atol=0)
+
+
+def test_a_schedule_reaches_both_and_a_checkpoint_goes_on_with_equal_weights():
+    linear, optimizer = make()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    step(linear, optimizer, 1)
+    schedule.step()
+    assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.05, 0.01]
+    saved, weights = copy.deepcopy(optimizer.state_dict()), {k: v.clone() for k, v in linear.state_dict().items()}
+    step(linear, optimizer, 2)
+    other, resumed = make()
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    assert [group["lr"] for group in resumed.param_groups] == [0.05, 0.01]
+    step(other, resumed, 2)
+    torch.testing.assert_close(other.weight, linear.weight, rtol=0, atol=0)
+    torch.testing.assert_close(other.bias, linear.bias, rtol=0, atol=0)
+
+
+def test_another_optimizer_goes_on_with_what_one_knew_at_its_own_rates():
+    linear, optimizer = make()
+    for seed in (1, 2):
+        step(linear, optimizer, seed)
+    known = {name: tensor.clone() for name, tensor in optimizer.tensors(linear).items()}
+    assert set(known) == {"weight/momentum_buffer", "bias/step", "bias/exp_avg", "bias/exp_avg_sq"}
+    assert known["bias/step"] == 2
+    other, fresh = make()
+    assert fresh.tensors(other) == {}
+    other.load_state_dict(linear.state_dict())
+    fresh.param_groups[0]["lr"] = 0.3
+    fresh.load_tensors(other, {name: tensor.clone() for name, tensor in known.items()})
+    assert all(torch.equal(tensor, known[name]) for name, tensor in fresh.tensors(other).items())
+    assert [group["lr"] for part in fresh.parts for group in part.param_groups] == [0.3, 0.02]
+    fresh.param_groups[0]["lr"] = 0.1
+    for one, its in ((linear, optimizer), (other, fresh)):
+        step(one, its, 3)
+    assert torch.equal(other.weight, linear.weight) and torch.equal(other.bias, linear.bias)
+
+
+@pytest.mark.parametrize(("place", "shape"), [("other/exp_avg", (4,)), ("bias/exp_avg", (5,)), ("bias", ())])
+def test_what_was_known_of_another_student_is_refused(place, shape):
+    linear, optimizer = make()
+    with pytest.raises(UserError, match=re.escape(f"The optimizer's {place!r} of shape {shape} is of another student")):
+        optimizer.load_tensors(linear, {place: torch.zeros(shape)})
+
+
+def test_the_closure_is_called_once_with_gradients():
+    linear, optimizer = make()
+    calls = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        linear(torch.ones(1, 6)).sum().backward()
+        return 3.0
+
+    with torch.no_grad():
+        assert optimizer.step(closure) == 3.0
+    assert calls == [True]
+
+
+def test_without_matrices_it_is_adamw():
+    linear, _ = make()
+    other, _ = make()
+    ours = MuonAdamW([], [{"params": linear.parameters(), "lr": 0.1, "weight_decay": 0.1}], 0.1)
+    theirs = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.1)
+    for seed in range(3):
+        step(linear, ours, seed)
+        step(other, theirs, seed)  # type: ignore[arg-type]
+    torch.testing.assert_close(linear.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "answer"),
+    [
+        ("student.encoder.layer.0.output.dense.weight", (4, 4), True),
+        ("student.encoder.layer.0.output.dense.bias", (4,), False),
+        ("student.embeddings.word_embeddings.weight", (4, 4), False),
+        ("student.encoder.embedding_hidden_mapping_in.weight", (4, 4), False),
+        ("criterion.projections.0.weight", (4, 4), False),
+    ],
+)
+def test_muon_takes_the_matrices_of_layers_alone(name, shape, answer):
+    assert is_layer_matrix(name, nn.Parameter(torch.zeros(shape))) is answer
