@@ -54,7 +54,11 @@ def read_config(name: str) -> FitConfig:
         parser.add_argument(f"--{key}", type=kind)
     model = values["model"]
     parsed = parser.parse_object(
-        {"arch": model["arch"], "recipe": model.get("recipe", {}), "data": values["data"].get("settings", {})}
+        {
+            "arch": model["arch"],
+            "recipe": model.get("recipe", {}),
+            "data": values["data"].get("settings", {}),
+        }
     )
     found = parser.instantiate(parsed)
     return FitConfig(found.arch, found.recipe, found.data, values["trainer"])
@@ -63,12 +67,20 @@ def read_config(name: str) -> FitConfig:
 def options(name: str, description: str, text: bool = True) -> argparse.ArgumentParser:
     """The options that every benchmark has; ``--text`` where there is text to train on."""
     parser = argparse.ArgumentParser(
-        prog=f"{name}.py", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"{name}.py",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a small part of it, in about 50 s on two cores")
-    parser.add_argument("--json", type=Path, default=OUTPUT / f"{name}.json", help="where the figures go")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small part of it, in about 50 s on two cores"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=OUTPUT / f"{name}.json", help="where the figures go"
+    )
     if text:
-        parser.add_argument("--text", help="rows to train on, as for --text of kdnas (default: quickstart's)")
+        parser.add_argument(
+            "--text", help="rows to train on, as for --text of kdnas (default: quickstart's)"
+        )
     return parser
 
 
@@ -111,7 +123,11 @@ def machine() -> dict[str, Any]:
 
 def _commit() -> str | None:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    done = (
+        subprocess.run(git, capture_output=True, text=True, check=False)
+        if shutil.which("git")
+        else None
+    )
     return done.stdout.strip() or None if done else None
 
 

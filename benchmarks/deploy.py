@@ -61,7 +61,10 @@ def torch_outputs(model: PreTrainedModel, batches: Sequence[Feed]) -> list[np.nd
 def deployed(folder: Path) -> dict[str, tuple[Any, LatencySettings, Path]]:
     """What runs, how, and the file that is on the disk, of each variant of an export."""
     model, _ = load_student(folder)
-    how = {name: LatencySettings(name, length=LENGTH) for name in ("torch", "torch-bf16", "onnxruntime")}
+    how = {
+        name: LatencySettings(name, length=LENGTH)
+        for name in ("torch", "torch-bf16", "onnxruntime")
+    }
     weights = folder / "model.safetensors"
     return {
         "torch fp32": (model, how["torch"], weights),
@@ -90,7 +93,10 @@ def finetuned(role: str, source: str, task: LoadedTask, folder: Path, progress: 
 
 def cut_task(task: LoadedTask, most: int) -> LoadedTask:
     """The task with at most so many rows of each split."""
-    cut = {split: {name: column[:most] for name, column in rows.items()} for split, rows in task.validations.items()}
+    cut = {
+        split: {name: column[:most] for name, column in rows.items()}
+        for split, rows in task.validations.items()
+    }
     return dataclasses.replace(some_rows(task, most), validations=cut)
 
 
@@ -101,7 +107,9 @@ def measure(task: LoadedTask, exports: dict[str, Path], num_rounds: int) -> list
     for _ in range(num_rounds):
         for variant in VARIANTS:
             models = [runs[role][variant][0] for role in runs]
-            for role, latency in zip(runs, measure_latency(models, runs["teacher"][variant][1]), strict=True):
+            for role, latency in zip(
+                runs, measure_latency(models, runs["teacher"][variant][1]), strict=True
+            ):
                 times.setdefault((role, variant), []).append(latency.median_ms)
     rows = []
     for role, variants in runs.items():
@@ -114,8 +122,16 @@ def measure(task: LoadedTask, exports: dict[str, Path], num_rounds: int) -> list
             else:
                 found = outputs(what, batches)
             megabytes = file.stat().st_size / 1e6 / (2 if variant.endswith("bf16") else 1)
-            row = {"task": task.task.name, "model": role, "variant": variant, "megabytes": megabytes}
-            row |= {"latency_ms": statistics.median(times[role, variant]), "score": score(task.task, found, batches)}
+            row = {
+                "task": task.task.name,
+                "model": role,
+                "variant": variant,
+                "megabytes": megabytes,
+            }
+            row |= {
+                "latency_ms": statistics.median(times[role, variant]),
+                "score": score(task.task, found, batches),
+            }
             rows.append(row)
     base = rows[0]["latency_ms"]  # the teacher in float32 torch
     return [row | {"speedup": base / row["latency_ms"]} for row in rows]
@@ -128,7 +144,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         "int8_speedup": min(student[task, "ONNX int8"]["speedup"] for task in tasks),
         "int8_points_lost": max(
-            100 * (student[task, "torch fp32"]["score"] - student[task, "ONNX int8"]["score"]) for task in tasks
+            100 * (student[task, "torch fp32"]["score"] - student[task, "ONNX int8"]["score"])
+            for task in tasks
         ),
     }
 
@@ -136,8 +153,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> None:
     """Make what is missing, measure and show."""
     parser = options("deploy", __doc__ or "")
-    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
-    parser.add_argument("--folder", type=Path, default=OUTPUT / "deploy", help="where the models are kept")
+    parser.add_argument(
+        "--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=OUTPUT / "deploy", help="where the models are kept"
+    )
     parser.add_argument("--student", help="a distilled encoder, instead of distilling one")
     parser.add_argument("--epochs", type=int, default=6, help="of the distillation")
     arguments = parser.parse_args(args)
@@ -147,14 +168,19 @@ def main(args: Sequence[str] | None = None) -> None:
     quieten()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     tasks = [load_task(str(arguments.glue / name) if arguments.glue else name) for name in names]
-    tasks = [cut_task(task, 200) if arguments.quick else some_rows(task, MOST_TRAIN_ROWS) for task in tasks]
+    tasks = [
+        cut_task(task, 200) if arguments.quick else some_rows(task, MOST_TRAIN_ROWS)
+        for task in tasks
+    ]
     rows: list[dict[str, Any]] = []
     export_seconds: dict[str, float] = {}
     with Progress(console=Console()) as progress:
         student = arguments.student
         if student is None:
             text = cut_text(arguments.text, arguments.folder, most=200 if arguments.quick else None)
-            distil(SHAPE, "fit", arguments.epochs, text, arguments.folder / "student", "full", progress)
+            distil(
+                SHAPE, "fit", arguments.epochs, text, arguments.folder / "student", "full", progress
+            )
             student = str(arguments.folder / "student" / "encoder")
         sources = {"teacher": find_teacher(TEACHER).source, "student": student}
         for task in tasks:
@@ -170,7 +196,12 @@ def main(args: Sequence[str] | None = None) -> None:
             rows += measure(task, exports, 1 if arguments.quick else NUM_ROUNDS)
     table = Table("task", "model", "variant", "MB", "ms", "speed-up", "score")
     for row in rows:
-        cells = [f"{row['megabytes']:.1f}", f"{row['latency_ms']:.2f}", f"{row['speedup']:.1f}x", f"{row['score']:.3f}"]
+        cells = [
+            f"{row['megabytes']:.1f}",
+            f"{row['latency_ms']:.2f}",
+            f"{row['speedup']:.1f}x",
+            f"{row['score']:.3f}",
+        ]
         table.add_row(row["task"], row["model"], row["variant"], *cells)
     Console().print(table)
     found = summary(rows) | {"export_seconds": export_seconds["student"]}
@@ -184,7 +215,12 @@ def main(args: Sequence[str] | None = None) -> None:
             axis.plot(*points, "o-", color=colour, label=role)
             for row in line:
                 axis.annotate(row["variant"], (row["latency_ms"], row["score"]), fontsize=7)
-        axis.set(title=task.task.name, xlabel=f"ms, batch 1 x {LENGTH}, 1 thread", ylabel="score", xscale="log")
+        axis.set(
+            title=task.task.name,
+            xlabel=f"ms, batch 1 x {LENGTH}, 1 thread",
+            ylabel="score",
+            xscale="log",
+        )
         axis.legend()
     figure.savefig(arguments.json.with_suffix(".png"), dpi=120, bbox_inches="tight")
 

@@ -79,7 +79,9 @@ def fault(name: str, what: str, quick: bool = True) -> Callable[[Any], Any]:
     return put
 
 
-@fault("F01", "kill -9 of a search and its process group, at a random instant; SQLite and PostgreSQL")
+@fault(
+    "F01", "kill -9 of a search and its process group, at a random instant; SQLite and PostgreSQL"
+)
 def kill(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018 (made before the clock starts)
     start, extra = time.monotonic(), []
@@ -100,7 +102,9 @@ def kill(bench: Bench, row: Row) -> None:
 
     while row.tried < (1 if bench.quick else 50):
         round_of(bench.new_name())
-    row.notes.append(f"median extra time {statistics.median(extra):.1f} s, an unbroken search takes {whole:.1f} s")
+    row.notes.append(
+        f"median extra time {statistics.median(extra):.1f} s, an unbroken search takes {whole:.1f} s"
+    )
     row.worst_wait_s = max(extra)
     if not bench.quick:
         on_postgres(bench, row, 10, round_of)
@@ -115,7 +119,11 @@ def on_postgres(bench: Bench, row: Row, times: int, round_of: Callable[[str], No
             round_of(name)
 
 
-@fault("F02", "kill -9 of one of two workers; the other waits at most 5 s, and a third takes its place", quick=False)
+@fault(
+    "F02",
+    "kill -9 of one of two workers; the other waits at most 5 s, and a third takes its place",
+    quick=False,
+)
 def kill_worker(bench: Bench, row: Row) -> None:
     thirds: list[bool] = []
 
@@ -125,10 +133,18 @@ def kill_worker(bench: Bench, row: Row) -> None:
         delay = bench.random.uniform(0, 2)
         while process.poll() is None and len(known) < 2:  # until both are at work
             time.sleep(0.1)
-            known = {t.user_attrs["pid"]: t.state.name for t in bench.trials(name) if "pid" in t.user_attrs}
+            known = {
+                t.user_attrs["pid"]: t.state.name
+                for t in bench.trials(name)
+                if "pid" in t.user_attrs
+            }
         time.sleep(delay)
-        known = {t.user_attrs["pid"]: t.state.name for t in bench.trials(name) if "pid" in t.user_attrs}
-        killed = bench.random.choice([pid for pid, state in known.items() if state == "RUNNING"] or [*known])
+        known = {
+            t.user_attrs["pid"]: t.state.name for t in bench.trials(name) if "pid" in t.user_attrs
+        }
+        killed = bench.random.choice(
+            [pid for pid, state in known.items() if state == "RUNNING"] or [*known]
+        )
         try:
             os.kill(killed, signal.SIGKILL)
         except ProcessLookupError:  # it had ended: none was killed
@@ -136,12 +152,18 @@ def kill_worker(bench: Bench, row: Row) -> None:
         acknowledged, instant = bench.acknowledged(name), datetime.now()
         workers: set[int] = set()
         while process.poll() is None:
-            workers |= {int(path.name) for path in processes_of({process.pid}) if has(path / "cmdline", b"spawn_main")}
+            workers |= {
+                int(path.name)
+                for path in processes_of({process.pid})
+                if has(path / "cmdline", b"spawn_main")
+            }
             time.sleep(0.1)
         _, error = process.communicate()
         row.tried += 1
         row.fault("lost", f"{name}: nobody took the place of {killed}", not workers - known.keys())
-        thirds.append(bool({t.user_attrs.get("pid") for t in bench.trials(name)} - known.keys() - {None}))
+        thirds.append(
+            bool({t.user_attrs.get("pid") for t in bench.trials(name)} - known.keys() - {None})
+        )
         wait = longest_wait(bench.trials(name), known.keys() - {killed}, instant)
         row.notes += [f"{name}: nobody else was at work"] * math.isnan(wait)
         row.worst_wait_s = max(row.worst_wait_s, 0.0 if math.isnan(wait) else wait)
@@ -152,7 +174,9 @@ def kill_worker(bench: Bench, row: Row) -> None:
         round_of(bench.new_name())
     if not bench.quick:
         on_postgres(bench, row, 10, round_of)
-    row.notes.append(f"in {sum(thirds)} of {len(thirds)} the third was there in time for a trial of its own")
+    row.notes.append(
+        f"in {sum(thirds)} of {len(thirds)} the third was there in time for a trial of its own"
+    )
 
 
 def longest_wait(trials: Sequence[Any], pids: set[int], instant: datetime) -> float:
@@ -164,10 +188,18 @@ def longest_wait(trials: Sequence[Any], pids: set[int], instant: datetime) -> fl
     for pid in pids:
         before = instant
         for trial in trials:
-            if trial.user_attrs.get("pid") == pid and trial.datetime_complete and trial.datetime_complete > instant:
-                seconds = (trial.datetime_complete - before).total_seconds() - trial.user_attrs.get("seconds", 0.0)
+            if (
+                trial.user_attrs.get("pid") == pid
+                and trial.datetime_complete
+                and trial.datetime_complete > instant
+            ):
+                seconds = (trial.datetime_complete - before).total_seconds() - trial.user_attrs.get(
+                    "seconds", 0.0
+                )
                 before = trial.datetime_complete
-                if "not_needed" not in trial.user_attrs:  # else it waits for the last ones, which others train
+                if (
+                    "not_needed" not in trial.user_attrs
+                ):  # else it waits for the last ones, which others train
                     longest = max(seconds, 0.0 if math.isnan(longest) else longest)
     return longest
 
@@ -185,7 +217,10 @@ STAGES = {
 def outcome(bench: Bench, name: str) -> list[Any]:
     """What a whole run has found: the same, bit by bit, however often it was stopped."""
     run = bench.run(name)
-    kd, glue = (json.loads((run / file).read_text()) for file in ("full_kd/result.json", "glue/results.json"))
+    kd, glue = (
+        json.loads((run / file).read_text())
+        for file in ("full_kd/result.json", "glue/results.json")
+    )
     scores = {role: line["score"] for role, line in glue["models"].items()}
     weights = hashlib.sha256((run / "student" / "model.safetensors").read_bytes()).hexdigest()
     return [kd["arch"], kd["history"], scores, weights, bench.story(name)]
@@ -193,7 +228,12 @@ def outcome(bench: Bench, name: str) -> list[Any]:
 
 def units_done(bench: Bench, run: Path) -> dict[Path, int]:
     """What each finished unit of a run's work has left, and when: shards, trials, fits, the student."""
-    names = ("trial_*/weights.safetensors", "full_kd/result.json", "glue/*/result.json", "student/manifest.json")
+    names = (
+        "trial_*/weights.safetensors",
+        "full_kd/result.json",
+        "glue/*/result.json",
+        "student/manifest.json",
+    )
     paths = [path for name in names for path in run.glob(name)]
     paths += [*bench.states.rglob("*.bin"), *(bench.logs / "tokens").rglob("variant*.bin")]
     return {path: path.stat().st_mtime_ns for path in paths}
@@ -203,18 +243,29 @@ def fits_begun(run: Path) -> dict[Path, tuple[int, int]]:
     """Fits that are not finished: how many steps are in the checkpoint, and how many were made, as far as is known."""
     begun = {path.parent for name in ("full_kd", "glue/*") for path in run.glob(f"{name}/events*")}
     return {
-        folder: (steps_of(last) if (last := folder / "last.ckpt").exists() else 0, steps_told(folder))
+        folder: (
+            steps_of(last) if (last := folder / "last.ckpt").exists() else 0,
+            steps_told(folder),
+        )
         for folder in begun
         if not (folder / "result.json").exists()
     }
 
 
-def repeated_units(done: dict[Path, int], begun: dict[Path, tuple[int, int]], num_epochs: int) -> list[Path]:
+def repeated_units(
+    done: dict[Path, int], begun: dict[Path, tuple[int, int]], num_epochs: int
+) -> list[Path]:
     """What a second start has made again of the finished units, and fits of which it repeated more than an epoch."""
-    again = [path for path, changed in done.items() if path.exists() and path.stat().st_mtime_ns != changed]
+    again = [
+        path
+        for path, changed in done.items()
+        if path.exists() and path.stat().st_mtime_ns != changed
+    ]
     for folder, (kept, made) in begun.items():
         latest = max(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
-        if min(steps_in(latest), default=kept) < kept or num_epochs * (made - kept) > steps_told(folder):
+        if min(steps_in(latest), default=kept) < kept or num_epochs * (made - kept) > steps_told(
+            folder
+        ):
             again.append(folder)
     return again
 
@@ -235,7 +286,11 @@ def kill_stages(bench: Bench, row: Row) -> None:
     process = bench.start(bench.job(whole.name))
     begins, start = {}, time.monotonic()
     while process.poll() is None:
-        begins |= {s: time.monotonic() for s, name in STAGES.items() if s not in begins and (whole / name).exists()}
+        begins |= {
+            s: time.monotonic()
+            for s, name in STAGES.items()
+            if s not in begins and (whole / name).exists()
+        }
         time.sleep(0.02)
     assert process.returncode == 0, process.communicate()[1]
     unbroken, expected = time.monotonic() - start, outcome(bench, whole.name)
@@ -255,7 +310,11 @@ def kill_stages(bench: Bench, row: Row) -> None:
             if was_over:  # none was killed
                 row.fault("lost", error, process.returncode != 0)
                 continue
-            acknowledged, done, begun = bench.acknowledged(run.name), units_done(bench, run), fits_begun(run)
+            acknowledged, done, begun = (
+                bench.acknowledged(run.name),
+                units_done(bench, run),
+                fits_begun(run),
+            )
             process = bench.start(bench.job(run.name))
             error += process.communicate()[1]
             row.tried += 1
@@ -264,8 +323,12 @@ def kill_stages(bench: Bench, row: Row) -> None:
             bench.check(row, run.name, acknowledged, error)
             row.fault("undetected", f"{stage}: {error}", process.returncode != 0)
             again = repeated_units(done, begun, num_epochs=2)
-            row.fault("duplicated", f"{stage}: made again {[str(path) for path in again]}", len(again) > 1)
-            row.fault("unequal", stage, process.returncode == 0 and outcome(bench, run.name) != expected)
+            row.fault(
+                "duplicated", f"{stage}: made again {[str(path) for path in again]}", len(again) > 1
+            )
+            row.fault(
+                "unequal", stage, process.returncode == 0 and outcome(bench, run.name) != expected
+            )
     row.notes.append(
         f"an unbroken run takes {unbroken:.0f} s; with a kill {statistics.median(repeated):.0%} more, "
         f"{max(repeated):.0%} at most, the second start's imports among it"
@@ -294,7 +357,11 @@ def signals(bench: Bench, row: Row) -> None:
         wait = time.monotonic() - start
         row.worst_wait_s = max(row.worst_wait_s, wait)
         row.fault("undetected", f"{what}: it took {wait:.1f} s", wait > (10 if times == 1 else 5))
-        row.fault("undetected", f"{what}: {process.returncode} {error}", process.returncode != codes[number])
+        row.fault(
+            "undetected",
+            f"{what}: {process.returncode} {error}",
+            process.returncode != codes[number],
+        )
         row.fault("undetected", f"{what}: {error}", "Traceback" in error)
 
     epochs = 8 if bench.quick else 40  # enough that it is not over before it is stopped
@@ -315,20 +382,36 @@ def signals(bench: Bench, row: Row) -> None:
             # As far as the fit came: one of an epoch's end before it has fewer steps than the fit has told TensorBoard.
             kept = [(steps_of(path), steps_told(path.parent)) for path in folder.rglob("last.ckpt")]
             lost = not kept or any(steps < told for steps, told in kept)
-            row.fault("lost", f"in {folder.name} the checkpoint has, and the fit had made, so many steps: {kept}", lost)
+            row.fault(
+                "lost",
+                f"in {folder.name} the checkpoint has, and the fit had made, so many steps: {kept}",
+                lost,
+            )
         code, error = bench.call(args)
         row.fault("undetected", f"after {name}: {code} {error}", code != 0)
         bench.check(row, name, {}, error)
         unequal = not bench.quick and code == 0 and outcome(bench, name) != unbroken
         row.fault("unequal", f"after signals {number}", unequal)
-    cases = [(signal.SIGTERM, 1, 0), (signal.SIGINT, 1, 0), (signal.SIGINT, 2, 0), (signal.SIGTERM, 1, 2)]
+    cases = [
+        (signal.SIGTERM, 1, 0),
+        (signal.SIGINT, 1, 0),
+        (signal.SIGINT, 2, 0),
+        (signal.SIGTERM, 1, 2),
+    ]
     if bench.quick:
         cases = cases[::3]
     else:
-        cases += [(signal.SIGUSR1, 1, 0), (signal.SIGINT, 1, 2), (signal.SIGUSR1, 1, 2), (signal.SIGINT, 2, 2)]
+        cases += [
+            (signal.SIGUSR1, 1, 0),
+            (signal.SIGINT, 1, 2),
+            (signal.SIGUSR1, 1, 2),
+            (signal.SIGINT, 2, 2),
+        ]
     for number, times, num_workers in cases * (1 if bench.quick else 10):
         name = bench.new_name()
-        goes_on = times == 2 and bench.random.random() < 0.5  # to its end, which the others are too long for
+        goes_on = (
+            times == 2 and bench.random.random() < 0.5
+        )  # to its end, which the others are too long for
         workers = 2 if bench.random.random() < 0.25 else 1
         args = bench.search(name, f"--search.num_epochs={1 if goes_on else 100_000}")
         args += [f"--data.num_workers={num_workers}", f"--workers={workers}"]
@@ -354,7 +437,11 @@ def steps_of(checkpoint: Path) -> int:
 def steps_in(events: Path) -> list[int]:
     """The steps of a fit that TensorBoard was told of, numbered from 0, in a file or in all of a folder."""
     found = EventAccumulator(str(events)).Reload()
-    return [event.step for event in found.Scalars("train/loss")] if "train/loss" in found.Tags()["scalars"] else []
+    return (
+        [event.step for event in found.Scalars("train/loss")]
+        if "train/loss" in found.Tags()["scalars"]
+        else []
+    )
 
 
 def steps_told(folder: Path) -> int:
@@ -367,7 +454,11 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
     """A small disk."""
     folder.mkdir(exist_ok=True)
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise NotRun(f"no disk can be mounted: {error}") from error
     try:
@@ -377,7 +468,10 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
         folder.rmdir()
 
 
-@fault("F05", "a disk that is full before, or fills up while, the teacher's states are stored; then it is larger")
+@fault(
+    "F05",
+    "a disk that is full before, or fills up while, the teacher's states are stored; then it is larger",
+)
 def full_disk(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018 (its states lie elsewhere)
     if not bench.quick:
@@ -388,7 +482,12 @@ def full_disk(bench: Bench, row: Row) -> None:
             args = bench.search(name, f"--states.folder={disk}")
             code, error = bench.call(args)
             row.tried += 1
-            full = code in (2, 3) and is_one_line(error) and " are free" in error and str(disk) in error
+            full = (
+                code in (2, 3)
+                and is_one_line(error)
+                and " are free" in error
+                and str(disk) in error
+            )
             row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not full)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
@@ -434,19 +533,30 @@ def full_of_states(bench: Bench, row: Row) -> None:
                             file.write(b"x" * (1 << 16))
             error = process.communicate()[1]
             row.tried += 1
-            full = process.returncode in (2, 3) and is_one_line(error) and " are free" in error and str(disk) in error
+            full = (
+                process.returncode in (2, 3)
+                and is_one_line(error)
+                and " are free" in error
+                and str(disk) in error
+            )
             row.fault("undetected", f"{megabytes} MB: exit {process.returncode}, {error}", not full)
             kept = shards(disk)
             parts = [shard for shard, found in kept.items() if found.st_size != sizes.get(shard)]
             row.fault("undetected", f"{megabytes} MB: parts of shards {parts}", len(parts))
-            row.fault("zombies", f"{megabytes} MB: parts of shards", len(list(disk.rglob("*.partial"))))
+            row.fault(
+                "zombies", f"{megabytes} MB: parts of shards", len(list(disk.rglob("*.partial")))
+            )
             (disk / "others").unlink(missing_ok=True)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             code, error = bench.call(args)
             row.fault("undetected", error, code != 0)
             bench.check(row, name, {}, error, num_trials=2, like=whole)
             now = shards(disk)
-            again = [shard for shard, found in kept.items() if now[shard].st_mtime_ns != found.st_mtime_ns]
+            again = [
+                shard
+                for shard, found in kept.items()
+                if now[shard].st_mtime_ns != found.st_mtime_ns
+            ]
             row.fault("unequal", f"{megabytes} MB: made again {again}", len(again))
 
 
@@ -454,7 +564,11 @@ def limited(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@fault("F06", "a limit on the size of files, and then none: in a search, and where a checkpoint is there", quick=False)
+@fault(
+    "F06",
+    "a limit on the size of files, and then none: in a search, and where a checkpoint is there",
+    quick=False,
+)
 def file_limit(bench: Bench, row: Row) -> None:
     for half in range(20, 40, 6 if bench.quick else 1):  # 1 kB to 740 kB
         name, limit = bench.new_name(), int(2 ** (half / 2))
@@ -479,7 +593,9 @@ def file_limit(bench: Bench, row: Row) -> None:
         error = process.communicate()[1]
         row.tried += 1
         told = process.returncode == 3 and is_one_line(error)
-        row.fault("undetected", f"checkpoint, {limit} bytes: {process.returncode} {error}", not told)
+        row.fault(
+            "undetected", f"checkpoint, {limit} bytes: {process.returncode} {error}", not told
+        )
         row.fault("lost", "the checkpoint", (run / "full_kd" / "last.ckpt").read_bytes() != last)
         code, error = bench.call(args)
         row.fault("undetected", error, code != 0)
@@ -528,9 +644,13 @@ def failing_calls(bench: Bench, row: Row) -> None:
             bench.check(row, name, {}, error)
         # Calls are counted in each thread: the second that fails may be the telling of the first.
         lines = trace.read_text(errors="replace").splitlines()
-        is_told = is_one_line(error) or any('write(2, "kdnas: ' in line and "(INJECTED)" in line for line in lines)
+        is_told = is_one_line(error) or any(
+            'write(2, "kdnas: ' in line and "(INJECTED)" in line for line in lines
+        )
         bad = process.returncode != 0 and not (process.returncode == 3 and is_told)
-        row.fault("undetected", f"{call} {number} of {args[0]}: exit {process.returncode}, {error}", bad)
+        row.fault(
+            "undetected", f"{call} {number} of {args[0]}: exit {process.returncode}, {error}", bad
+        )
         return True
 
     for call in SYSTEM_CALLS[: 2 if bench.quick else None]:
@@ -548,7 +668,9 @@ def failing_calls(bench: Bench, row: Row) -> None:
         failing_calls_of_a_run(bench, row, fails)
 
 
-def failing_calls_of_a_run(bench: Bench, row: Row, fails: Callable[[str, list[str], str, int], bool]) -> None:
+def failing_calls_of_a_run(
+    bench: Bench, row: Row, fails: Callable[[str, list[str], str, int], bool]
+) -> None:
     """In full KD, fine-tuning, export and report: the next start ends with the weights of an unharmed run."""
     run, args = stopped_run(bench)
     shutil.copytree(run, whole := bench.folder / f"whole_{run.name}")
@@ -566,7 +688,9 @@ def failing_calls_of_a_run(bench: Bench, row: Row, fails: Callable[[str, list[st
             if code == 0:
                 bench.check(row, run.name, {}, error)
                 weights = weights or student.read_bytes()
-                row.fault("unequal", f"{call} {number}: other weights", student.read_bytes() != weights)
+                row.fault(
+                    "unequal", f"{call} {number}: other weights", student.read_bytes() != weights
+                )
         row.notes.append(f"of a run, {call}: {made}")
 
 
@@ -599,7 +723,10 @@ def damages(shard: Path, other: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-@fault("F08", "a stored shard that is damaged, cut, swapped, gone, renamed or half written; each of two")
+@fault(
+    "F08",
+    "a stored shard that is damaged, cut, swapped, gone, renamed or half written; each of two",
+)
 def shards(bench: Bench, row: Row) -> None:
     folder, whole = bench.folder / "two_shards", bench.new_name()
     options = (f"--states.folder={folder}", "--data.num_mask_variants=2", "--search.num_epochs=2")
@@ -639,7 +766,11 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@fault("F09", "two searches store one teacher's states at once; in half of the rounds one is killed", quick=False)
+@fault(
+    "F09",
+    "two searches store one teacher's states at once; in half of the rounds one is killed",
+    quick=False,
+)
 def two_builders(bench: Bench, row: Row) -> None:
     bench.reference  # noqa: B018
     (whole,) = bench.states.rglob("*.bin")
@@ -654,7 +785,9 @@ def two_builders(bench: Bench, row: Row) -> None:
         one, other = map(start, names)
         kills = number % 2 == 0
         if kills:  # whoever runs the teacher
-            while one.poll() is None and not (counts.exists() and counts.read_text().endswith("\n")):
+            while one.poll() is None and not (
+                counts.exists() and counts.read_text().endswith("\n")
+            ):
                 time.sleep(0.002)
             if counts.read_text().split()[0] == str(other.pid):
                 names, one, other = names[::-1], other, one
@@ -666,11 +799,17 @@ def two_builders(bench: Bench, row: Row) -> None:
             row.tried += 1
             bench.check(row, name, {}, error)
         stored = [(path.name, path.read_bytes()) for path in states.rglob("*.bin")]
-        row.fault("unequal", [name for name, _ in stored], stored != [(whole.name, whole.read_bytes())])
+        row.fault(
+            "unequal", [name for name, _ in stored], stored != [(whole.name, whole.read_bytes())]
+        )
         passes = len(
             counts.read_text().split()
         )  # one shard is all that there is; whoever was killed had begun it, perhaps
-        row.fault("duplicated", f"the teacher ran {passes} times", passes not in ((1, 2) if kills else (1,)))
+        row.fault(
+            "duplicated",
+            f"the teacher ran {passes} times",
+            passes not in ((1, 2) if kills else (1,)),
+        )
         shutil.rmtree(states)
 
 
@@ -680,23 +819,37 @@ def two_builders(bench: Bench, row: Row) -> None:
     quick=False,
 )
 def damaged_study(bench: Bench, row: Row) -> None:
-    code, error = bench.call(bench.search(name := bench.new_name(), f"--search.n_trials={bench.num_trials // 2}"))
+    code, error = bench.call(
+        bench.search(name := bench.new_name(), f"--search.n_trials={bench.num_trials // 2}")
+    )
     assert code == 0, error
     run, acknowledged, unnoticed = bench.run(name), bench.acknowledged(name), []
     shutil.copytree(run, whole := bench.folder / f"whole_{name}")
     content = (run / "study.db").read_bytes()
     size = int.from_bytes(content[16:18], "big")  # of a page
-    damages = {f"cut to {end} bytes": content[:end] for end in (1, 99, *range(0, len(content), 4 * size))}
+    damages = {
+        f"cut to {end} bytes": content[:end] for end in (1, 99, *range(0, len(content), 4 * size))
+    }
     for start in range(0, len(content), size):
-        before, page, after = content[:start], content[start : start + size], content[start + size :]
-        damages[f"page {start // size} flipped"] = before + bytes(255 - byte for byte in page) + after
+        before, page, after = (
+            content[:start],
+            content[start : start + size],
+            content[start + size :],
+        )
+        damages[f"page {start // size} flipped"] = (
+            before + bytes(255 - byte for byte in page) + after
+        )
         damages[f"page {start // size} zeroed"] = before + bytes(size) + after
     for what, damaged in list(damages.items())[:: 5 if bench.quick else 1]:
         (run / "study.db").write_bytes(damaged)
         code, error = bench.call(bench.search(name))
         row.tried += 1
         refused = code == 2 and is_one_line(error) and ("study.db" in error or "no study" in error)
-        row.fault("undetected", f"{what}: exit {code}, {error}", not refused and (code != 0 or "cut" in what))
+        row.fault(
+            "undetected",
+            f"{what}: exit {code}, {error}",
+            not refused and (code != 0 or "cut" in what),
+        )
         if code == 0:
             unnoticed.append(what)
             values = bench.acknowledged(name)
@@ -709,7 +862,8 @@ def damaged_study(bench: Bench, row: Row) -> None:
 
 
 @fault(
-    "F11", "candidates with a reward, loss or latency that is NaN, infinite or no latency: each of twelve, and whole"
+    "F11",
+    "candidates with a reward, loss or latency that is NaN, infinite or no latency: each of twelve, and whole",
 )
 def not_finite(bench: Bench, row: Row) -> None:
     from kdnas.nas.search import open_study, search
@@ -729,8 +883,14 @@ def not_finite(bench: Bench, row: Row) -> None:
             best = search(evaluate, space, study, 4)
             row.tried += 1
             states = trials_frame(study).set_index("number").state
-            row.fault("undetected", f"{value} at {place}", states[place] != "FAIL" or best.value != 0.5)
-    losses = [(place, value) for place in ("first step", "last step", "held out") for value in (math.nan, math.inf)]
+            row.fault(
+                "undetected", f"{value} at {place}", states[place] != "FAIL" or best.value != 0.5
+            )
+    losses = [
+        (place, value)
+        for place in ("first step", "last step", "held out")
+        for value in (math.nan, math.inf)
+    ]
     losses += [(place, -value) for place, value in losses if value == math.inf]
     latencies = [("latency", value) for value in (0.0, math.nan, -1.0)]
     for place, value in (losses + latencies)[:: 14 if bench.quick else 1]:
@@ -776,7 +936,9 @@ def not_finite_in_search(bench: Bench, row: Row, place: str, value: float) -> No
     row.fault("undetected", f"{place} {value}: exit {code}, {error}", code != 0)
     row.fault("undetected", f"{place} {value}: {reasons}", not reasons or not all(reasons))
     frame = trials_frame(bench.study(name))
-    row.fault("undetected", "it is on the front", frame.loc[frame.state == "FAIL", "front"].notna().any())
+    row.fault(
+        "undetected", "it is on the front", frame.loc[frame.state == "FAIL", "front"].notna().any()
+    )
     bench.check(row, name, {}, error, one=False)  # another is proposed in its place
 
 
@@ -785,7 +947,10 @@ def memory_group(megabytes: int) -> Iterator[Path]:
     """A cgroup (version 1 or 2) whose processes the kernel kills when they take more."""
     old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     root = old if old.is_dir() else new
-    group, limit = root / f"kdnas-faults-{os.getpid()}", "memory.limit_in_bytes" if root == old else "memory.max"
+    group, limit = (
+        root / f"kdnas-faults-{os.getpid()}",
+        "memory.limit_in_bytes" if root == old else "memory.max",
+    )
     try:
         group.mkdir()
         (group / limit).write_text(str(megabytes << 20))
@@ -801,7 +966,13 @@ ACTS = "gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid,gelu_fast,mish"
 
 
 def deadly_search(
-    bench: Bench, row: Row, way: str, signal_name: str, words: str = "out of memory", *more: str, **options: Any
+    bench: Bench,
+    row: Row,
+    way: str,
+    signal_name: str,
+    words: str = "out of memory",
+    *more: str,
+    **options: Any,
 ) -> None:
     """Half of the students kill the process, or fill its memory; the search, with its defaults, goes on with others.
 
@@ -810,28 +981,51 @@ def deadly_search(
     from kdnas.nas.record import failure_of
 
     acts = ACTS.split(",")[: 1 if bench.quick else 10]
-    space = ["--space.num_attention_heads=[1]", "--space.hidden_size=[32]", "--space.num_hidden_layers=[2]"]
+    space = [
+        "--space.num_attention_heads=[1]",
+        "--space.hidden_size=[32]",
+        "--space.num_hidden_layers=[2]",
+    ]
     space += ["--space.intermediate_size=[16,32]", f"--space.hidden_act=[{','.join(acts)}]"]
 
     def searched(way: str, **options: Any) -> tuple[str, str, list[Any], list[int]]:
         name = bench.new_name()
-        args = bench.search(name, "--recipe.start=hooks.Deadly", "--search.n_trials=20", *space, *more)
+        args = bench.search(
+            name, "--recipe.start=hooks.Deadly", "--search.n_trials=20", *space, *more
+        )
         environment = {"DEADLY": way, "STARTS": str(starts := bench.folder / f"starts_{name}")}
         process = bench.start(args, environment=environment, **options)
         _, error = process.communicate()
         row.fault("undetected", f"exit {process.returncode}: {error}", process.returncode != 0)
         trials = [t for t in bench.trials(name) if "twin_of" not in t.user_attrs]
-        return name, error, trials, [json.loads(line)[1] for line in starts.read_text().splitlines()]
+        return (
+            name,
+            error,
+            trials,
+            [json.loads(line)[1] for line in starts.read_text().splitlines()],
+        )
 
     name, error, trials, memory = searched(way, **options)
     for act in acts:
-        deadly = [t for t in trials if (t.params["intermediate_size"], t.params["hidden_act"]) == (16, act)]
+        deadly = [
+            t
+            for t in trials
+            if (t.params["intermediate_size"], t.params["hidden_act"]) == (16, act)
+        ]
         row.tried += bool(deadly)
         told = [(t.user_attrs.get("died") if signal_name else failure_of(t)) or "" for t in deadly]
-        right = [(signal_name or words) in reason for reason in told] == [True] * (2 if signal_name else 1)
-        row.fault("undetected", f"{way} {act}: {told}", not right or any(t.state.name != "FAIL" for t in deadly))
+        right = [(signal_name or words) in reason for reason in told] == [True] * (
+            2 if signal_name else 1
+        )
+        row.fault(
+            "undetected",
+            f"{way} {act}: {told}",
+            not right or any(t.state.name != "FAIL" for t in deadly),
+        )
     grown = (max(memory) - min(memory)) >> 20
-    row.fault("zombies", f"a candidate begins with {grown} MB more", not signal_name and grown > 128)
+    row.fault(
+        "zombies", f"a candidate begins with {grown} MB more", not signal_name and grown > 128
+    )
     bench.check(row, name, {}, error, one=False, num_trials=len(acts))
     if not bench.quick:
         known = bench.story(searched("")[0])
@@ -839,14 +1033,21 @@ def deadly_search(
         row.fault("unequal", f"{way}: {others}", len(others))
 
 
-@fault("F36", "candidates that crash in native code, in a search with its defaults, or that hang", quick=False)
+@fault(
+    "F36",
+    "candidates that crash in native code, in a search with its defaults, or that hang",
+    quick=False,
+)
 def crash(bench: Bench, row: Row) -> None:
     deadly_search(bench, row, "crash", "SIGSEGV")
     if not bench.quick:
         deadly_search(bench, row, "hang", "", "it took longer", "--candidate_timeout=0.25")
 
 
-@fault("F12", "ten candidates of 20 take more memory than RLIMIT_AS, theirs or the command's, or a cgroup leaves")
+@fault(
+    "F12",
+    "ten candidates of 20 take more memory than RLIMIT_AS, theirs or the command's, or a cgroup leaves",
+)
 def memory(bench: Bench, row: Row) -> None:
     deadly_search(bench, row, "limit", "")
     if bench.quick:
@@ -856,7 +1057,9 @@ def memory(bench: Bench, row: Row) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
     deadly_search(bench, row, "ulimit", "", preexec_fn=limited)
-    row.notes.append("the cgroup has 1,536 MB: 300 MB are less than what torch and transformers take to be imported")
+    row.notes.append(
+        "the cgroup has 1,536 MB: 300 MB are less than what torch and transformers take to be imported"
+    )
     with row.part(), memory_group(1536) as group:
 
         def enter() -> None:
@@ -865,7 +1068,9 @@ def memory(bench: Bench, row: Row) -> None:
         deadly_search(bench, row, "kernel", "SIGKILL", preexec_fn=enter)
 
 
-def told_search(bench: Bench, url: str, patience: float = 600.0) -> tuple[str, Callable[[], Any], Path]:
+def told_search(
+    bench: Bench, url: str, patience: float = 600.0
+) -> tuple[str, Callable[[], Any], Path]:
     """A search of two workers in a server's study: name, what starts it, and where each training is written down."""
     name = bench.new_name()
     bench.storages[name], starts = url, bench.folder / f"starts_{name}"
@@ -875,7 +1080,9 @@ def told_search(bench: Bench, url: str, patience: float = 600.0) -> tuple[str, C
     return name, lambda: bench.start(args, environment=environment), starts
 
 
-def check_told(bench: Bench, row: Row, name: str, acknowledged: dict[int, Any], error: str, starts: Path) -> None:
+def check_told(
+    bench: Bench, row: Row, name: str, acknowledged: dict[int, Any], error: str, starts: Path
+) -> None:
     """Every student was trained once by one of two workers, and is stored; no trial failed."""
     bench.check(row, name, acknowledged, error, one=False)
     trained = [json.dumps(json.loads(line)[0]) for line in starts.read_text().splitlines()]
@@ -883,7 +1090,9 @@ def check_told(bench: Bench, row: Row, name: str, acknowledged: dict[int, Any], 
     trials = bench.trials(name)
     workers = {t.user_attrs["pid"] for t in trials if "pid" in t.user_attrs}
     row.fault("lost", f"{name}: {len(workers)} workers", max(0, len(workers) - 2))
-    failed = [t.number for t in trials if t.state.name == "FAIL" and "not_needed" not in t.user_attrs]
+    failed = [
+        t.number for t in trials if t.state.name == "FAIL" and "not_needed" not in t.user_attrs
+    ]
     row.fault("lost", f"{name}: failed {failed}", len(failed))
 
 
@@ -901,13 +1110,18 @@ def outage(bench: Bench, row: Row, server: Postgres, seconds: float) -> None:
         time.sleep(seconds)
         server.start()
         _, error = process.communicate()
-        row.fault("lost", f"{seconds:g} s: exit {process.returncode} {error}", process.returncode != 0)
+        row.fault(
+            "lost", f"{seconds:g} s: exit {process.returncode} {error}", process.returncode != 0
+        )
         return check_told(bench, row, name, acknowledged, error, starts)
     _, error = process.communicate()
     row.worst_wait_s = max(row.worst_wait_s, time.monotonic() - began)
     told = process.returncode == 3 and is_one_line(error)
     row.fault("undetected", f"for ever: exit {process.returncode} {error}", not told)
-    finished = {int(path.parent.name.removeprefix("trial_")) for path in run.glob("trial_*/weights.safetensors")}
+    finished = {
+        int(path.parent.name.removeprefix("trial_"))
+        for path in run.glob("trial_*/weights.safetensors")
+    }
     kept = {int(path.stem.removeprefix("unsent_")) for path in run.glob("unsent_*.json")}
     server.start()
     process = start()
@@ -921,17 +1135,27 @@ def outage(bench: Bench, row: Row, server: Postgres, seconds: float) -> None:
 
 
 @fault(
-    "F13", "PostgreSQL stopped in a search of two workers: for 5 s, 60 s, and longer than it is waited for", quick=False
+    "F13",
+    "PostgreSQL stopped in a search of two workers: for 5 s, 60 s, and longer than it is waited for",
+    quick=False,
 )
 def server_stopped(bench: Bench, row: Row) -> None:
     with postgres() as server:
         for seconds in (5.0, math.inf) if bench.quick else (5.0, 60.0, math.inf) * 10:
             outage(bench, row, server, seconds)
-    row.fault("undetected", "no result was ever kept", not any("results kept" in note for note in row.notes))
+    row.fault(
+        "undetected",
+        "no result was ever kept",
+        not any("results kept" in note for note in row.notes),
+    )
     row.notes.append("for ever: 5 s of patience instead of 600")
 
 
-@fault("F14", "connections to PostgreSQL cut in a search of two workers, while they are in use and idle", quick=False)
+@fault(
+    "F14",
+    "connections to PostgreSQL cut in a search of two workers, while they are in use and idle",
+    quick=False,
+)
 def connections_cut(bench: Bench, row: Row) -> None:
     with postgres() as server:
         while row.tried < (3 if bench.quick else 50):
@@ -961,17 +1185,32 @@ def bad_teachers(bench: Bench, row: Row) -> None:
     def edit(path: Path, **values: object) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    weights, gpt2 = "model.safetensors", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    weights, gpt2 = (
+        "model.safetensors",
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    )
     no_config, cut = "'{}' has no readable config.json", "'{}/model.safetensors' is truncated"
     spoil: dict[str, tuple[Callable[[Path], Any], str]] = {
         "no folder": (shutil.rmtree, "'{}' does not exist"),
         "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], no_config),
-        "no tokenizer": (lambda path: [file.unlink() for file in path.glob("tokenizer*")], "'{}' has no tokenizer"),
+        "no tokenizer": (
+            lambda path: [file.unlink() for file in path.glob("tokenizer*")],
+            "'{}' has no tokenizer",
+        ),
         "config is no JSON": (lambda path: (path / "config.json").write_text("{no"), no_config),
-        "weights cut": (lambda path: (path / weights).write_bytes((path / weights).read_bytes()[:-99]), cut),
+        "weights cut": (
+            lambda path: (path / weights).write_bytes((path / weights).read_bytes()[:-99]),
+            cut,
+        ),
         "weights empty": (lambda path: (path / weights).write_bytes(b""), cut),
-        "a decoder": (lambda path: edit(path / "config.json", is_decoder=True), "'{}' is a decoder"),
-        "another family": (lambda path: edit(path / "config.json", **gpt2), "'gpt2' is not supported"),
+        "a decoder": (
+            lambda path: edit(path / "config.json", is_decoder=True),
+            "'{}' is a decoder",
+        ),
+        "another family": (
+            lambda path: edit(path / "config.json", **gpt2),
+            "'gpt2' is not supported",
+        ),
     }
     for what, (damage, words) in spoil.items():
         with spoilt_teacher(bench) as folder:
@@ -990,7 +1229,10 @@ def bad_teachers(bench: Bench, row: Row) -> None:
 TAG = "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:pathlib.Path.touch'"
 
 
-@fault("F16", "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests")
+@fault(
+    "F16",
+    "pickles that execute: weights, checkpoints, stored shards and tokens, configs, manifests",
+)
 def pickles(bench: Bench, row: Row) -> None:
     payload = {"state_dict": Payload(bench.canary)}
     with spoilt_teacher(bench) as folder:
@@ -1003,9 +1245,15 @@ def pickles(bench: Bench, row: Row) -> None:
         torch.save(tensors, weights)
         bench.allow(row, "weights of tensors alone", args)
     torch.save(payload, checkpoint := bench.folder / "evil.ckpt")
-    model = [f"--model.teacher={bench.teacher}", f"--data.text={bench.text}", f"--ckpt_path={checkpoint}"]
+    model = [
+        f"--model.teacher={bench.teacher}",
+        f"--data.text={bench.text}",
+        f"--ckpt_path={checkpoint}",
+    ]
     arch = '--model.arch={"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}'
-    bench.refuse(row, "checkpoint of fit", ["fit", *model, arch], f"'{checkpoint}' is damaged or holds")
+    bench.refuse(
+        row, "checkpoint of fit", ["fit", *model, arch], f"'{checkpoint}' is damaged or holds"
+    )
     checkpoint.unlink()
     (shard,) = (bench.logs / bench.reference and bench.states).rglob("*.bin")
     stored = shard.read_bytes()
@@ -1063,7 +1311,10 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
             path.write_bytes(buffers[content].getvalue())
         code, error = bench.call(args)
         row.tried += 1
-        if what in ("tokens", "shards, arrays of objects"):  # of this run, and of other texts and teachers
+        if what in (
+            "tokens",
+            "shards, arrays of objects",
+        ):  # of this run, and of other texts and teachers
             right = code == 0 and any(path.read_bytes() == stored for path, stored in known.items())
         else:
             right = code == 2 and is_one_line(error) and any(f"{path}'" in error for path in paths)
@@ -1073,21 +1324,31 @@ def pickles_in_run(bench: Bench, row: Row, tag: str) -> None:
             path.write_bytes(stored)
         shutil.rmtree(run)
         shutil.copytree(whole, run)
-    row.notes.append("void: a sampler's file; its state is in the database, and CMA-ES, which pickles it, is refused")
+    row.notes.append(
+        "void: a sampler's file; its state is in the database, and CMA-ES, which pickles it, is refused"
+    )
 
 
 @fault("F17", "code in a checkpoint, with an answer on stdin and without")
 def remote_code(bench: Bench, row: Row) -> None:
     for answer in (lambda *_: "y", mock.Mock(side_effect=EOFError)):
         with spoilt_teacher(bench) as folder, mock.patch("builtins.input", answer):
-            (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(bench.canary)!r}).touch()\n")
-            classes = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
+            (folder / "evil.py").write_text(
+                f"import pathlib\npathlib.Path({str(bench.canary)!r}).touch()\n"
+            )
+            classes = {
+                "AutoConfig": "evil.Config",
+                "AutoModel": "evil.Model",
+                "AutoTokenizer": ["evil.T", "evil.T"],
+            }
             for name in ("config.json", "tokenizer_config.json"):
                 config = json.loads((folder / name).read_text())
                 (folder / name).write_text(json.dumps(config | {"auto_map": classes}))
             code, error = bench.call(bench.search(bench.new_name(), f"--teacher={folder}"))
             row.tried += 1
-            row.fault("undetected", f"a known model: exit {code}, {error}", code != 0)  # its code is left alone
+            row.fault(
+                "undetected", f"a known model: exit {code}, {error}", code != 0
+            )  # its code is left alone
             bench.look_at_canary(row, "a known model")
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
@@ -1095,14 +1356,29 @@ def remote_code(bench: Bench, row: Row) -> None:
             bench.refuse(row, "an unknown one", args, "'evil' is not supported")
 
 
-NAMES = ("../x", "/etc/x", "a/../../x", "..", ".", "", "a\0b", "a\nb", "x" * 300, "-rf", "%2e%2e/", "a b")
+NAMES = (
+    "../x",
+    "/etc/x",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    "a\0b",
+    "a\nb",
+    "x" * 300,
+    "-rf",
+    "%2e%2e/",
+    "a b",
+)
 
 
 @fault("F18", "names of runs that lead elsewhere, and a run that is a link")
 def names(bench: Bench, row: Row) -> None:
     for name in NAMES:
         bench.refuse(row, repr(name), bench.search(name), f"The run name {name!r} is not valid")
-    bench.allow(row, "a name that leads nowhere else", bench.search("a-b_1..c", "--search.n_trials=1"))
+    bench.allow(
+        row, "a name that leads nowhere else", bench.search("a-b_1..c", "--search.n_trials=1")
+    )
     bench.logs.mkdir(exist_ok=True)
     (bench.logs / "link").symlink_to(bench.folder / "teacher")
     bench.refuse(row, "a link", bench.search("link"), f"{bench.logs / 'link'}' is a link to")
@@ -1116,7 +1392,8 @@ def names(bench: Bench, row: Row) -> None:
 def yaml(bench: Bench, row: Row) -> None:
     path = bench.folder / "a.yaml"
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{name}: &{name} [{','.join(9 * ['*' + below])}]\n" for below, name in zip("abcdefg", "bcdefgh", strict=True)
+        f"{name}: &{name} [{','.join(9 * ['*' + below])}]\n"
+        for below, name in zip("abcdefg", "bcdefgh", strict=True)
     )
     texts = {
         "tag": ("name: !!python/object/apply:os.getcwd []", "constructor"),
@@ -1151,15 +1428,21 @@ def write_text(path: Path, values: Sequence[Any], column: str = "text") -> None:
         path.write_text(head + "".join(f"{value or ''}{tail}\n" for value in values))
 
 
-def refuse_texts(bench: Bench, row: Row, words: str, files: dict[str, bytes | Sequence[Any]], column: str) -> None:
+def refuse_texts(
+    bench: Bench, row: Row, words: str, files: dict[str, bytes | Sequence[Any]], column: str
+) -> None:
     for name, content in files.items():
         path = bench.folder / name
-        path.write_bytes(content) if isinstance(content, bytes) else write_text(path, content, column)
+        path.write_bytes(content) if isinstance(content, bytes) else write_text(
+            path, content, column
+        )
         bench.refuse(row, name, bench.search(bench.new_name(), f"--text={path}"), words)
         path.unlink()
 
 
-def refused(name: str, what: str, words: str, files: dict[str, bytes | Sequence[Any]], column: str = "text") -> None:
+def refused(
+    name: str, what: str, words: str, files: dict[str, bytes | Sequence[Any]], column: str = "text"
+) -> None:
     """Put texts that are refused with these words into the table of faults."""
     fault(name, what)(lambda bench, row: refuse_texts(bench, row, words, files, column))
 
@@ -1172,7 +1455,12 @@ def cut_file(suffix: str) -> bytes:
 
 
 HARDLY = ["one", "two"] + 9_998 * [None]
-refused("F20", "a text that is empty, as txt and jsonl", "no usable rows", {"a.txt": b"", "a.jsonl": b""})
+refused(
+    "F20",
+    "a text that is empty, as txt and jsonl",
+    "no usable rows",
+    {"a.txt": b"", "a.jsonl": b""},
+)
 refused(
     "F21",
     "empty and blank rows only",
@@ -1180,10 +1468,16 @@ refused(
     {"a.txt": b" \n\t\n\n" * 99, "a.jsonl": b'{"text": " "}\n' * 99},
 )
 refused(
-    "F22", "NUL bytes", "in row 2", {"a.txt": b"one\nt\0wo\n", "a.jsonl": b'{"text": "a"}\n{"text": "t\\u0000o"}\n'}
+    "F22",
+    "NUL bytes",
+    "in row 2",
+    {"a.txt": b"one\nt\0wo\n", "a.jsonl": b'{"text": "a"}\n{"text": "t\\u0000o"}\n'},
 )
 refused(
-    "F24", "no UTF-8", "in row 2", {"a.txt": b"one\ncaf\xe9\n", "a.jsonl": b'{"text": "one"}\n{"text": "caf\xe9"}\n'}
+    "F24",
+    "no UTF-8",
+    "in row 2",
+    {"a.txt": b"one\ncaf\xe9\n", "a.jsonl": b'{"text": "one"}\n{"text": "caf\xe9"}\n'},
 )
 refused(
     "F25",
@@ -1196,7 +1490,11 @@ refused(
     "F28",
     "cut files: jsonl, parquet, and what only begins like parquet",
     "cannot be read",
-    {"a.jsonl": cut_file(".jsonl"), "a.parquet": cut_file(".parquet"), "b.parquet": b"PAR1 and no more"},
+    {
+        "a.jsonl": cut_file(".jsonl"),
+        "a.parquet": cut_file(".parquet"),
+        "b.parquet": b"PAR1 and no more",
+    },
 )
 refused(
     "F29",
@@ -1242,13 +1540,17 @@ def types(bench: Bench, row: Row) -> None:
         counted_rows(bench, row, f"a.{suffix}", [*rows, None], "1 empty rows are left out")
 
 
-@fault("F23", "a row of 1 MB, as txt and jsonl: cut to the longest that there is, in no more memory")
+@fault(
+    "F23", "a row of 1 MB, as txt and jsonl: cut to the longest that there is, in no more memory"
+)
 def huge_row(bench: Bench, row: Row) -> None:
     def peak(path: Path) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         code, error = bench.call(bench.search(bench.new_name(), f"--text={path}"))
         row.fault("undetected", f"{path.name}: {error}", code != 0)
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        (line,) = (
+            line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
+        )
         return int(line.split()[1]) / 1024
 
     rows = bench.text.read_text().splitlines()
@@ -1301,7 +1603,9 @@ def clock(bench: Bench, row: Row) -> None:
         bench.check(row, name, acknowledged, error)
     again = [path for path in states if abs(path.stat().st_mtime - next_year) > 1]
     row.fault("unequal", f"stored again: {again}", len(again))
-    for pattern in () if bench.quick else ("*.lock", "study.db*", "*"):  # of a search that was broken off
+    for pattern in (
+        () if bench.quick else ("*.lock", "study.db*", "*")
+    ):  # of a search that was broken off
         process = bench.start(bench.search(name := bench.new_name()))
         bench.wait_for_candidate(process, name, 1)
         error = kill_all(process)
@@ -1331,18 +1635,32 @@ time.sleep = sleep
 """
 
 
-def wrong_clock(bench: Bench, row: Row, library: Path, steps: Sequence[str], num_workers: int) -> None:
+def wrong_clock(
+    bench: Bench, row: Row, library: Path, steps: Sequence[str], num_workers: int
+) -> None:
     """A search by a clock that is wrong by so many seconds, then by so many; back and forth if it begins wrong."""
-    name, clock_file, sleepless = bench.new_name(), bench.folder / "clock", bench.folder / "sleepless"
+    name, clock_file, sleepless = (
+        bench.new_name(),
+        bench.folder / "clock",
+        bench.folder / "sleepless",
+    )
     sleepless.mkdir(exist_ok=True)
     (sleepless / "sitecustomize.py").write_text(SLEEP)
     clock_file.write_text(f"{steps[0]}\n")
-    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock_file), "FAKETIME_CACHE_DURATION": "1"}
+    fake = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock_file),
+        "FAKETIME_CACHE_DURATION": "1",
+    }
     fake |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{sleepless}"}
     begun = time.monotonic()
     process = bench.start(bench.search(name, f"--workers={num_workers}"), environment=fake)
     bench.wait_for_candidate(process, name)
-    for step in itertools.cycle(steps) if steps[0] != "+0" else itertools.chain(steps, itertools.repeat(steps[-1])):
+    for step in (
+        itertools.cycle(steps)
+        if steps[0] != "+0"
+        else itertools.chain(steps, itertools.repeat(steps[-1]))
+    ):
         clock_file.with_suffix(".new").write_text(f"{step}\n")
         clock_file.with_suffix(".new").replace(clock_file)  # libfaketime may read it at any instant
         with suppress(subprocess.TimeoutExpired):
@@ -1351,10 +1669,18 @@ def wrong_clock(bench: Bench, row: Row, library: Path, steps: Sequence[str], num
     row.tried += 1
     bench.check(row, name, {}, process.communicate()[1], one=num_workers == 1)
     offsets = [abs(t.user_attrs.get("since", 0) - time.time()) for t in bench.trials(name)]
-    row.fault("undetected", f"the clock was right: {offsets}", not any(3000 < offset < 10_000 for offset in offsets))
+    row.fault(
+        "undetected",
+        f"the clock was right: {offsets}",
+        not any(3000 < offset < 10_000 for offset in offsets),
+    )
     seconds = [t.user_attrs.get("seconds", 0) for t in bench.trials(name)]
     whole = time.monotonic() - begun
-    row.fault("undetected", f"seconds by a wrong clock: {seconds}", any(not 0 <= value < whole for value in seconds))
+    row.fault(
+        "undetected",
+        f"seconds by a wrong clock: {seconds}",
+        any(not 0 <= value < whole for value in seconds),
+    )
     stolen = sum("retry_of" in t.user_attrs for t in bench.trials(name))
     row.fault("duplicated", f"trials of living workers were given up: {stolen}", stolen)
 
@@ -1364,7 +1690,9 @@ def read_only(bench: Bench, row: Row) -> None:
     for what, option in (("run", "--root=/proc/kdnas"), ("states", "--states.folder=/proc/kdnas")):
         bench.refuse(row, what, bench.search(bench.new_name(), option), "Cannot write to")
     with row.part(), tmpfs(bench.folder / "disk", "ro") as disk:
-        bench.refuse(row, "disk", bench.search(bench.new_name(), f"--root={disk}"), "Read-only file system")
+        bench.refuse(
+            row, "disk", bench.search(bench.new_name(), f"--root={disk}"), "Read-only file system"
+        )
     if bench.quick:
         return
     (folder := bench.folder / "closed").mkdir()
@@ -1372,7 +1700,11 @@ def read_only(bench: Bench, row: Row) -> None:
     bind = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
     cases = {
         "a mount that became read-only": (bind, f"umount {folder}", "Read-only file system"),
-        "an immutable folder": (f"chattr +i {folder}", f"chattr -i {folder}", "Operation not permitted"),
+        "an immutable folder": (
+            f"chattr +i {folder}",
+            f"chattr -i {folder}",
+            "Operation not permitted",
+        ),
     }
     for what, (close, open_again, words) in cases.items():
         try:
@@ -1384,8 +1716,14 @@ def read_only(bench: Bench, row: Row) -> None:
         subprocess.run(open_again, shell=True, check=True)
     folder.chmod(0o555)
     # Root ignores modes, but for this capability.
-    drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.getuid() == 0 else []
-    bench.refuse(row, "mode 0555", args, "Permission denied", partial(bench.call_alone, before=drop))
+    drop = (
+        ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+        if os.getuid() == 0
+        else []
+    )
+    bench.refuse(
+        row, "mode 0555", args, "Permission denied", partial(bench.call_alone, before=drop)
+    )
     row.fault("undetected", "mode 0555: something is there", any(folder.iterdir()))
 
 
@@ -1395,7 +1733,12 @@ def read_only(bench: Bench, row: Row) -> None:
 )
 def other_config(bench: Bench, row: Row) -> None:
     before = bench.story(bench.reference)
-    for option in ("--seed=1", "--space.num_hidden_layers=[1]", "--search.alpha=-0.1", "--data.max_length=16"):
+    for option in (
+        "--seed=1",
+        "--space.num_hidden_layers=[1]",
+        "--search.alpha=-0.1",
+        "--data.max_length=16",
+    ):
         bench.refuse(row, option, bench.search(bench.reference, option), " there, ")
     known, stat = (weights := bench.teacher / "model.safetensors").read_bytes(), weights.stat()
     tensors = load(known)
@@ -1406,16 +1749,25 @@ def other_config(bench: Bench, row: Row) -> None:
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     if not bench.quick:
         code, error = bench.call(bench.search(bench.reference, "--seed=1", "--force-new"))
-        row.fault("undetected", f"--force-new: {error}", code != 0 or not bench.story(f"{bench.reference}-2"))
+        row.fault(
+            "undetected",
+            f"--force-new: {error}",
+            code != 0 or not bench.story(f"{bench.reference}-2"),
+        )
     row.fault("lost", "the search", bench.story(bench.reference) != before)
 
 
 @fault(
-    "F34", "a finished search again; a search that was broken off, and (not in --quick) a run, started twice at once"
+    "F34",
+    "a finished search again; a search that was broken off, and (not in --quick) a run, started twice at once",
 )
 def again(bench: Bench, row: Row) -> None:
     def files(run: Path) -> dict[str, tuple[int, int]]:
-        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+        return {
+            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in run.rglob("*")
+            if path.is_file()
+        }
 
     before, known = bench.story(bench.reference), files(bench.logs / bench.reference)
     for _ in range(2 if bench.quick else 20):
@@ -1423,7 +1775,11 @@ def again(bench: Bench, row: Row) -> None:
         row.tried += 1
         row.fault("undetected", error, code != 0)
         changed = dict(files(bench.logs / bench.reference).items() ^ known.items())
-        row.fault("unequal", f"changed: {sorted(changed)}", bool(changed) or bench.story(bench.reference) != before)
+        row.fault(
+            "unequal",
+            f"changed: {sorted(changed)}",
+            bool(changed) or bench.story(bench.reference) != before,
+        )
     bench.check(row, bench.reference, bench.acknowledged(bench.reference))
     for _ in range(1 if bench.quick else 20):
         name = bench.new_name()
@@ -1460,8 +1816,12 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
     name, num_trials = bench.new_name(), 6 if bench.quick else 20
     args = bench.search(name, f"--search.n_trials={num_trials}")
     start = time.monotonic()
-    bench.start(bench.search(whole := bench.new_name(), f"--search.n_trials={num_trials}")).communicate()
-    row.notes.append(f"unbroken: {60 * num_trials / (time.monotonic() - start):.1f} trials a minute")
+    bench.start(
+        bench.search(whole := bench.new_name(), f"--search.n_trials={num_trials}")
+    ).communicate()
+    row.notes.append(
+        f"unbroken: {60 * num_trials / (time.monotonic() - start):.1f} trials a minute"
+    )
     start, known, seconds, acknowledged = time.monotonic(), 0, 0.0, {}
     while True:
         process, begun = bench.start(args), time.monotonic()
@@ -1473,16 +1833,28 @@ def kill_again_and_again(bench: Bench, row: Row) -> None:
         _, error = process.returncode, kill_all(process)
         row.tried += 1
         row.fault("undetected", error, "Traceback" in error)
-        finished = sum(t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs for t in bench.trials(name))
-        row.fault("lost", f"no progress after {finished} trials", finished <= known and process.returncode != 0)
+        finished = sum(
+            t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs for t in bench.trials(name)
+        )
+        row.fault(
+            "lost",
+            f"no progress after {finished} trials",
+            finished <= known and process.returncode != 0,
+        )
         known = finished
         before, acknowledged = acknowledged, bench.acknowledged(name)
-        row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in before.items()))
+        row.fault(
+            "lost",
+            "a trial changed",
+            sum(acknowledged.get(n) != value for n, value in before.items()),
+        )
         if process.returncode == 0 or time.monotonic() > start + 600:
             break
     row.fault("undetected", "it never ended", process.returncode != 0)
     bench.check(row, name, acknowledged, num_trials=num_trials, like=whole)
-    row.notes.append(f"killed every {seconds:.0f} s: {60 * known / (time.monotonic() - start):.1f} trials a minute")
+    row.notes.append(
+        f"killed every {seconds:.0f} s: {60 * known / (time.monotonic() - start):.1f} trials a minute"
+    )
 
 
 # A worker of a study whose candidates take a moment; it tells what it has finished, as a search does.
@@ -1513,7 +1885,9 @@ search(evaluate, space, open_study(f"sqlite:///{folder}/study.db", name, {}), n_
 
 def short(bench: Bench, name: str, n_trials: int, seconds: float) -> subprocess.Popen[str]:
     bench.run(name).mkdir(parents=True, exist_ok=True)
-    return bench.start_told(["-c", SHORT, str(bench.run(name)), str(n_trials), str(seconds)], [f"--name={name}"])
+    return bench.start_told(
+        ["-c", SHORT, str(bench.run(name)), str(n_trials), str(seconds)], [f"--name={name}"]
+    )
 
 
 @fault("F37", "four workers on one SQLite study, 200 trials: exact counts", quick=False)
@@ -1536,7 +1910,9 @@ def four_workers(bench: Bench, row: Row) -> None:
 
 
 @fault(
-    "F38", "a worker that is stopped for an hour, by the database's clock, is alive: its trial is its own", quick=False
+    "F38",
+    "a worker that is stopped for an hour, by the database's clock, is alive: its trial is its own",
+    quick=False,
 )
 def slow_worker(bench: Bench, row: Row) -> None:
     slow = short(bench, name := bench.new_name(), 8, 3)
@@ -1563,7 +1939,11 @@ def slow_worker(bench: Bench, row: Row) -> None:
     trials = bench.trials(name)
     row.tried += 1
     row.fault("lost", states, trials[mine].state.name != "COMPLETE")
-    row.fault("duplicated", states, abs(sum("twin_of" not in t.user_attrs for t in trials if t.value is not None) - 8))
+    row.fault(
+        "duplicated",
+        states,
+        abs(sum("twin_of" not in t.user_attrs for t in trials if t.value is not None) - 8),
+    )
     bench.check_stopped(row, name, {})
 
 
@@ -1572,21 +1952,42 @@ def usage(bench: Bench, name: str, session: int) -> dict[str, float]:
 
     The parents are what no kill of a worker ends.
     """
-    held = dict.fromkeys(("processes", "megabytes", "files", "parent_megabytes", "parent_files"), 0.0)
+    held = dict.fromkeys(
+        ("processes", "megabytes", "files", "parent_megabytes", "parent_files"), 0.0
+    )
     for folder in processes_of({session}):
         with suppress(OSError):
-            lines = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+            lines = (
+                line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:]
+            )
             sizes = {key: int(number) for key, number, *_ in lines}
-            found = {"megabytes": sizes["Anonymous:"] / 1e3, "files": len(list((folder / "fd").iterdir()))}
-            is_parent = str(session) in (folder.name, (folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found = {
+                "megabytes": sizes["Anonymous:"] / 1e3,
+                "files": len(list((folder / "fd").iterdir())),
+            }
+            is_parent = str(session) in (
+                folder.name,
+                (folder / "stat").read_text().rpartition(")")[2].split()[1],
+            )
             found |= {f"parent_{key}": value for key, value in found.items() if is_parent}
             held |= {key: held[key] + value for key, value in (found | {"processes": 1}).items()}
     paths: dict[str, list[Path]] = {"database": [], "trials": [], "other": []}
     for path in bench.run(name).rglob("*"):
         place = path.relative_to(bench.run(name)).parts[0]
-        kind = "database" if place.startswith("study.db") else "trials" if place.startswith("trial") else "other"
+        kind = (
+            "database"
+            if place.startswith("study.db")
+            else "trials"
+            if place.startswith("trial")
+            else "other"
+        )
         paths[kind].append(path)
-    places = {"states": bench.states, "tokens": bench.logs / "tokens", "temporary": bench.temporary, "home": bench.home}
+    places = {
+        "states": bench.states,
+        "tokens": bench.logs / "tokens",
+        "temporary": bench.temporary,
+        "home": bench.home,
+    }
     paths |= {kind: list(place.rglob("*")) for kind, place in places.items()}
     return held | {f"{kind}_kb": kilobytes(found) for kind, found in paths.items()}
 
@@ -1607,7 +2008,8 @@ def growth(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
         key: max(life[-1][key] - life[0][key] for life in lives)
         if key.startswith("parent_")
-        else statistics.median(found[key] for found in late) - statistics.median(found[key] for found in early)
+        else statistics.median(found[key] for found in late)
+        - statistics.median(found[key] for found in early)
         for key in rounds[0].keys() - {"life", "finished"}
     }
 
@@ -1632,7 +2034,11 @@ ALLOWED = {
 
 def kill_one_that_trains(bench: Bench, name: str, session: int) -> bool:
     alive = {int(folder.name) for folder in processes_of({session})}
-    running = [t.user_attrs["pid"] for t in bench.trials(name) if t.state.name == "RUNNING" and "arch" in t.user_attrs]
+    running = [
+        t.user_attrs["pid"]
+        for t in bench.trials(name)
+        if t.state.name == "RUNNING" and "arch" in t.user_attrs
+    ]
     if running := [pid for pid in running if pid in alive]:
         with suppress(ProcessLookupError):
             os.kill(bench.random.choice(running), signal.SIGKILL)
@@ -1645,7 +2051,11 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
     name, rounds, life = bench.new_name(), [], 0
     sizes = "[" + ",".join(map(str, range(2, 65))) + "]"
     acts = "[gelu,relu,silu,tanh,gelu_new,quick_gelu,relu6,sigmoid,gelu_fast,mish,leaky_relu,linear,relu2,gelu_10]"
-    space = [f"--space.intermediate_size={sizes}", f"--space.hidden_act={acts}", "--space.hidden_size=[16,32]"]
+    space = [
+        f"--space.intermediate_size={sizes}",
+        f"--space.hidden_act={acts}",
+        "--space.hidden_size=[16,32]",
+    ]
     args = bench.search(name, "--workers=2", "--search.n_trials=20000", "--sampler=random", *space)
     process, end, acknowledged = bench.start(args), time.monotonic() + 60 * minutes, {}
     while time.monotonic() < end:
@@ -1654,7 +2064,11 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
             row.fault("undetected", f"the search ended by itself, exit {process.returncode}")
             break
         known, acknowledged = acknowledged, bench.acknowledged(name)
-        row.fault("lost", "a trial changed", sum(acknowledged.get(n) != value for n, value in known.items()))
+        row.fault(
+            "lost",
+            "a trial changed",
+            sum(acknowledged.get(n) != value for n, value in known.items()),
+        )
         finished = len(acknowledged) - len(known)
         rounds.append({"trials": len(acknowledged), "finished": finished, "life": life})
         rounds[-1] |= usage(bench, name, process.pid)
@@ -1668,7 +2082,9 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
             row.tried += 1
             row.fault("undetected", error, "Traceback" in error)
             process, life = bench.start(args), life + 1
-    bench.wait_for_candidate(process, name, len(bench.trials(name)))  # it may have been started just now
+    bench.wait_for_candidate(
+        process, name, len(bench.trials(name))
+    )  # it may have been started just now
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate()
@@ -1676,7 +2092,9 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
     bench.check_stopped(row, name, acknowledged, error)
     grown = growth(rounds) if rounds else {}
     num_trials = rounds[-1]["trials"] - rounds[0]["trials"] if rounds else 0
-    row.notes.append(f"growth: {', '.join(f'{key} {more:.0f}' for key, more in sorted(grown.items()))}")
+    row.notes.append(
+        f"growth: {', '.join(f'{key} {more:.0f}' for key, more in sorted(grown.items()))}"
+    )
     for key, (at_first, each) in ALLOWED.items():
         more = grown.get(key, 0)
         row.fault("undetected", f"{key} grew by {more:.0f}", more > at_first + each * num_trials)
@@ -1685,31 +2103,51 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the faults, print a table, and write JSON after each of them; the exit code is 1 where one is bad."""
-    parser = argparse.ArgumentParser(prog="faults.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="faults.py", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument(
-        "--quick", action="store_true", help="those without servers and many kills, in under four minutes"
+        "--quick",
+        action="store_true",
+        help="those without servers and many kills, in under four minutes",
     )
     parser.add_argument("--only", default="", help="ids, separated by commas")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="two workers; every 2 minutes one is killed")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="two workers; every 2 minutes one is killed"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the instants at which is killed")
-    parser.add_argument("--json", type=Path, default=OUTPUT / "faults.json", help="where the figures go")
+    parser.add_argument(
+        "--json", type=Path, default=OUTPUT / "faults.json", help="where the figures go"
+    )
     options = parser.parse_args(args)
     wanted = [name for name in options.only.split(",") if name]
     if unknown := set(wanted) - FAULTS.keys():
-        parser.error(f"no such fault: {', '.join(sorted(unknown))}; choose from {', '.join(FAULTS)}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, and theirs, deaf to it
+        parser.error(
+            f"no such fault: {', '.join(sorted(unknown))}; choose from {', '.join(FAULTS)}"
+        )
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts background jobs, and theirs, deaf to it
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     rows: list[Row] = []
     more: dict[str, Any] = {}
     if options.soak:
-        wanted, rows = ["soak"], [Row("soak", f"two workers for {options.soak:g} minutes, one killed every two")]
+        wanted, rows = (
+            ["soak"],
+            [Row("soak", f"two workers for {options.soak:g} minutes, one killed every two")],
+        )
     started = time.monotonic()
 
     def write() -> None:
         seconds = time.monotonic() - started
-        figures = {"seed": options.seed, "seconds": seconds, "quick": options.quick, "machine": machine()}
+        figures = {
+            "seed": options.seed,
+            "seconds": seconds,
+            "quick": options.quick,
+            "machine": machine(),
+        }
         write_json(options.json, figures | more | {"rows": [asdict(row) for row in rows]})
 
     options.json = options.json.resolve()
@@ -1728,17 +2166,36 @@ def main(args: Sequence[str] | None = None) -> int:
                 row.not_run = str(reason)
                 row.fault("undetected", f"not run to its end: {reason}", row.tried > 0)
             except Exception as error:  # of the benchmark itself, or let through by what it calls
-                row.fault("undetected", f"{type(error).__name__}: {error} {getattr(error, 'stderr', None) or ''}")
+                row.fault(
+                    "undetected",
+                    f"{type(error).__name__}: {error} {getattr(error, 'stderr', None) or ''}",
+                )
             row.seconds = time.monotonic() - begun
             rows.append(row)
             write()
-            print(f"{name}: {'BAD' if row.is_bad() else row.not_run or 'ok'}, {row.seconds:.0f} s", flush=True)
+            print(
+                f"{name}: {'BAD' if row.is_bad() else row.not_run or 'ok'}, {row.seconds:.0f} s",
+                flush=True,
+            )
     rows.sort(key=lambda row: row.id)
     seconds = time.monotonic() - started
-    columns = ("id", "tried", "lost", "duplicated", "executed", "undetected", "zombies", "unequal", "worst_wait_s")
+    columns = (
+        "id",
+        "tried",
+        "lost",
+        "duplicated",
+        "executed",
+        "undetected",
+        "zombies",
+        "unequal",
+        "worst_wait_s",
+    )
     table = Table(*columns, "what", title=f"seed {options.seed}, {seconds:.0f} s")
     for row in rows:
-        figures = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in map(vars(row).get, columns)]
+        figures = [
+            f"{value:.1f}" if isinstance(value, float) else str(value)
+            for value in map(vars(row).get, columns)
+        ]
         table.add_row(*figures, f"{row.what}{f' (not run: {row.not_run})' if row.not_run else ''}")
     console = Console(width=160)
     console.print(table)

@@ -112,13 +112,17 @@ class Row:
             self.leave_out(reason)
 
     def is_bad(self) -> bool:
-        return any((self.lost, self.duplicated, self.executed, self.undetected, self.zombies, self.unequal))
+        return any(
+            (self.lost, self.duplicated, self.executed, self.undetected, self.zombies, self.unequal)
+        )
 
     def fault(self, kind: str, note: object, count: int = 1) -> None:
         if count:
             setattr(self, kind, getattr(self, kind) + int(count))
             text = str(note)
-            self.notes.append(f"{kind}: {text if len(text) <= 400 else f'{text[:100]} ... {text[-300:]}'}")
+            self.notes.append(
+                f"{kind}: {text if len(text) <= 400 else f'{text[:100]} ... {text[-300:]}'}"
+            )
 
 
 class NotRun(Exception):
@@ -141,22 +145,34 @@ class Bench:
     def __init__(self, folder: Path, quick: bool, seed: int) -> None:
         self.folder, self.quick, self.random = folder, quick, random.Random(seed)
         self.canary, self.logs, self.states = folder / "CANARY", folder / "logs", folder / "states"
-        self.teacher, self.text, self.task = folder / "teacher", folder / "rows.txt", folder / "first_word"
+        self.teacher, self.text, self.task = (
+            folder / "teacher",
+            folder / "rows.txt",
+            folder / "first_word",
+        )
         self.home, self.told, self.temporary = folder / "home", folder / "told", folder / "tmp"
         self.num_trials = 4 if quick else 12
         self.storages: dict[str, str] = {}  # of runs whose study is not in their folder
         self.roots: dict[str, Path] = {}  # of runs that are not among the others
         self._number, self._finished = 0, dict[int, str]()
         self.started: list[subprocess.Popen[str]] = []
-        bf16_is_faster("cpu")  # once for all: a busy machine may find another, and searches would not be equal
+        bf16_is_faster(
+            "cpu"
+        )  # once for all: a busy machine may find another, and searches would not be equal
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+        tokenizer = Tokenizer(
+            models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         special = [("[CLS]", 1), ("[SEP]", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", special)
-        names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask", "unk")}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", special
+        )
+        names = {
+            f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask", "unk")
+        }
         config = BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=32,
@@ -171,13 +187,18 @@ class Bench:
         for place in (self.task, self.home, self.told, self.temporary):
             place.mkdir()
         for split, num_rows in (("train", 96), ("validation", 30)):
-            rows = [f"{WORDS[i % 3]} {' '.join(self.random.choices(WORDS, k=6))}\t{i % 3}\n" for i in range(num_rows)]
+            rows = [
+                f"{WORDS[i % 3]} {' '.join(self.random.choices(WORDS, k=6))}\t{i % 3}\n"
+                for i in range(num_rows)
+            ]
             (self.task / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
         (folder / "hooks.py").write_text(HOOKS)
         self._outside = self.outside()
 
     def write_rows(self, path: Path, num_rows: int) -> None:
-        path.write_text("".join(" ".join(self.random.choices(WORDS, k=12)) + "\n" for _ in range(num_rows)))
+        path.write_text(
+            "".join(" ".join(self.random.choices(WORDS, k=12)) + "\n" for _ in range(num_rows))
+        )
 
     def new_name(self) -> str:
         self._number += 1
@@ -209,8 +230,15 @@ class Bench:
 
     def job(self, name: str, *more: str) -> list[str]:
         """The same for the whole job, with a labelled task."""
-        options = {"task": self.task, "full_kd.num_epochs": 2, "finetune.num_epochs": 2, "finetune.max_length": 24}
-        return self.search(name, *(f"--{key}={value}" for key, value in options.items()), *more, command="run")
+        options = {
+            "task": self.task,
+            "full_kd.num_epochs": 2,
+            "finetune.num_epochs": 2,
+            "finetune.max_length": 24,
+        }
+        return self.search(
+            name, *(f"--{key}={value}" for key, value in options.items()), *more, command="run"
+        )
 
     def call(self, args: Sequence[str]) -> tuple[int, str]:
         """Exit code and stderr of a command in this process; -1 with the exception where one comes through."""
@@ -231,7 +259,9 @@ class Bench:
         """The same in a process group of its own, whose errors are piped."""
         return self.start_told(["-m", "kdnas"], args, **options)
 
-    def start_told(self, program: Sequence[str], args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    def start_told(
+        self, program: Sequence[str], args: Sequence[str], **options: Any
+    ) -> subprocess.Popen[str]:
         """A program that takes the arguments of a command."""
         with self.tell(args) as told:
             return self.start_program([*program, *args], **({"stdout": told} | options))
@@ -239,7 +269,9 @@ class Bench:
     def tell(self, args: Sequence[str]) -> IO[str]:
         """Where all that a command tells is kept, for the run that it names."""
         name = next((arg for arg in args if arg.startswith("--name=")), "").removeprefix("--name=")
-        return (self.told / (name if re.fullmatch(r"\w{1,99}", name) else "others")).open("a", encoding="utf-8")
+        return (self.told / (name if re.fullmatch(r"\w{1,99}", name) else "others")).open(
+            "a", encoding="utf-8"
+        )
 
     def call_alone(self, args: Sequence[str], **options: Any) -> tuple[int, str]:
         """Exit code and stderr of a command in a process of its own."""
@@ -247,12 +279,18 @@ class Bench:
         _, error = process.communicate()
         return process.returncode, error
 
-    def start_program(self, args: Sequence[str], before: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    def start_program(
+        self, args: Sequence[str], before: Sequence[str] = (), **options: Any
+    ) -> subprocess.Popen[str]:
         """Python in a process group of its own; what comes ``before`` it may be strace."""
         paths = os.pathsep.join([str(ROOT), str(self.folder)])
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HOME": str(self.home)}
         environment |= {"TMPDIR": str(self.temporary)} | options.pop("environment", {})
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        pipes = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+            "stdin": subprocess.DEVNULL,
+        }
         program = [*before, sys.executable, "-W", "ignore", *args]
         options = {"env": os.environ | environment, "cwd": self.home, **pipes, **options}
         process = subprocess.Popen(program, text=True, start_new_session=True, **options)
@@ -298,7 +336,9 @@ class Bench:
         paths, found = [self.text], set()
         for place in (self.teacher, self.task, self.home, Path("/etc")):
             for folder, folders, names in os.walk(place):
-                folders[:] = [name for name in folders if not name.startswith(".")]  # libraries' caches in the home
+                folders[:] = [
+                    name for name in folders if not name.startswith(".")
+                ]  # libraries' caches in the home
                 paths += [Path(folder, name) for name in names]
                 found |= {str(Path(folder, name)) for name in folders}
         for path in paths:
@@ -307,7 +347,9 @@ class Bench:
         return found
 
     def study(self, name: str) -> optuna.Study:
-        url = self.storages.get(name, f"sqlite:///{self.run(name)}/study.db")  # the tables are made by the search alone
+        url = self.storages.get(
+            name, f"sqlite:///{self.run(name)}/study.db"
+        )  # the tables are made by the search alone
         return optuna.load_study(study_name=name, storage=RDBStorage(url, skip_table_creation=True))
 
     def trials(self, name: str) -> list[optuna.trial.FrozenTrial]:
@@ -342,7 +384,9 @@ class Bench:
 
     def is_worth(self, params: dict[str, Any], value: float) -> bool:
         """Whether a student alone is worth that; not in --quick, where only those of the reference are known."""
-        known = self.story(self.reference if self.quick else self.finished(1000))  # all that there are
+        known = self.story(
+            self.reference if self.quick else self.finished(1000)
+        )  # all that there are
         return all(value == other for same, other in known if same == params)
 
     def acknowledged(self, name: str) -> dict[int, Any]:
@@ -350,9 +394,13 @@ class Bench:
         finished = [t for t in self.trials(name) if t.state.name == "COMPLETE"]
         return {t.number: (t.value, t.params, t.user_attrs.get("weights_sha256")) for t in finished}
 
-    def wait_for_candidate(self, process: subprocess.Popen[str], name: str, number: int = 0) -> None:
+    def wait_for_candidate(
+        self, process: subprocess.Popen[str], name: str, number: int = 0
+    ) -> None:
         """Until a candidate of this number, or a later one, has begun, or the process has ended."""
-        while process.poll() is None and not any("arch" in t.user_attrs for t in self.trials(name)[number:]):
+        while process.poll() is None and not any(
+            "arch" in t.user_attrs for t in self.trials(name)[number:]
+        ):
             time.sleep(0.2)
 
     def check(
@@ -371,14 +419,30 @@ class Bench:
         """
         self.check_stopped(row, name, acknowledged, error)
         trials = self.trials(name)
-        counted = [t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs]
-        row.fault("duplicated", f"{len(counted)} trained", abs(len(counted) - (num_trials or self.num_trials)))  # I2
-        row.fault("undetected", "no manifest", not (self.run(name) / "manifest.json").exists())  # I4
+        counted = [
+            t for t in trials if t.state.name == "COMPLETE" and "twin_of" not in t.user_attrs
+        ]
+        row.fault(
+            "duplicated",
+            f"{len(counted)} trained",
+            abs(len(counted) - (num_trials or self.num_trials)),
+        )  # I2
+        row.fault(
+            "undetected", "no manifest", not (self.run(name) / "manifest.json").exists()
+        )  # I4
         mine = self.story(name)  # I7; several workers propose in an order of their own
-        wrong = [] if one else [params for params, value in mine if not self.is_worth(params, value)]
-        row.fault("unequal", wrong or mine, bool(wrong) or (one and mine != self.story(like or self.reference)))
+        wrong = (
+            [] if one else [params for params, value in mine if not self.is_worth(params, value)]
+        )
+        row.fault(
+            "unequal",
+            wrong or mine,
+            bool(wrong) or (one and mine != self.story(like or self.reference)),
+        )
 
-    def check_stopped(self, row: Row, name: str, acknowledged: dict[int, Any], error: str = "") -> None:
+    def check_stopped(
+        self, row: Row, name: str, acknowledged: dict[int, Any], error: str = ""
+    ) -> None:
         """Of these what holds, too, where a search has stopped before its end."""
         trials, values = self.trials(name), self.acknowledged(name)
         lost = [number for number, value in acknowledged.items() if values.get(number) != value]
@@ -387,7 +451,9 @@ class Bench:
         told = TOLD.findall(path.read_text(encoding="utf-8") if path.exists() else "")
         lost = [n for n, reward in told if f"{values.get(int(n), [math.nan])[0]:.4f}" != reward]
         row.fault("lost", f"told, but not stored: {lost}", len(lost))  # and what the user was told
-        row.fault("undetected", "trials finished, and none was told", bool(values) and not told)  # else that is vacuous
+        row.fault(
+            "undetected", "trials finished, and none was told", bool(values) and not told
+        )  # else that is vacuous
         numbers = [t.number for t in trials]
         row.fault("duplicated", f"{numbers}", numbers != list(range(len(numbers))))  # I2
         row.fault("zombies", "running", sum(t.state.name == "RUNNING" for t in trials))  # I3
@@ -399,12 +465,18 @@ class Bench:
         row.fault("undetected", f"a worker's log: {errors}", bool(errors))
         self.look_at_canary(row, name)  # I8
         before, self._outside = self._outside, self.outside()
-        row.fault("undetected", f"outside: {sorted(before ^ self._outside)}", before != self._outside)
+        row.fault(
+            "undetected", f"outside: {sorted(before ^ self._outside)}", before != self._outside
+        )
 
     def states_of(self, name: str) -> Path:
         """Where a run keeps the teacher's states."""
         path = self.run(name) / "config.yaml"
-        return Path(yaml.safe_load(path.read_text())["states"]["folder"]) if path.exists() else self.states
+        return (
+            Path(yaml.safe_load(path.read_text())["states"]["folder"])
+            if path.exists()
+            else self.states
+        )
 
     def check_files(self, row: Row, name: str) -> None:
         """What manifests and database say of themselves is true, and nothing is left half written."""
@@ -412,17 +484,24 @@ class Bench:
         faults = [fault for path in run.rglob("manifest.json") for fault in verify(path.parent)[1]]
         if (run / "study.db").exists():
             with closing(sqlite3.connect(run / "study.db")) as database:
-                faults += [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
+                faults += [
+                    line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"
+                ]
         row.fault("undetected", faults, len(faults))
         places = (run, run.parent / "tokens", self.states_of(name))
-        left = [path for place in places for path in place.rglob("*") if TEMPORARY.fullmatch(path.name)]
+        left = [
+            path for place in places for path in place.rglob("*") if TEMPORARY.fullmatch(path.name)
+        ]
         row.fault("zombies", left, len(left))
         for path in left:  # counted once
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def check_processes(self, row: Row, name: str) -> None:
         """None goes on after ten seconds, and no lock is held."""
-        ended, end = {process.pid for process in self.started if process.poll() is not None}, time.monotonic() + 10
+        ended, end = (
+            {process.pid for process in self.started if process.poll() is not None},
+            time.monotonic() + 10,
+        )
         while left := processes_of(ended):
             if time.monotonic() > end:
                 row.fault("zombies", f"processes {left}", len(left))
@@ -500,11 +579,20 @@ class Postgres:
 
     def call(self, *command: str) -> None:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([self.programs / command[0], *command[1:]], check=True, **quiet, **self.account)
+        subprocess.run(
+            [self.programs / command[0], *command[1:]], check=True, **quiet, **self.account
+        )
 
     def start(self) -> None:
         options = f"--options=-k {self.folder} -c listen_addresses='' -c fsync=off"
-        self.call("pg_ctl", "--wait", f"--pgdata={self.folder}/data", f"--log={self.folder}/log", options, "start")
+        self.call(
+            "pg_ctl",
+            "--wait",
+            f"--pgdata={self.folder}/data",
+            f"--log={self.folder}/log",
+            options,
+            "start",
+        )
 
     def stop(self) -> None:
         self.call("pg_ctl", "--mode=immediate", f"--pgdata={self.folder}/data", "stop")
@@ -513,9 +601,19 @@ class Postgres:
         """Cut all connections, those that are idle in a training too; how many there were."""
         sql = "select pg_terminate_backend(pid) from pg_stat_activity"
         sql += " where pid <> pg_backend_pid() and backend_type = 'client backend'"
-        command = [f"--host={self.folder}", "--username=kdnas", "--dbname=postgres", "-tA", f"--command={sql}"]
+        command = [
+            f"--host={self.folder}",
+            "--username=kdnas",
+            "--dbname=postgres",
+            "-tA",
+            f"--command={sql}",
+        ]
         found = subprocess.run(
-            [self.programs / "psql", *command], check=True, capture_output=True, text=True, **self.account
+            [self.programs / "psql", *command],
+            check=True,
+            capture_output=True,
+            text=True,
+            **self.account,
         )
         return found.stdout.count("t")
 
@@ -526,10 +624,14 @@ def postgres() -> Iterator[Postgres]:
     if not programs:
         raise NotRun("needs Debian's package postgresql")
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    server = Postgres(programs[-1], folder, {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {})
+    server = Postgres(
+        programs[-1], folder, {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    )
     if server.account:
         shutil.chown(folder, **server.account)
-    server.call("initdb", "--no-sync", "--auth=trust", "--username=kdnas", f"--pgdata={folder}/data")
+    server.call(
+        "initdb", "--no-sync", "--auth=trust", "--username=kdnas", f"--pgdata={folder}/data"
+    )
     server.start()
     try:
         yield server

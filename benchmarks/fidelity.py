@@ -61,14 +61,23 @@ SHORT = [(share, epochs) for share in (0.1, 0.3) for epochs in (1, 2, 4)]
 TASKS = ("stsb", "mrpc")
 # All are errors: lower is better.
 SCORES = ("loss", "original", "tokens", "cls", "pooled", "pairs", "relations")
-DEFAULT = ("30-2", "loss")  # of a search: share of the rows in per cent and epochs; what the reward is made of
+DEFAULT = (
+    "30-2",
+    "loss",
+)  # of a search: share of the rows in per cent and epochs; what the reward is made of
 
 
 def spread_archs(rows: Sequence[dict[str, Any]], number: int, speedup: float) -> list[StudentArch]:
     """Architectures spread evenly, by depth first, over those of a table that are so much faster than the teacher."""
-    fast = [StudentArch(**row["arch"]) for row in rows if row["teacher_latency_ms"] >= speedup * row["latency_ms"]]
+    fast = [
+        StudentArch(**row["arch"])
+        for row in rows
+        if row["teacher_latency_ms"] >= speedup * row["latency_ms"]
+    ]
     fast.sort(key=lambda arch: tuple(arch.to_dict().values()))
-    return [fast[i] for i in np.linspace(0, len(fast) - 1, min(number, len(fast))).round().astype(int)]
+    return [
+        fast[i] for i in np.linspace(0, len(fast) - 1, min(number, len(fast))).round().astype(int)
+    ]
 
 
 def part_of(data: KDDataModule, share: float) -> KDDataModule:
@@ -92,23 +101,35 @@ class Scores:
         num_heads: that MiniLMv2's relations are cut into.
     """
 
-    def __init__(self, module: HiddenStateDistillModule, data: KDDataModule, num_heads: int = 12) -> None:
+    def __init__(
+        self, module: HiddenStateDistillModule, data: KDDataModule, num_heads: int = 12
+    ) -> None:
         self.module, self.batches = module, list(data.loader(data.held_out_ids(), shuffle=False))
         self.num_heads = num_heads
 
     @torch.no_grad()
     def __call__(self) -> tuple[dict[str, float], dict[str, float]]:
-        module, states, last = self.module, self.module.states, self.module.arch.num_hidden_layers - 1
+        module, states, last = (
+            self.module,
+            self.module.states,
+            self.module.arch.num_hidden_layers - 1,
+        )
         assert states is not None
         module.student.eval()
         width, target = module.arch.hidden_size, module._teacher.config.hidden_size
-        strengths = {"tokens": 1e-2, "cls": 0.03, "pooled": 0.03}  # there are fewer rows than tokens
+        strengths = {
+            "tokens": 1e-2,
+            "cls": 0.03,
+            "pooled": 0.03,
+        }  # there are fewer rows than tokens
         probes = {name: RidgeProbe(width, target, strength) for name, strength in strengths.items()}
         # The original's: every student layer on its two teacher layers, by the best map in place of a trained one.
         num_layers = (module.arch.num_hidden_layers, module._teacher.config.num_hidden_layers)
         mapped = [(i, j) for i, layers in enumerate(LastAndSkip()(*num_layers)) for j in layers]
         of_layers = {(i, j): RidgeProbe(width, target, 1e-3) for i, j in mapped}
-        relations = AttentionRelations(num_heads=self.num_heads).criterion(module.student, module._teacher.model)
+        relations = AttentionRelations(num_heads=self.num_heads).criterion(
+            module.student, module._teacher.model
+        )
         sums = torch.zeros(2, dtype=torch.float64)
 
         def tokens(student: View, teacher: View) -> None:
@@ -116,10 +137,14 @@ class Scores:
 
         def cls(student: View, teacher: View) -> None:
             first = student.batch["attention_mask"].cumsum(1).sub(1).eq(0)
-            probes["cls"].update(student.padded(last)[first], teacher.padded(module.last_layer)[first])
+            probes["cls"].update(
+                student.padded(last)[first], teacher.padded(module.last_layer)[first]
+            )
 
         def pooled(student: View, teacher: View) -> None:
-            probes["pooled"].update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
+            probes["pooled"].update(
+                student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT)
+            )
 
         def original(student: View, teacher: View) -> None:
             for (i, j), probe in of_layers.items():
@@ -129,7 +154,13 @@ class Scores:
             ((error, count),) = relations(student, teacher)
             sums.add_(torch.tensor([float(error), float(count)]))
 
-        measures = {"tokens": tokens, "cls": cls, "pooled": pooled, "original": original, "relations": related}
+        measures = {
+            "tokens": tokens,
+            "cls": cls,
+            "pooled": pooled,
+            "original": original,
+            "relations": related,
+        }
         seconds = dict.fromkeys(SCORES, 0.0)
         for batch in self.batches:
             begin = time.process_time()
@@ -153,7 +184,9 @@ class Scores:
         return found, seconds
 
 
-def begin(arch: StudentArch, data: KDDataModule, states: TeacherStates) -> tuple[HiddenStateDistillModule, float]:
+def begin(
+    arch: StudentArch, data: KDDataModule, states: TeacherStates
+) -> tuple[HiddenStateDistillModule, float]:
     """A student that began as its teacher, calibrated on some rows of the data, and the seconds of that."""
     torch.manual_seed(0)
     started = time.process_time()
@@ -175,14 +208,27 @@ def distil(
         return dict(read_json(folder / "result.json"))
     first, seconds = begun()
     shared = (first._teacher, first.states)
-    module = copy.deepcopy(first, {id(part): part for part in shared})  # what begins alike begins once
+    module = copy.deepcopy(
+        first, {id(part): part for part in shared}
+    )  # what begins alike begins once
     torch.manual_seed(0)
     started = time.process_time()
-    settings = TrainerSettings(accelerator="cpu", precision=read_config("fit").trainer["precision"] or "auto")
-    fit(make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]), module, data)
+    settings = TrainerSettings(
+        accelerator="cpu", precision=read_config("fit").trainer["precision"] or "auto"
+    )
+    fit(
+        make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]),
+        module,
+        data,
+    )
     seconds += time.process_time() - started
     scores, of_scores = Scores(module, data)()
-    result = {"arch": module.arch.to_dict(), "seconds": seconds, "scores": scores, "score_seconds": of_scores}
+    result = {
+        "arch": module.arch.to_dict(),
+        "seconds": seconds,
+        "scores": scores,
+        "score_seconds": of_scores,
+    }
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
     write_json(folder / "result.json", result)
@@ -218,9 +264,19 @@ class Bench:
         begun = cache(partial(begin, arch, part_of(self.data, settings[0][0]), self.states))
         for share, epochs in settings:
             name = f"{round(100 * share)}-{epochs}"
-            found[name] = distil(begun, part_of(self.data, share), epochs, folder / name, self.progress)
-        scores = [self._finetune(folder / name, task, number) for task in self.tasks] if is_finetuned else []
-        return {"arch": arch.to_dict(), "settings": found, "glue": statistics.mean(scores) if scores else None}
+            found[name] = distil(
+                begun, part_of(self.data, share), epochs, folder / name, self.progress
+            )
+        scores = (
+            [self._finetune(folder / name, task, number) for task in self.tasks]
+            if is_finetuned
+            else []
+        )
+        return {
+            "arch": arch.to_dict(),
+            "settings": found,
+            "glue": statistics.mean(scores) if scores else None,
+        }
 
     def _finetune(self, folder: Path, task: LoadedTask, number: int) -> float:
         torch.manual_seed(0)
@@ -239,11 +295,19 @@ def main(args: Sequence[str] | None = None) -> None:
     """Make what is missing of the table, if that is asked for, and show it."""
     parser = options("fidelity", __doc__ or "")
     parser.add_argument("--make", action="store_true", help="distil what the table lacks")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
-    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
-    parser.add_argument("--folder", type=Path, default=OUTPUT / "fidelity", help="where the runs are kept")
-    parser.add_argument("--speedup", type=float, default=4.0, help="of the students, at least; a search's budget")
+    parser.add_argument(
+        "--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=OUTPUT / "fidelity", help="where the runs are kept"
+    )
+    parser.add_argument(
+        "--speedup", type=float, default=4.0, help="of the students, at least; a search's budget"
+    )
     parser.add_argument("--archs", type=int, default=24, help="how many students")
     parser.add_argument("--finetuned", type=int, default=8, help="how many of them are fine-tuned")
     parser.add_argument("--rows", type=int, help="at most so many rows of the text are all of it")
@@ -251,7 +315,10 @@ def main(args: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(args)
     if chosen.quick:
         chosen.archs, chosen.finetuned, chosen.rows, chosen.epochs, chosen.make = 3, 0, 240, 1, True
-        chosen.folder, chosen.table = OUTPUT / "fidelity_quick", OUTPUT / "fidelity_quick" / "table.json.gz"
+        chosen.folder, chosen.table = (
+            OUTPUT / "fidelity_quick",
+            OUTPUT / "fidelity_quick" / "table.json.gz",
+        )
         shutil.rmtree(chosen.folder, ignore_errors=True)
     quieten()
     if chosen.make:
@@ -263,7 +330,11 @@ def main(args: Sequence[str] | None = None) -> None:
         setting: {number: student["settings"][setting] for number, student in students.items()}
         for setting in next(iter(students.values()))["settings"]
     }
-    glue = {number: student["glue"] for number, student in students.items() if student["glue"] is not None}
+    glue = {
+        number: student["glue"]
+        for number, student in students.items()
+        if student["glue"] is not None
+    }
     report(found, glue, list(found)[-1], chosen.json)
 
 
@@ -274,19 +345,30 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def make(chosen: Any) -> None:
     """Do this part of what the table lacks, and add to it what is finished, by other parts too."""
-    about = {name: getattr(chosen, name) for name in ("archs", "speedup", "finetuned", "rows", "epochs")}
+    about = {
+        name: getattr(chosen, name) for name in ("archs", "speedup", "finetuned", "rows", "epochs")
+    }
     known = read_table(chosen.table) if chosen.table.exists() else {"about": about, "students": {}}
     if known["about"] != about:
-        raise SystemExit(f"{chosen.table} was made with {known['about']}, asked for is {about}: give another --table.")
+        raise SystemExit(
+            f"{chosen.table} was made with {known['about']}, asked for is {about}: give another --table."
+        )
     chosen.folder.mkdir(parents=True, exist_ok=True)
     teacher = find_teacher(TEACHER)
     archs = spread_archs(read_table(samplers.TABLE)["rows"], chosen.archs, chosen.speedup)
-    data = KDDataModule(TEACHER, cut_text(chosen.text, chosen.folder, most=chosen.rows), read_config("fit").data)
+    data = KDDataModule(
+        TEACHER, cut_text(chosen.text, chosen.folder, most=chosen.rows), read_config("fit").data
+    )
     data.setup()
     layers = range(-1, teacher.config.num_hidden_layers)
-    states = open_states(teacher, data, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60))
+    states = open_states(
+        teacher, data, layers, StatesSettings(str(chosen.folder / "states"), max_gb=60)
+    )
     names = TASKS if chosen.finetuned else ()
-    tasks = [some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000) for name in names]
+    tasks = [
+        some_rows(load_task(str(chosen.glue / name) if chosen.glue else name), 6_000)
+        for name in names
+    ]
     finetuned = np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist()
     part, num_parts = chosen.part
     with Progress(console=Console(), transient=True) as progress:
@@ -297,16 +379,27 @@ def make(chosen: Any) -> None:
             if str(number) not in known["students"] and not path.exists():
                 write_json(path, bench(number, archs[number], number in finetuned))
             with FileLock(chosen.folder / "table.lock"):  # of all parts that are at it
-                finished = {p.parent.name: read_json(p) for p in chosen.folder.glob("*/student.json")}
-                students = dict(sorted((finished | known["students"]).items(), key=lambda pair: int(pair[0])))
+                finished = {
+                    p.parent.name: read_json(p) for p in chosen.folder.glob("*/student.json")
+                }
+                students = dict(
+                    sorted((finished | known["students"]).items(), key=lambda pair: int(pair[0]))
+                )
                 with new_file(chosen.table) as file:
-                    file.write(gzip.compress(json.dumps({"about": about, "students": students}).encode(), mtime=0))
+                    file.write(
+                        gzip.compress(
+                            json.dumps({"about": about, "students": students}).encode(), mtime=0
+                        )
+                    )
 
 
 def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Kendall's tau and Spearman's rho of two rankings, and the 95 % bootstrap interval of tau over the students."""
     pairs, generator = np.array([scores, reference]), np.random.default_rng(0)
-    drawn = [kendalltau(*pairs[:, generator.integers(len(scores), size=len(scores))])[0] for _ in range(500)]
+    drawn = [
+        kendalltau(*pairs[:, generator.integers(len(scores), size=len(scores))])[0]
+        for _ in range(500)
+    ]
     low, high = np.nanquantile(drawn, (0.025, 0.975)).tolist()
     return {
         "tau": float(kendalltau(*pairs)[0]),
@@ -324,13 +417,25 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
         for score in SCORES:
             mine = [results[number]["scores"][score] for number in numbers]
             row: dict[str, Any] = {"setting": setting, "score": score}
-            row["seconds"] = seconds + statistics.mean(results[n]["score_seconds"][score] for n in numbers)
-            row["full_kd"] = agreement(mine, [found[long][number]["scores"][score] for number in numbers])
-            row["full_kd_loss"] = agreement(mine, [found[long][number]["scores"]["loss"] for number in numbers])
+            row["seconds"] = seconds + statistics.mean(
+                results[n]["score_seconds"][score] for n in numbers
+            )
+            row["full_kd"] = agreement(
+                mine, [found[long][number]["scores"][score] for number in numbers]
+            )
+            row["full_kd_loss"] = agreement(
+                mine, [found[long][number]["scores"]["loss"] for number in numbers]
+            )
             if len(glue) > 1:  # lower error, higher score
-                row["glue"] = agreement([-results[number]["scores"][score] for number in glue], list(glue.values()))
+                row["glue"] = agreement(
+                    [-results[number]["scores"][score] for number in glue], list(glue.values())
+                )
             rows.append(row)
-    columns = {"full_kd": "tau, rho to the same after full KD", "full_kd_loss": "to its loss", "glue": "to GLUE"}
+    columns = {
+        "full_kd": "tau, rho to the same after full KD",
+        "full_kd_loss": "to its loss",
+        "glue": "to GLUE",
+    }
     table = Table("share %-epochs", "score", "seconds", *columns.values())
     for row in rows:
         shown = [_with_interval(row[column]) if column in row else "-" for column in columns]
@@ -350,11 +455,16 @@ def report(found: dict[str, dict[str, Any]], glue: dict[str, float], long: str, 
         else "None has a tau of 0.8 to full KD."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"machine": machine(), "rows": rows, "glue": glue, "results": found, "cheapest": cheapest})
+    write_json(
+        path,
+        {"machine": machine(), "rows": rows, "glue": glue, "results": found, "cheapest": cheapest},
+    )
     figure, axes = plt.subplots(figsize=(6, 4))
     for score in SCORES:
         points = sorted(
-            (row["seconds"], row["full_kd"]["tau"]) for row in rows if row["score"] == score and row["setting"] != long
+            (row["seconds"], row["full_kd"]["tau"])
+            for row in rows
+            if row["score"] == score and row["setting"] != long
         )
         axes.plot(*zip(*points, strict=True), "o-", label=score)
     axes.set(xlabel="seconds a candidate", ylabel="Kendall's tau to the same score after full KD")

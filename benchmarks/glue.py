@@ -34,7 +34,14 @@ from rich.table import Table
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from kdnas.commands.config import Grid
-from kdnas.commands.glue import Comparison, Contender, contender, score_table, short_names, with_help
+from kdnas.commands.glue import (
+    Comparison,
+    Contender,
+    contender,
+    score_table,
+    short_names,
+    with_help,
+)
 from kdnas.deploy.latency import LatencySettings
 from kdnas.models.encoders import build_classifier, student_config
 from kdnas.system.files import write_json
@@ -58,7 +65,9 @@ def random_starts(models: Sequence[Contender]) -> list[Contender]:
         config = model.config
         name = f"random, {config.num_hidden_layers} x {config.hidden_size}"
         key = f"random-{config.num_hidden_layers}-{config.hidden_size}-{config.intermediate_size}"
-        found[key] = dataclasses.replace(model, name=name, key=key, make=partial(build_classifier, config))
+        found[key] = dataclasses.replace(
+            model, name=name, key=key, make=partial(build_classifier, config)
+        )
     return list(found.values())
 
 
@@ -67,9 +76,13 @@ def compare(chosen: Any, tasks: Sequence[LoadedTask], console: Console) -> dict[
     students = dataclasses.replace(SETTINGS, learning_rate=STUDENT_RATE)
     teacher = contender(TEACHER, "MiniLM-L6", SETTINGS)
     names = short_names(chosen.model)
-    models = [contender(source, name, students) for source, name in zip(chosen.model, names, strict=True)]
+    models = [
+        contender(source, name, students) for source, name in zip(chosen.model, names, strict=True)
+    ]
     arch = read_config("fit").arch
-    shapes = models or [dataclasses.replace(teacher, config=student_config(teacher.config, arch), settings=students)]
+    shapes = models or [
+        dataclasses.replace(teacher, config=student_config(teacher.config, arch), settings=students)
+    ]
     contenders = [teacher, *models, *random_starts(shapes)]
     with Progress(console=console, transient=True) as progress:
         comparison = Comparison(
@@ -83,7 +96,10 @@ def compare(chosen: Any, tasks: Sequence[LoadedTask], console: Console) -> dict[
             progress=progress,
         )
         comparison.run()
-        places = {task.task.name: str(chosen.folder / teacher.folder(task) / "seed_0" / "model") for task in tasks}
+        places = {
+            task.task.name: str(chosen.folder / teacher.folder(task) / "seed_0" / "model")
+            for task in tasks
+        }
         helped = with_help(models[:1], places, tasks, TaskDistillSettings())
         return dataclasses.replace(comparison, contenders=[*contenders, *helped]).run()
 
@@ -92,7 +108,11 @@ def our_seconds(model: Contender, task: LoadedTask, folder: Path) -> float:
     """Seconds of training by ``GLUEModule``."""
     settings = model.settings
     data = GLUEDataModule(
-        task, model.tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
+        task,
+        model.tokenizer,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=settings.seed,
     )
     data.setup()  # both sides have their rows as tokens before the clock runs
     module = GLUEModule(model.make(task.task.num_labels), task.task, settings)
@@ -126,7 +146,9 @@ def trainer_seconds(model: Contender, task: LoadedTask, folder: Path, *, as_we_d
         report_to="none",
     )
     collator = DataCollatorWithPadding(model.tokenizer)
-    trainer = Trainer(model.make(task.task.num_labels), arguments, train_dataset=rows, data_collator=collator)
+    trainer = Trainer(
+        model.make(task.task.num_labels), arguments, train_dataset=rows, data_collator=collator
+    )
     trainer.remove_callback(PrinterCallback)
     begin = perf_counter()
     trainer.train()
@@ -169,7 +191,8 @@ def clock(task: LoadedTask, rounds: int, folder: Path) -> dict[str, Any]:
 def glance(task: LoadedTask) -> LoadedTask:
     """The task with a few of its validation rows."""
     few = {
-        split: {name: values[:QUICK_ROWS] for name, values in rows.items()} for split, rows in task.validations.items()
+        split: {name: values[:QUICK_ROWS] for name, values in rows.items()}
+        for split, rows in task.validations.items()
     }
     return dataclasses.replace(task, validations=few)
 
@@ -179,9 +202,16 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(score_table(results["table"]))
     for name, row in results["table"]["models"].items():
         if row.get("gap_closed") is not None:
-            console.print(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.", highlight=False)
+            console.print(
+                f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.",
+                highlight=False,
+            )
     times = results["seconds"]
-    table = Table("", "seconds", title=f"One epoch of the teacher on {times['num_rows']:,} rows of {times['task']}")
+    table = Table(
+        "",
+        "seconds",
+        title=f"One epoch of the teacher on {times['num_rows']:,} rows of {times['task']}",
+    )
     for name, seconds in times["teacher_epoch_seconds"].items():
         table.add_row(name, f"{statistics.median(seconds):.1f}")
     name = f"the 4 x 192 student's four epochs, {times['student_num_rows']:,} rows"
@@ -191,16 +221,31 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Do what is missing, then show and write."""
-    parser = options("glue", "Scores on GLUE beside the teacher, and seconds beside transformers' Trainer.", text=False)
-    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
-    parser.add_argument("--model", action="append", default=[], help="a student's folder; once for each")
+    parser = options(
+        "glue",
+        "Scores on GLUE beside the teacher, and seconds beside transformers' Trainer.",
+        text=False,
+    )
+    parser.add_argument(
+        "--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)"
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], help="a student's folder; once for each"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument(
-        "--precision", choices=("auto", "32-true", "bf16-mixed"), default="auto", help="of the table's runs"
+        "--precision",
+        choices=("auto", "32-true", "bf16-mixed"),
+        default="auto",
+        help="of the table's runs",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of the clock; medians are shown")
-    parser.add_argument("--grid", action="store_true", help="choose rate and batch size for each model and task")
-    parser.add_argument("--folder", type=Path, default=OUTPUT / "glue", help="where the runs are kept")
+    parser.add_argument(
+        "--grid", action="store_true", help="choose rate and batch size for each model and task"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=OUTPUT / "glue", help="where the runs are kept"
+    )
     chosen = parser.parse_args(args)
     if chosen.quick:
         chosen.seeds, chosen.rounds, chosen.folder = 1, 1, chosen.folder / "quick"

@@ -27,7 +27,11 @@ from fidelity import spread_archs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from kdnas.deploy.export import export_student
 from kdnas.deploy.latency import LatencyMeter, LatencySettings
@@ -47,14 +51,23 @@ def export(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder:
     source = folder.with_name(f"{folder.name}-source")
     build_classifier(config).save_pretrained(source)
     tokenizer.save_pretrained(source)
-    export_student(source, folder, card={"name": folder.name, "teacher": TEACHER, "sections": {}}, min_seconds=0.01)
+    export_student(
+        source,
+        folder,
+        card={"name": folder.name, "teacher": TEACHER, "sections": {}},
+        min_seconds=0.01,
+    )
     return folder
 
 
 def run_of(folder: Path, backend: str) -> Callable[[], Any]:
     """One pass of an exported folder; no code of kdnas."""
     ids = np.random.default_rng(1).integers(1000, 20_000, size=(1, LENGTH))
-    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
     if backend.startswith("torch"):
         dtype = torch.bfloat16 if backend.endswith("bf16") else torch.float32
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
@@ -67,7 +80,9 @@ def run_of(folder: Path, backend: str) -> Callable[[], Any]:
     file = folder / ("model.int8.onnx" if backend.endswith("int8") else "model.onnx")
     session = onnxruntime.InferenceSession(file, sessions)
     names = {node.name for node in session.get_inputs()}
-    return lambda: session.run(None, {name: value for name, value in batch.items() if name in names})
+    return lambda: session.run(
+        None, {name: value for name, value in batch.items() if name in names}
+    )
 
 
 @torch.inference_mode()
@@ -97,12 +112,20 @@ def median_error(rows: Sequence[dict[str, Any]]) -> float:
 def main(args: Sequence[str] | None = None) -> None:
     """Measure both, and compare."""
     parser = options("latency", __doc__ or "")
-    parser.add_argument("--files", nargs=3, help="measure exported files: student, teacher, backend; print the ratio")
+    parser.add_argument(
+        "--files",
+        nargs=3,
+        help="measure exported files: student, teacher, backend; print the ratio",
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, a model")
     arguments = parser.parse_args(args)
     if arguments.files:
         student, teacher_folder, backend = arguments.files
-        print(json.dumps(ratio_of_files(Path(student), Path(teacher_folder), backend, arguments.seconds)))
+        print(
+            json.dumps(
+                ratio_of_files(Path(student), Path(teacher_folder), backend, arguments.seconds)
+            )
+        )
         return
     quieten()
     backends, num_students = BACKENDS, NUM_STUDENTS
@@ -114,7 +137,11 @@ def main(args: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as name:
         exported = export(teacher.config, teacher.tokenizer, Path(name) / "teacher")
         folders = [
-            export(student_config(teacher.config, arch), teacher.tokenizer, Path(name) / f"student-{place}")
+            export(
+                student_config(teacher.config, arch),
+                teacher.tokenizer,
+                Path(name) / f"student-{place}",
+            )
             for place, arch in enumerate(track(archs, "export"))
         ]
         for backend in backends:
@@ -122,13 +149,28 @@ def main(args: Sequence[str] | None = None) -> None:
             meter = LatencyMeter(teacher.config, settings)
             for arch, folder in zip(track(archs, backend), folders, strict=True):
                 searched = 1 / meter.measure(arch).speedup
-                command = [sys.executable, __file__, f"--seconds={arguments.seconds}", "--files", str(folder)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    f"--seconds={arguments.seconds}",
+                    "--files",
+                    str(folder),
+                ]
                 done = subprocess.run(
                     [*command, str(exported), backend], capture_output=True, text=True, check=True
                 ).stdout
                 ratio = json.loads(done.splitlines()[-1])
-                rows.append({"backend": backend, "arch": arch.to_dict(), "searched": searched, "exported": ratio})
-    by_backend = {name: median_error([row for row in rows if row["backend"] == name]) for name in backends}
+                rows.append(
+                    {
+                        "backend": backend,
+                        "arch": arch.to_dict(),
+                        "searched": searched,
+                        "exported": ratio,
+                    }
+                )
+    by_backend = {
+        name: median_error([row for row in rows if row["backend"] == name]) for name in backends
+    }
     table = Table("backend", "students", "median of |searched / exported - 1|")
     for name, error in by_backend.items():
         table.add_row(name, str(len(archs)), f"{error:.3f}")
@@ -142,7 +184,10 @@ def main(args: Sequence[str] | None = None) -> None:
         found = [(row["exported"], row["searched"]) for row in rows if row["backend"] == name]
         axes.plot(*zip(*found, strict=True), "o", label=name)
     axes.axline((0.1, 0.1), slope=1, color="grey", linewidth=1)
-    axes.set(xlabel="student / teacher, exported files", ylabel="student / teacher, as the search sees it")
+    axes.set(
+        xlabel="student / teacher, exported files",
+        ylabel="student / teacher, as the search sees it",
+    )
     axes.legend()
     figure.savefig(arguments.json.with_suffix(".png"), dpi=120, bbox_inches="tight")
 

@@ -84,8 +84,12 @@ def main(args: Sequence[str] | None = None) -> None:
     shutil.rmtree(root / "search", ignore_errors=True)  # states and text are kept
     with ExitStack() as patches:
         for name, (owner, method) in PARTS.items():
-            patches.enter_context(patch.object(owner, method, clocks.part(name, getattr(owner, method))))
-        patches.enter_context(patch.object(Evaluator, "__call__", clocks.candidate(Evaluator.__call__)))
+            patches.enter_context(
+                patch.object(owner, method, clocks.part(name, getattr(owner, method)))
+            )
+        patches.enter_context(
+            patch.object(Evaluator, "__call__", clocks.candidate(Evaluator.__call__))
+        )
         search(
             TEACHER, chosen.text or "quickstart", speedup=4.0, n_trials=chosen.candidates, sampler="random",
             name="search", root=str(root),
@@ -96,7 +100,11 @@ def main(args: Sequence[str] | None = None) -> None:
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("whole", *names)}
     for row in [*rows, {"arch": "mean"} | mean]:
         row["overhead"] = row["Trainer and process"] / row["training"]
-        table.add_row(row["arch"], *(f"{row[name]:.2f}" for name in ("whole", *names)), f"{row['overhead']:.1%}")
+        table.add_row(
+            row["arch"],
+            *(f"{row[name]:.2f}" for name in ("whole", *names)),
+            f"{row['overhead']:.1%}",
+        )
     Console(width=140).print(table)
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(chosen.json, {"machine": machine(), "rows": rows, "mean": mean})

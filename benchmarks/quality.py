@@ -38,7 +38,10 @@ from kdnas.training.progress import FitProgress
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
-SHAPES = {"4x192": StudentArch(4, 6, 192, 768, "gelu"), "3x384": StudentArch(3, 12, 384, 1536, "gelu")}
+SHAPES = {
+    "4x192": StudentArch(4, 6, 192, 768, "gelu"),
+    "3x384": StudentArch(3, 12, 384, 1536, "gelu"),
+}
 # Best of 5e-5 to 5e-4 on STS-B rows split off from its training rows.
 LEARNING_RATES = {"teacher": 5e-5, "4x192": 2e-4, "3x384": 2e-4}
 # More rows of one sentence change little and take most of the time.
@@ -46,7 +49,14 @@ MOST_TRAIN_ROWS = 6_000
 
 
 def distil(
-    shape: str, recipe_name: str, num_epochs: int, text: str, folder: Path, split: str, seed: int, progress: Progress
+    shape: str,
+    recipe_name: str,
+    num_epochs: int,
+    text: str,
+    folder: Path,
+    split: str,
+    seed: int,
+    progress: Progress,
 ) -> None:
     """Distil a student into ``folder``, unless it is there."""
     if (folder / "result.json").exists():
@@ -64,9 +74,12 @@ def distil(
     states_seconds = time.process_time() - begin
     started, cpu_started = time.monotonic(), time.process_time()
     trainer_settings = TrainerSettings(
-        precision=config.trainer["precision"] or "auto", gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0)
+        precision=config.trainer["precision"] or "auto",
+        gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0),
     )
-    trainer = make_trainer(trainer_settings, folder, num_epochs, [FitProgress(progress, folder.name)])
+    trainer = make_trainer(
+        trainer_settings, folder, num_epochs, [FitProgress(progress, folder.name)]
+    )
     fit(trainer, module, data)
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
@@ -95,12 +108,22 @@ def some_rows(task: LoadedTask, most: int) -> LoadedTask:
 def main(args: Sequence[str] | None = None) -> None:
     """Do what is missing, then show the table."""
     parser = options("quality", __doc__ or "")
-    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
-    parser.add_argument("--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept")
-    parser.add_argument("--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation")
+    parser.add_argument(
+        "--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept"
+    )
+    parser.add_argument(
+        "--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
-    parser.add_argument("--kd-seed", type=int, default=0, help="of our distillation; another than 0 is in the names")
-    parser.add_argument("--only", nargs="*", default=[""], help="names that begin so, such as teacher or 4x192-ours")
+    parser.add_argument(
+        "--kd-seed", type=int, default=0, help="of our distillation; another than 0 is in the names"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="names that begin so, such as teacher or 4x192-ours"
+    )
     arguments = parser.parse_args(args)
     if arguments.quick:
         arguments.epochs, arguments.seeds, arguments.folder = [1], 1, OUTPUT / "quality_quick"
@@ -118,7 +141,9 @@ def main(args: Sequence[str] | None = None) -> None:
         jobs.append((f"{shape}-random", shape, "", 0))
         jobs.append((f"{shape}-original", shape, "original", 4))
         anew = f"-seed-{arguments.kd_seed}" if arguments.kd_seed else ""
-        jobs += [(f"{shape}-ours-{epochs}{anew}", shape, "fit", epochs) for epochs in arguments.epochs]
+        jobs += [
+            (f"{shape}-ours-{epochs}{anew}", shape, "fit", epochs) for epochs in arguments.epochs
+        ]
     if arguments.quick:
         jobs = [job for job in jobs if job[0] in ("teacher", "4x192-random", "4x192-ours-1")]
     with Progress(console=Console()) as progress:
@@ -139,8 +164,12 @@ def main(args: Sequence[str] | None = None) -> None:
                     elif recipe:
                         classifier = load_classifier(folder / "encoder", num_labels)
                     else:
-                        classifier = build_classifier(student_config(teacher.config, SHAPES[shape]), num_labels)
-                    settings = FinetuneSettings(3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed)
+                        classifier = build_classifier(
+                            student_config(teacher.config, SHAPES[shape]), num_labels
+                        )
+                    settings = FinetuneSettings(
+                        3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed
+                    )
                     target = folder / f"{task.task.name}-{seed}"
                     evaluate_glue(
                         classifier,
@@ -166,13 +195,18 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
     rows: list[dict[str, Any]] = []
     for name, shape in zip(names, shapes, strict=True):
         scores = {
-            task: [read_json(file)["score"] for file in sorted(folder.glob(f"{name}/{task}-*/result.json"))]
+            task: [
+                read_json(file)["score"]
+                for file in sorted(folder.glob(f"{name}/{task}-*/result.json"))
+            ]
             for task in tasks
         }
         if not all(scores.values()):
             continue
         num_seeds = min(map(len, scores.values()))
-        averages = [statistics.mean(scores[task][seed] for task in tasks) for seed in range(num_seeds)]
+        averages = [
+            statistics.mean(scores[task][seed] for task in tasks) for seed in range(num_seeds)
+        ]
         file = folder / name / "result.json"
         distillation = read_json(file) if file.exists() else {}
         rows.append(
@@ -188,14 +222,22 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
                 "num_seeds": num_seeds,
             }
         )
-    means = {row["name"]: {task: statistics.mean(row["scores"][task]) for task in tasks} for row in rows}
+    means = {
+        row["name"]: {task: statistics.mean(row["scores"][task]) for task in tasks} for row in rows
+    }
     teacher = means.get("teacher")
     without_rte = [task for task in tasks if task != "rte"]  # which is chance for small models
-    table = Table("model", "speed-up", "KD, CPU seconds", *tasks, "average", "kept", "without RTE", "seeds")
+    table = Table(
+        "model", "speed-up", "KD, CPU seconds", *tasks, "average", "kept", "without RTE", "seeds"
+    )
     for row in rows:
         mine = means[row["name"]]
         for key, those in (("kept", tasks), ("kept_without_rte", without_rte)):
-            row[key] = sum(mine[task] for task in those) / sum(teacher[task] for task in those) if teacher else None
+            row[key] = (
+                sum(mine[task] for task in those) / sum(teacher[task] for task in those)
+                if teacher
+                else None
+            )
         kept = [f"{row[key]:.1%}" if teacher else "" for key in ("kept", "kept_without_rte")]
         spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
         cells = [f"{mine[task]:.3f}" for task in tasks]
@@ -207,7 +249,8 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
     write_json(path, {"machine": machine(), "rows": rows})
     if not teacher:
         console.print(
-            f"Shares are not known: there is no {folder / 'teacher'}, which --only teacher makes.", soft_wrap=True
+            f"Shares are not known: there is no {folder / 'teacher'}, which --only teacher makes.",
+            soft_wrap=True,
         )
         return
     figure, axes = plt.subplots(figsize=(6, 4))

@@ -35,7 +35,12 @@ from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.distillation.start import FromTeacher
-from kdnas.distillation.teacher_states import LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.distillation.teacher_states import (
+    LiveTeacher,
+    StatesSettings,
+    TeacherStates,
+    open_states,
+)
 from kdnas.models.encoders import encode, find_teacher
 from kdnas.models.layers import LastAndSkip
 from kdnas.system.files import write_json
@@ -46,7 +51,9 @@ Curve = list[tuple[float, float]]  # seconds, error
 
 SHARE = 0.3
 BATCH_TOKENS = 4096
-STEPS_TO_MEASURE = 4  # ours is measured every so many steps, until it is as good as the original at its end
+STEPS_TO_MEASURE = (
+    4  # ours is measured every so many steps, until it is as good as the original at its end
+)
 # What --quick takes for the original's four epochs, in place of training them: the error after them, and the tokens in
 # them, as a whole run measured them on 30 % of a text of 27,591 rows (LOG.md, 2026-11-27). On another text it is rough.
 ORIGINAL_ERROR = 0.562
@@ -123,7 +130,9 @@ class HeldOutError(pl.Callback):
         self.measure(trainer, module)
         self._since = perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         taken = perf_counter() - self._since
         self.seconds += taken
         self.steps.append((taken, int(batch["attention_mask"].sum())))
@@ -146,7 +155,9 @@ class HeldOutError(pl.Callback):
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             results = [module(*module.views(batch)) for batch in self.batches]
         module.student.train(training)
-        sums, counts = (torch.stack(values).double().sum(0) for values in zip(*results, strict=True))
+        sums, counts = (
+            torch.stack(values).double().sum(0) for values in zip(*results, strict=True)
+        )
         self.curve.append((self.seconds, float((sums / counts).mean()) / self.variance))
 
 
@@ -170,7 +181,9 @@ def train(
 ) -> None:
     """One fit of the product's own, watched."""
     with Progress(transient=True) as progress:
-        trainer = make_trainer(trainer_settings, folder, num_epochs, [watch, FitProgress(progress, name)])
+        trainer = make_trainer(
+            trainer_settings, folder, num_epochs, [watch, FitProgress(progress, name)]
+        )
         trainer.limit_val_batches = 0  # the watch measures
         fit(trainer, module, data)
 
@@ -179,11 +192,15 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures; see the module."""
     config = common.read_config("original")
     num_epochs = int(config.trainer["max_epochs"])
-    text = common.cut_text(chosen.text, folder, share=SHARE, most=QUICK_ROWS if chosen.quick else None)
+    text = common.cut_text(
+        chosen.text, folder, share=SHARE, most=QUICK_ROWS if chosen.quick else None
+    )
     teacher = find_teacher(common.TEACHER)
     teacher.model.eval()  # read before any clock runs
     theirs = KDDataModule(common.TEACHER, text, config.data)
-    our_data = replace(config.data, batch_tokens=BATCH_TOKENS, pad_to_max_length=False, num_mask_variants=1)
+    our_data = replace(
+        config.data, batch_tokens=BATCH_TOKENS, pad_to_max_length=False, num_mask_variants=1
+    )
     ours = KDDataModule(common.TEACHER, text, our_data)
     for data in (theirs, ours):
         data.setup()
@@ -225,21 +242,36 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         precision=config.trainer["precision"] or "auto",
         gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0),
     )
-    train(original, theirs, watch, settings, num_epochs, folder / "original", "the original's recipe")
+    train(
+        original, theirs, watch, settings, num_epochs, folder / "original", "the original's recipe"
+    )
     curve, tokens = watch.curve, sum(tokens for _, tokens in watch.steps)
     if chosen.quick:
         steps = watch.steps[QUICK_WARM_UP:]
         per_token = sum(seconds for seconds, _ in steps) / sum(tokens for _, tokens in steps)
-        curve, tokens = [*curve, (per_token * ORIGINAL_TOKENS, chosen.original_error)], ORIGINAL_TOKENS
+        curve, tokens = (
+            [*curve, (per_token * ORIGINAL_TOKENS, chosen.original_error)],
+            ORIGINAL_TOKENS,
+        )
         cache_seconds *= (
             ORIGINAL_TOKENS / num_epochs / float(lengths[ours.train_ids()].sum())
         )  # of the larger text, too
 
     our_watch = HeldOutError(batches, variance, start_seconds, points=4, target=curve[-1][1])
-    train(module, ours, our_watch, TrainerSettings(accelerator="cpu"), chosen.epochs, folder / "ours", "our recipe")
+    train(
+        module,
+        ours,
+        our_watch,
+        TrainerSettings(accelerator="cpu"),
+        chosen.epochs,
+        folder / "ours",
+        "our recipe",
+    )
     return compare(curve, our_watch.curve, cache_seconds) | {
         "quick": chosen.quick,
-        "original_error_source": "constant or option, not measured here" if chosen.quick else "measured",
+        "original_error_source": "constant or option, not measured here"
+        if chosen.quick
+        else "measured",
         "original_extended_from_steps": QUICK_STEPS - QUICK_WARM_UP if chosen.quick else None,
         "original_num_epochs": num_epochs,
         "original_tokens": tokens,
@@ -269,12 +301,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, label, marker in (("original", "the original's recipe", "o"), ("our", "our recipe", ".")):
+    for name, label, marker in (
+        ("original", "the original's recipe", "o"),
+        ("our", "our recipe", "."),
+    ):
         points = [point for point in results[f"{name}_curve"] if point[0] > 0]  # the axis has no 0
         style = "--" if name == "original" and results["quick"] else "-"
         axes.plot(*zip(*points, strict=True), style, marker=marker, label=label)
     axes.axhline(results["original_error"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out error / variance", ylim=(0, None))
+    axes.set(
+        xscale="log",
+        xlabel="seconds of training",
+        ylabel="held-out error / variance",
+        ylim=(0, None),
+    )
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -284,7 +324,12 @@ def show(results: dict[str, Any], console: Console) -> None:
     """The table."""
     title = "Error on held-out rows, as a share of the variance"
     table = Table(
-        "recipe", "start", "end", "seconds to the end", f"seconds to {results['original_error']:.3f}", title=title
+        "recipe",
+        "start",
+        "end",
+        "seconds to the end",
+        f"seconds to {results['original_error']:.3f}",
+        title=title,
     )
     for name, label in (("original", "the original's"), ("our", "ours")):
         curve, reached = results[f"{name}_curve"], results[f"{name}_seconds"]
@@ -303,7 +348,9 @@ def show(results: dict[str, Any], console: Console) -> None:
             f"with the {results['cache_seconds']:.1f} s that storing the teacher's states took."
         )
     if results["reached_by_start_alone"]:
-        console.print("Ours is below that error before its first step: its seconds are those of the start alone.")
+        console.print(
+            "Ours is below that error before its first step: its seconds are those of the start alone."
+        )
     if results["our_end_error"] > results["our_start_error"]:
         console.print(
             "Training made ours worse than its start by this measure: the seconds say nothing of the training."
@@ -322,8 +369,12 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, show, draw and write."""
-    parser = common.options("recipe", "Compares our recipe with the original KD-NAS's: seconds to the same error.")
-    parser.add_argument("--learning-rate", type=float, default=Recipe().learning_rate, help="ours, of AdamW")
+    parser = common.options(
+        "recipe", "Compares our recipe with the original KD-NAS's: seconds to the same error."
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=Recipe().learning_rate, help="ours, of AdamW"
+    )
     parser.add_argument(
         "--matrix-learning-rate",
         type=float,

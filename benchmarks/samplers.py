@@ -106,7 +106,14 @@ def make(chosen: Any, console: Console) -> None:
             trial = study.ask()
             reward = evaluator(trial, archs[number])
             attrs = trial.user_attrs
-            names = ("loss", "contextual_share", "sentence_r2", "latency_ms", "teacher_latency_ms", "num_parameters")
+            names = (
+                "loss",
+                "contextual_share",
+                "sentence_r2",
+                "latency_ms",
+                "teacher_latency_ms",
+                "num_parameters",
+            )
             row = {name: attrs[name] for name in (*names, "seconds")}
             row["losses"] = [epoch["loss"] for epoch in attrs["history"]]
             write_json(path, {"arch": archs[number].to_dict(), "reward": reward} | row)
@@ -124,7 +131,9 @@ def make(chosen: Any, console: Console) -> None:
     chosen.table.parent.mkdir(parents=True, exist_ok=True)
     with gzip.GzipFile(chosen.table, "wb", mtime=0) as file:
         file.write(json.dumps(about | {"rows": rows}).encode())
-    console.print(f"{len(rows)} students in {chosen.table}, {chosen.table.stat().st_size / 1e3:.0f} kB")
+    console.print(
+        f"{len(rows)} students in {chosen.table}, {chosen.table.stat().st_size / 1e3:.0f} kB"
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,9 @@ def replay(
         most: evaluations.
         speedup: the budget; slower students are refused, and neither count nor are the best.
     """
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner)
+    )
     trained = 0.0
 
     def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
@@ -173,7 +184,9 @@ def replay(
         for epoch, loss in enumerate(losses):
             trained += table[arch].seconds / len(losses)
             trial.report((1 - loss) * factor, epoch)
-            if epoch + 1 < len(losses) and trial.should_prune():  # as the product: what is paid for is kept
+            if (
+                epoch + 1 < len(losses) and trial.should_prune()
+            ):  # as the product: what is paid for is kept
                 raise optuna.TrialPruned
         return table[arch].reward
 
@@ -181,7 +194,10 @@ def replay(
     search(evaluate, space, study, min(most, len(space)))
     seconds = (time.perf_counter() - begin) / len(study.trials)
     best = max(known.reward for known in table.values() if known.speedup >= speedup)
-    values = [trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf for trial in tried(study)][:most]
+    values = [
+        trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf
+        for trial in tried(study)
+    ][:most]
     regrets = [(best - value) / abs(best) for value in np.maximum.accumulate(values).tolist()]
     reached = next((number for number, regret in enumerate(regrets, 1) if regret <= WITHIN), None)
     return {"regrets": regrets, "reached": reached, "seconds": seconds, "trained_seconds": trained}
@@ -199,11 +215,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Make the table, or replay it and show what each sampler needs."""
     parser = options("samplers", __doc__ or "")
     parser.add_argument("--make", action="store_true", help="train the students of the table")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=[0, 1], help="of --make: this part (from 0) of so many"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--seeds", type=int, default=30, help="searches of each sampler")
     parser.add_argument("--only", nargs="*", default=list(SAMPLERS), help="samplers")
-    parser.add_argument("--speedup", type=float, nargs="*", default=[4.0, 8.0, 0.0], help="budgets; 0: none")
+    parser.add_argument(
+        "--speedup", type=float, nargs="*", default=[4.0, 8.0, 0.0], help="budgets; 0: none"
+    )
     chosen = parser.parse_args(args)
     quieten()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -211,7 +231,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if chosen.make:
         make(chosen, console)
         return
-    torch.set_num_threads(1)  # the controllers' matmuls are so small that a second thread only waits
+    torch.set_num_threads(
+        1
+    )  # the controllers' matmuls are so small that a second thread only waits
     if chosen.quick:
         chosen.seeds, chosen.speedup = min(chosen.seeds, 2), chosen.speedup[:1]
     if not chosen.table.exists():
@@ -219,11 +241,16 @@ def main(args: Sequence[str] | None = None) -> None:
     rows = json.loads(gzip.decompress(chosen.table.read_bytes()))["rows"]
     table = {
         StudentArch.from_dict(row["arch"]): Known(
-            row["reward"], row["losses"], row["seconds"], row["teacher_latency_ms"] / row["latency_ms"]
+            row["reward"],
+            row["losses"],
+            row["seconds"],
+            row["teacher_latency_ms"] / row["latency_ms"],
         )
         for row in rows
     }
-    space = SearchSpace({name: list(dict.fromkeys(row["arch"][name] for row in rows)) for name in rows[0]["arch"]})
+    space = SearchSpace(
+        {name: list(dict.fromkeys(row["arch"][name] for row in rows)) for name in rows[0]["arch"]}
+    )
     assert len(space) == len(table), "the table is a whole space"
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for speedup in chosen.speedup:
@@ -248,8 +275,13 @@ def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> l
     table.title = f"{PRUNED_TRIALS} candidates by TPE, pruned; {len(pruned['none'])} seeds"
     rows = []
     for name, runs in pruned.items():
-        lost = [run["regrets"][-1] - whole["regrets"][-1] for run, whole in zip(runs, pruned["none"], strict=True)]
-        seconds = sum(run["trained_seconds"] for run in runs) / sum(run["trained_seconds"] for run in pruned["none"])
+        lost = [
+            run["regrets"][-1] - whole["regrets"][-1]
+            for run, whole in zip(runs, pruned["none"], strict=True)
+        ]
+        seconds = sum(run["trained_seconds"] for run in runs) / sum(
+            run["trained_seconds"] for run in pruned["none"]
+        )
         regret = statistics.mean(run["regrets"][-1] for run in runs)
         rows.append({"pruner": name, "seconds": seconds, "regret": regret, "lost": interval(lost)})
         low, high = rows[-1]["lost"]
@@ -258,31 +290,58 @@ def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> l
     return rows
 
 
-def show_samplers(name: str, found: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+def show_samplers(
+    name: str, found: dict[str, list[dict[str, Any]]], console: Console
+) -> list[dict[str, Any]]:
     """Table of what samplers need, and its rows."""
     # One that never came within 1 % counts as one more than it was given.
-    needed = {sampler: [run["reached"] or len(run["regrets"]) + 1 for run in runs] for sampler, runs in found.items()}
+    needed = {
+        sampler: [run["reached"] or len(run["regrets"]) + 1 for run in runs]
+        for sampler, runs in found.items()
+    }
     title = f"Evaluations to come within 1 % of the best of {name}; {len(next(iter(needed.values())))} seeds"
     table = Table(title=title)
     pairs = ("mean less random's", "mean less TPE's")
-    for heading in ("sampler", "median", "quartiles", "mean", "of random's", *pairs, "ms a proposal"):
+    for heading in (
+        "sampler",
+        "median",
+        "quartiles",
+        "mean",
+        "of random's",
+        *pairs,
+        "ms a proposal",
+    ):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     rows = []
     for sampler, runs in found.items():
         low, median, high = np.quantile(needed[sampler], (0.25, 0.5, 0.75)).tolist()
-        row = {"sampler": sampler, "median": median, "quartiles": [low, high], "mean": statistics.mean(needed[sampler])}
+        row = {
+            "sampler": sampler,
+            "median": median,
+            "quartiles": [low, high],
+            "mean": statistics.mean(needed[sampler]),
+        }
         row["seconds_a_proposal"] = statistics.median(run["seconds"] for run in runs)
         for other in ("random", "tpe"):
             if other in needed and other != sampler:
-                row[f"less_{other}"] = interval([a - b for a, b in zip(needed[sampler], needed[other], strict=True)])
+                row[f"less_{other}"] = interval(
+                    [a - b for a, b in zip(needed[sampler], needed[other], strict=True)]
+                )
         if "random" in needed:
             row["of_random"] = row["mean"] / statistics.mean(needed["random"])
         rows.append(row)
         shown = [
-            f"{row[key][0]:+.1f} to {row[key][1]:+.1f}" if key in row else "" for key in ("less_random", "less_tpe")
+            f"{row[key][0]:+.1f} to {row[key][1]:+.1f}" if key in row else ""
+            for key in ("less_random", "less_tpe")
         ]
         of_random = f"{row['of_random']:.0%}" if "of_random" in row else ""
-        cells = [f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{row['mean']:.1f}", of_random, *shown]
+        cells = [
+            f"{median:.0f}",
+            f"{low:.0f} to {high:.0f}",
+            f"{row['mean']:.1f}",
+            of_random,
+            *shown,
+        ]
         table.add_row(sampler, *cells, f"{1000 * row['seconds_a_proposal']:.0f}")
     console.print(table)
     return rows
@@ -298,14 +357,27 @@ def show(
     rows = {name: show_samplers(name, runs, console) for name, runs in found.items()}
     pruners = show_pruners(pruned, console)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"machine": machine(), "rows": rows, "runs": found, "pruners": pruners, "pruned": pruned})
+    write_json(
+        path,
+        {"machine": machine(), "rows": rows, "runs": found, "pruners": pruners, "pruned": pruned},
+    )
     figure, all_axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), squeeze=False)
     for axes, (name, by_sampler) in zip(all_axes[0], found.items(), strict=True):
         for sampler, runs in by_sampler.items():
             most = max(len(run["regrets"]) for run in runs)
-            curves = np.array([run["regrets"] + run["regrets"][-1:] * (most - len(run["regrets"])) for run in runs])
+            curves = np.array(
+                [
+                    run["regrets"] + run["regrets"][-1:] * (most - len(run["regrets"]))
+                    for run in runs
+                ]
+            )
             axes.plot(range(1, most + 1), 100 * curves.mean(0), label=sampler)
-        axes.set(title=name, xlabel="evaluations", ylabel="mean regret, % of the best reward", yscale="log")
+        axes.set(
+            title=name,
+            xlabel="evaluations",
+            ylabel="mean regret, % of the best reward",
+            yscale="log",
+        )
         axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     console.print(f"Figures: {path} and {path.with_suffix('.png')}")

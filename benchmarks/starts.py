@@ -63,7 +63,9 @@ def crossing(student: View, teacher: View, criterion: Any, outside: Sequence[int
     return torch.cat([both.movedim(2, 1)[..., between].flatten(1) for both in maps], 1)
 
 
-def measure(teacher: Teacher, data: KDDataModule, recipe: Recipe, shape: str, folder: Path) -> dict[str, Any]:
+def measure(
+    teacher: Teacher, data: KDDataModule, recipe: Recipe, shape: str, folder: Path
+) -> dict[str, Any]:
     """The figures of one start."""
     torch.manual_seed(0)
     module = HiddenStateDistillModule(teacher, SHAPES[shape], recipe)
@@ -78,9 +80,15 @@ def measure(teacher: Teacher, data: KDDataModule, recipe: Recipe, shape: str, fo
     outside = [teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id]
     module.student.eval()
     with torch.no_grad():
-        parts = [crossing(*module.views(batch), criterion, outside) for batch in data.val_dataloader()]
+        parts = [
+            crossing(*module.views(batch), criterion, outside) for batch in data.val_dataloader()
+        ]
     figures = {name: found[logged] for name, logged in FIGURES.items()}
-    return {"seconds": seconds, **figures, "crossing": float(torch.corrcoef(torch.cat(parts, 1))[0, 1])}
+    return {
+        "seconds": seconds,
+        **figures,
+        "crossing": float(torch.corrcoef(torch.cat(parts, 1))[0, 1]),
+    }
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -94,18 +102,26 @@ def main(args: Sequence[str] | None = None) -> None:
     with TemporaryDirectory(dir=OUTPUT) as name:
         folder = Path(name)
         data = KDDataModule(
-            TEACHER, cut_text(chosen.text, folder, most=600 if chosen.quick else None), config.data, split="mini"
+            TEACHER,
+            cut_text(chosen.text, folder, most=600 if chosen.quick else None),
+            config.data,
+            split="mini",
         )
         data.setup()
         pairs = [(shape, start) for shape in shapes for start in STARTS]
         for shape, start in track(pairs, "starts", transient=True, console=Console()):
             recipe = replace(config.recipe, start=STARTS[start])
-            rows.append({"shape": shape, "start": start, **measure(teacher, data, recipe, shape, folder)})
+            rows.append(
+                {"shape": shape, "start": start, **measure(teacher, data, recipe, shape, folder)}
+            )
     columns = ("seconds", *FIGURES, "crossing")
     table = Table("student", "start", *columns, title="Before any training")
     for row in rows:
         table.add_row(
-            row["shape"], row["start"], f"{row['seconds']:.1f}", *(f"{row[name]:.2f}" for name in columns[1:])
+            row["shape"],
+            row["start"],
+            f"{row['seconds']:.1f}",
+            *(f"{row[name]:.2f}" for name in columns[1:]),
         )
     Console(width=120).print(table)
     chosen.json.parent.mkdir(parents=True, exist_ok=True)

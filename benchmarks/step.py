@@ -42,7 +42,12 @@ from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates, Objective, View, needed_layers
 from kdnas.distillation.start import Started
-from kdnas.distillation.teacher_states import LiveTeacher, StatesSettings, TeacherStates, open_states
+from kdnas.distillation.teacher_states import (
+    LiveTeacher,
+    StatesSettings,
+    TeacherStates,
+    open_states,
+)
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import Teacher, build_student, encode, find_teacher
 from kdnas.models.layers import LastAndSkip
@@ -54,7 +59,13 @@ from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
 BATCH_TOKENS = 4096
 # (rows, inner, columns): square ones, and the students' own first maps on a batch.
-MATMULS = ((2048, 2048, 2048), (3072, 3072, 3072), (4096, 4096, 4096), (4096, 192, 768), (4096, 384, 1536))
+MATMULS = (
+    (2048, 2048, 2048),
+    (3072, 3072, 3072),
+    (4096, 4096, 4096),
+    (4096, 192, 768),
+    (4096, 384, 1536),
+)
 WARM_UP = 4
 PARTS = ("loader", "teacher", "student forward", "criterion", "backward", "optimizer", "Trainer")
 
@@ -89,10 +100,17 @@ def criterion_flops(module: HiddenStateDistillModule, batch: Batch) -> int:
     with autocast("cpu"):
         _, teacher = module.views(batch)
         with torch.no_grad():
-            output = encode(module.student, batch, maps=True)  # the step takes them from the model, too
-        padded = {layer - 1: state.requires_grad_() for layer, state in enumerate(output.hidden_states)}
+            output = encode(
+                module.student, batch, maps=True
+            )  # the step takes them from the model, too
+        padded = {
+            layer - 1: state.requires_grad_() for layer, state in enumerate(output.hidden_states)
+        }
         student = View(
-            module.student, batch, padded, maps=[attention.requires_grad_() for attention in output.attentions]
+            module.student,
+            batch,
+            padded,
+            maps=[attention.requires_grad_() for attention in output.attentions],
         )
         with FlopCounterMode(display=False) as counter:
             module(student, teacher)[0].sum().backward()
@@ -105,13 +123,18 @@ def measure_matmuls(seconds_each: float, device: str = "cpu") -> list[dict[str, 
     """GFLOP/s of matmuls in the precision of a step, the fastest of many, by shape (rows, inner, columns)."""
     found, dtype = [], torch.bfloat16 if bf16_is_faster(device) else torch.float32
     for rows, inner, columns in MATMULS:
-        left, right = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+        left, right = (
+            torch.randn(shape, dtype=dtype, device=device)
+            for shape in ((rows, inner), (columns, inner))
+        )
         fastest, stop = float("inf"), clock() + seconds_each
         while clock() < stop or fastest == float("inf"):
             begin = clock()
             F.linear(left, right)
             fastest = min(fastest, clock() - begin)
-        found.append({"shape": [rows, inner, columns], "gflops": 2 * rows * inner * columns / fastest / 1e9})
+        found.append(
+            {"shape": [rows, inner, columns], "gflops": 2 * rows * inner * columns / fastest / 1e9}
+        )
     return found
 
 
@@ -158,7 +181,9 @@ class StepParts(pl.Callback):
         trainer.optimizers[0].register_step_post_hook(stepped)
         self._last = clock()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = clock()
         parts = dict(self._now)
         parts["student forward"] = parts.pop("views") - parts.get("teacher", 0.0)
@@ -221,7 +246,9 @@ def measure_ours(
     module.started = Started()
     parts = StepParts(num_steps)
     source = parts.timed("teacher", states.source)
-    module.states = TeacherStates(source, states.layers, states.hidden_size, states.stats, states.ends)  # type: ignore[arg-type]
+    module.states = TeacherStates(
+        source, states.layers, states.hidden_size, states.stats, states.ends
+    )  # type: ignore[arg-type]
     batches = list(data.train_dataloader())
     example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
     teacher.model.to("cpu")  # type: ignore[arg-type]
@@ -237,10 +264,15 @@ def measure_ours(
     fit(trainer, module, data)
     live = LiveTeacher(teacher.model)
     here = [on(device, batch) for batch in batches]
-    with_live = time_steps(lambda batch: live(batch, module.target_layers), here, max(3, num_steps // 4))
+    with_live = time_steps(
+        lambda batch: live(batch, module.target_layers), here, max(3, num_steps // 4)
+    )
     steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
     seconds = [step["step"] for step in steps]
-    flops = [3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths) for row_lengths in lengths]
+    flops = [
+        3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths)
+        for row_lengths in lengths
+    ]
     over = median(taken * peak / work for taken, work in zip(seconds, flops, strict=True))
     return {
         "step_ms": 1e3 * median(seconds),
@@ -262,7 +294,9 @@ def on(device: str, batch: Batch) -> Any:
     return {name: tensor.to(device) for name, tensor in values.items()}
 
 
-def time_steps(step: Callable[[Batch], object], batches: Iterable[Batch], num_steps: int) -> dict[str, Any]:
+def time_steps(
+    step: Callable[[Batch], object], batches: Iterable[Batch], num_steps: int
+) -> dict[str, Any]:
     """A plain loop: median milliseconds of a step, and real tokens a second."""
     seconds, tokens = [], []
     for batch in islice(cycle(batches), WARM_UP + num_steps):
@@ -295,7 +329,12 @@ def original_step(teacher: Teacher, arch: StudentArch, device: str) -> Callable[
         loss = torch.zeros((), device=device)
         for state, layers in zip(ours, pairs, strict=True):
             target = torch.cat([theirs[layer] for layer in layers], -1)
-            loss = loss + ((projection(state) - target).square() * mask).sum() / mask.sum() / target.shape[-1]
+            loss = (
+                loss
+                + ((projection(state) - target).square() * mask).sum()
+                / mask.sum()
+                / target.shape[-1]
+            )
         optimizer.zero_grad()
         (loss / len(pairs)).backward()
         optimizer.step()
@@ -321,7 +360,13 @@ def transformers_step(teacher: Teacher, arch: StudentArch, device: str) -> Calla
 
 
 def measure(
-    text: str | None, quick: bool, progress: Progress, folder: Path, device: str, compiled: bool, others: bool
+    text: str | None,
+    quick: bool,
+    progress: Progress,
+    folder: Path,
+    device: str,
+    compiled: bool,
+    others: bool,
 ) -> dict[str, Any]:
     """All figures; see the module."""
     num_steps = 5 if quick else 100
@@ -339,16 +384,28 @@ def measure(
         "fit.yaml": config.recipe.objective,
     }
     if others:
-        named |= {name: found.recipe["objective"] for name, found in VARIANTS.items() if "objective" in found.recipe}
+        named |= {
+            name: found.recipe["objective"]
+            for name, found in VARIANTS.items()
+            if "objective" in found.recipe
+        }
     archs = ARCHS[:1] if others else ARCHS
     # Each once, under its last name.
-    objectives = dict({repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values())
+    objectives = dict(
+        {repr(as_plain(objective)): (name, objective) for name, objective in named.items()}.values()
+    )
     matmuls = measure_matmuls(0.4 if quick else 3.0, device)
     peak = max(matmul["gflops"] for matmul in matmuls)
     num_layers = teacher.config.num_hidden_layers
     depths = [arch.num_hidden_layers for arch in archs]
-    layers = {layer for objective in objectives.values() for layer in needed_layers(objective, depths, num_layers)}
-    states = open_states(teacher, data, layers, StatesSettings(str(folder / "states"), max_gb=float("inf")))
+    layers = {
+        layer
+        for objective in objectives.values()
+        for layer in needed_layers(objective, depths, num_layers)
+    }
+    states = open_states(
+        teacher, data, layers, StatesSettings(str(folder / "states"), max_gb=float("inf"))
+    )
     students: list[dict[str, Any]] = []
     with progress:
         task = progress.add_task("others' steps", total=2 * len(archs))
@@ -369,17 +426,27 @@ def measure(
                     compiled,
                 )
             batches = [on(device, batch) for batch in data.train_dataloader()]
-            result["transformers"] = time_steps(transformers_step(teacher, arch, device), batches, num_steps)
+            result["transformers"] = time_steps(
+                transformers_step(teacher, arch, device), batches, num_steps
+            )
             progress.advance(task)
             rows = [on(device, batch) for batch in original.train_dataloader()]
             result["original"] = time_steps(original_step(teacher, arch, device), rows, num_steps)
             progress.advance(task)
             for name in ("transformers", "original"):
                 for ours in result["ours"].values():
-                    ours[f"tokens_over_{name}"] = ours["tokens_per_second"] / result[name]["tokens_per_second"]
+                    ours[f"tokens_over_{name}"] = (
+                        ours["tokens_per_second"] / result[name]["tokens_per_second"]
+                    )
             students.append(result)
     asked = {"quick": quick, "device": device, "compiled": compiled}
-    return {"machine": common.machine(), **asked, "matmuls": matmuls, "peak_gflops": peak, "students": students}
+    return {
+        "machine": common.machine(),
+        **asked,
+        "matmuls": matmuls,
+        "peak_gflops": peak,
+        "students": students,
+    }
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -389,7 +456,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     for matmul in results["matmuls"]:
         table.add_row(" x ".join(map(str, matmul["shape"])), f"{matmul['gflops']:,.0f}")
     console.print(table)
-    table = Table("step", "ms", "tokens", "tokens/s", "ours is", "of peak", "over FLOP time", title="Steps")
+    table = Table(
+        "step", "ms", "tokens", "tokens/s", "ours is", "of peak", "over FLOP time", title="Steps"
+    )
     parts = Table("ms of a step", title="Parts of our steps")
     columns = []
     for student in results["students"]:
@@ -408,7 +477,10 @@ def show(results: dict[str, Any], console: Console) -> None:
             other, ours = student[name], next(iter(student["ours"].values()))
             table.add_row(
                 f"{shape} {name}",
-                *(f"{other[key]:,.0f}" for key in ("step_ms", "tokens_a_step", "tokens_per_second")),
+                *(
+                    f"{other[key]:,.0f}"
+                    for key in ("step_ms", "tokens_a_step", "tokens_per_second")
+                ),
                 f"{ours[f'tokens_over_{name}']:.2f} x",
             )
     for name in columns[0]:
@@ -419,8 +491,12 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, show and write."""
-    options = common.options("step", "Times a distillation step against the machine's peak and others'.")
-    options.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="where all of it runs")
+    options = common.options(
+        "step", "Times a distillation step against the machine's peak and others'."
+    )
+    options.add_argument(
+        "--accelerator", choices=["cpu", "gpu"], default="cpu", help="where all of it runs"
+    )
     options.add_argument("--compile", action="store_true", help="our student, by torch.compile")
     options.add_argument("--objectives", action="store_true", help="those of variants.py too")
     chosen = options.parse_args(args)
@@ -430,7 +506,15 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
         progress = Progress(console=console, transient=True)
         device = "cpu" if chosen.accelerator == "cpu" else "cuda"
-        results = measure(chosen.text, chosen.quick, progress, Path(folder), device, chosen.compile, chosen.objectives)
+        results = measure(
+            chosen.text,
+            chosen.quick,
+            progress,
+            Path(folder),
+            device,
+            chosen.compile,
+            chosen.objectives,
+        )
     show(results, console)
     write_json(chosen.json, results)
     console.print(f"Figures: {chosen.json}")

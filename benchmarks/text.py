@@ -51,7 +51,11 @@ class Watch(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         rows = trainer.datamodule.rows
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        peak = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
         self.found |= {
             "peak_bytes": 1024 * int(peak.split()[1]),
             "num_steps": trainer.global_step,
@@ -65,7 +69,9 @@ class Watch(pl.Callback):
 def write_text(path: Path, rows: Sequence[str], num_bytes: float) -> None:
     """Write so many bytes of rows, repeated in random order, each with a number at its end; uncompressed."""
     generator, number, size = np.random.default_rng(0), 0, 0
-    with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), compression="none", use_dictionary=False) as writer:
+    with pq.ParquetWriter(
+        path, pa.schema({"text": pa.string()}), compression="none", use_dictionary=False
+    ) as writer:
         while size < num_bytes:
             chosen = generator.integers(len(rows), size=ROWS_AT_A_TIME)
             texts = [f"{rows[place]} {number + i}" for i, place in enumerate(chosen)]
@@ -93,7 +99,14 @@ def measure(text: Path, folder: Path) -> dict[str, Any]:
         "trainer.callbacks": "text.Watch",
         "trainer.callbacks.path": (result := folder / "watch.json"),
     }
-    command = [sys.executable, "-m", "kdnas", "fit", "--config", str(common.ROOT / "configs" / "fit.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "kdnas",
+        "fit",
+        "--config",
+        str(common.ROOT / "configs" / "fit.yaml"),
+    ]
     command += [f"--{name}={value}" for name, value in values.items()]
     paths = os.pathsep.join([str(common.ROOT), str(Path(__file__).parent)])
     begin = time.time()
@@ -122,8 +135,12 @@ def main(args: Sequence[str] | None = None) -> None:
     title = f"{results['parquet_bytes'] / 1e9:.2f} GB: {found['num_rows']:,} rows, {found['num_tokens']:,} tokens"
     table = Table("", "seconds until the first step", "of CPU", "peak memory, GB", title=title)
     for run in RUNS:
-        seconds, cpu_seconds = (results[run][f"first_step_{name}"] for name in ("seconds", "cpu_seconds"))
-        table.add_row(run, f"{seconds:.1f}", f"{cpu_seconds:.1f}", f"{results[run]['peak_bytes'] / 1e9:.2f}")
+        seconds, cpu_seconds = (
+            results[run][f"first_step_{name}"] for name in ("seconds", "cpu_seconds")
+        )
+        table.add_row(
+            run, f"{seconds:.1f}", f"{cpu_seconds:.1f}", f"{results[run]['peak_bytes'] / 1e9:.2f}"
+        )
     Console().print(table, f"Figures: {chosen.json}")
 
 

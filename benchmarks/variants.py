@@ -41,7 +41,14 @@ from kdnas.distillation.attention import AttentionMaps, AttentionRelations
 from kdnas.distillation.losses import ridge_map, squared_error
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.narrowing import fit_linear
-from kdnas.distillation.objectives import Criterion, HiddenStates, Objective, Term, View, WeightedSum
+from kdnas.distillation.objectives import (
+    Criterion,
+    HiddenStates,
+    Objective,
+    Term,
+    View,
+    WeightedSum,
+)
 from kdnas.distillation.sentences import PairComparison, SentenceState
 from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start, Started
 from kdnas.distillation.teacher_states import StatesSettings, open_states
@@ -75,7 +82,11 @@ class Shaped(pl.Callback):
         warmup = max(1, round(0.1 * total))
 
         def rate(step: int) -> float:
-            return min(1.0, (step + 1) / warmup) if step < warmup else self.shape((step - warmup) / (total - warmup))
+            return (
+                min(1.0, (step + 1) / warmup)
+                if step < warmup
+                else self.shape((step - warmup) / (total - warmup))
+            )
 
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
@@ -89,7 +100,9 @@ class Averaged(pl.Callback):
         self.decay = decay
         self.mean: dict[str, Tensor] = {}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
         for name, parameter in pl_module.student.named_parameters():  # type: ignore[union-attr, operator]
             value = parameter.detach().float()
             self.mean.setdefault(name, value.clone()).lerp_(value, 1 - self.decay)
@@ -106,7 +119,9 @@ class ShortFirst(pl.Callback):
         sampler: Any = trainer.train_dataloader.sampler  # type: ignore[union-attr]
         draw = sampler.batches
         sampler.batches = lambda: (
-            draw() if sampler.epoch else sorted(draw(), key=lambda rows: sampler.padded_lengths[rows].max())
+            draw()
+            if sampler.epoch
+            else sorted(draw(), key=lambda rows: sampler.padded_lengths[rows].max())
         )
 
 
@@ -116,7 +131,9 @@ class Narrowed(Start):
     def __init__(self, wider: HiddenStateDistillModule) -> None:
         self.wider = wider
 
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         known = self.wider.started
         found = FromTeacher()(student, self.wider.student.eval(), rows)
         assert known is not None and known.heads is not None and found.heads is not None
@@ -128,7 +145,9 @@ class Copied(Start):
     """Copies alone, of a student that is only shallower than its teacher; they learn at the rates of copies."""
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         return FromTeacher()._copy(student, teacher)
 
 
@@ -152,19 +171,35 @@ class _Residual(Criterion):
         self.register_buffer("variance", torch.ones(()))
 
     def target(self, teacher: View) -> Tensor:
-        last, embedding, known = teacher.real(self.theirs).float(), teacher.real(-1).float(), self.known
+        last, embedding, known = (
+            teacher.real(self.theirs).float(),
+            teacher.real(-1).float(),
+            self.known,
+        )
         return last - embedding @ known[:-1] - known[-1]  # type: ignore[index]
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         target = self.target(teacher)
-        return [(squared_error(self.projection(student.real(self.ours)), target) / self.variance, len(target))]
+        return [
+            (
+                squared_error(self.projection(student.real(self.ours)), target) / self.variance,
+                len(target),
+            )
+        ]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        embeddings, last = (torch.cat([view.real(layer) for view in teachers]) for layer in (-1, self.theirs))
+        embeddings, last = (
+            torch.cat([view.real(layer) for view in teachers]) for layer in (-1, self.theirs)
+        )
         self.known = ridge_map(embeddings, last, strength=1e-3).float()
         target = torch.cat([self.target(view) for view in teachers])
         self.variance = target.var(0, correction=0).mean()
-        fit_linear(self.projection, torch.cat([view.real(self.ours) for view in students]), target, strength=1e-3)
+        fit_linear(
+            self.projection,
+            torch.cat([view.real(self.ours) for view in students]),
+            target,
+            strength=1e-3,
+        )
 
 
 def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
@@ -203,10 +238,18 @@ def with_neighbours(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str
     """
     rng = np.random.default_rng(0)
     teacher = find_teacher(TEACHER)
-    words = {word: index for word, index in teacher.tokenizer.get_vocab().items() if word.isalpha() and len(word) > 2}
+    words = {
+        word: index
+        for word, index in teacher.tokenizer.get_vocab().items()
+        if word.isalpha() and len(word) > 2
+    }
     names = np.array(list(words))
-    table = nn.functional.normalize(teacher.model.get_input_embeddings().weight.detach()[list(words.values())])
-    near = torch.cat([(part @ table.T).topk(9).indices[:, 1:] for part in table.split(2_000)]).numpy()
+    table = nn.functional.normalize(
+        teacher.model.get_input_embeddings().weight.detach()[list(words.values())]
+    )
+    near = torch.cat(
+        [(part @ table.T).topk(9).indices[:, 1:] for part in table.split(2_000)]
+    ).numpy()
     place = {name: index for index, name in enumerate(names)}
     rows = pq.read_table(text).to_pydict()
     for row in np.flatnonzero(np.array(rows["split"]) == "train"):
@@ -220,7 +263,11 @@ def with_neighbours(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str
 
 def task_texts(tasks: Sequence[LoadedTask]) -> list[str]:
     """The training rows of all tasks, the sentences of a pair as one."""
-    return [" ".join(row) for task in tasks for row in zip(*(task.train[c] for c in task.task.columns), strict=True)]
+    return [
+        " ".join(row)
+        for task in tasks
+        for row in zip(*(task.train[c] for c in task.task.columns), strict=True)
+    ]
 
 
 def write_rows(rows: dict[str, Any], path: Path) -> str:
@@ -263,7 +310,11 @@ def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
 
 LAST = HiddenStates(LastLayer())
 # An epoch at such rates leaves the start as it is, and measures it.
-UNMOVED = {field.name: 1e-12 for field in dataclasses.fields(Recipe) if field.name.endswith("learning_rate")}
+UNMOVED = {
+    field.name: 1e-12
+    for field in dataclasses.fields(Recipe)
+    if field.name.endswith("learning_rate")
+}
 NEW_RATES = {"learning_rate": 3e-3, "matrix_learning_rate": 5e-3}
 
 VARIANTS = {
@@ -276,12 +327,22 @@ VARIANTS = {
     "even": Variant(recipe={"objective": HiddenStates(Even())}),
     "no-maps": Variant(recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5])),
     "no-comparison": Variant(recipe=_sum(LAST, AttentionMaps(), weights=[1.0, 1.0])),
-    "relations": Variant(recipe=_sum(LAST, AttentionRelations(), PairComparison(), weights=[1.0, 1.0, 0.5])),
-    "residual": Variant(recipe=_sum(Residual(), AttentionMaps(), PairComparison(), weights=[1.0, 1.0, 0.5])),
-    "upper": Variant(
-        recipe=_sum(LAST, HiddenStates(Even()), AttentionMaps(), PairComparison(), weights=[1, 0.5, 1, 0.5])
+    "relations": Variant(
+        recipe=_sum(LAST, AttentionRelations(), PairComparison(), weights=[1.0, 1.0, 0.5])
     ),
-    "cls": Variant(recipe=_sum(LAST, AttentionMaps(), PairComparison(), SentenceState(), weights=[1, 1, 0.5, 0.5])),
+    "residual": Variant(
+        recipe=_sum(Residual(), AttentionMaps(), PairComparison(), weights=[1.0, 1.0, 0.5])
+    ),
+    "upper": Variant(
+        recipe=_sum(
+            LAST, HiddenStates(Even()), AttentionMaps(), PairComparison(), weights=[1, 0.5, 1, 0.5]
+        )
+    ),
+    "cls": Variant(
+        recipe=_sum(
+            LAST, AttentionMaps(), PairComparison(), SentenceState(), weights=[1, 1, 0.5, 0.5]
+        )
+    ),
     "start-random": Variant(recipe={"start": RandomStart()}),
     "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),
     "start-embeddings": Variant(recipe={"start": FromEmbeddings()}),
@@ -302,7 +363,9 @@ VARIANTS = {
     "adamw": Variant(recipe={"matrix_learning_rate": None}),
     "adamw-5e-4": Variant(recipe={"matrix_learning_rate": None, "learning_rate": 5e-4}),
     "decay-0.1": Variant(recipe={"weight_decay": 0.1}),
-    "cosine": Variant(callbacks=lambda: [Shaped(lambda done: 0.5 + 0.5 * math.cos(math.pi * done))]),
+    "cosine": Variant(
+        callbacks=lambda: [Shaped(lambda done: 0.5 + 0.5 * math.cos(math.pi * done))]
+    ),
     "wsd": Variant(callbacks=lambda: [Shaped(lambda done: min(1.0, (1 - done) / 0.3))]),
     "short-first": Variant(callbacks=lambda: [ShortFirst()]),
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
@@ -313,7 +376,10 @@ VARIANTS = {
     "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),
     "full-optimizer": Variant(split="full", goes_on=(WEIGHTS, OPTIMIZER)),
 }
-SAME_ROWS = {"batch_tokens", "num_mask_variants"}  # what of the data leaves the held-out rows as they are
+SAME_ROWS = {
+    "batch_tokens",
+    "num_mask_variants",
+}  # what of the data leaves the held-out rows as they are
 
 
 def place_of(folder: Path, name: str, seed: int) -> Path:
@@ -322,7 +388,13 @@ def place_of(folder: Path, name: str, seed: int) -> Path:
 
 
 def distil(
-    name: str, seed: int, text: str, tasks: Sequence[LoadedTask], num_epochs: int, folder: Path, progress: Progress
+    name: str,
+    seed: int,
+    text: str,
+    tasks: Sequence[LoadedTask],
+    num_epochs: int,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """Distil a variant into its place, unless it is there."""
     variant, target = VARIANTS[name], place_of(folder, name, seed)
@@ -352,7 +424,13 @@ def distil(
     if variant.in_steps:
         first = num_epochs // 2
         wider = student(BETWEEN, recipe)
-        fit(make_trainer(settings, target / "wider", first, [FitProgress(progress, f"{name}, wider")]), wider, data)
+        fit(
+            make_trainer(
+                settings, target / "wider", first, [FitProgress(progress, f"{name}, wider")]
+            ),
+            wider,
+            data,
+        )
         module.recipe = dataclasses.replace(recipe, start=Narrowed(wider))
         num_epochs -= first
     if WEIGHTS in variant.goes_on:
@@ -360,7 +438,9 @@ def distil(
         module.load_state_dict(load_file(begun / WEIGHTS))
     if OPTIMIZER in variant.goes_on:
         module.optimizer_tensors = load_file(begun / OPTIMIZER)
-    trainer = make_trainer(settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()])
+    trainer = make_trainer(
+        settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()]
+    )
     fit(trainer, module, data)
     seconds = time.process_time() - begin
     with new_folder(target / "encoder") as encoder:
@@ -383,7 +463,9 @@ def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress
                 classifier,
                 tokenizer,
                 task,
-                FinetuneSettings(TASKS[task.task.name], 2e-4, 32, 128, 0.06, weight_decay=0.01, seed=seed),
+                FinetuneSettings(
+                    TASKS[task.task.name], 2e-4, 32, 128, 0.06, weight_decay=0.01, seed=seed
+                ),
                 folder=folder / f"{task.task.name}-{seed}",
                 trainer_settings=TrainerSettings(),
                 callbacks=[FitProgress(progress, f"{folder.name} {task.task.name} {seed}")],
@@ -398,7 +480,10 @@ def show(folder: Path, seeds: Sequence[int], tasks: Sequence[str], path: Path) -
         place = place_of(folder, name, seed)
         file = place / "result.json"
         scores = {
-            task: [read_json(found)["score"] for found in sorted(place.glob(f"{task}-*/result.json"))] for task in tasks
+            task: [
+                read_json(found)["score"] for found in sorted(place.glob(f"{task}-*/result.json"))
+            ]
+            for task in tasks
         }
         if file.exists() and all(scores.values()):
             result = read_json(file)
@@ -413,14 +498,24 @@ def show(folder: Path, seeds: Sequence[int], tasks: Sequence[str], path: Path) -
                     "mean": statistics.mean(statistics.mean(found) for found in scores.values()),
                 }
             )
-    table = Table("variant", "seed of KD", "loss", "context", "sentence R2", "CPU s", *tasks, "mean")
+    table = Table(
+        "variant", "seed of KD", "loss", "context", "sentence R2", "CPU s", *tasks, "mean"
+    )
     for row in rows:
         cells = [" / ".join(f"{score:.3f}" for score in row["scores"][task]) for task in tasks]
         variant = VARIANTS[row["name"]]
         comparable = variant.data.keys() <= SAME_ROWS and not variant.rows
-        figures = [f"{row[key]:.3f}" if comparable else "" for key in ("loss", "contextual_share", "sentence_r2")]
+        figures = [
+            f"{row[key]:.3f}" if comparable else ""
+            for key in ("loss", "contextual_share", "sentence_r2")
+        ]
         table.add_row(
-            row["name"], str(row["kd_seed"]), *figures, f"{row['cpu_seconds']:.0f}", *cells, f"{row['mean']:.3f}"
+            row["name"],
+            str(row["kd_seed"]),
+            *figures,
+            f"{row['cpu_seconds']:.0f}",
+            *cells,
+            f"{row['mean']:.3f}",
         )
     Console(width=150).print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -430,12 +525,18 @@ def show(folder: Path, seeds: Sequence[int], tasks: Sequence[str], path: Path) -
 def main(args: Sequence[str] | None = None) -> None:
     """Do what is missing, then show the table."""
     parser = options("variants", __doc__ or "")
-    parser.add_argument("--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)")
-    parser.add_argument("--folder", type=Path, default=OUTPUT / "variants", help="where the runs are kept")
+    parser.add_argument(
+        "--glue", type=Path, help="a folder of task folders in GLUE's layout (default: the hub's)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=OUTPUT / "variants", help="where the runs are kept"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="of distillation")
     parser.add_argument("--seeds", type=int, default=2, help="of fine-tuning")
     parser.add_argument("--kd-seeds", type=int, nargs="*", default=[0], help="of distillation")
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these variants")
+    parser.add_argument(
+        "--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these variants"
+    )
     arguments = parser.parse_args(args)
     names = arguments.only
     if arguments.quick:
@@ -446,7 +547,9 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
     tasks = [
-        some_rows(load_task(str(arguments.glue / name) if arguments.glue else name), MOST_ROWS).for_choosing(HELD_OUT)
+        some_rows(
+            load_task(str(arguments.glue / name) if arguments.glue else name), MOST_ROWS
+        ).for_choosing(HELD_OUT)
         for name in (["sst2"] if arguments.quick else TASKS)
     ]
     if arguments.quick:

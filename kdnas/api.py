@@ -114,7 +114,9 @@ def distill(
     run = Run(root, name)
     run.check_writable()
     if run.config.exists():
-        raise UserError(f"{str(run.folder)!r} is the folder of a search or a comparison: give another name.")
+        raise UserError(
+            f"{str(run.folder)!r} is the folder of a search or a comparison: give another name."
+        )
     trainer.check()
     found = find_teacher(teacher)
     if text == QUICKSTART:
@@ -152,7 +154,9 @@ def distill(
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(found, arch, recipe, states)
         attention = module.student.config._attn_implementation  # another one may train faster
-        fit_resumable(trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")])
+        fit_resumable(
+            trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")]
+        )
         last.unlink()
     module.student.set_attn_implementation(attention)
     return module.student.cpu().eval()

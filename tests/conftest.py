@@ -10,7 +10,9 @@ import subprocess
 from kdnas.cli.main import set_environment
 
 set_environment()  # before torch is imported
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to Ctrl-C
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts background jobs deaf to Ctrl-C
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from collections.abc import Callable, Iterator
@@ -79,7 +81,9 @@ def limited(test: Callable[..., None]) -> Callable[..., None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test of random cases is ``limited``."""
-    for handle in {id(found): found for item in items if (found := getattr(item.obj, "hypothesis", None))}.values():
+    for handle in {
+        id(found): found for item in items if (found := getattr(item.obj, "hypothesis", None))
+    }.values():
         handle.inner_test = limited(handle.inner_test)
 
 
@@ -149,10 +153,14 @@ ODD = {
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer whose padding id is 3, not 0 or 1."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -189,7 +197,9 @@ def make_config(family: str = "bert", **overrides: object) -> PreTrainedConfig:
     )
     values |= ODD.get(family, {}) | overrides
     names = FAMILIES[family].fields
-    return (CONFIGS | MORE_CONFIGS)[family](**{names.get(k, k): v for k, v in values.items() if v is not None})
+    return (CONFIGS | MORE_CONFIGS)[family](
+        **{names.get(k, k): v for k, v in values.items() if v is not None}
+    )
 
 
 def make_rows(num_rows: int, seed: int = 0, longest: int = 24) -> list[str]:
@@ -198,18 +208,34 @@ def make_rows(num_rows: int, seed: int = 0, longest: int = 24) -> list[str]:
     rows = []
     for _ in range(num_rows):
         length = int(torch.randint(4, longest + 1, (), generator=generator))
-        rows.append(" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=generator)))
+        rows.append(
+            " ".join(
+                WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=generator)
+            )
+        )
     return rows
 
 
 def write_task(
-    folder: Path, columns=("sentence",), labels=(0, 1), num_rows=20, validations=("validation",), suffix=".parquet"
+    folder: Path,
+    columns=("sentence",),
+    labels=(0, 1),
+    num_rows=20,
+    validations=("validation",),
+    suffix=".parquet",
 ) -> Path:
     """A task with random sentences, its labels in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", *validations)):
-        texts = {name: make_rows(num_rows, seed=10 * seed + i, longest=12) for i, name in enumerate(columns)}
-        write_table(folder / f"{split}{suffix}", **texts, label=[labels[row % len(labels)] for row in range(num_rows)])
+        texts = {
+            name: make_rows(num_rows, seed=10 * seed + i, longest=12)
+            for i, name in enumerate(columns)
+        }
+        write_table(
+            folder / f"{split}{suffix}",
+            **texts,
+            label=[labels[row % len(labels)] for row in range(num_rows)],
+        )
     return folder
 
 
@@ -222,10 +248,18 @@ def write_table(path: Path, **columns: list) -> Path:
             delimiter="," if path.suffix == ".csv" else "\t",
             quoting_style="needed" if path.suffix == ".csv" else "none",
         )
-        header = pacsv.WriteOptions(include_header=False, delimiter=options.delimiter, quoting_style="none")
-        with path.open("wb") as file:  # pyarrow puts quotes around names, which GLUE's own files have not
+        header = pacsv.WriteOptions(
+            include_header=False, delimiter=options.delimiter, quoting_style="none"
+        )
+        with path.open(
+            "wb"
+        ) as file:  # pyarrow puts quotes around names, which GLUE's own files have not
             file.write(options.delimiter.join(table.column_names).encode() + b"\n")
-            pacsv.write_csv(table, file, header if path.suffix == ".tsv" else pacsv.WriteOptions(include_header=False))
+            pacsv.write_csv(
+                table,
+                file,
+                header if path.suffix == ".tsv" else pacsv.WriteOptions(include_header=False),
+            )
     return path
 
 
@@ -299,7 +333,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk, and not everywhere; full disks are injected elsewhere here")
+    if (
+        os.geteuid()
+        or not shutil.which("mount")
+        or subprocess.run(command, capture_output=True).returncode
+    ):
+        pytest.skip(
+            "only root can mount a small disk, and not everywhere; full disks are injected elsewhere here"
+        )
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

@@ -38,7 +38,9 @@ def test_five_lines_from_teacher_to_student(
         "data": DataSettings(max_length=24, batch_tokens=256),
         "latency": LatencySettings(length=16, min_seconds=0.01),
     }
-    lines = lines.replace("speedup=6", "speedup=0.01, n_trials=1, num_epochs=1, data=data, latency=latency")
+    lines = lines.replace(
+        "speedup=6", "speedup=0.01, n_trials=1, num_epochs=1, data=data, latency=latency"
+    )
     exec(lines.replace("arch)", "arch, num_epochs=1, data=data)"), found)
     assert isinstance(found["arch"], StudentArch)
     assert StudentArch.from_yaml(Path("lightning_logs/kdnas/best_student.yaml")) == found["arch"]
@@ -72,7 +74,9 @@ def test_a_stopped_distillation_goes_on(
     states, recipe = StatesSettings(str(tmp_path / "states")), Recipe(objective=OfNumbers())
     options = dict(num_epochs=2, data=data, states=states, recipe=recipe, root=str(tmp_path))
     student = api.distill(str(tiny_teacher), str(text_file), arch, **options)
-    assert student.config._attn_implementation == "sdpa" and not student.training  # it learned with another one
+    assert (
+        student.config._attn_implementation == "sdpa" and not student.training
+    )  # it learned with another one
     whole = student.state_dict()
 
     keep = training.KeepLast.on_train_epoch_end
@@ -85,39 +89,67 @@ def test_a_stopped_distillation_goes_on(
         patch.setattr(training.KeepLast, "on_train_epoch_end", stop)
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     last = tmp_path / "stopped" / "last.ckpt"
-    other = options | {"name": "stopped", "recipe": replace(recipe, learning_rate=1e-2), "num_epochs": 3}
+    other = options | {
+        "name": "stopped",
+        "recipe": replace(recipe, learning_rate=1e-2),
+        "num_epochs": 3,
+    }
     with pytest.raises(UserError) as refused:
         api.distill(str(tiny_teacher), str(text_file), arch, **other)
     for changed, told in (
-        ({"trainer": TrainerSettings(gradient_clip_val=0.5)}, "gradient_clip_val: 1.0 there, 0.5 now"),
+        (
+            {"trainer": TrainerSettings(gradient_clip_val=0.5)},
+            "gradient_clip_val: 1.0 there, 0.5 now",
+        ),
         ({"states": replace(states, precision="int8")}, "states: 'float16' there, 'int8' now"),
-        ({"recipe": Recipe(objective=OfASet())}, r"{7} (builtins.set) cannot be written as YAML: keep numbers, text"),
+        (
+            {"recipe": Recipe(objective=OfASet())},
+            r"{7} (builtins.set) cannot be written as YAML: keep numbers, text",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(told)):
-            api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed)
+            api.distill(
+                str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed
+            )
     with (
         Run(tmp_path, "stopped").alone("wait"),
-        pytest.raises(UserError, match="'stopped' is being made by process [0-9]+ of .*: wait for it, or"),
+        pytest.raises(
+            UserError, match="'stopped' is being made by process [0-9]+ of .*: wait for it, or"
+        ),
     ):
         api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
     told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"
-    assert f"{str(last)!r} is of a distillation with other settings ({told}): go back" in str(refused.value)
+    assert f"{str(last)!r} is of a distillation with other settings ({told}): go back" in str(
+        refused.value
+    )
     made_with = json.loads(last.with_name("made_with.json").read_text())
     for name in ("gradient_clip_val", "states"):  # which an earlier version did not write down
         del made_with[name]
     last.with_name("made_with.json").write_text(json.dumps(made_with))
     half = last.with_name(f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh")  # as a kill leaves it
     half.touch()
-    found = api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options).state_dict()
+    found = api.distill(
+        str(tiny_teacher), str(text_file), arch, name="stopped", **options
+    ).state_dict()
     assert not half.exists()
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
-def test_the_folder_of_a_run_takes_no_distillation(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_run_takes_no_distillation(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("teacher: t\n")
-    with pytest.raises(UserError, match="mine' is the folder of a search or a comparison: give another name"):
-        api.distill(str(tiny_teacher), str(text_file), StudentArch(1, 2, 64, 64), name="mine", root=str(tmp_path))
+    with pytest.raises(
+        UserError, match="mine' is the folder of a search or a comparison: give another name"
+    ):
+        api.distill(
+            str(tiny_teacher),
+            str(text_file),
+            StudentArch(1, 2, 64, 64),
+            name="mine",
+            root=str(tmp_path),
+        )
 
 
 def test_importing_kdnas_imports_nothing_heavy() -> None:

@@ -28,7 +28,9 @@ def imports(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            yield from (
+                f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names
+            )
 
 
 def package_of(name: str) -> str:
@@ -52,7 +54,12 @@ def order_faults(root: Path) -> Iterator[str]:
             target = rest.split(".")[0]
             if imported.startswith("."):
                 yield f"{name} imports {imported}: write kdnas. in full"
-            elif first == "kdnas" and target in ORDER and ORDER.index(target) > place and name != LIGHT:
+            elif (
+                first == "kdnas"
+                and target in ORDER
+                and ORDER.index(target) > place
+                and name != LIGHT
+            ):
                 yield f"{name} imports {imported}, which is not above it"
             elif first == "kdnas" and target and target not in (*ORDER, "__version__"):
                 yield f"{name} imports {imported}, which is no package of the order"
@@ -60,7 +67,9 @@ def order_faults(root: Path) -> Iterator[str]:
 
 def optuna_faults(root: Path) -> Iterator[str]:
     for name, tree in sources(root):
-        if not name.startswith(("nas/", "report/")) and any(i.split(".")[0] == "optuna" for i in imports(tree)):
+        if not name.startswith(("nas/", "report/")) and any(
+            i.split(".")[0] == "optuna" for i in imports(tree)
+        ):
             yield f"{name} imports optuna"
 
 
@@ -69,7 +78,9 @@ def init_faults(root: Path) -> Iterator[str]:
         if name.endswith("__init__.py"):
             for node in tree.body:
                 is_door = isinstance(node, ast.ImportFrom) and node.module == "kdnas.api"
-                is_constant = isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Constant)
+                is_constant = isinstance(node, ast.Expr | ast.Assign) and isinstance(
+                    node.value, ast.Constant
+                )
                 if not (is_door or is_constant):
                     yield f"{name}:{node.lineno} does more than name a version"
 
@@ -89,10 +100,17 @@ def unsafe_faults(root: Path) -> Iterator[str]:
         yield from (f"{name} imports {i}" for i in imports(tree) if i.split(".")[0] in PICKLERS)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
-                keywords = {(k.arg, k.value.value) for k in node.keywords if isinstance(k.value, ast.Constant)}
+                keywords = {
+                    (k.arg, k.value.value)
+                    for k in node.keywords
+                    if isinstance(k.value, ast.Constant)
+                }
                 for keyword, value in sorted(keywords & UNSAFE_KEYWORDS):
                     yield f"{name}:{node.lineno} passes {keyword}={value}"
-                if ast.unparse(node.func) == "torch.load" and ("weights_only", True) not in keywords:
+                if (
+                    ast.unparse(node.func) == "torch.load"
+                    and ("weights_only", True) not in keywords
+                ):
                     yield f"{name}:{node.lineno} calls torch.load without weights_only=True"
 
 
@@ -132,7 +150,14 @@ def make_tree(root: Path, name: str = "system/errors.py", text: str = '"""Nothin
     return root
 
 
-CHECKS = [layout_faults, order_faults, optuna_faults, init_faults, import_time_faults, unsafe_faults]
+CHECKS = [
+    layout_faults,
+    order_faults,
+    optuna_faults,
+    init_faults,
+    import_time_faults,
+    unsafe_faults,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -149,25 +174,105 @@ def test_packages_above_and_its_own_may_be_imported_in_every_way(tmp_path):
     ("check", "name", "text", "fault"),
     [
         (layout_faults, "helpers.py", "", "helpers is not in the order"),
-        (order_faults, "data/pairs.py", "from kdnas.cli.main import main", "kdnas.cli.main.main, which is not above"),
-        (order_faults, "data/pairs.py", "import kdnas.nas.space", "data/pairs.py imports kdnas.nas.space, which is"),
-        (order_faults, "data/pairs.py", "def f():\n    from kdnas.nas import space", "kdnas.nas.space, which is not"),
-        (order_faults, "data/pairs.py", "from kdnas.helpers import x", "kdnas.helpers.x, which is no package"),
-        (order_faults, "data/pairs.py", "from . import errors", "data/pairs.py imports ..errors: write kdnas. in full"),
-        (order_faults, "nas/__init__.py", "from kdnas.cli import main", "kdnas.cli.main, which is not above"),
-        (optuna_faults, "deploy/onnx.py", "from optuna.trial import Trial", "deploy/onnx.py imports optuna"),
-        (optuna_faults, "deploy/onnx.py", "def f():\n    import optuna as o", "deploy/onnx.py imports optuna"),
+        (
+            order_faults,
+            "data/pairs.py",
+            "from kdnas.cli.main import main",
+            "kdnas.cli.main.main, which is not above",
+        ),
+        (
+            order_faults,
+            "data/pairs.py",
+            "import kdnas.nas.space",
+            "data/pairs.py imports kdnas.nas.space, which is",
+        ),
+        (
+            order_faults,
+            "data/pairs.py",
+            "def f():\n    from kdnas.nas import space",
+            "kdnas.nas.space, which is not",
+        ),
+        (
+            order_faults,
+            "data/pairs.py",
+            "from kdnas.helpers import x",
+            "kdnas.helpers.x, which is no package",
+        ),
+        (
+            order_faults,
+            "data/pairs.py",
+            "from . import errors",
+            "data/pairs.py imports ..errors: write kdnas. in full",
+        ),
+        (
+            order_faults,
+            "nas/__init__.py",
+            "from kdnas.cli import main",
+            "kdnas.cli.main, which is not above",
+        ),
+        (
+            optuna_faults,
+            "deploy/onnx.py",
+            "from optuna.trial import Trial",
+            "deploy/onnx.py imports optuna",
+        ),
+        (
+            optuna_faults,
+            "deploy/onnx.py",
+            "def f():\n    import optuna as o",
+            "deploy/onnx.py imports optuna",
+        ),
         (init_faults, "data/__init__.py", "import torch", "data/__init__.py:1 does more"),
         (init_faults, "data/__init__.py", '"""Doc."""\nx = f()', "data/__init__.py:2 does more"),
-        (import_time_faults, "deploy/latency.py", "torch.set_num_threads(1)", "deploy/latency.py:1 acts"),
-        (import_time_faults, "cli/main.py", "import os\nos.environ['A'] = 'b'", "cli/main.py:2 acts"),
-        (import_time_faults, "cli/main.py", "import torch\ntorch.backends.x = True", "cli/main.py:2 acts"),
+        (
+            import_time_faults,
+            "deploy/latency.py",
+            "torch.set_num_threads(1)",
+            "deploy/latency.py:1 acts",
+        ),
+        (
+            import_time_faults,
+            "cli/main.py",
+            "import os\nos.environ['A'] = 'b'",
+            "cli/main.py:2 acts",
+        ),
+        (
+            import_time_faults,
+            "cli/main.py",
+            "import torch\ntorch.backends.x = True",
+            "cli/main.py:2 acts",
+        ),
         (unsafe_faults, "deploy/onnx.py", "import pickle", "deploy/onnx.py imports pickle"),
-        (unsafe_faults, "deploy/onnx.py", "from joblib import load", "deploy/onnx.py imports joblib.load"),
-        (unsafe_faults, "deploy/onnx.py", "f(trust_remote_code=True)", "onnx.py:1 passes trust_remote_code=True"),
-        (unsafe_faults, "deploy/onnx.py", "torch.load(p)", "onnx.py:1 calls torch.load without weights_only=True"),
-        (unsafe_faults, "deploy/onnx.py", "torch.load(p, weights_only=False)", "onnx.py:1 passes weights_only=False"),
-        (unsafe_faults, "deploy/onnx.py", "np.load(p, allow_pickle=True)", "onnx.py:1 passes allow_pickle=True"),
+        (
+            unsafe_faults,
+            "deploy/onnx.py",
+            "from joblib import load",
+            "deploy/onnx.py imports joblib.load",
+        ),
+        (
+            unsafe_faults,
+            "deploy/onnx.py",
+            "f(trust_remote_code=True)",
+            "onnx.py:1 passes trust_remote_code=True",
+        ),
+        (
+            unsafe_faults,
+            "deploy/onnx.py",
+            "torch.load(p)",
+            "onnx.py:1 calls torch.load without weights_only=True",
+        ),
+        (
+            unsafe_faults,
+            "deploy/onnx.py",
+            "torch.load(p, weights_only=False)",
+            "onnx.py:1 passes weights_only=False",
+        ),
+        (
+            unsafe_faults,
+            "deploy/onnx.py",
+            "np.load(p, allow_pickle=True)",
+            "onnx.py:1 passes allow_pickle=True",
+        ),
     ],
 )
 def test_each_check_finds_its_fault(check, name, text, fault, tmp_path):

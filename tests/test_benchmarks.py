@@ -65,13 +65,29 @@ ARCH = StudentArch(2, 2, 32, 64)
 
 @pytest.fixture
 def data(tiny_teacher, text_file):
-    data = KDDataModule(str(tiny_teacher), str(text_file), DataSettings(max_length=24, batch_tokens=240))
+    data = KDDataModule(
+        str(tiny_teacher), str(text_file), DataSettings(max_length=24, batch_tokens=240)
+    )
     data.setup()
     return data
 
 
 @pytest.mark.parametrize(
-    "benchmark", [deploy, fidelity, glue, latency, overhead, quality, recipe, samplers, starts, step, text, variants]
+    "benchmark",
+    [
+        deploy,
+        fidelity,
+        glue,
+        latency,
+        overhead,
+        quality,
+        recipe,
+        samplers,
+        starts,
+        step,
+        text,
+        variants,
+    ],
 )
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -85,8 +101,16 @@ def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
 def test_original_config_is_what_the_original_did():
     config = common.read_config("original")
     assert config.recipe.objective.shared_projection and not config.recipe.objective.normalize
-    assert (config.recipe.learning_rate, config.recipe.constant_rate, config.recipe.dropout) == (1e-4, True, True)
-    assert (config.data.max_length, config.data.batch_tokens, config.data.pad_to_max_length) == (50, 32 * 50, True)
+    assert (config.recipe.learning_rate, config.recipe.constant_rate, config.recipe.dropout) == (
+        1e-4,
+        True,
+        True,
+    )
+    assert (config.data.max_length, config.data.batch_tokens, config.data.pad_to_max_length) == (
+        50,
+        32 * 50,
+        True,
+    )
     assert (config.trainer["precision"], config.trainer["max_epochs"]) == ("32-true", 4)
     assert (config.arch.num_hidden_layers, config.arch.hidden_size) == (4, 192)
 
@@ -95,7 +119,9 @@ def test_cut_text_keeps_the_sides_apart_and_draws_the_same_rows(text_file, tmp_p
     tables = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        tables.append(pq.read_table(common.cut_text(str(text_file), tmp_path / name, share=0.5, most=40)))
+        tables.append(
+            pq.read_table(common.cut_text(str(text_file), tmp_path / name, share=0.5, most=40))
+        )
     assert tables[0].equals(tables[1])
     sides = tables[0].to_pandas().groupby("split")["text"].apply(set)
     assert (len(sides["train"]), len(sides["held_out"])) == (40, 5)
@@ -145,7 +171,9 @@ def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
     module = HiddenStateDistillModule(teacher, ARCH, Recipe(objective=AttentionMaps()))
     module.started = Started()
     stats = {layer: LayerStats(1.0, 1.0, 1.0) for layer in module.target_layers}
-    module.states = TeacherStates(LiveTeacher(teacher.model), module.target_layers, 64, stats, ShareEnds(1.0, 0.0))
+    module.states = TeacherStates(
+        LiveTeacher(teacher.model), module.target_layers, 64, stats, ShareEnds(1.0, 0.0)
+    )
     batch = next(iter(data.train_dataloader()))
     num_rows, length = batch["input_ids"].shape
     # In two layers, for each head that the student has: queries and keys of 64 dimensions, and their scores.
@@ -164,12 +192,18 @@ def test_time_steps_leaves_the_warm_up_out(data):
 def test_compare_counts_the_start_and_the_cache():
     original = [(0.0, 1.0), (50.0, 0.8), (100.0, 0.7)]
     found = recipe.compare(original, [(4.0, 0.9), (10.0, 0.7), (20.0, 0.6)], cache_seconds=15.0)
-    assert (found["original_error"], found["our_seconds"], found["reached_by_start_alone"]) == (0.7, 10.0, False)
+    assert (found["original_error"], found["our_seconds"], found["reached_by_start_alone"]) == (
+        0.7,
+        10.0,
+        False,
+    )
     assert (found["speedup_to_original_error"], found["speedup_with_cache_cost"]) == (10.0, 4.0)
 
 
 def test_compare_says_that_the_start_was_enough_and_that_training_was_worse():
-    found = recipe.compare([(0.0, 1.0), (100.0, 0.7)], [(5.0, 0.3), (6.0, 1.1), (8.0, 0.6)], cache_seconds=0.0)
+    found = recipe.compare(
+        [(0.0, 1.0), (100.0, 0.7)], [(5.0, 0.3), (6.0, 1.1), (8.0, 0.6)], cache_seconds=0.0
+    )
     assert found["reached_by_start_alone"] and found["our_seconds"] == 5.0
     assert found["our_seconds_to_stay"] == 8.0
     assert found["our_end_error"] > found["our_start_error"]
@@ -177,15 +211,27 @@ def test_compare_says_that_the_start_was_enough_and_that_training_was_worse():
 
 def test_compare_has_no_speedup_where_the_error_is_never_reached():
     found = recipe.compare([(0.0, 1.0), (100.0, 0.7)], [(5.0, 0.9), (9.0, 0.8)], cache_seconds=1.0)
-    assert found["speedup_to_original_error"] is found["speedup_with_cache_cost"] is found["our_seconds"] is None
+    assert (
+        found["speedup_to_original_error"]
+        is found["speedup_with_cache_cost"]
+        is found["our_seconds"]
+        is None
+    )
     assert found["our_seconds_to_stay"] is None and not found["reached_by_start_alone"]
 
 
 def test_original_that_was_better_before_its_end_is_timed_there():
-    assert recipe.compare([(0.0, 1.0), (50.0, 0.6), (100.0, 0.7)], [(5.0, 0.5)], 0.0)["original_seconds"] == 50.0
+    assert (
+        recipe.compare([(0.0, 1.0), (50.0, 0.6), (100.0, 0.7)], [(5.0, 0.5)], 0.0)[
+            "original_seconds"
+        ]
+        == 50.0
+    )
 
 
-SMALL_SPACE = samplers.SearchSpace({**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]})
+SMALL_SPACE = samplers.SearchSpace(
+    {**samplers.SPACE.choices, "num_hidden_layers": [1, 2], "hidden_size": [192]}
+)
 SMALL_TABLE = {
     arch: samplers.Known(1 - loss, [1 - (1 - loss) / 2, loss], 10.0)
     for arch in SMALL_SPACE
@@ -212,7 +258,9 @@ def test_a_pruned_replay_never_finds_what_the_pruner_ended():
     """The best is the worst after its first epoch; what it showed there is above every reward."""
     best = max(SMALL_TABLE, key=lambda arch: SMALL_TABLE[arch].reward)
     table = {
-        arch: samplers.Known(0.2 if arch == best else 0.1, [0.4 if arch == best else 0.3, 0.8], 10.0)
+        arch: samplers.Known(
+            0.2 if arch == best else 0.1, [0.4 if arch == best else 0.3, 0.8], 10.0
+        )
         for arch in SMALL_SPACE
     }
     whole = samplers.replay(table, SMALL_SPACE, "random", 3)
@@ -223,7 +271,10 @@ def test_a_pruned_replay_never_finds_what_the_pruner_ended():
 def test_students_beyond_the_budget_neither_count_nor_are_the_best():
     table = {
         arch: samplers.Known(
-            0.1 * arch.num_hidden_layers + arch.intermediate_size / 1e5, [0.9], 1.0, 6 / arch.num_hidden_layers
+            0.1 * arch.num_hidden_layers + arch.intermediate_size / 1e5,
+            [0.9],
+            1.0,
+            6 / arch.num_hidden_layers,
         )
         for arch in SMALL_SPACE
     }
@@ -233,8 +284,13 @@ def test_students_beyond_the_budget_neither_count_nor_are_the_best():
 
 
 def test_pruners_are_shown_beside_none():
-    runs = [{"trained_seconds": 100.0, "regrets": [0.5, 0.1]}, {"trained_seconds": 100.0, "regrets": [0.5, 0.0]}]
-    less = [run | {"trained_seconds": 60.0, "regrets": [0.5, run["regrets"][-1] + 0.2]} for run in runs]
+    runs = [
+        {"trained_seconds": 100.0, "regrets": [0.5, 0.1]},
+        {"trained_seconds": 100.0, "regrets": [0.5, 0.0]},
+    ]
+    less = [
+        run | {"trained_seconds": 60.0, "regrets": [0.5, run["regrets"][-1] + 0.2]} for run in runs
+    ]
     none, median = samplers.show_pruners({"none": runs, "median": less}, Console(quiet=True))
     assert none["seconds"] == 1 and median["seconds"] == pytest.approx(0.6)
     assert median["regret"] == pytest.approx(0.25) and median["lost"] == pytest.approx((0.2, 0.2))
@@ -253,7 +309,11 @@ def test_an_interval_holds_the_mean_of_differences():
 def test_architectures_are_spread_over_those_within_the_budget():
     shapes = itertools.product([1, 2, 3, 4], [192, 288, 384])
     rows = [
-        {"arch": StudentArch(depth, 6, width, 384).to_dict(), "latency_ms": 1.0 * depth, "teacher_latency_ms": 12.0}
+        {
+            "arch": StudentArch(depth, 6, width, 384).to_dict(),
+            "latency_ms": 1.0 * depth,
+            "teacher_latency_ms": 12.0,
+        }
         for depth, width in shapes
     ]
     archs = fidelity.spread_archs(rows, 5, speedup=4)
@@ -262,21 +322,30 @@ def test_architectures_are_spread_over_those_within_the_budget():
 
 
 def test_agreement_is_one_for_the_same_order_and_minus_one_for_the_opposite():
-    same, opposite = (fidelity.agreement([1, 2, 3, 4], other) for other in ([10, 20, 30, 50], [4, 3, 2, 1]))
+    same, opposite = (
+        fidelity.agreement([1, 2, 3, 4], other) for other in ([10, 20, 30, 50], [4, 3, 2, 1])
+    )
     assert same == {"tau": 1.0, "interval": [1.0, 1.0], "rho": 1.0}
     assert opposite == {"tau": -1.0, "interval": [-1.0, -1.0], "rho": -1.0}
     low, high = fidelity.agreement([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])["interval"]
     assert low < 13 / 15 < high == 1
 
 
-def test_every_score_is_lower_of_a_student_that_is_nearer_to_its_teacher(tiny_teacher, text_file, tmp_path):
+def test_every_score_is_lower_of_a_student_that_is_nearer_to_its_teacher(
+    tiny_teacher, text_file, tmp_path
+):
     data = KDDataModule(
-        str(tiny_teacher), str(text_file), DataSettings(max_length=24, batch_tokens=240, pair_share=0.5)
+        str(tiny_teacher),
+        str(text_file),
+        DataSettings(max_length=24, batch_tokens=240, pair_share=0.5),
     )
     data.setup()
     teacher = find_teacher(str(tiny_teacher))
     states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path / "states")))
-    recipe, found = Recipe(learning_rate=1e-6, copied_learning_rate=1e-6, matrix_learning_rate=None), []
+    recipe, found = (
+        Recipe(learning_rate=1e-6, copied_learning_rate=1e-6, matrix_learning_rate=None),
+        [],
+    )
     for depth in (4, 1):  # a copy, and the first layer alone
         module = HiddenStateDistillModule(
             teacher, dataclasses.replace(arch_of(teacher.config), num_hidden_layers=depth), recipe
@@ -288,18 +357,27 @@ def test_every_score_is_lower_of_a_student_that_is_nearer_to_its_teacher(tiny_te
     (copy, seconds), (shallow, _) = found
     assert set(copy) == set(seconds) == set(fidelity.SCORES)
     assert copy["relations"] < 1e-3
-    assert all(copy[name] < shallow[name] for name in ("loss", "tokens", "cls", "pooled", "relations"))
+    assert all(
+        copy[name] < shallow[name] for name in ("loss", "tokens", "cls", "pooled", "relations")
+    )
     assert seconds["tokens"] > 0 and seconds["loss"] == seconds["pairs"] == 0
 
 
 def test_the_cheapest_setting_is_that_which_ranks_as_full_kd_in_the_least_time(tmp_path, capsys):
-    losses = {"10-1": [3, 1, 2, 4, 5], "30-2": [1, 2, 3, 4, 5], "30-4": [1, 2, 3, 4, 5], "100-4": [2, 4, 6, 8, 10]}
+    losses = {
+        "10-1": [3, 1, 2, 4, 5],
+        "30-2": [1, 2, 3, 4, 5],
+        "30-4": [1, 2, 3, 4, 5],
+        "100-4": [2, 4, 6, 8, 10],
+    }
     found = {
         setting: {
             str(number): {
                 "seconds": float(setting.split("-")[0]) * float(setting.split("-")[1]),
                 "scores": dict.fromkeys(fidelity.SCORES, 0.5 + loss),
-                "score_seconds": {score: 0.0 if score == "loss" else 1.0 for score in fidelity.SCORES},
+                "score_seconds": {
+                    score: 0.0 if score == "loss" else 1.0 for score in fidelity.SCORES
+                },
             }
             for number, loss in enumerate(values)
         }
@@ -307,14 +385,21 @@ def test_the_cheapest_setting_is_that_which_ranks_as_full_kd_in_the_least_time(t
     }
     fidelity.report(found, {"0": 0.9, "2": 0.8, "4": 0.7}, "100-4", tmp_path / "found.json")
     written = json.loads((tmp_path / "found.json").read_text())
-    assert (written["cheapest"]["setting"], written["cheapest"]["score"], written["cheapest"]["seconds"]) == (
-        *("30-2", "loss", 60.0),
-    )
+    assert (
+        written["cheapest"]["setting"],
+        written["cheapest"]["score"],
+        written["cheapest"]["seconds"],
+    ) == (*("30-2", "loss", 60.0),)
     rows = {(row["setting"], row["score"]): row for row in written["rows"]}
-    assert rows["10-1", "loss"]["full_kd"]["tau"] == pytest.approx(0.6) and rows["30-2", "cls"]["seconds"] == 61
+    assert (
+        rows["10-1", "loss"]["full_kd"]["tau"] == pytest.approx(0.6)
+        and rows["30-2", "cls"]["seconds"] == 61
+    )
     assert rows["30-4", "tokens"]["glue"]["tau"] == 1  # a lower error, a higher score
     shown = " ".join(capsys.readouterr().out.split())
-    assert "A search's default, 30-2 by loss: tau, rho 1.00 (1.00 to 1.00), 1.00 to full KD." in shown
+    assert (
+        "A search's default, 30-2 by loss: tau, rho 1.00 (1.00 to 1.00), 1.00 to full KD." in shown
+    )
     assert "30-2 by loss, 60 s a candidate." in shown and (tmp_path / "found.png").exists()
 
 
@@ -343,11 +428,23 @@ def test_exported_files_are_measured_in_turn_by_their_own_clock(tmp_path, monkey
 
 def test_the_summary_of_a_deployment_is_the_worse_of_the_tasks():
     def row(task, model, variant, speedup, score):
-        return {"task": task, "model": model, "variant": variant, "speedup": speedup, "score": score}
+        return {
+            "task": task,
+            "model": model,
+            "variant": variant,
+            "speedup": speedup,
+            "score": score,
+        }
 
     rows = [row("a", "teacher", "ONNX int8", 3.0, 0.1)]
-    rows += [row("a", "student", "torch fp32", 6.0, 0.80), row("a", "student", "ONNX int8", 20.0, 0.79)]
-    rows += [row("b", "student", "torch fp32", 6.0, 0.70), row("b", "student", "ONNX int8", 16.0, 0.71)]
+    rows += [
+        row("a", "student", "torch fp32", 6.0, 0.80),
+        row("a", "student", "ONNX int8", 20.0, 0.79),
+    ]
+    rows += [
+        row("b", "student", "torch fp32", 6.0, 0.70),
+        row("b", "student", "ONNX int8", 16.0, 0.71),
+    ]
     found = deploy.summary(rows)
     assert found == {"int8_speedup": 16.0, "int8_points_lost": pytest.approx(1.0)}
 
@@ -360,14 +457,19 @@ def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tin
     for classifier in (first, second):
         assert (classifier.config.num_hidden_layers, classifier.config.hidden_size) == (4, 64)
         assert classifier.config.num_labels == 3
-    weights = [classifier.bert.embeddings.word_embeddings.weight for classifier in (first, second, model.make(3))]
+    weights = [
+        classifier.bert.embeddings.word_embeddings.weight
+        for classifier in (first, second, model.make(3))
+    ]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert random.key != model.key and random.name == "random, 4 x 64"
 
 
 def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher, tmp_path):
     task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=20)))
-    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32))
+    model = contender(
+        str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32)
+    )
     seen: list[list[list[int]]] = [[], [], []]
     for rows, seconds in zip(seen, glue.SIDES.values(), strict=True):
 
@@ -431,7 +533,9 @@ def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():
     assert row["whole"] == pytest.approx(row["training"] + row["Trainer and process"])
 
 
-def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(tiny_teacher, data, tmp_path):
+def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(
+    tiny_teacher, data, tmp_path
+):
     module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
     seen: list[tuple[float, torch.Tensor]] = []
 
@@ -442,11 +546,16 @@ def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(tiny_te
 
     average = variants.Averaged(0.5)
     trainer = make_trainer(
-        TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.Shaped(lambda done: 0.25), average]
+        TrainerSettings("cpu"),
+        tmp_path / "fit",
+        2,
+        [Watch(), variants.Shaped(lambda done: 0.25), average],
     )
     fit(trainer, module, data)
     rates = [rate for rate, _ in seen]
-    assert len(rates) > 10 and rates[-3:] == pytest.approx(3 * [0.25 * max(rates)]), "after the warm-up"
+    assert len(rates) > 10 and rates[-3:] == pytest.approx(3 * [0.25 * max(rates)]), (
+        "after the warm-up"
+    )
     mean = seen[0][1]
     for _, weight in seen:
         mean = torch.lerp(mean, weight, 0.5)
@@ -462,8 +571,16 @@ def test_the_first_epoch_may_go_from_short_rows_to_long_ones(tiny_teacher, data,
             lengths[trainer.current_epoch].append(batch["input_ids"].shape[1])
 
     module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
-    fit(make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.ShortFirst()]), module, data)
-    assert len(set(lengths[0])) > 2 and lengths[0] == sorted(lengths[0]) and lengths[1] != sorted(lengths[1])
+    fit(
+        make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.ShortFirst()]),
+        module,
+        data,
+    )
+    assert (
+        len(set(lengths[0])) > 2
+        and lengths[0] == sorted(lengths[0])
+        and lengths[1] != sorted(lengths[1])
+    )
     assert sorted(lengths[0]) == sorted(lengths[1])
 
 
@@ -477,7 +594,9 @@ def test_the_residual_is_what_the_embeddings_do_not_know():
         SimpleNamespace(num_hidden_layers=2, hidden_size=4),
     )
     student = View(None, batch, real={0: torch.tensor(states).float()})
-    teacher = View(None, batch, real={-1: torch.tensor(embedding).float(), 1: torch.tensor(last).float()})
+    teacher = View(
+        None, batch, real={-1: torch.tensor(embedding).float(), 1: torch.tensor(last).float()}
+    )
     criterion = variants._Residual(ours, theirs)
     criterion.fit(Started(), [student], [teacher])
     ((error, count),) = criterion(student, teacher)
@@ -494,20 +613,43 @@ def test_the_residual_is_what_the_embeddings_do_not_know():
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_shares_kept_are_of_the_teacher_that_is_there(is_there, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "LatencyMeter", lambda *args: SimpleNamespace(measure=lambda arch: Speed(6.0)))
+    monkeypatch.setattr(
+        quality, "LatencyMeter", lambda *args: SimpleNamespace(measure=lambda arch: Speed(6.0))
+    )
     monkeypatch.setattr(quality, "find_teacher", lambda name: SimpleNamespace(config=None))
     Speed = namedtuple("Speed", "speedup")
     scores = {"teacher": (0.8, 0.4), "4x192-ours-1": (0.6, 0.5), "3x384-ours-1": (0.7, 0.5)}
     for name, pair in scores.items():
         for task, score in zip(("stsb", "rte"), pair, strict=True):
             for seed in (0, 1) if is_there or name != "teacher" else ():
-                write_json(tmp_path / name / f"{task}-{seed}" / "result.json", {"score": score + 0.1 * seed})
-    write_json(tmp_path / "4x192-ours-1" / "result.json", {"seconds": 70.0, "cpu_seconds": 60.0, "threads": 1})
-    quality.show(tmp_path, list(scores), ["teacher", "4x192", "3x384"], ["stsb", "rte"], tmp_path / "out.json")
+                write_json(
+                    tmp_path / name / f"{task}-{seed}" / "result.json",
+                    {"score": score + 0.1 * seed},
+                )
+    write_json(
+        tmp_path / "4x192-ours-1" / "result.json",
+        {"seconds": 70.0, "cpu_seconds": 60.0, "threads": 1},
+    )
+    quality.show(
+        tmp_path,
+        list(scores),
+        ["teacher", "4x192", "3x384"],
+        ["stsb", "rte"],
+        tmp_path / "out.json",
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     ours = rows["4x192-ours-1"]
-    assert (ours["average"], ours["kd_cpu_seconds"], ours["num_seeds"]) == (pytest.approx(0.6), 60.0, 2)
-    shares = [rows[name][key] for name in scores if name != "teacher" for key in ("kept", "kept_without_rte")]
+    assert (ours["average"], ours["kd_cpu_seconds"], ours["num_seeds"]) == (
+        pytest.approx(0.6),
+        60.0,
+        2,
+    )
+    shares = [
+        rows[name][key]
+        for name in scores
+        if name != "teacher"
+        for key in ("kept", "kept_without_rte")
+    ]
     expected = [1.2 / 1.3, 0.65 / 0.85, 1.0, 0.75 / 0.85]
     assert shares == (pytest.approx(expected) if is_there else [None] * 4)
     assert ("Shares are not known" in capsys.readouterr().out) == (not is_there)
@@ -516,7 +658,9 @@ def test_shares_kept_are_of_the_teacher_that_is_there(is_there, tmp_path, monkey
 
 def test_what_crosses_is_between_two_sentences_alone():
     batch = {
-        "input_ids": torch.tensor([[1, 7, 8, 2, 9, 2, 3], [1, 7, 8, 2, 3, 3, 3]]),  # [CLS] a b [SEP] c [SEP]; no pair
+        "input_ids": torch.tensor(
+            [[1, 7, 8, 2, 9, 2, 3], [1, 7, 8, 2, 3, 3, 3]]
+        ),  # [CLS] a b [SEP] c [SEP]; no pair
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]),
         "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 0], [0] * 7]),
     }
@@ -552,7 +696,9 @@ def test_words_give_way_to_their_neighbours(tiny_teacher, tmp_path, monkeypatch)
     found = pq.read_table(variants.with_neighbours(text, [], tmp_path)).to_pydict()
     assert found["split"] == splits and found["text"][50:] == rows[50:]
     teacher = find_teacher(str(tiny_teacher))
-    vocabulary = {word: index for word, index in teacher.tokenizer.get_vocab().items() if len(word) > 2}
+    vocabulary = {
+        word: index for word, index in teacher.tokenizer.get_vocab().items() if len(word) > 2
+    }
     embeddings = teacher.model.get_input_embeddings().weight.detach().numpy()
     before, after = (" ".join(part[:50]).split() for part in (rows, found["text"]))
     replaced = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
@@ -563,7 +709,11 @@ def test_words_give_way_to_their_neighbours(tiny_teacher, tmp_path, monkeypatch)
         return a @ b / np.sqrt(a @ a * (b @ b))
 
     for old, new in replaced:
-        nearer = [word for word in vocabulary if word.isalpha() and closeness(old, word) > closeness(old, new) + 1e-6]
+        nearer = [
+            word
+            for word in vocabulary
+            if word.isalpha() and closeness(old, word) > closeness(old, new) + 1e-6
+        ]
         assert len(nearer) <= 8 and old in nearer
 
 

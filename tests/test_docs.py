@@ -40,7 +40,12 @@ TINY = {
 
 # Of what others do with a run: the options that make it quick.
 QUICKLY = {
-    "glue": ["--finetune.num_epochs=1", "--latency.length=16", "--latency.min_seconds=0.01", "--seeds=1"],
+    "glue": [
+        "--finetune.num_epochs=1",
+        "--latency.length=16",
+        "--latency.min_seconds=0.01",
+        "--seeds=1",
+    ],
     "latency": ["--min_seconds=0.01"],
     "space": ["--data.max_length=24", "--latency.length=16", "--latency.min_seconds=0.01"],
     "export": [],
@@ -80,7 +85,10 @@ def answer(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object,
 @pytest.fixture
 def my_kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the page's ``my_kd.py`` and ``my_kd.yaml``, and our configs."""
-    code, ((_, config),) = blocks(ROOT / "docs/extend.md", "python"), blocks(ROOT / "docs/extend.md", "yaml")
+    code, ((_, config),) = (
+        blocks(ROOT / "docs/extend.md", "python"),
+        blocks(ROOT / "docs/extend.md", "yaml"),
+    )
     assert len(code) == 5
     (tmp_path / "my_kd.py").write_text("\n\n".join(text for _, text in code))
     (tmp_path / "my_kd.yaml").write_text(config)
@@ -94,8 +102,16 @@ def my_kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_own_mapping_objective_start_and_callback_train(
     my_kd: Path, tiny_teacher: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--model.teacher={tiny_teacher}", f"--data.text={text_file}", "--trainer.max_epochs=2"]
-    options += ["--model.arch.num_hidden_layers=2", "--model.arch.num_attention_heads=2", "--model.arch.hidden_size=32"]
+    options = [
+        f"--model.teacher={tiny_teacher}",
+        f"--data.text={text_file}",
+        "--trainer.max_epochs=2",
+    ]
+    options += [
+        "--model.arch.num_hidden_layers=2",
+        "--model.arch.num_attention_heads=2",
+        "--model.arch.hidden_size=32",
+    ]
     options += [
         "--model.arch.intermediate_size=64",
         "--data.settings.max_length=24",
@@ -108,23 +124,37 @@ def test_own_mapping_objective_start_and_callback_train(
     saved = yaml.safe_load(next((my_kd / "lightning_logs").rglob("config.yaml")).read_text())
     assert saved["trainer"]["precision"] == trainer_precision("cpu"), "what was measured is kept"
     objective = saved["model"]["recipe"]["objective"]["init_args"]["objectives"]
-    assert [part["class_path"].rpartition(".")[2] for part in objective] == ["HiddenStates", "Direction"]
+    assert [part["class_path"].rpartition(".")[2] for part in objective] == [
+        "HiddenStates",
+        "Direction",
+    ]
 
 
 def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [path.read_text(encoding="utf-8") for path in PAGES]
     # Help pages have columns of commands, options and words.
-    texts += [re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t) for t in (USAGE, *EXAMPLES.values())]
+    texts += [
+        re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t)
+        for t in (USAGE, *EXAMPLES.values())
+    ]
     found = [args for text in texts for args in commands(text)]
     assert len(found) > 60
     for command, *args in found:
-        lacking = {f"--{name}" for name in NEEDED.get(command, ())} - {arg.partition("=")[0] for arg in args}
+        lacking = {f"--{name}" for name in NEEDED.get(command, ())} - {
+            arg.partition("=")[0] for arg in args
+        }
         assert not lacking or "--config" in args, (command, args)
     for name in ("mine", "quickstart"):
         Path("lightning_logs", name).mkdir(parents=True)
-        StudentArch(3, 6, 384, 1536, "gelu").to_yaml(Path("lightning_logs", name, "best_student.yaml"))
+        StudentArch(3, 6, 384, 1536, "gelu").to_yaml(
+            Path("lightning_logs", name, "best_student.yaml")
+        )
     # Who names a teacher of their own has a shape for it, too: the file's are the quickstart's.
-    fits = [args for args in found if args[0] == "fit" and "my.parquet" in args and "my_kd.yaml" not in args]
+    fits = [
+        args
+        for args in found
+        if args[0] == "fit" and "my.parquet" in args and "my_kd.yaml" not in args
+    ]
     assert len(fits) > 6 and all("--model.teacher" in args for args in fits)
     # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
     for command in {*EXAMPLES, *(args[0] for args in found)} - {"verify", "completion"}:
@@ -137,20 +167,29 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
             assert code == 0 or re.search("has no manifest.json|no folder '", error), error
 
 
-def test_options_targets_and_yaml_in_the_prose_are_there(my_kd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_targets_and_yaml_in_the_prose_are_there(
+    my_kd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {"--print_config", "--quiet", "--log-level", "--as", "--help", "--config"}
     options |= {option for name in EXAMPLES for option in re.findall(r"--[\w.]+", page(name))}
     makefile = (ROOT / "Makefile").read_text()
     num_options = 0
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
-        for inline in re.findall(r"(?<!`)`((?:kdnas|--)[^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", text)):
+        for inline in re.findall(
+            r"(?<!`)`((?:kdnas|--)[^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", text)
+        ):
             words = inline.split()
-            assert words[0] != "kdnas" or len(words) == 1 or words[1] in {*COMMANDS, "COMMAND"}, (path.name, inline)
+            assert words[0] != "kdnas" or len(words) == 1 or words[1] in {*COMMANDS, "COMMAND"}, (
+                path.name,
+                inline,
+            )
             for option in re.findall(r"(?:^|\s)(--[\w.-]+)", inline):
                 num_options += 1
                 spellings = (option, "--" + option[2:].replace("-", "_"))
-                is_group = option.endswith(".") and any(known.startswith(option) for known in options)  # --data.*
+                is_group = option.endswith(".") and any(
+                    known.startswith(option) for known in options
+                )  # --data.*
                 assert is_group or options.intersection(spellings), (path.name, inline)
         for target in re.findall(r"`make ([a-z]+)|^(?: {4}|)make ([a-z]+)", text, re.MULTILINE):
             assert f"\n{''.join(target)}:" in makefile, (path.name, target)
@@ -163,7 +202,10 @@ def test_options_targets_and_yaml_in_the_prose_are_there(my_kd: Path, capsys: py
                     ["fit", "--config=configs/fit.yaml"],
                 )
                 options_of_block = ["--config=block.yaml", "--print_config"]
-                assert any(answer([*args, *options_of_block], capsys)[0] == 0 for args in asked), (path.name, block)
+                assert any(answer([*args, *options_of_block], capsys)[0] == 0 for args in asked), (
+                    path.name,
+                    block,
+                )
     assert num_options > 50
 
 
@@ -175,23 +217,43 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("mine.csv").write_text("review,stars\n" + "".join(reviews))
     write_task(Path("my_task"))
     ran_commands = Counter[str]()
-    found = [args for args in commands((ROOT / "docs/tutorial.md").read_text()) if args[:2] == ["run", "--teacher"]]
+    found = [
+        args
+        for args in commands((ROOT / "docs/tutorial.md").read_text())
+        if args[:2] == ["run", "--teacher"]
+    ]
     run, smoke, dry_run = found
     assert smoke == [*run, "--smoke"] and dry_run == [*run, "--dry-run"]
     ours = [args for args in commands((ROOT / "docs/extend.md").read_text()) if args[0] == "search"]
-    assert [ours[0][3], ours[0][5]] == ["--sampler", "--recipe.start"]  # a run takes them as a search does
+    assert [ours[0][3], ours[0][5]] == [
+        "--sampler",
+        "--recipe.start",
+    ]  # a run takes them as a search does
     assert main([*run, *ours[0][3:], *(f"--{name}={value}" for name, value in TINY.items())]) == 0
     rows = Path("lightning_logs/mine/trials.csv").read_text().splitlines()
-    assert rows[1].split(",")[rows[0].split(",").index("num_hidden_layers")] == "1", "ShallowFirst begins so"
+    assert rows[1].split(",")[rows[0].split(",").index("num_hidden_layers")] == "1", (
+        "ShallowFirst begins so"
+    )
     for name in ("quickstart", "other"):
         Path("lightning_logs", name).symlink_to("mine")
-    elsewhere = {"stsb", "rte", "quickstart", "DIR", "--hub-repo", "my-finetuned-teacher/", "[192,384]"}
+    elsewhere = {
+        "stsb",
+        "rte",
+        "quickstart",
+        "DIR",
+        "--hub-repo",
+        "my-finetuned-teacher/",
+        "[192,384]",
+    }
     told = [args for path in PAGES for args in commands(path.read_text(encoding="utf-8"))]
     told = [args for args in told if args[0] in QUICKLY and not elsewhere.intersection(args)]
     for name in map(list, dict.fromkeys(map(tuple, told))):
         assert main([*name, *QUICKLY[name[0]]]) == 0, name
         ran_commands[name[0]] += 1
-    assert min(ran_commands[name] for name in QUICKLY) > 0 and Path("deployed/model.int8.onnx").exists()
+    assert (
+        min(ran_commands[name] for name in QUICKLY) > 0
+        and Path("deployed/model.int8.onnx").exists()
+    )
 
     files = (ROOT / "docs/reference/files.md").read_text().partition("Without `--task`")[0]
     names = re.findall(r"(?m)^\| `([\w./]+)` \|", files)
@@ -209,7 +271,9 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
                 if language == "python":
                     exec(compile(text, str(path), "exec"), names_of_page)
                 elif language == "pycon":
-                    example = doctest.DocTestParser().get_doctest(text, names_of_page, path.name, str(path), 0)
+                    example = doctest.DocTestParser().get_doctest(
+                        text, names_of_page, path.name, str(path), 0
+                    )
                     assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
                     names_of_page |= example.globs
                 else:
@@ -230,13 +294,20 @@ def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Pa
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")
+    }
     assert len(pages) == len(PAGES)  # of README.md none, and one for what is not found
     for name, text in pages.items():
-        assert not re.search(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""", text), name
+        assert not re.search(
+            r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""", text
+        ), name
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
-    for folder, target, suffix in (("kdnas/cli/pages", "commands", ".txt"), ("configs", "configs", ".yaml")):
+    for folder, target, suffix in (
+        ("kdnas/cli/pages", "commands", ".txt"),
+        ("configs", "configs", ".yaml"),
+    ):
         text = (ROOT / f"docs/reference/{target}.md").read_text()
         included = set(re.findall(rf'--8<-- "{folder}/(\w+){suffix}"', text))
         assert included == {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}

@@ -33,7 +33,9 @@ def test_a_trial_that_was_told_and_is_not_stored_is_lost(bench, monkeypatch):
     monkeypatch.setattr(type(bench), "reference", "reference")
     folder = bench.logs / "mine"
     folder.mkdir(parents=True)
-    (bench.told / "mine").write_text("trial   3  2 layers x 32 wide: loss 0.497, 1.0x, reward 0.5030, 10 s\n")
+    (bench.told / "mine").write_text(
+        "trial   3  2 layers x 32 wide: loss 0.497, 1.0x, reward 0.5030, 10 s\n"
+    )
     (folder / ".weights.partial").touch()
     bench.check(row := faults.Row("F00", ""), "mine", {1: (0.5, {}, None)})
     assert (row.lost, row.zombies, row.undetected) == (2, 1, 1)  # the last is the manifest
@@ -67,7 +69,9 @@ def test_a_wait_is_what_a_trial_takes_beside_its_training():
     begin = datetime(2026, 1, 1)
 
     def trial(pid, end, **attrs):
-        return SimpleNamespace(user_attrs={"pid": pid, **attrs}, datetime_complete=begin + timedelta(seconds=end))
+        return SimpleNamespace(
+            user_attrs={"pid": pid, **attrs}, datetime_complete=begin + timedelta(seconds=end)
+        )
 
     trials = [
         trial(1, -5),
@@ -86,7 +90,10 @@ def test_what_a_worker_tells_of_a_disk_that_failed_is_no_defect_and_all_else_is(
     log += f"{frame}PermissionError: [Errno 13] denied\n{frame}ValueError: a defect\n"
     defect = "ValueError: a defect"
     assert faults_checks.raised(log, failing=True) == [defect]
-    told = ["kdnas.system.errors.StoreAway: the database is away", "PermissionError: [Errno 13] denied"]
+    told = [
+        "kdnas.system.errors.StoreAway: the database is away",
+        "PermissionError: [Errno 13] denied",
+    ]
     assert faults_checks.raised(log) == [*told, defect]  # where nothing was made to fail
 
 
@@ -116,7 +123,9 @@ def test_what_a_run_of_no_plain_name_tells_is_kept_in_its_place(bench, name):
         (faults.NotRun("no root"), 0, False),
     ],
 )
-def test_a_row_that_breaks_off_is_bad_and_one_that_cannot_begin_is_told(error, tried, is_bad, tmp_path, monkeypatch):
+def test_a_row_that_breaks_off_is_bad_and_one_that_cannot_begin_is_told(
+    error, tried, is_bad, tmp_path, monkeypatch
+):
     def broken(bench: faults.Bench, row: faults.Row) -> None:
         row.tried = tried
         raise error
@@ -142,15 +151,23 @@ def test_what_a_search_holds_is_that_of_all_its_processes_and_all_that_it_writes
     run = bench.run("mine")
     for name in ("trial_0000", "search"):
         (run / name).mkdir(parents=True)
-    writes = {run / "study.db": 1, run / "trial_0000" / "a": 2, run / "search" / "b": 3, bench.temporary / "c": 4}
+    writes = {
+        run / "study.db": 1,
+        run / "trial_0000" / "a": 2,
+        run / "search" / "b": 3,
+        bench.temporary / "c": 4,
+    }
     for path, kilobytes in writes.items():
         path.write_bytes(bytes(1000 * kilobytes))
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     process = bench.start_program(
-        ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], stdin=subprocess.PIPE
+        ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"],
+        stdin=subprocess.PIPE,
     )
     end = time.monotonic() + 60
-    while (held := faults.usage(bench, "mine", process.pid))["processes"] < 3 and time.monotonic() < end:
+    while (held := faults.usage(bench, "mine", process.pid))[
+        "processes"
+    ] < 3 and time.monotonic() < end:
         time.sleep(0.1)
     process.communicate("\n")
     assert held["processes"] == 3 and held["files"] > held["parent_files"] > 0
@@ -167,7 +184,9 @@ def test_the_steps_of_a_fit_are_those_that_tensorboard_was_told(tmp_path):
     assert faults.steps_told(tmp_path) == 7
 
 
-def test_a_fit_that_begins_before_its_checkpoint_and_a_result_that_is_written_again_are_repeated(tmp_path):
+def test_a_fit_that_begins_before_its_checkpoint_and_a_result_that_is_written_again_are_repeated(
+    tmp_path,
+):
     def told(first, last):
         with SummaryWriter(str(tmp_path), filename_suffix=f".{first}") as writer:
             for step in range(first, last):

@@ -14,7 +14,12 @@ from tests.conftest import write_task
 
 ROOT = Path(__file__).parents[1] / "notebooks"
 NAMES = ["compare_samplers", "glue", "kd", "kd_nas_lstm"]
-SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+SHAPE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+}
 
 
 def read(name: str) -> Any:
@@ -34,14 +39,24 @@ def test_a_notebook_explains_and_defines_nothing(name: str) -> None:
     notebook = read(name)
     cells = code_cells(notebook)
     trees = [ast.parse(cell.source) for cell in cells]
-    assert all(isinstance(node, ast.Assign) for node in trees[0].body), "the first cell is parameters alone"
+    assert all(isinstance(node, ast.Assign) for node in trees[0].body), (
+        "the first cell is parameters alone"
+    )
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     assert not [node for tree in trees for node in ast.walk(tree) if isinstance(node, definitions)]
     assert len(notebook.cells) - len(cells) > len(cells) / 2, "text goes with code"
     outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1, "of a real run, with pictures"
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run once, from top to bottom"
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1, (
+        "of a real run, with pictures"
+    )
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "run once, from top to bottom"
+    )
     content = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
     assert len(content) < 200_000
     assert not [path for path in (str(ROOT.resolve().parent), sys.prefix) if path in content]
@@ -89,11 +104,15 @@ def test_all_of_them_run_on_tiny_inputs(
             for target in ast.walk(node.targets[0])
             if isinstance(target, ast.Name)
         }
-        parameters = "".join(f"{parameter} = {values[parameter]!r}\n" for parameter in sorted(asked))
+        parameters = "".join(
+            f"{parameter} = {values[parameter]!r}\n" for parameter in sorted(asked)
+        )
         whole.cells += [new_code_cell("%reset -f"), new_code_cell(parameters)]
         whole.cells += [new_code_cell(cell.source) for cell in cells[1:]]
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    NotebookClient(whole, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(
+        whole, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
     shown = [output for cell in whole.cells for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 9
     for run in ("notebook_lstm", "notebook_samplers", "notebook_glue", "notebook_kd"):

@@ -33,7 +33,9 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def requirements(text: str) -> list[Requirement]:
-    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 def install_requires() -> list[Requirement]:
@@ -43,12 +45,19 @@ def install_requires() -> list[Requirement]:
 def everything_declared() -> list[Requirement]:
     extras = setup_cfg()["options.extras_require"].values()
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    return [*install_requires(), *(r for extra in extras for r in requirements(extra)), *map(Requirement, build)]
+    return [
+        *install_requires(),
+        *(r for extra in extras for r in requirements(extra)),
+        *map(Requirement, build),
+    ]
 
 
 def locked() -> dict[str, Version]:
     lines = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8"))
-    return {canonicalize_name(line.name): Version(str(line.specifier).removeprefix("==")) for line in lines}
+    return {
+        canonicalize_name(line.name): Version(str(line.specifier).removeprefix("=="))
+        for line in lines
+    }
 
 
 def third_party(files: Iterable[Path]) -> set[str]:
@@ -70,7 +79,8 @@ def unmet(declared: Iterable[Requirement], lock: dict[str, Version]) -> list[str
     return [
         str(requirement)
         for requirement in declared
-        if (version := lock.get(canonicalize_name(requirement.name))) is None or version not in requirement.specifier
+        if (version := lock.get(canonicalize_name(requirement.name))) is None
+        or version not in requirement.specifier
     ]
 
 
@@ -89,12 +99,17 @@ def test_every_third_party_import_is_declared_and_every_dependency_is_used():
 
 def test_every_third_party_import_of_the_tests_is_declared():
     used = third_party((ROOT / "tests").rglob("*.py"))
-    assert used - {canonicalize_name(requirement.name) for requirement in everything_declared()} == set()
+    assert (
+        used - {canonicalize_name(requirement.name) for requirement in everything_declared()}
+        == set()
+    )
 
 
 def test_third_party_imports_are_found_in_functions_and_by_distribution(tmp_path):
     file = tmp_path / "file.py"
-    file.write_text("import os\nimport yaml.nodes\nfrom kdnas import runs\ndef f():\n    from sklearn.svm import SVC\n")
+    file.write_text(
+        "import os\nimport yaml.nodes\nfrom kdnas import runs\ndef f():\n    from sklearn.svm import SVC\n"
+    )
     assert third_party([file]) == {"pyyaml", "scikit-learn"}
 
 
@@ -104,20 +119,33 @@ def test_the_lock_satisfies_every_declared_range():
 
 
 def test_a_lock_outside_a_range_is_found():
-    assert unmet([Requirement("a<2"), Requirement("B_b>=1")], {"a": Version("2"), "b-b": Version("1")}) == ["a<2"]
+    assert unmet(
+        [Requirement("a<2"), Requirement("B_b>=1")], {"a": Version("2"), "b-b": Version("1")}
+    ) == ["a<2"]
     assert unmet([Requirement("a<2")], {}) == ["a<2"]
 
 
 def test_the_lock_names_exact_public_versions_only():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert [
+        line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)
+    ] == []
     assert lines == sorted(lines, key=lambda line: line.partition("==")[0].lower())
     assert "torch==2.13.0" in lines
 
 
 def test_every_dependency_is_explained_to_contributors():
-    rows = re.findall(r"^\| (\w[\w, -]*) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    explained = {canonicalize_name(name) for row in rows for name in row.split(", ")} - {"package", "ours"}
+    rows = re.findall(
+        r"^\| (\w[\w, -]*) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    explained = {canonicalize_name(name) for row in rows for name in row.split(", ")} - {
+        "package",
+        "ours",
+    }
     assert explained == {canonicalize_name(r.name) for r in everything_declared()} - {"setuptools"}
 
 
@@ -126,41 +154,64 @@ def test_what_is_written_by_hand_is_there_and_has_a_reason():
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", table, re.MULTILINE)
     assert len(rows) == table.count("\n| `") > 10
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kdnas").rglob("*.py"))
-    assert [name for name, _, _ in rows if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)] == []
+    assert [
+        name for name, _, _ in rows if not re.search(rf"^(class|def) {name}\b", code, re.MULTILINE)
+    ] == []
 
 
 def test_every_extra_is_named_where_it_is_needed_and_no_other():
     files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "kdnas").rglob("*.py")]
-    named = {extra for file in files for extra in re.findall(r"kdnas\[([\w-]+)\]", file.read_text(encoding="utf-8"))}
+    named = {
+        extra
+        for file in files
+        for extra in re.findall(r"kdnas\[([\w-]+)\]", file.read_text(encoding="utf-8"))
+    }
     assert named == set(setup_cfg()["options.extras_require"]) - {"dev"}
     assert len(named) == 4
 
 
 def test_files_that_are_not_python_are_shipped():
     globs = [glob.strip() for glob in setup_cfg()["options.package_data"]["kdnas"].split(",")]
-    names = [path.relative_to(ROOT / "kdnas").as_posix() for path in (ROOT / "kdnas").rglob("*") if path.is_file()]
+    names = [
+        path.relative_to(ROOT / "kdnas").as_posix()
+        for path in (ROOT / "kdnas").rglob("*")
+        if path.is_file()
+    ]
     others = [name for name in names if not name.endswith((".py", ".pyc"))]
     assert "py.typed" in others
-    assert [name for name in others if not any(fnmatch(f"/{name}", f"*{glob.lstrip('*')}") for glob in globs)] == []
+    assert [
+        name
+        for name in others
+        if not any(fnmatch(f"/{name}", f"*{glob.lstrip('*')}") for glob in globs)
+    ] == []
 
 
 def test_the_changelog_is_a_kept_one_and_has_this_version():
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# Changelog"
     releases = [line for line in lines if line.startswith("## ")]
-    assert re.fullmatch(rf"## \[{kdnas.__version__}\] - (unreleased|\d{{4}}-\d\d-\d\d)", releases[0])
+    assert re.fullmatch(
+        rf"## \[{kdnas.__version__}\] - (unreleased|\d{{4}}-\d\d-\d\d)", releases[0]
+    )
     kinds = {line for line in lines if line.startswith("###")}
-    assert kinds <= {f"### {kind}" for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")}
+    assert kinds <= {
+        f"### {kind}" for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    }
 
 
 def test_it_can_be_cited():
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(cff)
-    assert (cff["version"], cff["license"]) == (kdnas.__version__, setup_cfg()["metadata"]["license_expression"])
+    assert (cff["version"], cff["license"]) == (
+        kdnas.__version__,
+        setup_cfg()["metadata"]["license_expression"],
+    )
 
 
 def test_the_forms_for_issues_ask_in_fields_of_their_own():
-    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir() if path.stem != "config"]
+    forms = [
+        path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir() if path.stem != "config"
+    ]
     assert {path.name for path in forms} == {"bug.yml", "feature.yml"}
     for path in forms:
         form = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -171,7 +222,9 @@ def test_the_forms_for_issues_ask_in_fields_of_their_own():
 
 
 def test_a_commit_passes_the_tools_of_make_lint():
-    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))[
+        "repos"
+    ]
     assert repo["repo"] == "local"
     hooks = [hook["entry"].removesuffix(" --force-exclude") for hook in repo["hooks"]]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -179,7 +232,9 @@ def test_a_commit_passes_the_tools_of_make_lint():
     assert len(hooks) == 3
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README.md", "LOG.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+)
 def test_the_papers_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(text) > 100

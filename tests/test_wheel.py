@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IGNORED = [".git", "lightning_logs", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())]
+IGNORED = [
+    ".git",
+    "lightning_logs",
+    *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split()),
+]
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
     """A ``wheel`` or ``sdist`` of the sources, by the build backend as it is installed."""
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, folder], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=source, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
@@ -52,14 +58,22 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_wheel_has_all_of_the_package_and_the_configs_and_nothing_else(sources: Path, wheel: Path) -> None:
+def test_the_wheel_has_all_of_the_package_and_the_configs_and_nothing_else(
+    sources: Path, wheel: Path
+) -> None:
     configs = {f"kdnas/cli/configs/{path.name}" for path in (sources / "configs").iterdir()}
-    wanted = {f"kdnas/{name}" for name in files_of(sources / "kdnas") if not name.startswith("cli/configs/")} | configs
+    wanted = {
+        f"kdnas/{name}"
+        for name in files_of(sources / "kdnas")
+        if not name.startswith("cli/configs/")
+    } | configs
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == wanted
     assert len(configs) >= 5
     kinds = {Path(name).suffix for name in names}
-    assert {".txt", ".j2", ".pyi", ".typed", ".yaml"} < kinds, "help pages, templates, stubs, configs"
+    assert {".txt", ".j2", ".pyi", ".typed", ".yaml"} < kinds, (
+        "help pages, templates, stubs, configs"
+    )
 
 
 @pytest.mark.slow
@@ -68,12 +82,23 @@ def test_an_installed_wheel_runs_away_from_the_repository(
 ) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+    ]
     subprocess.run([*pip, "--target", site, wheel], check=True)
 
     def output(*command: object) -> str:
         environment = {**os.environ, "PYTHONPATH": str(site)}
-        done = subprocess.run(map(str, command), cwd=elsewhere, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            map(str, command), cwd=elsewhere, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -81,6 +106,11 @@ def test_an_installed_wheel_runs_away_from_the_repository(
     assert output(sys.executable, "-c", "import kdnas; print(kdnas.__file__)").startswith(str(site))
     assert "kdnas run " in output(kdnas, "--help")
     assert "kdnas run --config configs/quickstart.yaml" in output(kdnas, "run", "--help")
-    options = [f"--teacher={tiny_teacher}", f"--text={text_file}", "--data.max_length=24", "--data.batch_tokens=64"]
+    options = [
+        f"--teacher={tiny_teacher}",
+        f"--text={text_file}",
+        "--data.max_length=24",
+        "--data.batch_tokens=64",
+    ]
     options += ["--latency.length=16", "--latency.min_seconds=0.01", "--search.budget.speedup=0.01"]
     assert " students" in output(kdnas, "space", "--config", "configs/search.yaml", *options)

@@ -11,7 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -25,7 +30,13 @@ from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import flat, read_yaml
 from kdnas.training.precision import gpu_name, trainer_precision
 from kdnas.training.progress import EpochLines, SayWhatGoesOn
-from kdnas.training.trainer import FLUSH_SECONDS, WholeFiles, check_checkpoint, refuse_strategy, without_tensorflow
+from kdnas.training.trainer import (
+    FLUSH_SECONDS,
+    WholeFiles,
+    check_checkpoint,
+    refuse_strategy,
+    without_tensorflow,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +84,23 @@ class KDCLI(LightningCLI):
         except (ArgumentError, UnicodeDecodeError) as error:
             raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
         trainer = self.config[subcommand].trainer
-        refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy).rpartition(".")[2])
+        refuse_strategy(
+            getattr(trainer.strategy, "class_path", trainer.strategy).rpartition(".")[2]
+        )
         if trainer.precision is None:
             trainer.precision = trainer_precision(trainer.accelerator)
         path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
         if path and os.path.isfile(path):
             check_checkpoint(Path(path))
-        elif path not in (None, "last", "best", "hpc"):  # what comes from elsewhere Lightning would run
-            raise UserError(f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk.")
+        elif path not in (
+            None,
+            "last",
+            "best",
+            "hpc",
+        ):  # what comes from elsewhere Lightning would run
+            raise UserError(
+                f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk."
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's word for our settings, and import the classes that it names."""
@@ -89,7 +109,9 @@ class KDCLI(LightningCLI):
         """With checkpoints that are whole or not there, and lines where no bar can move."""
         without_tensorflow()
         trainer = super().instantiate_trainer(**options)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user asked for
+        if (
+            type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+        ):  # not one that the user asked for
             trainer.strategy.checkpoint_io = WholeFiles()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -147,8 +169,13 @@ class SaveConfigOnce(SaveConfigCallback):
         path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
         differing: list[str] | None = None
         if trainer.is_global_zero and path.is_file():
-            known, asked = flat(read_yaml(path)), flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
-            differing = [k for k in {**known, **asked} if k != "ckpt_path" and known.get(k) != asked.get(k)]
+            known, asked = (
+                flat(read_yaml(path)),
+                flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))),
+            )
+            differing = [
+                k for k in {**known, **asked} if k != "ckpt_path" and known.get(k) != asked.get(k)
+            ]
         differing = trainer.strategy.broadcast(differing)
         if differing and stage == "fit":
             raise UserError(

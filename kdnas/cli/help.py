@@ -91,7 +91,19 @@ COMPLETION = """kdnas completion SHELL: a script that completes commands and opt
 """
 
 # Options whose values are names of files or folders, mostly.
-PATHS = {"ckpt_path", "config", "data", "distill_from", "folder", "json", "model", "output", "root", "run", "student"}
+PATHS = {
+    "ckpt_path",
+    "config",
+    "data",
+    "distill_from",
+    "folder",
+    "json",
+    "model",
+    "output",
+    "root",
+    "run",
+    "student",
+}
 PATHS |= {"task", "teacher", "text"}
 
 
@@ -119,8 +131,14 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
     names = {option[2:].replace("-", "_") for option in options_of(command)}
     for arg in args if names else ():  # completion has none
         name = arg[2:].partition("=")[0].rstrip("+").replace("-", "_")
-        if arg.startswith("--") and "." not in name and not any(known.startswith(name) for known in names):
-            of_run = command == "search" and f"--{name}" in {known.partition(".")[0] for known in options_of("run")}
+        if (
+            arg.startswith("--")
+            and "." not in name
+            and not any(known.startswith(name) for known in names)
+        ):
+            of_run = command == "search" and f"--{name}" in {
+                known.partition(".")[0] for known in options_of("run")
+            }
             others = {known.partition(".")[0] for known in names}
             hint = " It is an option of `kdnas run`." if of_run else nearest(name, others)
             raise UserError(f"There is no option {arg.partition('=')[0]!r}.{hint}")
@@ -162,7 +180,9 @@ def completion(shell: str) -> str:
         UserError: another shell.
     """
     if shell not in shtab.SUPPORTED_SHELLS:
-        raise UserError(f"{shell!r} is no shell that can be completed.{nearest(shell, shtab.SUPPORTED_SHELLS)}")
+        raise UserError(
+            f"{shell!r} is no shell that can be completed.{nearest(shell, shtab.SUPPORTED_SHELLS)}"
+        )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
     for command, example in EXAMPLES.items():
@@ -175,4 +195,6 @@ def completion(shell: str) -> str:
     shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
     shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     # Where nothing of ours fits, bash completes names of files as it does for any other command.
-    return shtab.complete(parser, shell).replace("complete -o bashdefault ", "complete -o bashdefault -o default ")
+    return shtab.complete(parser, shell).replace(
+        "complete -o bashdefault ", "complete -o bashdefault -o default "
+    )

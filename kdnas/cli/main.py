@@ -83,8 +83,13 @@ def main(args: Sequence[str] | None = None) -> int:
         refuse_unknown(args[0], args[1:])
         set_environment()
         if is_process:
-            sys.path.append("")  # class paths may name files of this folder, as with `python -m`; installed ones first
-        if is_process and args[0] in ("run", "search"):  # who calls it from Python may have threads and sockets
+            sys.path.append(
+                ""
+            )  # class paths may name files of this folder, as with `python -m`; installed ones first
+        if is_process and args[0] in (
+            "run",
+            "search",
+        ):  # who calls it from Python may have threads and sockets
             return supervise(partial(_exit_code, args), partial(_goes_on, args))
         return _exit_code(args)
     except UserError as error:
@@ -134,7 +139,9 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 def _set_log_level(args: list[str]) -> list[str]:
     """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--quiet", dest="level", action="store_const", const="warning", default="info")
+    parser.add_argument(
+        "--quiet", dest="level", action="store_const", const="warning", default="info"
+    )
     parser.add_argument("--log-level", dest="level", choices=("debug", "info", "warning", "error"))
     try:
         options, others = parser.parse_known_args(args)
@@ -157,7 +164,9 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak of LightningCLI's own calls
+    os.environ.setdefault(
+        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+    )  # they speak of LightningCLI's own calls
     # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
     if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -167,14 +176,20 @@ def set_environment() -> None:
 
 def show_logs() -> None:
     """Tell on the terminal what is logged, each line above the bars of a live display."""
-    handler = logging.lastResort  # looks up sys.stderr for each line, where a live display puts itself
+    handler = (
+        logging.lastResort
+    )  # looks up sys.stderr for each line, where a live display puts itself
     assert handler is not None
     handler.setLevel(logging.NOTSET)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def _goes_on(args: Sequence[str]) -> str:
-    if args[0] not in ("run", "search", "glue") or {"--smoke", "--dry-run", "--dry_run"}.intersection(args):
+    if args[0] not in ("run", "search", "glue") or {
+        "--smoke",
+        "--dry-run",
+        "--dry_run",
+    }.intersection(args):
         return "."
     is_new = any(arg.startswith(("--force-new", "--force_new")) for arg in args)
     if is_new and not remembered():
@@ -195,9 +210,13 @@ def _quieten(*loggers: str) -> None:
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     show_logs()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: " not in str(record.msg))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: " not in str(record.msg)
+    )
     for name in loggers:
-        logging.getLogger(name).setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
+        logging.getLogger(name).setLevel(
+            logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
+        )
 
 
 def _console() -> Any:
@@ -238,16 +257,22 @@ def _run(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
-    config, flags = read_config(RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW)
+    config, flags = read_config(
+        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW
+    )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
-    config = _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
+    config = (
+        _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
+    )
     if flags["dry_run"]:
         _plan(config)
     elif flags["smoke"]:
         console = _console()
         smoke(config, console)
-        command = shlex.join(["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")])
+        command = shlex.join(
+            ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
+        )
         console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
     else:
         run(config, _console())
@@ -307,7 +332,9 @@ def _verify(args: Sequence[str]) -> None:
 
     parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
     parser.add_argument("run", type=str, help="name or folder of a finished run")
-    parser.add_argument("--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)")
+    parser.add_argument(
+        "--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)"
+    )
     try:
         options = parser.parse_args(args)
     except ArgumentError as error:
@@ -317,12 +344,16 @@ def _verify(args: Sequence[str]) -> None:
     folder = Path(options.run)
     if not folder.is_dir():
         if os.sep in options.run:
-            raise UserError(f"There is no folder {options.run!r}: give one, or the name of a run in --root.")
+            raise UserError(
+                f"There is no folder {options.run!r}: give one, or the name of a run in --root."
+            )
         folder = Run(options.root, options.run).folder
     num_files, faults = verify(folder)
     if faults:
         print(*faults, sep="\n")
-        raise UserError(f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew.")
+        raise UserError(
+            f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew."
+        )
     print(f"{num_files} files of {str(folder)!r} are as they were made.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")
 
@@ -335,7 +366,10 @@ def _export(args: Sequence[str]) -> None:
     _quieten()
     args = ["--force=true" if arg == "--force" else arg for arg in args]
     # ``as`` can be no name in Python.
-    args = [f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg for arg in args]
+    args = [
+        f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg
+        for arg in args
+    ]
     export(read_config(ExportConfig, "export", args)[0], _console())
 
 

@@ -26,7 +26,9 @@ _CONFIG_HELP = (
 )
 
 
-_OF_RUN = {field.name for field in fields(RunConfig)} - {field.name for field in fields(SearchConfig)}
+_OF_RUN = {field.name for field in fields(RunConfig)} - {
+    field.name for field in fields(SearchConfig)
+}
 
 
 def default_objects() -> dict[str, Any]:
@@ -63,10 +65,14 @@ def read_config(
         options = vars(parser.instantiate(parsed))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise in_one_line(error, parser) from error
-    except ValueError as error:  # of settings that may be left out as a whole: the parser wraps what they say
+    except (
+        ValueError
+    ) as error:  # of settings that may be left out as a whole: the parser wraps what they say
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options.pop("config")
-    return config_class(**{k: v for k, v in options.items() if k not in flags}), {k: options[k] for k in flags}
+    return config_class(**{k: v for k, v in options.items() if k not in flags}), {
+        k: options[k] for k in flags
+    }
 
 
 def for_parser(args: Sequence[str]) -> list[str]:
@@ -77,14 +83,21 @@ def for_parser(args: Sequence[str]) -> list[str]:
     Raises:
         UserError: kdnas ships none of that name either.
     """
-    args = [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg) for arg in args]
+    args = [
+        re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg)
+        for arg in args
+    ]
     found = list(args)
     for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
         path = Path(arg if before in ("-c", "--config") else arg.partition("--config=")[2])
         if path.parent == Path("configs") and not path.exists():
-            shipped = {file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
+            shipped = {
+                file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")
+            }
             if path.name not in shipped:
-                raise UserError(f"There is no {str(path)!r}.{nearest(path, (f'configs/{name}' for name in shipped))}")
+                raise UserError(
+                    f"There is no {str(path)!r}.{nearest(path, (f'configs/{name}' for name in shipped))}"
+                )
             found[place] = arg.removesuffix(str(path)) + str(shipped[path.name])
     return found
 
@@ -122,7 +135,9 @@ def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None
         name, hint, value = f"{prefix}{field.name}", hints[field.name], values.get(field.name)
         if value is None and type(None) not in get_args(hint):
             raise UserError(f"{name} is null: give a value, or leave it out.")
-        whole = next((kind for kind in get_args(hint) if is_dataclass(kind)), None)  # which may be left out
+        whole = next(
+            (kind for kind in get_args(hint) if is_dataclass(kind)), None
+        )  # which may be left out
         if whole and isinstance(value, Namespace):
             _refuse_null(whole, value, f"{name}.")  # type: ignore[arg-type]
         if is_dataclass(hint):
@@ -147,7 +162,9 @@ def _wrong_value(message: str) -> str | None:
     if not found:
         return None
     key, said = found.groups()
-    if wrong := re.search(r"class_path '([\w.]+)': (No module named '.*?'|module '.*?' has no attribute '.*?')", said):
+    if wrong := re.search(
+        r"class_path '([\w.]+)': (No module named '.*?'|module '.*?' has no attribute '.*?')", said
+    ):
         where = "a file in this folder, of one on PYTHONPATH, or of a package"
         return f"{key} is {wrong[1]!r}, which is not there ({wrong[2]}): give a class of {where}."
     said, _, value = said.rpartition(" value: ") if " value: " in said else (said, "", "")
@@ -167,14 +184,22 @@ def _wrong_value(message: str) -> str | None:
 def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:
     """What the parser says, with the nearest name where it does not know one."""
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file.")
+        return UserError(
+            f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file."
+        )
     message = " ".join(str(error).split())
     if wrong := _wrong_value(message):
         return UserError(wrong)
     if unmapped := re.match(r"Unexpected config: ?(.{0,60})", message):
-        return UserError(f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`.")
-    if message.startswith(("Empty nested key", "Key must be a string", "Spaces not allowed in keys")):
-        return UserError(f"A key of the config is no name ({message.rstrip('.')}): give it one of letters.")
+        return UserError(
+            f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`."
+        )
+    if message.startswith(
+        ("Empty nested key", "Key must be a string", "Spaces not allowed in keys")
+    ):
+        return UserError(
+            f"A key of the config is no name ({message.rstrip('.')}): give it one of letters."
+        )
     if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
         message = f"unrecognized arguments: {ambiguous[1]}"
     unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
@@ -182,15 +207,25 @@ def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserE
     hint = ""
     if unknown and of_class:
         module, _, name = of_class[1].rpartition(".")
-        with suppress(ImportError, AttributeError):  # of a class within a class the parser knows more
-            hint = nearest(unknown[1], inspect.signature(getattr(import_module(module), name)).parameters)
+        with suppress(
+            ImportError, AttributeError
+        ):  # of a class within a class the parser knows more
+            hint = nearest(
+                unknown[1], inspect.signature(getattr(import_module(module), name)).parameters
+            )
     elif unknown and parser.prog == "kdnas search" and unknown[1].split(".")[0] in _OF_RUN:
         hint = " It is an option of `kdnas run`."
     elif unknown:
         group = re.search(r"Group '([\w.]+)'", message)
         prefix = f"{group[1]}." if group else ""
-        names = [key.removeprefix(prefix) for key in dict(parser.get_defaults().items()) if key.startswith(prefix)]
-        hint = nearest(unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names})
+        names = [
+            key.removeprefix(prefix)
+            for key in dict(parser.get_defaults().items())
+            if key.startswith(prefix)
+        ]
+        hint = nearest(
+            unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names}
+        )
     return UserError(message.rstrip(".") + "." + hint)
 
 

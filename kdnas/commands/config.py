@@ -137,7 +137,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ("data", "finetune"):  # a run's; a search has none
-            if (part := getattr(self, name, None)) and part.seed not in (type(part).seed, self.seed):
+            if (part := getattr(self, name, None)) and part.seed not in (
+                type(part).seed,
+                self.seed,
+            ):
                 raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1.")
@@ -218,7 +221,10 @@ class LatencyConfig:
                 self.min_seconds,
             )
             for backend, threads, batch, length in itertools.product(
-                self.backend, self.threads, self.batch, self.length[:1] if self.lengths else self.length
+                self.backend,
+                self.threads,
+                self.batch,
+                self.length[:1] if self.lengths else self.length,
             )
         ]
 
@@ -245,7 +251,9 @@ class Grid:
             if not getattr(self, name):
                 raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
         if not 0 < self.held_out < 1:
-            raise UserError(f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1.")
+            raise UserError(
+                f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1."
+            )
         for size, rate in itertools.product(self.batch_sizes, self.learning_rates):
             FinetuneSettings(batch_size=size, learning_rate=rate)
 
@@ -299,11 +307,17 @@ class GlueConfig:
         if len(set(self.task)) < len(self.task):
             raise UserError(f"task is {self.task}: give none twice.")
         if self.task and self.text_column:
-            raise UserError(f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out.")
+            raise UserError(
+                f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out."
+            )
         if not self.task and self.data is None:
-            raise UserError("There is no task: give --task (such as stsb), or --data FILE --text-column NAME.")
+            raise UserError(
+                "There is no task: give --task (such as stsb), or --data FILE --text-column NAME."
+            )
         if self.finetune.seed != FinetuneSettings.seed:
-            raise UserError(f"finetune.seed is {self.finetune.seed}, but it is set by --seeds, how many: give that.")
+            raise UserError(
+                f"finetune.seed is {self.finetune.seed}, but it is set by --seeds, how many: give that."
+            )
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
 
@@ -355,7 +369,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.data and (self.task or not self.text_column):
             given = f"task is {self.task!r}" if self.task else "text_column is []"
-            raise UserError(f"data is {self.data!r} and {given}: give --data FILE --text-column NAME, or --task.")
+            raise UserError(
+                f"data is {self.data!r} and {given}: give --data FILE --text-column NAME, or --task."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +410,8 @@ def as_plain(value: Any) -> Any:
         return [as_plain(item) for item in value]
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     if not hasattr(value, "__dict__"):
-        raise UserError(f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects of yours.")
+        raise UserError(
+            f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects of yours."
+        )
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})

@@ -46,18 +46,31 @@ def export(config: ExportConfig, console: Console) -> Path:
         ParityError: a file does not compute what the student computes; nothing is written either.
     """
     if (config.run is None) == (config.student is None):
-        raise UserError(f"run is {config.run!r} and student is {config.student!r}: give one of the two.")
+        raise UserError(
+            f"run is {config.run!r} and student is {config.student!r}: give one of the two."
+        )
     is_sentences = config.format == "sentence-transformers"
     if config.format not in FORMATS:
-        raise UserError(f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}")
+        raise UserError(
+            f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}"
+        )
     teacher_name = config.teacher
     if config.run is not None:
         run = Run(config.root, config.run)
         source, folder, known = _source_of(run, is_sentences), run.student, read_yaml(run.config)
         teacher_name = teacher_name or (known["teacher"] if is_sentences else None)
-        card, cut = _run_card(run, is_sentences), known.get("finetune", {}).get("max_length", MOST_TOKENS)
-        split = {"seed": known["seed"], **{name: known["data"][name] for name in ("column", "held_out_fraction")}}
-        task_name, text = config.task or (None if is_sentences else _task_of(run, known.get("task"))), config.text
+        card, cut = (
+            _run_card(run, is_sentences),
+            known.get("finetune", {}).get("max_length", MOST_TOKENS),
+        )
+        split = {
+            "seed": known["seed"],
+            **{name: known["data"][name] for name in ("column", "held_out_fraction")},
+        }
+        task_name, text = (
+            config.task or (None if is_sentences else _task_of(run, known.get("task"))),
+            config.text,
+        )
         if not text and (is_sentences or not task_name):
             text = str(run.text) if known["text"] == QUICKSTART else known["text"]
     else:
@@ -68,7 +81,9 @@ def export(config: ExportConfig, console: Console) -> Path:
         task_name, text, cut, split = config.task, config.text, config.length or MOST_TOKENS, {}
         card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
     folder = Path(config.output) if config.output else folder
-    folder = folder.resolve() if config.output and folder.is_symlink() else folder  # the link itself stays
+    folder = (
+        folder.resolve() if config.output and folder.is_symlink() else folder
+    )  # the link itself stays
     sweep(folder.parent, f".{folder.name}.*")
     if folder.exists():
         _check_output(folder, source, config.force)
@@ -78,14 +93,18 @@ def export(config: ExportConfig, console: Console) -> Path:
         card.pop("base_model", None)
         card |= _teacher_words(teacher_name)
     elif is_sentences:
-        raise UserError("teacher is None: for sentence-transformers a student pools as its teacher; give --teacher.")
+        raise UserError(
+            "teacher is None: for sentence-transformers a student pools as its teacher; give --teacher."
+        )
     if config.license:
         card["license"] = config.license
     if config.hub_repo:
         check_hub(config.hub_repo)
     column: dict[str, str] = {}
     if config.data:
-        task: LoadedTask | None = load_labelled(config.data, config.text_column, config.label_column)
+        task: LoadedTask | None = load_labelled(
+            config.data, config.text_column, config.label_column
+        )
     else:
         if len(config.text_column) > (1 if text else 0):
             raise UserError(
@@ -105,7 +124,9 @@ def export(config: ExportConfig, console: Console) -> Path:
         make_rows = rows_of_task(task, cut, is_scored)
     elif corpus:
         make_rows = rows_of_texts(corpus.train, corpus.held_out)
-    report = export_student(source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences)
+    report = export_student(
+        source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences
+    )
     renew(folder)
     say(report, console)
     console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
@@ -123,7 +144,9 @@ def _check_output(folder: Path, source: Path, force: bool) -> None:
     if "checks" not in _manifest(folder):
         raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
     if not force:
-        raise UserError(f"The folder {str(folder)!r} exists: give another --output, or --force to replace it.")
+        raise UserError(
+            f"The folder {str(folder)!r} exists: give another --output, or --force to replace it."
+        )
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
@@ -132,9 +155,12 @@ def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None)
     if corpus is not None:
         return Sentences(teacher, corpus.train, corpus.held_out, task)
     if task is None:
-        raise UserError("text and task are None: vectors are compared on texts; give --text, or --task stsb, or both.")
+        raise UserError(
+            "text and task are None: vectors are compared on texts; give --text, or --task stsb, or both."
+        )
     train, held_out = (
-        [text for name in task.task.columns for text in rows[name]] for rows in (task.train, task.validation)
+        [text for name in task.task.columns for text in rows[name]]
+        for rows in (task.train, task.validation)
     )
     return Sentences(teacher, train, held_out, task)
 
@@ -150,7 +176,9 @@ def check_hub(repo: str) -> None:
         HfApi().whoami()
     except Exception as error:  # no token, an old one, no network
         refuse_away(error, f"a push to {repo!r}", "leave out --hub-repo")
-        raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. Log in by `hf auth login`.") from error
+        raise UserError(
+            f"Cannot push to {repo!r}: {first_line(error)}. Log in by `hf auth login`."
+        ) from error
 
 
 def push(folder: Path, repo: str) -> str:
@@ -164,17 +192,27 @@ def push(folder: Path, repo: str) -> str:
         HfApi().create_repo(repo, private=True, exist_ok=True)
         return str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
     except Exception as error:  # a bad name, no right, no network
-        refuse_away(error, f"a push to {repo!r}", f"the export is in {str(folder)!r}: `hf upload` pushes it too")
-        raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. The export is in {str(folder)!r}.") from error
+        refuse_away(
+            error,
+            f"a push to {repo!r}",
+            f"the export is in {str(folder)!r}: `hf upload` pushes it too",
+        )
+        raise UserError(
+            f"Cannot push to {repo!r}: {first_line(error)}. The export is in {str(folder)!r}."
+        ) from error
 
 
 def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
     """The stage of a run: its student into ``student/``."""
     if run.student.exists():
         console.print(
-            f"Export: {run.student} is of another model than the run has now; it is made anew.", soft_wrap=True
+            f"Export: {run.student} is of another model than the run has now; it is made anew.",
+            soft_wrap=True,
         )
-    say(export_student(_source_of(run), run.student, card=_run_card(run), make_rows=make_rows), console)
+    say(
+        export_student(_source_of(run), run.student, card=_run_card(run), make_rows=make_rows),
+        console,
+    )
 
 
 def is_exported(run: Run) -> bool:
@@ -189,20 +227,28 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeRows:
     """A task's rows, cut as in fine-tuning."""
-    return lambda tokenizer: task_rows(task, tokenizer, min(length, tokenizer.model_max_length), is_scored)
+    return lambda tokenizer: task_rows(
+        task, tokenizer, min(length, tokenizer.model_max_length), is_scored
+    )
 
 
 def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
     """Rows without labels."""
-    return lambda tokenizer: text_rows(train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length))
+    return lambda tokenizer: text_rows(
+        train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length)
+    )
 
 
 def say(report: dict[str, Any], console: Console) -> None:
     """What was checked, in a few lines."""
     show = partial(console.print, soft_wrap=True, highlight=False)
-    show(f"model.onnx equals torch to {report['max_abs_difference']:.1e}, {report['onnx_megabytes']:.1f} MB.")
+    show(
+        f"model.onnx equals torch to {report['max_abs_difference']:.1e}, {report['onnx_megabytes']:.1f} MB."
+    )
     int8 = report["int8"]
-    scores = f", score {int8['int8_score']:.3f} (float32 {int8['score']:.3f})" if "score" in int8 else ""
+    scores = (
+        f", score {int8['int8_score']:.3f} (float32 {int8['score']:.3f})" if "score" in int8 else ""
+    )
     show(
         f"model.int8.onnx ({int8['method']}): cosine {int8['cosine']:.4f} to model.onnx{scores} on {int8['rows']}, "
         f"{report['int8_megabytes']:.1f} MB."
@@ -238,14 +284,20 @@ def _teacher_words(teacher: str) -> dict[str, str]:
     """On the card a folder, also one that is gone, goes by its name, and only the hub's names are links."""
     if os.path.isdir(teacher) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", teacher):
         return {"teacher": Path(teacher).resolve().name}
-    return {"teacher": "all-MiniLM-L6-v2"} if teacher == QUICKSTART else {"teacher": teacher, "base_model": teacher}
+    return (
+        {"teacher": "all-MiniLM-L6-v2"}
+        if teacher == QUICKSTART
+        else {"teacher": teacher, "base_model": teacher}
+    )
 
 
 def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
     config = read_yaml(run.config)
     card: dict[str, Any] = {"name": run.name, **_teacher_words(config["teacher"]), "sections": {}}
     card["made"] = "searched and distilled"
-    card["text"] = "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
+    card["text"] = (
+        "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
+    )
     if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
         results = read_json(run.glue / "results.json")
         row = results["models"]["student"]
@@ -256,7 +308,9 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
             "rows that were scored": f"cut at {config['finetune']['max_length']} tokens",
         }
         card["sections"]["Latency beside its teacher"] = {
-            measured_by(config["latency"]): f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
+            measured_by(
+                config["latency"]
+            ): f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
         }
     return card
 

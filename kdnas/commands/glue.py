@@ -107,7 +107,10 @@ def contender(source: str, name: str, settings: FinetuneSettings) -> Contender:
 
 
 def with_help(
-    plain: Sequence[Contender], teachers: dict[str, str], tasks: Sequence[LoadedTask], distill: TaskDistillSettings
+    plain: Sequence[Contender],
+    teachers: dict[str, str],
+    tasks: Sequence[LoadedTask],
+    distill: TaskDistillSettings,
 ) -> list[Contender]:
     """The same encoders, trained with the help of teachers that were fine-tuned on the tasks.
 
@@ -125,8 +128,13 @@ def with_help(
         teacher = load_task_teacher(teachers[task.task.name], task.task, *plain)
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        helpers[task.task.name] = Helper(key, partial(TaskDistillModule, teacher=teacher, distill=distill))
-    return [dataclasses.replace(one, name=f"{one.name}, distilled", helpers=helpers, plain=one) for one in plain]
+        helpers[task.task.name] = Helper(
+            key, partial(TaskDistillModule, teacher=teacher, distill=distill)
+        )
+    return [
+        dataclasses.replace(one, name=f"{one.name}, distilled", helpers=helpers, plain=one)
+        for one in plain
+    ]
 
 
 def _safe(name: str) -> str:
@@ -184,10 +192,16 @@ class Comparison:
                 scores[one.name][task.task.name] = []
                 for line in self._runs(one, task):
                     runs.append(line)
-                    write_text(self.folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
+                    write_text(
+                        self.folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs)
+                    )
                     if line["kind"] == "run":
                         scores[one.name][task.task.name].append(line["score"])
-        results = {"tasks": [_about(task) for task in self.tasks], "models": self._rows(scores), "asked": asked}
+        results = {
+            "tasks": [_about(task) for task in self.tasks],
+            "models": self._rows(scores),
+            "asked": asked,
+        }
         write_json(self.results, results)
         return results
 
@@ -209,14 +223,18 @@ class Comparison:
             folder = self.folder / one.folder(task) / f"seed_{seed}"
             result = self._once(one, task, chosen, folder, keep_model=seed == 0)
             self.progress.console.print(
-                f"{task.task.name}: {one.name}, seed {seed}: {result['score']:.3f}", highlight=False, soft_wrap=True
+                f"{task.task.name}: {one.name}, seed {seed}: {result['score']:.3f}",
+                highlight=False,
+                soft_wrap=True,
             )
             yield {"kind": "run", "model": one.name, "folder": str(folder), **result}
 
     def _choices(self, one: Contender, task: LoadedTask, grid: Grid) -> Iterator[dict[str, Any]]:
         rows = task.for_choosing(grid.held_out)
         for size, rate in itertools.product(grid.batch_sizes, grid.learning_rates):
-            settings = dataclasses.replace(one.settings, batch_size=size, learning_rate=rate, seed=0)
+            settings = dataclasses.replace(
+                one.settings, batch_size=size, learning_rate=rate, seed=0
+            )
             folder = self.folder / one.folder(task) / f"grid_{size}_{rate:g}"
             try:
                 result = self._once(one, rows, settings, folder, keep_model=False)
@@ -226,14 +244,19 @@ class Comparison:
                 result = keep_failure(folder, rows, settings, self.trainer, reason_of(error))
             if result["score"] is None:
                 self.progress.console.print(
-                    f"{folder}: failed, not tried again while it is there: {result['failed']}", soft_wrap=True
+                    f"{folder}: failed, not tried again while it is there: {result['failed']}",
+                    soft_wrap=True,
                 )
             yield {"kind": "grid", "model": one.name, "folder": str(folder), **result}
 
-    def _best(self, one: Contender, task: LoadedTask, choices: Sequence[dict[str, Any]]) -> FinetuneSettings:
+    def _best(
+        self, one: Contender, task: LoadedTask, choices: Sequence[dict[str, Any]]
+    ) -> FinetuneSettings:
         done = [choice for choice in choices if choice["score"] is not None]
         if not done:
-            raise CandidateFailed(f"Every point of the grid failed for {one.name!r} on {task.task.name!r}.")
+            raise CandidateFailed(
+                f"Every point of the grid failed for {one.name!r} on {task.task.name!r}."
+            )
         best = max(done, key=lambda choice: float(choice["score"]))
         settings = FinetuneSettings(**best["settings"])
         self.progress.console.print(
@@ -245,7 +268,12 @@ class Comparison:
         return settings
 
     def _once(
-        self, one: Contender, task: LoadedTask, settings: FinetuneSettings, folder: Path, keep_model: bool
+        self,
+        one: Contender,
+        task: LoadedTask,
+        settings: FinetuneSettings,
+        folder: Path,
+        keep_model: bool,
     ) -> dict[str, Any]:
         if (known := finished(folder, task, settings, self.trainer)) is not None:
             return known
@@ -272,7 +300,9 @@ class Comparison:
             models = [build_classifier(one.config, num_labels) for one in distinct]
         measured = {
             one.key: (latency, num_parameters(model))
-            for one, model, latency in zip(distinct, models, measure_latency(models, self.latency), strict=True)
+            for one, model, latency in zip(
+                distinct, models, measure_latency(models, self.latency), strict=True
+            )
         }
         rows: dict[str, dict[str, Any]] = {}
         for one in self.contenders:
@@ -316,22 +346,41 @@ def score_table(results: dict[str, Any]) -> Table:
     """What ``Comparison.run`` gives, for the terminal: a row a model, a column a task."""
     tasks = [task["name"] for task in results["tasks"]]
     title = ", ".join(f"{task['name']}: {task['metric']}" for task in results["tasks"])
-    table = Table(title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     average = ["average"] if len(tasks) > 1 else []
     table.add_column("model", overflow="fold")
-    for heading in (*tasks, *average, "share\nkept", "latency\n(ms)", "speed-up", "parameters\n(M)"):
+    for heading in (
+        *tasks,
+        *average,
+        "share\nkept",
+        "latency\n(ms)",
+        "speed-up",
+        "parameters\n(M)",
+    ):
         table.add_column(Text(heading), justify="right")
     for name, row in results["models"].items():
-        cells = [_cell(statistics.mean(row["scores"][task]), _spread(row["scores"][task])) for task in tasks]
+        cells = [
+            _cell(statistics.mean(row["scores"][task]), _spread(row["scores"][task]))
+            for task in tasks
+        ]
         cells += [_cell(row["average"], row["spread"])] if average else []
         kept = "-" if row["share_kept"] is None else f"{100 * row['share_kept']:.1f} %"
-        rest = [kept, f"{row['latency_ms']:.2f}", f"{row['speedup']:.1f}x", f"{row['num_parameters'] / 1e6:.2f}"]
+        rest = [
+            kept,
+            f"{row['latency_ms']:.2f}",
+            f"{row['speedup']:.1f}x",
+            f"{row['num_parameters'] / 1e6:.2f}",
+        ]
         table.add_row(*map(Text, (name, *cells, *rest)))
     return table
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"  # two lines: five tasks fit 80 columns
+    return (
+        f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
+    )  # two lines: five tasks fit 80 columns
 
 
 @honest_signals()
@@ -374,18 +423,36 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         sweep(run.folder)
         write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
         results = Comparison(
-            run.folder, contenders, tasks, config.seeds, config.trainer, config.latency, config.grid, progress
+            run.folder,
+            contenders,
+            tasks,
+            config.seeds,
+            config.trainer,
+            config.latency,
+            config.grid,
+            progress,
         ).run()
         write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
     console.print(score_table(results))
     for name, row in results["models"].items():
         if row.get("gap_closed") is not None:
-            console.print(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.", highlight=False)
-    busy = [name for name, row in results["models"].items() if is_unsteady(row["latency_ms"], row["latency_iqr_ms"])]
+            console.print(
+                f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.",
+                highlight=False,
+            )
+    busy = [
+        name
+        for name, row in results["models"].items()
+        if is_unsteady(row["latency_ms"], row["latency_iqr_ms"])
+    ]
     show = partial(console.print, soft_wrap=True, highlight=False)
     if busy:
-        show(f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again.")
-    show(f"Every run: {run.folder / 'runs.jsonl'}\nThe models: {run.folder}/TASK/MODEL/seed_0/model")
+        show(
+            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again."
+        )
+    show(
+        f"Every run: {run.folder / 'runs.jsonl'}\nThe models: {run.folder}/TASK/MODEL/seed_0/model"
+    )
     return results
 
 
@@ -399,6 +466,8 @@ def _tasks(config: GlueConfig) -> Iterator[LoadedTask]:
         elif name not in TASKS:
             raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS, True)}")
         elif not (folder := Path(config.data, name)).is_dir():
-            raise UserError(f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a task.")
+            raise UserError(
+                f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a task."
+            )
         else:
             yield load_task(str(folder))

@@ -19,7 +19,14 @@ from kdnas.deploy.latency import LatencyMeter, is_unsteady
 from kdnas.distillation.objectives import Objective, needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import Teacher, build_encoder, build_student, find_teacher, max_length, num_parameters
+from kdnas.models.encoders import (
+    Teacher,
+    build_encoder,
+    build_student,
+    find_teacher,
+    max_length,
+    num_parameters,
+)
 from kdnas.nas.record import Study, best_of, is_complete
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import open_study, refuse_difference
@@ -54,7 +61,11 @@ class Found:
     def target_layers(self) -> list[int]:
         """Every teacher layer that a student of the space can ask for, so that all share one cache."""
         depths = self.space.choices["num_hidden_layers"]
-        return sorted(needed_layers(self.config.recipe.objective, depths, self.teacher.config.num_hidden_layers))
+        return sorted(
+            needed_layers(
+                self.config.recipe.objective, depths, self.teacher.config.num_hidden_layers
+            )
+        )
 
     @property
     def states_settings(self) -> StatesSettings:
@@ -65,15 +76,26 @@ class Found:
     def device(self) -> str:
         """Where the teacher runs while its states are computed."""
         accelerator = self.config.trainer.accelerator
-        return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+        return (
+            "cuda"
+            if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+            else "cpu"
+        )
 
     def states(self, split: Split) -> TeacherStates:
         """Of the target layers, for the rows of a split and the held-out ones, computed now if they are not there."""
         data = self.data.select(split)
-        return open_states(self.teacher, data, self.target_layers, self.states_settings, self.device)
+        return open_states(
+            self.teacher, data, self.target_layers, self.states_settings, self.device
+        )
 
     def progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         # Of all that was done: within the usual 30 seconds hardly a candidate ends, and no time would be shown.
         return live_progress(self.console, *columns, speed_estimate_period=math.inf)
 
@@ -105,15 +127,27 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     if not run.glue.exists() and not run.student.exists():  # what is exported stays
         free += ["finetune.", "task"]
     shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
-    is_stage_s = all(key.startswith(("finetune.", "task")) for key in shared if known[key] != asked[key])
+    is_stage_s = all(
+        key.startswith(("finetune.", "task")) for key in shared if known[key] != asked[key]
+    )
     begins_anew = run.glue.exists() and not run.student.exists() and is_stage_s
-    remedy = f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or " if begins_anew else ""
-    refuse_difference(run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared}, remedy)
+    remedy = (
+        f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or "
+        if begins_anew
+        else ""
+    )
+    refuse_difference(
+        run.name, {key: known[key] for key in shared}, {key: asked[key] for key in shared}, remedy
+    )
 
 
 def is_whole(run: Run, config: Mapping[str, Any]) -> bool:
     """Whether the last file of each stage that a config asks for is there; report and manifest alone finish no run."""
-    last = [run.full_kd / "result.json", run.student, run.report] if "full_kd" in config else [run.best_student]
+    last = (
+        [run.full_kd / "result.json", run.student, run.report]
+        if "full_kd" in config
+        else [run.best_student]
+    )
     last += [run.glue / "results.json"] if config.get("task") else []
     return all(path.exists() for path in last)
 
@@ -137,7 +171,9 @@ def check_place(config: SearchConfig) -> Run:
     return run
 
 
-def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
+def check(
+    config: SearchConfig, is_worker: bool = False
+) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
     """Look at everything but text and task, cheapest first; nothing is written.
 
     Args:
@@ -157,7 +193,11 @@ def check(config: SearchConfig, is_worker: bool = False) -> tuple[Run, Teacher, 
     meter = LatencyMeter(teacher.config, config.latency)
     if not (is_worker or EARLIER.deaths or run.trials_csv.exists()):  # else the search is past it
         _refuse_impossible_budget(config, teacher, space)
-    if isinstance(config, RunConfig) and config.task and config.finetune.max_length > max_length(teacher.config):
+    if (
+        isinstance(config, RunConfig)
+        and config.task
+        and config.finetune.max_length > max_length(teacher.config)
+    ):
         raise UserError(
             f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} takes at most "
             f"{max_length(teacher.config)} tokens."
@@ -187,10 +227,14 @@ def look(config: SearchConfig, console: Console, is_worker: bool = False) -> Fou
         text = str(path) if text == QUICKSTART else text
         task_source = str(run.text / "which_package") if task_source == QUICKSTART else task_source
     task = load_task(task_source) if task_source else None
-    data = KDDataModule(config.teacher, text, replace(config.data, seed=config.seed), folder=str(run.tokens))
+    data = KDDataModule(
+        config.teacher, text, replace(config.data, seed=config.seed), folder=str(run.tokens)
+    )
     data.setup()
     assert data.rows is not None
-    dropped = "".join(f", {count:,} dropped ({why})" for why, count in data.rows.dropped.items() if count)
+    dropped = "".join(
+        f", {count:,} dropped ({why})" for why, count in data.rows.dropped.items() if count
+    )
     console.print(
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
         f"Text: {len(data.train_ids()):,} rows to learn from, {len(data.held_out_ids()):,} held out{dropped}.  "
@@ -221,9 +265,14 @@ def begin(found: Found, is_worker: bool = False) -> Job:
             "num_train_rows": data.rows.num_train,
             "space": {name: list(values) for name, values in space.choices.items()},
             "states.precision": config.states.precision,
-            **({"loss": "of what rows tell"} if config.data.pair_share == 0 else {}),  # once of all terms
+            **(
+                {"loss": "of what rows tell"} if config.data.pair_share == 0 else {}
+            ),  # once of all terms
             **({"pruner": config.pruner} if config.pruner != "none" else {}),
-            **{key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search", "latency")},
+            **{
+                key: as_plain(getattr(config, key))
+                for key in ("seed", "data", "recipe", "search", "latency")
+            },
             **config.latency.content(),
             "trainer": {
                 name: value
@@ -237,7 +286,10 @@ def begin(found: Found, is_worker: bool = False) -> Job:
         del identity["data.pad_to_max_length"]  # studies from before it was an option
     sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
     run.folder.mkdir(parents=True, exist_ok=True)
-    storage, was_there = config.storage or sqlite_url(run.study_db), is_worker or bool(EARLIER.deaths)
+    storage, was_there = (
+        config.storage or sqlite_url(run.study_db),
+        is_worker or bool(EARLIER.deaths),
+    )
     study = open_study(storage, run.name, identity, sampler, pruner, run.folder, was_there)
     job = Job(**vars(found), study=study)
     if is_worker:
@@ -250,7 +302,9 @@ def begin(found: Found, is_worker: bool = False) -> Job:
         study.set_user_attr("budget", budget)
     is_done = is_complete(study, space, config.search.n_trials)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
-        raise UserError(f"The run {run.name!r} distils its best student already: prolong it under a new name.")
+        raise UserError(
+            f"The run {run.name!r} distils its best student already: prolong it under a new name."
+        )
     if is_done and run.best_student.exists() and not run.full_kd.exists():
         best = best_of(study, space).user_attrs["arch"]
         if StudentArch.from_yaml(run.best_student).to_dict() != best:
@@ -280,9 +334,15 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
     found = LatencyMeter(teacher.config, glance).measure(fastest)
     violation, reason = config.search.budget.violation(found)
     if violation > 0:
-        is_busy = any(is_unsteady(one.median_ms, one.iqr_ms) for one in (found.student, found.teacher))
-        doubt = " The machine is busy, so this may be wrong: let nothing else run." if is_busy else ""
-        raise UserError(f"No student meets the budget: the fastest possible, {fastest}, is {reason}.{doubt}")
+        is_busy = any(
+            is_unsteady(one.median_ms, one.iqr_ms) for one in (found.student, found.teacher)
+        )
+        doubt = (
+            " The machine is busy, so this may be wrong: let nothing else run." if is_busy else ""
+        )
+        raise UserError(
+            f"No student meets the budget: the fastest possible, {fastest}, is {reason}.{doubt}"
+        )
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
@@ -290,7 +350,9 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
     needed_layers(objective, space.choices["num_hidden_layers"], teacher.config.num_hidden_layers)
     with torch.device("meta"):
         teacher_shape = build_encoder(teacher.config)
-        for width, heads in itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"]):
+        for width, heads in itertools.product(
+            space.choices["hidden_size"], space.choices["num_attention_heads"]
+        ):
             arch = replace(space.smallest(), hidden_size=width, num_attention_heads=heads)
             student = build_student(teacher.config, arch)
             try:

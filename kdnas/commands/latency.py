@@ -17,7 +17,13 @@ from torch import nn
 
 from kdnas import __version__
 from kdnas.commands.config import LatencyConfig
-from kdnas.deploy.latency import ON_ONNX, LatencySettings, check_length, is_unsteady, measure_latency
+from kdnas.deploy.latency import (
+    ON_ONNX,
+    LatencySettings,
+    check_length,
+    is_unsteady,
+    measure_latency,
+)
 from kdnas.deploy.onnx import INT8, ONNX, write_deployed
 from kdnas.models.encoders import Teacher, build_classifier, find_teacher, num_parameters
 from kdnas.system.errors import UserError
@@ -42,7 +48,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
     combinations, path = config.settings(), Path(config.json)
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
-        raise UserError(f"json is {config.json!r}, the picture's name or a folder's: give a file that ends with .json.")
+        raise UserError(
+            f"json is {config.json!r}, the picture's name or a folder's: give a file that ends with .json."
+        )
     check_writable(path.parent, "--json")
     models = [_find(name) for name in config.model]
     for settings in combinations:
@@ -55,7 +63,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
             backend = settings.backend
             if backend not in deployed:
                 folders = [Path(name) / backend / str(place) for place in range(len(models))]
-                deployed[backend] = [_deploy(*pair, backend) for pair in zip(models, folders, strict=True)]
+                deployed[backend] = [
+                    _deploy(*pair, backend) for pair in zip(models, folders, strict=True)
+                ]
             latencies = measure_latency(deployed[backend], settings)
             for model, found, latency in zip(models, deployed[backend], latencies, strict=True):
                 rows.append(
@@ -77,7 +87,9 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
     with new_file(picture) as temporary:
         _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     if any(is_unsteady(row["median_ms"], row["iqr_ms"]) for row in rows):
-        log.warning("The machine is busy: latencies spread by more than a tenth. Let nothing else run.")
+        log.warning(
+            "The machine is busy: latencies spread by more than a tenth. Let nothing else run."
+        )
     console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
     return rows
 
@@ -127,7 +139,11 @@ def _shape(row: dict[str, Any]) -> str:
 
 def _backend(row: dict[str, Any]) -> str:
     """With the device, where that is not what goes without saying."""
-    return row["backend"] if row["device"] in ("cpu", row["backend"]) else f"{row['backend']}, {row['device']}"
+    return (
+        row["backend"]
+        if row["device"] in ("cpu", row["backend"])
+        else f"{row['backend']}, {row['device']}"
+    )
 
 
 def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -139,7 +155,16 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     table.add_column("backend", no_wrap=True)
-    for heading in ("threads", "batch", "MB", "median (IQR), ms", "p95, ms", "tokens/s", "rows/s", "speed-up"):
+    for heading in (
+        "threads",
+        "batch",
+        "MB",
+        "median (IQR), ms",
+        "p95, ms",
+        "tokens/s",
+        "rows/s",
+        "speed-up",
+    ):
         table.add_column(heading, justify="right")
     names = _names(rows)
     for row in rows:
@@ -171,8 +196,16 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
     for label, line in lines.items():
         places = [shapes.index(_shape(row)) for row in line]
         spread = [row["iqr_ms"] / 2 for row in line]
-        axes.errorbar(places, [row["median_ms"] for row in line], spread, marker="o", capsize=3, label=label)
-    axes.set(xlabel="batch x length", ylabel="median, ms", xticks=range(len(shapes)), xticklabels=shapes, yscale="log")
+        axes.errorbar(
+            places, [row["median_ms"] for row in line], spread, marker="o", capsize=3, label=label
+        )
+    axes.set(
+        xlabel="batch x length",
+        ylabel="median, ms",
+        xticks=range(len(shapes)),
+        xticklabels=shapes,
+        yscale="log",
+    )
     largest = max(row["median_ms"] for row in rows)
     axes.set_ylim(top=10 ** math.ceil(math.log10(largest)))
     axes.legend(fontsize=7)

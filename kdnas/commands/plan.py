@@ -16,20 +16,36 @@ from transformers import PreTrainedTokenizerBase
 
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.commands.inputs import Found, check_place, look, states_folder
-from kdnas.commands.rates import NUM_STEPS, Distillation, Rates, distillation_rates, finetuning_rates, peak_memory
+from kdnas.commands.rates import (
+    NUM_STEPS,
+    Distillation,
+    Rates,
+    distillation_rates,
+    finetuning_rates,
+    peak_memory,
+)
 from kdnas.commands.smoke import Sizes, with_few_rows
 from kdnas.data.datamodule import KDDataModule, TokenRows
 from kdnas.deploy.latency import ArchLatency, Latency, LatencyMeter, threads
 from kdnas.distillation.teacher_states import TeacherStates, measure, state_cache
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import build_classifier, find_teacher, load_classifier, num_parameters, student_config
+from kdnas.models.encoders import (
+    build_classifier,
+    find_teacher,
+    load_classifier,
+    num_parameters,
+    student_config,
+)
 from kdnas.nas.workers import worker_threads
 from kdnas.system.files import nearest_folder, temporary_folder
 
 log = logging.getLogger(__name__)
 
 ROW_BYTES = 150  # in memory, of a row whose text and tokens lie in files
-MOST_ROWS, MOST_TOKENS = 4_000, 25_000  # of the text: a start from the teacher looks at 20,000 tokens
+MOST_ROWS, MOST_TOKENS = (
+    4_000,
+    25_000,
+)  # of the text: a start from the teacher looks at 20,000 tokens
 FEWEST_LOOKS, MOST_LOOKS, SECONDS_OF_LOOKS = 8, 24, 6.0  # at students that may be refused
 MOST_EXTENDED = 2_000  # of a large space, others that these tell of
 # Most of an export is the tracing of the graph, and grows with neither text nor task: 10 s for MiniLM's student of 4
@@ -79,7 +95,10 @@ class Plan:
         if self.gpu_bytes:
             caption += f" Of the GPU a worker takes {self.gpu_bytes / 1e9:.1f} GB at least."
         table.caption = f"Measured on {self.measured_on}. {caption}"
-        for stage in [*self.stages, Stage("in all", sum(stage.seconds for stage in self.stages), needed)]:
+        for stage in [
+            *self.stages,
+            Stage("in all", sum(stage.seconds for stage in self.stages), needed),
+        ]:
             table.add_row(
                 stage.name,
                 f"{stage.seconds / 60:.1f}",
@@ -121,7 +140,9 @@ class Sample:
     def tokens(self) -> tuple[float, float]:
         """How many the whole has in training rows, and in held-out ones."""
         data = self.found.data
-        train, held_out = (int(self.rows.lengths[ids].sum()) for ids in (data.train_ids(), data.held_out_ids()))
+        train, held_out = (
+            int(self.rows.lengths[ids].sum()) for ids in (data.train_ids(), data.held_out_ids())
+        )
         return self.scale * train, self.scale * held_out
 
     def memory(self) -> float:
@@ -131,7 +152,9 @@ class Sample:
     def candidate_seconds(self, rates: Rates) -> float:
         """Of a candidate's mini-KD."""
         train, held_out = self.tokens
-        return rates.seconds(self.config.search.num_epochs, self.config.data.mini_fraction * train, held_out)
+        return rates.seconds(
+            self.config.search.num_epochs, self.config.data.mini_fraction * train, held_out
+        )
 
 
 def plan(config: SearchConfig) -> Plan:
@@ -145,7 +168,9 @@ def plan(config: SearchConfig) -> Plan:
     """
     check_place(config)
     with temporary_folder() as name, torch.random.fork_rng():
-        num_task_rows = NUM_STEPS * config.finetune.batch_size if isinstance(config, RunConfig) else 0
+        num_task_rows = (
+            NUM_STEPS * config.finetune.batch_size if isinstance(config, RunConfig) else 0
+        )
         small, sizes = with_few_rows(config, Path(name), MOST_ROWS, 4 * MOST_TOKENS, num_task_rows)
         quick = replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05))
         found = look(replace(small, latency=quick), Console(quiet=True))
@@ -157,7 +182,9 @@ def plan(config: SearchConfig) -> Plan:
             distillation = Distillation(sample.found, latencies, states, sample.folder)
         stages = [reading, storing, _searching(sample, distillation, latencies, refused_share)]
         if isinstance(config, RunConfig):
-            best = max(latencies, key=latencies.__getitem__)  # nearly as slow as the budget lets it be
+            best = max(
+                latencies, key=latencies.__getitem__
+            )  # nearly as slow as the budget lets it be
             rates, _ = distillation_rates(sample.found, best, states, sample.folder / "full")
             stages += of_full_kd + _later(sample, config, best, rates, distillation.num_bytes)
         return Plan(
@@ -173,13 +200,17 @@ def _reading(sample: Sample) -> Stage:
     data, laps = sample.found.data, [time.perf_counter()]
     find_teacher(data.tokenizer)
     laps.append(time.perf_counter())
-    again = KDDataModule(data.tokenizer, data.text, data.settings, folder=str(sample.folder / "tokens"))
+    again = KDDataModule(
+        data.tokenizer, data.text, data.settings, folder=str(sample.folder / "tokens")
+    )
     again.setup()
     assert again.rows is not None
     laps.append(time.perf_counter())
     seconds = max(0.0, laps[2] - laps[1] - (laps[1] - laps[0]))
     num_bytes = sum(path.stat().st_size for path in again.rows.folder.iterdir())
-    return Stage("reading the text", sample.scale * seconds, sample.scale * num_bytes, sample.memory())
+    return Stage(
+        "reading the text", sample.scale * seconds, sample.scale * num_bytes, sample.memory()
+    )
 
 
 def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]:
@@ -195,7 +226,10 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     whole = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
     train, held_out = sample.tokens
     of_search = (config.data.mini_fraction * train + held_out) / (train + held_out)
-    num_bytes, missing = sample.scale * whole.num_bytes(), whole.num_missing_bytes() / whole.num_bytes()
+    num_bytes, missing = (
+        sample.scale * whole.num_bytes(),
+        whole.num_missing_bytes() / whole.num_bytes(),
+    )
     most_bytes = 1e9 * config.states.max_gb
     if of_search * num_bytes > most_bytes:
         live = replace(found.config, states=replace(found.config.states, max_gb=0))
@@ -203,7 +237,13 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     laps = [time.perf_counter()]
     states = found.states("full")
     laps.append(time.perf_counter())
-    measure(found.teacher.model, states.source, states.layers, found.data, str(found.teacher.model.device))
+    measure(
+        found.teacher.model,
+        states.source,
+        states.layers,
+        found.data,
+        str(found.teacher.model.device),
+    )
     laps.append(time.perf_counter())
     measuring = laps[2] - laps[1]  # what errors are measured against: stored too
     one_pass = sample.scale * max(0.0, laps[1] - laps[0] - measuring)
@@ -220,9 +260,17 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
         return sample, states, first, []
     if num_bytes > most_bytes:
         passes = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
-        return sample, states, first, [Stage("teacher, live in full KD", passes, memory_bytes=memory)]
+        return (
+            sample,
+            states,
+            first,
+            [Stage("teacher, live in full KD", passes, memory_bytes=memory)],
+        )
     rest = Stage(
-        "teacher states, other rows", missing * (1 - of_search) * one_pass, (1 - of_search) * num_bytes, memory
+        "teacher states, other rows",
+        missing * (1 - of_search) * one_pass,
+        (1 - of_search) * num_bytes,
+        memory,
     )
     return sample, states, first, [rest]
 
@@ -232,8 +280,15 @@ def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
 
     Some are measured, from all over the space; those of the others follow from their shapes.
     """
-    archs, meter, looks, end = list(found.space), found.meter, {}, time.perf_counter() + SECONDS_OF_LOOKS
-    order = [archs[place] for place in np.random.default_rng(found.config.seed).permutation(len(archs))]
+    archs, meter, looks, end = (
+        list(found.space),
+        found.meter,
+        {},
+        time.perf_counter() + SECONDS_OF_LOOKS,
+    )
+    order = [
+        archs[place] for place in np.random.default_rng(found.config.seed).permutation(len(archs))
+    ]
     for arch in order[:MOST_LOOKS]:
         looks[arch] = meter.measure(arch)
         if len(looks) >= FEWEST_LOOKS and time.perf_counter() > end:
@@ -245,9 +300,15 @@ def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
     for arch, size, milliseconds in zip(others, sizes, times, strict=True):
         looks[arch] = ArchLatency(Latency(milliseconds, 0.0, 0), teacher, round(size))
     budget = found.config.search.budget
-    latencies = {arch: look.student.median_ms for arch, look in looks.items() if budget.violation(look)[0] <= 0}
+    latencies = {
+        arch: look.student.median_ms
+        for arch, look in looks.items()
+        if budget.violation(look)[0] <= 0
+    }
     smallest = found.space.smallest()
-    return latencies or {smallest: meter.measure(smallest).student.median_ms}, 1 - len(latencies) / len(looks)
+    return latencies or {smallest: meter.measure(smallest).student.median_ms}, 1 - len(
+        latencies
+    ) / len(looks)
 
 
 def extend(known: Mapping[StudentArch, float], archs: Sequence[StudentArch]) -> list[float]:
@@ -273,25 +334,38 @@ def extend(known: Mapping[StudentArch, float], archs: Sequence[StudentArch]) -> 
 
 
 def _searching(
-    sample: Sample, distillation: Distillation, latencies: dict[StudentArch, float], refused_share: float
+    sample: Sample,
+    distillation: Distillation,
+    latencies: dict[StudentArch, float],
+    refused_share: float,
 ) -> Stage:
     config, space = sample.config, sample.found.space
     begin = time.perf_counter()
     LatencyMeter(sample.found.teacher.config, config.latency).measure(distillation.measured[-1])
     a_look = time.perf_counter() - begin
     num_trials = min(config.search.n_trials, max(1, round((1 - refused_share) * len(space))))
-    num_refused = min(num_trials * refused_share / max(1 - refused_share, 1 / len(space)), len(space))
-    candidate = float(np.mean([sample.candidate_seconds(distillation.rates(ms)) for ms in latencies.values()]))
+    num_refused = min(
+        num_trials * refused_share / max(1 - refused_share, 1 / len(space)), len(space)
+    )
+    candidate = float(
+        np.mean([sample.candidate_seconds(distillation.rates(ms)) for ms in latencies.values()])
+    )
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     num_parallel = min(config.workers, torch.cuda.device_count()) if on_gpu else config.workers
-    seconds = num_trials * candidate / num_parallel + (num_trials + num_refused) * a_look  # who measures is alone
+    seconds = (
+        num_trials * candidate / num_parallel + (num_trials + num_refused) * a_look
+    )  # who measures is alone
     if config.time_budget is not None:
         seconds = min(seconds, 60 * config.time_budget + candidate)
-    kept = min(3, num_trials) * 3 * distillation.num_bytes  # weights, and what the optimizer knows of each
+    kept = (
+        min(3, num_trials) * 3 * distillation.num_bytes
+    )  # weights, and what the optimizer knows of each
     return Stage(f"{num_trials} candidates", seconds, kept, config.workers * sample.memory())
 
 
-def _later(sample: Sample, config: RunConfig, best: StudentArch, rates: Rates, checkpoint_bytes: int) -> list[Stage]:
+def _later(
+    sample: Sample, config: RunConfig, best: StudentArch, rates: Rates, checkpoint_bytes: int
+) -> list[Stage]:
     """What follows a search."""
     found, sizes = sample.found, sample.sizes
     student_bytes = 4 * num_parameters(build_classifier(student_config(found.teacher.config, best)))
@@ -302,10 +376,17 @@ def _later(sample: Sample, config: RunConfig, best: StudentArch, rates: Rates, c
         num_labels = found.task.task.num_labels
         teacher = load_classifier(found.teacher.source, num_labels)
         student = build_classifier(student_config(found.teacher.config, best), num_labels)
-        for name, model, copies in (("teacher", teacher, 1), ("student and random start", student, 2)):
+        for name, model, copies in (
+            ("teacher", teacher, 1),
+            ("student and random start", student, 2),
+        ):
             rates = finetuning_rates(found, config.finetune, model, sample.folder / name)
-            seconds = rates.seconds(config.finetune.num_epochs, sizes.num_train, sizes.num_validation)
-            stages.append(Stage(f"fine-tuning, {name}", copies * seconds, copies * 4 * num_parameters(model)))
+            seconds = rates.seconds(
+                config.finetune.num_epochs, sizes.num_train, sizes.num_validation
+            )
+            stages.append(
+                Stage(f"fine-tuning, {name}", copies * seconds, copies * 4 * num_parameters(model))
+            )
     stages.append(Stage("export", EXPORT_SECONDS, 2.25 * student_bytes))  # float32 twice, and int8
     return [replace(stage, memory_bytes=sample.memory()) for stage in stages]
 
@@ -325,13 +406,19 @@ def show_space(config: SpaceConfig, console: Console) -> None:
         config = replace(config, text=config.text or str(text), root=name)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, 4 * MOST_TOKENS)
         found = look(small, Console(quiet=True))
-        console.print(f"{len(found.space)} students of {config.teacher}: every combination of", highlight=False)
+        console.print(
+            f"{len(found.space)} students of {config.teacher}: every combination of",
+            highlight=False,
+        )
         for field, values in found.space.choices.items():
             console.print(f"  {field}: {values}", highlight=False)
         log.info("Measuring the smallest and the largest of them ...")
         sample, states = Sample(config, sizes, found, folder), found.states("full")
         costs = Table("", "student", "parameters", "speed-up", "seconds a candidate", "memory")
-        for label, arch in (("smallest", found.space.smallest()), ("largest", found.space.largest())):
+        for label, arch in (
+            ("smallest", found.space.smallest()),
+            ("largest", found.space.largest()),
+        ):
             latency = found.meter.measure(arch)
             rates, _ = distillation_rates(found, arch, states, folder / label)
             costs.add_row(
@@ -345,7 +432,9 @@ def show_space(config: SpaceConfig, console: Console) -> None:
     console.print(costs)
     num_rows, epochs = round(config.data.mini_fraction * sizes.num_rows), config.search.num_epochs
     words = f"{num_rows:,} {'random rows; give --text for yours' if is_random else 'rows'}"
-    console.print(f"A candidate: {epochs} epochs on {words}, the teacher's states stored.", highlight=False)
+    console.print(
+        f"A candidate: {epochs} epochs on {words}, the teacher's states stored.", highlight=False
+    )
 
 
 def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:

@@ -64,13 +64,17 @@ class _Clock(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = self._lap()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._train.append((self._lap(), self._count(batch)))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._lap()
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int
+    ) -> None:
         self._scored.append((self._lap(), self._count(batch)))
 
 
@@ -80,7 +84,11 @@ def _mean(laps: list[tuple[float, int]], num_warm_up: int) -> float:
 
 
 def distillation_rates(
-    found: Found, arch: StudentArch, states: TeacherStates, folder: Path, calibration: CalibrationRows | None = None
+    found: Found,
+    arch: StudentArch,
+    states: TeacherStates,
+    folder: Path,
+    calibration: CalibrationRows | None = None,
 ) -> tuple[Rates, int]:
     """How fast a student is distilled, and the bytes of what is kept of it.
 
@@ -97,7 +105,9 @@ def distillation_rates(
     trainer = make_trainer(found.config.trainer, folder, 1, [clock])
     trainer.limit_train_batches, trainer.limit_val_batches = NUM_STEPS, NUM_VAL_BATCHES
     fit(trainer, module, found.data)
-    return clock.rates(), sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    return clock.rates(), sum(
+        tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()
+    )
 
 
 class Distillation:
@@ -113,14 +123,20 @@ class Distillation:
     """
 
     def __init__(
-        self, found: Found, latencies: Mapping[StudentArch, float], states: TeacherStates, folder: Path
+        self,
+        found: Found,
+        latencies: Mapping[StudentArch, float],
+        states: TeacherStates,
+        folder: Path,
     ) -> None:
         ordered = sorted(latencies, key=latencies.__getitem__)
         self.measured = list(dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]]))
         # To the CPU, where students are started: its states may have been computed elsewhere.
         calibration, teacher = calibration_rows(found.data), found.teacher.model.to("cpu")  # type: ignore[arg-type]
         with torch.no_grad():  # what all candidates share is the first one's alone
-            found.config.recipe.start(build_student(teacher.config, ordered[0]).eval(), teacher, calibration)
+            found.config.recipe.start(
+                build_student(teacher.config, ordered[0]).eval(), teacher, calibration
+            )
         results = [
             distillation_rates(found, arch, states, folder / str(place), calibration)
             for place, arch in enumerate(self.measured)
@@ -132,13 +148,17 @@ class Distillation:
     def rates(self, latency: float) -> Rates:
         """Of a student of this latency in milliseconds."""
         start, train, score = (
-            float(np.interp(latency, self._latencies, [getattr(rates, name) for rates in self._rates]))
+            float(
+                np.interp(latency, self._latencies, [getattr(rates, name) for rates in self._rates])
+            )
             for name in ("start", "train", "score")
         )
         return Rates(start, train, score)
 
 
-def finetuning_rates(found: Found, settings: FinetuneSettings, model: PreTrainedModel, folder: Path) -> Rates:
+def finetuning_rates(
+    found: Found, settings: FinetuneSettings, model: PreTrainedModel, folder: Path
+) -> Rates:
     """How fast a classifier is fine-tuned, by the row.
 
     Args:

@@ -33,7 +33,14 @@ SCALE = (
     "search.num_epochs",
 )
 REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")
-NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_workers")  # changes no result
+NO_QUESTION = (
+    "name",
+    "root",
+    "storage",
+    "states.folder",
+    "workers",
+    "data.num_workers",
+)  # changes no result
 
 
 def report(config: ReportConfig, console: Console) -> Path:
@@ -86,7 +93,10 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
     names = [run.name for run in runs]
     configs = {run.name: flat(read_yaml(run.config)) for run in runs}
     asked = _differing(configs, lambda key: key not in NO_QUESTION)
-    identities = {run.name: study.user_attrs.get("identity") or {} for run, study in zip(runs, studies, strict=True)}
+    identities = {
+        run.name: study.user_attrs.get("identity") or {}
+        for run, study in zip(runs, studies, strict=True)
+    }
     unlike = _differing(identities, lambda key: key.startswith(REWARD))
     rows = [_found(run, study) for run, study in zip(runs, studies, strict=True)]
     notes = []
@@ -94,12 +104,21 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         notes.append("They have different teachers.")
     if unlike:
         keys = ", ".join(row["setting"] for row in unlike)
-        what = "Losses and rewards" if any(row["setting"].startswith(SCALE) for row in unlike) else "Rewards"
+        what = (
+            "Losses and rewards"
+            if any(row["setting"].startswith(SCALE) for row in unlike)
+            else "Rewards"
+        )
         notes.append(f"{what} are not of one scale, for these differ: {keys}.")
-    best = max((row for row in rows if row["reward"] != "-"), key=lambda row: float(row["reward"]), default=None)
+    best = max(
+        (row for row in rows if row["reward"] != "-"),
+        key=lambda row: float(row["reward"]),
+        default=None,
+    )
     frames = dict(zip(names, map(trials_frame, studies), strict=True))
     rewards = {
-        name: [trial.value or 0.0 for trial in trained(study)] for name, study in zip(names, studies, strict=True)
+        name: [trial.value or 0.0 for trial in trained(study)]
+        for name, study in zip(names, studies, strict=True)
     }
     measured = any(frame["loss"].notna().any() for frame in frames.values())
     write_page(
@@ -110,11 +129,15 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         notes=notes,
         best=None if notes else best,
         rows=rows,
-        progress=as_svg("Best reward by trained candidates", best_so_far(rewards)) if any(rewards.values()) else None,
+        progress=as_svg("Best reward by trained candidates", best_so_far(rewards))
+        if any(rewards.values())
+        else None,
         fronts=as_svg("Loss against latency of all runs", fronts(frames)) if measured else None,
         colours={name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)},
     )
-    found = [{"": heading} | {row["run"]: row[heading] for row in rows} for heading in list(rows[0])[1:]]
+    found = [
+        {"": heading} | {row["run"]: row[heading] for row in rows} for heading in list(rows[0])[1:]
+    ]
     lines = found + [dict(zip(found[0], row.values(), strict=True)) for row in asked]
     console.print(text_table(f"{len(runs)} runs", lines, words=[""]))
     for note in notes:
@@ -122,7 +145,9 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
     return output
 
 
-def _differing(values: Mapping[str, Mapping[str, Any]], is_meant: Callable[[str], bool]) -> list[dict[str, str]]:
+def _differing(
+    values: Mapping[str, Mapping[str, Any]], is_meant: Callable[[str], bool]
+) -> list[dict[str, str]]:
     """The settings that are not the same in all runs, a row each."""
     keys = dict.fromkeys(key for settings in values.values() for key in settings if is_meant(key))
     return [
@@ -139,12 +164,19 @@ def _found(run: Run, study: Study) -> dict[str, str]:
     attrs = best.user_attrs if best else {}
     student = results["models"]["student"] if results else {}
     arch = StudentArch.from_dict(attrs["arch"]) if best else None
-    stages = {"exported": exported, "fine-tuned": results, "full KD": full_kd, "searched": run.best_student.is_file()}
+    stages = {
+        "exported": exported,
+        "fine-tuned": results,
+        "full KD": full_kd,
+        "searched": run.best_student.is_file(),
+    }
     return {
         "run": run.name,
         "stage": next((name for name, done in stages.items() if done), "searching"),
         "candidates trained": str(len(trained(study))),
-        "student": f"{arch.num_hidden_layers} x {arch.hidden_size}, {arch.num_attention_heads} heads" if arch else "-",
+        "student": f"{arch.num_hidden_layers} x {arch.hidden_size}, {arch.num_attention_heads} heads"
+        if arch
+        else "-",
         "reward": as_text(attrs.get("reward"), ".4f"),
         "loss": as_text(attrs.get("loss"), ".4f"),
         "contextual share": as_text(attrs.get("contextual_share"), ".3f"),

@@ -40,7 +40,15 @@ from kdnas.report.page import result_table, write_report
 from kdnas.report.tables import front_table
 from kdnas.report.tensorboard import SearchBoard
 from kdnas.system.errors import CandidateFailed, UserError, last_words
-from kdnas.system.files import Run, file_sha256, new_folder, read_json, sweep, write_json, write_text
+from kdnas.system.files import (
+    Run,
+    file_sha256,
+    new_folder,
+    read_json,
+    sweep,
+    write_json,
+    write_text,
+)
 from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals, let_go, notice_signals
 from kdnas.system.supervisor import EARLIER
@@ -66,13 +74,19 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
         UserError: anything that the user can mend, before anything is trained.
     """
     job = begin(look(config, console or Console(markup=False)))
-    was_done = job.run.manifest.exists()  # then begin() has left everything as it was, and so does the rest
+    was_done = (
+        job.run.manifest.exists()
+    )  # then begin() has left everything as it was, and so does the rest
     best = _search(job)
     job.console.print(front_table(job.study))
     refused = sum(in_words(trial) == "refused" for trial in job.study.get_trials(deepcopy=False))
     if refused:
-        job.console.print(f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}.")
-    if not was_done and is_whole(job.run, read_yaml(job.run.config)):  # of a run that is not finished, none
+        job.console.print(
+            f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}."
+        )
+    if not was_done and is_whole(
+        job.run, read_yaml(job.run.config)
+    ):  # of a run that is not finished, none
         write_manifest(job.run.folder, _about(job.run))
     job.console.print(f"Best student: {best}, in {job.run.best_student}")
     return best
@@ -98,7 +112,11 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
     console.print(
-        f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}", sep="\n", soft_wrap=True
+        f"Report:   {run.report}",
+        f"Student:  {run.student}",
+        f"Run:      {run.folder}",
+        sep="\n",
+        soft_wrap=True,
     )
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
 
@@ -125,7 +143,9 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
         found = look(config, console)
     with run.alone("wait for it, or add a worker by `kdnas search`"):
         job = begin(found)
-        run.manifest.unlink(missing_ok=True)  # that of a search, or of what has lost a stage: until the end
+        run.manifest.unlink(
+            missing_ok=True
+        )  # that of a search, or of what has lost a stage: until the end
         with timed("search"):
             best = _search(job)
         with timed("full KD"):
@@ -143,7 +163,11 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
 
 def _about(run: Run) -> dict[str, Any]:
     """What its manifest says of how it was made."""
-    return {"name": run.name, "command": [without_password(argument) for argument in sys.argv], "gpu": gpu_name()}
+    return {
+        "name": run.name,
+        "command": [without_password(argument) for argument in sys.argv],
+        "gpu": gpu_name(),
+    }
 
 
 def _search(job: Job, is_worker: bool = False) -> StudentArch:
@@ -177,7 +201,11 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
         def show(study: Study, trial: FrozenTrial) -> None:
             nonlocal told
             progress.update(bar, completed=len(tried(study)))
-            if job.console.quiet and trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs:
+            if (
+                job.console.quiet
+                and trial.state.name == "FAIL"
+                and "not_needed" not in trial.user_attrs
+            ):
                 log.warning(line(trial))
             elif "not_needed" not in trial.user_attrs:
                 job.console.print(line(trial), highlight=False, soft_wrap=True)
@@ -188,8 +216,13 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
                     "--latency.min_seconds.",
                     trial.number,
                 )
-            rewards = [(StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0) for t in trained(study)]
-            while episode and len(rewards) // episode > episodes[-1]:  # several, where workers were quicker than this
+            rewards = [
+                (StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0)
+                for t in trained(study)
+            ]
+            while (
+                episode and len(rewards) // episode > episodes[-1]
+            ):  # several, where workers were quicker than this
                 ranking = ModelRanking.of(rewards, episode, episodes[-1])
                 episodes.append(episodes[-1] + 1)
                 job.console.print(str(ranking), highlight=False, soft_wrap=True)
@@ -218,15 +251,25 @@ def _search(job: Job, is_worker: bool = False) -> StudentArch:
             work = partial(_work, job.config, log.getEffectiveLevel())
             timeout = 60 * timeout if timeout is not None else math.inf
             end = time.monotonic() + seconds
-            refusal = run_workers(work, job.config.workers, study, show, seconds, run.worker_log, timeout)
+            refusal = run_workers(
+                work, job.config.workers, study, show, seconds, run.worker_log, timeout
+            )
             sweep(run.folder)  # what a worker that was killed has left half written
-            if refusal and time.monotonic() < end and not is_over(study, job.space, settings.n_trials):
+            if (
+                refusal
+                and time.monotonic() < end
+                and not is_over(study, job.space, settings.n_trials)
+            ):
                 raise UserError(refusal)
             best = best_of(study, job.space, seconds)
         else:
-            best = search_loop(evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder)
+            best = search_loop(
+                evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder
+            )
         write_down()  # what ended while nobody looked
-    if not (run.full_kd.exists() and run.best_student.exists()):  # else another process distils what it found
+    if not (
+        run.full_kd.exists() and run.best_student.exists()
+    ):  # else another process distils what it found
         StudentArch.from_dict(best.user_attrs["arch"]).to_yaml(run.best_student)
     return StudentArch.from_yaml(run.best_student)
 
@@ -243,12 +286,16 @@ def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None
             os.dup2(file.fileno(), stream)
         try:
             with honest_signals(once=True):
-                with ReadWriteLock(run.stillness).read_lock():  # whoever measures waits until this one is ready
+                with ReadWriteLock(
+                    run.stillness
+                ).read_lock():  # whoever measures waits until this one is ready
                     alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
                     job = begin(look(alone, Console(markup=False), is_worker=True), is_worker=True)
                 if math.isfinite(deadline):
                     minutes = max(1e-3, deadline - time.monotonic()) / 60
-                    job = dataclasses.replace(job, config=dataclasses.replace(job.config, time_budget=minutes))
+                    job = dataclasses.replace(
+                        job, config=dataclasses.replace(job.config, time_budget=minutes)
+                    )
                 _search(job, is_worker=True)
         except KeyboardInterrupt as stop:
             let_go(stop)
@@ -270,7 +317,9 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     started, last = time.monotonic(), folder / "last.ckpt"
     if last.exists():
         job.console.print("Full KD: going on where it was stopped.")
-    folder.mkdir(parents=True, exist_ok=True)  # from now on no other process changes which student is best
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # from now on no other process changes which student is best
     try:
         states = job.states("full")
     except Exception:
@@ -281,7 +330,9 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
         torch.manual_seed(job.config.seed)
         module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
         module.states = states
-        kept = _kept_of_candidate(job, arch) if settings.from_candidate and not last.exists() else {}
+        kept = (
+            _kept_of_candidate(job, arch) if settings.from_candidate and not last.exists() else {}
+        )
         if WEIGHTS in kept:
             module.begin(job.data.select("full"))
             module.load_state_dict(kept[WEIGHTS])
@@ -305,21 +356,29 @@ def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
     )
     last.unlink()
     remark = too_long(module.history)
-    job.console.print(f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}{remark}.")
+    job.console.print(
+        f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}{remark}."
+    )
 
 
 def _kept_of_candidate(job: Job, arch: StudentArch) -> dict[str, dict[str, Tensor]]:
     """What there is of the candidate's weights and of its optimizer's state, by the names of their files."""
-    trial = next(trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict())
+    trial = next(
+        trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict()
+    )
     kept = {}
     for name in KEPT:
         path = job.run.trial(trial.number) / name
         if not path.exists():
-            job.console.print(f"Full KD: beginning without {path}, which is not there.", soft_wrap=True)
+            job.console.print(
+                f"Full KD: beginning without {path}, which is not there.", soft_wrap=True
+            )
         elif (known := trial.user_attrs.get(f"{path.stem}_sha256")) in (None, file_sha256(path)):
             kept[name] = load_file(path)
         else:
-            raise UserError(f"{str(path)!r} is damaged (its sha256 was {known}): delete it to begin without it.")
+            raise UserError(
+                f"{str(path)!r} is damaged (its sha256 was {known}): delete it to begin without it."
+            )
     return kept
 
 
@@ -357,7 +416,9 @@ def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: Stud
     for role, row in rows.items():
         row["latency_ms"], row["latency_iqr_ms"] = latencies[role].median_ms, latencies[role].iqr_ms
         row["speedup"] = latencies["teacher"].median_ms / latencies[role].median_ms
-        row["share_kept"] = row["score"] / rows["teacher"]["score"] if rows["teacher"]["score"] > 0 else None
+        row["share_kept"] = (
+            row["score"] / rows["teacher"]["score"] if rows["teacher"]["score"] > 0 else None
+        )
     about = {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),

@@ -46,7 +46,11 @@ class Sizes:
 
 
 def with_few_rows(
-    config: AnyConfig, folder: Path, num_rows: int, num_bytes: float = float("inf"), num_task_rows: int = NUM_ROWS
+    config: AnyConfig,
+    folder: Path,
+    num_rows: int,
+    num_bytes: float = float("inf"),
+    num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
     """The same config on a few rows from all over its text and task, and how many there are.
 
@@ -65,11 +69,15 @@ def with_few_rows(
         there = Run(config.root, config.name).text
         path = build_quickstart_text(there if there.is_dir() else folder / "quickstart")
         text = str(path) if text == QUICKSTART else text
-        task_source = str(path.parent / "which_package") if task_source == QUICKSTART else task_source
+        task_source = (
+            str(path.parent / "which_package") if task_source == QUICKSTART else task_source
+        )
     rows, num_found = some_rows(text, config.data.column)
     usable = {row: split for row, split in rows if row and row.strip()}
     if len(usable) < 2:
-        raise UserError(f"{text!r} has {len(usable)} usable rows among {len(rows):,}: is {config.data.column!r} right?")
+        raise UserError(
+            f"{text!r} has {len(usable)} usable rows among {len(rows):,}: is {config.data.column!r} right?"
+        )
     longest = 4 * config.data.max_length  # bytes, of which a token has about four
     mean = sum(min(longest, len(row.encode())) for row in usable) / len(usable)
     chosen = _evenly(list(usable), max(2, int(min(num_rows, num_bytes / mean))))
@@ -95,7 +103,11 @@ def with_few_rows(
 
 
 def _evenly(rows: Sequence[str], most: int) -> list[str]:
-    return [rows[place * len(rows) // most] for place in range(most)] if len(rows) > most else list(rows)
+    return (
+        [rows[place * len(rows) // most] for place in range(most)]
+        if len(rows) > most
+        else list(rows)
+    )
 
 
 def smoke(config: RunConfig, console: Console) -> None:
@@ -113,15 +125,23 @@ def smoke(config: RunConfig, console: Console) -> None:
     """
     check(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
-    for pid, died in EARLIER.deaths.items():  # in a new folder nothing would tell that it was tried before
+    for (
+        pid,
+        died,
+    ) in EARLIER.deaths.items():  # in a new folder nothing would tell that it was tried before
         kept = ", ".join(str(path) for path in place.glob(f"{name}.{this_host()}-{pid}.*"))
-        raise CandidateFailed(f"a candidate of the smoke run killed its process ({died}); what it made is kept: {kept}")
+        raise CandidateFailed(
+            f"a candidate of the smoke run killed its process ({died}); what it made is kept: {kept}"
+        )
     sweep(place, f"{name}.*")
     folder = Path(tempfile.mkdtemp(dir=place, prefix=owned(name)))
     try:
         seconds = run_stages(_shrunk(config, folder), console)
     except Exception:
-        console.print(f"What the smoke run has made until then, kept until the next one: {folder}", soft_wrap=True)
+        console.print(
+            f"What the smoke run has made until then, kept until the next one: {folder}",
+            soft_wrap=True,
+        )
         raise
     except BaseException:
         shutil.rmtree(folder)
@@ -143,9 +163,14 @@ def _shrunk(config: RunConfig, folder: Path) -> RunConfig:
     return replace(
         small,
         workers=min(config.workers, NUM_CANDIDATES),
-        data=replace(small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)),  # of few rows, a few
+        data=replace(
+            small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)
+        ),  # of few rows, a few
         search=replace(
-            config.search, n_trials=min(config.search.n_trials, NUM_CANDIDATES), num_epochs=1, budget=Budget()
+            config.search,
+            n_trials=min(config.search.n_trials, NUM_CANDIDATES),
+            num_epochs=1,
+            budget=Budget(),
         ),
         full_kd=replace(config.full_kd, num_epochs=1),
         finetune=replace(config.finetune, num_epochs=1),

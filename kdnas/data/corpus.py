@@ -140,7 +140,9 @@ def load_corpus(
             text or a character that no text holds, has fewer than two usable rows, or hardly any among many.
     """
     if not 0 < held_out_fraction < 1:
-        raise UserError(f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05.")
+        raise UserError(
+            f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05."
+        )
     num_empty = 0
     sizes, digests, marks = array("q"), bytearray(), bytearray()
     with placed(folder or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=folder) as file:
@@ -164,7 +166,9 @@ def load_corpus(
     dropped = {"empty": num_empty, "duplicate": len(order) - len(texts)}
     if len(texts) < 2:
         found = "only one usable row" if len(texts) else "no usable rows"
-        raise UserError(f"{text!r} has {found} ({dropped}): give at least two distinct rows of text.")
+        raise UserError(
+            f"{text!r} has {found} ({dropped}): give at least two distinct rows of text."
+        )
     if len(texts) < LEAST_USABLE * (num_rows := len(texts) + sum(dropped.values())):
         raise UserError(
             f"{text!r} has {num_rows:,} rows, and only {len(texts):,} of them are usable ({dropped}): "
@@ -183,7 +187,9 @@ def load_corpus(
         )
     num_drawn = int((shares < held_out_fraction).sum())
     is_held_out = splits == _SPLITS.index("held_out")
-    is_held_out[drawn_from[np.argsort(shares, kind="stable")[: min(max(num_drawn, fewest), most)]]] = True
+    is_held_out[
+        drawn_from[np.argsort(shares, kind="stable")[: min(max(num_drawn, fewest), most)]]
+    ] = True
     places = np.argsort(is_held_out, kind="stable")
     return Corpus(texts.take(places), int((~is_held_out).sum()), dropped)
 
@@ -212,16 +218,27 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
         UserError: a package is not installed, or there are too few rows to split.
     """
     text, *task = (
-        folder / name for name in ("text.parquet", "which_package/train.parquet", "which_package/validation.parquet")
+        folder / name
+        for name in (
+            "text.parquet",
+            "which_package/train.parquet",
+            "which_package/validation.parquet",
+        )
     )
     if text.exists() and all(path.exists() for path in task):
         return text
     if rows_per_package < 2:
-        raise UserError(f"rows_per_package is {rows_per_package}: give at least 2, so that one row can be held out.")
+        raise UserError(
+            f"rows_per_package is {rows_per_package}: give at least 2, so that one row can be held out."
+        )
     roots = {package: _root(package) for package in PACKAGES}
-    aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len, reverse=True)
+    aliases = sorted(
+        (alias for group in PACKAGES.values() for alias in group), key=len, reverse=True
+    )
     # A package's name counts within a word too (NumpyVersion), an alias does not ("append" has no pd in it).
-    name = re.compile(rf"{'|'.join(PACKAGES)}|(?<![a-z])(?:{'|'.join(aliases)})(?![a-z])", re.IGNORECASE)
+    name = re.compile(
+        rf"{'|'.join(PACKAGES)}|(?<![a-z])(?:{'|'.join(aliases)})(?![a-z])", re.IGNORECASE
+    )
     seen: set[str] = set()
 
     def is_new(paragraph: str) -> bool:
@@ -233,14 +250,20 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
     rows: list[dict[str, str]] = []
     console = Console(stderr=True, quiet=logging.getLogger("kdnas").level > logging.INFO)
-    for package, root in track(roots.items(), "Reading docstrings", console=console, transient=True):
+    for package, root in track(
+        roots.items(), "Reading docstrings", console=console, transient=True
+    ):
         rows += _package_rows(package, root, rows_per_package, is_new)
     rows.sort(key=lambda row: _share(row["text"]))
     with new_folder(folder) as new:
         (new / "which_package").mkdir()
         pq.write_table(pa.Table.from_pylist(rows), new / text.name)
         for path, split in zip(task, ("train", "held_out"), strict=True):
-            examples = [(name.sub("package", row["text"]), row["package"]) for row in rows if row["split"] == split]
+            examples = [
+                (name.sub("package", row["text"]), row["package"])
+                for row in rows
+                if row["split"] == split
+            ]
             pq.write_table(_balanced(examples), new / "which_package" / path.name)
     return text
 
@@ -248,11 +271,15 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 def _root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"The package {package!r} is not installed: pip install 'kdnas[quickstart]'.")
+        raise UserError(
+            f"The package {package!r} is not installed: pip install 'kdnas[quickstart]'."
+        )
     return Path(spec.submodule_search_locations[0])
 
 
-def _package_rows(package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]) -> list[dict[str, str]]:
+def _package_rows(
+    package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
+) -> list[dict[str, str]]:
     """Rows of one package: its modules in the order of their hashes, the first of them held out."""
     num_held_out = max(1, round(0.12 * num_rows))
     modules = {}
@@ -265,30 +292,44 @@ def _package_rows(package: str, root: Path, num_rows: int, is_new: Callable[[str
         if len(rows) == num_rows:
             break
         split, end = ("held_out", num_held_out) if len(rows) < num_held_out else ("train", num_rows)
-        most = min(end - len(rows), num_rows // 33 + 1)  # no module is more than 3 % of its package's rows
+        most = min(
+            end - len(rows), num_rows // 33 + 1
+        )  # no module is more than 3 % of its package's rows
         new = filter(is_new, _paragraphs(modules[module]))
-        rows += [dict(text=text, package=package, module=module, split=split) for text in islice(new, most)]
+        rows += [
+            dict(text=text, package=package, module=module, split=split)
+            for text in islice(new, most)
+        ]
     return rows
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
     """As many examples of each label as of the rarest; the labels' names lie where ``datasets`` looks for them."""
     labels = sorted(PACKAGES)
-    by_label = [[sentence for sentence, package in examples if package == label] for label in labels]
+    by_label = [
+        [sentence for sentence, package in examples if package == label] for label in labels
+    ]
     smallest = min(map(len, by_label))
-    rows = [(sentences[i], label) for i in range(smallest) for label, sentences in enumerate(by_label)]
+    rows = [
+        (sentences[i], label) for i in range(smallest) for label, sentences in enumerate(by_label)
+    ]
     features = {
         "sentence": {"dtype": "string", "_type": "Value"},
         "label": {"names": labels, "_type": "ClassLabel"},
     }
     schema = pa.schema(
-        {"sentence": pa.string(), "label": pa.int64()}, {"huggingface": json.dumps({"info": {"features": features}})}
+        {"sentence": pa.string(), "label": pa.int64()},
+        {"huggingface": json.dumps({"info": {"features": features}})},
     )
-    return pa.Table.from_pylist([dict(sentence=sentence, label=label) for sentence, label in rows], schema)
+    return pa.Table.from_pylist(
+        [dict(sentence=sentence, label=label) for sentence, label in rows], schema
+    )
 
 
 # A paragraph with a line that starts like this is no prose: code, doctest, table, list, field, directive, parameter.
-_MARKUP = re.compile(r"^(?:\s|>>>|\.\.|\*\s|[-+#|=~^\[<]|:(?!\S+:`)|\d+[.)]\s|\S+ : )", re.MULTILINE)
+_MARKUP = re.compile(
+    r"^(?:\s|>>>|\.\.|\*\s|[-+#|=~^\[<]|:(?!\S+:`)|\d+[.)]\s|\S+ : )", re.MULTILINE
+)
 _HEADING = re.compile(r"^.+\n[-=~^*]{3,} *$", re.MULTILINE)
 # Code, links and roles keep their text; marks of references, prefixes of private names (_orm.Session), emphasis and the
 # second colon before code go.

@@ -19,7 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.data.corpus import Corpus, load_corpus
-from kdnas.data.loader import LengthGroupedBatches, ResumableDataModule, ResumableLoader, outlive_signals
+from kdnas.data.loader import (
+    LengthGroupedBatches,
+    ResumableDataModule,
+    ResumableLoader,
+    outlive_signals,
+)
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.data.pairs import make_pair
 from kdnas.data.readers import text_sha256
@@ -33,7 +38,9 @@ from kdnas.system.files import new_folder
 Split = Literal["mini", "full"]
 
 TOKENS = Path("lightning_logs/tokens")
-FORMAT = 1  # of what is kept there: another number where other code makes other tokens, pairs or masks
+FORMAT = (
+    1  # of what is kept there: another number where other code makes other tokens, pairs or masks
+)
 ROWS_AT_A_TIME = 256  # of text and tokens in memory
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
 
@@ -75,13 +82,22 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.mini_fraction < 1:
-            raise UserError(f"mini_fraction is {self.mini_fraction}: give a share above 0 and below 1, such as 0.3.")
+            raise UserError(
+                f"mini_fraction is {self.mini_fraction}: give a share above 0 and below 1, such as 0.3."
+            )
         if not 0 < self.held_out_fraction < 1:
-            raise UserError(f"held_out_fraction is {self.held_out_fraction}: give a share above 0 and below 1.")
+            raise UserError(
+                f"held_out_fraction is {self.held_out_fraction}: give a share above 0 and below 1."
+            )
         for name in ("pair_share", "mask_probability", "masked_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1.")
-        for name, least in (("max_length", 4), ("num_mask_variants", 1), ("seed", 0), ("num_workers", 0)):
+        for name, least in (
+            ("max_length", 4),
+            ("num_mask_variants", 1),
+            ("seed", 0),
+            ("num_workers", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
@@ -92,7 +108,9 @@ class DataSettings:
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
-            raise UserError(f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit.")
+            raise UserError(
+                f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit."
+            )
 
 
 class KDDataModule(ResumableDataModule):
@@ -154,7 +172,9 @@ class KDDataModule(ResumableDataModule):
                             with suppress(OSError):
                                 empty.rmdir()
                         raise
-        self.rows = TokenRows(folder, tokenizer.pad_token_id, settings.max_length, settings.pad_to_max_length)
+        self.rows = TokenRows(
+            folder, tokenizer.pad_token_id, settings.max_length, settings.pad_to_max_length
+        )
 
     def read_corpus(self) -> Corpus:
         """The rows of text themselves."""
@@ -169,7 +189,11 @@ class KDDataModule(ResumableDataModule):
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The hash of all that the rows depend on."""
-        told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        told = (
+            tokenizer.backend_tokenizer.to_str()
+            if tokenizer.is_fast
+            else sorted(tokenizer.get_vocab().items())
+        )
         settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
         del settings["pad_to_max_length"]  # which changes no row
         libraries = [tokenizers.__version__, transformers.__version__]
@@ -203,11 +227,15 @@ class KDDataModule(ResumableDataModule):
             masked_share=settings.masked_share,
         )
 
-    def _tokenised(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+    def _tokenised(
+        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[tuple[list[int], int]]:
         """The token ids of each row, and where its second sentence begins."""
         texts, make = corpus.texts, self._pair_maker(corpus)
         starts = range(0, len(texts), ROWS_AT_A_TIME)
-        for start in track(starts, "tokens", transient=True, disable=len(starts) < 2, show_speed=False):
+        for start in track(
+            starts, "tokens", transient=True, disable=len(starts) < 2, show_speed=False
+        ):
             places = range(start, min(start + ROWS_AT_A_TIME, len(texts)))
             pairs = {i: pair for i in places if (pair := make(i))}
             rows: dict[int, tuple[list[int], int]] = {}

@@ -48,7 +48,11 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        self.padded_lengths, self.sample_ids, self.batch_tokens = padded_lengths, sample_ids, batch_tokens
+        self.padded_lengths, self.sample_ids, self.batch_tokens = (
+            padded_lengths,
+            sample_ids,
+            batch_tokens,
+        )
         self.shuffle, self.num_variants, self.seed = shuffle, num_variants, seed
         self.rank, self.num_ranks = rank, num_ranks
         self.epoch = 0
@@ -75,7 +79,9 @@ class LengthGroupedBatches(DistributedSampler[Any]):
                     f"{len(self.sample_ids)} rows cannot be shared by {self.num_ranks} processes: use fewer processes."
                 )
             batches += [largest[::2], largest[1::2]]
-        return [batches[i] for i in generator.permutation(len(batches))] if self.shuffle else batches
+        return (
+            [batches[i] for i in generator.permutation(len(batches))] if self.shuffle else batches
+        )
 
     def __iter__(self) -> Iterator[tuple[int, IntArray]]:
         variant = self.epoch % self.num_variants if self.shuffle else 0
@@ -116,12 +122,16 @@ class ResumableLoader(DataLoader[Any]):
         if begins:
             start_resource_tracker()
         # Workers are born deaf: one that a signal ends before `outlive_signals` would end the fit with an error.
-        known = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *TERMINATIONS) if begins else ())
+        known = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT, *TERMINATIONS) if begins else ()
+        )
         try:
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, known)
-        for batch in itertools.islice(batches, self._num_given, None):  # a batch is microseconds' work
+        for batch in itertools.islice(
+            batches, self._num_given, None
+        ):  # a batch is microseconds' work
             self._num_given += 1
             yield batch
 
@@ -135,18 +145,29 @@ def outlive_signals(index: int) -> None:
         return  # which do not say whose signal it is
     die_with_parent()  # torch itself looks every five seconds
     parent = multiprocessing.parent_process()
-    is_served = multiprocessing.get_start_method(allow_none=True) == "forkserver"  # the server's child, not its own
-    if parent is not None and (not parent.is_alive() or os.getppid() != parent.pid and not is_served):
-        os._exit(1)  # killed while this one began: torch, which looks from now on, would never notice
+    is_served = (
+        multiprocessing.get_start_method(allow_none=True) == "forkserver"
+    )  # the server's child, not its own
+    if parent is not None and (
+        not parent.is_alive() or os.getppid() != parent.pid and not is_served
+    ):
+        os._exit(
+            1
+        )  # killed while this one began: torch, which looks from now on, would never notice
 
     def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (os.getppid(), parent and parent.pid):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (
+            os.getppid(),
+            parent and parent.pid,
+        ):
             pass
         os._exit(0)  # as torch's own handler does
 
     # The thread that hands tensors over would tell the main process's end in the middle of one, with a traceback.
     told = sys.excepthook
-    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError | EOFError) else told(kind, *rest)
+    sys.excepthook = lambda kind, *rest: (
+        None if issubclass(kind, ConnectionError | EOFError) else told(kind, *rest)
+    )
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *TERMINATIONS))
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -43,7 +43,12 @@ class Masker:
     """
 
     def __init__(
-        self, mask_token_id: int, vocab_size: int, special_ids: list[int], probability: float = 0.15, seed: int = 0
+        self,
+        mask_token_id: int,
+        vocab_size: int,
+        special_ids: list[int],
+        probability: float = 0.15,
+        seed: int = 0,
     ) -> None:
         if not 0 <= probability <= 1:
             raise UserError(f"mask_probability is {probability}: give a share between 0 and 1.")

@@ -55,11 +55,15 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
     return words[start : start + length]
 
 
-def _neighbours(words: list[str], sentences: list[list[str]], rng: np.random.Generator) -> tuple[list[str], list[str]]:
+def _neighbours(
+    words: list[str], sentences: list[list[str]], rng: np.random.Generator
+) -> tuple[list[str], list[str]]:
     """The words on both sides of a sentence end; in a paragraph of one sentence, of any word."""
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))
-    return words[cut - _length(words[:cut], rng) : cut], words[cut : cut + _length(words[cut:], rng)]
+    return words[cut - _length(words[:cut], rng) : cut], words[
+        cut : cut + _length(words[cut:], rng)
+    ]
 
 
 def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) -> list[str]:
@@ -67,6 +71,9 @@ def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) 
     drops = rng.random(len(sentence)) < rng.uniform(0, 0.5)
     copy = [word for word, drop in zip(sentence, drops, strict=True) if not drop] or sentence[:1]
     replaces = rng.random(len(copy)) < rng.uniform(0, 0.3)
-    copy = [words[rng.integers(len(words))] if replace else word for word, replace in zip(copy, replaces, strict=True)]
+    copy = [
+        words[rng.integers(len(words))] if replace else word
+        for word, replace in zip(copy, replaces, strict=True)
+    ]
     turn = int(rng.integers(len(copy))) if rng.random() < 0.5 else 0
     return copy[turn:] + copy[:turn]

@@ -66,7 +66,9 @@ def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None
         chosen = whole.select(range(0, len(whole), max(1, -(-len(whole) // MOST_ROWS))))
         return list(_checked(text, chosen, column)), len(whole)
     some = files[:: -(-len(files) // PLACES)]
-    num_bytes, num_bytes_of_some = (sum(path.stat().st_size for path in paths) for paths in (files, some))
+    num_bytes, num_bytes_of_some = (
+        sum(path.stat().st_size for path in paths) for paths in (files, some)
+    )
     num_rows = round(sum(map(_count, some)) * num_bytes / max(1, num_bytes_of_some))
     if num_rows <= MOST_ROWS and num_bytes <= MOST_BYTES:
         rows = list(all_rows(text, column))
@@ -78,7 +80,9 @@ def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None
         for place in range(places):
             rows_here = max(1, min(MOST_ROWS, num_rows) // (len(some) * places))
             name = f"{path} from {place / places:.0%} on" if place else str(path)
-            read = _checked(name, _READERS[path.suffix.lower()](path, column, place / places), column)
+            read = _checked(
+                name, _READERS[path.suffix.lower()](path, column, place / places), column
+            )
             left = MOST_BYTES // (len(some) * places)
             for row in islice(read, rows_here):
                 found.append(row)
@@ -106,7 +110,9 @@ def text_sha256(text: str, column: str) -> str:
             else [f"{path.suffix.lower()} {file_sha256(path)}" for path in files]
         )
     except OSError as error:
-        raise UserError(f"{text!r} cannot be read ({first_line(error)}): check it and its permissions.") from error
+        raise UserError(
+            f"{text!r} cannot be read ({first_line(error)}): check it and its permissions."
+        ) from error
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -119,7 +125,11 @@ def _files(text: str) -> list[Path] | None:
             raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
         return [Path(text)]
     if os.path.isdir(text):
-        paths = sorted(path for path in Path(text).iterdir() if path.is_file() and not path.name.startswith("."))
+        paths = sorted(
+            path
+            for path in Path(text).iterdir()
+            if path.is_file() and not path.name.startswith(".")
+        )
         files = [path for path in paths if path.suffix.lower() in _READERS]
         if not files:
             raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
@@ -161,7 +171,9 @@ def _num_starts(path: Path) -> int:
     return PLACES
 
 
-def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[tuple[str | None, str | None]]:
+def _checked(
+    name: str, rows: Iterable[dict[str, Any]], column: str
+) -> Iterator[tuple[str | None, str | None]]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
@@ -180,19 +192,25 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
                     f"{name!r} has the character {found[0]!r} in row {number}: no text holds it, remove it."
                 )
             if split not in (None, "", "train", "held_out"):
-                raise UserError(f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'.")
+                raise UserError(
+                    f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'."
+                )
             yield value, split
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8.") from error
+        raise UserError(
+            f"{name!r} is not UTF-8 in row {number + 1} ({error.reason}): save it as UTF-8."
+        ) from error
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): is it cut off, or another format?"
         ) from error
 
 
-_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs: JSON can spell both
+_FORBIDDEN = re.compile(
+    "[\0\ud800-\udfff]"
+)  # NUL, and halves of surrogate pairs: JSON can spell both
 
 
 def _lines(path: Path, start: float = 0.0) -> Iterator[str]:
@@ -221,9 +239,15 @@ def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
         delimiter = _delimiter(path)
         for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
             if None in row:
-                raise ValueError("more fields than the header: a delimiter inside a text needs quotes")
-            if delimiter == "\t" and any("\t" in value or "\n" in value for value in row.values() if value):
-                raise ValueError("a text in quotes with a tab or a line's end in it: if a quote is text, give jsonl")
+                raise ValueError(
+                    "more fields than the header: a delimiter inside a text needs quotes"
+                )
+            if delimiter == "\t" and any(
+                "\t" in value or "\n" in value for value in row.values() if value
+            ):
+                raise ValueError(
+                    "a text in quotes with a tab or a line's end in it: if a quote is text, give jsonl"
+                )
             yield row
 
 
@@ -248,7 +272,10 @@ def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
             groups = range(int(start * file.num_row_groups), file.num_row_groups)
             for batch in file.iter_batches(PARQUET_ROWS, columns=names, row_groups=groups):
                 for values in zip(*batch.columns, strict=True):
-                    yield {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+                    yield {
+                        name: value.as_py()
+                        for name, value in zip(batch.schema.names, values, strict=True)
+                    }
 
 
 def _hub(name: str, column: str) -> Any:
@@ -259,10 +286,16 @@ def _hub(name: str, column: str) -> Any:
     parts = name.split(":")  # its name and, where it has several, that of a configuration
     try:
         if not is_offline_mode():
-            HfApi().dataset_info(parts[0], timeout=5)  # fails at once without a network; load_dataset tries for 23 s
+            HfApi().dataset_info(
+                parts[0], timeout=5
+            )  # fails at once without a network; load_dataset tries for 23 s
         rows = datasets.load_dataset(*parts, split="train")  # knows no remote code since 4.0
     except Exception as error:  # the HTTP client's own errors among them
-        refuse_away(error, f"the text {name!r}", "give a file or a folder, or HF_HUB_OFFLINE=1 for one in the cache")
+        refuse_away(
+            error,
+            f"the text {name!r}",
+            "give a file or a folder, or HF_HUB_OFFLINE=1 for one in the cache",
+        )
         raise UserError(
             f"The text {name!r} was not found, here or {looked_in()}: {first_line(error)}; give a file, a folder, "
             "or another data set (owner/name:config of one with several configurations)."

@@ -69,7 +69,10 @@ def write_rows(
     """
     lengths, second_starts = array("q"), array("q")
     with ExitStack() as stack:
-        files = [stack.enter_context(_variant(folder, variant).open("wb")) for variant in range(num_variants)]
+        files = [
+            stack.enter_context(_variant(folder, variant).open("wb"))
+            for variant in range(num_variants)
+        ]
         for sample_id, (ids, second_start) in enumerate(rows):
             row = np.array(ids, dtype=np.int64)
             lengths.append(len(row))
@@ -80,7 +83,12 @@ def write_rows(
                 file.write(masked.astype(np.int32).tobytes())
     for name, values in (("lengths", lengths), ("second_starts", second_starts)):
         (folder / f"{name}.bin").write_bytes(values.tobytes())
-    about = {"num_train": num_train, "dropped": dropped, "num_variants": num_variants, "sha256": _sha256(folder)}
+    about = {
+        "num_train": num_train,
+        "dropped": dropped,
+        "num_variants": num_variants,
+        "sha256": _sha256(folder),
+    }
     content = json.dumps(about)
     (folder / _about(content)).write_text(content)
 
@@ -128,8 +136,15 @@ class TokenRows(Dataset[Batch]):
         sha256: hash of every input that a model will see: text, tokenizer, cut, pairs, masks and order are in it.
     """
 
-    def __init__(self, folder: Path, pad_token_id: int, max_length: int, pad_to_max_length: bool = False) -> None:
-        self._made_with = folder, pad_token_id, max_length, pad_to_max_length  # what a copy is made with
+    def __init__(
+        self, folder: Path, pad_token_id: int, max_length: int, pad_to_max_length: bool = False
+    ) -> None:
+        self._made_with = (
+            folder,
+            pad_token_id,
+            max_length,
+            pad_to_max_length,
+        )  # what a copy is made with
         self.folder, self.pad_token_id = folder, pad_token_id
         about = _read_about(folder)
         assert about is not None, "is_whole() says so"
@@ -155,7 +170,9 @@ class TokenRows(Dataset[Batch]):
         """The masked token ids of a row."""
         size = np.dtype(np.int32).itemsize
         start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
-        return np.frombuffer(self._files[variant].piece(size * start, size * length), dtype=np.int32)
+        return np.frombuffer(
+            self._files[variant].piece(size * start, size * length), dtype=np.int32
+        )
 
     def __getitem__(self, index: tuple[int, IntArray]) -> Batch:
         variant, sample_ids = index

@@ -29,7 +29,10 @@ print(SentenceTransformer(".").encode(["The text to read."]))
 
 
 def model_card(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Mapping[str, Any], report: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: Mapping[str, Any],
+    report: Mapping[str, Any],
 ) -> str:
     """The text of ``README.md``.
 
@@ -50,7 +53,9 @@ def model_card(
     library = "transformers"
     if "sentences" in report:
         library, pipeline_tag = "sentence-transformers", "sentence-similarity"
-    made = card.get("made") or ("distilled" if hasattr(model.config, "teacher_sha256") else "exported")
+    made = card.get("made") or (
+        "distilled" if hasattr(model.config, "teacher_sha256") else "exported"
+    )
     tags = [*_TAGS[made], "kdnas", "onnx"]
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline_tag, "tags": tags}
     if card.get("base_model"):

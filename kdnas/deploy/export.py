@@ -19,10 +19,27 @@ from transformers import (
 
 from kdnas.deploy.card import model_card
 from kdnas.deploy.latency import LatencySettings, measure_latency
-from kdnas.deploy.onnx import INPUTS, INT8, ONNX, OPSET, open_session, output_name, random_batch, write_onnx
+from kdnas.deploy.onnx import (
+    INPUTS,
+    INT8,
+    ONNX,
+    OPSET,
+    open_session,
+    output_name,
+    random_batch,
+    write_onnx,
+)
 from kdnas.deploy.quantize import Rows, random_rows, write_best_int8
 from kdnas.deploy.sentences import Sentences, add_sentence_files
-from kdnas.models.families import arch_of, class_names, family_of, has_classifier, match_marks, max_length, name_classes
+from kdnas.models.families import (
+    arch_of,
+    class_names,
+    family_of,
+    has_classifier,
+    match_marks,
+    max_length,
+    name_classes,
+)
 from kdnas.system.errors import ParityError, UserError, first_line
 from kdnas.system.files import file_sha256, new_folder, write_text
 from kdnas.system.manifest import write_manifest
@@ -83,7 +100,11 @@ def export_student(
         write_onnx(model, exact, tokenizer.model_input_names)
         difference = _check_parity(model, tokenizer, exact, tolerance)
         names, longest = tokenizer.model_input_names, tokenizer.model_max_length
-        rows = make_rows(tokenizer) if make_rows else random_rows(model.config, names, min(longest, 128))
+        rows = (
+            make_rows(tokenizer)
+            if make_rows
+            else random_rows(model.config, names, min(longest, 128))
+        )
         chosen = write_best_int8(exact, int8, rows)
         _check_predict(tokenizer, temporary)
         report: dict[str, Any] = {
@@ -109,7 +130,11 @@ def source_sha256(source: Path) -> str | None:
 
 def slower_shapes(report: Mapping[str, Any]) -> list[str]:
     """The shapes of a batch at which the int8 graph is slower than the float32 one."""
-    return [f"{row['batch']} x {row['length']}" for row in report["latency"] if row["int8_ms"] > row["onnx_ms"]]
+    return [
+        f"{row['batch']} x {row['length']}"
+        for row in report["latency"]
+        if row["int8_ms"] > row["onnx_ms"]
+    ]
 
 
 def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -118,14 +143,19 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         UserError: the folder has no model or no tokenizer that loads whole, or a head of another kind.
     """
-    here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}  # a lost folder is no hub's name
+    here: dict[str, Any] = {
+        "trust_remote_code": False,
+        "local_files_only": True,
+    }  # a lost folder is no hub's name
     try:
         if not os.path.isdir(source):
             raise FileNotFoundError("there is no such folder")
         config = AutoConfig.from_pretrained(source, **here)
         lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
         if lost:
-            raise ValueError(f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences")
+            raise ValueError(
+                f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences"
+            )
         if has_classifier(config) and config.problem_type == "multi_label_classification":
             raise ValueError("it gives several labels at once: give a classifier of one")
         factory = AutoModelForSequenceClassification if has_classifier(config) else AutoModel
@@ -144,7 +174,9 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             f"Cannot export {str(source)!r}: its weights lack {sorted(info['missing_keys'])[0]!r} "
             f"(and {len(info['missing_keys']) - 1} more)."
         )
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one where there is none
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # transformers makes up an empty one where there is none
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
     if has_classifier(config):
         name_classes(model.config, class_names(config))  # who reads the folder counts from 0
@@ -167,7 +199,9 @@ def _parity_lengths(longest: int) -> list[int]:
     return [*lengths, longest]
 
 
-def _check_parity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float) -> float:
+def _check_parity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
+) -> float:
     """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only).
 
     Up to the longest rows that are read, or whose attention fits into memory.
@@ -200,19 +234,29 @@ def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """``predict.py`` must read texts as transformers does."""
     from kdnas.deploy.predict import Predictor
 
-    texts = ["A text.", " ".join(["A long text."] * tokenizer.model_max_length), "another, shorter text"]
+    texts = [
+        "A text.",
+        " ".join(["A long text."] * tokenizer.model_max_length),
+        "another, shorter text",
+    ]
     expected = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
     for name, found in Predictor(folder).encode(texts).items():
         if found.shape != expected[name].shape or (found != expected[name]).any():
-            raise ParityError(f"The {name} of predict.py differ from those of transformers' tokenizer.")
+            raise ParityError(
+                f"The {name} of predict.py differ from those of transformers' tokenizer."
+            )
 
 
 def _latency(
     model: PreTrainedModel, exact: Path, int8: Path, longest: int, min_seconds: float
 ) -> list[dict[str, float]]:
     rows = []
-    for batch, length in dict.fromkeys([(1, min(16, longest)), (1, min(128, longest)), (8, min(128, longest))]):
-        settings = LatencySettings("onnxruntime", batch_size=batch, length=length, min_seconds=min_seconds)
+    for batch, length in dict.fromkeys(
+        [(1, min(16, longest)), (1, min(128, longest)), (8, min(128, longest))]
+    ):
+        settings = LatencySettings(
+            "onnxruntime", batch_size=batch, length=length, min_seconds=min_seconds
+        )
         onnx, in_int8 = measure_latency([exact, int8], settings)
         plain = LatencySettings(batch_size=batch, length=length, min_seconds=min_seconds)
         (torch_,) = measure_latency([model], plain)

@@ -62,22 +62,38 @@ class LatencySettings:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise UserError(f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}")
+            raise UserError(
+                f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
+            )
         if self.backend in ON_ONNX and importlib.util.find_spec("onnxruntime") is None:
-            raise UserError(f"backend {self.backend} of latency needs onnxruntime: pip install 'kdnas'.")
+            raise UserError(
+                f"backend {self.backend} of latency needs onnxruntime: pip install 'kdnas'."
+            )
         if self.backend == "cuda" and self.device == "cpu":
             object.__setattr__(self, "device", "cuda")
         devices = _devices()
         if self.device not in devices:
-            raise UserError(f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}")
+            raise UserError(
+                f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}"
+            )
         if self.backend in ON_ONNX and self.device != "cpu":
-            raise UserError(f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}.")
+            raise UserError(
+                f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}."
+            )
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
-                raise UserError(f"{name} of latency is {value!r}: give a whole number of at least {least}.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not least <= value < 1 << 31
+            ):
+                raise UserError(
+                    f"{name} of latency is {value!r}: give a whole number of at least {least}."
+                )
         if not 0 < self.min_seconds < math.inf:
-            raise UserError(f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5.")
+            raise UserError(
+                f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5."
+            )
 
     def batches(self) -> list[list[int]]:
         """The lengths of the rows of each batch that is timed.
@@ -174,7 +190,9 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     Raises:
         UserError: a model takes no input of ``settings.length`` tokens.
     """
-    configs: list[Any] = [config_beside(model) if isinstance(model, Path) else model.config for model in models]
+    configs: list[Any] = [
+        config_beside(model) if isinstance(model, Path) else model.config for model in models
+    ]
     for config in configs:
         check_length(config, settings)
     lengths = settings.batches()
@@ -188,7 +206,10 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
         ]
         for turn in passes:
             _timed(turn, seconds, share)
-        while len(rounds) < _FEWEST_ROUNDS or min(map(_total, zip(*rounds, strict=True))) < settings.min_seconds:
+        while (
+            len(rounds) < _FEWEST_ROUNDS
+            or min(map(_total, zip(*rounds, strict=True))) < settings.min_seconds
+        ):
             rounds.append([_timed(turn, seconds, share) for turn in passes])
     return [_summary(sum(turns, []), lengths) for turns in zip(*rounds, strict=True)]
 
@@ -227,7 +248,9 @@ class LatencyMeter:
             student, teacher = measure_latency([model, self._teacher], self.settings)
             for role, latency in (("student", student), ("teacher", teacher)):
                 if not 0 < latency.median_ms < math.inf:
-                    raise CandidateFailed(f"The {role}'s latency beside {arch} is {latency.median_ms} ms.")
+                    raise CandidateFailed(
+                        f"The {role}'s latency beside {arch} is {latency.median_ms} ms."
+                    )
             self.remember(arch, ArchLatency(student, teacher, num_parameters(model)))
         return self._known[arch]
 
@@ -237,7 +260,9 @@ class LatencyMeter:
         if self.settings.backend not in ON_ONNX:
             return model
         self._folder = temporary_folder()  # lives as long as the meter
-        return write_deployed(model.eval(), Path(self._folder.name), self.settings.backend == "onnxruntime-int8")
+        return write_deployed(
+            model.eval(), Path(self._folder.name), self.settings.backend == "onnxruntime-int8"
+        )
 
 
 def _devices() -> list[str]:
@@ -250,10 +275,18 @@ def _devices() -> list[str]:
 
 def _read_lengths(name: str) -> list[int]:
     try:
-        values = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        values = [
+            json.loads(line)
+            for line in Path(name).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError) as error:
-        raise UserError(f"lengths of latency: cannot read {name!r}: {first_line(error)}.") from error
-    rows: list[Any] = [value.get("length") if isinstance(value, dict) else value for value in values]
+        raise UserError(
+            f"lengths of latency: cannot read {name!r}: {first_line(error)}."
+        ) from error
+    rows: list[Any] = [
+        value.get("length") if isinstance(value, dict) else value for value in values
+    ]
     wrong = [row for row in rows if isinstance(row, bool) or not isinstance(row, int) or row < 1]
     if wrong or not rows:
         found = f"has {wrong[0]!r}" if wrong else "is empty"
@@ -283,7 +316,9 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
         return build_classifier(config)
 
 
-def _batch(config: PreTrainedConfig, lengths: Sequence[int], settings: LatencySettings) -> dict[str, Any]:
+def _batch(
+    config: PreTrainedConfig, lengths: Sequence[int], settings: LatencySettings
+) -> dict[str, Any]:
     if settings.backend in ON_ONNX:
         batch = random_batch(config, lengths, (*INPUTS, "token_type_ids"))
         return {name: value.numpy() for name, value in batch.items()}
@@ -308,10 +343,16 @@ def _running(
 ) -> Iterator[list[Callable[[dict[str, Any]], Any]]]:
     """One function of a batch for each model, as the backend runs it."""
     modules = [model for model in models if isinstance(model, nn.Module)]
-    with _deployed(modules, settings.device), torch.autocast(torch.device(settings.device).type, enabled=False):
+    with (
+        _deployed(modules, settings.device),
+        torch.autocast(torch.device(settings.device).type, enabled=False),
+    ):
         if settings.backend in ON_ONNX:
             with temporary_folder() as name:
-                yield [_session(model, Path(name) / str(place), settings) for place, model in enumerate(models)]
+                yield [
+                    _session(model, Path(name) / str(place), settings)
+                    for place, model in enumerate(models)
+                ]
         elif settings.backend == "torch-bf16":
             copies = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
             yield [partial(_call, model) for model in copies]
@@ -323,8 +364,14 @@ def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
     return model(**batch)
 
 
-def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[[dict[str, Any]], Any]:
-    path = model if isinstance(model, Path) else write_deployed(model, folder, settings.backend == "onnxruntime-int8")
+def _session(
+    model: Any, folder: Path, settings: LatencySettings
+) -> Callable[[dict[str, Any]], Any]:
+    path = (
+        model
+        if isinstance(model, Path)
+        else write_deployed(model, folder, settings.backend == "onnxruntime-int8")
+    )
     session = open_session(path, settings.num_threads)
     names = [node.name for node in session.get_inputs()]
     return lambda batch: session.run(None, {name: batch[name] for name in names})
@@ -335,7 +382,11 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
     """Models in eval mode on the device; afterwards each in the modes and on the device that it came in."""
     # Not under inference_mode: parameters that are moved there could never be trained again.
     before = [
-        (model, next(model.parameters()).device, [(module, module.training) for module in model.modules()])
+        (
+            model,
+            next(model.parameters()).device,
+            [(module, module.training) for module in model.modules()],
+        )
         for model in models
     ]
     try:

@@ -88,7 +88,11 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
         assert program is not None
         for node in program.model.graph:
             node.metadata_props.clear()  # paths of this machine, and more bytes than a small student
-            before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
+            before = (
+                node.inputs[0].producer()
+                if node.op_type == "LayerNormalization" and node.inputs[0]
+                else None
+            )
             if before is not None and before.op_type == "Add":
                 before.op_type = "Sum"
         program.save(path, external_data=False)
@@ -105,13 +109,22 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
         calibration: batches whose ranges the activations' scales are taken from (static); None: from each batch as it
             comes (dynamic).
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
 
     # Its logger, the root one, recommends a preparation of its own that changes nothing here.
     with _told_if_full(source, target), _quiet("root"):
         if calibration is None:
             quantize_dynamic(
-                source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8
+                source,
+                target,
+                op_types_to_quantize=["MatMul", "Gather"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
             )
             return
         feeds = iter(calibration)

@@ -27,7 +27,9 @@ class Predictor:
         num_threads: CPU threads; 0: as many as cores.
     """
 
-    def __init__(self, folder: str | Path = Path(__file__).parent, int8: bool = False, num_threads: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path = Path(__file__).parent, int8: bool = False, num_threads: int = 0
+    ) -> None:
         folder = Path(folder)
         self.config = _read(folder / "config.json")
         settings = _read(folder / "tokenizer_config.json")
@@ -35,15 +37,21 @@ class Predictor:
         self.tokenizer.enable_truncation(int(settings["model_max_length"]))
         pad_token = settings["pad_token"]
         pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
-        self.tokenizer.enable_padding(pad_id=self.tokenizer.token_to_id(pad_token), pad_token=pad_token)
+        self.tokenizer.enable_padding(
+            pad_id=self.tokenizer.token_to_id(pad_token), pad_token=pad_token
+        )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
         file = folder / ("model.int8.onnx" if int8 else "model.onnx")
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
         pooling = folder / "1_Pooling" / "config.json"
         self.takes_cls = pooling.exists() and bool(_read(pooling)["pooling_mode_cls_token"])
         modules = folder / "modules.json"
-        self.normalizes = modules.exists() and any("Normalize" in module["type"] for module in _read(modules))
+        self.normalizes = modules.exists() and any(
+            "Normalize" in module["type"] for module in _read(modules)
+        )
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         """The graph's inputs, (texts, tokens), of texts or of pairs of texts."""
@@ -53,7 +61,10 @@ class Predictor:
             "attention_mask": [row.attention_mask for row in rows],
             "token_type_ids": [row.type_ids for row in rows],
         }
-        return {node.name: np.array(values[node.name], dtype=np.int64) for node in self.session.get_inputs()}
+        return {
+            node.name: np.array(values[node.name], dtype=np.int64)
+            for node in self.session.get_inputs()
+        }
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
         """Logits of a classifier, (texts, labels); vectors of an encoder, (texts, width)."""
@@ -63,7 +74,9 @@ class Predictor:
             return output
         mask = inputs["attention_mask"][:, :, None]
         vectors = output[:, 0] if self.takes_cls else (output * mask).sum(1) / mask.sum(1)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalizes else vectors
+        return (
+            vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalizes else vectors
+        )
 
     def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Any]:
         """For each text its label and the probability of it, its number, or its vector."""
@@ -74,9 +87,14 @@ class Predictor:
             return [float(row[0]) for row in outputs]
         probabilities = np.exp(outputs - outputs.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
-        names = self.config.get("id2label", {})  # transformers saves none where there are two classes without names
+        names = self.config.get(
+            "id2label", {}
+        )  # transformers saves none where there are two classes without names
         best = [(int(row.argmax()), float(row.max())) for row in probabilities]
-        return [{"label": names.get(str(i), f"LABEL_{i}"), "probability": probability} for i, probability in best]
+        return [
+            {"label": names.get(str(i), f"LABEL_{i}"), "probability": probability}
+            for i, probability in best
+        ]
 
 
 def _read(path: Path) -> Any:
@@ -85,7 +103,10 @@ def _read(path: Path) -> Any:
 
 def main(args: Sequence[str]) -> int:
     """The command line, as above."""
-    flags, texts = [arg for arg in args if arg.startswith("--")], [arg for arg in args if not arg.startswith("--")]
+    flags, texts = (
+        [arg for arg in args if arg.startswith("--")],
+        [arg for arg in args if not arg.startswith("--")],
+    )
     is_pair = "--pair" in flags
     if not set(flags) <= {"--int8", "--pair"} or not texts or (is_pair and len(texts) != 2):
         print(__doc__, file=sys.stderr)

@@ -39,7 +39,9 @@ class Rows:
     task: Task | None = None
 
 
-def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True) -> Rows:
+def task_rows(
+    task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
+) -> Rows:
     """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on.
 
     Args:
@@ -55,21 +57,38 @@ def task_rows(task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int,
 
     def batches(rows: list[dict[str, Any]]) -> list[Feed]:
         data.rows = dict.fromkeys(task.task.validations, rows)
-        return [{name: value.numpy() for name, value in batch.items()} for batch in data.val_dataloader()[0]]
+        return [
+            {name: value.numpy() for name, value in batch.items()}
+            for batch in data.val_dataloader()[0]
+        ]
 
     name = f"{len(reported):,} validation rows of {task.task.name}"
     return Rows(batches(choose), batches(reported), name, task.task if is_scored else None)
 
 
-def text_rows(train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Rows:
+def text_rows(
+    train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Rows:
     """A sample of the training texts to choose on, and of the held-out texts to report on."""
 
     def batches(texts: Sequence[str]) -> list[Feed]:
         chosen = sorted(_sample(texts, NUM_TO_CHOOSE_ON), key=len)
-        options: Any = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "np"}
-        return [dict(tokenizer(chosen[i : i + BATCH_SIZE], **options)) for i in range(0, len(chosen), BATCH_SIZE)]
+        options: Any = {
+            "padding": True,
+            "truncation": True,
+            "max_length": length,
+            "return_tensors": "np",
+        }
+        return [
+            dict(tokenizer(chosen[i : i + BATCH_SIZE], **options))
+            for i in range(0, len(chosen), BATCH_SIZE)
+        ]
 
-    return Rows(batches(train), batches(held_out), f"{min(len(held_out), NUM_TO_CHOOSE_ON):,} held-out texts")
+    return Rows(
+        batches(train),
+        batches(held_out),
+        f"{min(len(held_out), NUM_TO_CHOOSE_ON):,} held-out texts",
+    )
 
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
@@ -104,7 +123,8 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
     for output, batch in zip(found, batches, strict=True):
         predicted = torch.from_numpy(output)
         metrics.update(
-            predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1), torch.from_numpy(batch["labels"])
+            predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1),
+            torch.from_numpy(batch["labels"]),
         )
     values = [float(value) for value in metrics.compute().values()]
     return sum(values) / len(values)
@@ -115,15 +135,24 @@ def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
     a, b = (np.concatenate(list(parts)).astype(np.float64) for parts in (first, second))
     if a.shape[1] < 32:  # logits: the angle between two of them says little
         a, b = a.reshape(1, -1), b.reshape(1, -1)
-    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).clip(1e-12)).mean())
+    return float(
+        (
+            (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).clip(1e-12)
+        ).mean()
+    )
 
 
-def compare(exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None) -> dict[str, float]:
+def compare(
+    exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
+) -> dict[str, float]:
     """``cosine`` of the two graphs' outputs and, of a task, ``score`` of both."""
     found, expected = outputs(int8, batches), outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}
     if task is not None:
-        result |= {"score": score(task, expected, batches), "int8_score": score(task, found, batches)}
+        result |= {
+            "score": score(task, expected, batches),
+            "int8_score": score(task, found, batches),
+        }
     return result
 
 

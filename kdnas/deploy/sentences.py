@@ -47,9 +47,13 @@ def check_sentences(task: LoadedTask | None) -> None:
         UserError: sentence-transformers is not installed, or the task has no pairs with a number.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError("sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'.")
+        raise UserError(
+            "sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'."
+        )
     if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
-        raise UserError(f"The task {task.task.name!r} has no pairs with a number: give --task stsb, or none.")
+        raise UserError(
+            f"The task {task.task.name!r} has no pairs with a number: give --task stsb, or none."
+        )
 
 
 def add_sentence_files(
@@ -79,17 +83,26 @@ def add_sentence_files(
         )
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     try:
-        teacher = SentenceTransformer(sentences.teacher.source, device="cpu", trust_remote_code=False)
-    except (ValueError, ImportError) as error:  # modules.json names a class that is not sentence-transformers' own
+        teacher = SentenceTransformer(
+            sentences.teacher.source, device="cpu", trust_remote_code=False
+        )
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # modules.json names a class that is not sentence-transformers' own
         raise UserError(
             f"The teacher {sentences.teacher.name!r} is no sentence encoder that can be read ({first_line(error)})."
         ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):
-        raise UserError(f"The teacher {sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported.")
+        raise UserError(
+            f"The teacher {sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported."
+        )
     normalized = "Normalize" in kinds
-    _write_modules(folder, int(model.config.hidden_size), tokenizer.model_max_length, pooling, normalized)
+    _write_modules(
+        folder, int(model.config.hidden_size), tokenizer.model_max_length, pooling, normalized
+    )
     student = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
     _check_vectors(student, model, tokenizer, pooling, normalized, sentences.held_out[:8])
 
@@ -116,14 +129,22 @@ def spearman(encoder: Any, task: LoadedTask) -> float:
 
 
 def _write_modules(folder: Path, width: int, length: int, pooling: str, normalized: bool) -> None:
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * normalized]
+    kinds = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        *[("2_Normalize", "Normalize")] * normalized,
+    ]
     modules = [
         {"idx": place, "name": str(place), "path": path, "type": f"{_PREFIX}{kind}"}
         for place, (path, kind) in enumerate(kinds)
     ]
     write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    modes = {f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens")}
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
+    )
+    modes = {
+        f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens")
+    }
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
 
 
@@ -144,8 +165,12 @@ def _check_vectors(
         expected = F.normalize(expected)
     largest = float((_vectors(student, texts) - expected).abs().max())
     if not largest <= 1e-4:
-        raise ParityError(f"The vectors of sentence-transformers differ from the student's by {largest:.3g}.")
+        raise ParityError(
+            f"The vectors of sentence-transformers differ from the student's by {largest:.3g}."
+        )
 
 
 def _vectors(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)))
+    return torch.from_numpy(
+        np.asarray(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True))
+    )

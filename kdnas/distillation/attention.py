@@ -46,8 +46,12 @@ class _AttentionMaps(Criterion):
             )
         self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
         self.terms = [Term("attention_maps", 1.0, compares=False)]
-        heads = torch.tensor([spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources))
-        self.register_buffer("heads", heads)  # (L_s, A_s): which head of the teacher each of ours is
+        heads = torch.tensor(
+            [spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources)
+        )
+        self.register_buffer(
+            "heads", heads
+        )  # (L_s, A_s): which head of the teacher each of ours is
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         total: Any = 0.0
@@ -83,14 +87,20 @@ class AttentionRelations(Objective):
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
         if not -num_teacher_layers <= self.layer < num_teacher_layers:
-            raise UserError(f"AttentionRelations: layer is {self.layer}, the teacher has {num_teacher_layers} layers.")
+            raise UserError(
+                f"AttentionRelations: layer is {self.layer}, the teacher has {num_teacher_layers} layers."
+            )
         return {self.layer % num_teacher_layers - 1}
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
-        (below,) = self.teacher_layers(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        (below,) = self.teacher_layers(
+            student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        )
         for width in (student.config.hidden_size, teacher.config.hidden_size):
             if self.num_heads < 1 or width % self.num_heads:
-                raise UserError(f"AttentionRelations: {self.num_heads} relation heads do not divide the width {width}.")
+                raise UserError(
+                    f"AttentionRelations: {self.num_heads} relation heads do not divide the width {width}."
+                )
         return _AttentionRelations(below + 1, self.num_heads)
 
 
@@ -108,5 +118,7 @@ class _AttentionRelations(Criterion):
                 theirs = teacher.heads(self.layer, part, self.num_heads)
                 their_map = attention_map(theirs, theirs, teacher.mask_BT)
             ours = student.heads(last, part, self.num_heads)
-            total = total + attention_divergence(attention_map(ours, ours, student.mask_BT), their_map, student.mask_BT)
+            total = total + attention_divergence(
+                attention_map(ours, ours, student.mask_BT), their_map, student.mask_BT
+            )
         return [(total / 3, int(student.mask_BT.sum()))]

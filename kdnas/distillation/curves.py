@@ -37,7 +37,12 @@ class StudentCurves(pl.Callback):
         self._restart()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._num_tokens += batch["attention_mask"].sum()  # a tensor: nobody waits for the device
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]

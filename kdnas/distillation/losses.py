@@ -44,7 +44,9 @@ def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
         ValueError: the shapes differ (they would broadcast silently).
     """
     if predicted_NH.shape != target_NH.shape:
-        raise ValueError(f"The shapes {tuple(predicted_NH.shape)} and {tuple(target_NH.shape)} differ.")
+        raise ValueError(
+            f"The shapes {tuple(predicted_NH.shape)} and {tuple(target_NH.shape)} differ."
+        )
     return (predicted_NH.float() - target_NH.float()).square().mean(-1).sum()
 
 
@@ -82,7 +84,9 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
         ValueError: the shapes differ (they would broadcast silently).
     """
     if map_BATT.shape != teacher_map_BATT.shape:
-        raise ValueError(f"The shapes {tuple(map_BATT.shape)} and {tuple(teacher_map_BATT.shape)} differ.")
+        raise ValueError(
+            f"The shapes {tuple(map_BATT.shape)} and {tuple(teacher_map_BATT.shape)} differ."
+        )
     if not map_BATT.requires_grad:
         map_BATT, teacher_map_BATT = map_BATT.float(), teacher_map_BATT.float()
     return _Divergence.apply(map_BATT, teacher_map_BATT.detach(), mask_BT) / map_BATT.shape[1]  # type: ignore[no-untyped-call]
@@ -99,7 +103,9 @@ class _Divergence(torch.autograd.Function):
         weights = theirs * mask_BT[:, None, :, None].to(theirs.dtype)
         ctx.save_for_backward(ours, weights)
         # The ratio before the logarithm: rounded to bfloat16, the difference of two logarithms is worth less.
-        return (theirs.clamp_min(_Divergence.LEAST) / ours).log_().mul_(weights).sum(-1).float().sum()
+        return (
+            (theirs.clamp_min(_Divergence.LEAST) / ours).log_().mul_(weights).sum(-1).float().sum()
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:

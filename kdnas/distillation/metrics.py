@@ -56,14 +56,28 @@ class RidgeProbe(Metric):
 
     full_state_update = False
 
-    def __init__(self, num_inputs: int, num_targets: int, strength: float = 1e-3, sync_on_compute: bool = True) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_targets: int,
+        strength: float = 1e-3,
+        sync_on_compute: bool = True,
+    ) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
         self.strength = strength
         self.xx: Tensor
         self.xy: Tensor
         self.yy: Tensor
-        self.add_state("xx", torch.zeros(2, num_inputs + 1, num_inputs + 1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("xy", torch.zeros(2, num_inputs + 1, num_targets, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "xx",
+            torch.zeros(2, num_inputs + 1, num_inputs + 1, dtype=torch.float64),
+            dist_reduce_fx="sum",
+        )
+        self.add_state(
+            "xy",
+            torch.zeros(2, num_inputs + 1, num_targets, dtype=torch.float64),
+            dist_reduce_fx="sum",
+        )
         self.add_state("yy", torch.zeros(2, num_targets, dtype=torch.float64), dist_reduce_fx="sum")
         self.num_batches = 0
 
@@ -76,7 +90,9 @@ class RidgeProbe(Metric):
         self.num_batches += 1
         # Copies: Trainer.validate leaves inference tensors, which a fit may not change.
         self.xx, self.xy, self.yy = self.xx.clone(), self.xy.clone(), self.yy.clone()
-        with torch.autocast(inputs_ND.device.type, enabled=False):  # a fit may be in bfloat16, these sums not
+        with torch.autocast(
+            inputs_ND.device.type, enabled=False
+        ):  # a fit may be in bfloat16, these sums not
             for half, rows in halves:
                 inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
@@ -97,7 +113,9 @@ class RidgeProbe(Metric):
         gram.diagonal()[:-1] += ridge
         gram[-1, -1] += 1e-9
         weight = torch.linalg.solve(gram, self.xy[0])
-        error = self.yy[1] - 2 * (weight * self.xy[1]).sum(0) + (weight * (self.xx[1] @ weight)).sum(0)
+        error = (
+            self.yy[1] - 2 * (weight * self.xy[1]).sum(0) + (weight * (self.xx[1] @ weight)).sum(0)
+        )
         variance = self.yy[1] / count - (self.xy[1, -1] / count).square()
         return error.mean() / count, variance.mean()
 

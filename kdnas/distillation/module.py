@@ -19,9 +19,22 @@ from kdnas.distillation.narrowing import CalibrationRows
 from kdnas.distillation.objectives import HiddenStates, Objective, View, WeightedSum, needed_layers
 from kdnas.distillation.sentences import PairComparison
 from kdnas.distillation.start import FromTeacher, Start, Started
-from kdnas.distillation.teacher_states import LayerStats, StatesSettings, TeacherStates, open_states, sample_batches
+from kdnas.distillation.teacher_states import (
+    LayerStats,
+    StatesSettings,
+    TeacherStates,
+    open_states,
+    sample_batches,
+)
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import Teacher, build_student, encode, find_teacher, num_parameters, refuse_other_inputs
+from kdnas.models.encoders import (
+    Teacher,
+    build_student,
+    encode,
+    find_teacher,
+    num_parameters,
+    refuse_other_inputs,
+)
 from kdnas.models.families import arch_of
 from kdnas.models.layers import LastLayer
 from kdnas.system.errors import CandidateFailed, UserError
@@ -36,7 +49,9 @@ TRIM_STEPS = 25
 
 
 # What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
-DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), AttentionMaps(), PairComparison()], [1.0, 1.0, 0.5])
+DEFAULT_OBJECTIVE = WeightedSum(
+    [HiddenStates(LastLayer()), AttentionMaps(), PairComparison()], [1.0, 1.0, 0.5]
+)
 
 
 @dataclass(frozen=True)
@@ -71,15 +86,24 @@ class Recipe:
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        rates = ("learning_rate", "copied_learning_rate", "matrix_learning_rate", "copied_matrix_learning_rate")
+        rates = (
+            "learning_rate",
+            "copied_learning_rate",
+            "matrix_learning_rate",
+            "copied_matrix_learning_rate",
+        )
         for name in rates:
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < math.inf:
                 raise UserError(f"{name} is {rate}: give a rate above 0, such as 1e-3.")
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01.")
+            raise UserError(
+                f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01."
+            )
         if not 0 <= self.warmup_share < 1:
-            raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
+            raise UserError(
+                f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1."
+            )
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
@@ -118,7 +142,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.arch, self.recipe, self._states_settings = arch, recipe, states
         config = self._teacher.config
         self.last_layer = config.num_hidden_layers - 1
-        self.target_layers = needed_layers(recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers)
+        self.target_layers = needed_layers(
+            recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers
+        )
         self.student = build_student(config, arch)
         recipe.start.check(self.student.config, config)
         self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
@@ -126,10 +152,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.states: TeacherStates | None = None
         self.calibration: CalibrationRows | None = None
         self.started: Started | None = None
-        self.optimizer_tensors: dict[str, Tensor] = {}  # of the fit that this one goes on from, if any
+        self.optimizer_tensors: dict[
+            str, Tensor
+        ] = {}  # of the fit that this one goes on from, if any
         self.val_errors = TermErrors(len(self.terms))
         self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, TOKEN_STRENGTH)
-        self.sentence_probe = RidgeProbe(arch.hidden_size, config.hidden_size, strength=0.03)  # there are fewer rows
+        self.sentence_probe = RidgeProbe(
+            arch.hidden_size, config.hidden_size, strength=0.03
+        )  # there are fewer rows
         self.history: list[dict[str, float]] = []
 
     def describe(self) -> str:
@@ -138,7 +168,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         teacher["parameters"], student["parameters"] = (
             f"{num_parameters(model):,}" for model in (self._teacher.model, self.student)
         )
-        rows = "".join(f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items())
+        rows = "".join(
+            f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items()
+        )
         terms = "".join(f"- {term.name}, weight {term.weight:g}\n" for term in self.terms)
         num_copied = len(self.started.copied) if self.started else 0
         return (
@@ -155,12 +187,16 @@ class HiddenStateDistillModule(ClipFusedGradients):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, KDDataModule):
-            raise UserError("HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=.")
+            raise UserError(
+                "HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=."
+            )
         if data.tokenizer != self._teacher.name:
             refuse_other_inputs(find_teacher(data.tokenizer), self._teacher)
         if self.states is None:
             device = str(self.trainer.strategy.root_device)
-            self.states = open_states(self._teacher, data, self.target_layers, self._states_settings, device)
+            self.states = open_states(
+                self._teacher, data, self.target_layers, self._states_settings, device
+            )
         if stage == "fit":
             self.begin(data)
             if self.trainer.strategy.root_device.type == "cpu":
@@ -181,7 +217,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.started = self.recipe.start(self.student, teacher, rows)
         with autocast("cpu"):
             views = [self.views(batch) for batch in rows]
-        self.criterion.fit(self.started, [student for student, _ in views], [teacher for _, teacher in views])
+        self.criterion.fit(
+            self.started, [student for student, _ in views], [teacher for _, teacher in views]
+        )
         del views
         release_memory()
 
@@ -198,31 +236,45 @@ class HiddenStateDistillModule(ClipFusedGradients):
         """The student's and the teacher's states on a batch."""
         assert self.states is not None, "setup() sets it"
         eager = self.student.config._attn_implementation == "eager"
-        output = encode(self.student, batch, maps=eager and not self.student.training)  # dropout falls on maps too
+        output = encode(
+            self.student, batch, maps=eager and not self.student.training
+        )  # dropout falls on maps too
         padded = dict(enumerate(output.hidden_states or (), -1))
         student = View(self.student, batch, padded, maps=output.attentions)
-        return student, View(self._teacher.model, batch, real=self.states(batch, self.target_layers))
+        return student, View(
+            self._teacher.model, batch, real=self.states(batch, self.target_layers)
+        )
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
         """For each term of the loss the sum of its errors, and over how many things it is; shapes (terms,)."""
         errors = self.criterion(student, teacher)
         sums = torch.stack([error for error, _ in errors])
-        return sums, torch.tensor([count for _, count in errors], dtype=sums.dtype, device=sums.device)
+        return sums, torch.tensor(
+            [count for _, count in errors], dtype=sums.dtype, device=sums.device
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, counts = self(*self.views(batch))
-        num_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        num_ranks = (
+            distributed.get_world_size()
+            if distributed.is_available() and distributed.is_initialized()
+            else 1
+        )
         if num_ranks > 1:
             # DDP takes the mean of the ranks' gradients: with this, that of all their rows. One may have no pairs.
             distributed.all_reduce(counts)
         loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)  # one rank's alone is no loss of anything
+        self.log(
+            "train/loss", loss, prog_bar=True, sync_dist=True
+        )  # one rank's alone is no loss of anything
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         student, teacher = self.views(batch)
         self.val_errors.update(*self(student, teacher))
-        self.token_probe.update(student.real(self.arch.num_hidden_layers - 1), teacher.real(self.last_layer))
+        self.token_probe.update(
+            student.real(self.arch.num_hidden_layers - 1), teacher.real(self.last_layer)
+        )
         self.sentence_probe.update(student.pooled(student.mask_BT), teacher.pooled(teacher.mask_BT))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -232,13 +284,23 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def on_validation_epoch_end(self) -> None:
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
-            raise CandidateFailed(f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}")
+            raise CandidateFailed(
+                f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}"
+            )
         if not counts.any():
-            raise UserError("The held-out rows give the objective nothing to compare: give more text, or longer rows.")
+            raise UserError(
+                "The held-out rows give the objective nothing to compare: give more text, or longer rows."
+            )
         weights = self._weights("held_out_variance").cpu()
-        compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)  # a text may give no pairs
+        compares = torch.tensor([term.compares for term in self.terms]) & (
+            counts > 0
+        )  # a text may give no pairs
         if compares.any():
-            total = sum(term.weight for term, is_one in zip(self.terms, compares.tolist(), strict=True) if is_one)
+            total = sum(
+                term.weight
+                for term, is_one in zip(self.terms, compares.tolist(), strict=True)
+                if is_one
+            )
             weights = weights * compares / total
         loss = float((means * weights).sum())
         token_mse = float(self.token_probe.compute()[0])
@@ -248,25 +310,35 @@ class HiddenStateDistillModule(ClipFusedGradients):
         metrics = {
             "val/loss": loss,
             "val/contextual_share": contextual_share(token_mse, ends.context_free, ends.teacher),
-            "val/sentence_r2": 1 - sentence_mse / sentence_variance if sentence_variance > 0 else 0.0,
+            "val/sentence_r2": 1 - sentence_mse / sentence_variance
+            if sentence_variance > 0
+            else 0.0,
         }
         for term, mean in zip(self.terms, means.tolist(), strict=True):
             metrics[f"terms/{term.name}"] = mean
         for layer in sorted({term.layer for term in self.terms if term.layer is not None}):
             # Several student layers may learn from one of the teacher's: what is logged is what the best of them knows.
-            mse = min(mean for term, mean in zip(self.terms, means.tolist(), strict=True) if term.layer == layer)
+            mse = min(
+                mean
+                for term, mean in zip(self.terms, means.tolist(), strict=True)
+                if term.layer == layer
+            )
             stats = self.stats(layer)
             metrics |= {
                 f"teacher_layer_{layer}/raw_mse": mse,
                 f"teacher_layer_{layer}/r2": 1 - mse / stats.held_out_variance,
-                f"teacher_layer_{layer}/contextual_share": contextual_share(mse, stats.held_out_mse_context_free),
+                f"teacher_layer_{layer}/contextual_share": contextual_share(
+                    mse, stats.held_out_mse_context_free
+                ),
             }
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
             metric.reset()
         self.log_dict(metrics)
         self.log("val_loss", loss, prog_bar=True, logger=False)
         if not self.trainer.sanity_checking:
-            shown = {name: metrics[f"val/{name}"] for name in ("loss", "contextual_share", "sentence_r2")}
+            shown = {
+                name: metrics[f"val/{name}"] for name in ("loss", "contextual_share", "sentence_r2")
+            }
             self.history.append({"epoch": self.current_epoch} | shown)
 
     def stats(self, layer: int) -> LayerStats:
@@ -277,7 +349,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def _weights(self, scale: str) -> Tensor:
         """Of the terms' mean errors in the loss; where a term is scaled, over its layer's variance. Shape (terms,)."""
         scales = [
-            getattr(self.stats(term.layer), scale) if term.scaled and term.layer is not None else 1.0
+            getattr(self.stats(term.layer), scale)
+            if term.scaled and term.layer is not None
+            else 1.0
             for term in self.terms
         ]
         weights = [term.weight / scale for term, scale in zip(self.terms, scales, strict=True)]
@@ -291,14 +365,21 @@ class HiddenStateDistillModule(ClipFusedGradients):
         for name, parameter in self.named_parameters():
             is_copied = name.removeprefix("student.") in copied
             if recipe.matrix_learning_rate is not None and is_layer_matrix(name, parameter):
-                rate = recipe.copied_matrix_learning_rate if is_copied else recipe.matrix_learning_rate
+                rate = (
+                    recipe.copied_matrix_learning_rate if is_copied else recipe.matrix_learning_rate
+                )
                 muon.setdefault(rate, []).append(parameter)
             else:
                 rate = recipe.copied_learning_rate if is_copied else recipe.learning_rate
-                adamw.setdefault((rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+                adamw.setdefault(
+                    (rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []
+                ).append(parameter)
         optimizer = MuonAdamW(
             [{"params": p, "lr": rate} for rate, p in muon.items()],
-            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()],
+            [
+                {"params": p, "lr": rate, "weight_decay": decay}
+                for (rate, decay), p in adamw.items()
+            ],
             recipe.weight_decay,
         )
         # A checkpoint of this fit is loaded afterwards, over it.
@@ -315,7 +396,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         num_warmup = max(1, round(recipe.warmup_share * num_steps))
         schedule = LambdaLR(
             optimizer,
-            lambda step: min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup)),
+            lambda step: min(
+                (step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup)
+            ),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -331,7 +414,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if differing or "history" not in checkpoint:
             what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
-            raise UserError(f"The checkpoint is of another student or objective{what}. Give that, or another one.")
+            raise UserError(
+                f"The checkpoint is of another student or objective{what}. Give that, or another one."
+            )
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:  # a loaded student must not be started again
             self.started = Started(frozenset(checkpoint["copied"]))

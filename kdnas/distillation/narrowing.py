@@ -50,7 +50,9 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         mapping.bias.copy_(basis_TS.T @ source.bias)
         return
     # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the tables.
-    fold, shift = (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
+    fold, shift = (
+        (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
+    )
     norm, their_norm = embedding_norm(student), embedding_norm(teacher)
     centred = their_norm.weight[:, None] * fold
     centred = centred - centred.mean(0)
@@ -74,7 +76,9 @@ def copied_tables(student: PreTrainedModel) -> frozenset[str]:
     return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
 
 
-def narrow(student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> tuple[tuple[int, ...], ...]:
+def narrow(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+) -> tuple[tuple[int, ...], ...]:
     """Give a narrower student the teacher's layers in a smaller basis, map by map, by least squares.
 
     Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it over the layers that
@@ -132,7 +136,9 @@ class TeacherStream:
         with ExitStack() as hooks:
             for layer in layers:
                 norm = layer.get_submodule(family_of(teacher.config).names.output_norm)
-                hooks.enter_context(norm.register_forward_hook(lambda _, args, out: inputs.append(args[0])))
+                hooks.enter_context(
+                    norm.register_forward_hook(lambda _, args, out: inputs.append(args[0]))
+                )
             for batch in rows:
                 mask = batch["attention_mask"].bool()
                 with autocast(teacher.device.type):
@@ -142,7 +148,10 @@ class TeacherStream:
                     states[i].append(within_half(output[mask]).half())
                     scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
                 inputs.clear()
-        return cls({-1: embedded} | dict(enumerate(map(torch.cat, states))), [torch.cat(parts) for parts in scales])
+        return cls(
+            {-1: embedded} | dict(enumerate(map(torch.cat, states))),
+            [torch.cat(parts) for parts in scales],
+        )
 
 
 class CalibrationRows(list[Batch]):
@@ -162,17 +171,23 @@ class CalibrationRows(list[Batch]):
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """What goes into the embedding's layer norm, and what comes out of it, flat."""
     before: list[Tensor] = []
-    with embedding_norm(model).register_forward_hook(lambda module, inputs, output: before.append(inputs[0])):
+    with embedding_norm(model).register_forward_hook(
+        lambda module, inputs, output: before.append(inputs[0])
+    ):
         after = [embed(model, batch) for batch in rows]
     masks = [batch["attention_mask"].bool() for batch in rows]
-    flat = [torch.cat([t[mask] for t, mask in zip(ts, masks, strict=True)]) for ts in (before, after)]
+    flat = [
+        torch.cat([t[mask] for t, mask in zip(ts, masks, strict=True)]) for ts in (before, after)
+    ]
     return flat[0], flat[1]
 
 
 class _Narrowing:
     """The calibration rows' streams, flat (N, H), and the steps of ``narrow``."""
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> None:
         self.student, self.teacher, self.rows = student, teacher, rows
         self.names = family_of(teacher.config).names
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
@@ -180,7 +195,11 @@ class _Narrowing:
         self.masks = [batch["attention_mask"].bool() for batch in rows]
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
         stream = shared.stream(teacher)
-        self.stream, self.output_scale, self.covariance = stream.states, stream.scales, stream.covariance
+        self.stream, self.output_scale, self.covariance = (
+            stream.states,
+            stream.scales,
+            stream.covariance,
+        )
 
     def run(self) -> tuple[tuple[int, ...], ...]:
         family = family_of(self.teacher.config)
@@ -232,8 +251,13 @@ class _Narrowing:
         key = fit(part(names.key), z, keys, ours.num_attention_heads)
         value = fit(part(names.value), z, values, ours.num_attention_heads)
         context = self._attend(query, key, value, ours.num_attention_heads)
-        norm, before = theirs[source].get_submodule(names.attention_norm), run["before_attention_norm"]
-        target, wanted = self._wanted(norm, run["attention"], before, before.std(-1, correction=0, keepdim=True))
+        norm, before = (
+            theirs[source].get_submodule(names.attention_norm),
+            run["before_attention_norm"],
+        )
+        target, wanted = self._wanted(
+            norm, run["attention"], before, before.std(-1, correction=0, keepdim=True)
+        )
         z = z + fit(part(names.attention_output), context, wanted - z)
         z = self._fit_norm(part(names.attention_norm), z, target)
         inner = fit(part(names.intermediate), z, run["intermediate"][:, neurons])
@@ -241,7 +265,9 @@ class _Narrowing:
             del run, before, target, wanted
             run = self._teacher_layer(theirs[end], self.stream[end - 1].float())
         norm, before = theirs[end].get_submodule(names.output_norm), run["before_output_norm"]
-        target, wanted = self._wanted(norm, self.stream[end].float(), before, self.output_scale[end])
+        target, wanted = self._wanted(
+            norm, self.stream[end].float(), before, self.output_scale[end]
+        )
         del run
         z = z + fit(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
         return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
@@ -249,7 +275,10 @@ class _Narrowing:
     def _copy(self, layer: Any, source: Any, heads: list[int], neurons: Tensor) -> None:
         """Copy what is kept of a teacher layer of the same width; the norms are fitted."""
         names, width = self.names, self.ours.hidden_size
-        ours, theirs = width // self.ours.num_attention_heads, width // self.theirs.num_attention_heads
+        ours, theirs = (
+            width // self.ours.num_attention_heads,
+            width // self.theirs.num_attention_heads,
+        )
         to: Any
         of: Any
         places = torch.arange(width).view(-1, ours)[:, :theirs].flatten()
@@ -265,7 +294,10 @@ class _Narrowing:
             target, origin = layer.get_submodule(name), source.get_submodule(name)
             target.weight[to] = origin.weight[of] * factor
             target.bias[to] = origin.bias[of] * factor
-        for name, to, of in ((names.attention_output, places, kept), (names.output, slice(None), neurons)):
+        for name, to, of in (
+            (names.attention_output, places, kept),
+            (names.output, slice(None), neurons),
+        ):
             target, origin = layer.get_submodule(name), source.get_submodule(name)
             target.weight.zero_()
             target.weight[:, to] = origin.weight[:, of]
@@ -276,13 +308,17 @@ class _Narrowing:
         names = self.names
         part = layer.get_submodule
         with autocast(x.device.type):
-            query, key, value = (part(name)(x).float() for name in (names.query, names.key, names.value))
+            query, key, value = (
+                part(name)(x).float() for name in (names.query, names.key, names.value)
+            )
             context = self._attend(query, key, value, self.theirs.num_attention_heads)
             before_norm = x + part(names.attention_output)(context).float()
             attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention)
             activated = ACT2FN[self.theirs.hidden_act](intermediate)
-            before_output = attention + part(names.output)(activated).float() if self.is_as_wide else None
+            before_output = (
+                attention + part(names.output)(activated).float() if self.is_as_wide else None
+            )
         return {
             "query": query,
             "key": key,
@@ -301,7 +337,9 @@ class _Narrowing:
         for mask in self.masks:
             stop = start + int(mask.sum())
 
-            def heads(flat: Tensor, mask: Tensor = mask, start: int = start, stop: int = stop) -> Tensor:
+            def heads(
+                flat: Tensor, mask: Tensor = mask, start: int = start, stop: int = stop
+            ) -> Tensor:
                 padded = flat.new_zeros(*mask.shape, flat.shape[-1])
                 padded[mask] = flat[start:stop]
                 return padded.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -319,12 +357,16 @@ class _Narrowing:
         per_head = self.theirs.num_attention_heads
         moved = [
             (weight @ torch.cov(values.T) * weight).sum()  # the variance of values @ weight.T
-            for values, weight in zip(value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True)
+            for values, weight in zip(
+                value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True
+            )
         ]
         chosen = torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist()
         return sorted(chosen)
 
-    def _cut(self, source: nn.Module, run: dict[str, Tensor], heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut(
+        self, source: nn.Module, run: dict[str, Tensor], heads: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the kept heads, each in as many dimensions as a student's head has."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
@@ -341,7 +383,9 @@ class _Narrowing:
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
 
-    def _wanted(self, norm: Any, after: Tensor, before: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _wanted(
+        self, norm: Any, after: Tensor, before: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What a student's norm should give, and what should go into it, for what a teacher's gives and gets."""
         if self.is_as_wide:
             return after, before
@@ -355,14 +399,21 @@ class _Narrowing:
         normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
         mean, target_mean = normed.mean(0), target.mean(0)
         centred = normed - mean
-        norm.weight.copy_((centred * (target - target_mean)).mean(0) / centred.square().mean(0).clamp_min(1e-6))
+        norm.weight.copy_(
+            (centred * (target - target_mean)).mean(0) / centred.square().mean(0).clamp_min(1e-6)
+        )
         norm.bias.copy_(target_mean - norm.weight * mean)
         return normed * norm.weight + norm.bias
 
 
 @torch.no_grad()
 def fit_linear(
-    linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1, strength: float = 3e-2, adds: bool = False
+    linear: Any,
+    inputs: Tensor,
+    targets: Tensor,
+    num_heads: int = 1,
+    strength: float = 3e-2,
+    adds: bool = False,
 ) -> Tensor:
     """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives.
 

@@ -75,8 +75,12 @@ class View:
         if layer not in self._inputs:
             states = self.padded(layer - 1)
             if self.family.norm_first:
-                states = self.family.layers(self.model)[layer].get_submodule(self.family.names.attention_norm)(
-                    states.to(self.model.dtype)  # stored ones are float16, which GPUs do not mix with float32
+                states = self.family.layers(self.model)[layer].get_submodule(
+                    self.family.names.attention_norm
+                )(
+                    states.to(
+                        self.model.dtype
+                    )  # stored ones are float16, which GPUs do not mix with float32
                 )
             self._inputs[layer] = states.to(matmul_dtype(self.model))
         return self._inputs[layer]
@@ -85,12 +89,16 @@ class View:
         """Queries, keys or values of a layer, cut into heads, of which only the chosen: (B, A, T, H / num_heads)."""
         weight, bias = (
             None if parameter is None else parameter.unflatten(0, (num_heads, -1))
-            for parameter in attention_part(self.family, self.family.layers(self.model)[layer], part)
+            for parameter in attention_part(
+                self.family, self.family.layers(self.model)[layer], part
+            )
         )
         assert weight is not None
         if chosen is not None:
             weight, bias = weight[chosen], None if bias is None else bias[chosen]
-        flat_BTH = F.linear(self._input(layer), weight.flatten(0, 1), None if bias is None else bias.flatten())
+        flat_BTH = F.linear(
+            self._input(layer), weight.flatten(0, 1), None if bias is None else bias.flatten()
+        )
         return flat_BTH.unflatten(-1, (len(weight), -1)).transpose(1, 2)
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
@@ -159,7 +167,9 @@ class Objective(ABC):
         """The module that measures it."""
 
 
-def needed_layers(objective: Objective, depths: Iterable[int], num_teacher_layers: int) -> list[int]:
+def needed_layers(
+    objective: Objective, depths: Iterable[int], num_teacher_layers: int
+) -> list[int]:
     """The teacher layers that students of these depths need, ascending; the last always, for it is what is measured.
 
     Raises:
@@ -204,32 +214,45 @@ class HiddenStates(Objective):
         self.normalize, self.fit_projections = normalize, fit_projections
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        return {layer for layers in self.mapping(num_student_layers, num_teacher_layers) for layer in layers}
+        return {
+            layer
+            for layers in self.mapping(num_student_layers, num_teacher_layers)
+            for layer in layers
+        }
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
         return _HiddenStates(self, student, teacher)
 
 
 class _HiddenStates(Criterion):
-    def __init__(self, objective: HiddenStates, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def __init__(
+        self, objective: HiddenStates, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
         super().__init__()
         self.objective = objective
-        pairs = objective.mapping(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        pairs = objective.mapping(
+            student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        )
         self.layers = [(i, layers) for i, layers in enumerate(pairs) if layers]
         flat = [(i, layer) for i, layers in self.layers for layer in layers]
         self.terms = [
-            Term(f"student_{i}_teacher_{layer}", 1 / len(flat), layer, objective.normalize) for i, layer in flat
+            Term(f"student_{i}_teacher_{layer}", 1 / len(flat), layer, objective.normalize)
+            for i, layer in flat
         ]
         counts = {len(layers) for _, layers in self.layers}
         if objective.shared_projection and len(counts) > 1:
-            raise UserError(f"shared_projection needs as many teacher layers for each student layer, not {counts}.")
+            raise UserError(
+                f"shared_projection needs as many teacher layers for each student layer, not {counts}."
+            )
         self.projections = nn.ModuleList(
             nn.Linear(student.config.hidden_size, len(layers) * teacher.config.hidden_size)
             for _, layers in self.layers[: 1 if objective.shared_projection else None]
         )
 
     def _projections(self) -> list[nn.Module]:
-        return list(self.projections) * (len(self.layers) if self.objective.shared_projection else 1)
+        return list(self.projections) * (
+            len(self.layers) if self.objective.shared_projection else 1
+        )
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         errors = []
@@ -245,7 +268,9 @@ class _HiddenStates(Criterion):
         for position, projection in enumerate(self.projections):
             layers = self.layers if self.objective.shared_projection else [self.layers[position]]
             inputs = [view.real(i) for i, _ in layers for view in students]
-            targets = [torch.cat([view.real(j) for j in js], -1) for _, js in layers for view in teachers]
+            targets = [
+                torch.cat([view.real(j) for j in js], -1) for _, js in layers for view in teachers
+            ]
             fit_linear(projection, torch.cat(inputs), torch.cat(targets), strength=1e-3)
 
 
@@ -270,23 +295,34 @@ class _LearnedMapping(Criterion):
     def __init__(self, ours: PreTrainedConfig, theirs: PreTrainedConfig) -> None:
         super().__init__()
         num_ours, self.num_theirs = ours.num_hidden_layers, theirs.num_hidden_layers
-        self.terms = [Term(f"teacher_{j}", 1 / self.num_theirs, j, scaled=True) for j in range(self.num_theirs)]
+        self.terms = [
+            Term(f"teacher_{j}", 1 / self.num_theirs, j, scaled=True)
+            for j in range(self.num_theirs)
+        ]
         self.projections = nn.ModuleList(
-            nn.Linear(ours.hidden_size, self.num_theirs * theirs.hidden_size) for _ in range(num_ours)
+            nn.Linear(ours.hidden_size, self.num_theirs * theirs.hidden_size)
+            for _ in range(num_ours)
         )
         self.logits = nn.Parameter(torch.zeros(num_ours, self.num_theirs))
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         targets = [teacher.real(j) for j in range(self.num_theirs)]
         predicted = [
-            projection(student.real(i)).chunk(len(targets), -1) for i, projection in enumerate(self.projections)
+            projection(student.real(i)).chunk(len(targets), -1)
+            for i, projection in enumerate(self.projections)
         ]
-        errors = torch.stack([torch.stack(list(map(squared_error, parts, targets))) for parts in predicted])
+        errors = torch.stack(
+            [torch.stack(list(map(squared_error, parts, targets))) for parts in predicted]
+        )
         return [(error, len(targets[0])) for error in (self.logits.softmax(0) * errors).sum(0)]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        inputs = [torch.cat([view.real(i) for view in students]) for i in range(len(self.projections))]
-        for j in range(self.num_theirs):  # one after the other: all layers of a wide teacher are gigabytes
+        inputs = [
+            torch.cat([view.real(i) for view in students]) for i in range(len(self.projections))
+        ]
+        for j in range(
+            self.num_theirs
+        ):  # one after the other: all layers of a wide teacher are gigabytes
             target = torch.cat([view.real(j) for view in teachers])
             rows = slice(j * target.shape[-1], (j + 1) * target.shape[-1])
             for projection, states in zip(self.projections, inputs, strict=True):
@@ -308,14 +344,18 @@ class WeightedSum(Objective):
 
     def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
         if not objectives or len(objectives) != len(weights):
-            raise UserError(f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: give one each.")
+            raise UserError(
+                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: give one each."
+            )
         for weight in weights:
             if not 0 < weight < math.inf:
                 raise UserError(f"WeightedSum: a weight is {weight}: give a number above 0.")
         self.objectives, self.weights = objectives, weights
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        return set().union(*(o.teacher_layers(num_student_layers, num_teacher_layers) for o in self.objectives))
+        return set().union(
+            *(o.teacher_layers(num_student_layers, num_teacher_layers) for o in self.objectives)
+        )
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
         return _WeightedSum([o.criterion(student, teacher) for o in self.objectives], self.weights)

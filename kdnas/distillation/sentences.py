@@ -60,7 +60,12 @@ class _SentenceState(Criterion):
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
         targets = torch.cat([self._vector(view) for view in teachers])
         self.variance.copy_(targets.var(0, correction=0).mean().clamp_min(1e-6))
-        fit_linear(self.projection, torch.cat([self._vector(view) for view in students]), targets, strength=1e-3)
+        fit_linear(
+            self.projection,
+            torch.cat([self._vector(view) for view in students]),
+            targets,
+            strength=1e-3,
+        )
 
 
 class SentenceSimilarity(Objective):
@@ -133,7 +138,9 @@ class _PairComparison(Criterion):
         super().__init__()
         self.terms = [Term("pair_comparison", 1.0)]
         self.head = nn.Sequential(
-            nn.Linear(student_width, student_width), nn.GELU(), nn.Linear(student_width, teacher_width + 1)
+            nn.Linear(student_width, student_width),
+            nn.GELU(),
+            nn.Linear(student_width, teacher_width + 1),
         )
         self.register_buffer("mean", torch.zeros(teacher_width + 1))
         self.register_buffer("std", torch.ones(teacher_width + 1))

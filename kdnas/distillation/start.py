@@ -48,7 +48,9 @@ class Start(ABC):
         """
 
     @abstractmethod
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         """Change the student's weights in place; the teacher is not changed.
 
         Args:
@@ -61,7 +63,9 @@ class Start(ABC):
 class RandomStart(Start):
     """Leave the random weights, as the original does."""
 
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         return Started()
 
 
@@ -75,7 +79,9 @@ class FromEmbeddings(Start):
         _check_sizes(student, teacher, "hidden_size")
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         self.check(student.config, teacher.config)
         theirs, ours = teacher.config.hidden_size, student.config.hidden_size
         basis_TS = torch.eye(ours) if ours == theirs else embedding_basis(teacher, ours)
@@ -106,36 +112,66 @@ class FromTeacher(Start):
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-        _check_sizes(student, teacher, "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        _check_sizes(
+            student,
+            teacher,
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+        )
 
     @torch.no_grad()
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]) -> Started:
+    def __call__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
+    ) -> Started:
         self.check(student.config, teacher.config)
-        ours, theirs, narrows = arch_of(student.config), arch_of(teacher.config), family_of(student.config).narrows
+        ours, theirs, narrows = (
+            arch_of(student.config),
+            arch_of(teacher.config),
+            family_of(student.config).narrows,
+        )
         if ours == theirs or (ours.hidden_size == theirs.hidden_size and not narrows):
             rest = ("num_attention_heads", "intermediate_size")
             if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
-                log.info("The layers of a %s are copied and cut, a worse start.", student.config.model_type)
+                log.info(
+                    "The layers of a %s are copied and cut, a worse start.",
+                    student.config.model_type,
+                )
             return self._copy(student, teacher)
         if not narrows:
-            log.info("A narrower %s starts from its teacher's embeddings alone.", student.config.model_type)
+            log.info(
+                "A narrower %s starts from its teacher's embeddings alone.",
+                student.config.model_type,
+            )
             return FromEmbeddings()(student, teacher, rows)
         return Started(copied_tables(student), narrow(student, teacher, rows))
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)
         student_layers, teacher_layers = family.layers(student), family.layers(teacher)
-        inside_layers = {id(parameter) for layer in student_layers for parameter in layer.parameters()}
-        heads = tuple(spread(student.config.num_attention_heads, teacher.config.num_attention_heads))
+        inside_layers = {
+            id(parameter) for layer in student_layers for parameter in layer.parameters()
+        }
+        heads = tuple(
+            spread(student.config.num_attention_heads, teacher.config.num_attention_heads)
+        )
         teacher_parameters = dict(teacher.named_parameters())
         for name, parameter in student.named_parameters():
             if id(parameter) not in inside_layers:
                 source = teacher_parameters[name]
                 # MPNet's table of distances has a column a head.
                 parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
-        for layer, number in zip(student_layers, kept_layers(len(student_layers), len(teacher_layers)), strict=True):
-            _copy_layer(layer, teacher_layers[number], family.names.intermediate, family.names.output)
-        return Started(frozenset(name for name, _ in student.named_parameters()), (heads,) * len(student_layers))
+        for layer, number in zip(
+            student_layers, kept_layers(len(student_layers), len(teacher_layers)), strict=True
+        ):
+            _copy_layer(
+                layer, teacher_layers[number], family.names.intermediate, family.names.output
+            )
+        return Started(
+            frozenset(name for name, _ in student.named_parameters()),
+            (heads,) * len(student_layers),
+        )
 
 
 def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: str) -> None:
@@ -143,7 +179,9 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
     for name in names:
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
-            raise UserError(f"{name} is {size}: no student starts from its teacher above the teacher's {largest}.")
+            raise UserError(
+                f"{name} is {size}: no student starts from its teacher above the teacher's {largest}."
+            )
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
@@ -159,10 +197,14 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
     for word_ids in words.split(WORDS_AT_ONCE):
-        states = embed(teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0].double()
+        states = embed(
+            teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)}
+        )[:, 0].double()
         sums, products = sums + states.sum(0), products + states.T @ states
     mean = sums / len(words)
-    _, vectors = torch.linalg.eigh(products / len(words) - mean.outer(mean))  # eigenvalues in ascending order
+    _, vectors = torch.linalg.eigh(
+        products / len(words) - mean.outer(mean)
+    )  # eigenvalues in ascending order
     return vectors[:, -width:].flip(-1).float()
 
 
@@ -171,8 +213,12 @@ def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: 
     wide_in: Any = source.get_submodule(intermediate)
     wide_out: Any = source.get_submodule(output)
     narrow_in: Any = layer.get_submodule(intermediate)
-    halves = len(wide_in.weight) // wide_out.weight.shape[1]  # 2: the neurons, and the gates of all of them
-    importance = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2)) * wide_out.weight.norm(dim=0)
+    halves = (
+        len(wide_in.weight) // wide_out.weight.shape[1]
+    )  # 2: the neurons, and the gates of all of them
+    importance = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2)) * wide_out.weight.norm(
+        dim=0
+    )
     kept = importance.topk(len(narrow_in.weight) // halves).indices.sort().values
     rows = torch.cat([kept + half * len(importance) for half in range(halves)])
     state = dict(source.state_dict())

@@ -56,8 +56,19 @@ def cache_key(
     more than float16 rounds it.
     """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
-    parts = [FORMAT, precision, teacher_sha256, rows.sha256, list(layers), rows.num_variants, computed_in]
-    parts += [hashlib.sha256(placed).hexdigest(), version("transformers")]  # another may compute them in another way
+    parts = [
+        FORMAT,
+        precision,
+        teacher_sha256,
+        rows.sha256,
+        list(layers),
+        rows.num_variants,
+        computed_in,
+    ]
+    parts += [
+        hashlib.sha256(placed).hexdigest(),
+        version("transformers"),
+    ]  # another may compute them in another way
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -93,7 +104,9 @@ def unpack(packed: np.ndarray) -> Tensor:
 
 def _tracked(places: list[tuple[int, int]], description: str) -> Iterable[tuple[int, int]]:
     is_quiet = logging.getLogger("kdnas").level > logging.INFO
-    return track(places, description, transient=True, disable=len(places) < 2 or is_quiet, show_speed=False)
+    return track(
+        places, description, transient=True, disable=len(places) < 2 or is_quiet, show_speed=False
+    )
 
 
 class StateCache:
@@ -145,7 +158,9 @@ class StateCache:
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
         """Of those, what is not there yet, by the names of the shards alone."""
         places = self._places(row_ids)
-        missing = (place for place in places if not any(self.folder.glob(f"{self._prefix(*place)}.*.bin")))
+        missing = (
+            place for place in places if not any(self.folder.glob(f"{self._prefix(*place)}.*.bin"))
+        )
         return sum(self._num_bytes(shard) for _, shard in missing)
 
     def build(
@@ -170,12 +185,19 @@ class StateCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             # What is whole is checked by all ranks at once; one computes the rest.
             places = self._places(row_ids)
-            names = {place: self._find(*place) for place in _tracked(places, "stored teacher states: check")}
+            names = {
+                place: self._find(*place)
+                for place in _tracked(places, "stored teacher states: check")
+            }
             if None in names.values():
                 with FileLock(self.folder / "lock"):
                     for leftover in self.folder.glob(".*.partial"):
                         leftover.unlink()
-                    names |= {place: self._find(*place, alone=True) for place in places if names[place] is None}
+                    names |= {
+                        place: self._find(*place, alone=True)
+                        for place in places
+                        if names[place] is None
+                    }
                     missing = [place for place in places if names[place] is None]
                     needed = sum(self._num_bytes(shard) for _, shard in missing)
                     if needed > self._free():
@@ -201,7 +223,10 @@ class StateCache:
         lengths = self.rows.lengths[sample_ids]
         ends = np.cumsum(lengths)
         states = np.empty((len(indices), int(ends[-1])), dtype=self._record)
-        touched = {int(shard): self._open(variant, int(shard)) for shard in np.unique(self._shard_of[sample_ids])}
+        touched = {
+            int(shard): self._open(variant, int(shard))
+            for shard in np.unique(self._shard_of[sample_ids])
+        }
         for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
             _, shard = touched[int(self._shard_of[sample_id])]
             start = self._start[sample_id]
@@ -214,7 +239,11 @@ class StateCache:
         return [unpack(layer_states) for layer_states in states]
 
     def _places(self, row_ids: IntArray | None) -> list[tuple[int, int]]:
-        shards = range(len(self._shard_rows)) if row_ids is None else np.unique(self._shard_of[row_ids]).tolist()
+        shards = (
+            range(len(self._shard_rows))
+            if row_ids is None
+            else np.unique(self._shard_of[row_ids]).tolist()
+        )
         return [(variant, shard) for variant in range(self.rows.num_variants) for shard in shards]
 
     def _num_tokens(self, shard: int) -> int:
@@ -246,12 +275,19 @@ class StateCache:
         return None
 
     def _fill(
-        self, missing: list[tuple[int, int]], teacher: Callable[[Batch], Sequence[Tensor]], batch_tokens: int
+        self,
+        missing: list[tuple[int, int]],
+        teacher: Callable[[Batch], Sequence[Tensor]],
+        batch_tokens: int,
     ) -> Iterator[tuple[tuple[int, int], str]]:
         """Compute and write shards; a shard is written while the next one is computed."""
         most = max((self._num_tokens(shard) for _, shard in missing), default=0)
-        buffers = [np.empty((len(self.layers), most), dtype=self._record) for _ in range(2)]  # fresh pages take time
-        pending: list[Future[str]] = []  # popped, not named: an error would keep a frame that keeps the error
+        buffers = [
+            np.empty((len(self.layers), most), dtype=self._record) for _ in range(2)
+        ]  # fresh pages take time
+        pending: list[
+            Future[str]
+        ] = []  # popped, not named: an error would keep a frame that keeps the error
         with ThreadPoolExecutor(1) as writer:
             for number, place in enumerate(_tracked(missing, "teacher states")):
                 states = self._compute(*place, teacher, batch_tokens, buffers[number % 2])
@@ -304,7 +340,9 @@ class StateCache:
 
     def _free(self) -> int:
         """Free bytes of the disk; the folder itself may be what did not fit."""
-        return shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+        return shutil.disk_usage(
+            next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        ).free
 
     def _no_room(self, needed: int) -> UserError:
         return UserError(
@@ -319,14 +357,24 @@ class StateCache:
             shape, path = (len(self.layers), self._num_tokens(shard)), self.folder / name
             try:
                 with path.open("rb") as file:
-                    is_whole = os.fstat(file.fileno()).st_size == self._num_bytes(shard)  # beyond its end is a SIGBUS
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if is_whole else None
+                    is_whole = os.fstat(file.fileno()).st_size == self._num_bytes(
+                        shard
+                    )  # beyond its end is a SIGBUS
+                    mapped = (
+                        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if is_whole else None
+                    )
             except FileNotFoundError:
                 mapped = None
             if mapped is None:
-                raise OSError(errno.ESTALE, "Stored teacher states were removed or cut while in use", str(path))
+                raise OSError(
+                    errno.ESTALE,
+                    "Stored teacher states were removed or cut while in use",
+                    str(path),
+                )
             found = mapped, np.frombuffer(mapped, dtype=self._record).reshape(shape)
             if len(self._maps) >= MOST_MAPS:
-                del self._maps[next(iter(self._maps))]  # the one that was not used for the longest time
+                del self._maps[
+                    next(iter(self._maps))
+                ]  # the one that was not used for the longest time
         self._maps[name] = found
         return found

@@ -78,7 +78,9 @@ class StatesSettings:
 
     def __post_init__(self) -> None:
         if not self.max_gb >= 0:
-            raise UserError(f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live).")
+            raise UserError(
+                f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live)."
+            )
 
 
 class LiveTeacher:
@@ -131,11 +133,18 @@ class TeacherStates:
         """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device; all layers by default."""
         device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
-        return {layer: states.to(device) for layer, states in zip(layers, self.source(batch, layers), strict=True)}
+        return {
+            layer: states.to(device)
+            for layer, states in zip(layers, self.source(batch, layers), strict=True)
+        }
 
 
 def state_cache(
-    teacher: Teacher, data: KDDataModule, layers: Iterable[int], settings: StatesSettings, device: str = "cpu"
+    teacher: Teacher,
+    data: KDDataModule,
+    layers: Iterable[int],
+    settings: StatesSettings,
+    device: str = "cpu",
 ) -> StateCache:
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
@@ -144,7 +153,9 @@ def state_cache(
     computed_in = autocast_dtype(torch.device(device).type)
     key = cache_key(teacher.sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
-    return StateCache(folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order)
+    return StateCache(
+        folder, data.rows, wanted, teacher.config.hidden_size, settings.precision, order
+    )
 
 
 def open_states(
@@ -180,24 +191,42 @@ def open_states(
     else:
         source = cache
         missing = cache.num_missing_bytes(row_ids)
-        new = f"{missing / 1e9:.2f} GB of them are computed now" if missing else "all of them are there"
-        if missing and not folder.exists() and folder.parent.exists() and any(folder.parent.glob("*/lock")):
+        new = (
+            f"{missing / 1e9:.2f} GB of them are computed now"
+            if missing
+            else "all of them are there"
+        )
+        if (
+            missing
+            and not folder.exists()
+            and folder.parent.exists()
+            and any(folder.parent.glob("*/lock"))
+        ):
             new += " (what lies beside it is of another teacher, text or setting, and is not used)"
         log.info("Teacher states: %.2f GB in %s, %s", size / 1e9, folder, new)
         batch_tokens = (
-            data.settings.batch_tokens if device != "cpu" else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
+            data.settings.batch_tokens
+            if device != "cpu"
+            else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
         )
         cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
     num_rows, settings_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
-    measured_file = folder / f"measured_{num_rows}_{settings_tokens}.json"  # on what, and in which batches
+    measured_file = (
+        folder / f"measured_{num_rows}_{settings_tokens}.json"
+    )  # on what, and in which batches
     measured_file.parent.mkdir(parents=True, exist_ok=True)
     measured = _read_measured(measured_file)
     if measured is None:
         with FileLock(folder / "lock"):
-            measured = _read_measured(measured_file, alone=True)  # another process may have measured meanwhile
+            measured = _read_measured(
+                measured_file, alone=True
+            )  # another process may have measured meanwhile
             if measured is None:
                 stats, ends = measured = measure(teacher.model, source, wanted, data, device)
-                plain = {"layers": {str(layer): asdict(found) for layer, found in stats.items()}, "ends": asdict(ends)}
+                plain = {
+                    "layers": {str(layer): asdict(found) for layer, found in stats.items()},
+                    "ends": asdict(ends),
+                }
                 write_json(measured_file, plain | {"sha256": _sha256(plain)})
     return TeacherStates(source, wanted, teacher.config.hidden_size, *measured)
 
@@ -206,7 +235,9 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_measured(path: Path, alone: bool = False) -> tuple[dict[int, LayerStats], ShareEnds] | None:
+def _read_measured(
+    path: Path, alone: bool = False
+) -> tuple[dict[int, LayerStats], ShareEnds] | None:
     """What was measured before; None where it was not, or is damaged, which one that is ``alone`` says."""
     try:
         found = read_json(path)
@@ -227,7 +258,11 @@ def _to(batch: Batch, device: str) -> Batch:
 
 
 def measure(
-    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
+    model: PreTrainedModel,
+    source: StateSource,
+    layers: Sequence[int],
+    data: KDDataModule,
+    device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
     """What a student's errors are held against; the same for every split and rank.
 
@@ -239,16 +274,22 @@ def measure(
         device: where the model runs.
     """
     model.to(device)  # type: ignore[arg-type]
-    return _stats(model, source, layers, data, device), _ends(model, source, layers[-1], data, device)
+    return _stats(model, source, layers, data, device), _ends(
+        model, source, layers[-1], data, device
+    )
 
 
 @torch.no_grad()
-def _ends(model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str) -> ShareEnds:
+def _ends(
+    model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
+) -> ShareEnds:
     """By the probe that a student is measured by, on the same batches in the same order."""
     assert data.rows is not None
     width = model.config.hidden_size
     # One rank measures while the others wait: there is nobody to add sums with.
-    context_free, teacher = (RidgeProbe(width, width, TOKEN_STRENGTH, False).to(device) for _ in range(2))
+    context_free, teacher = (
+        RidgeProbe(width, width, TOKEN_STRENGTH, False).to(device) for _ in range(2)
+    )
     for index in _batches(data, data.held_out_ids()):
         batch = _to(data.rows[index], device)
         target = source(batch, [layer])[0].to(device)
@@ -259,18 +300,32 @@ def _ends(model: PreTrainedModel, source: StateSource, layer: int, data: KDDataM
 
 @torch.no_grad()
 def _stats(
-    model: PreTrainedModel, source: StateSource, layers: Sequence[int], data: KDDataModule, device: str
+    model: PreTrainedModel,
+    source: StateSource,
+    layers: Sequence[int],
+    data: KDDataModule,
+    device: str,
 ) -> dict[int, LayerStats]:
     """Variance of each layer, and the error of the best context-free predictor of it.
 
     Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
     """
     embedded, states = [], []
-    for ids in (data.select("mini").train_ids(), data.held_out_ids()):  # the same ones for every split
+    for ids in (
+        data.select("mini").train_ids(),
+        data.held_out_ids(),
+    ):  # the same ones for every split
         batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
-        embedded.append(torch.cat([embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]))
+        embedded.append(
+            torch.cat(
+                [embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]
+            )
+        )
         # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
-        sampled = [[within_half(state).half().cpu() for state in source(batch, layers)] for batch in batches]
+        sampled = [
+            [within_half(state).half().cpu() for state in source(batch, layers)]
+            for batch in batches
+        ]
         states.append([torch.cat(parts) for parts in zip(*sampled, strict=True)])
     stats = {}
     for layer, *halves in zip(layers, *states, strict=True):
@@ -296,4 +351,6 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
     """As the loader's of held-out rows, but that is this rank's alone."""
     assert data.rows is not None
-    return LengthGroupedBatches(data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False)
+    return LengthGroupedBatches(
+        data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
+    )

@@ -33,12 +33,19 @@ class StudentArch:
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
-        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"):
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "intermediate_size",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1.")
         if not isinstance(self.hidden_act, str):
-            raise UserError(f"hidden_act is {self.hidden_act!r}: give the name of an activation, such as gelu.")
+            raise UserError(
+                f"hidden_act is {self.hidden_act!r}: give the name of an activation, such as gelu."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads: "
@@ -65,10 +72,14 @@ class StudentArch:
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:
-                raise UserError(f"{name!r} is no field of a student architecture.{nearest(name, names)}")
+                raise UserError(
+                    f"{name!r} is no field of a student architecture.{nearest(name, names)}"
+                )
         missing = [name for name in names[:4] if name not in values]
         if missing:
-            raise UserError(f"The student architecture lacks {', '.join(missing)}: give every size.")
+            raise UserError(
+                f"The student architecture lacks {', '.join(missing)}: give every size."
+            )
         return cls(**values)
 
     def to_yaml(self, path: Path) -> None:

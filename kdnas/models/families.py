@@ -104,17 +104,23 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     scores = dot_scores(
-        *apply_rotary_pos_emb(query, key, *model.rotary_emb(query, places[None], module.attention_type))
+        *apply_rotary_pos_emb(
+            query, key, *model.rotary_emb(query, places[None], module.attention_type)
+        )
     )
     window = module.attn.sliding_window
     if window is None:
         return scores
-    return scores.masked_fill((places[:, None] - places).abs() >= window, torch.finfo(scores.dtype).min)
+    return scores.masked_fill(
+        (places[:, None] - places).abs() >= window, torch.finfo(scores.dtype).min
+    )
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
     """The tables keep their width, unless it is the hidden size."""
-    return {"embedding_size": arch.hidden_size} if config.embedding_size == config.hidden_size else {}
+    return (
+        {"embedding_size": arch.hidden_size} if config.embedding_size == config.hidden_size else {}
+    )
 
 
 def _deberta_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
@@ -132,7 +138,9 @@ def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
 
 _BERT = Family()
 # Positions are counted from the padding id, which is 1 in all published checkpoints: positions minus 2.
-_ROBERTA = Family(max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1)
+_ROBERTA = Family(
+    max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1
+)
 
 # model_type of config.json -> row
 FAMILIES: Mapping[str, Family] = {
@@ -185,13 +193,17 @@ FAMILIES: Mapping[str, Family] = {
             attention_output="attention.attn.o",
             attention_norm="attention.LayerNorm",
         ),
-        max_length=lambda config: config.max_position_embeddings - 2,  # its code takes 1 for the padding id
+        max_length=lambda config: (
+            config.max_position_embeddings - 2
+        ),  # its code takes 1 for the padding id
         scores=_mpnet_scores,
         narrows=False,  # all layers share the heads' numbers for distances
     ),
     "deberta-v2": Family(
         names=LayerNames(
-            query="attention.self.query_proj", key="attention.self.key_proj", value="attention.self.value_proj"
+            query="attention.self.query_proj",
+            key="attention.self.key_proj",
+            value="attention.self.value_proj",
         ),
         follows=_deberta_follows,
         build={},
@@ -264,7 +276,10 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Give a classifier's classes names, in the order of its outputs."""
-    config.id2label, config.label2id = dict(enumerate(names)), {name: label for label, name in enumerate(names)}
+    config.id2label, config.label2id = (
+        dict(enumerate(names)),
+        {name: label for label, name in enumerate(names)},
+    )
 
 
 def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -272,15 +287,23 @@ def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
 
     And nowhere else: other models have no use for them, or refuse them.
     """
-    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or marks_pairs(config)]
+    names = [
+        name
+        for name in tokenizer.model_input_names
+        if name != "token_type_ids" or marks_pairs(config)
+    ]
     names += ["token_type_ids"] * (marks_pairs(config) and "token_type_ids" not in names)
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is what is saved
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = (
+        names  # the latter is what is saved
+    )
 
 
 def arch_of(config: PreTrainedConfig) -> StudentArch:
     """The shape that a config asks for, whatever its family calls the fields."""
     names = family_of(config).fields
-    return StudentArch(**{f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)})
+    return StudentArch(
+        **{f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)}
+    )
 
 
 def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
@@ -305,10 +328,16 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:
-        raise UserError(f"The activation {arch.hidden_act!r} is unknown.{nearest(arch.hidden_act, ACT2FN)}")
+        raise UserError(
+            f"The activation {arch.hidden_act!r} is unknown.{nearest(arch.hidden_act, ACT2FN)}"
+        )
     check_heads(teacher_config, arch.hidden_size, arch.num_attention_heads)
     config = copy.deepcopy(teacher_config)
-    config.architectures, config.problem_type, config.num_labels = None, None, 2  # a fine-tuned teacher's are its own
+    config.architectures, config.problem_type, config.num_labels = (
+        None,
+        None,
+        2,
+    )  # a fine-tuned teacher's are its own
     values = {family.fields.get(name, name): value for name, value in arch.to_dict().items()}
     for name, value in (values | family.follows(teacher_config, arch)).items():
         setattr(config, name, value)
@@ -322,4 +351,6 @@ def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor,
     if names.query != names.key:
         return linear.weight, linear.bias
     third = ("query", "key", "value").index(part)
-    return linear.weight.chunk(3)[third], None if linear.bias is None else linear.bias.chunk(3)[third]
+    return linear.weight.chunk(3)[third], None if linear.bias is None else linear.bias.chunk(3)[
+        third
+    ]

@@ -17,7 +17,11 @@ class HubAway(OSError):
 
 def looked_in() -> str:
     """Where what it has is looked for, in words."""
-    return "in the hub's cache (HF_HUB_OFFLINE is set)" if huggingface_hub.is_offline_mode() else "on the hub"
+    return (
+        "in the hub's cache (HF_HUB_OFFLINE is set)"
+        if huggingface_hub.is_offline_mode()
+        else "on the hub"
+    )
 
 
 def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:

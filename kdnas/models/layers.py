@@ -23,7 +23,9 @@ class LayerMapping(ABC):
     """A rule that gives each student layer its teacher layers, or none."""
 
     @abstractmethod
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         """The teacher layers of one student layer, in the order in which their states are concatenated."""
 
     def __call__(self, num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, ...]]:
@@ -40,17 +42,24 @@ class LayerMapping(ABC):
                 f"A student of {num_student_layers} layers cannot learn from a teacher of {num_teacher_layers}: "
                 f"give it 1 to {num_teacher_layers}."
             )
-        pairs = [self.layers(i, num_student_layers, num_teacher_layers) for i in range(num_student_layers)]
+        pairs = [
+            self.layers(i, num_student_layers, num_teacher_layers)
+            for i in range(num_student_layers)
+        ]
         for layer in {layer for pair in pairs for layer in pair}:
             if not 0 <= layer < num_teacher_layers:
-                raise UserError(f"The mapping names teacher layer {layer}: there are 0 to {num_teacher_layers - 1}.")
+                raise UserError(
+                    f"The mapping names teacher layer {layer}: there are 0 to {num_teacher_layers - 1}."
+                )
         return pairs
 
 
 class Last(LayerMapping):
     """The last L_s layers: ``L_t - L_s + i``."""
 
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         return (num_teacher_layers - num_student_layers + student_layer,)
 
 
@@ -61,14 +70,18 @@ class Skip(LayerMapping):
     12 -> 7 to 10.
     """
 
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         return (student_layer * (num_teacher_layers // num_student_layers),)
 
 
 class LastAndSkip(LayerMapping):
     """Two teacher layers a student layer, ``Last`` then ``Skip``, as in the original; ``HiddenStates`` has it unset."""
 
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         sizes = (student_layer, num_student_layers, num_teacher_layers)
         return Last().layers(*sizes) + Skip().layers(*sizes)
 
@@ -76,13 +89,21 @@ class LastAndSkip(LayerMapping):
 class Even(LayerMapping):
     """Evenly spread, the last student layer at the teacher's last: ``round((i + 1) * L_t / L_s) - 1``."""
 
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         # Integer arithmetic, halves rounded up: round() would send them to the even neighbour.
-        return ((2 * (student_layer + 1) * num_teacher_layers + num_student_layers) // (2 * num_student_layers) - 1,)
+        return (
+            (2 * (student_layer + 1) * num_teacher_layers + num_student_layers)
+            // (2 * num_student_layers)
+            - 1,
+        )
 
 
 class LastLayer(LayerMapping):
     """The student's last layer learns the teacher's last; the others learn nothing directly."""
 
-    def layers(self, student_layer: int, num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
+    def layers(
+        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
+    ) -> tuple[int, ...]:
         return (num_teacher_layers - 1,) if student_layer == num_student_layers - 1 else ()

@@ -20,7 +20,12 @@ class FailOnNonFiniteLoss(pl.Callback):
     """Ends a fit whose loss is NaN or infinite: no later step can mend it."""
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         loss = float(outputs["loss"])
         if not math.isfinite(loss):
@@ -124,7 +129,11 @@ class RewardAfterFit(pl.Callback):
         measured = self.latency.latency
         last = pl_module.history[-1]
         self.reward = reward(
-            last["loss"], measured.student.median_ms, measured.teacher.median_ms, self.alpha, self.beta
+            last["loss"],
+            measured.student.median_ms,
+            measured.teacher.median_ms,
+            self.alpha,
+            self.beta,
         )
         if isinstance(trainer.logger, TensorBoardLogger):
             metrics = {

@@ -79,13 +79,25 @@ class Budget:
         found = [(0.0, "")]
         if self.speedup is not None:
             excess = self.speedup / latency.speedup - 1
-            found.append((excess, f"{latency.speedup:.2f}x as fast as the teacher, {self.speedup:g}x is asked for"))
+            found.append(
+                (
+                    excess,
+                    f"{latency.speedup:.2f}x as fast as the teacher, {self.speedup:g}x is asked for",
+                )
+            )
         if self.latency_ms is not None:
             excess = latency.student.median_ms / self.latency_ms - 1
-            found.append((excess, f"{latency.student.median_ms:.3f} ms, {self.latency_ms:g} ms is asked for"))
+            found.append(
+                (excess, f"{latency.student.median_ms:.3f} ms, {self.latency_ms:g} ms is asked for")
+            )
         if self.num_parameters is not None:
             excess = latency.num_parameters / self.num_parameters - 1
-            found.append((excess, f"{latency.num_parameters:,} parameters, {self.num_parameters:,} are asked for"))
+            found.append(
+                (
+                    excess,
+                    f"{latency.num_parameters:,} parameters, {self.num_parameters:,} are asked for",
+                )
+            )
         return max(found)
 
 
@@ -152,15 +164,22 @@ class Evaluator:
                 torch.manual_seed(self.seed)
                 module = HiddenStateDistillModule(self.teacher, arch, self.recipe)
                 module.states, module.calibration = self.states, self.calibration
-                trainer = make_trainer(self.trainer, self.folder(trial.number), self.num_epochs, callbacks)
+                trainer = make_trainer(
+                    self.trainer, self.folder(trial.number), self.num_epochs, callbacks
+                )
                 fit(trainer, module, self.data.select("mini"))
         except optuna.TrialPruned:
             trial.set_user_attr("seconds", time.monotonic() - started)
             raise
         finally:
-            self.stillness.release(force=True)  # whoever was interrupted between two steps holds it no more
+            self.stillness.release(
+                force=True
+            )  # whoever was interrupted between two steps holds it no more
         optimizer: Any = trainer.optimizers[0]
-        for name, tensors in ((WEIGHTS, module.state_dict()), (OPTIMIZER, optimizer.tensors(module))):
+        for name, tensors in (
+            (WEIGHTS, module.state_dict()),
+            (OPTIMIZER, optimizer.tensors(module)),
+        ):
             path = self.folder(trial.number) / name
             with new_file(path) as file:
                 file.write(save(tensors))

@@ -51,7 +51,12 @@ class ModelRanking(Generic[Arch]):
         def best(part: Sequence[tuple[Arch, float]]) -> tuple[Arch, float] | None:
             return max(part, key=lambda pair: pair[1], default=None)
 
-        return cls(episode, best(trained), best(trained[start:]), best(trained[max(0, start - num_candidates) : start]))
+        return cls(
+            episode,
+            best(trained),
+            best(trained[start:]),
+            best(trained[max(0, start - num_candidates) : start]),
+        )
 
     def __str__(self) -> str:
         leaders = (
@@ -82,7 +87,10 @@ def describe(values: Sequence[Any]) -> Tensor:
 
     Numbers above 0: the place of the logarithm between those of the least (-1) and the greatest (1). Else one-hot.
     """
-    are_sizes = all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values)
+    are_sizes = all(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        for value in values
+    )
     if not are_sizes or min(values) == max(values):
         return torch.eye(len(values))
     logs = torch.tensor(values, dtype=torch.float64).log()
@@ -95,7 +103,11 @@ def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
 
 
 def likely_feasible(
-    choices: Sequence[Sequence[Any]], known_KF: Tensor, feasible_K: Tensor, pool_PF: Tensor, least: float = 0.2
+    choices: Sequence[Sequence[Any]],
+    known_KF: Tensor,
+    feasible_K: Tensor,
+    pool_PF: Tensor,
+    least: float = 0.2,
 ) -> Tensor:
     """Which points of a pool are not sure to break a constraint, (P,) bool: at least one.
 
@@ -111,13 +123,16 @@ def likely_feasible(
     """
     tables = [describe(values) for values in choices]
     known_KC, pool_PC = (
-        functional.pad(featurise(tables, points).double(), (1, 0), value=1) for points in (known_KF, pool_PF)
+        functional.pad(featurise(tables, points).double(), (1, 0), value=1)
+        for points in (known_KF, pool_PF)
     )
     weights_C = known_KC.new_zeros(known_KC.shape[1])
     for _ in range(20):
         predicted_K = (known_KC @ weights_C).sigmoid()
         slope_C = known_KC.T @ (predicted_K - feasible_K.double()) + 0.1 * weights_C
-        curve_CC = known_KC.T @ (known_KC * (predicted_K * (1 - predicted_K))[:, None]) + 0.1 * torch.eye(len(slope_C))
+        curve_CC = known_KC.T @ (
+            known_KC * (predicted_K * (1 - predicted_K))[:, None]
+        ) + 0.1 * torch.eye(len(slope_C))
         weights_C = weights_C - torch.linalg.solve(curve_CC, slope_C)
     likely_P = (pool_PC @ weights_C).sigmoid()
     return likely_P >= likely_P.max().clamp(max=least)
@@ -146,8 +161,12 @@ class History:
         The best before the episode, the best of the episode before it (-1 where there is none), and its candidates.
         """
         start = episode * self.num_candidates
-        ranking = ModelRanking.of(list(enumerate(self.rewards_T[:start].tolist())), self.num_candidates)
-        leaders = [-1 if best is None else best[0] for best in (ranking.global_best, ranking.previous_best)]
+        ranking = ModelRanking.of(
+            list(enumerate(self.rewards_T[:start].tolist())), self.num_candidates
+        )
+        leaders = [
+            -1 if best is None else best[0] for best in (ranking.global_best, ranking.previous_best)
+        ]
         return [*leaders, *range(start, min(start + self.num_candidates, len(self)))]
 
 
@@ -157,7 +176,9 @@ class Controller(nn.Module):
     torch's global generator is left as it is.
     """
 
-    def propose(self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float) -> int:
+    def propose(
+        self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float
+    ) -> int:
         """The pool's index of the point to train next.
 
         Args:
@@ -171,7 +192,9 @@ class Controller(nn.Module):
             return int(torch.randint(len(pool_PF), (), generator=generator))
         return int(self.scores(history, pool_PF, generator, explores).argmax())
 
-    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
+    def scores(
+        self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
+    ) -> Tensor:
         """Learn from the history (two points at least), and score the pool, shape (P,); the highest is picked."""
         raise NotImplementedError
 
@@ -214,7 +237,9 @@ class RewardLSTM(Controller):
             self.lstm = nn.LSTM(len(choices) * embedding_size + 1, hidden_size, batch_first=True)
             self.head = nn.Linear(hidden_size, 1)
 
-    def forward(self, points_BSF: Tensor, before_BS: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, points_BSF: Tensor, before_BS: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
         """The reward of each token's point, (B, S), and the state after the last.
 
         Args:
@@ -226,7 +251,9 @@ class RewardLSTM(Controller):
         hidden_BSH, state = self.lstm(torch.cat([*embedded, before_BS[..., None]], -1), state)
         return self.head(hidden_BSH)[..., 0], state
 
-    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
+    def scores(
+        self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
+    ) -> Tensor:
         if explores:
             return torch.rand(len(pool_PF), generator=generator)
         # The last row, which -1 finds, is "none yet".
@@ -247,8 +274,13 @@ class RewardLSTM(Controller):
             context_S = torch.tensor(history.tokens(now))
             before_S = functional.pad(rewards_T[context_S], (1, 0))
             _, (hidden, cell) = self(points_TF[context_S][None], before_S[None, :-1])
-            state = (hidden.expand(-1, len(pool_PF), -1).contiguous(), cell.expand(-1, len(pool_PF), -1).contiguous())
-            return self((pool_PF + 1)[:, None], before_S[-1:].expand(len(pool_PF), 1), state)[0][:, 0]
+            state = (
+                hidden.expand(-1, len(pool_PF), -1).contiguous(),
+                cell.expand(-1, len(pool_PF), -1).contiguous(),
+            )
+            return self((pool_PF + 1)[:, None], before_S[-1:].expand(len(pool_PF), 1), state)[0][
+                :, 0
+            ]
 
 
 class EnsembleLSTM(Controller):
@@ -289,7 +321,9 @@ class EnsembleLSTM(Controller):
         self.num_updates, self.learning_rate = num_updates, learning_rate
         self.tables = [describe(values) for values in choices]
         self.one_hots = [torch.eye(len(values)) for values in choices]
-        num_features, num_choices = (sum(t.shape[1] for t in tables) for tables in (self.tables, self.one_hots))
+        num_features, num_choices = (
+            sum(t.shape[1] for t in tables) for tables in (self.tables, self.one_hots)
+        )
         self.pairs = torch.triu_indices(num_features, num_features)
 
         def drawn(fan_in: int) -> nn.Parameter:
@@ -299,9 +333,13 @@ class EnsembleLSTM(Controller):
         self.from_token, self.from_state = drawn(num_features + 1), drawn(hidden_size)
         self.bias = nn.Parameter(torch.zeros(num_members, 1, 4 * hidden_size))
         self.v = nn.Parameter(torch.zeros(num_members, hidden_size, 1))
-        self.w = nn.Parameter(torch.zeros(num_members, 1 + num_choices + num_features + self.pairs.shape[1], 1))
+        self.w = nn.Parameter(
+            torch.zeros(num_members, 1 + num_choices + num_features + self.pairs.shape[1], 1)
+        )
 
-    def forward(self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
         """The standardised reward of each token's point, (M, B, S), and the LSTMs' state after the last.
 
         Args:
@@ -314,29 +352,43 @@ class EnsembleLSTM(Controller):
         features_MNC, before_MN1 = features_MBSC.flatten(1, 2), before_MBS.flatten(1)[..., None]
         products_MND = features_MNC[..., self.pairs[0]] * features_MNC[..., self.pairs[1]]
         one_hot_MND = featurise(self.one_hots, points_MBSF).flatten(1, 2)
-        phi_MND = torch.cat([torch.ones_like(before_MN1), one_hot_MND, features_MNC, products_MND], -1)
-        gates_MNG = torch.baddbmm(self.bias, torch.cat([features_MNC, before_MN1], -1), self.from_token)
+        phi_MND = torch.cat(
+            [torch.ones_like(before_MN1), one_hot_MND, features_MNC, products_MND], -1
+        )
+        gates_MNG = torch.baddbmm(
+            self.bias, torch.cat([features_MNC, before_MN1], -1), self.from_token
+        )
         hidden_MBH, cell_MBH = state or (torch.zeros(*size[:2], self.v.shape[1]),) * 2
         hidden = []
         for gates_MBG in gates_MNG.unflatten(1, size[1:]).unbind(2):
-            enter, keep, leave, new = torch.baddbmm(gates_MBG, hidden_MBH, self.from_state).chunk(4, -1)
+            enter, keep, leave, new = torch.baddbmm(gates_MBG, hidden_MBH, self.from_state).chunk(
+                4, -1
+            )
             cell_MBH = (keep + 1).sigmoid() * cell_MBH + enter.sigmoid() * new.tanh()
             hidden_MBH = leave.sigmoid() * cell_MBH.tanh()
             hidden.append(hidden_MBH)
         predicted_MN1 = phi_MND @ self.w + torch.stack(hidden, 2).flatten(1, 2) @ self.v
         return predicted_MN1.view(size), (hidden_MBH, cell_MBH)
 
-    def scores(self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool) -> Tensor:
-        rewards_T = (history.rewards_T - history.rewards_T.mean()) / history.rewards_T.std().clamp_min(1e-9)
+    def scores(
+        self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
+    ) -> Tensor:
+        rewards_T = (
+            history.rewards_T - history.rewards_T.mean()
+        ) / history.rewards_T.std().clamp_min(1e-9)
         self._learn(history.points_TF, rewards_T, generator)
         num_members, size = len(self.w), (len(self.w), len(pool_PF))
-        tokens = [token for token in history.tokens(len(history) // history.num_candidates) if token >= 0]
+        tokens = [
+            token for token in history.tokens(len(history) // history.num_candidates) if token >= 0
+        ]
         before_S = functional.pad(rewards_T[tokens], (1, 0))
         with torch.no_grad():
             context_M1SF = history.points_TF[tokens].expand(num_members, 1, -1, -1)
             _, (hidden, cell) = self(context_M1SF, before_S[:-1].expand(num_members, 1, -1))
             state = (hidden.expand(*size, -1), cell.expand(*size, -1))
-            predicted_MP1, _ = self(pool_PF[:, None].expand(*size, 1, -1), before_S[-1].expand(*size, 1), state)
+            predicted_MP1, _ = self(
+                pool_PF[:, None].expand(*size, 1, -1), before_S[-1].expand(*size, 1), state
+            )
         if explores:
             return predicted_MP1[int(torch.randint(num_members, (), generator=generator)), :, 0]
         return predicted_MP1.mean(0)[:, 0]
@@ -347,9 +399,13 @@ class EnsembleLSTM(Controller):
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
         num_tokens = min(self.MAX_TOKENS, len(rewards_T))
         for _ in range(self.num_updates):
-            tokens_MBS = torch.rand(size, generator=generator).topk(num_tokens, largest=False).indices
+            tokens_MBS = (
+                torch.rand(size, generator=generator).topk(num_tokens, largest=False).indices
+            )
             rewards_MBS = rewards_T[tokens_MBS]
-            predicted_MBS, _ = self(points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0)))
+            predicted_MBS, _ = self(
+                points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0))
+            )
             weights_MBS = counts_MT[:, None].expand(size).gather(2, tokens_MBS)
             # Summed over members: each learns by itself.
             error = (weights_MBS * (predicted_MBS - rewards_MBS).square()).mean((1, 2)).sum()

@@ -34,7 +34,11 @@ ITS_OWN = {
 def failure_of(trial: FrozenTrial) -> str | None:
     """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
     reason = trial.user_attrs.get("failed")
-    if trial.state != TrialState.FAIL or "not_needed" in trial.user_attrs or (reason or "").startswith("interrupted"):
+    if (
+        trial.state != TrialState.FAIL
+        or "not_needed" in trial.user_attrs
+        or (reason or "").startswith("interrupted")
+    ):
         return None
     if reason is None and {"arch", "retry_of"} <= trial.user_attrs.keys():
         of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
@@ -49,7 +53,9 @@ def trained(study: Study) -> list[FrozenTrial]:
 
 def tried(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that were trained, to their end or until the pruner had seen enough."""
-    first: dict[StudentArch, FrozenTrial] = {}  # two workers may have been at the same one at the same time
+    first: dict[
+        StudentArch, FrozenTrial
+    ] = {}  # two workers may have been at the same one at the same time
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         was_trained = trial.state == TrialState.COMPLETE or trial.intermediate_values
         if was_trained and "twin_of" not in trial.user_attrs:
@@ -71,7 +77,11 @@ def settled(study: Study) -> list[FrozenTrial]:
     """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
     trials = study.get_trials(deepcopy=False)
     again = superseded(trials)
-    finished = [t for t in trials if t.state.is_finished() and t.number not in again and "arch" in t.user_attrs]
+    finished = [
+        t
+        for t in trials
+        if t.state.is_finished() and t.number not in again and "arch" in t.user_attrs
+    ]
     return [t for t in finished if t.state != TrialState.FAIL or failure_of(t)]
 
 
@@ -82,7 +92,9 @@ def superseded(trials: Iterable[FrozenTrial]) -> set[int]:
 
 def failed(study: Study) -> list[FrozenTrial]:
     """The trials of distinct candidates that failed by their own fault."""
-    return [t for t in settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs]
+    return [
+        t for t in settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs
+    ]
 
 
 def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
@@ -108,10 +120,14 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
                 f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
             ) from error
         if tried(study) and not trained(study):
-            raise UserError("The pruner ended every candidate: give another, or --pruner none.") from error
+            raise UserError(
+                "The pruner ended every candidate: give another, or --pruner none."
+            ) from error
         if len(seen(study)) < len(space) and math.isfinite(seconds):
             minutes = f"{seconds / 60:g}"
-            raise UserError(f"No student within the budget was trained in {minutes} minutes: give more.") from error
+            raise UserError(
+                f"No student within the budget was trained in {minutes} minutes: give more."
+            ) from error
         raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
@@ -133,7 +149,9 @@ def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
 
 def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
     """End a trial as its twin ended."""
-    trial.set_user_attr("twin_of", twin.number)  # first: after a kill, what is copied below is not taken for its own
+    trial.set_user_attr(
+        "twin_of", twin.number
+    )  # first: after a kill, what is copied below is not taken for its own
     for name, value in twin.user_attrs.items():
         if name not in ITS_OWN:
             trial.set_user_attr(name, value)
@@ -152,10 +170,14 @@ def unseen(study: Study, space: SearchSpace, turn: int) -> FrozenTrial | None:
     known = seen(study)
     found = [arch for arch in space if arch not in known]
     others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    taken = [trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others]
+    taken = [
+        trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others
+    ]
     found = [arch for arch in found if arch.to_dict() not in taken]
     if not found:
         return None
     draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
     system_attrs = {"fixed_params": found[draw % len(found)].to_dict()}
-    return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs={"queued_for": turn})
+    return create_trial(
+        state=TrialState.WAITING, system_attrs=system_attrs, user_attrs={"queued_for": turn}
+    )

@@ -6,7 +6,11 @@ from kdnas.system.errors import UserError
 
 
 def reward(
-    loss: float, latency_student: float, latency_teacher: float, alpha: float = -0.06, beta: float = 0.6
+    loss: float,
+    latency_student: float,
+    latency_teacher: float,
+    alpha: float = -0.06,
+    beta: float = 0.6,
 ) -> float:
     """``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
 
@@ -42,6 +46,8 @@ def reward(
         if not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0.")
     if not -math.inf < alpha <= 0:
-        raise UserError(f"alpha is {alpha}: give 0 or less, or a slower student would be worth more.")
+        raise UserError(
+            f"alpha is {alpha}: give 0 or less, or a slower student would be worth more."
+        )
     factor = (latency_student / (beta * latency_teacher)) ** alpha
     return (1 - loss) * factor if loss <= 1 else (1 - loss) / factor

@@ -16,7 +16,14 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from kdnas.nas.controller import Controller, EnsembleLSTM, History, RewardLSTM, exploration_ratio, likely_feasible
+from kdnas.nas.controller import (
+    Controller,
+    EnsembleLSTM,
+    History,
+    RewardLSTM,
+    exploration_ratio,
+    likely_feasible,
+)
 from kdnas.nas.record import superseded
 from kdnas.system.errors import UserError, first_line, nearest
 
@@ -83,7 +90,9 @@ class PerTrialSeed(BaseSampler):
             self._samplers[trial.number] = self._make(seed_of(self._seed, turn_of(study, trial)))
         return self._samplers[trial.number]
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         return self._of(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -92,14 +101,22 @@ class PerTrialSeed(BaseSampler):
         return self._of(study, trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
-        return self._of(study, trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._of(study, trial).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._of(study, trial).before_trial(study, trial)
 
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
         self._of(study, trial).after_trial(study, trial, state, values)
         self._samplers.pop(trial.number, None)
 
@@ -143,7 +160,9 @@ class LSTMSampler(BaseSampler):
         """The share of picks that explore, after so many candidates, whether a pruner ended them or not."""
         return exploration_ratio(num_tried, self.num_candidates, self._num_episodes)
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         """The categorical parameters that are in every trial with the same choices.
 
         As Optuna's intersection, but of pruned trials too: where the first ones were all refused for the budget, they
@@ -162,7 +181,11 @@ class LSTMSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         self._raise_error_if_multi_objective(study)
-        space = {name: dist for name, dist in search_space.items() if isinstance(dist, CategoricalDistribution)}
+        space = {
+            name: dist
+            for name, dist in search_space.items()
+            if isinstance(dist, CategoricalDistribution)
+        }
         if not space:
             return {}
         known, feasible, rewards, num_tried = self._recall(study, trial, space)
@@ -171,13 +194,20 @@ class LSTMSampler(BaseSampler):
         refused = {point for point, is_feasible in feasible.items() if not is_feasible}
         pool_PF = _pool([len(values) for values in choices], (known, refused), generator)
         if refused:
-            judged_KF, feasible_K = torch.tensor(list(feasible)), torch.tensor(list(feasible.values()))
+            judged_KF, feasible_K = (
+                torch.tensor(list(feasible)),
+                torch.tensor(list(feasible.values())),
+            )
             pool_PF = pool_PF[likely_feasible(choices, judged_KF, feasible_K, pool_PF)]
         trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
         history = History(trained_TF, torch.tensor(list(rewards.values())), self.num_candidates)
         controller = self._controller(choices, generator)
-        picked = pool_PF[controller.propose(history, pool_PF, generator, self.exploration(num_tried))].tolist()
-        return {name: values[index] for name, values, index in zip(space, choices, picked, strict=True)}
+        picked = pool_PF[
+            controller.propose(history, pool_PF, generator, self.exploration(num_tried))
+        ].tolist()
+        return {
+            name: values[index] for name, values, index in zip(space, choices, picked, strict=True)
+        }
 
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
@@ -198,14 +228,22 @@ class LSTMSampler(BaseSampler):
             known.add(point)
             if other.state in (TrialState.COMPLETE, TrialState.PRUNED) and other.constraints:
                 feasible[point] = all(violation <= 0 for violation in other.constraints.values())
-            if other.state == TrialState.COMPLETE and math.isfinite(other.values[0]) and feasible.get(point, True):
+            if (
+                other.state == TrialState.COMPLETE
+                and math.isfinite(other.values[0])
+                and feasible.get(point, True)
+            ):
                 rewards.setdefault(point, sign * other.values[0])
             if other.state == TrialState.PRUNED and other.intermediate_values:
                 stopped.add(point)
         return known, feasible, rewards, len(stopped | rewards.keys())
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         self._raise_error_if_multi_objective(study)
         sampler = RandomSampler(seed=seed_of(self._seed, turn_of(study, trial), param_name))
@@ -215,7 +253,11 @@ class LSTMSampler(BaseSampler):
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     """The other trials that are handed to a sampler, but for those that others repeat: a resume must not see them."""
     again = superseded(study._storage.get_all_trials(study._study_id, deepcopy=False))
-    return [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.number not in again]
+    return [
+        t
+        for t in study.get_trials(deepcopy=False)
+        if t.number != trial.number and t.number not in again
+    ]
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
@@ -227,7 +269,9 @@ def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Poi
         return None
 
 
-def _pool(sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator) -> Tensor:
+def _pool(
+    sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator
+) -> Tensor:
     """Choice indices of what may be proposed, (P, F): what is not in the first set that leaves any, else everything."""
     if math.prod(sizes) <= POOL_SIZE:
         pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
@@ -287,7 +331,9 @@ def make_pruner(spec: Spec) -> BasePruner:
     return _make(found, arguments, "pruner")
 
 
-def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> tuple[type[Any], dict[str, Any]]:
+def _find(
+    spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str
+) -> tuple[type[Any], dict[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     path, arguments = spec.get("class_path"), spec.get("init_args") or {}
     short = known.get(path, path) if isinstance(path, str) else str(path)
@@ -297,10 +343,14 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         hint = nearest(path, known, always_list=True)
-        raise UserError(f"There is no {kind} {path!r}: give a class path, or a short name.{hint}") from error
+        raise UserError(
+            f"There is no {kind} {path!r}: give a class path, or a short name.{hint}"
+        ) from error
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
-        raise UserError(f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args.")
+        raise UserError(
+            f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args."
+        )
     if issubclass(found, CmaEsSampler):  # its state is a pickle in the database, too
         raise UserError(
             f"The sampler {found.__name__} learns of numbers alone, and a student is a choice: take another."
@@ -310,7 +360,9 @@ def _find(spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str) -> 
 
 def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | None = None) -> Any:
     if seed is not None and "seed" in inspect.signature(found).parameters:
-        given = arguments.get("seed")  # of one in another; the same for each trial it would make all of them equal
+        given = arguments.get(
+            "seed"
+        )  # of one in another; the same for each trial it would make all of them equal
         arguments = arguments | {"seed": seed if given is None else seed_of(seed, given)}
     known, base = (SAMPLERS, BaseSampler) if kind == "sampler" else (PRUNERS, BasePruner)
     for name, value in arguments.items():  # some are wrapped around another
@@ -319,4 +371,6 @@ def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | No
     try:
         return found(**arguments)
     except Exception as error:  # each class refuses in its own way
-        raise UserError(f"The {kind} {found.__name__} does not take {arguments}: {first_line(error)}.") from error
+        raise UserError(
+            f"The {kind} {found.__name__} does not take {arguments}: {first_line(error)}."
+        ) from error

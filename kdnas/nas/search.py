@@ -57,7 +57,16 @@ log = logging.getLogger(__name__)
 Evaluate = Callable[[optuna.Trial, StudentArch], float]
 
 # Of the disk, which is not the candidate's fault; others, such as ENOMEM, are.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+}
 # So many failures before the first success are no bad luck: the search stops and says why.
 MOST_FAILURES = 5
 
@@ -101,7 +110,8 @@ def open_study(
         storage=connected,
         study_name=name,
         sampler=sampler or make_sampler("tpe", seed=0),
-        pruner=pruner or optuna.pruners.NopPruner(),  # Optuna's own default prunes by the median, after one epoch
+        pruner=pruner
+        or optuna.pruners.NopPruner(),  # Optuna's own default prunes by the median, after one epoch
         direction="maximize",
         load_if_exists=True,
     )
@@ -115,7 +125,9 @@ def open_study(
     return study
 
 
-def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, Any], remedy: str = "") -> None:
+def refuse_difference(
+    name: str, known: Mapping[str, Any], asked: Mapping[str, Any], remedy: str = ""
+) -> None:
     """Refuse to go on under a name that stands for something else; ``remedy``: one more, where there is one.
 
     Raises:
@@ -130,12 +142,19 @@ def refuse_difference(name: str, known: Mapping[str, Any], asked: Mapping[str, A
 
 def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Every key of two settings that differs, what is known and what is asked for; empty where none does."""
-    there, now = ({key: repr(value) for key, value in settings.items()} for settings in (known, asked))
+    there, now = (
+        {key: repr(value) for key, value in settings.items()} for settings in (known, asked)
+    )
     keys = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
-    return "; ".join(f"{key}: {there.get(key, 'the default')} there, {now.get(key, 'the default')} now" for key in keys)
+    return "; ".join(
+        f"{key}: {there.get(key, 'the default')} there, {now.get(key, 'the default')} now"
+        for key in keys
+    )
 
 
-def bury_dead(study: Study, number: int | None = None, died_of: Callable[[int], str | None] | None = None) -> set[int]:
+def bury_dead(
+    study: Study, number: int | None = None, died_of: Callable[[int], str | None] | None = None
+) -> set[int]:
     """End the trials of dead processes of this machine now; the heartbeat ends those of other machines later.
 
     A result that was kept of one is its end.
@@ -151,7 +170,11 @@ def bury_dead(study: Study, number: int | None = None, died_of: Callable[[int], 
     buried: set[int] = set()
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     store = _store(study)
-    dead = {t.number for t in running if is_here(t) and not is_alive_here(t) and not (store and store.is_watched(t))}
+    dead = {
+        t.number
+        for t in running
+        if is_here(t) and not is_alive_here(t) and not (store and store.is_watched(t))
+    }
     if store:  # who is dead by now keeps nothing more
         take_up(store, study._study_id)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -167,7 +190,11 @@ def bury_dead(study: Study, number: int | None = None, died_of: Callable[[int], 
 
 
 def end_trial(
-    study: Study, trial: FrozenTrial, attribute: str, reason: str, successor: FrozenTrial | None = None
+    study: Study,
+    trial: FrozenTrial,
+    attribute: str,
+    reason: str,
+    successor: FrozenTrial | None = None,
 ) -> None:
     """Fail a trial of a process that is no more, and write down why, unless another worker was first.
 
@@ -216,7 +243,9 @@ def _interrupted(stop: BaseException) -> str:
 
 def _successor(trial: FrozenTrial) -> FrozenTrial | None:
     """What is queued in place of a trial whose process died: the same, once; again, where it was being stopped."""
-    if "twin_of" in trial.user_attrs:  # answering it has no dangers, and what is to follow it is not queued yet
+    if (
+        "twin_of" in trial.user_attrs
+    ):  # answering it has no dangers, and what is to follow it is not queued yet
         return _again(trial)
     if reason := trial.user_attrs.get("failed"):
         return _again(trial) if reason.startswith("interrupted") else None
@@ -229,7 +258,9 @@ def _successor(trial: FrozenTrial) -> FrozenTrial | None:
 
 def _again(trial: FrozenTrial, **attrs: Any) -> FrozenTrial:
     """A trial that was broken off, to be queued; where it had no architecture, the sampler proposes the same again."""
-    params = trial.params if "arch" in trial.user_attrs else trial.system_attrs.get("fixed_params", {})
+    params = (
+        trial.params if "arch" in trial.user_attrs else trial.system_attrs.get("fixed_params", {})
+    )
     known = {name: trial.user_attrs[name] for name in ("retry_of",) if name in trial.user_attrs}
     system_attrs, user_attrs = {"fixed_params": params}, {"again": trial.number, **known, **attrs}
     return create_trial(state=TrialState.WAITING, system_attrs=system_attrs, user_attrs=user_attrs)
@@ -297,7 +328,9 @@ def search(
                 result[:] = [(trial, float(value))]
                 return value
             except Exception as error:  # whatever a candidate dies of, the search goes on
-                for cause in causes(error):  # an error keeps what its frames hold for as long as it lives
+                for cause in causes(
+                    error
+                ):  # an error keeps what its frames hold for as long as it lives
                     traceback.clear_frames(cause.__traceback__)
                 if isinstance(error, (optuna.TrialPruned, StoreAway, StoreDamaged)):
                     raise
@@ -305,7 +338,9 @@ def search(
                     is_loader_s, error = str(error).startswith("Caught "), as_raised(error)
                     if error.errno in DISK_ERRORS or (error.errno is None and is_loader_s):
                         raise error
-                if "killed by signal: Terminated" in str(error):  # a loader's worker, of which the signal came first
+                if "killed by signal: Terminated" in str(
+                    error
+                ):  # a loader's worker, of which the signal came first
                     raise Terminated from error
                 trial.set_user_attr("failed", reason := reason_of(error))
                 raise CandidateFailed(reason) from error
@@ -325,16 +360,29 @@ def search(
             # Optuna's own error follows where it cannot tell, or is stopped while it does.
             interruption, away = (
                 next((cause for cause in earlier if isinstance(cause, kind)), None)
-                for kind in (KeyboardInterrupt, (StoreAway, StoreDamaged))  # a full disk can be read: it may be over
+                for kind in (
+                    KeyboardInterrupt,
+                    (StoreAway, StoreDamaged),
+                )  # a full disk can be read: it may be over
             )
             stop = interruption or ((store.stopped or store.away or away) if store else None)
             if store is None or stop is None:
                 if not any(map(_was_given_up, earlier)):
                     raise
-                log.warning("Trial %d was given up by another machine, which has it tried again.", current[0].number)
+                log.warning(
+                    "Trial %d was given up by another machine, which has it tried again.",
+                    current[0].number,
+                )
                 continue
             kept = [
-                keep_result(folder, study.study_name, trial.number, written, value, trial.user_attrs.get("since"))
+                keep_result(
+                    folder,
+                    study.study_name,
+                    trial.number,
+                    written,
+                    value,
+                    trial.user_attrs.get("since"),
+                )
                 for trial, value in result
                 if folder and (written := store.written.get(trial._trial_id)) is not None
             ]
@@ -354,7 +402,9 @@ def is_over(study: Study, space: SearchSpace, n_trials: int) -> bool:
 
 def _was_given_up(error: BaseException) -> bool:
     """Whether Optuna says that a trial had ended before it was told so."""
-    return isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith("Cannot tell a ")
+    return isinstance(error, optuna.exceptions.UpdateFinishedTrialError) or str(error).startswith(
+        "Cannot tell a "
+    )
 
 
 @contextmanager
@@ -365,7 +415,9 @@ def _tried_again(study: Study, trial: optuna.Trial) -> Iterator[None]:
     except (KeyboardInterrupt, OSError, StoreDamaged) as stop:
         if (store := _store(study)) is not None:  # a study in memory is not gone on with
             store.stopped = stop if isinstance(stop, KeyboardInterrupt) else store.stopped
-            store.successors[trial._trial_id] = _again(trial._cached_frozen_trial)  # first: nothing here can fail
+            store.successors[trial._trial_id] = _again(
+                trial._cached_frozen_trial
+            )  # first: nothing here can fail
             trial.set_user_attr("failed", _interrupted(stop))
         raise
 
@@ -390,12 +442,20 @@ def _is_needed(study: Study, space: SearchSpace, number: int, n_trials: int, end
     while time.monotonic() <= end:
         # Running ones first: one that ends meanwhile counts twice, not never.
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = [t for t in running if t.number < number or (t.number > number and "arch" in t.user_attrs)]
+        before = [
+            t
+            for t in running
+            if t.number < number or (t.number > number and "arch" in t.user_attrs)
+        ]
         num_missing = min(n_trials - len(tried(study)), len(space) - len(seen(study)))
         if num_missing <= 0 or len(before) < num_missing:
             return num_missing > 0
         if not said:
-            log.info("Trial %d waits for %d that run and may be the last ones needed.", number, len(before))
+            log.info(
+                "Trial %d waits for %d that run and may be the last ones needed.",
+                number,
+                len(before),
+            )
             said = True
         time.sleep(0.5)
         bury_dead(study, number)

@@ -41,23 +41,39 @@ class SearchSpace:
         teacher = arch_of(config)
         width, heads = teacher.hidden_size, teacher.num_attention_heads
         even = 2 if family_of(config).even_heads else 1
-        divisors = [h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE]
+        divisors = [
+            h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE
+        ]
         if not divisors:
-            raise UserError(f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}.")
+            raise UserError(
+                f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}."
+            )
         most_heads = divisors[-1]
         depths = [*range(1, 7), 8, 10, 12, *range(16, teacher.num_hidden_layers + 1, 4)]
         widths = [width * eighths // 8 for eighths in (2, 3, 4, 6, 8) if width * eighths % 8 == 0]
         return cls(
             {
-                "num_hidden_layers": [depth for depth in depths if depth <= teacher.num_hidden_layers],
-                "num_attention_heads": [h for h in divisors if most_heads % h == 0 and 4 * h >= most_heads],
-                "hidden_size": [w for w in widths if w % (most_heads * even) == 0 and w // most_heads >= MIN_HEAD_SIZE],
-                "intermediate_size": sorted({max(1, teacher.intermediate_size // part) for part in (4, 2, 1)}),
+                "num_hidden_layers": [
+                    depth for depth in depths if depth <= teacher.num_hidden_layers
+                ],
+                "num_attention_heads": [
+                    h for h in divisors if most_heads % h == 0 and 4 * h >= most_heads
+                ],
+                "hidden_size": [
+                    w
+                    for w in widths
+                    if w % (most_heads * even) == 0 and w // most_heads >= MIN_HEAD_SIZE
+                ],
+                "intermediate_size": sorted(
+                    {max(1, teacher.intermediate_size // part) for part in (4, 2, 1)}
+                ),
                 "hidden_act": list(dict.fromkeys([teacher.hidden_act, "relu"])),
             }
         )
 
-    def replaced(self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig) -> "SearchSpace":
+    def replaced(
+        self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig
+    ) -> "SearchSpace":
         """The space with other values for some fields: narrower, or wider.
 
         Args:
@@ -69,7 +85,10 @@ class SearchSpace:
                 divided by a number of heads (or the family refuses the heads), or an activation is unknown.
         """
         teacher = arch_of(config)
-        chosen = {**self.choices, **{name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}}
+        chosen = {
+            **self.choices,
+            **{name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None},
+        }
         for name, values in chosen.items():
             if not values:
                 raise UserError(f"space.{name} is empty, so there is no student: give it a value.")
@@ -89,7 +108,9 @@ class SearchSpace:
             check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:
             if activation not in ACT2FN:
-                raise UserError(f"space.hidden_act has {activation!r}, which is unknown.{nearest(activation, ACT2FN)}")
+                raise UserError(
+                    f"space.hidden_act has {activation!r}, which is unknown.{nearest(activation, ACT2FN)}"
+                )
         return SearchSpace(chosen)
 
     def __len__(self) -> int:
@@ -106,7 +127,12 @@ class SearchSpace:
 
     def suggest(self, trial: optuna.Trial) -> StudentArch:
         """The student that a trial proposes; each field is suggested once, under its own name."""
-        return StudentArch(**{name: trial.suggest_categorical(name, values) for name, values in self.choices.items()})
+        return StudentArch(
+            **{
+                name: trial.suggest_categorical(name, values)
+                for name, values in self.choices.items()
+            }
+        )
 
     def smallest(self) -> StudentArch:
         """The fastest student: the least of every size, and ReLU, the cheapest activation, where there is one."""

@@ -18,7 +18,13 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from kdnas.nas.unsent import KEPT, take_up
 from kdnas.system.errors import StoreAway, StoreDamaged, UserError, first_line
@@ -47,7 +53,9 @@ def _patient(call: Callable[..., Any]) -> Any:
     def patient(self: "PatientStorage", *args: Any, **options: Any) -> Any:
         begin, pause = time.monotonic(), 0.1
         if call.__name__ in KEPT:
-            self.written.setdefault(args[0], []).append([call.__name__, *args[1:], *options.values()])
+            self.written.setdefault(args[0], []).append(
+                [call.__name__, *args[1:], *options.values()]
+            )
         while True:
             if self.gave_up:  # each call would take seconds of the few that are left
                 if call.__name__ in KEPT:
@@ -83,11 +91,17 @@ def _patient(call: Callable[..., Any]) -> Any:
                         return None  # it is written down with the result, or before the trial's next call
                     raise self.away from error
                 if pause == 0.1:
-                    log.warning("The study's database does not answer (%s); waiting for it.", first_line(cause))
+                    log.warning(
+                        "The study's database does not answer (%s); waiting for it.",
+                        first_line(cause),
+                    )
                 try:
                     time.sleep(pause)
                 except KeyboardInterrupt as stop:
-                    self.stopped, self.away = stop, StoreAway("The study's database does not answer")
+                    self.stopped, self.away = (
+                        stop,
+                        StoreAway("The study's database does not answer"),
+                    )
                     raise
                 self.engine.dispose()  # what is open may lead to a server that is none any more
                 pause = min(2 * pause, 5)
@@ -101,7 +115,10 @@ def _patient(call: Callable[..., Any]) -> Any:
 
 # The last is what Optuna's own second query says after the first was cut.
 _AWAY = (OperationalError, InterfaceError, PendingRollbackError)
-_AWAY_STATES = ("25006", "25P03")  # PostgreSQL's: read-only, as after a failover; too slow within a transaction
+_AWAY_STATES = (
+    "25006",
+    "25P03",
+)  # PostgreSQL's: read-only, as after a failover; too slow within a transaction
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -116,15 +133,23 @@ def _unanswered(patience: float, error: BaseException) -> str:
 def _is_away(error: BaseException) -> bool:
     """Whether waiting may mend it: the connection is cut, or leads to a server that can only be read by now."""
     orig = getattr(error, "orig", None)
-    state = getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None)  # psycopg's, psycopg2's
-    return isinstance(error, _AWAY) or getattr(error, "connection_invalidated", False) or state in _AWAY_STATES
+    state = getattr(orig, "sqlstate", None) or getattr(
+        orig, "pgcode", None
+    )  # psycopg's, psycopg2's
+    return (
+        isinstance(error, _AWAY)
+        or getattr(error, "connection_invalidated", False)
+        or state in _AWAY_STATES
+    )
 
 
 def _refuse_damaged(error: BaseException, database: str | None) -> None:
     name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         what = f"{database!r} is damaged ({first_line(error)})"
-        raise StoreDamaged(f"{what}: restore a copy of it, or take another --name or --storage.") from error
+        raise StoreDamaged(
+            f"{what}: restore a copy of it, or take another --name or --storage."
+        ) from error
 
 
 def _disk_failure(error: BaseException, database: str | None) -> str:
@@ -138,7 +163,12 @@ def _disk_failure(error: BaseException, database: str | None) -> str:
 
 def _owner() -> dict[str, Any]:
     # Optuna's own time of the start is local, and machines may be in different zones.
-    owner = {"host": this_host(), "pid": os.getpid(), "begun": process_start(os.getpid()), "since": time.time()}
+    owner = {
+        "host": this_host(),
+        "pid": os.getpid(),
+        "begun": process_start(os.getpid()),
+        "since": time.time(),
+    }
     return owner | STARTER
 
 
@@ -161,8 +191,13 @@ def engine_options(url: URL) -> dict[str, Any]:
         "keepalives_interval": 10,
         "keepalives_count": 3,
     }
-    knows = url.get_backend_name() == "postgresql" and url.get_driver_name() in ("psycopg", "psycopg2")
-    arguments = {name: value for name, value in libpq.items() if name not in url.query} if knows else {}
+    knows = url.get_backend_name() == "postgresql" and url.get_driver_name() in (
+        "psycopg",
+        "psycopg2",
+    )
+    arguments = (
+        {name: value for name, value in libpq.items() if name not in url.query} if knows else {}
+    )
     # What the pool tells, with a traceback, comes after what it raises: a signal, mostly, that tore a query.
     logging.getLogger("sqlalchemy.pool.impl.QueuePool.kdnas").setLevel(logging.CRITICAL)
     # By the first of them, a connection that the server has cut meanwhile is noticed before it is used.
@@ -179,24 +214,39 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, url: str, successor: Callable[[FrozenTrial], FrozenTrial | None]) -> None:
         self.successor = successor
-        self.folder: Path | None = None  # of the run, where results are kept that the database could not take
-        self.foreign: set[tuple[Path, int]] = set()  # those that are not this study's, with their times
-        self.successors: dict[int, FrozenTrial] = {}  # what is queued at the instant at which a trial ends
+        self.folder: Path | None = (
+            None  # of the run, where results are kept that the database could not take
+        )
+        self.foreign: set[tuple[Path, int]] = (
+            set()
+        )  # those that are not this study's, with their times
+        self.successors: dict[
+            int, FrozenTrial
+        ] = {}  # what is queued at the instant at which a trial ends
         self.away: StoreAway | None = None
-        self.stopped: BaseException | None = None  # by a signal, mostly: what comes now must be quick
+        self.stopped: BaseException | None = (
+            None  # by a signal, mostly: what comes now must be quick
+        )
         self.gave_up: StoreAway | None = None  # after that nothing is asked of it any more
-        self.seen_dead: dict[int, float] = {}  # since when, of trials that another process should end
+        self.seen_dead: dict[
+            int, float
+        ] = {}  # since when, of trials that another process should end
         self.written: dict[int, list[list[Any]]] = {}  # what this process has written of its trials
         self.skipped: set[int] = set()  # the trials of which the database has not taken all of that
         engine = engine_options(make_url(url))
-        super().__init__(url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+        super().__init__(
+            url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+        )
 
     def is_watched(self, trial: FrozenTrial) -> bool:
         """Whether another process, which knows what that of the trial died of, can be expected to end it."""
         starter, begun = (trial.user_attrs.get(name) for name in ("starter", "starter_begun"))
         if starter in (None, os.getpid()) or not is_alive(starter, begun):
             return False
-        return time.monotonic() < self.seen_dead.setdefault(trial._trial_id, time.monotonic()) + WATCHER_SECONDS
+        return (
+            time.monotonic()
+            < self.seen_dead.setdefault(trial._trial_id, time.monotonic()) + WATCHER_SECONDS
+        )
 
     create_new_study = _patient(RDBStorage.create_new_study)
     get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
@@ -212,7 +262,9 @@ class PatientStorage(RDBStorage):
     set_trial_system_attr = _patient(RDBStorage.set_trial_system_attr)
     get_trial_user_attrs = _patient(RDBStorage.get_trial_user_attrs)
     get_trial_system_attrs = _patient(RDBStorage.get_trial_system_attrs)
-    get_trial_id_from_study_id_trial_number = _patient(RDBStorage.get_trial_id_from_study_id_trial_number)
+    get_trial_id_from_study_id_trial_number = _patient(
+        RDBStorage.get_trial_id_from_study_id_trial_number
+    )
     get_trial = _patient(RDBStorage.get_trial)
     _get_trials = _patient(RDBStorage._get_trials)
     _get_best_trial_id = _patient(RDBStorage._get_best_trial_id)
@@ -221,19 +273,27 @@ class PatientStorage(RDBStorage):
     # What is to follow one that ends is queued at the same instant, so it is never lost, nor tried by two.
 
     @_patient
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
         if template_trial is None:
-            template_trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=_owner())
+            template_trial = optuna.trial.create_trial(
+                state=TrialState.RUNNING, user_attrs=_owner()
+            )
         return super()._create_new_trial(study_id, template_trial)
 
     @_patient
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
         if state == TrialState.RUNNING:
             session = self.scoped_session()  # this thread's, whose transaction the call below ends
             try:
                 trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
                 for name, value in _owner().items() if trial.state == TrialState.WAITING else ():
-                    self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, name, value)
+                    self._set_trial_attr_without_commit(
+                        session, models.TrialUserAttributeModel, trial_id, name, value
+                    )
             except BaseException:
                 session.rollback()
                 raise
@@ -242,7 +302,9 @@ class PatientStorage(RDBStorage):
             try:
                 # Locked before it is read, so of two that end it at once one finds it ended. To say so Optuna reads the
                 # trial in this session, which commits what is in it: there must be nothing.
-                ended: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                ended: Any = models.TrialModel.find_or_raise_by_id(
+                    trial_id, session, for_update=True
+                )
                 if not ended.state.is_finished():
                     models.StudyModel.find_or_raise_by_id(ended.study_id, session, for_update=True)
                     self._get_prepared_new_trial(ended.study_id, self.successors[trial_id], session)
@@ -259,10 +321,16 @@ class PatientStorage(RDBStorage):
         stale = super()._get_stale_trial_ids(study_id)
         # One whose machine died before the first beat has none, and Optuna passes it over.
         with self.scoped_session() as session:
-            rows: Any = session.query(models.TrialModel).filter_by(study_id=study_id, state=TrialState.RUNNING)
+            rows: Any = session.query(models.TrialModel).filter_by(
+                study_id=study_id, state=TrialState.RUNNING
+            )
             silent = [row.trial_id for row in rows.filter(~models.TrialModel.heartbeats.any())]
         latest = time.time() - GRACE_SECONDS
-        stale += [number for number in silent if self.get_trial(number).user_attrs.get("since", latest) < latest]
+        stale += [
+            number
+            for number in silent
+            if self.get_trial(number).user_attrs.get("since", latest) < latest
+        ]
         # Here we can look: a process that is stopped, or a clock that was set, must not cost a trial.
         trials = {trial_id: self.get_trial(trial_id) for trial_id in stale}
         dead = {trial_id: trial for trial_id, trial in trials.items() if not is_alive_here(trial)}
@@ -290,7 +358,9 @@ def _literal(url: str) -> str:
     return url.replace("{", "{{").replace("}", "}}")
 
 
-def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], patience: float = 0.0) -> PatientStorage:
+def connect(
+    url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], patience: float = 0.0
+) -> PatientStorage:
     """The database of a study, its tables made where they are not there.
 
     Args:
@@ -305,7 +375,11 @@ def connect(url: str, successor: Callable[[FrozenTrial], FrozenTrial | None], pa
     storage = _reached(url, partial(PatientStorage, _literal(url), successor), patience)
     if storage.engine.name == "sqlite":
         # It locks at the first write of a transaction: two workers would take one trial out of the queue.
-        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        event.listen(
+            storage.engine,
+            "begin",
+            lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"),
+        )
     return storage
 
 
@@ -339,7 +413,9 @@ def _reached(url: str, make: Callable[[], T], patience: float) -> T:
                 "pip install 'kdnas[postgres]', or the driver of another database."
             ) from error
         except RuntimeError as error:  # Optuna's, of tables that another version of it made
-            raise UserError(f"The database {without_password(url)!r} cannot be used ({first_line(error)}).") from error
+            raise UserError(
+                f"The database {without_password(url)!r} cannot be used ({first_line(error)})."
+            ) from error
         except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             cause = _cause(error)
             if isinstance(cause, DBAPIError):
@@ -373,13 +449,17 @@ def read_study(storage: str | Path, name: str) -> optuna.Study:
     try:
         url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            raise UserError(f"There is no study in {shown!r}: no search was begun there, or give its --storage.")
+            raise UserError(
+                f"There is no study in {shown!r}: no search was begun there, or give its --storage."
+            )
         there = _literal(url.render_as_string(hide_password=False))
         database = RDBStorage(there, skip_table_creation=True, engine_kwargs=engine_options(url))
         study = optuna.load_study(study_name=name, storage=database)
         study.get_trials(deepcopy=False)
     except KeyError as error:
-        raise UserError(f"There is no study {name!r} in {shown!r}: give its database with --storage.") from error
+        raise UserError(
+            f"There is no study {name!r} in {shown!r}: give its database with --storage."
+        ) from error
     except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError) as error:
         raise UserError(
             f"The study's database {shown!r} cannot be read ({first_line(error.__cause__ or error)})."

@@ -15,7 +15,17 @@ from kdnas.system.errors import StoreDamaged
 
 ARCH = [field.name for field in fields(StudentArch)]
 MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
-COLUMNS = ["number", "state", *ARCH, *MEASURED, "num_parameters", "reward", "front", "seconds", "reason"]
+COLUMNS = [
+    "number",
+    "state",
+    *ARCH,
+    *MEASURED,
+    "num_parameters",
+    "reward",
+    "front",
+    "seconds",
+    "reason",
+]
 
 
 def begun(study: optuna.Study) -> list[FrozenTrial]:
@@ -70,7 +80,10 @@ def line(trial: FrozenTrial) -> str:
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
     """Whether a latency of a trial spread by more than a tenth: the student's (""), or its teacher's ("teacher_")."""
     get = trial.user_attrs.get
-    return any(is_unsteady(get(f"{who}latency_ms", math.inf), get(f"{who}latency_iqr_ms", 0.0)) for who in whose)
+    return any(
+        is_unsteady(get(f"{who}latency_ms", math.inf), get(f"{who}latency_iqr_ms", 0.0))
+        for who in whose
+    )
 
 
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
@@ -88,7 +101,12 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     rows = []
     for trial in begun(study):
         attrs = trial.user_attrs
-        reason = attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed") or failure_of(trial)
+        reason = (
+            attrs.get("refused")
+            or attrs.get("stopped_early")
+            or attrs.get("failed")
+            or failure_of(trial)
+        )
         if "twin_of" in attrs:
             reason = f"same shape as trial {attrs['twin_of']}"
         found = {"number": trial.number, "state": trial.state.name, "reason": reason}
@@ -97,7 +115,10 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     real = dict.fromkeys((*MEASURED, "reward", "seconds"), "float64")
     frame = pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)
     fronts = {"latency": front(frame, "latency_ms"), "parameters": front(frame, "num_parameters")}
-    frame["front"] = [" and ".join(name for name, front in fronts.items() if i in front) or None for i in frame.index]
+    frame["front"] = [
+        " and ".join(name for name, front in fronts.items() if i in front) or None
+        for i in frame.index
+    ]
     return frame
 
 
@@ -108,7 +129,9 @@ def front(frame: pd.DataFrame, size: str) -> pd.Index:
         frame: of ``trials_frame``.
         size: the column of the other measure.
     """
-    is_trained = (frame["state"] == "COMPLETE") & np.isfinite(frame["loss"]) & frame["reward"].notna()
+    is_trained = (
+        (frame["state"] == "COMPLETE") & np.isfinite(frame["loss"]) & frame["reward"].notna()
+    )
     trained = frame[is_trained & ~is_twin(frame)].sort_values([size, "loss"])
     return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
 

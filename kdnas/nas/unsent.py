@@ -17,7 +17,12 @@ KEPT = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_
 
 
 def keep_result(
-    folder: Path, study: str, number: int, written: list[list[Any]], value: float, since: float | None = None
+    folder: Path,
+    study: str,
+    number: int,
+    written: list[list[Any]],
+    value: float,
+    since: float | None = None,
 ) -> Path:
     """Write down a finished trial that the database could not take; ``take_up`` gives it to it.
 
@@ -30,7 +35,9 @@ def keep_result(
         since: when it began, by which it is told from another one of this number, in a study that was made anew.
     """
     path = folder / f"unsent_{number:04d}.json"
-    write_json(path, {"study": study, "number": number, "since": since, "written": written, "value": value})
+    write_json(
+        path, {"study": study, "number": number, "since": since, "written": written, "value": value}
+    )
     return path
 
 
@@ -42,7 +49,9 @@ def take_up(storage: Any, study_id: int) -> None:
             if known in storage.foreign:
                 continue
             kept = read_json(path)
-            study_name, number, written, value = (kept[key] for key in ("study", "number", "written", "value"))
+            study_name, number, written, value = (
+                kept[key] for key in ("study", "number", "written", "value")
+            )
         except FileNotFoundError:  # another start was faster
             continue
         except (KeyError, TypeError, UserError):
@@ -61,10 +70,18 @@ def take_up(storage: Any, study_id: int) -> None:
             storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
             log.info("Trial %d: its result, which the database could not take, is stored.", number)
         except UpdateFinishedTrialError:
-            if storage.get_trial(trial_id).state != TrialState.COMPLETE:  # by another, which took it up too
-                log.warning("Trial %d was given up by another worker before its result came.", number)
+            if (
+                storage.get_trial(trial_id).state != TrialState.COMPLETE
+            ):  # by another, which took it up too
+                log.warning(
+                    "Trial %d was given up by another worker before its result came.", number
+                )
         except KeyError:
-            log.warning("%s is of a study that is gone: in this one there is no trial %d, or another.", path, number)
+            log.warning(
+                "%s is of a study that is gone: in this one there is no trial %d, or another.",
+                path,
+                number,
+            )
             storage.foreign.add(known)
             continue
         with suppress(OSError):  # another's, or not ours to remove: it is stored

@@ -21,7 +21,12 @@ from kdnas.nas.search import bury_dead, end_interrupted, end_trial
 from kdnas.nas.storage import PATIENCE_SECONDS, STARTER, is_here
 from kdnas.system.errors import CandidateFailed, StoreAway
 from kdnas.system.files import nearest_folder, process_start
-from kdnas.system.signals import die_with_parent, honest_signals, notice_signals, start_resource_tracker
+from kdnas.system.signals import (
+    die_with_parent,
+    honest_signals,
+    notice_signals,
+    start_resource_tracker,
+)
 from kdnas.system.supervisor import cause
 from kdnas.training.precision import bf16_is_faster
 
@@ -70,14 +75,22 @@ def run_workers(
         OSError: a worker's disk or network failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers end too.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor torch's threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked process could not use CUDA, nor torch's threads
     deadline, num_deaths = time.monotonic() + seconds, 0
     refusals: list[str] = []
-    begun: dict[int, float] = {}  # when each running trial was first seen, and later where it had to wait
+    begun: dict[
+        int, float
+    ] = {}  # when each running trial was first seen, and later where it had to wait
     looked = time.monotonic()
     buried: set[int] = set()  # processes whose trials are ended
-    shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
-    bf16_is_faster("cpu")  # measured here, before they compete for the cores, and known to all of them
+    shown = {
+        trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()
+    }
+    bf16_is_faster(
+        "cpu"
+    )  # measured here, before they compete for the cores, and known to all of them
 
     workers: dict[int, BaseProcess] = {}
     start_resource_tracker()  # the first start would, and let signals through on the way
@@ -97,8 +110,12 @@ def run_workers(
     def look(states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
         asked = time.monotonic()
         found = study.get_trials(deepcopy=False, states=states)
-        if (waited := time.monotonic() - asked) > LONGEST_LOOK:  # the candidates were kept waiting too
-            begun.update({number: begin + waited + LONGEST_PAUSE for number, begin in begun.items()})
+        if (
+            waited := time.monotonic() - asked
+        ) > LONGEST_LOOK:  # the candidates were kept waiting too
+            begun.update(
+                {number: begin + waited + LONGEST_PAUSE for number, begin in begun.items()}
+            )
         return found
 
     def died_of(pid: int) -> str | None:  # asked when it is dead, perhaps since a moment ago
@@ -138,7 +155,9 @@ def run_workers(
             for index in range(num_workers):
                 start(index)
             while workers:
-                multiprocessing.connection.wait([worker.sentinel for worker in workers.values()], timeout=1)
+                multiprocessing.connection.wait(
+                    [worker.sentinel for worker in workers.values()], timeout=1
+                )
                 notice_signals()
                 end_slow()
                 codes = {index: worker.exitcode for index, worker in workers.items()}
@@ -148,11 +167,21 @@ def run_workers(
                     if code in (0, REFUSED):
                         del workers[index]
                         if code == REFUSED:
-                            told_last = log_path(index).read_text(encoding="utf-8", errors="replace").splitlines()
-                            refusals.append(told_last[-1] if told_last else "A worker has ended, and not said why.")
+                            told_last = (
+                                log_path(index)
+                                .read_text(encoding="utf-8", errors="replace")
+                                .splitlines()
+                            )
+                            refusals.append(
+                                told_last[-1]
+                                if told_last
+                                else "A worker has ended, and not said why."
+                            )
                     elif code == DISK:
                         path = log_path(index)
-                        free = disk_usage(nearest_folder(path)).free  # there may have been no room for its last line
+                        free = disk_usage(
+                            nearest_folder(path)
+                        ).free  # there may have been no room for its last line
                         raise OSError(
                             f"A worker's disk or network failed: see {str(path)!r} ({free:,} bytes are free there)"
                         )
@@ -181,17 +210,28 @@ def run_workers(
                         end(worker)
                 for worker in workers.values():
                     worker.join(timeout=max(0, until - time.monotonic()))
-        except BaseException:  # a second signal; multiprocessing itself would wait for them at the exit
+        except (
+            BaseException
+        ):  # a second signal; multiprocessing itself would wait for them at the exit
             for worker in workers.values():
                 worker.kill()
             raise
         if workers and (stop := sys.exception()):
-            told = (0, REFUSED, DISK, INTERRUPTED)  # who ends so has told, or kept, what became of its trial
-            end_interrupted(study, {w.pid for w in workers.values() if w.exitcode not in told}, stop)
+            told = (
+                0,
+                REFUSED,
+                DISK,
+                INTERRUPTED,
+            )  # who ends so has told, or kept, what became of its trial
+            end_interrupted(
+                study, {w.pid for w in workers.values() if w.exitcode not in told}, stop
+            )
     return refusals[-1] if len(refusals) == num_workers else ""
 
 
-def _child(work: Callable[[int, float], None], index: int, deadline: float, parent: int, method: str) -> None:
+def _child(
+    work: Callable[[int, float], None], index: int, deadline: float, parent: int, method: str
+) -> None:
     """A worker, which ends with the process that started it, also where that is killed."""
     die_with_parent()
     if os.getppid() != parent:  # killed before that, while this one imported
@@ -208,8 +248,12 @@ def _child(work: Callable[[int, float], None], index: int, deadline: float, pare
 
 def worker_threads(num_workers: int) -> int:
     """A worker's share of the cores that this process may use, and of the threads that the user allows it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, torch.get_num_threads()) // num_workers)  # OMP_NUM_THREADS, where that is set
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(
+        1, min(cores, torch.get_num_threads()) // num_workers
+    )  # OMP_NUM_THREADS, where that is set
 
 
 @contextmanager

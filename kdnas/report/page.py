@@ -31,7 +31,13 @@ from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.training.precision import gpu_name
 from kdnas.training.trainer import TrainerSettings
 
-SHAPE = ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act"]
+SHAPE = [
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+]
 MODELS = {"teacher": "teacher", "student": "best student", "random": "random start"}
 PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
@@ -67,7 +73,9 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
         results: what ``glue/results.json`` holds.
         how: latency was measured; fields of ``LatencySettings``.
     """
-    table = text_table(f"Fine-tuned on {results['task']['name']}", result_rows(results), words=["model"])
+    table = text_table(
+        f"Fine-tuned on {results['task']['name']}", result_rows(results), words=["model"]
+    )
     table.caption = f"Latency: {measured_by(how)}. {caution(results)}".rstrip()
     return table
 
@@ -81,9 +89,13 @@ def caution(results: Mapping[str, Any]) -> str:
     models = results["models"]
     said = []
     if models["random"]["score"] >= models["student"]["score"]:
-        said.append("A random start of its shape scores as high, so this task does not tell what was distilled.")
+        said.append(
+            "A random start of its shape scores as high, so this task does not tell what was distilled."
+        )
     if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
-        said.append("Latencies spread by more than a tenth: the machine was busy; `kdnas latency` measures them again.")
+        said.append(
+            "Latencies spread by more than a tenth: the machine was busy; `kdnas latency` measures them again."
+        )
     return " ".join(said)
 
 
@@ -104,7 +116,9 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     )
     script = environment.get_template("page.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.get_template(template).render(script=Markup(script), script_sha256=digest, **values)
+    page = environment.get_template(template).render(
+        script=Markup(script), script_sha256=digest, **values
+    )
     write_text(path, page)
 
 
@@ -116,12 +130,18 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
     """
     full_kd, results, manifest = (
         read_json(path) if path.is_file() else None
-        for path in (run.full_kd / "result.json", run.glue / "results.json", run.student / "manifest.json")
+        for path in (
+            run.full_kd / "result.json",
+            run.glue / "results.json",
+            run.student / "manifest.json",
+        )
     )
     return full_kd, results, manifest and manifest.get("checks")
 
 
-def write_report(run: Run, study: Study, *, title: str | None = None, output: Path | None = None) -> Path:
+def write_report(
+    run: Run, study: Study, *, title: str | None = None, output: Path | None = None
+) -> Path:
     """Write ``report.html``: one file that opens from disk and asks no network for anything.
 
     On one machine the same run gives the same bytes: its date is that of the study's last trial. What was not run is
@@ -161,16 +181,22 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
     shown = sorted([trial for trial in frame["number"] if trial in histories][:MOST_NAMED])
 
     def by_epoch(name: str, label: str) -> str | None:
-        lines = [(f"trial {trial}", histories[trial], ORANGE if trial == number else GREY) for trial in shown] + (
-            [("full KD", full_kd["history"], BLUE)] if full_kd else []
-        )
+        lines = [
+            (f"trial {trial}", histories[trial], ORANGE if trial == number else GREY)
+            for trial in shown
+        ] + ([("full KD", full_kd["history"], BLUE)] if full_kd else [])
         return as_svg(f"{label} by epoch", curves(label, name, lines)) if lines else None
 
     def scores() -> str | None:
         if not results:
             return None
-        lines = [(MODELS[name], results["models"][name]["history"], colour) for name, colour in colours.items()]
-        return as_svg("Fine-tuning score by epoch", curves(results["task"]["metric"], "score", lines))
+        lines = [
+            (MODELS[name], results["models"][name]["history"], colour)
+            for name, colour in colours.items()
+        ]
+        return as_svg(
+            "Fine-tuning score by epoch", curves(results["task"]["metric"], "score", lines)
+        )
 
     output = output or run.report
     write_page(
@@ -178,7 +204,9 @@ def write_report(run: Run, study: Study, *, title: str | None = None, output: Pa
         "report.html.j2",
         title=title or f"kdnas: {run.name}",
         headline=_headline(frame, best, full_kd, results),
-        counts=", ".join(f"{count} {state}" for state, count in frame["state"].value_counts(sort=False).items()),
+        counts=", ".join(
+            f"{count} {state}" for state, count in frame["state"].value_counts(sort=False).items()
+        ),
         asked=_asked(run, config, budget),
         shape=best and StudentArch.from_dict(best.user_attrs["arch"]),
         results=results,
@@ -204,7 +232,9 @@ def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:
         {
             "trial": str(row["number"]),
             "state": row["state"],
-            "shape": "{} x {}, {} heads, {} {}".format(*map(row.get, SHAPE)) if pd.notna(row["hidden_act"]) else "-",
+            "shape": "{} x {}, {} heads, {} {}".format(*map(row.get, SHAPE))
+            if pd.notna(row["hidden_act"])
+            else "-",
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "latency (ms)": as_text(row["latency_ms"], ".2f"),
             "speed-up": as_text(row["speedup"], ".1f", "x"),
@@ -242,7 +272,8 @@ def _asked(run: Run, config: Mapping[str, Any], budget: Mapping[str, float]) -> 
     by = sampler if isinstance(sampler, str) else sampler.get("class_path")
     return {name: str(config[name]) for name in ("teacher", "text", "task") if config.get(name)} | {
         "search": f"{search.get('n_trials', '-')} candidates by {by}, epochs of each: {search.get('num_epochs', '-')}",
-        "budget": ", ".join(limits[name].format(limit) for name, limit in budget.items() if limit) or "none",
+        "budget": ", ".join(limits[name].format(limit) for name, limit in budget.items() if limit)
+        or "none",
         "configuration": str(run.config),
         "look closer": f"tensorboard --logdir {shlex.quote(str(run.folder))}",
     }
@@ -251,9 +282,12 @@ def _asked(run: Run, config: Mapping[str, Any], budget: Mapping[str, float]) -> 
 def _uses(run: Run, config: Mapping[str, Any], results: Any, is_exported: bool) -> dict[str, str]:
     """What to do next, as commands."""
     if not is_exported:
-        return {"Distil it on all rows, export it": f"kdnas run --config {shlex.quote(str(run.config))}"}
+        return {
+            "Distil it on all rows, export it": f"kdnas run --config {shlex.quote(str(run.config))}"
+        }
     student, teacher, encoder = (
-        shlex.quote(str(value)) for value in (run.student, config["teacher"], run.full_kd / "encoder")
+        shlex.quote(str(value))
+        for value in (run.student, config["teacher"], run.full_kd / "encoder")
     )
     kind = "AutoModelForSequenceClassification" if results else "AutoModel"
     uses = {
@@ -268,17 +302,27 @@ def _uses(run: Run, config: Mapping[str, Any], results: Any, is_exported: bool) 
         ),
     }
     if results:
-        task = shlex.quote(str(run.text / "which_package" if config["task"] == "quickstart" else config["task"]))
+        task = shlex.quote(
+            str(run.text / "which_package" if config["task"] == "quickstart" else config["task"])
+        )
         uses["Its score with several seeds"] = (
             f"kdnas glue --model {teacher} --model {encoder} --task {task} --seeds 3 --name {run.name}-seeds"
-            + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in _unusual(config).items())
+            + "".join(
+                f" --{name} {shlex.quote(str(value))}" for name, value in _unusual(config).items()
+            )
         )
-    return uses | {"Whether the files are as they were made": f"kdnas verify {shlex.quote(str(run.folder))}"}
+    return uses | {
+        "Whether the files are as they were made": f"kdnas verify {shlex.quote(str(run.folder))}"
+    }
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run asked of fine-tuning and latency that is not the default, which `kdnas glue` would take."""
-    usual: dict[str, Any] = {"finetune": FinetuneSettings(), "trainer": TrainerSettings(), "latency": LatencySettings()}
+    usual: dict[str, Any] = {
+        "finetune": FinetuneSettings(),
+        "trainer": TrainerSettings(),
+        "latency": LatencySettings(),
+    }
     return {
         f"{part}.{name}": value
         for part, default in usual.items()
@@ -289,9 +333,13 @@ def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
     """When the search ended, and which machine writes the page: workers, and what came later, may have had others."""
-    dates = [date for trial in trials for date in (trial.datetime_start, trial.datetime_complete) if date]
+    dates = [
+        date for trial in trials for date in (trial.datetime_start, trial.datetime_complete) if date
+    ]
     cpuinfo = Path("/proc/cpuinfo")
-    processor = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    processor = (
+        re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    )
     return {
         "search ended": f"{max(dates):%Y-%m-%d %H:%M}" if dates else "-",
         "processor": f"{processor[1] if processor else platform.machine()}, {os.cpu_count()} cores",

@@ -74,15 +74,23 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
         _front(axes, frame, INK)
-        named, cloud = _named(trained, trained.index[trained["number"] == best].union(front(frame, "latency_ms")))
+        named, cloud = _named(
+            trained, trained.index[trained["number"] == best].union(front(frame, "latency_ms"))
+        )
         axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=GREY)
         for row in named.to_dict("records"):
             is_best = row["number"] == best
-            look = dict(marker="*", markersize=13, color=ORANGE) if is_best else dict(marker="o", color=GREY)
+            look = (
+                dict(marker="*", markersize=13, color=ORANGE)
+                if is_best
+                else dict(marker="o", color=GREY)
+            )
             axes.plot(row["latency_ms"], row["loss"], **look, gid=f"tip:{_tip(row)}", zorder=3)
             place = (row["latency_ms"], row["loss"])
             axes.annotate(row["number"], place, (5, 5), textcoords="offset points", fontsize=8)
-        foot: dict[str, Any] = dict(marker="x", linestyle="", color=GREY, transform=axes.get_xaxis_transform())
+        foot: dict[str, Any] = dict(
+            marker="x", linestyle="", color=GREY, transform=axes.get_xaxis_transform()
+        )
         named, cloud = _named(measured.drop(trained.index), measured.index[:0])
         axes.plot(cloud["latency_ms"], [0.03] * len(cloud), **foot)
         for row in named.to_dict("records"):
@@ -106,7 +114,13 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
             named, cloud = _named(trained, front(frame, "latency_ms"))
             axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=colour, alpha=0.3)
             for row in named.to_dict("records"):
-                axes.plot(row["latency_ms"], row["loss"], "o", color=colour, gid=f"tip:{name}, {_tip(row)}")
+                axes.plot(
+                    row["latency_ms"],
+                    row["loss"],
+                    "o",
+                    color=colour,
+                    gid=f"tip:{name}, {_tip(row)}",
+                )
 
     return draw
 
@@ -124,13 +138,17 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
         for (name, values), colour in zip(rewards.items(), cycle(COLOURS), strict=False):
             best = list(accumulate(values, max))
             tip = f"tip:{name}: {as_text(max(values, default=None), '.4f')} after {len(values)} candidates"
-            axes.step(range(1, len(best) + 1), best, where="post", color=colour, linewidth=2, gid=tip)
+            axes.step(
+                range(1, len(best) + 1), best, where="post", color=colour, linewidth=2, gid=tip
+            )
             axes.plot(range(1, len(best) + 1), best, "o", markersize=4, color=colour, gid=tip)
 
     return draw
 
 
-def curves(ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mapping[str, Any]], str]]) -> Draw:
+def curves(
+    ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mapping[str, Any]], str]]
+) -> Draw:
     """Values by epoch.
 
     Args:
@@ -155,7 +173,9 @@ def curves(ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mappi
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Those that get a mark and a tip of their own, and the others: where there are very many, only ``kept`` do."""
-    named = candidates if len(candidates) <= MOST_NAMED else candidates.loc[candidates.index.isin(kept)]
+    named = (
+        candidates if len(candidates) <= MOST_NAMED else candidates.loc[candidates.index.isin(kept)]
+    )
     return named, candidates.drop(named.index)
 
 
@@ -181,4 +201,6 @@ def _tip(row: Mapping[str, Any]) -> str:
         f"contextual share {as_text(row['contextual_share'], '.3f')}",
         f"reward {as_text(row['reward'], '.4f')}",
     ]
-    return f"trial {row['number']}: {shape}, " + ", ".join(part for part in found if not part.endswith("-"))
+    return f"trial {row['number']}: {shape}, " + ", ".join(
+        part for part in found if not part.endswith("-")
+    )

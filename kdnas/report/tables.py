@@ -25,7 +25,9 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
         rows: from heading to text, the same headings in the same order.
         words: headings of columns that are no numbers, and stand left.
     """
-    table = Table(title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading in rows[0] if rows else ():
         label = Text(heading.replace(" ", "\n"))
         table.add_column(label, justify="left" if heading in words else "right", overflow="fold")

@@ -59,7 +59,9 @@ class SearchBoard:
         if self._writer is None:
             return
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
-        for trial in sorted(trained(study), key=lambda trial: (trial.datetime_complete, trial.number)):
+        for trial in sorted(
+            trained(study), key=lambda trial: (trial.datetime_complete, trial.number)
+        ):
             arch, time = StudentArch.from_dict(trial.user_attrs["arch"]), trial.datetime_complete
             if arch in self._written:
                 continue
@@ -67,15 +69,21 @@ class SearchBoard:
             self._best = max(self._best, trial.value or 0.0)
             values = {"reward": trial.value or 0.0, "best_reward": self._best}
             if self.exploration:
-                num_tried = sum(end <= (time or datetime.max) for end in ends)  # with those that a pruner ended
+                num_tried = sum(
+                    end <= (time or datetime.max) for end in ends
+                )  # with those that a pruner ended
                 values["exploration_ratio"] = self.exploration(num_tried)
             for name, value in values.items():
-                self._writer.add_scalar(f"search/{name}", value, len(self._written), time and time.timestamp())
+                self._writer.add_scalar(
+                    f"search/{name}", value, len(self._written), time and time.timestamp()
+                )
         frame, best = trials_frame(study), best_trial(study)
         draw = pareto(frame, best.number if best else None, study.user_attrs.get("budget") or {})
         front = str(frame.loc[frame["front"].notna(), "number"].tolist())
         if draw and front != self._front:
             self._front = front
-            self._writer.add_figure("search/pareto", as_figure(draw), len(self._written), close=False)
+            self._writer.add_figure(
+                "search/pareto", as_figure(draw), len(self._written), close=False
+            )
             release_memory()  # a figure refers to itself
         self._writer.flush()

@@ -12,7 +12,9 @@ from kdnas.deploy.quantize import MOST_LOST, lost
 from kdnas.nas.candidate import Budget
 from kdnas.nas.trials import is_twin
 
-MOST_APART = 0.1  # two measurements of one latency; the middle half of many, as a share of their median
+MOST_APART = (
+    0.1  # two measurements of one latency; the middle half of many, as a share of their median
+)
 LEAST_AGREEMENT = 0.5  # of two rankings
 
 
@@ -69,24 +71,36 @@ def _runner_up(frame: pd.DataFrame, best: int | None) -> Check | None:
     next_best = others.loc[others["reward"].idxmax()]
     gap = (reward - next_best["reward"]) / abs(reward) if reward else 0.0
     words = f"The best of {len(others) + 1} has reward {reward:.4f}, the next, trial {next_best['number']}, "
-    return Check("Is the best one the best?", words + f"{next_best['reward']:.4f}, {gap:.1%} less. One seed each.")
+    return Check(
+        "Is the best one the best?",
+        words + f"{next_best['reward']:.4f}, {gap:.1%} less. One seed each.",
+    )
 
 
 def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | None:
     """Whether the ranking still moved when the candidates' short training ended."""
     losses = pd.DataFrame(
-        [(rows[0]["loss"], rows[-1]["loss"]) for rows in histories.values() if len(rows) > 1], dtype=float
+        [(rows[0]["loss"], rows[-1]["loss"]) for rows in histories.values() if len(rows) > 1],
+        dtype=float,
     ).dropna()
     if len(losses) < 3 or (losses.nunique() < 2).any():
         return None
     agreement = float(losses[0].rank().corr(losses[1].rank()))
     words = f"Ranked by the loss after their first epoch and after their last, {len(losses)} candidates agree to "
-    words += f"{agreement:.2f} (rank correlation; 1: the same order, 0: none): longer training would "
-    words += "hardly reorder them." if (good := agreement >= LEAST_AGREEMENT) else "perhaps reorder them."
+    words += (
+        f"{agreement:.2f} (rank correlation; 1: the same order, 0: none): longer training would "
+    )
+    words += (
+        "hardly reorder them."
+        if (good := agreement >= LEAST_AGREEMENT)
+        else "perhaps reorder them."
+    )
     return Check("Was the ranking settled?", words, good)
 
 
-def _context(frame: pd.DataFrame, best: int | None, full_kd: Mapping[str, Any] | None) -> Check | None:
+def _context(
+    frame: pd.DataFrame, best: int | None, full_kd: Mapping[str, Any] | None
+) -> Check | None:
     if best is None:
         return None
     row = frame[frame["number"] == best].iloc[0]
@@ -99,7 +113,9 @@ def _context(frame: pd.DataFrame, best: int | None, full_kd: Mapping[str, Any] |
     return Check("More than a table of words?", words + ".", bool(share > 0))
 
 
-def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] | None, budget: Budget) -> Check | None:
+def _latency(
+    frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] | None, budget: Budget
+) -> Check | None:
     if best is None:
         return None
     row = frame[frame["number"] == best].iloc[0]
@@ -111,7 +127,10 @@ def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] |
         words += f"; fine-tuned and measured again {again['latency_ms']:.2f} ms (IQR {again['latency_iqr_ms']:.2f}), "
         words += f"{again['speedup']:.1f}x: {apart:+.0%}"
         is_good.append(bool(abs(apart) <= MOST_APART))
-        student, teacher = (Latency(results["models"][name]["latency_ms"], 0.0, 0) for name in ("student", "teacher"))
+        student, teacher = (
+            Latency(results["models"][name]["latency_ms"], 0.0, 0)
+            for name in ("student", "teacher")
+        )
         violation, reason = budget.violation(ArchLatency(student, teacher, row["num_parameters"]))
         if violation > 0:
             words += f", beyond the budget ({reason})"
@@ -121,7 +140,9 @@ def _latency(frame: pd.DataFrame, best: int | None, results: Mapping[str, Any] |
         low, median, high = teacher_ms.quantile([0.25, 0.5, 0.75])
         is_good.append(bool((high - low) / median <= MOST_APART))
         words += f". The teacher, measured beside each of {len(teacher_ms)}, took {teacher_ms.min():.2f} to "
-        words += f"{teacher_ms.max():.2f} ms" + (": the machine was busy" if not is_good[-1] else "")
+        words += f"{teacher_ms.max():.2f} ms" + (
+            ": the machine was busy" if not is_good[-1] else ""
+        )
     return Check("Is the latency real?", words + ".", all(is_good) if is_good else None)
 
 
@@ -133,14 +154,20 @@ def _scores(results: Mapping[str, Any] | None) -> list[Check]:
     rows, metric = task["num_validation"], task["metric"]
     gain = f"From a random start the same shape reaches {random:.3f}, distilled {student:.3f} ({student - random:+.3f})"
     if metric != "accuracy":
-        return [Check("Did distillation help?", f"{gain}. One seed each, {rows} held-out rows.", student > random)]
+        return [
+            Check(
+                "Did distillation help?",
+                f"{gain}. One seed each, {rows} held-out rows.",
+                student > random,
+            )
+        ]
     error = 1.96 * math.sqrt(max(student * (1 - student), 0.0) / max(1, rows))
-    spread = (
-        f"On {rows} held-out rows an accuracy of {student:.3f} is uncertain by {error:.3f} (95 %), and seeds differ "
-    )
+    spread = f"On {rows} held-out rows an accuracy of {student:.3f} is uncertain by {error:.3f} (95 %), and seeds differ "
     return [
         Check("Did distillation help?", f"{gain}.", student - random > error),
-        Check("How sure is the score?", spread + "too: one was tried; below is the command for more."),
+        Check(
+            "How sure is the score?", spread + "too: one was tried; below is the command for more."
+        ),
     ]
 
 

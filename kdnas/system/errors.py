@@ -30,13 +30,17 @@ class CandidateFailed(RuntimeError):
 
 def reason_of(error: Exception) -> str:
     """Why a candidate fails that has raised this."""
-    reason = str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+    reason = (
+        str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
+    )
     return f"out of memory: {first_line(error)}" if is_memory(error) else reason
 
 
 def is_memory(error: Exception) -> bool:
     """Whether an error says that there was no memory left, in any library's words."""
-    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"))
+    return isinstance(error, MemoryError) or bool(
+        re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}")
+    )
 
 
 class ParityError(RuntimeError):

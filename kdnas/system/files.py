@@ -51,7 +51,9 @@ class Run:
                 f"The run name {name!r} is not valid: use letters, digits, '_', '-', '.' (at most 100, no '.' first)."
             )
         if name in SHARED:
-            raise UserError(f"The run name {name!r} is the folder that all runs share: choose another.")
+            raise UserError(
+                f"The run name {name!r} is the folder that all runs share: choose another."
+            )
         self.name = name
         self.root = Path(root)
         self.folder = self.root / name
@@ -88,7 +90,9 @@ class Run:
             UserError: the folder is a link out of the root, or takes no new file, or the nearest parent does not.
         """
         if os.path.islink(self.folder):
-            raise UserError(f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root.")
+            raise UserError(
+                f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root."
+            )
         check_writable(self.folder, "--root")
 
     @contextmanager
@@ -104,10 +108,14 @@ class Run:
             lock.acquire(blocking=False)
         except Timeout as error:
             holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
-            raise UserError(f"The run {self.name!r} is being made by {holder:.200}: {remedy}.") from error
+            raise UserError(
+                f"The run {self.name!r} is being made by {holder:.200}: {remedy}."
+            ) from error
         try:
             with placed(path):
-                path.write_text(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%F %T')}")
+                path.write_text(
+                    f"process {os.getpid()} of {platform.node()}, since {time.strftime('%F %T')}"
+                )
             yield
         finally:
             lock.release()
@@ -119,8 +127,12 @@ class Run:
             UserError: it is of the other kind, or its config cannot be read.
         """
         if self.config.exists() and ("model" in read_yaml(self.config)) != is_comparison:
-            ours, theirs = ("a comparison", "a search") if is_comparison else ("a search", "a comparison")
-            raise UserError(f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name.")
+            ours, theirs = (
+                ("a comparison", "a search") if is_comparison else ("a search", "a comparison")
+            )
+            raise UserError(
+                f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name."
+            )
 
 
 def free_name(root: str | Path, name: str) -> str:
@@ -306,7 +318,9 @@ def _stat(pid: int) -> tuple[str, str | None]:
     """What Linux says of a process: its state (Z: it has ended, and its parent has not looked), and its start."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[19]}"
+        return fields[
+            0
+        ], f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[19]}"
     except OSError:
         return "", None
 

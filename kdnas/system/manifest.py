@@ -21,7 +21,10 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
         folder: whose files they are.
         about: what else to say, such as the command.
     """
-    files = {path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder, folder / MANIFEST)}
+    files = {
+        path.relative_to(folder).as_posix(): _entry(path)
+        for path in _files(folder, folder / MANIFEST)
+    }
     versions = {"kdnas": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in LIBRARIES}
     write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
@@ -39,7 +42,11 @@ def renew(path: Path) -> None:
         known = _ours(folder / MANIFEST)
         if known is None:
             continue
-        files = {name: entry for name, entry in known["files"].items() if not _is_within(folder / name, made)}
+        files = {
+            name: entry
+            for name, entry in known["files"].items()
+            if not _is_within(folder / name, made)
+        }
         found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
         files |= {file.relative_to(folder).as_posix(): _entry(file) for file in found}
         write_json(folder / MANIFEST, known | {"files": files})
@@ -78,7 +85,9 @@ def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
     """What counts as a run's: no locks, and nothing that a process which was killed has left half written."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted([*names, *(name for name in folders if (Path(place) / name).is_symlink())]):
+        for name in sorted(
+            [*names, *(name for name in folders if (Path(place) / name).is_symlink())]
+        ):
             path = Path(place) / name
             if not name.startswith(".") and not name.endswith(".lock") and path != but:
                 yield path
@@ -96,7 +105,9 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{str(folder)!r} has no manifest.json: nothing was made there, or it is not finished.")
+        raise UserError(
+            f"{str(folder)!r} has no manifest.json: nothing was made there, or it is not finished."
+        )
     files = _read(path)["files"]
     faults = []
     for name, entry in files.items():
@@ -107,7 +118,11 @@ def verify(folder: Path) -> tuple[int, list[str]]:
             faults.append(f"{name!r}: is a link")
         elif target.is_symlink():
             if entry != _entry(target):
-                faults.append(f"{name!r}: is a link" if "link" not in entry else f"{name!r}: links to another file")
+                faults.append(
+                    f"{name!r}: is a link"
+                    if "link" not in entry
+                    else f"{name!r}: links to another file"
+                )
             elif not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
                 faults.append(f"{name!r}: links to what is not in the folder")
         elif not target.is_file():
@@ -115,4 +130,6 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         elif entry != (found := _entry(target)):
             faults.append(f"{name!r}: is not as it was written ({found['bytes']:,} bytes)")
     names = {str(path.relative_to(folder)) for path in _files(folder, path)}
-    return len(files), faults + [f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())]
+    return len(files), faults + [
+        f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())
+    ]

@@ -26,7 +26,9 @@ _asked: list[type[KeyboardInterrupt]] = []  # since the outermost honest_signals
 
 def stop_of(number: int) -> type[KeyboardInterrupt]:
     """What a signal is raised as."""
-    return {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}.get(signal.Signals(number), Terminated)
+    return {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}.get(
+        signal.Signals(number), Terminated
+    )
 
 
 def exit_code(stop: type[BaseException]) -> int:
@@ -87,23 +89,39 @@ def honest_signals(once: bool = False) -> Iterator[None]:
     Raises:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1, ``HungUp`` after SIGHUP.
     """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException  # a second, which the search itself needs not
+    from lightning.pytorch.utilities.exceptions import (
+        SIGTERMException,  # a second, which the search itself needs not
+    )
 
     def end(signum: int, frame: Any) -> None:
-        if _asked and (once or signum == signal.SIGHUP):  # of which a shell and the system send one each
+        if _asked and (
+            once or signum == signal.SIGHUP
+        ):  # of which a shell and the system send one each
             return
         _asked.append(stop_of(signum))
         raise _asked[-1]
 
     def say_others(unraisable: Any) -> None:
-        if unraisable.exc_type not in (KeyboardInterrupt, Terminated, HungUp):  # those are noticed later
+        if unraisable.exc_type not in (
+            KeyboardInterrupt,
+            Terminated,
+            HungUp,
+        ):  # those are noticed later
             say(unraisable)
 
     # Lightning handles SIGTERM in its loops, and what there is to do comes before and after them too; it leaves a
     # handler of SIGUSR1 that is there (its own would queue the job again and go on).
-    numbers = (signal.SIGINT, *TERMINATIONS) if threading.current_thread() is threading.main_thread() else ()
+    numbers = (
+        (signal.SIGINT, *TERMINATIONS)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     before = {number: signal.getsignal(number) for number in numbers}
-    ours = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    ours = {
+        number: old
+        for number, old in before.items()
+        if old in (signal.SIG_DFL, signal.default_int_handler)
+    }
     for number in ours:
         signal.signal(number, end)
     say = sys.unraisablehook

@@ -97,7 +97,9 @@ def supervise(command: Callable[[], int], goes_on: Callable[[], str]) -> int:
             what = "interrupted" if asked else f"the process died ({cause(code)})"
             tell(f"{what}{goes_on()}")
             return exit_code(stop_of(asked[0])) if asked else 1
-        log.warning("The process died (%s) with its candidate; another one takes its place.", cause(code))
+        log.warning(
+            "The process died (%s) with its candidate; another one takes its place.", cause(code)
+        )
         _at_candidate[0] = 0
         EARLIER.deaths[pid] = cause(code)
         EARLIER.seconds += time.monotonic() - started
@@ -127,7 +129,9 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
         for left in multiprocessing.active_children():
             left.kill()  # Python would wait for it, and one that hangs since its fork hears of no SIGTERM
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter ends, is no traceback
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # a second one, while the interpreter ends, is no traceback
         raise SystemExit(code)
     os.close(says)
 
@@ -136,7 +140,9 @@ def _run(command: Callable[[], int]) -> tuple[int, int, list[int]]:
             os.kill(pid, signal.SIGKILL)
 
     def pass_on(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGHUP:  # a shell and the system send one each: it is no second request
+        if (
+            asked and number == signal.SIGHUP
+        ):  # a shell and the system send one each: it is no second request
             return
         asked.append(number)
         if len(asked) == 2:

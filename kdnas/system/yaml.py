@@ -46,7 +46,9 @@ def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node,
     if node not in known:
         known[node] = 1 + sum(_count(child, (*above, node), known) for child in _children(node))
         if known[node] > MOST_NODES:
-            raise yaml.YAMLError(f"it has more than {MOST_NODES:,} values, aliases written out, {where}")
+            raise yaml.YAMLError(
+                f"it has more than {MOST_NODES:,} values, aliases written out, {where}"
+            )
     return known[node]
 
 
@@ -55,7 +57,9 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         seen = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} is given twice, line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} is given twice, line {key.start_mark.line + 1}"
+                )
             seen.add((key.tag, str(key.value)))
             yield from (key, value)
     elif isinstance(node, yaml.SequenceNode):
@@ -83,5 +87,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted names, as on the command line."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return found

@@ -41,7 +41,9 @@ class LengthGroupedSampler(Sampler[int]):
         rows = generator.permutation(len(self))
         step = self.BATCHES_A_PIECE * self.batch_size
         pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
-        rows = np.concatenate([piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces])
+        rows = np.concatenate(
+            [piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces]
+        )
         # The last batch, where it is not full, stays last: in between it would shift all later ones.
         full = len(rows) - len(rows) % self.batch_size
         batches = generator.permutation(rows[:full].reshape(-1, self.batch_size))
@@ -84,7 +86,9 @@ class GLUEDataModule(ResumableDataModule):
     def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
         texts = [columns[name] for name in self.task.task.columns]
         # Which is the second sentence is told in any case: a teacher may have a mark for it where the student has none.
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+        encoded = self.tokenizer(
+            *texts, truncation=True, max_length=self.max_length, return_token_type_ids=True
+        )
         encoded = {**encoded, "labels": columns["label"]}
         return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
@@ -92,12 +96,16 @@ class GLUEDataModule(ResumableDataModule):
         """Rows of similar length together, shuffled by seed and epoch."""
         rows = self.rows["train"]
         lengths = [len(row["input_ids"]) for row in rows]
-        return self.resumable(self._loader(rows, LengthGroupedSampler(lengths, self.batch_size, self.seed)))
+        return self.resumable(
+            self._loader(rows, LengthGroupedSampler(lengths, self.batch_size, self.seed))
+        )
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """Rows sorted by length, for each split that is scored."""
         splits = [self.rows[split] for split in self.task.task.validations]
-        return [self._loader(sorted(rows, key=lambda row: len(row["input_ids"]))) for rows in splits]
+        return [
+            self._loader(sorted(rows, key=lambda row: len(row["input_ids"]))) for rows in splits
+        ]
 
     def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> ResumableLoader:
         return ResumableLoader(

@@ -49,16 +49,28 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_epochs", 1), ("batch_size", 1), ("max_length", 8), ("seed", 0), ("weight_decay", 0)):
+        for name, least in (
+            ("num_epochs", 1),
+            ("batch_size", 1),
+            ("max_length", 8),
+            ("seed", 0),
+            ("weight_decay", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if not 0 < self.learning_rate < 1:
-            raise UserError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5.")
+            raise UserError(
+                f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5."
+            )
         if not 0 <= self.warmup_share < 1:
-            raise UserError(f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1.")
+            raise UserError(
+                f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1."
+            )
 
 
-def classify(classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False) -> SequenceClassifierOutput:
+def classify(
+    classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False
+) -> SequenceClassifierOutput:
     """A classifier's answer to a batch with or without labels; with ``hidden_states`` on demand."""
     unread = {"labels"} if marks_pairs(classifier.config) else {"labels", "token_type_ids"}
     inputs = {name: value for name, value in batch.items() if name not in unread}
@@ -78,7 +90,10 @@ class GLUEModule(ClipFusedGradients):
     """
 
     def __init__(
-        self, classifier: PreTrainedModel, task: Task, settings: FinetuneSettings = FinetuneSettings()
+        self,
+        classifier: PreTrainedModel,
+        task: Task,
+        settings: FinetuneSettings = FinetuneSettings(),
     ) -> None:
         super().__init__()
         assert classifier.config.num_labels == task.num_labels
@@ -90,7 +105,9 @@ class GLUEModule(ClipFusedGradients):
         """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
         self.train()
         if self.device.type == "cpu":
-            self.classifier.set_attn_implementation("eager")  # the fused kernel's backward pass is slower there
+            self.classifier.set_attn_implementation(
+                "eager"
+            )  # the fused kernel's backward pass is slower there
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
@@ -108,7 +125,11 @@ class GLUEModule(ClipFusedGradients):
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, or mean squared error, of what ``forward`` gives."""
-        return F.mse_loss(outputs, labels.float()) if self.task.num_labels == 1 else F.cross_entropy(outputs, labels)
+        return (
+            F.mse_loss(outputs, labels.float())
+            if self.task.num_labels == 1
+            else F.cross_entropy(outputs, labels)
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch.
@@ -127,7 +148,9 @@ class GLUEModule(ClipFusedGradients):
             )
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Add a batch to the metrics of its split.
 
         Raises:
@@ -141,7 +164,9 @@ class GLUEModule(ClipFusedGradients):
             sync_dist=True,
             add_dataloader_idx=False,
         )
-        self.metrics[dataloader_idx].update(outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels)
+        self.metrics[dataloader_idx].update(
+            outputs if self.task.num_labels == 1 else outputs.argmax(-1), labels
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all rows, and their mean."""
@@ -156,12 +181,17 @@ class GLUEModule(ClipFusedGradients):
         """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
         parameters = list(self.parameters())
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": self.settings.weight_decay,
+            },
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, fused=True)
         num_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_linear_schedule_with_warmup(optimizer, round(self.settings.warmup_share * num_steps), num_steps)
+        schedule = get_linear_schedule_with_warmup(
+            optimizer, round(self.settings.warmup_share * num_steps), num_steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -204,12 +234,19 @@ def finished(
     known = dict(read_json(folder / "result.json"))
     made_with = _made_with(task, settings, trainer_settings)
     # One of an earlier version does not say all of it.
-    _refuse_other(made_with, {name: (known["settings"] | known).get(name, asked) for name, asked in made_with.items()})
+    _refuse_other(
+        made_with,
+        {name: (known["settings"] | known).get(name, asked) for name, asked in made_with.items()},
+    )
     return known
 
 
 def keep_failure(
-    folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings, why: str
+    folder: Path,
+    task: LoadedTask,
+    settings: FinetuneSettings,
+    trainer_settings: TrainerSettings,
+    why: str,
 ) -> dict[str, Any]:
     """Write down, as a result without a score, that a fine-tuning failed: the same one would most likely fail again."""
     made_with = _made_with(task, settings, trainer_settings)
@@ -219,14 +256,18 @@ def keep_failure(
     return result
 
 
-def _made_with(task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings) -> dict[str, Any]:
+def _made_with(
+    task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
+) -> dict[str, Any]:
     trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
     return {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
 
 
 def _refuse_other(asked: dict[str, Any], known: dict[str, Any]) -> None:
     if known["task_sha256"] != asked["task_sha256"]:
-        raise UserError(f"The rows of {asked['task']!r} are not those that it was begun with: give a new run name.")
+        raise UserError(
+            f"The rows of {asked['task']!r} are not those that it was begun with: give a new run name."
+        )
     for name, value in known.items():
         if asked[name] != value:
             raise UserError(
@@ -283,17 +324,25 @@ def evaluate_glue(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
         )
     start = time.perf_counter()
-    names = task.task.label_names or [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
+    names = task.task.label_names or [
+        f"LABEL_{label}" for label in range(task.task.num_labels)
+    ]  # not the teacher's
     name_classes(classifier.config, names)
     attention = classifier.config._attn_implementation
     history = _History(_made_with(task, settings, trainer_settings))
     data = GLUEDataModule(
-        task, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length, seed=settings.seed
+        task,
+        tokenizer,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=settings.seed,
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
-        fit_resumable(trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks])
+        fit_resumable(
+            trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks]
+        )
     trained_in = str(module.trainer.precision)
     classifier.eval()
     classifier.set_attn_implementation(attention)

@@ -33,7 +33,9 @@ def find_file(folder: Path, *splits: str) -> Path:
     )
 
 
-def read_table(path: Path, text_columns: Sequence[str] = (), header: Sequence[str] = ()) -> pa.Table:
+def read_table(
+    path: Path, text_columns: Sequence[str] = (), header: Sequence[str] = ()
+) -> pa.Table:
     """Read a file of rows.
 
     Args:
@@ -47,7 +49,9 @@ def read_table(path: Path, text_columns: Sequence[str] = (), header: Sequence[st
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(f"{str(path)!r} has the suffix {suffix!r}: give a {', '.join(SUFFIXES)} file, or a folder.")
+        raise UserError(
+            f"{str(path)!r} has the suffix {suffix!r}: give a {', '.join(SUFFIXES)} file, or a folder."
+        )
     try:
         if suffix == ".parquet":
             # partitioning=None: a folder called "label=3" must not become a column.
@@ -58,9 +62,13 @@ def read_table(path: Path, text_columns: Sequence[str] = (), header: Sequence[st
         has_header = is_csv or not header or bool(set(text_columns) & set(first))
         return pacsv.read_csv(
             path,
-            pacsv.ReadOptions(column_names=None if has_header else list(header), block_size=1 << 26),
+            pacsv.ReadOptions(
+                column_names=None if has_header else list(header), block_size=1 << 26
+            ),
             pacsv.ParseOptions(
-                delimiter="," if is_csv else "\t", quote_char='"' if is_csv else False, newlines_in_values=is_csv
+                delimiter="," if is_csv else "\t",
+                quote_char='"' if is_csv else False,
+                newlines_in_values=is_csv,
             ),
             pacsv.ConvertOptions(
                 column_types=dict.fromkeys(text_columns, pa.string()),
@@ -71,7 +79,9 @@ def read_table(path: Path, text_columns: Sequence[str] = (), header: Sequence[st
             ),
         )
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)}).") from error
+        raise UserError(
+            f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)})."
+        ) from error
 
 
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
@@ -90,10 +100,16 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
     texts = list(zip(*(columns[name] for name in text_columns), strict=True))
     order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
     if len(order) < 2:
-        raise UserError(f"There are {len(texts)} rows with {len(order)} distinct texts: none can be held out.")
+        raise UserError(
+            f"There are {len(texts)} rows with {len(order)} distinct texts: none can be held out."
+        )
     held_out = set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
-    sides = [[i for i, text in enumerate(texts) if (text in held_out) == side] for side in (False, True)]
-    train, validation = ({name: [values[i] for i in rows] for name, values in columns.items()} for rows in sides)
+    sides = [
+        [i for i, text in enumerate(texts) if (text in held_out) == side] for side in (False, True)
+    ]
+    train, validation = (
+        {name: [values[i] for i in rows] for name, values in columns.items()} for rows in sides
+    )
     return train, validation
 
 

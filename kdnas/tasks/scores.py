@@ -54,7 +54,10 @@ class _Pearson(Metric):
         self.targets.append(targets)
 
     def compute(self) -> Tensor:
-        pair = [self._values(dim_zero_cat(values).cpu().double()) for values in (self.preds, self.targets)]
+        pair = [
+            self._values(dim_zero_cat(values).cpu().double())
+            for values in (self.preds, self.targets)
+        ]
         if any(values.min() == values.max() for values in pair):
             return torch.tensor(0.0)
         return torch.corrcoef(torch.stack(pair))[0, 1]
@@ -91,4 +94,6 @@ def make_metrics(task: Task) -> MetricCollection:
         A collection to be updated with predictions (N,) and targets (N,): class ids, or numbers in a regression.
         Where a metric is undefined (a correlation with constant predictions), it is 0.0.
     """
-    return MetricCollection({name: METRICS[name](task) for name in task.metrics}, compute_groups=False)
+    return MetricCollection(
+        {name: METRICS[name](task) for name in task.metrics}, compute_groups=False
+    )

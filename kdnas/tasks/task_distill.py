@@ -42,7 +42,9 @@ class TaskDistillSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise UserError(f"distill.temperature is {self.temperature}: give a number above 0, such as 2.")
+            raise UserError(
+                f"distill.temperature is {self.temperature}: give a number above 0, such as 2."
+            )
         if not 0 <= self.soft_weight <= 1:
             raise UserError(f"distill.soft_weight is {self.soft_weight}: give a share of 0 to 1.")
         if not 0 <= self.hidden_weight < math.inf:
@@ -63,10 +65,14 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
     if outputs.shape != teacher_outputs.shape:
-        raise ValueError(f"The shapes {tuple(outputs.shape)} and {tuple(teacher_outputs.shape)} differ.")
+        raise ValueError(
+            f"The shapes {tuple(outputs.shape)} and {tuple(teacher_outputs.shape)} differ."
+        )
     if outputs.ndim == 1:
         return F.mse_loss(outputs, teacher_outputs)
-    ours, theirs = (values.div(temperature).log_softmax(-1) for values in (outputs, teacher_outputs))
+    ours, theirs = (
+        values.div(temperature).log_softmax(-1) for values in (outputs, teacher_outputs)
+    )
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -85,12 +91,18 @@ def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> 
         ValueError: the shapes differ.
     """
     predicted, teacher = predicted_BTH[mask_BT], teacher_BTH[mask_BT].float()
-    return squared_error(predicted, teacher) / squared_error(teacher.mean(0).expand_as(teacher), teacher)
+    return squared_error(predicted, teacher) / squared_error(
+        teacher.mean(0).expand_as(teacher), teacher
+    )
 
 
 def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistillSettings) -> Tensor:
     """The sum that is trained on: ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
-    return (1 - settings.soft_weight) * label + settings.soft_weight * soft + settings.hidden_weight * hidden
+    return (
+        (1 - settings.soft_weight) * label
+        + settings.soft_weight * soft
+        + settings.hidden_weight * hidden
+    )
 
 
 class TaskDistillModule(GLUEModule):
@@ -143,7 +155,10 @@ class TaskDistillModule(GLUEModule):
         for batch in itertools.islice(loader, _BATCHES_TO_BEGIN_WITH):
             batch = {name: value.to(self.device) for name, value in batch.items()}
             with torch.no_grad():
-                states = [_last_state(classify(model, batch, True)) for model in (self.classifier, self.teacher)]
+                states = [
+                    _last_state(classify(model, batch, True))
+                    for model in (self.classifier, self.teacher)
+                ]
             pairs.append([state[batch["attention_mask"].bool()] for state in states])
         ours, theirs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         weights = ridge_map(ours, theirs)
@@ -161,7 +176,9 @@ class TaskDistillModule(GLUEModule):
             "label": self.label_loss(outputs, batch["labels"]),
             "soft": soft_loss(outputs, self.outputs(theirs), self.distill.temperature),
             "hidden": hidden_loss(
-                self.projection(_last_state(ours)), _last_state(theirs), batch["attention_mask"].bool()
+                self.projection(_last_state(ours)),
+                _last_state(theirs),
+                batch["attention_mask"].bool(),
             ),
         }
         self.log_dict({f"train/{name}": value for name, value in parts.items()})
@@ -185,10 +202,14 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
     """
     found = find_teacher(source)
     if not has_classifier(found.config):
-        raise UserError(f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}.")
+        raise UserError(
+            f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}."
+        )
     config: Any = found.config
     if config.problem_type == "multi_label_classification":
-        raise UserError(f"The teacher {source!r} gives several labels at once: take a classifier of one.")
+        raise UserError(
+            f"The teacher {source!r} gives several labels at once: take a classifier of one."
+        )
     names = class_names(config)
     if config.num_labels != task.num_labels:
         raise UserError(
@@ -212,6 +233,8 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
     except Exception as error:  # a broken checkpoint raises anything
         raise UserError(f"Cannot load the teacher {source!r}: {first_line(error)}.") from error
     if info["missing_keys"]:
-        raise UserError(f"The weights of the teacher {source!r} lack {sorted(info['missing_keys'])[0]!r}.")
+        raise UserError(
+            f"The weights of the teacher {source!r} lack {sorted(info['missing_keys'])[0]!r}."
+        )
     model.requires_grad_(False)
     return model.eval()

@@ -102,7 +102,11 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
     for spell in (str, plain):  # Spam and spam are two where both are there
         ours, theirs = ([spell(name) for name in side] for side in (task.label_names, names))
-        if ours and set(ours) <= set(theirs) and all(len(set(side)) == len(side) for side in (ours, theirs)):
+        if (
+            ours
+            and set(ours) <= set(theirs)
+            and all(len(set(side)) == len(side) for side in (ours, theirs))
+        ):
             return [theirs.index(name) for name in ours]
     return None
 
@@ -141,7 +145,9 @@ class LoadedTask:
     @cached_property
     def sha256(self) -> str:
         """Hash of all rows in their order, the same for every place that they are loaded from."""
-        return hashlib.sha256(json.dumps([self.train, *self.validations.values()]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.train, *self.validations.values()]).encode()
+        ).hexdigest()
 
     def for_classifier(self, config: Any, source: str) -> "LoadedTask":
         """The same rows, their labels numbered as a classifier numbers its classes.
@@ -164,7 +170,12 @@ class LoadedTask:
             warn_of_names(self.task, names, source)
         if order is None or order == list(range(len(names))):
             return self
-        task = replace(self.task, num_labels=len(names), label_names=tuple(names), positive=order[self.task.positive])
+        task = replace(
+            self.task,
+            num_labels=len(names),
+            label_names=tuple(names),
+            positive=order[self.task.positive],
+        )
         splits = {
             split: {**rows, "label": [order[label] for label in rows["label"]]}
             for split, rows in {"train": self.train, **self.validations}.items()
@@ -179,8 +190,12 @@ class LoadedTask:
         """
         train, held_out = part(self.train, self.task.columns, share)
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
-            raise UserError(f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out.")
-        return LoadedTask(replace(self.task, validations=("validation",)), train, {"validation": held_out})
+            raise UserError(
+                f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out."
+            )
+        return LoadedTask(
+            replace(self.task, validations=("validation",)), train, {"validation": held_out}
+        )
 
     def save(self, folder: Path, most: int) -> Path:
         """Write a folder that ``load_task`` reads, with at most so many rows of each split: of each label as many.
@@ -224,7 +239,9 @@ def load_task(source: str) -> LoadedTask:
                 f"and others as validation{suffix}; `kdnas glue --data` takes one file and splits it."
             )
         if source not in TASKS:
-            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}")
+            raise UserError(
+                f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}"
+            )
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
     folder = Path(source).resolve()
     task = TASKS.get(folder.name.lower().replace("-", ""))
@@ -232,14 +249,18 @@ def load_task(source: str) -> LoadedTask:
         columns = _text_columns(folder.name, read_table(find_file(folder, "train")))
         return load_labelled(source, columns, "label")
     files = [find_file(folder, "train")]
-    files += [find_file(folder, split, split.replace("validation", "dev")) for split in task.validations]
+    files += [
+        find_file(folder, split, split.replace("validation", "dev")) for split in task.validations
+    ]
     texts = [*task.columns, *(task.original.get(name, name) for name in task.columns)]
     header = _COLA_HEADER if task.name == "cola" else ()
     train, *validations = (read_table(file, texts, header) for file in files)
     return _loaded(task, train, validations, source)
 
 
-def load_labelled(data: str, text_columns: Sequence[str], label_column: str, held_out: float = 0.1) -> LoadedTask:
+def load_labelled(
+    data: str, text_columns: Sequence[str], label_column: str, held_out: float = 0.1
+) -> LoadedTask:
     """Load any labelled text as a task.
 
     Labels that are fractional numbers make a regression, scored as STS-B is; whole numbers and text make a
@@ -263,14 +284,24 @@ def load_labelled(data: str, text_columns: Sequence[str], label_column: str, hel
         )
     path = Path(data)
     if not path.exists():
-        raise UserError(f"The data {data!r} does not exist: give a file, or a folder with train and validation files.")
-    files = [find_file(path, "train"), find_file(path, "validation", "dev")] if path.is_dir() else [path]
+        raise UserError(
+            f"The data {data!r} does not exist: give a file, or a folder with train and validation files."
+        )
+    files = (
+        [find_file(path, "train"), find_file(path, "validation", "dev")]
+        if path.is_dir()
+        else [path]
+    )
     tables = [read_table(file, text_columns) for file in files]
     columns = ("sentence",) if len(text_columns) == 1 else ("sentence1", "sentence2")
-    name = path.resolve().name if path.is_dir() else path.stem.strip(".") or "data"  # folders are called so
+    name = (
+        path.resolve().name if path.is_dir() else path.stem.strip(".") or "data"
+    )  # folders are called so
     task = Task(name, columns, num_labels=0)
     names = dict(zip((*columns, "label"), (*text_columns, label_column), strict=True))
-    if label_column in tables[0].column_names and pa.types.is_floating(tables[0].column(label_column).type):
+    if label_column in tables[0].column_names and pa.types.is_floating(
+        tables[0].column(label_column).type
+    ):
         task = replace(task, num_labels=1, metrics=TASKS["stsb"].metrics)
     if len(tables) == 1:
         rows = _columns(task, tables[0], names, f"rows of {data!r}")
@@ -283,17 +314,23 @@ def load_labelled(data: str, text_columns: Sequence[str], label_column: str, hel
     if task.num_labels != 1:
         classes = sorted(set(train["label"]), key=lambda label: (isinstance(label, str), label))
         if len(classes) < 2:
-            raise UserError(f"All training rows of {data!r} have the label {classes[0]!r}: give two classes or more.")
+            raise UserError(
+                f"All training rows of {data!r} have the label {classes[0]!r}: give two classes or more."
+            )
         _refuse_unseen(train, validation, data)
         ids = {label: number for number, label in enumerate(classes)}
         for rows in (train, validation):
             rows["label"] = [ids[label] for label in rows["label"]]
         plain = classes == list(range(len(classes)))
-        task = replace(task, num_labels=len(ids), label_names=() if plain else tuple(map(str, classes)))
+        task = replace(
+            task, num_labels=len(ids), label_names=() if plain else tuple(map(str, classes))
+        )
     return LoadedTask(task, train, {"validation": validation})
 
 
-def _loaded(task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str) -> LoadedTask:
+def _loaded(
+    task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str
+) -> LoadedTask:
     """One of GLUE's tasks from its tables."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
@@ -317,7 +354,11 @@ def _loaded(task: Task, train: pa.Table, validations: Sequence[pa.Table], source
 def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
     for columns in (("sentence",), ("text",), ("sentence1", "sentence2")):
         if set(columns) <= set(train.column_names):
-            others = [f.name for f in train.schema if pa.types.is_string(f.type) and f.name not in (*columns, "label")]
+            others = [
+                f.name
+                for f in train.schema
+                if pa.types.is_string(f.type) and f.name not in (*columns, "label")
+            ]
             if others:
                 log.warning(
                     "The task %r is read from %s; %s left out: `kdnas glue --data` takes any columns.",
@@ -341,7 +382,11 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
             HfApi().dataset_info("nyu-mll/glue", timeout=4)  # fails at once without a network
         splits = load_dataset("nyu-mll/glue", task.name).with_format("arrow")
     except Exception as error:  # a hub that fails raises anything
-        refuse_away(error, f"the task {task.name!r}", "give a folder, or HF_HUB_OFFLINE=1 for one in the cache")
+        refuse_away(
+            error,
+            f"the task {task.name!r}",
+            "give a folder, or HF_HUB_OFFLINE=1 for one in the cache",
+        )
         raise UserError(
             f"The task {task.name!r} was not found {looked_in()}: {first_line(error)}; "
             "give a folder with train.parquet and validation.parquet."
@@ -353,18 +398,26 @@ def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) 
     """The columns of a table under our names (``names``: ours -> the table's), every value checked."""
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:
-        raise UserError(f"The {where} lack the column {missing[0]!r}: they have {', '.join(table.column_names)}.")
+        raise UserError(
+            f"The {where} lack the column {missing[0]!r}: they have {', '.join(table.column_names)}."
+        )
     if not table.num_rows:
         raise UserError(f"There are no {where}: give at least one.")
     columns: Columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
     for name in task.columns:
-        _check(columns[name], lambda text: isinstance(text, str), where, f"in {names[name]!r}", "text")
+        _check(
+            columns[name], lambda text: isinstance(text, str), where, f"in {names[name]!r}", "text"
+        )
     labels = columns["label"]
     if task.label_names:  # GLUE's own files name the classes
         ids = {name: number for number, name in enumerate(task.label_names)}
-        labels = columns["label"] = [ids.get(label, label) if isinstance(label, str) else label for label in labels]
+        labels = columns["label"] = [
+            ids.get(label, label) if isinstance(label, str) else label for label in labels
+        ]
     kinds: tuple[type, ...] = {0: (int, str), 1: (int, float)}.get(task.num_labels, (int,))
-    wanted = {0: "text or a whole number", 1: "a finite number"}.get(task.num_labels, "a whole number")
+    wanted = {0: "text or a whole number", 1: "a finite number"}.get(
+        task.num_labels, "a whole number"
+    )
 
     def is_label(label: Any) -> bool:
         number = isinstance(label, kinds) and not isinstance(label, bool)
@@ -374,7 +427,9 @@ def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) 
     return columns
 
 
-def _check(values: list[Any], is_good: Callable[[Any], bool], where: str, column: str, wanted: str) -> None:
+def _check(
+    values: list[Any], is_good: Callable[[Any], bool], where: str, column: str, wanted: str
+) -> None:
     bad = [row for row, value in enumerate(values) if not is_good(value)]
     if bad:
         more = f", and so have {len(bad) - 1:,} more" if len(bad) > 1 else ""

@@ -27,11 +27,16 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], weight_decay: float
+        self,
+        muon_groups: list[dict[str, Any]],
+        adamw_groups: list[dict[str, Any]],
+        weight_decay: float,
     ) -> None:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, fused=True)]
         if muon_groups:
-            muon = torch.optim.Muon(muon_groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            muon = torch.optim.Muon(
+                muon_groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
             self.parts.append(muon)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
@@ -70,12 +75,21 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             UserError: a tensor belongs to no parameter that is trained here, or has another shape.
         """
-        parts = {parameter: part for part in self.parts for group in part.param_groups for parameter in group["params"]}
+        parts = {
+            parameter: part
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
         parameters = dict(module.named_parameters())
         for place, tensor in tensors.items():
             name, _, key = place.rpartition("/")
             parameter = parameters.get(name)
-            if parameter is None or parameter not in parts or tensor.shape not in (parameter.shape, ()):
+            if (
+                parameter is None
+                or parameter not in parts
+                or tensor.shape not in (parameter.shape, ())
+            ):
                 raise UserError(
                     f"The optimizer's {place!r} of shape {tuple(tensor.shape)} is of another student: "
                     "delete the file that holds it to begin without it."
@@ -85,4 +99,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may take a parameter of a module whose student is ``student``: a matrix, no table, no projection."""
-    return parameter.ndim == 2 and name.startswith("student.") and not re.search("embedding|attention_bias", name)
+    return (
+        parameter.ndim == 2
+        and name.startswith("student.")
+        and not re.search("embedding|attention_bias", name)
+    )

@@ -50,7 +50,9 @@ def keep(begun_in: str | None) -> str:
     """
     if begun_in is not None:
         if (given := os.environ.get(VARIABLE, begun_in)) != begun_in:
-            log.warning("This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given)
+            log.warning(
+                "This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given
+            )
         os.environ[VARIABLE] = begun_in
     return "bfloat16" if bf16_is_faster("cpu") else "float32"
 
@@ -71,7 +73,10 @@ def own_precision() -> Iterator[None]:
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
     """The least of several rounds, in turn: what other work on the machine adds is no property of either."""
     with torch.random.fork_rng(devices=[]):
-        given = {dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)] for dtype in DTYPES.values()}
+        given = {
+            dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)]
+            for dtype in DTYPES.values()
+        }
     rounds = [{dtype: _time(*pair) for dtype, pair in given.items()} for _ in range(num_rounds)]
     return {dtype: min(seconds[dtype] for seconds in rounds) for dtype in given}
 
@@ -94,7 +99,9 @@ def autocast_dtype(device_type: str) -> torch.dtype:
 
 def trainer_precision(accelerator: str) -> str:
     """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    on_cpu = accelerator == "cpu" or (
+        accelerator == "auto" and not torch.accelerator.is_available()
+    )
     return "bf16-mixed" if bf16_is_faster("cpu" if on_cpu else "other") else "32-true"
 
 

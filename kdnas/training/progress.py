@@ -41,7 +41,12 @@ class EpochLines(pl.Callback):
         self._first = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._say(trainer, LONGEST, "")
 
@@ -57,7 +62,9 @@ class EpochLines(pl.Callback):
         self._said = now
         steps = float(trainer.estimated_stepping_batches)
         if math.isfinite(steps) and done > self._first:
-            more += f", {(now - self._began) / (done - self._first) * (steps - done) / 60:.0f} min left"
+            more += (
+                f", {(now - self._began) / (done - self._first) * (steps - done) / 60:.0f} min left"
+            )
         epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
         self.write(f"{self.description}: {epoch}, step {done:,}{more}")
 
@@ -91,7 +98,12 @@ class FitProgress(EpochLines):
         self.tasks[1:] = [self.progress.add_task(name, total=trainer.num_training_batches)]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if len(self.tasks) == 1:  # Lightning begins no epoch that it goes on within
@@ -104,15 +116,26 @@ class FitProgress(EpochLines):
             self.progress.remove_task(task)
         self.tasks = []
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self.teardown(trainer, pl_module, "fit")
 
 
 class SayWhatGoesOn(pl.Callback):
     """Names the newest checkpoint of a fit that was stopped, and the option that goes on from it."""
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        kept = {path for callback in found for path in (callback.best_model_path, callback.last_model_path) if path}
+        kept = {
+            path
+            for callback in found
+            for path in (callback.best_model_path, callback.last_model_path)
+            if path
+        }
         if kept and trainer.is_global_zero:
-            log.warning("The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime))
+            log.warning(
+                "The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime)
+            )

@@ -57,11 +57,17 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         if self.devices != 1:
-            raise UserError(f"devices is {self.devices}: a candidate trains on one device; {REMEDY}")
+            raise UserError(
+                f"devices is {self.devices}: a candidate trains on one device; {REMEDY}"
+            )
         if self.strategy != "auto":
-            raise UserError(f"strategy is {self.strategy!r}: a candidate trains in one process; {REMEDY}")
+            raise UserError(
+                f"strategy is {self.strategy!r}: a candidate trains in one process; {REMEDY}"
+            )
         if not self.gradient_clip_val >= 0:
-            raise UserError(f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping).")
+            raise UserError(
+                f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping)."
+            )
 
     def check(self) -> None:
         """Refuse what this machine, or the way the process was started, cannot do.
@@ -70,9 +76,13 @@ class TrainerSettings:
             UserError: there is no such accelerator, or a launcher made this process one of several.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}")
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}"
+            )
         try:
-            pl.Trainer(accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False)
+            pl.Trainer(
+                accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False
+            )
         except Exception as error:  # Lightning's own error, or the device's
             raise UserError(f"accelerator is {self.accelerator!r}: {first_line(error)}.") from error
 
@@ -86,7 +96,12 @@ def refuse_strategy(name: str) -> None:
     Raises:
         UserError: it is not one that trains a whole student on each device.
     """
-    if name not in ("auto", "single_device", "SingleDeviceStrategy", "DDPStrategy") and not name.startswith("ddp"):
+    if name not in (
+        "auto",
+        "single_device",
+        "SingleDeviceStrategy",
+        "DDPStrategy",
+    ) and not name.startswith("ddp"):
         raise UserError(
             f"strategy is {name!r}: give 'ddp' for several devices, or 'auto'; a student is small, and whole on each."
         )
@@ -117,14 +132,20 @@ def make_trainer(
     if not resume:
         for unfinished in folder.glob("events.out.tfevents.*"):
             unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
-    precision: Any = settings.precision if settings.precision != "auto" else trainer_precision(settings.accelerator)
+    precision: Any = (
+        settings.precision
+        if settings.precision != "auto"
+        else trainer_precision(settings.accelerator)
+    )
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=1,
         precision=precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,
-        logger=TensorBoardLogger(folder.parent, name="", version=folder.name, flush_secs=FLUSH_SECONDS),
+        logger=TensorBoardLogger(
+            folder.parent, name="", version=folder.name, flush_secs=FLUSH_SECONDS
+        ),
         callbacks=[*callbacks, NoticeSignals()],
         plugins=[WholeFiles()],
         enable_checkpointing=False,
@@ -135,7 +156,9 @@ def make_trainer(
     )
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any) -> None:
+def fit(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any
+) -> None:
     """``trainer.fit`` under ``honest_signals``, with the memory of earlier fits given back."""
     release_memory()
     with honest_signals(), one_error(Path(trainer.log_dir or trainer.default_root_dir)):
@@ -179,7 +202,9 @@ def fit_resumable(
     if resume:
         kept = check_checkpoint(last).get("callbacks", {}).get(KeepLast.__qualname__, {})
         if kept.get("format") != KeepLast.FORMAT:
-            raise UserError(f"{str(last)!r} was written by another version of kdnas: delete it to begin anew.")
+            raise UserError(
+                f"{str(last)!r} was written by another version of kdnas: delete it to begin anew."
+            )
     trainer = make_trainer(settings, folder, num_epochs, [*callbacks, KeepLast(last)], resume)
     fit(trainer, module, data, ckpt_path=last if resume else None)
 
@@ -196,7 +221,10 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to begin anew."
         ) from error
-    if not isinstance(found, dict) or not {"state_dict", "pytorch-lightning_version"} <= found.keys():
+    if (
+        not isinstance(found, dict)
+        or not {"state_dict", "pytorch-lightning_version"} <= found.keys()
+    ):
         raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
     return found
 
@@ -273,7 +301,9 @@ class ClipFusedGradients(pl.LightningModule):
             UserError: the algorithm is another.
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped.")
+            raise UserError(
+                f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped."
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
 
@@ -281,7 +311,9 @@ class ClipFusedGradients(pl.LightningModule):
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints that are old or new, never a part: Lightning's way leads over another file system's folder."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a number
         torch.save(checkpoint, buffer)
         with new_file(Path(path)) as file:
@@ -313,7 +345,9 @@ class KeepLast(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         states = {"random": torch.get_rng_state()}
         if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()  # dropout's there; of the one device that the fit is on
+            states["cuda"] = (
+                torch.cuda.get_rng_state()
+            )  # dropout's there; of the one device that the fit is on
         return {**states, "format": self.FORMAT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,11 +360,15 @@ class KeepLast(pl.Callback):
             torch.cuda.set_rng_state(self._random["cuda"])
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            numbers = [n for n in (signal.SIGINT, *TERMINATIONS) if signal.getsignal(n) != signal.SIG_IGN]
+            numbers = [
+                n for n in (signal.SIGINT, *TERMINATIONS) if signal.getsignal(n) != signal.SIG_IGN
+            ]
             self._before = {number: signal.signal(number, self._ask) for number in numbers}
 
     def _ask(self, signum: int, frame: Any) -> None:
-        if self._asked and signum == signal.SIGHUP:  # a shell and the system send one each: it is no second request
+        if (
+            self._asked and signum == signal.SIGHUP
+        ):  # a shell and the system send one each: it is no second request
             return
         if self._asked:
             raise stop_of(signum)
@@ -341,7 +379,12 @@ class KeepLast(pl.Callback):
             raise self._asked
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         is_due = self._asked or time.monotonic() - self._saved > self.every_seconds
         is_first = batch_idx + 2 == trainer.num_training_batches and not self.path.exists()
@@ -363,7 +406,9 @@ class KeepLast(pl.Callback):
         if self._asked:  # since the last checkpoint
             raise self._asked
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._hand_back()
 
     def _hand_back(self) -> None:

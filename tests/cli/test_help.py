@@ -24,12 +24,16 @@ def test_pages_are_what_the_parsers_say() -> None:
     for command, text in made.items():
         if os.environ.get("WRITE_PAGES"):
             (FOLDER / f"{command}.txt").write_text(text, encoding="utf-8")
-        assert page(command) == text, "make the pages anew: WRITE_PAGES=1 pytest tests/test_pages.py"
+        assert page(command) == text, (
+            "make the pages anew: WRITE_PAGES=1 pytest tests/test_pages.py"
+        )
 
 
 def test_every_command_but_completion_has_a_page() -> None:
     assert len(EXAMPLES) == 10
-    assert {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
+    assert (
+        {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
+    )
 
 
 def test_help_and_completion_do_not_import_torch() -> None:
@@ -68,7 +72,9 @@ def test_bash_completes_commands_options_and_files(
     assert done.stdout.split() == [expected], done.stderr
 
 
-def test_bash_completes_files_wherever_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes_files_wherever_nothing_else_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["completion", "bash"]) == 0
     assert "complete -o bashdefault -o default " in capsys.readouterr().out
 
@@ -79,7 +85,9 @@ def test_completion_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("args", [["cmd"], [], ["bash", "zsh"]])
-def test_an_unknown_shell_gets_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_shell_gets_one_line(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["completion", *args]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bash" in error and (len(args) != 1 or args[0] in error)

@@ -66,7 +66,9 @@ def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_what_ended_while_nobody_looked_is_written_down_by_the_next_start(search: list[str], tmp_path: Path) -> None:
+def test_what_ended_while_nobody_looked_is_written_down_by_the_next_start(
+    search: list[str], tmp_path: Path
+) -> None:
     run = tmp_path / "logs" / "kdnas"
     assert main([*search, "--search.n_trials=5", "--quiet"]) == 0
     kept = sorted(run.glob("trial_*/*.safetensors"))
@@ -86,7 +88,11 @@ def test_the_best_of_a_search_that_was_prolonged_and_stopped_after_its_last_cand
     run = tmp_path / "logs" / "kdnas"
     assert main([*search, "--search.n_trials=3", "--quiet"]) == 0
     best = (run / "best_student.yaml").read_text()
-    others = [trial for trial in read_study(run / "study.db", "kdnas").trials if trial.state.name == "COMPLETE"]
+    others = [
+        trial
+        for trial in read_study(run / "study.db", "kdnas").trials
+        if trial.state.name == "COMPLETE"
+    ]
     worse = min(others, key=lambda trial: trial.value)
     StudentArch.from_dict(worse.user_attrs["arch"]).to_yaml(run / "best_student.yaml")
     (run / "manifest.json").unlink()
@@ -121,11 +127,15 @@ def test_a_search_that_is_killed_again_and_again_is_the_unbroken_one_where_laten
     def start(name: str) -> subprocess.Popen[bytes]:
         options = [f"--name={name}", "--search.n_trials=7", "--search.budget.speedup=2", "--quiet"]
         program = [sys.executable, "-c", BY_THE_TABLE, *search, *options]
-        return subprocess.Popen(program, start_new_session=True, env=os.environ | {"KDNAS_CPU_MATMULS": "float32"})
+        return subprocess.Popen(
+            program, start_new_session=True, env=os.environ | {"KDNAS_CPU_MATMULS": "float32"}
+        )
 
     def trials(name: str) -> list[FrozenTrial]:
         with suppress(UserError):
-            return read_study(tmp_path / "logs" / name / "study.db", name).get_trials(deepcopy=False)
+            return read_study(tmp_path / "logs" / name / "study.db", name).get_trials(
+                deepcopy=False
+            )
         return []
 
     assert start("unbroken").wait() == 0
@@ -161,22 +171,40 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "search"])
-def test_help_of_a_command_teaches_units_and_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_teaches_units_and_defaults(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)" in shown
+    assert (
+        "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)"
+        in shown
+    )
     assert "disk budget for one of them, in GB" in shown
 
 
 def test_every_config_is_parsed_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = {"quickstart": "run", "search": "search", "glue": "glue", "fit": "fit", "original": "fit"}
+    commands = {
+        "quickstart": "run",
+        "search": "search",
+        "glue": "glue",
+        "fit": "fit",
+        "original": "fit",
+    }
     assert {path.stem for path in Path("configs").glob("*")} == set(commands)
     monkeypatch.chdir(tmp_path)
     for name, command in commands.items():
         with pytest.raises(SystemExit) as ended:
-            main([command, "-c" if command == "fit" else "--config", f"configs/{name}.yaml", "--print_config"])
+            main(
+                [
+                    command,
+                    "-c" if command == "fit" else "--config",
+                    f"configs/{name}.yaml",
+                    "--print_config",
+                ]
+            )
         assert ended.value.code == 0
         assert yaml.safe_load(capsys.readouterr().out)
 
@@ -192,7 +220,10 @@ def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
     assert yaml.safe_load(capsys.readouterr().out)["text"] == "mine"
     for command in ("run", "fit"):
         error = refused([command, "--config=configs/quickstrat.yaml"], capsys)
-        assert error == "kdnas: There is no 'configs/quickstrat.yaml'. Did you mean 'configs/quickstart.yaml'?\n"
+        assert (
+            error
+            == "kdnas: There is no 'configs/quickstrat.yaml'. Did you mean 'configs/quickstart.yaml'?\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +264,9 @@ def test_quiet_and_log_level_go_with_every_command(
     assert main([*search, "--search.n_trials=0"]) == 2
     assert caplog.text == ""
     capsys.readouterr()
-    assert "argument --log-level: invalid choice: 'loud'" in refused(["--log-level=loud", *search], capsys)
+    assert "argument --log-level: invalid choice: 'loud'" in refused(
+        ["--log-level=loud", *search], capsys
+    )
     assert "There is no command" in refused(["--quiet"], capsys)
 
 
@@ -266,7 +299,9 @@ def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "my_kd.py").write_text("")
     code = "from kdnas.cli.main import main; raise SystemExit(main())"  # as the console script, with -P
     options = ["search", "--teacher=quickstart", "--text=b", "--recipe.start=my_kd.Quiet"]
-    paths = os.pathsep.join([str(Path(kdnas.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(Path(kdnas.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     command, env = [sys.executable, "-P", "-c", code, *options], os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 2 and "module 'my_kd' has no attribute 'Quiet'" in done.stderr
@@ -274,12 +309,19 @@ def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
 
 def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text" in refused(["run", "--teacher=quickstart"], capsys)
-    assert refused(["fit", "--data.text=x"], capsys) == "kdnas: model.teacher is not given: give text.\n"
+    assert (
+        refused(["fit", "--data.text=x"], capsys)
+        == "kdnas: model.teacher is not given: give text.\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("recipe: {learnin_rate: 1}", "learning_rate"), ("teachr: x", "teacher"), ("data: {maxlength: 3}", "max_length")],
+    [
+        ("recipe: {learnin_rate: 1}", "learning_rate"),
+        ("teachr: x", "teacher"),
+        ("data: {maxlength: 3}", "max_length"),
+    ],
 )
 def test_misspelt_yaml_key_names_the_nearest(
     key: str, nearest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -293,11 +335,15 @@ def test_misspelt_yaml_key_names_the_nearest(
     ("command", "misspelt", "right"),
     [("fit", "--trainr=1", "trainer"), ("export", "--ass", "as"), ("run", "--tsk", "task")],
 )
-def test_a_misspelt_option_is_refused_before_torch_is_imported(command: str, misspelt: str, right: str) -> None:
+def test_a_misspelt_option_is_refused_before_torch_is_imported(
+    command: str, misspelt: str, right: str
+) -> None:
     code = f"import sys; from kdnas.cli.main import main; main({[command, misspelt]}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
+    assert (
+        f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
+    )
 
 
 NAMED = {
@@ -312,15 +358,22 @@ NAMED = {
 
 
 @pytest.mark.parametrize("given", NAMED)
-def test_a_teacher_whose_files_are_not_there_is_refused_before_torch_is_imported(given: str, tmp_path: Path) -> None:
+def test_a_teacher_whose_files_are_not_there_is_refused_before_torch_is_imported(
+    given: str, tmp_path: Path
+) -> None:
     for name, teacher in {"named": "/no/such", "quickstart": "quickstart"}.items():
         (tmp_path / f"{name}.yaml").write_text(f"teacher: {teacher}\n")
     (tmp_path / "other.yaml").write_text("name: mine\n")
     args = ["search", "--text=x.txt", *(arg.replace("TEACHER", "/no/such") for arg in NAMED[given])]
     code = f"import sys; from kdnas.cli.main import main; assert main({args}) == 2; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("kdnas: The teacher '/no/such' does not exist: give") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("kdnas: The teacher '/no/such' does not exist: give")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,7 +401,11 @@ def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
     args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in {"named": "teacher: quickstart", "nested": "config: named.yaml", "broken": "a: !!bool b"}.items():
+    for name, text in {
+        "named": "teacher: quickstart",
+        "nested": "config: named.yaml",
+        "broken": "a: !!bool b",
+    }.items():
         Path(f"{name}.yaml").write_text(text)
     Path("lightning_logs/done").mkdir(parents=True)
     Path("lightning_logs/done/manifest.json").write_text("{}")
@@ -369,11 +426,15 @@ def test_a_teacher_with_a_weight_that_is_no_number_is_refused(
     broken.encoder.layer[1].output.dense.weight.data[3, 5] = torch.nan
     broken.save_pretrained(folder)
     capsys.readouterr()
-    error = refused([*search, f"--teacher={folder}", f"--states.max_gb={max_gb}", "--quiet"], capsys)
+    error = refused(
+        [*search, f"--teacher={folder}", f"--states.max_gb={max_gb}", "--quiet"], capsys
+    )
     assert error.startswith("kdnas: The teacher's hidden states are not numbers (NaN): take")
 
 
-def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_cannot_be_written_changes_no_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
@@ -383,18 +444,25 @@ def test_a_line_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.
 
 
 def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys)
+    error = refused(
+        ["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys
+    )
     assert "learnin_rate" in error and "Did you mean 'model.recipe.learning_rate'?" in error
 
 
 def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line(
-    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    search: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def too_narrow(self: HiddenStates, student: object, teacher: object) -> None:
         raise KeyError(f"no width of {student.config.hidden_size}")  # type: ignore[attr-defined]
 
     monkeypatch.setattr(HiddenStates, "criterion", too_narrow)
-    error = refused([*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys)
+    error = refused(
+        [*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys
+    )
     assert "recipe.objective, HiddenStates, cannot be asked of 1 layers x 32 wide" in error
     assert "KeyError: 'no width of 32'; mend it, or leave such students out of the space." in error
     assert not (tmp_path / "logs").exists()
@@ -414,16 +482,28 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--search.budget.num_parameters=100", "the fastest possible, 1 layers x 32 wide"),
         ("--sampler=lstn", "There is no sampler 'lstn'"),
         ("--sampler=lstn", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe."),
-        ("--sampler=optuna.samplers.TPESampler2", "There is no sampler 'optuna.samplers.TPESampler2'"),
+        (
+            "--sampler=optuna.samplers.TPESampler2",
+            "There is no sampler 'optuna.samplers.TPESampler2'",
+        ),
         ("--sampler=optuna.pruners.NopPruner", "is no sampler"),
-        ('--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}', "does not take"),
+        (
+            '--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}',
+            "does not take",
+        ),
         ("--pruner=medium", "There is no pruner 'medium'"),
         ("--workers=0", "workers is 0"),
         ("--time-budget=0", "time_budget is 0"),
-        ("--space.hidden_size=[128]", "space.hidden_size has 128: a student has from 1 to its teacher's 64"),
+        (
+            "--space.hidden_size=[128]",
+            "space.hidden_size has 128: a student has from 1 to its teacher's 64",
+        ),
         ("--space.hidden_size=[33]", "space.hidden_size has 33 and space.num_attention_heads 2"),
         ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
-        ("--space.hidden_act=[rellu]", "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?"),
+        (
+            "--space.hidden_act=[rellu]",
+            "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?",
+        ),
         ("--latency.length=4000", "length of latency is 4000"),
         ("--latency.device=tpu", "'tpu'"),
         ("--trainer.devices=2", "devices is 2"),
@@ -497,7 +577,9 @@ def test_force_new_counts_where_nothing_is_begun_too(
 ) -> None:
     names: list[str] = []
     monkeypatch.setattr("kdnas.cli.main._plan", lambda config: names.append(config.name))
-    monkeypatch.setattr("kdnas.commands.smoke.smoke", lambda config, console: names.append(config.name))
+    monkeypatch.setattr(
+        "kdnas.commands.smoke.smoke", lambda config, console: names.append(config.name)
+    )
     (tmp_path / "mine").mkdir()
     assert main(["run", *KNOWN, f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
     assert names == ["mine-2"] and "Begun anew" not in caplog.text
@@ -512,10 +594,19 @@ def test_under_torchrun_a_search_is_refused(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "no usable row"), (b" \n\n \n", "no usable row"), (b"fine\nbad \xff\n", "row 2"), (b"only one\n", "one")],
+    [
+        (b"", "no usable row"),
+        (b" \n\n \n", "no usable row"),
+        (b"fine\nbad \xff\n", "row 2"),
+        (b"only one\n", "one"),
+    ],
 )
 def test_bad_text_gets_one_line(
-    content: bytes, message: str, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes,
+    message: str,
+    search: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(content)
@@ -535,7 +626,9 @@ def test_missing_column_lists_those_there_are(
     assert "'text'" in error and "body" in error and "title" in error
 
 
-def test_bad_teachers_get_one_line(search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_teachers_get_one_line(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     weights = teacher / "model.safetensors"
     whole = weights.read_bytes()
@@ -547,9 +640,9 @@ def test_bad_teachers_get_one_line(search: list[str], tmp_path: Path, capsys: py
         file.unlink()
     assert "no tokenizer" in refused(own, capsys)
     decoder = tmp_path / "decoder"
-    BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, is_decoder=True)).save_pretrained(
-        decoder
-    )
+    BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, is_decoder=True)
+    ).save_pretrained(decoder)
     (decoder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     assert "decoder" in refused([*search, f"--teacher={decoder}"], capsys)
     assert not (tmp_path / "logs").exists()
@@ -559,7 +652,11 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
     tmp_path: Path, tiny_teacher: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=2, strategy="fsdp", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    config.write_text(
+        FIT.format(
+            devices=2, strategy="fsdp", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
     by_class = "--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"
     for options, name in (([], "fsdp"), ([by_class], "FSDPStrategy")):
         error = refused(["fit", "--config", str(config), *options], capsys)
@@ -572,7 +669,9 @@ def test_disk_that_is_too_small_is_refused(
 ) -> None:
     from kdnas.distillation import state_cache as cache
 
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 12})())
+    monkeypatch.setattr(
+        cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 12})()
+    )
     assert main(search) == 2
     assert "12 are free" in capsys.readouterr().err.splitlines()[-1]
 
@@ -620,12 +719,19 @@ class Seen(pl.Callback):
         "cpu",
         pytest.param(
             "gpu",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            ],
         ),
     ],
 )
 def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
-    accelerator: str, tiny_teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accelerator: str,
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kdnas.distillation.module import HiddenStateDistillModule, Recipe
     from kdnas.models.arch import StudentArch
@@ -638,12 +744,26 @@ def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
         folder = tmp_path / name
         folder.mkdir()
         config = folder / "fit.yaml"
-        options = dict(devices=devices, strategy=strategy, folder=folder, teacher=tiny_teacher, text=text_file)
+        options = dict(
+            devices=devices, strategy=strategy, folder=folder, teacher=tiny_teacher, text=text_file
+        )
         lines = FIT.format(**options).splitlines()
-        config.write_text("\n".join(line for line in lines if "recipe" not in line))  # the default one
-        kept = [f"--model.states.folder={tmp_path}/kept/states", f"--data.folder={tmp_path}/kept/tokens"]
+        config.write_text(
+            "\n".join(line for line in lines if "recipe" not in line)
+        )  # the default one
+        kept = [
+            f"--model.states.folder={tmp_path}/kept/states",
+            f"--data.folder={tmp_path}/kept/tokens",
+        ]
         callback = ["--trainer.callbacks=seen.Seen", f"--trainer.callbacks.folder={folder}"]
-        return ["fit", "--config", str(config), f"--trainer.accelerator={accelerator}", *kept, *callback]
+        return [
+            "fit",
+            "--config",
+            str(config),
+            f"--trainer.accelerator={accelerator}",
+            *kept,
+            *callback,
+        ]
 
     def result(name: str) -> HiddenStateDistillModule:
         (checkpoint,) = (tmp_path / name / "lightning_logs").rglob("*.ckpt")
@@ -665,7 +785,9 @@ def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
     )
     assert done.returncode == 0, done.stderr
     for kept in ("states", "tokens"):
-        assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, "both share one"
+        assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, (
+            "both share one"
+        )
     batches: list[Batch] = []
 
     def both_ranks(self: HiddenStateDistillModule, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -707,7 +829,11 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    config.write_text(
+        FIT.format(
+            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
     assert main(["fit", "--config", str(config)]) == 0
     (events,) = (tmp_path / "lightning_logs").rglob("events.out.tfevents.*")
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
@@ -719,7 +845,10 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     assert saved["model"]["arch"]["hidden_size"] == 64
     (encoder,) = (tmp_path / "lightning_logs").rglob("encoder")
     assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
-    assert find_teacher(str(encoder)).tokenizer.get_vocab() == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
+    assert (
+        find_teacher(str(encoder)).tokenizer.get_vocab()
+        == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
+    )
     assert main(["verify", str(encoder.parent)]) == 0
     (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     assert checkpoint.name in saved_by
@@ -739,9 +868,19 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    config.write_text(
+        FIT.format(
+            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
     kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=link")  # docs/scale.md: true
-    fit = ["fit", "--config", str(config), *(f"--trainer.callbacks{part}" for part in kept), "--ckpt_path=last"]
+    fit = [
+        "fit",
+        "--config",
+        str(config),
+        *(f"--trainer.callbacks{part}" for part in kept),
+        "--ckpt_path=last",
+    ]
     checkpoints = tmp_path / "lightning_logs" / "version_4711" / "checkpoints"
     assert main(fit) == 0
     made = {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
@@ -757,16 +896,26 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     assert saved.read_bytes() == before
     student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
     error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
-    assert "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
-    assert (saved.parent / "encoder" / "model.safetensors").read_bytes() == student and saved.read_bytes() == before
+    assert (
+        "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
+    )
+    assert (
+        saved.parent / "encoder" / "model.safetensors"
+    ).read_bytes() == student and saved.read_bytes() == before
 
 
-@pytest.mark.parametrize(("logger", "is_own"), [("false", False), ("TensorBoardLogger", False), ("CSVLogger", True)])
+@pytest.mark.parametrize(
+    ("logger", "is_own"), [("false", False), ("TensorBoardLogger", False), ("CSVLogger", True)]
+)
 def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_programs_theirs(
     logger: str, is_own: bool, tiny_teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    config.write_text(
+        FIT.format(
+            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
     options = [f"--trainer.logger={logger}"]
     if logger != "false":
@@ -782,7 +931,10 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
     if is_own:
         assert main(["verify", str(encoder.parent)]) == 0
         (checkpoint,) = tmp_path.rglob("*.ckpt")
-        assert main(["validate", "--config", str(config), *options, "--ckpt_path", str(checkpoint)]) == 0
+        assert (
+            main(["validate", "--config", str(config), *options, "--ckpt_path", str(checkpoint)])
+            == 0
+        )
         assert main(["verify", str(encoder.parent)]) == 0, "with the figures of the validation"
 
 
@@ -790,8 +942,14 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
     ("args", "message"),
     [
         (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
-        (["space", "--teacher=quickstart", "--data.seed=7"], "data.seed is 7, but it is set by --seed: give that."),
-        (["glue", "--model=a", "--task=rte", "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seeds, how"),
+        (
+            ["space", "--teacher=quickstart", "--data.seed=7"],
+            "data.seed is 7, but it is set by --seed: give that.",
+        ),
+        (
+            ["glue", "--model=a", "--task=rte", "--finetune.seed=7"],
+            "finetune.seed is 7, but it is set by --seeds, how",
+        ),
     ],
 )
 def test_a_seed_that_another_option_sets_is_refused(
@@ -832,17 +990,33 @@ def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
     (tmp_path / "stops.py").write_text(STOPS)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = tmp_path / "fit.yaml"
-    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
-    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=true")  # as docs/scale.md has it
+    config.write_text(
+        FIT.format(
+            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
+    kept = (
+        "+=ModelCheckpoint",
+        ".every_n_train_steps=2",
+        ".save_last=true",
+    )  # as docs/scale.md has it
     every_second = [f"--trainer.callbacks{part}" for part in kept]
-    assert main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"]) == 130
+    assert (
+        main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"])
+        == 130
+    )
     (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-    half = Path(checkpoint).with_name(f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh")  # as a kill leaves it
+    half = Path(checkpoint).with_name(
+        f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh"
+    )  # as a kill leaves it
     half.touch()
     assert main(["fit", "--config", str(config), "--ckpt_path", checkpoint]) == 0
     assert not half.exists()
-    steps = {torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("epoch=*.ckpt")}
+    steps = {
+        torch.load(path, weights_only=True)["global_step"]
+        for path in tmp_path.rglob("epoch=*.ckpt")
+    }
     assert max(steps) > 3
 
 
@@ -866,7 +1040,11 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, checkpoint = tmp_path / "fit.yaml", tmp_path / "evil.ckpt"
-    config.write_text(FIT.format(devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file))
+    config.write_text(
+        FIT.format(
+            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+        )
+    )
     torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)
     error = refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
     assert "evil.ckpt' is damaged or holds more than tensors" in error
@@ -874,14 +1052,19 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
-    objective = {"recipe": {"objective": {"class_path": "evil.X"}}, "states": {"folder": str(tmp_path / "theirs")}}
+    objective = {
+        "recipe": {"objective": {"class_path": "evil.X"}},
+        "states": {"folder": str(tmp_path / "theirs")},
+    }
     theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
     for found, words in (
         (theirs, "The checkpoint is of another student or objective: "),
         ({"state_dict": {}}, "is no checkpoint of a fit"),
     ):
         torch.save(found, checkpoint)
-        assert words in refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
+        assert words in refused(
+            [command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys
+        )
     assert "evil" not in sys.modules and not (tmp_path / "theirs").exists()
     error = refused([command, "--config", str(config), "--ckpt_path=memory://evil.ckpt"], capsys)
     assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
@@ -890,7 +1073,10 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
 
 @pytest.mark.parametrize(("stop", "code"), [(HungUp, 129), (Terminated, 3)])
 def test_a_closed_terminal_cannot_be_written_to_but_a_disk_that_fails_while_it_ends_is_told(
-    stop: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: type[BaseException],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def unwind(args: list[str]) -> None:
         try:
@@ -904,7 +1090,10 @@ def test_a_closed_terminal_cannot_be_written_to_but_a_disk_that_fails_while_it_e
 
 
 def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
-    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    search: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from kdnas.distillation import state_cache as cache
 
@@ -963,10 +1152,17 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     assert "failed, RuntimeError: [enforce fail at x] [/y]" in shown.out
     assert "enforce fail" not in shown.err + caplog.text  # once is enough
     assert main([*search, "--name=quiet", "--quiet"]) == 0
-    assert capsys.readouterr().out == "" and caplog.text.count("failed, RuntimeError: [enforce fail at x] [/y]") == 1
+    assert (
+        capsys.readouterr().out == ""
+        and caplog.text.count("failed, RuntimeError: [enforce fail at x] [/y]") == 1
+    )
 
     def files() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*") if path.suffix != ".lock"}
+        return {
+            path: path.stat().st_mtime_ns
+            for path in (tmp_path / "logs").rglob("*")
+            if path.suffix != ".lock"
+        }
 
     before = files()
     assert main(search) == 0
@@ -988,7 +1184,12 @@ def test_what_a_pruner_ended_is_shown_with_its_loss(
 def test_a_search_that_tried_every_student_is_finished(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = ["num_hidden_layers=[1]", "num_attention_heads=[2]", "hidden_size=[32]", "intermediate_size=[64]"]
+    one = [
+        "num_hidden_layers=[1]",
+        "num_attention_heads=[2]",
+        "hidden_size=[32]",
+        "intermediate_size=[64]",
+    ]
     exhausted = [*search, *(f"--space.{choice}" for choice in one), "--search.n_trials=9"]
     assert main(exhausted) == 0  # of two activations
     manifest = tmp_path / "logs" / "kdnas" / "manifest.json"
@@ -1001,7 +1202,10 @@ def test_a_search_that_tried_every_student_is_finished(
 def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> None:
     command = [sys.executable, "-m", "kdnas", *search, "--search.n_trials=2"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "", "NO_COLOR": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FORCE_COLOR": "", "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr)
@@ -1011,7 +1215,11 @@ def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> 
 def test_a_worker_says_once_what_a_candidate_failed_of(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--recipe.learning_rate=1e38", "--recipe.copied_learning_rate=1e38", "--data.batch_tokens=64"]
+    options = [
+        "--recipe.learning_rate=1e38",
+        "--recipe.copied_learning_rate=1e38",
+        "--data.batch_tokens=64",
+    ]
     assert main([*search, *options, "--candidate-timeout=5"]) == 1
     shown = capsys.readouterr()
     (log,) = (tmp_path / "logs" / "kdnas").glob("worker_*_0.log")
@@ -1019,17 +1227,38 @@ def test_a_worker_says_once_what_a_candidate_failed_of(
     assert "Traceback" not in told and "because of the following error" not in told
     for text in (shown.out, told):
         assert (
-            len(re.findall(r"(?m)^trial +\d+  .*: failed, the .* is (?:nan|inf)", text)) == 5 == text.count("failed,")
+            len(re.findall(r"(?m)^trial +\d+  .*: failed, the .* is (?:nan|inf)", text))
+            == 5
+            == text.count("failed,")
         )
     assert "Every candidate failed" in shown.err
 
 
-def test_space_shows_choices_sizes_and_costs(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [f"--teacher={tiny_teacher}", "--data.max_length=16", "--data.batch_tokens=64", "--latency.length=16"]
-    assert main(["space", *options, "--space.num_hidden_layers=[1,3]", "--latency.min_seconds=0.01"]) == 0
+def test_space_shows_choices_sizes_and_costs(
+    tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        f"--teacher={tiny_teacher}",
+        "--data.max_length=16",
+        "--data.batch_tokens=64",
+        "--latency.length=16",
+    ]
+    assert (
+        main(["space", *options, "--space.num_hidden_layers=[1,3]", "--latency.min_seconds=0.01"])
+        == 0
+    )
     shown = " ".join(capsys.readouterr().out.split())
-    assert "72 students" in shown and "num_hidden_layers: [1, 3]" in shown and "hidden_act: ['gelu', 'relu']" in shown
-    assert "smallest" in shown and "1 layers" in shown and "largest" in shown and "random rows" in shown
+    assert (
+        "72 students" in shown
+        and "num_hidden_layers: [1, 3]" in shown
+        and "hidden_act: ['gelu', 'relu']" in shown
+    )
+    assert (
+        "smallest" in shown
+        and "1 layers" in shown
+        and "largest" in shown
+        and "random rows" in shown
+    )
 
 
 def stages(shown: str) -> list[str]:
@@ -1040,7 +1269,13 @@ def stages(shown: str) -> list[str]:
 def test_a_dry_run_says_what_a_run_will_need_and_leaves_nothing(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", *search[1:], f"--task={write_task(tmp_path / 'task')}", "--finetune.max_length=24", "--dry-run"]
+    command = [
+        "run",
+        *search[1:],
+        f"--task={write_task(tmp_path / 'task')}",
+        "--finetune.max_length=24",
+        "--dry-run",
+    ]
     before = sorted(tmp_path.rglob("*"))
     assert main(command) == 0
     assert sorted(tmp_path.rglob("*")) == before
@@ -1061,7 +1296,9 @@ def test_a_dry_run_says_what_a_run_will_need_and_leaves_nothing(
     assert "give one of them" in refused([*command, "--smoke"], capsys)
 
 
-def test_dashes_and_underscores_are_the_same_in_options(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashes_and_underscores_are_the_same_in_options(
+    search: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     for option in ("--time-budget=-1", "--time_budget=-1"):
         assert "time_budget is -1" in refused([*search, option], capsys)
 
@@ -1073,14 +1310,18 @@ def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     from kdnas.nas.candidate import Budget
 
     assert main([*search, "--search.budget.speedup=0.01"]) == 0
-    monkeypatch.setattr(StateCache, "num_bytes", lambda cache, *rows: 3_000_000_000)  # large enough to be seen
+    monkeypatch.setattr(
+        StateCache, "num_bytes", lambda cache, *rows: 3_000_000_000
+    )  # large enough to be seen
     assert main([*search, "--search.budget.speedup=0.01", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert stages(shown) == ["reading the text", "teacher states", "1 candidates", "in all"]
     line = next(line for line in shown.splitlines() if "teacher states" in line)
     assert " 0.0 " in line and "0.97 GB" in line, "a third of the rows"
     fewest = iter(["the first glance"])  # the smallest student alone is within the budget
-    monkeypatch.setattr(Budget, "violation", lambda *args: (0.0, "") if next(fewest, None) else (1.0, "slow"))
+    monkeypatch.setattr(
+        Budget, "violation", lambda *args: (0.0, "") if next(fewest, None) else (1.0, "slow")
+    )
     assert main([*search, "--dry-run", "--name=other"]) == 0
     assert "1 candidates" in capsys.readouterr().out
 
@@ -1101,13 +1342,20 @@ MISSPELT = {
 
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     wrong, right = MISSPELT[command]
-    command = [command, "--config", "configs/fit.yaml"] if command in ("fit", "validate") else [command]
+    command = (
+        [command, "--config", "configs/fit.yaml"] if command in ("fit", "validate") else [command]
+    )
     (tmp_path / "mine.yaml").write_text(f"{wrong}: x\n")
-    ways = [[f"--{wrong}", "x"], [f"--{wrong}=x"]] + ([] if command == ["verify"] else [["--config", "mine.yaml"]])
+    ways = [[f"--{wrong}", "x"], [f"--{wrong}=x"]] + (
+        [] if command == ["verify"] else [["--config", "mine.yaml"]]
+    )
     for way in ways:
         assert main([*command, *way]) == 2
         shown = capsys.readouterr()

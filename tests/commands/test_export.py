@@ -38,7 +38,9 @@ REPORT = {
 @pytest.fixture
 def student(tiny_teacher: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "student"
-    build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH)).save_pretrained(folder)
+    build_classifier(
+        student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH)
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
     return folder
 
@@ -60,7 +62,10 @@ def task_folder(path: Path) -> Path:
     path.mkdir()
     rows = make_rows(40)
     for name, texts in (("train", rows[:24]), ("validation", rows[24:])):
-        pq.write_table(pa.table({"text": texts, "label": [i % 2 for i in range(len(texts))]}), path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"text": texts, "label": [i % 2 for i in range(len(texts))]}),
+            path / f"{name}.parquet",
+        )
     return path
 
 
@@ -74,15 +79,28 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
     folder = tmp_path / "student-export"
     checks = json.loads((folder / "manifest.json").read_text())["checks"]
     assert checks["int8"]["rows"] == "16 validation rows of colours"
-    assert f"score {checks['int8']['int8_score']:.3f} (float32 {checks['int8']['score']:.3f})" in shown
-    assert f"cosine {checks['int8']['cosine']:.4f}" in shown and "equals torch to" in shown and str(folder) in shown
+    assert (
+        f"score {checks['int8']['int8_score']:.3f} (float32 {checks['int8']['score']:.3f})" in shown
+    )
+    assert (
+        f"cosine {checks['int8']['cosine']:.4f}" in shown
+        and "equals torch to" in shown
+        and str(folder) in shown
+    )
     card = (folder / "README.md").read_text()
-    assert "license: mit" in card and "Its teacher: bert." in card and str(tiny_teacher.parent) not in card
+    assert (
+        "license: mit" in card
+        and "Its teacher: bert." in card
+        and str(tiny_teacher.parent) not in card
+    )
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.hidden_size == 32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kdnas.commands.export, "export_student", None)
         assert main(["export", f"--student={student}"]) == 2
-    assert f"The folder {str(folder)!r} exists: give another --output, or --force" in capsys.readouterr().err
+    assert (
+        f"The folder {str(folder)!r} exists: give another --output, or --force"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_export_that_a_killed_process_had_set_aside_is_there_again(
@@ -100,12 +118,17 @@ def test_labelled_rows_may_be_a_table_of_ones_own(student: Path, tmp_path: Path,
     rows = [f"{make_rows(60, seed=5)[i]},{('good', 'bad')[i % 2]}" for i in range(60)]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *rows]))
     columns = ["--text-column=review", "--label-column=verdict"]
-    assert main(["export", f"--student={student}", f"--data={tmp_path / 'reviews.csv'}", *columns]) == 0
+    assert (
+        main(["export", f"--student={student}", f"--data={tmp_path / 'reviews.csv'}", *columns])
+        == 0
+    )
     rows_of = exported[0][2]["make_rows"](AutoTokenizer.from_pretrained(student))
     assert rows_of.name == "6 validation rows of reviews"
 
 
-def test_rows_without_labels_may_have_a_column_of_another_name(student: Path, tmp_path: Path, exported, capsys) -> None:
+def test_rows_without_labels_may_have_a_column_of_another_name(
+    student: Path, tmp_path: Path, exported, capsys
+) -> None:
     pq.write_table(pa.table({"body": make_rows(60)}), tmp_path / "rows.parquet")
     export = ["export", f"--student={student}", f"--text={tmp_path / 'rows.parquet'}"]
     assert main(export) == 2 and "has no column 'text'" in capsys.readouterr().err
@@ -122,14 +145,18 @@ def test_the_default_folder_is_beside_the_student_however_it_is_named(
     assert exported[0][1].resolve() == student.with_name("student-export")
 
 
-def test_it_is_said_where_int8_is_slower(student: Path, exported, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_where_int8_is_slower(
+    student: Path, exported, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", f"--student={student}"]) == 0
     shown = capsys.readouterr().out
     assert "On this machine int8 is slower than float32 at 1 x 16: both are kept" in shown
     assert "score 0.490 (float32 0.500)" in shown
 
 
-def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path: Path, exported) -> None:
+def test_an_existing_folder_is_replaced_with_force_alone(
+    student: Path, tmp_path: Path, exported
+) -> None:
     output = tmp_path / "output"
     output.mkdir()
     assert main(["export", f"--student={student}", f"--output={output}"]) == 0, "it is empty"
@@ -141,7 +168,9 @@ def test_an_existing_folder_is_replaced_with_force_alone(student: Path, tmp_path
     assert len(exported) == 2
 
 
-def test_a_link_stays_and_what_it_leads_to_is_replaced(student: Path, tmp_path: Path, exported) -> None:
+def test_a_link_stays_and_what_it_leads_to_is_replaced(
+    student: Path, tmp_path: Path, exported
+) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "output"
     link.symlink_to(tmp_path / "disk")
@@ -166,12 +195,28 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     run = root / "mine"
     shutil.copytree(student, run / "glue" / "student" / "model")
     ARCH.to_yaml(run / "best_student.yaml")
-    latency = {"backend": "torch", "device": "cpu", "batch_size": 1, "length": 16, "lengths": None, "num_threads": 2}
+    latency = {
+        "backend": "torch",
+        "device": "cpu",
+        "batch_size": 1,
+        "length": 16,
+        "lengths": None,
+        "num_threads": 2,
+    }
     task = str(task_folder(root / "colours"))
-    config = {"teacher": teacher, "text": "/somewhere/rows.txt", "task": task, "latency": latency, "seed": 7}
+    config = {
+        "teacher": teacher,
+        "text": "/somewhere/rows.txt",
+        "task": task,
+        "latency": latency,
+        "seed": 7,
+    }
     config |= {"data": {"column": "body", "held_out_fraction": 0.25}, "finetune": {"max_length": 9}}
     (run / "config.yaml").write_text(json.dumps(config))
-    models = {role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0} for role in ("teacher", "student", "random")}
+    models = {
+        role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0}
+        for role in ("teacher", "student", "random")
+    }
     results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
     (run / "glue" / "results.json").write_text(json.dumps(results))
     return run
@@ -187,7 +232,9 @@ def test_rows_are_scored_where_the_student_has_their_classes(
 
     def labels(*names: str) -> list[int]:
         """Of the validation rows, as a student with classes of these names is scored on them."""
-        model = build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH), len(names))
+        model = build_classifier(
+            student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH), len(names)
+        )
         model.config.id2label = dict(enumerate(names))
         model.save_pretrained(student)
         assert main(["export", f"--student={student}", *data]) == 0
@@ -201,17 +248,26 @@ def test_rows_are_scored_where_the_student_has_their_classes(
     assert labels("GOOD", "Bad") == [1 - label for label in plain]
     assert labels("awful", "bad", "fair", "good") == [1 + 2 * label for label in plain]
     capsys.readouterr()
-    assert main(["export", f"--student={student}", f"--task={task_folder(tmp_path / 'colours')}"]) == 2
-    assert "has 4 outputs, and 'colours' needs 2: give the task that it was trained on" in capsys.readouterr().err
+    assert (
+        main(["export", f"--student={student}", f"--task={task_folder(tmp_path / 'colours')}"]) == 2
+    )
+    assert (
+        "has 4 outputs, and 'colours' needs 2: give the task that it was trained on"
+        in capsys.readouterr().err
+    )
     save_teacher(student)  # an encoder
     assert main(["export", f"--student={student}", *data]) == 0
     rows = exported[-1][2]["make_rows"](tokenizer)
     assert rows.task is None and rows.name == "6 validation rows of reviews"
 
 
-def test_texts_of_a_run_are_split_as_it_split_them(student: Path, tmp_path: Path, exported, monkeypatch) -> None:
+def test_texts_of_a_run_are_split_as_it_split_them(
+    student: Path, tmp_path: Path, exported, monkeypatch
+) -> None:
     asked = []
-    monkeypatch.setattr(kdnas.commands.export, "load_corpus", lambda text, **how: asked.append((text, how)))
+    monkeypatch.setattr(
+        kdnas.commands.export, "load_corpus", lambda text, **how: asked.append((text, how))
+    )
     run = save_run(tmp_path / "logs", student, "someone/bert")
     config = json.loads((run / "config.yaml").read_text()) | {"task": None}
     (run / "config.yaml").write_text(json.dumps(config))
@@ -225,7 +281,12 @@ def test_what_the_card_says_is_of_what_is_exported(student: Path, tmp_path: Path
     save_run(tmp_path / "logs", student, "someone/bert")
     assert _run_card(Run(str(tmp_path / "logs"), "mine"), is_encoder=True)["sections"] == {}
     assert _teacher_words("someone/bert")["base_model"] == "someone/bert"
-    for folder in ("/home/me/secret/bert", "./bert", "../x/bert", "a/b/bert"):  # which is no longer there
+    for folder in (
+        "/home/me/secret/bert",
+        "./bert",
+        "../x/bert",
+        "a/b/bert",
+    ):  # which is no longer there
         assert _teacher_words(folder) == {"teacher": "bert"}
 
 
@@ -252,9 +313,22 @@ def test_a_run_is_exported_with_its_own_task_and_words(
     assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"
     assert card["sections"]["Scores"]["rows that were scored"] == "cut at 9 tokens"
     assert card["made"] == "searched and distilled"
-    assert main(["export", "--run=mine", f"--root={tmp_path / 'logs'}", f"--teacher={tiny_teacher}", "--force"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--run=mine",
+                f"--root={tmp_path / 'logs'}",
+                f"--teacher={tiny_teacher}",
+                "--force",
+            ]
+        )
+        == 0
+    )
     card = exported[-1][2]["card"]
-    assert card["teacher"] == tiny_teacher.name and "base_model" not in card, "a folder is no link to the hub"
+    assert card["teacher"] == tiny_teacher.name and "base_model" not in card, (
+        "a folder is no link to the hub"
+    )
     card = exported[0][2]["card"]
     assert card["sections"]["Latency beside its teacher"] == {
         "torch on cpu, batch 1 x 16, 2 threads": "2.00 ms, 3.0x faster than its teacher"
@@ -262,7 +336,10 @@ def test_a_run_is_exported_with_its_own_task_and_words(
 
 
 def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fake(source, folder, **options):
         with new_folder(folder) as new:
@@ -283,10 +360,15 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     (tmp_path / "manifest.json").write_text("[]")  # another program's
     shutil.copytree(student, run / "mine")
     write_manifest(run, {"name": "mine"})
-    assert main(["export", f"--student={run / 'mine'}"]) == 0 and (run / "mine-export" / "model.onnx").exists()
+    assert (
+        main(["export", f"--student={run / 'mine'}"]) == 0
+        and (run / "mine-export" / "model.onnx").exists()
+    )
     assert main(["verify", str(run)]) == 0
     assert (tmp_path / "manifest.json").read_text() == "[]"
-    (run / "best_student.yaml").write_text("changed")  # by somebody else: no export makes that right
+    (run / "best_student.yaml").write_text(
+        "changed"
+    )  # by somebody else: no export makes that right
     assert main([*export, "--force"]) == 0
     capsys.readouterr()
     assert main(["verify", str(run)]) == 2
@@ -294,7 +376,10 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
 
 
 def test_a_run_exports_anew_what_was_exported_before_fine_tuning(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = Run(str(tmp_path / "logs"), "mine")
     assert not is_exported(run)
@@ -309,7 +394,9 @@ def test_a_run_exports_anew_what_was_exported_before_fine_tuning(
     monkeypatch.setattr(kdnas.commands.export, "export_student", lambda *args, **options: None)
     monkeypatch.setattr(kdnas.commands.export, "say", lambda report, console: None)
     export_run(run, None, Console())
-    assert "is of another model than the run has now; it is made anew" in " ".join(capsys.readouterr().out.split())
+    assert "is of another model than the run has now; it is made anew" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,17 +411,33 @@ def test_a_run_exports_anew_what_was_exported_before_fine_tuning(
         (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
         (["--length=41"], "length is 41: the student"),
         (["--length=long"], "length"),
-        (["--data=reviews.csv"], "data is 'reviews.csv' and text_column is []: give --data FILE --text-column NAME"),
+        (
+            ["--data=reviews.csv"],
+            "data is 'reviews.csv' and text_column is []: give --data FILE --text-column NAME",
+        ),
         (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv' and task is 'stsb'"),
-        (["--text-column=x"], "text_column is ['x']: give it with --data FILE, or one column with --text FILE"),
-        (["--text=a.txt", "--text-column=x", "--text-column=y"], "text_column is ['x', 'y']: give it with --data FILE"),
-        (["--as=onnx"], "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers."),
+        (
+            ["--text-column=x"],
+            "text_column is ['x']: give it with --data FILE, or one column with --text FILE",
+        ),
+        (
+            ["--text=a.txt", "--text-column=x", "--text-column=y"],
+            "text_column is ['x', 'y']: give it with --data FILE",
+        ),
+        (
+            ["--as=onnx"],
+            "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers.",
+        ),
         (["--as", "sentence-transformers"], "teacher is None"),
         (["--forse"], "Did you mean 'force'?"),
     ],
 )
 def test_bad_input_gets_one_line_and_writes_nothing(
-    options: list[str], message: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_student = not options or options[0].startswith("--run")
     assert main(["export", *([] if with_student else [f"--student={student}"]), *options]) == 2
@@ -343,7 +446,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_a_folder_without_weights_is_refused(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_weights_is_refused(
+    student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (student / "model.safetensors").unlink()
     assert main(["export", f"--student={student}"]) == 2
     assert f"Cannot export {str(student)!r}" in capsys.readouterr().err
@@ -363,12 +468,18 @@ def test_a_student_of_another_teacher_is_refused(
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert main(["export", f"--student={student}", f"--teacher={smaller}"]) == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err
-    twin, own = save_teacher(tmp_path / "twin", initializer_range=0.1), save_teacher(tmp_path / "own")
+    twin, own = (
+        save_teacher(tmp_path / "twin", initializer_range=0.1),
+        save_teacher(tmp_path / "own"),
+    )
     config = json.loads((student / "config.json").read_text())
     config["teacher_sha256"] = find_teacher(str(own)).sha256()
     (student / "config.json").write_text(json.dumps(config))
     assert main(["export", f"--student={student}", f"--teacher={twin}"]) == 2
-    assert f"learned from other weights (sha256 {config['teacher_sha256'][:8]})" in capsys.readouterr().err
+    assert (
+        f"learned from other weights (sha256 {config['teacher_sha256'][:8]})"
+        in capsys.readouterr().err
+    )
     assert exported == []
     assert main(["export", f"--student={student}", f"--teacher={own}"]) == 0
 
@@ -376,7 +487,11 @@ def test_a_student_of_another_teacher_is_refused(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 3, "kdnas: [Errno 28] No space left on device.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            3,
+            "kdnas: [Errno 28] No space left on device.\n",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "/tmp/removed/with/its/file"),
             3,
@@ -398,7 +513,9 @@ def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
 
 def test_sigterm_ends_an_export_with_one_line(student, monkeypatch, capsys):
     monkeypatch.setattr(
-        kdnas.commands.export, "export_student", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM)
+        kdnas.commands.export,
+        "export_student",
+        lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM),
     )
     assert main(["export", f"--student={student}"]) == 143
     assert capsys.readouterr().err == "kdnas: interrupted.\n"
@@ -430,12 +547,16 @@ def test_a_folder_is_pushed_where_a_repository_is_named(
     assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
     error = capsys.readouterr().err
     assert (
-        "Cannot push to 'me/small': list index out of range" in error and f"The export is in {str(folder)!r}" in error
+        "Cannot push to 'me/small': list index out of range" in error
+        and f"The export is in {str(folder)!r}" in error
     )
 
 
 def test_a_run_whose_export_cannot_be_pushed_is_verified_all_the_same(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(student, tmp_path / "mine" / "student")
     write_manifest(tmp_path / "mine", {"name": "mine"})
@@ -452,7 +573,9 @@ def test_a_run_whose_export_cannot_be_pushed_is_verified_all_the_same(
     monkeypatch.setattr(kdnas.commands.export, "check_hub", lambda repo: None)
     monkeypatch.setattr(kdnas.commands.export, "_check_output", lambda *args: None)
     output = tmp_path / "mine" / "student"
-    assert main(["export", f"--student={student}", f"--output={output}", "--hub-repo=me/small"]) == 130
+    assert (
+        main(["export", f"--student={student}", f"--output={output}", "--hub-repo=me/small"]) == 130
+    )
     assert main(["verify", str(tmp_path / "mine")]) == 0, capsys.readouterr()
 
 
@@ -465,5 +588,7 @@ def test_without_a_login_nothing_is_exported(
 
     monkeypatch.setattr(kdnas.commands.export, "HfApi", Hub)
     assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
-    assert "Cannot push to 'me/small': no token. Log in by `hf auth login`." in capsys.readouterr().err
+    assert (
+        "Cannot push to 'me/small': no token. Log in by `hf auth login`." in capsys.readouterr().err
+    )
     assert exported == []

@@ -22,7 +22,9 @@ from tests.conftest import make_rows, save_teacher, write_table, write_task
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A teacher, and a student of half its depth and width."""
     folder = tmp_path_factory.mktemp("models")
-    return save_teacher(folder / "teacher"), save_teacher(folder / "student", hidden_size=32, num_hidden_layers=2)
+    return save_teacher(folder / "teacher"), save_teacher(
+        folder / "student", hidden_size=32, num_hidden_layers=2
+    )
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(command, tmp_path, capsys):
+def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
+    command, tmp_path, capsys
+):
     assert main(command) == 0
     shown = capsys.readouterr().out
     for word in ("rte: accuracy", "teacher", "student", "±", "100.0 %", "1.0x", "runs.jsonl"):
@@ -89,7 +93,9 @@ def test_teacher_and_student_are_one_table_and_the_same_command_changes_nothing(
         ("student", 0),
         ("student", 1),
     ]
-    assert all(run["score"] == rows[run["model"]]["scores"]["rte"][run["settings"]["seed"]] for run in runs)
+    assert all(
+        run["score"] == rows[run["model"]]["scores"]["rte"][run["settings"]["seed"]] for run in runs
+    )
     assert [Path(run["folder"], "model").exists() for run in runs] == [True, False, True, False]
     before, asked = times(tmp_path), results(tmp_path)
     assert len(before) == 4
@@ -113,12 +119,17 @@ def test_with_real_lengths_the_length_that_is_not_measured_refuses_no_model(comm
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("7\n12\n")
     own = [option for option in command if not option.startswith("--latency.length=")]
-    own += ["--seeds=1", f"--latency.lengths={lengths}"]  # the models take 40 tokens, the default is 128
+    own += [
+        "--seeds=1",
+        f"--latency.lengths={lengths}",
+    ]  # the models take 40 tokens, the default is 128
     assert main(own) == 0
     lengths.write_text("7\n24\n")
     before = times(tmp_path), results(tmp_path)["models"]
     assert main(own) == 0
-    assert times(tmp_path) == before[0] and results(tmp_path)["models"] != before[1], "measured on what is there now"
+    assert times(tmp_path) == before[0] and results(tmp_path)["models"] != before[1], (
+        "measured on what is there now"
+    )
 
 
 def test_a_comparison_goes_on_with_more_tasks_and_models(command, tmp_path, capsys):
@@ -158,8 +169,13 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
         seen.append((len(task.train["label"]), len(task.validation["label"])))
         if settings.learning_rate == 0.5:
             raise CandidateFailed("the loss is nan")
-        settings_score = {(8, 1e-3): 0.3, (16, 1e-3): 0.9}.get((settings.batch_size, settings.learning_rate), 0.1)
-        result = {**evaluate(classifier, tokenizer, task, settings, **options), "score": settings_score}
+        settings_score = {(8, 1e-3): 0.3, (16, 1e-3): 0.9}.get(
+            (settings.batch_size, settings.learning_rate), 0.1
+        )
+        result = {
+            **evaluate(classifier, tokenizer, task, settings, **options),
+            "score": settings_score,
+        }
         write_text(options["folder"] / "result.json", json.dumps(result))
         return result
 
@@ -169,27 +185,43 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert seen == [*[(12, 4)] * 4, (16, 16)] * 2
     runs = lines(tmp_path)
     assert [run["kind"] for run in runs] == [*["grid"] * 4, "run"] * 2
-    assert [run["score"] for run in runs[:4]] == [0.3, None, 0.9, None] and runs[1]["failed"] == "the loss is nan"
+    assert [run["score"] for run in runs[:4]] == [0.3, None, 0.9, None] and runs[1][
+        "failed"
+    ] == "the loss is nan"
     for run in (runs[4], runs[9]):
         assert (run["settings"]["batch_size"], run["settings"]["learning_rate"]) == (16, 1e-3)
     assert not list(tmp_path.rglob("grid_*/model"))
     assert "batch 16, learning rate 0.001" in capsys.readouterr().out
     assert main([*grid, "--grid.held_out=0.25", "--seeds=2"]) == 0
     assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
-    assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [run for run in runs if run["kind"] == "grid"]
-    assert capsys.readouterr().out.count("grid_8_0.5: failed, not tried again while it is there: the loss is nan") == 2
+    assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == [
+        run for run in runs if run["kind"] == "grid"
+    ]
+    assert (
+        capsys.readouterr().out.count(
+            "grid_8_0.5: failed, not tried again while it is there: the loss is nan"
+        )
+        == 2
+    )
 
 
-def test_a_comparison_that_another_process_makes_is_refused_with_who_that_is(command, tmp_path, capsys):
+def test_a_comparison_that_another_process_makes_is_refused_with_who_that_is(
+    command, tmp_path, capsys
+):
     with Run(tmp_path / "logs", "mine").alone("wait"):
         error = refused(command, capsys)
-    assert f"The run 'mine' is being made by process {os.getpid()} of " in error and error.endswith(": wait for it.\n")
+    assert f"The run 'mine' is being made by process {os.getpid()} of " in error and error.endswith(
+        ": wait for it.\n"
+    )
 
 
 def test_a_point_of_a_grid_without_memory_fails_alone_and_another_error_is_not_its_own(
     command, tmp_path, monkeypatch, capsys
 ):
-    evaluate, found = comparison.evaluate_glue, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    evaluate, found = (
+        comparison.evaluate_glue,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    )
 
     def fake(classifier, tokenizer, task, settings, **options):
         if settings.batch_size == 16:
@@ -201,8 +233,9 @@ def test_a_point_of_a_grid_without_memory_fails_alone_and_another_error_is_not_i
     assert main(grid) == 0
     told = "out of memory: CUDA out of memory. Tried to allocate 9 GiB"
     assert [run.get("failed") for run in lines(tmp_path)] == [None, told, None] * 2
-    assert f"grid_16_0.001: failed, not tried again while it is there: {told}" in capsys.readouterr().out.replace(
-        "\n", ""
+    assert (
+        f"grid_16_0.001: failed, not tried again while it is there: {told}"
+        in capsys.readouterr().out.replace("\n", "")
     )
     assert main([*command, "--seeds=1", "--finetune.batch_size=16", "--name=other"]) == 1
     assert capsys.readouterr().err == f"kdnas: {told}; the same command goes on from here.\n"
@@ -216,7 +249,10 @@ def test_grid_alone_has_the_originals_lists(capsys):
         main(["glue", "--model=x", "--grid", "--print_config"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "batch_sizes: - 8 - 16 - 32 - 64 - 128 learning_rates: - 0.0003 - 0.0001 - 5.0e-05 - 3.0e-05" in shown
+    assert (
+        "batch_sizes: - 8 - 16 - 32 - 64 - 128 learning_rates: - 0.0003 - 0.0001 - 5.0e-05 - 3.0e-05"
+        in shown
+    )
 
 
 def test_a_fine_tuned_teacher_helps_in_a_row_of_its_own(command, tmp_path, capsys):
@@ -227,7 +263,10 @@ def test_a_fine_tuned_teacher_helps_in_a_row_of_its_own(command, tmp_path, capsy
     rows = results(tmp_path)["models"]
     assert list(rows) == ["teacher", "student", "student, distilled"]
     assert rows["student, distilled"]["latency_ms"] == rows["student"]["latency_ms"]
-    before, gap = rows["student"]["average"], rows["teacher"]["average"] - rows["student"]["average"]
+    before, gap = (
+        rows["student"]["average"],
+        rows["teacher"]["average"] - rows["student"]["average"],
+    )
     expected = (rows["student, distilled"]["average"] - before) / gap if gap > 0 else None
     assert rows["student, distilled"]["gap_closed"] == expected
     assert len(times(tmp_path)) == 3
@@ -242,7 +281,10 @@ def test_a_teacher_is_loaded_once_for_all_that_it_helps(models, tmp_path):
     source = tmp_path / "fine-tuned"
     save_teacher(source)
     load_classifier(source, 2).save_pretrained(source)
-    plain = [comparison.contender(str(model), model.name, FinetuneSettings(max_length=32)) for model in models]
+    plain = [
+        comparison.contender(str(model), model.name, FinetuneSettings(max_length=32))
+        for model in models
+    ]
     helped = comparison.with_help(plain, {"rte": str(source)}, [task], TaskDistillSettings())
     teachers = [one.helpers["rte"].make_module.keywords["teacher"] for one in helped]
     assert len(teachers) == 2 and teachers[0] is teachers[1]
@@ -250,25 +292,43 @@ def test_a_teacher_is_loaded_once_for_all_that_it_helps(models, tmp_path):
 
 @pytest.mark.parametrize(
     "columns, labels, title",
-    [(["review"], ["bad", "good"], "accuracy"), (["review", "reply"], [0.5, 2.5, 4.0], "pearson + spearman")],
+    [
+        (["review"], ["bad", "good"], "accuracy"),
+        (["review", "reply"], [0.5, 2.5, 4.0], "pearson + spearman"),
+    ],
 )
 def test_any_labelled_text_has_the_same_table(command, tmp_path, capsys, columns, labels, title):
     texts = {name: make_rows(40, seed) for seed, name in enumerate(columns)}
-    path = write_table(tmp_path / "mine.csv", **texts, stars=[labels[row % len(labels)] for row in range(40)])
+    path = write_table(
+        tmp_path / "mine.csv", **texts, stars=[labels[row % len(labels)] for row in range(40)]
+    )
     own = [option for option in command if not option.startswith(("--task", "--data"))]
-    own += [f"--data={path}", "--label-column", "stars", *(f"--text-column={name}" for name in columns)]
+    own += [
+        f"--data={path}",
+        "--label-column",
+        "stars",
+        *(f"--text-column={name}" for name in columns),
+    ]
     assert main([*own, "--seeds=1"]) == 0
     assert f"mine: {title}" in capsys.readouterr().out
     (about,) = results(tmp_path)["tasks"]
     assert (about["num_train"], about["num_validation"]) == (36, {"validation": 4})
-    assert "lack the column 'text'" in refused([*own[: -len(columns)], "--text-column=text"], capsys)
+    assert "lack the column 'text'" in refused(
+        [*own[: -len(columns)], "--text-column=text"], capsys
+    )
 
 
 def test_all_nine_tasks_are_fine_tuned(command, models, tmp_path, capsys):
     for name, task in TASKS.items():
         labels = [0.5, 4.0, 2.5] if task.num_labels == 1 else range(task.num_labels)
         write_task(tmp_path / "data" / name, task.columns, labels, 8, task.validations)
-    student = ["glue", f"--model={models[1]}", *command[5:], "--seeds=1", "--finetune.max_length=16"]
+    student = [
+        "glue",
+        f"--model={models[1]}",
+        *command[5:],
+        "--seeds=1",
+        "--finetune.max_length=16",
+    ]
     assert main([*student, *(f"--task={name}" for name in TASKS)]) == 0
     (row,) = results(tmp_path)["models"].values()
     assert list(row["scores"]) == list(TASKS) and len(row["scores"]) == 9
@@ -289,7 +349,10 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task=stsbb"], "The task 'stsbb' is none of GLUE. Did you mean 'stsb'? Choose from: cola, mnli,"),
+        (
+            ["--task=stsbb"],
+            "The task 'stsbb' is none of GLUE. Did you mean 'stsb'? Choose from: cola, mnli,",
+        ),
         (["--task=xyz"], "Choose from: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."),
         (["--task=cola"], "cola' does not exist"),
         (["--task=rte", "--task=rte"], "task is ['rte', 'rte']"),
@@ -299,7 +362,10 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
         (["--latency.length=99"], "length of latency is 99"),
         (["--latency.lengths=/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--latency.lengths=long.jsonl"], "length of latency is 99 in 'long.jsonl', but this bert takes 40 tokens"),
+        (
+            ["--latency.lengths=long.jsonl"],
+            "length of latency is 99 in 'long.jsonl', but this bert takes 40 tokens",
+        ),
         (["--finetune.batch_size=0"], "batch_size is 0"),
         (["--grid.batch_sizes=[]"], "grid.batch_sizes is []"),
         (["--grid.batch_sizes=[0]"], "batch_size is 0"),
@@ -310,7 +376,9 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--sedes=3"], "Did you mean 'seeds'?"),
     ],
 )
-def test_bad_input_gets_one_line_and_makes_nothing(command, options, message, tmp_path, capsys, monkeypatch):
+def test_bad_input_gets_one_line_and_makes_nothing(
+    command, options, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("long.jsonl").write_text("7\n99\n")
     given = {option.partition("=")[0] for option in options}
@@ -319,7 +387,9 @@ def test_bad_input_gets_one_line_and_makes_nothing(command, options, message, tm
     assert not (tmp_path / "logs").exists()
 
 
-def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(command, tmp_path, capsys):
+def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(
+    command, tmp_path, capsys
+):
     assert "none twice" in refused([*command, f"--model={command[2]}"], capsys)
     bare = [option for option in command if not option.startswith(("--task", "--data"))]
     assert "There is no task" in refused(bare, capsys)
@@ -343,13 +413,20 @@ def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(comm
 
 def test_other_settings_under_the_same_name_are_refused(command, tmp_path, capsys):
     assert main([*command, "--seeds=1"]) == 0
-    assert "learning_rate of fine-tuning is 0.001" in refused([*command, "--finetune.learning_rate=1e-3"], capsys)
+    assert "learning_rate of fine-tuning is 0.001" in refused(
+        [*command, "--finetune.learning_rate=1e-3"], capsys
+    )
 
 
-def test_a_folder_is_a_searchs_or_a_comparisons_and_never_both(command, models, text_file, tmp_path, capsys):
+def test_a_folder_is_a_searchs_or_a_comparisons_and_never_both(
+    command, models, text_file, tmp_path, capsys
+):
     config = tmp_path / "logs" / "mine" / "config.yaml"
     write_text(config, known := f"teacher: {models[0]}\nname: mine\n")
-    assert "logs/mine' is the folder of a search, not of a comparison: give another --name." in refused(command, capsys)
+    assert (
+        "logs/mine' is the folder of a search, not of a comparison: give another --name."
+        in refused(command, capsys)
+    )
     assert config.read_text() == known
     write_text(config, known := f"model: [{models[0]}]\nname: mine\n")
     for asked in ("search", "run"):
@@ -359,7 +436,11 @@ def test_a_folder_is_a_searchs_or_a_comparisons_and_never_both(command, models, 
 
 
 def test_names_are_the_shortest_ends_that_differ():
-    assert short_names(["quickstart", "a/student", "/b/teacher/"]) == ["quickstart", "student", "teacher"]
+    assert short_names(["quickstart", "a/student", "/b/teacher/"]) == [
+        "quickstart",
+        "student",
+        "teacher",
+    ]
     assert short_names(["x/a/student", "y/b/student"]) == ["a/student", "b/student"]
     assert short_names(["student", "b/student"]) == ["student", "b/student"]
 
@@ -371,7 +452,8 @@ def test_the_head_and_the_random_numbers_of_a_run_are_its_seeds(command, tmp_pat
         comparison,
         "evaluate_glue",
         lambda classifier, *args, **options: (
-            heads.append(classifier.classifier.weight.clone()) or {"score": 0.5, "settings": {"seed": 0}}
+            heads.append(classifier.classifier.weight.clone())
+            or {"score": 0.5, "settings": {"seed": 0}}
         ),
     )
     torch.rand(3)

@@ -37,10 +37,36 @@ def test_every_combination_is_measured_with_all_models_in_turn(
     tiny_teacher: Path, student: Path, tmp_path: Path, measured, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "out" / "figures.json"
-    options = ["--backend", "torch", "torch-bf16", "--batch", "1", "8", "--length=16", "--length=32", "--threads", "1"]
-    assert main(["latency", "--model", str(tiny_teacher), "--model", str(student), *options, f"--json={path}"]) == 0
+    options = [
+        "--backend",
+        "torch",
+        "torch-bf16",
+        "--batch",
+        "1",
+        "8",
+        "--length=16",
+        "--length=32",
+        "--threads",
+        "1",
+    ]
+    assert (
+        main(
+            [
+                "latency",
+                "--model",
+                str(tiny_teacher),
+                "--model",
+                str(student),
+                *options,
+                f"--json={path}",
+            ]
+        )
+        == 0
+    )
     asked = [(s.backend, s.batch_size, s.length, s.num_threads) for _, s in measured]
-    assert asked == [(b, n, t, 1) for b in ("torch", "torch-bf16") for n in (1, 8) for t in (16, 32)]
+    assert asked == [
+        (b, n, t, 1) for b in ("torch", "torch-bf16") for n in (1, 8) for t in (16, 32)
+    ]
     sizes = [[model.config.hidden_size for model in models] for models, _ in measured]
     assert sizes == [[64, 32]] * 8
     rows = json.loads(path.read_text())["rows"]
@@ -70,9 +96,13 @@ def test_every_combination_is_measured_with_all_models_in_turn(
 def test_models_of_one_name_are_told_apart(
     tmp_path: Path, measured, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [save_teacher(tmp_path / run / "student", hidden_size=32) for run in ("mine", "other")]
+    folders = [
+        save_teacher(tmp_path / run / "student", hidden_size=32) for run in ("mine", "other")
+    ]
     drawn, draw = [], kdnas.commands.latency._draw
-    monkeypatch.setattr(kdnas.commands.latency, "_draw", lambda rows: drawn.append(draw(rows)) or drawn[0])
+    monkeypatch.setattr(
+        kdnas.commands.latency, "_draw", lambda rows: drawn.append(draw(rows)) or drawn[0]
+    )
     models = [f"--model={folder}" for folder in folders]
     assert main(["latency", *models, "--length=16", f"--json={tmp_path / 'a.json'}"]) == 0
     shown = capsys.readouterr().out
@@ -82,13 +112,20 @@ def test_models_of_one_name_are_told_apart(
 
 
 def test_it_is_said_which_device_where_not_all_is_of_the_cpu(
-    student: Path, tmp_path: Path, measured, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: Path,
+    tmp_path: Path,
+    measured,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (student / "model.onnx").write_bytes(b"graph")
     monkeypatch.setattr(kdnas.deploy.latency, "_devices", lambda: ["cpu", "cuda", "cuda:0"])
     path = tmp_path / "a.json"
     options = ["--length=16", "--backend", "torch", "cuda", "onnxruntime", f"--json={path}"]
-    for device, shown in (("cuda:0", ["torch, cuda:0", "cuda, cuda:0", "onnxruntime "]), ("cpu", ["torch ", "cuda "])):
+    for device, shown in (
+        ("cuda:0", ["torch, cuda:0", "cuda, cuda:0", "onnxruntime "]),
+        ("cpu", ["torch ", "cuda "]),
+    ):
         assert main(["latency", f"--model={student}", f"--device={device}", *options]) == 0
         table = capsys.readouterr().out
         assert all(f" {backend}" in table for backend in shown)
@@ -98,7 +135,17 @@ def test_it_is_said_which_device_where_not_all_is_of_the_cpu(
 
 def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, measured) -> None:
     (student / "model.onnx").write_bytes(b"8" * 3_000_000)
-    assert main(["latency", f"--model={student}", "--backend=onnxruntime", f"--json={tmp_path / 'a.json'}"]) == 2
+    assert (
+        main(
+            [
+                "latency",
+                f"--model={student}",
+                "--backend=onnxruntime",
+                f"--json={tmp_path / 'a.json'}",
+            ]
+        )
+        == 2
+    )
     assert measured == []  # 128 tokens are more than the tiny one takes
     options = ["--length=16", f"--json={tmp_path / 'a.json'}"]
     assert main(["latency", f"--model={student}", "--backend=onnxruntime", *options]) == 0
@@ -106,7 +153,9 @@ def test_an_exported_file_is_measured_as_it_is(student: Path, tmp_path: Path, me
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["megabytes"] == 3.0
 
 
-def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_workload_is_measured_for_real(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("4\n9\n13\n")
     written = []
@@ -116,11 +165,21 @@ def test_a_workload_is_measured_for_real(tiny_teacher: Path, tmp_path: Path, mon
         return write_deployed(model, folder, int8)
 
     monkeypatch.setattr(kdnas.commands.latency, "write_deployed", write)
-    options = [f"--lengths={lengths}", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}", "--batch", "1", "2", "64"]
+    options = [
+        f"--lengths={lengths}",
+        "--min-seconds=0.01",
+        f"--json={tmp_path / 'a.json'}",
+        "--batch",
+        "1",
+        "2",
+        "64",
+    ]
     assert main(["latency", f"--model={tiny_teacher}", "--backend=onnxruntime-int8", *options]) == 0
     assert written == [True]  # once for both batch sizes
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [(row["batch"], row["length"]) for row in rows] == [(1, None), (2, None), (3, None)], "as large as there are"
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, None), (2, None), (3, None)], (
+        "as large as there are"
+    )
     assert "3 x workload" in capsys.readouterr().out
     assert all(row["median_ms"] > 0 and row["speedup"] == 1 for row in rows)
 
@@ -131,7 +190,9 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
     options = ["--length=16", "--min-seconds=0.01", f"--json={tmp_path / 'a.json'}"]
     assert main(["latency", f"--model={tiny_teacher}", "--backend", "torch", "cuda", *options]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
-    assert [row["backend"] for row in found["rows"]] == ["torch", "cuda"] and found["machine"]["gpu"]
+    assert [row["backend"] for row in found["rows"]] == ["torch", "cuda"] and found["machine"][
+        "gpu"
+    ]
     assert all(row["median_ms"] > 0 for row in found["rows"])
 
 
@@ -149,14 +210,22 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--min-seconds=0", "min_seconds of latency is 0"),
         ("--modell=x", "Did you mean 'model'?"),
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
-        ("--json=a.png", "json is 'a.png', the picture's name or a folder's: give a file that ends with .json"),
+        (
+            "--json=a.png",
+            "json is 'a.png', the picture's name or a folder's: give a file that ends with .json",
+        ),
         ("--json=", "json is '', the picture's name or a folder's"),
         ("--json=.", "json is '.', the picture's name or a folder's"),
         ("--json=/proc", "json is '/proc', the picture's name or a folder's"),
     ],
 )
 def test_bad_input_gets_one_line_and_measures_nothing(
-    option: str, message: str, tiny_teacher: Path, tmp_path: Path, measured, capsys: pytest.CaptureFixture[str]
+    option: str,
+    message: str,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    measured,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "a.json"
     lengths = [] if "length" in option else ["--length=16"]
@@ -177,8 +246,12 @@ def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
     assert f"The model {str(student)!r} has no weights" in capsys.readouterr().err
 
 
-def test_the_files_of_a_graph_carry_its_config(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("kdnas.deploy.onnx.write_onnx", lambda model, path, names: path.write_bytes(b"graph"))
+def test_the_files_of_a_graph_carry_its_config(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "kdnas.deploy.onnx.write_onnx", lambda model, path, names: path.write_bytes(b"graph")
+    )
     config = AutoConfig.from_pretrained(tiny_teacher)
     path = write_deployed(build_classifier(config), tmp_path / "graph", int8=False)
     assert AutoConfig.from_pretrained(path.parent).hidden_size == 64

@@ -38,7 +38,10 @@ def test_what_a_few_students_weigh_tells_the_weight_of_all(any_teacher: Path) ->
 
 
 def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
-    captions = [plan.Plan([], 10**9, "few rows", gpu_bytes).table().caption for gpu_bytes in (0, 1_300_000_000)]
+    captions = [
+        plan.Plan([], 10**9, "few rows", gpu_bytes).table().caption
+        for gpu_bytes in (0, 1_300_000_000)
+    ]
     assert captions[1] == f"{captions[0]} Of the GPU a worker takes 1.3 GB at least."
 
 
@@ -59,10 +62,14 @@ def test_the_budget_is_held_against_students_that_were_not_looked_at(
     meter = Meter()
     largest = max(arch.num_hidden_layers * arch.hidden_size**2 for arch in space)
     settings = SearchSettings(budget=Budget(num_parameters=largest // 3))
-    found = SimpleNamespace(space=space, meter=meter, config=SimpleNamespace(seed=0, search=settings))
+    found = SimpleNamespace(
+        space=space, meter=meter, config=SimpleNamespace(seed=0, search=settings)
+    )
     monkeypatch.setattr(plan, "SECONDS_OF_LOOKS", 0)
     latencies, refused_share = plan._latencies(found)
-    within = [arch for arch in space if arch.num_hidden_layers * arch.hidden_size**2 <= largest // 3]
+    within = [
+        arch for arch in space if arch.num_hidden_layers * arch.hidden_size**2 <= largest // 3
+    ]
     assert meter.looked == plan.FEWEST_LOOKS < len(within) < len(space)
     assert len(latencies) == pytest.approx(len(within), rel=0.2)
     assert refused_share == pytest.approx(1 - len(within) / len(space), rel=0.2)
@@ -74,14 +81,18 @@ def test_what_a_large_text_needs_is_extended_from_a_few_rows(
     class Paced:  # trains nothing
         num_bytes = 1_000
 
-        def __init__(self, found: Found, latencies: dict[StudentArch, float], *args: object) -> None:
+        def __init__(
+            self, found: Found, latencies: dict[StudentArch, float], *args: object
+        ) -> None:
             self.measured = list(latencies)
 
         def rates(self, latency: float) -> Rates:
             return Rates(start=1, train=1e-3, score=1e-3)
 
     monkeypatch.setattr(plan, "Distillation", Paced)
-    monkeypatch.setattr(plan, "distillation_rates", lambda *args: (Rates(start=1, train=1e-3, score=1e-3), 1_000))
+    monkeypatch.setattr(
+        plan, "distillation_rates", lambda *args: (Rates(start=1, train=1e-3, score=1e-3), 1_000)
+    )
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_rows(3000, seed=4)))
     monkeypatch.setattr(plan, "MOST_TOKENS", 2_000)
@@ -105,14 +116,21 @@ def test_what_a_large_text_needs_is_extended_from_a_few_rows(
 
     budget = sum(stored) / 2e9  # enough for the search, not for full KD
     planned = plan.plan(replace(config, states=StatesSettings(max_gb=budget)))
-    assert [stage.name for stage in planned.stages][1:4:2] == ["teacher states", "teacher, live in full KD"]
+    assert [stage.name for stage in planned.stages][1:4:2] == [
+        "teacher states",
+        "teacher, live in full KD",
+    ]
     planned = plan.plan(replace(config, states=StatesSettings(max_gb=0), time_budget=1e-3))
     assert [stage.name for stage in planned.stages][1:4:2] == ["teacher, live", "full KD"]
     assert planned.stages[1].disk_bytes == 0
     lengths = found.data.rows.lengths
-    train, held_out = (int(lengths[ids].sum()) for ids in (found.data.train_ids(), found.data.held_out_ids()))
+    train, held_out = (
+        int(lengths[ids].sum()) for ids in (found.data.train_ids(), found.data.held_out_ids())
+    )
     one = 1 + config.search.num_epochs * (config.data.mini_fraction * train + held_out) / 1000
-    assert planned.stages[2].seconds == pytest.approx(one + 0.06, rel=0.1), "none is begun after the first"
+    assert planned.stages[2].seconds == pytest.approx(one + 0.06, rel=0.1), (
+        "none is begun after the first"
+    )
     whole = 1 + config.full_kd.num_epochs * (train + held_out) / 1000
     assert planned.stages[3].seconds == pytest.approx(whole, rel=0.1)
 

@@ -13,14 +13,24 @@ from kdnas.system.files import Run, write_text
 from kdnas.system.manifest import write_manifest
 from tests.report.test_page import CONFIG, Page, add, svgs, trained, whole
 
-IDENTITY = {"teacher": "abc", "text": "def", "search.num_epochs": 2, "search.alpha": -0.06, "space": [1, 2]}
+IDENTITY = {
+    "teacher": "abc",
+    "text": "def",
+    "search.num_epochs": 2,
+    "search.alpha": -0.06,
+    "space": [1, 2],
+}
 
 
-def search(root: Path, name: str, losses: list[float], identity: dict | None = None, **config: object) -> Run:
+def search(
+    root: Path, name: str, losses: list[float], identity: dict | None = None, **config: object
+) -> Run:
     """A run whose search has trained candidates with these losses."""
     run = whole(root, name) if name == "done" else Run(root, name)
     write_text(run.config, yaml.safe_dump(CONFIG | {"name": name, "root": str(root)} | config))
-    study = optuna.create_study(study_name=name, storage=f"sqlite:///{run.study_db}", direction="maximize")
+    study = optuna.create_study(
+        study_name=name, storage=f"sqlite:///{run.study_db}", direction="maximize"
+    )
     study.set_user_attr("identity", IDENTITY | (identity or {}))
     for layers, loss in enumerate(losses, 1):
         add(study, TrialState.COMPLETE, 1 - loss, **trained(layers, layers + 0.5, loss, 1 - loss))
@@ -36,7 +46,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
         "other",
         [0.5],
-        {"teacher": "xyz", "search.alpha": -0.1, "space": [], "loss": "other", "trainer.precision": "32-true"},
+        {
+            "teacher": "xyz",
+            "search.alpha": -0.1,
+            "space": [],
+            "loss": "other",
+            "trainer.precision": "32-true",
+        },
         teacher="<b>big</b>",
     )
     return root
@@ -58,7 +74,9 @@ def test_runs_stand_beside_each_other_on_one_page_and_in_one_table(root, capsys)
         "share kept (%) 97.0 -",
     ):
         assert line.split() in lines, line
-    assert not any(line and line[0] in ("teacher", "name", "Losses") for line in lines), "only what differs"
+    assert not any(line and line[0] in ("teacher", "name", "Losses") for line in lines), (
+        "only what differs"
+    )
     html = (root / "comparison.html").read_text(encoding="utf-8")
     page = Page(html)
     assert "begun has the best candidate: reward 0.8750, loss 0.1250" in page.text
@@ -76,7 +94,10 @@ def test_runs_stand_beside_each_other_on_one_page_and_in_one_table(root, capsys)
 
 def test_what_makes_no_fair_comparison_is_said(root, tmp_path, capsys):
     output = tmp_path / "page.html"
-    assert main(["report", "--root", str(root), "--run", "begun", "other", "--output", str(output)]) == 0
+    assert (
+        main(["report", "--root", str(root), "--run", "begun", "other", "--output", str(output)])
+        == 0
+    )
     told = capsys.readouterr().out
     text = Page(output.read_text(encoding="utf-8")).text
     for shown in (told, text):
@@ -96,7 +117,9 @@ def test_one_run_is_reported_anew_and_stays_as_its_manifest_says(root, capsys):
     assert main(["report", "--root", str(root), "--run", "done"]) == 0
     assert "keeps 97 % of its teacher" in run.report.read_text(encoding="utf-8")
     assert main(["verify", str(run.folder)]) == 0
-    write_text(run.best_student, "changed")  # by somebody else: a new report makes nothing else right
+    write_text(
+        run.best_student, "changed"
+    )  # by somebody else: a new report makes nothing else right
     assert main(["report", "--root", str(root), "--run", "done"]) == 0
     assert main(["verify", str(run.folder)]) == 2
     assert "'best_student.yaml': is not in the manifest" in capsys.readouterr().out
@@ -108,7 +131,9 @@ def test_a_database_is_that_of_the_runs_which_had_one(tmp_path, capsys):
     url = f"sqlite:///{run.study_db.rename(tmp_path / 'studies.db')}"
     report = ["report", "--root", str(tmp_path), "--storage", url]
     assert main([*report, "--run", "shared", "--run", "local"]) == 0
-    assert "candidates trained 2 1".split() in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "candidates trained 2 1".split() in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
     assert main([*report, "--run", "shared"]) == 0
     assert main([*report, "--run", "local"]) == 2, "of one run it is what the user says"
 
@@ -126,14 +151,42 @@ def spoil(path: str, content: bytes | None):
     ("apply", "options", "message"),
     [
         (None, ["--run", "don"], r"There is no run 'don' in '.*'. Did you mean 'done'\?"),
-        (None, ["--run", "done", "done"], r"run is \['done', 'done'\]: give one at least, and none twice"),
+        (
+            None,
+            ["--run", "done", "done"],
+            r"run is \['done', 'done'\]: give one at least, and none twice",
+        ),
         (None, ["--run", "a/b"], "The run name 'a/b' is not valid"),
-        (None, ["--run", "done", "--storage", "sqlite:////no/such.db"], "There is no study in 'sqlite:////no/such.db'"),
-        (None, ["--run", "done", "--storage", "no url"], "The study's database 'no url' cannot be read"),
-        (spoil("study.db", None), ["--run", "done"], "There is no study in '.*study.db': no search was begun there"),
-        (spoil("study.db", b""), ["--run", "done"], "The study's database '.*study.db' cannot be read"),
-        (spoil("study.db", b"x" * 999), ["--run", "done"], "study.db' cannot be read .*not a database"),
-        (spoil("config.yaml", b"name: lost"), ["--run", "done"], "There is no study 'lost' in '.*study.db'"),
+        (
+            None,
+            ["--run", "done", "--storage", "sqlite:////no/such.db"],
+            "There is no study in 'sqlite:////no/such.db'",
+        ),
+        (
+            None,
+            ["--run", "done", "--storage", "no url"],
+            "The study's database 'no url' cannot be read",
+        ),
+        (
+            spoil("study.db", None),
+            ["--run", "done"],
+            "There is no study in '.*study.db': no search was begun there",
+        ),
+        (
+            spoil("study.db", b""),
+            ["--run", "done"],
+            "The study's database '.*study.db' cannot be read",
+        ),
+        (
+            spoil("study.db", b"x" * 999),
+            ["--run", "done"],
+            "study.db' cannot be read .*not a database",
+        ),
+        (
+            spoil("config.yaml", b"name: lost"),
+            ["--run", "done"],
+            "There is no study 'lost' in '.*study.db'",
+        ),
         (spoil("config.yaml", b"["), ["--run", "done"], "Cannot read '.*config.yaml'"),
         (spoil("glue/results.json", b"{"), ["--run", "done"], "results.json' is damaged"),
     ],

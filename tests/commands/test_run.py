@@ -59,12 +59,16 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = make_rows(num_rows, seed, longest=8)
         labels = [i % 3 for i in range(num_rows)]
         sentences = [f"{WORDS[label]} {row}" for label, row in zip(labels, rows, strict=True)]
-        pq.write_table(pa.table({"sentence": sentences, "label": labels}), folder / f"{split}.parquet")
+        pq.write_table(
+            pa.table({"sentence": sentences, "label": labels}), folder / f"{split}.parquet"
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
-def command_in(tiny_teacher: Path, text_file: Path, task_folder: Path) -> Callable[[Path], list[str]]:
+def command_in(
+    tiny_teacher: Path, text_file: Path, task_folder: Path
+) -> Callable[[Path], list[str]]:
     """``kdnas run`` on the quickstart's YAML, shrunk, in a folder."""
     options = {
         "config": "configs/quickstart.yaml",
@@ -84,7 +88,11 @@ def command_in(tiny_teacher: Path, text_file: Path, task_folder: Path) -> Callab
         "latency.min_seconds": 0.01,
     }
     shrunk = ["run", *(f"--{name}={value}" for name, value in options.items())]
-    return lambda folder: [*shrunk, f"--root={folder / 'logs'}", f"--states.folder={folder / 'states'}"]
+    return lambda folder: [
+        *shrunk,
+        f"--root={folder / 'logs'}",
+        f"--states.folder={folder / 'states'}",
+    ]
 
 
 def interrupt(*args: object, **options: object) -> None:
@@ -97,7 +105,9 @@ def command(command_in: Callable[[Path], list[str]], tmp_path: Path) -> list[str
 
 
 @pytest.fixture(scope="module")
-def finished(command_in: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def finished(
+    command_in: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """A command that was run to its end; its folder is ``finished_run``'s. Tests leave it as it is."""
     command = command_in(tmp_path_factory.mktemp("finished"))
     assert main(command) == 0
@@ -124,14 +134,20 @@ def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
 
     trials = pd.read_csv(run / "trials.csv")
     finished = trials[trials.state == "COMPLETE"]
-    assert len(finished.drop_duplicates(["num_hidden_layers", "hidden_size", "num_attention_heads"])) >= 2
+    assert (
+        len(finished.drop_duplicates(["num_hidden_layers", "hidden_size", "num_attention_heads"]))
+        >= 2
+    )
     best = StudentArch.from_yaml(run / "best_student.yaml")
     assert finished.loc[finished.reward.idxmax(), "hidden_size"] == best.hidden_size
     assert list((run / "trial_0000").glob("events.out.tfevents.*"))
 
     results = json.loads((run / "glue" / "results.json").read_text())
     assert set(results["models"]) == {"teacher", "student", "random"}
-    assert results["models"]["student"]["num_parameters"] == results["models"]["random"]["num_parameters"]
+    assert (
+        results["models"]["student"]["num_parameters"]
+        == results["models"]["random"]["num_parameters"]
+    )
     report = (run / "report.html").read_text()
     for row in results["models"].values():
         assert f"{row['score']:.3f}" in report and f"{row['score']:.3f}" in first
@@ -151,7 +167,9 @@ def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
     assert main(["verify", str(run)]) == 0
 
 
-def test_export_is_a_plain_folder_without_teacher_or_projections(finished_run: Path, tmp_path: Path) -> None:
+def test_export_is_a_plain_folder_without_teacher_or_projections(
+    finished_run: Path, tmp_path: Path
+) -> None:
     run = finished_run
     best = StudentArch.from_yaml(run / "best_student.yaml")
     encoder = AutoModel.from_pretrained(run / "student")
@@ -169,7 +187,9 @@ def test_export_is_a_plain_folder_without_teacher_or_projections(finished_run: P
         "from transformers import AutoModel\n"
         f"print(AutoModel.from_pretrained({str(run / 'student')!r}).config.hidden_size)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     assert done.stdout.split()[-1] == str(best.hidden_size)
 
 
@@ -177,12 +197,17 @@ def test_without_a_task_the_encoder_is_exported(command: list[str], tmp_path: Pa
     assert main([*command, "--task=null"]) == 0
     run = tmp_path / "logs" / "tiny"
     assert not run.joinpath("glue").exists()
-    assert AutoModel.from_pretrained(run / "student", add_pooling_layer=False).config.architectures == ["BertModel"]
+    assert AutoModel.from_pretrained(
+        run / "student", add_pooling_layer=False
+    ).config.architectures == ["BertModel"]
     assert run.joinpath("report.html").exists()
 
 
 def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "logs" / "tiny"
 
@@ -209,7 +234,12 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
         known = trials()
     assert main(command) == 0
     shown = capsys.readouterr().out
-    for done in ("Search: 2 candidates are done", "Full KD: done", "Fine-tuning: done", "Export: done"):
+    for done in (
+        "Search: 2 candidates are done",
+        "Full KD: done",
+        "Fine-tuning: done",
+        "Export: done",
+    ):
         assert done in shown
     assert trials() == known
     assert (run / "report.html").exists()
@@ -229,7 +259,10 @@ def interrupt_second_epoch(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_kd_goes_on_after_the_epoch_that_was_kept(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = HiddenStateDistillModule.training_step
     command.append("--task=null")
@@ -253,7 +286,10 @@ def test_full_kd_goes_on_after_the_epoch_that_was_kept(
 
 @pytest.mark.slow
 def test_what_was_searched_or_stopped_and_then_reported_is_not_finished(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, root = tmp_path / "logs" / "tiny", f"--root={tmp_path / 'logs'}"
     others = ("--config", "--task", "--full", "--fine")
@@ -280,7 +316,10 @@ def test_what_was_searched_or_stopped_and_then_reported_is_not_finished(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_its_end(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command += ["--trainer.accelerator=gpu", "--latency.backend=cuda"]
     with monkeypatch.context() as patch:
@@ -300,7 +339,10 @@ def test_a_dry_run_on_a_gpu_measures_students_that_start_on_the_cpu(command: lis
 
 
 def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     mark, run = tmp_path / "ran", tmp_path / "logs/tiny"
     with monkeypatch.context() as patch:
@@ -310,7 +352,10 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
     (run / "full_kd").mkdir()
     for save, message in (
         (lambda path: torch.save({"state_dict": Payload(mark)}, path), "holds more than tensors"),
-        (lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)), "holds more than tensors"),
+        (
+            lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)),
+            "holds more than tensors",
+        ),
         (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
         (lambda path: torch.save({"a": 1}, path), "is no checkpoint of a fit"),
         (lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint of a fit"),
@@ -341,7 +386,9 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
         path.unlink()
     monkeypatch.setattr(pipeline, "fit_resumable", interrupt)
     assert main([*command, "--task=null"]) == 130
-    told = re.findall("Full KD: beginning without (.*), which is not there", capsys.readouterr().out)
+    told = re.findall(
+        "Full KD: beginning without (.*), which is not there", capsys.readouterr().out
+    )
     assert [Path(path).name for path in told] == ["optimizer.safetensors"]
 
 
@@ -363,12 +410,17 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
 
     def watch(trainer, module, data, **options):
         if getattr(data, "split", None) == "full":
-            for kept, tensors in ((begins_with, module.state_dict()), (moments, module.optimizer_tensors)):
+            for kept, tensors in (
+                (begins_with, module.state_dict()),
+                (moments, module.optimizer_tensors),
+            ):
                 kept.update({name: tensor.clone() for name, tensor in tensors.items()})
         fit(trainer, module, data, **options)
 
     monkeypatch.setattr("kdnas.training.trainer.fit", watch)
-    monkeypatch.setattr(pipeline, "export_run", interrupt)  # it takes seconds, and is another's test
+    monkeypatch.setattr(
+        pipeline, "export_run", interrupt
+    )  # it takes seconds, and is another's test
     assert main([*command, "--task=null", "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 130
     run = tmp_path / "logs" / "tiny"
     kept = sorted(path.parent.name for path in run.glob("trial_*/weights.safetensors"))
@@ -387,7 +439,10 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
 def test_an_objective_that_a_student_cannot_be_asked_for_is_refused_at_the_start(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    objective = {"class_path": "kdnas.distillation.attention.AttentionRelations", "init_args": {"num_heads": 7}}
+    objective = {
+        "class_path": "kdnas.distillation.attention.AttentionRelations",
+        "init_args": {"num_heads": 7},
+    }
     assert main([*command, f"--recipe.objective={json.dumps(objective)}"]) == 2
     assert "7 relation heads do not divide" in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
@@ -403,7 +458,11 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     monkeypatch.setattr("kdnas.deploy.latency.MOST_SPREAD", -1.0)
     search = [
         "search",
-        *(option for option in command[1:] if not option.startswith(("--config", "--task", "--full", "--fine"))),
+        *(
+            option
+            for option in command[1:]
+            if not option.startswith(("--config", "--task", "--full", "--fine"))
+        ),
     ]
     assert main(search) == 0
     busy = "The machine is busy: the teacher's latency beside trial 0 spread by more than a tenth"
@@ -433,7 +492,11 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     ],
 )
 def test_another_config_under_the_same_name_is_refused(
-    option: str, key: str, finished: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
+    option: str,
+    key: str,
+    finished: list[str],
+    finished_run: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = snapshot(finished_run)
     capsys.readouterr()
@@ -447,7 +510,10 @@ def test_another_config_under_the_same_name_is_refused(
 def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
     command: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    search = [
+        "search",
+        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
+    ]
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "bfloat16")
     assert main(search) == 0
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "float32")
@@ -457,7 +523,10 @@ def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
 
 
 def test_other_lengths_in_the_same_file_are_another_study(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("7\n12\n")
@@ -473,7 +542,11 @@ def test_other_lengths_in_the_same_file_are_another_study(
 def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, run, theirs = pipeline.search_loop, tmp_path / "logs" / "tiny", StudentArch(1, 1, 16, 16, "relu")
+    loop, run, theirs = (
+        pipeline.search_loop,
+        tmp_path / "logs" / "tiny",
+        StudentArch(1, 1, 16, 16, "relu"),
+    )
 
     def others_are_faster(*args: object) -> object:
         best = loop(*args)
@@ -483,19 +556,27 @@ def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
 
     monkeypatch.setattr(pipeline, "search_loop", others_are_faster)
     of_run = ("--config", "--task", "--full_kd", "--finetune")
-    assert main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
+    assert (
+        main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
+    )
     assert StudentArch.from_yaml(run / "best_student.yaml") == theirs
 
 
 def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(folder: str, flush_secs: int) -> None:
         raise OSError(errno.EIO, "Input/output error")  # as TensorBoard's, which names no file
 
     monkeypatch.setattr("kdnas.report.tensorboard.SummaryWriter", fail)
     assert main(command) == 3
-    assert f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny'}'" in capsys.readouterr().err
+    assert (
+        f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny'}'"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where_they_were_not(
@@ -521,7 +602,10 @@ def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     text = tmp_path / "text.txt"
@@ -545,7 +629,10 @@ def test_another_teacher_or_text_under_the_same_path_is_refused(
 
 def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
     config = RunConfig(
-        teacher="t", text="x", recipe=Recipe(objective=HiddenStates(Even())), search=SearchSettings(n_trials=3)
+        teacher="t",
+        text="x",
+        recipe=Recipe(objective=HiddenStates(Even())),
+        search=SearchSettings(n_trials=3),
     )
     plain = as_plain(config)
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
@@ -570,7 +657,10 @@ def test_candidates_that_all_fail_end_with_one_line(
 
 
 def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_is_none(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "logs" / "tiny"
     folder.mkdir(parents=True)
@@ -580,7 +670,10 @@ def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_i
         before = snapshot(folder)
         assert main(command) == 2
         assert snapshot(folder) == before
-    assert "'tiny' is being made by process 77 of here, since noon: wait for it" in capsys.readouterr().err
+    assert (
+        "'tiny' is being made by process 77 of here, since noon: wait for it"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(pipeline, "_search", interrupt)
     assert main(command) == 130
     assert (folder / "run.lock").read_text().startswith(f"process {os.getpid()} of ")
@@ -606,7 +699,10 @@ def test_rows_of_a_task_that_changed_are_noticed(
 
 
 def test_what_changes_no_result_may_change_before_its_stage(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_full_kd", interrupt)
@@ -614,20 +710,39 @@ def test_what_changes_no_result_may_change_before_its_stage(
     changed = [*command, "--states.max_gb=0", "--full_kd.num_epochs=1", "--task=null"]
     assert main(changed) == 0
     saved = yaml.safe_load((tmp_path / "logs/tiny/config.yaml").read_text())
-    assert (saved["states"]["max_gb"], saved["full_kd"]["num_epochs"], saved["task"]) == (0, 1, None)
+    assert (saved["states"]["max_gb"], saved["full_kd"]["num_epochs"], saved["task"]) == (
+        0,
+        1,
+        None,
+    )
     capsys.readouterr()
     assert main([*changed, "--full_kd.num_epochs=2"]) == 2
     assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
     assert main([*changed, "--space.hidden_size=[32]"]) == 2  # another space
     assert re.search(r"space\.hidden_size: .* there, \[32\] now", capsys.readouterr().err)
-    (run := tmp_path / "logs/tiny").joinpath("student").rename(tmp_path / "student")  # fine-tuning does not end
+    (run := tmp_path / "logs/tiny").joinpath("student").rename(
+        tmp_path / "student"
+    )  # fine-tuning does not end
     (run / "glue").mkdir()
     assert main([*changed, "--finetune.learning_rate=1e-5"]) == 2
-    assert f"go back to them, delete '{run}/glue', and fine-tuning begins anew" in capsys.readouterr().err
+    assert (
+        f"go back to them, delete '{run}/glue', and fine-tuning begins anew"
+        in capsys.readouterr().err
+    )
     (run / "glue").rmdir()
     assert main([*changed, "--finetune.learning_rate=1e-5"]) == 0
-    search = [option for option in command if not option.startswith(("--config", "--task", "--full", "--fine"))]
-    longer = ["search", *search[1:], "--search.n_trials=3", "--data.pair_share=0.5", "--data.masked_share=0.5"]
+    search = [
+        option
+        for option in command
+        if not option.startswith(("--config", "--task", "--full", "--fine"))
+    ]
+    longer = [
+        "search",
+        *search[1:],
+        "--search.n_trials=3",
+        "--data.pair_share=0.5",
+        "--data.masked_share=0.5",
+    ]
     assert main(longer) == 2
     assert "distils its best student already" in capsys.readouterr().err
 
@@ -652,7 +767,10 @@ def test_what_every_worker_refuses_ends_the_search_without_a_best_student(
         return run_workers(*args)
 
     text = Path(shutil.copy(text_file, tmp_path))
-    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    search = [
+        "search",
+        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
+    ]
     search.append(f"--text={text}")
     assert main([*search, "--search.n_trials=1"]) == 0
     run_workers = pipeline.run_workers
@@ -671,14 +789,24 @@ def test_a_gpu_that_a_worker_will_not_see_is_refused_at_the_start(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdnas.deploy.latency._devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    monkeypatch.setattr(
+        "kdnas.deploy.latency._devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"]
+    )
     assert main([*command, "--latency.device=cuda:1", option]) == 2
-    assert "latency.device is 'cuda:1', but a worker process sees one GPU only" in capsys.readouterr().err
+    assert (
+        "latency.device is 'cuda:1', but a worker process sees one GPU only"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "logs").exists()
 
 
-def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(command: list[str], tmp_path: Path) -> None:
-    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(
+    command: list[str], tmp_path: Path
+) -> None:
+    search = [
+        "search",
+        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
+    ]
     endless = [sys.executable, "-m", "kdnas", *search, "--search.num_epochs=100000"]
     worker = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -703,7 +831,10 @@ def test_a_search_measures_by_the_backend_that_is_asked_for(
         return open_session(path, num_threads)
 
     monkeypatch.setattr("kdnas.deploy.latency.open_session", watch)
-    search = ["search", *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine")))]
+    search = [
+        "search",
+        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
+    ]
     assert main([*search, "--latency.backend=onnxruntime-int8", "--search.n_trials=1"]) == 0
     assert opened == ["model.int8.onnx"] * len(opened) and len(opened) >= 2, "student and teacher"
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
@@ -711,7 +842,9 @@ def test_a_search_measures_by_the_backend_that_is_asked_for(
 
 
 @pytest.mark.slow
-def test_quickstart_on_its_real_teacher_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_on_its_real_teacher_and_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {
         "config": "configs/quickstart.yaml",
         "root": tmp_path / "logs",
@@ -748,7 +881,9 @@ def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None
     progress = events(run / "search")
     best = [event.value for event in progress.Scalars("search/best_reward")]
     assert [event.step for event in progress.Scalars("search/reward")] == [1, 2, 3, 4]
-    assert best == sorted(best) and best[-1] == pytest.approx(max(trial.value for trial in candidates))
+    assert best == sorted(best) and best[-1] == pytest.approx(
+        max(trial.value for trial in candidates)
+    )
     assert [event.value for event in progress.Scalars("search/exploration_ratio")] == [1, 0, 0, 0]
     assert progress.Images("search/pareto")
     for trial in candidates:
@@ -765,7 +900,9 @@ def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None
         steps = [event.step for event in shown.Scalars("train/loss")]
         for name in ("learning_rate", "grad_norm", "tokens_per_second"):
             found = shown.Scalars(f"train/{name}")
-            assert [event.step for event in found] == steps and all(event.value > 0 for event in found)
+            assert [event.step for event in found] == steps and all(
+                event.value > 0 for event in found
+            )
 
 
 def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypatch, capsys):
@@ -780,7 +917,9 @@ def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypa
 
     monkeypatch.setattr(pipeline, "search_loop", look_once)
     options = [
-        option for option in command[1:] if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
+        option
+        for option in command[1:]
+        if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
     ]
     sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
     assert main(["search", *options, f"--sampler={sampler}", "--search.n_trials=4"]) == 0
@@ -790,11 +929,19 @@ def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypa
 def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys, monkeypatch):
     """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
     options = [
-        option for option in command[1:] if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
+        option
+        for option in command[1:]
+        if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
     ]
     sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
     search = ["search", *options, f"--sampler={sampler}", "--workers=2", "--search.n_trials=4"]
-    half = tmp_path / "logs" / "tiny" / "trial_0001" / f".student.safetensors.{this_host()}-{2**22 + 1}.abcdefgh"
+    half = (
+        tmp_path
+        / "logs"
+        / "tiny"
+        / "trial_0001"
+        / f".student.safetensors.{this_host()}-{2**22 + 1}.abcdefgh"
+    )
 
     def run_and_leave(*args: object) -> str | None:
         refusal = pipeline_run_workers(*args)
@@ -807,12 +954,16 @@ def test_two_workers_search_one_study_with_the_controller(command, tmp_path, cap
     assert not half.exists()
     shown = " ".join(capsys.readouterr().out.split())
     for episode in (1, 2):  # as each ends
-        assert re.search(rf"episode {episode}: best so far [^;]*; best of this episode [^;]*", shown), shown
+        assert re.search(
+            rf"episode {episode}: best so far [^;]*; best of this episode [^;]*", shown
+        ), shown
     assert shown.count("best of the one before") == 1 and "Pareto fronts" in shown
     run = tmp_path / "logs" / "tiny"
     study = optuna.load_study(storage=f"sqlite:///{run}/study.db", study_name="tiny")
     assert len(trained(study)) == 4
-    assert len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
+    assert (
+        len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
+    )
     assert len(pd.read_csv(run / "trials.csv")) >= 4
     assert all(path.exists() for path in map(Run(run.parent, run.name).worker_log, (0, 1)))
     _check_curves(run, trained(study))

@@ -39,7 +39,10 @@ def command(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
 
 
 def test_a_smoke_run_goes_through_every_stage_and_leaves_nothing(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen: dict[str, int] = {}
 
@@ -62,12 +65,17 @@ def test_a_smoke_run_goes_through_every_stage_and_leaves_nothing(
     stages = re.findall(r"(?m)^ *(\S.*?\S) +\d+\.\d *$", shown)
     assert stages == ["reading", "search", "full KD", "fine-tuning", "export", "report", "in all"]
     last = shown.splitlines()[-1]
-    assert last.startswith("Start the real one with:  kdnas run --teacher=") and "secret" not in last
+    assert (
+        last.startswith("Start the real one with:  kdnas run --teacher=") and "secret" not in last
+    )
     assert "--smoke" not in last
 
 
 def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_not(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     killed = tmp_path / f"mine-smoke.{this_host()}-{2**22 + 1}.abcdefgh"
     (killed / "lightning_logs").mkdir(parents=True)
@@ -89,14 +97,19 @@ def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_
 
 
 def test_a_smoke_run_that_a_candidate_has_killed_is_not_begun_again(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = tmp_path / f"mine-smoke.{this_host()}-{2**22 + 1}.abcdefgh"
     kept.mkdir()
     monkeypatch.setattr("kdnas.system.supervisor.EARLIER.deaths", {2**22 + 1: "SIGSEGV"})
     monkeypatch.setattr(smoke, "run_stages", None)
     assert main([*command, "--smoke"]) == 1
-    told = f"a candidate of the smoke run killed its process (SIGSEGV); what it made is kept: {kept}"
+    told = (
+        f"a candidate of the smoke run killed its process (SIGSEGV); what it made is kept: {kept}"
+    )
     assert capsys.readouterr().err == f"kdnas: {told}\n" and kept.exists()
 
 
@@ -115,11 +128,17 @@ def test_the_few_rows_come_from_all_over_with_their_splits_and_classes(tmp_path:
     for part in ("train", "validation"):
         task.mkdir(exist_ok=True)
         pq.write_table(pa.table({"text": make_rows(160), "label": names}), task / f"{part}.parquet")
-    config = RunConfig(teacher="t", text=str(path), task=str(task), storage="postgresql://x", root="real")
+    config = RunConfig(
+        teacher="t", text=str(path), task=str(task), storage="postgresql://x", root="real"
+    )
     config = RunConfig(**{**vars(config), "data": type(config.data)(column="body")})
     small, sizes = few(config, tmp_path / "few", num_rows=70)
     assert sizes == Sizes(num_rows=1000, num_train=160, num_validation=160)
-    assert small.storage is None and small.states.folder is None and Path(small.root).parent == tmp_path / "few"
+    assert (
+        small.storage is None
+        and small.states.folder is None
+        and Path(small.root).parent == tmp_path / "few"
+    )
     corpus = load_corpus(small.text)
     numbers = [int(row.split()[-1]) for row in [*corpus.train, *corpus.held_out]]
     assert len(numbers) == 70 and {number // 100 for number in numbers} == set(range(10))
@@ -129,18 +148,27 @@ def test_the_few_rows_come_from_all_over_with_their_splits_and_classes(tmp_path:
     assert cut.task.label_names == load_task(str(task)).task.label_names
 
 
-def test_text_of_so_many_bytes_is_taken_and_long_rows_count_as_if_cut(tmp_path: Path, text_file: Path) -> None:
+def test_text_of_so_many_bytes_is_taken_and_long_rows_count_as_if_cut(
+    tmp_path: Path, text_file: Path
+) -> None:
     config = RunConfig(teacher="t", text=str(text_file))
     whole = sum(len(row.encode()) for row in text_file.read_text().splitlines())
     small, _ = few(config, tmp_path / "few", num_rows=1000, num_bytes=whole // 3)
     assert len(pq.read_table(small.text)) == pytest.approx(40, abs=1)
     long = tmp_path / "long.txt"
     long.write_text("\n".join("word " * 10_000 + str(number) for number in range(20)))
-    small, _ = few(RunConfig(teacher="t", text=str(long)), tmp_path / "long", num_rows=1000, num_bytes=10 * 4 * 128)
+    small, _ = few(
+        RunConfig(teacher="t", text=str(long)),
+        tmp_path / "long",
+        num_rows=1000,
+        num_bytes=10 * 4 * 128,
+    )
     assert len(pq.read_table(small.text)) == 10
 
 
-def test_the_quickstarts_text_is_not_made_in_the_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstarts_text_is_not_made_in_the_real_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def build(folder: Path) -> Path:
         folder.mkdir(parents=True)
         write_task(folder / "which_package")
@@ -148,7 +176,9 @@ def test_the_quickstarts_text_is_not_made_in_the_real_run(tmp_path: Path, monkey
         return folder / "text.parquet"
 
     monkeypatch.setattr(smoke, "build_quickstart_text", build)
-    config = RunConfig(teacher="t", text="quickstart", task="quickstart", root=str(tmp_path / "logs"))
+    config = RunConfig(
+        teacher="t", text="quickstart", task="quickstart", root=str(tmp_path / "logs")
+    )
     small, sizes = few(config, tmp_path / "few")
     assert sizes == Sizes(99, 20, 20) and not (tmp_path / "logs").exists()
     assert load_task(small.task).task.name == "which_package"

@@ -36,7 +36,9 @@ ROWS = [
 def write(path: Path, rows: list[str | None], **columns: list) -> Path:
     """Write rows, and further columns, in the format of the suffix."""
     table = {"text": rows, **columns}
-    records = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    records = [
+        dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)
+    ]
     match path.suffix:
         case ".parquet":
             pq.write_table(pa.table(table), path, row_group_size=2)
@@ -44,7 +46,9 @@ def write(path: Path, rows: list[str | None], **columns: list) -> Path:
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
         case ".csv" | ".tsv":
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(table), dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+                writer = csv.DictWriter(
+                    file, list(table), dialect="excel-tab" if path.suffix == ".tsv" else "excel"
+                )
                 writer.writeheader()
                 writer.writerows(records)
         case ".txt":
@@ -69,7 +73,9 @@ def test_there_are_six_formats():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
-    found = load_corpus(str(write(tmp_path / f"rows{suffix}", [*ROWS, "", "  ", ROWS[0]])), held_out_fraction=0.3)
+    found = load_corpus(
+        str(write(tmp_path / f"rows{suffix}", [*ROWS, "", "  ", ROWS[0]])), held_out_fraction=0.3
+    )
     assert every(found) == sorted(ROWS)
     assert found.dropped == {"empty": 2, "duplicate": 1}
     expected = load_corpus(str(write(tmp_path / "expected.txt", ROWS)), held_out_fraction=0.3)
@@ -101,7 +107,10 @@ def test_nulls_blank_lines_and_duplicates_are_dropped_counted_and_told(tmp_path,
     assert load_corpus(str(tmp_path / "rows.jsonl")).dropped == {"empty": 2, "duplicate": 0}
     (tmp_path / "rows.txt").write_text("one\none\n\ntwo\n" + "two\n" * 100)
     load_corpus(str(tmp_path / "rows.txt"))
-    assert caplog.messages[-1] == f"'{tmp_path}/rows.txt': 1 empty and 101 duplicate rows are left out."
+    assert (
+        caplog.messages[-1]
+        == f"'{tmp_path}/rows.txt': 1 empty and 101 duplicate rows are left out."
+    )
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
@@ -129,14 +138,18 @@ def test_a_hub_name_reads_the_train_split(monkeypatch):
     assert every(load_corpus("some-one/some.data", column="body")) == ["one", "three", "two"]
     load_corpus("some-one/some.data:20231101.en", column="body")
     assert asked == [
-        (names, {"split": "train"}) for names in (("some-one/some.data",), ("some-one/some.data", "20231101.en"))
+        (names, {"split": "train"})
+        for names in (("some-one/some.data",), ("some-one/some.data", "20231101.en"))
     ]
     with pytest.raises(UserError, match="'some-one/some.data' has no column 'text' .*'body', 'id'"):
         load_corpus("some-one/some.data")
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused():
-    with pytest.raises(UserError, match=r"'nobody/nothing' was not found, here or in the hub's cache \(HF_HUB_OFFLINE"):
+    with pytest.raises(
+        UserError,
+        match=r"'nobody/nothing' was not found, here or in the hub's cache \(HF_HUB_OFFLINE",
+    ):
         load_corpus("nobody/nothing")
 
 
@@ -146,7 +159,9 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("it repeats for 23 seconds"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("it repeats for 23 seconds")
+    )
     with pytest.raises(HubAway, match=r"the text 'nobody/nothing' \(no route to host\)"):
         load_corpus("nobody/nothing")
 
@@ -154,29 +169,61 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.docx", b"one\ntwo\n", r"rows.docx' has the unknown suffix '.docx': give one of .parquet, .jsonl"),
+        (
+            "rows.docx",
+            b"one\ntwo\n",
+            r"rows.docx' has the unknown suffix '.docx': give one of .parquet, .jsonl",
+        ),
         ("rows", b"one\ntwo\n", r"rows' has the unknown suffix ''"),
         *[(f"rows{suffix}", b"", rf"rows{suffix}' has no usable rows") for suffix in SUFFIXES],
         ("rows.csv", b"text,id\n", r"rows.csv' has no usable rows"),
         ("rows.txt", b" \n\t\n\n", r"rows.txt' has no usable rows \(.*'empty': 3"),
         ("rows.jsonl", b'{"text": " "}\n', r"rows.jsonl' has no usable rows"),
         ("rows.txt", b"one\none\n \n", r"only one usable row \(.*'empty': 1, 'duplicate': 1"),
-        ("rows.txt", b"one\ntwo\n" + 300 * b"one\n", "302 rows, and only 2 of them are usable .*'duplicate': 300"),
+        (
+            "rows.txt",
+            b"one\ntwo\n" + 300 * b"one\n",
+            "302 rows, and only 2 of them are usable .*'duplicate': 300",
+        ),
         ("rows.txt", b"one\ntwo\n\xff\xfe\n", r"rows.txt' is not UTF-8 in row 3"),
-        ("rows.jsonl", b'{"text": "one"}\n{"text": "\xe9"}\n', r"rows.jsonl' is not UTF-8 in row 2"),
+        (
+            "rows.jsonl",
+            b'{"text": "one"}\n{"text": "\xe9"}\n',
+            r"rows.jsonl' is not UTF-8 in row 2",
+        ),
         ("rows.csv", b"text\none\ntwo\nth\xe9\n", r"rows.csv' is not UTF-8 in row 3"),
         ("rows.txt", b"one\nt\0wo\n", r"rows.txt' has the character '\\x00' in row 2"),
         ("rows.csv", b"text\none\nt\0wo\n", r"rows.csv' has the character '\\x00' in row 2"),
-        ("rows.jsonl", b'{"text": "one"}\n{"text": "a\\u0000"}\n', r"rows.jsonl' has the character '\\x00' in row 2"),
-        ("rows.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n', r"has the character '\\ud800' in row 2"),
-        ("rows.csv", b"body,id\none,1\n", r"rows.csv' has no column 'text' \(row 1\).*'body', 'id'"),
+        (
+            "rows.jsonl",
+            b'{"text": "one"}\n{"text": "a\\u0000"}\n',
+            r"rows.jsonl' has the character '\\x00' in row 2",
+        ),
+        (
+            "rows.jsonl",
+            b'{"text": "one"}\n{"text": "\\ud800"}\n',
+            r"has the character '\\ud800' in row 2",
+        ),
+        (
+            "rows.csv",
+            b"body,id\none,1\n",
+            r"rows.csv' has no column 'text' \(row 1\).*'body', 'id'",
+        ),
         (
             "rows.tsv",
             b'id\ttext\n1\t"one.\n2\ttwo."\n',
             r"rows.tsv' cannot be read at row 1 \(a text in quotes with a tab",
         ),
-        ("rows.tsv", b"body\tid\none\t1\n", r"rows.tsv' has no column 'text' \(row 1\).*'body', 'id'"),
-        ("rows.jsonl", b'{"text": "one"}\n{"body": "two"}\n', r"no column 'text' \(row 2\).*'body'"),
+        (
+            "rows.tsv",
+            b"body\tid\none\t1\n",
+            r"rows.tsv' has no column 'text' \(row 1\).*'body', 'id'",
+        ),
+        (
+            "rows.jsonl",
+            b'{"text": "one"}\n{"body": "two"}\n',
+            r"no column 'text' \(row 2\).*'body'",
+        ),
         ("rows.jsonl", b"{}\n", r"no column 'text' \(row 1\).*none"),
         ("rows.jsonl", b'{"text": "one"}\n{"text": 7}\n', r"has int 7 in column 'text', row 2"),
         ("rows.jsonl", b'{"text": ["one"]}\n', r"has list \['one'\] in column 'text', row 1"),
@@ -185,16 +232,48 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
             b'{"text": "one"}\n\n{"text": "tw',
             r"rows.jsonl' cannot be read at row 3 \(Unterminated string",
         ),
-        ("rows.json", b'[\n{"text": "one"},\n{"text": "two"}\n]', r"rows.json' cannot be read at row 1"),
-        ("rows.json", b'["one", "two"]', r"rows.json' cannot be read at row 1 \(list, not an object"),
+        (
+            "rows.json",
+            b'[\n{"text": "one"},\n{"text": "two"}\n]',
+            r"rows.json' cannot be read at row 1",
+        ),
+        (
+            "rows.json",
+            b'["one", "two"]',
+            r"rows.json' cannot be read at row 1 \(list, not an object",
+        ),
         ("rows.json", b"[" * 100_000, r"rows.json' cannot be read at row 1 \(maximum recursion"),
-        ("rows.json", b'{"text": ' + b"9" * 5000 + b"}", r"rows.json' cannot be read at row 1 \(Exceeds the limit"),
-        ("rows.csv", b"text\none\ntwo, three\n", r"rows.csv' cannot be read at row 2 \(more fields than the header"),
-        ("rows.csv", b'text\none\n"two\nthree\n', r"rows.csv' cannot be read at row 2 \(unexpected end of data"),
+        (
+            "rows.json",
+            b'{"text": ' + b"9" * 5000 + b"}",
+            r"rows.json' cannot be read at row 1 \(Exceeds the limit",
+        ),
+        (
+            "rows.csv",
+            b"text\none\ntwo, three\n",
+            r"rows.csv' cannot be read at row 2 \(more fields than the header",
+        ),
+        (
+            "rows.csv",
+            b'text\none\n"two\nthree\n',
+            r"rows.csv' cannot be read at row 2 \(unexpected end of data",
+        ),
         ("rows.parquet", b"PAR1 is not enough", r"rows.parquet' cannot be read at row 1"),
-        ("rows.jsonl", b'{"text": "one", "split": "test"}\n', r"has the split 'test' in row 1: give 'train' or"),
-        ("rows.csv", b"text,split\none,train\ntwo,train\n", r"All rows of .*rows.csv' have the split 'train'"),
-        ("rows.csv", b"text,split\none,held_out\ntwo,held_out\n", r"All rows of .* have the split 'held_out'"),
+        (
+            "rows.jsonl",
+            b'{"text": "one", "split": "test"}\n',
+            r"has the split 'test' in row 1: give 'train' or",
+        ),
+        (
+            "rows.csv",
+            b"text,split\none,train\ntwo,train\n",
+            r"All rows of .*rows.csv' have the split 'train'",
+        ),
+        (
+            "rows.csv",
+            b"text,split\none,held_out\ntwo,held_out\n",
+            r"All rows of .* have the split 'held_out'",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
@@ -235,18 +314,27 @@ def test_truncated_parquet_is_refused(tmp_path, share):
 
 
 def test_parquet_with_text_that_is_not_utf8_is_refused(tmp_path):
-    offsets, content = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 3, 4))), pa.py_buffer(b"one\xff")
-    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(2, offsets, content)}), tmp_path / "rows.parquet")
+    offsets, content = (
+        pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 3, 4))),
+        pa.py_buffer(b"one\xff"),
+    )
+    pq.write_table(
+        pa.table({"text": pa.StringArray.from_buffers(2, offsets, content)}),
+        tmp_path / "rows.parquet",
+    )
     with pytest.raises(UserError, match=r"rows.parquet' is not UTF-8 in row 2"):
         load_corpus(str(tmp_path / "rows.parquet"))
 
 
 @pytest.mark.parametrize(
-    "name", ["", "missing.txt", "data/missing.csv", "/no/such/folder", "../up", "imdb", "json", "a\0b"]
+    "name",
+    ["", "missing.txt", "data/missing.csv", "/no/such/folder", "../up", "imdb", "json", "a\0b"],
 )
 def test_a_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(f"The text {name!r} does not exist: give a file (.parquet")):
+    with pytest.raises(
+        UserError, match=re.escape(f"The text {name!r} does not exist: give a file (.parquet")
+    ):
         load_corpus(name)
 
 
@@ -256,9 +344,13 @@ def test_a_folder_without_text_is_refused(tmp_path):
         load_corpus(str(tmp_path))
 
 
-def test_a_full_disk_for_temporary_files_is_an_error_of_the_disk_with_the_place(tmp_path, monkeypatch):
+def test_a_full_disk_for_temporary_files_is_an_error_of_the_disk_with_the_place(
+    tmp_path, monkeypatch
+):
     (tmp_path / "a.txt").write_text("\n".join(make_rows(20)))
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: BufferedWriter(FileIO("/dev/full", "w")))
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda dir: BufferedWriter(FileIO("/dev/full", "w"))
+    )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         load_corpus(str(tmp_path / "a.txt"))
@@ -272,7 +364,9 @@ def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):
     assert list(folder.iterdir()) == [], "it has no name, so a kill leaves none"
     path.unlink()
     texts = found.texts
-    assert [texts[i] for i in range(50)] == list(texts) == texts[:] == [*found.train, *found.held_out]
+    assert (
+        [texts[i] for i in range(50)] == list(texts) == texts[:] == [*found.train, *found.held_out]
+    )
     assert (texts[-1], texts[1:9:3]) == (list(texts)[-1], list(texts)[1:9:3])
     assert len(found.train) == found.num_train == 50 - len(found.held_out)
     with pytest.raises(IndexError):
@@ -287,11 +381,17 @@ def test_a_text_is_in_no_memory_whatever_its_size(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
     if suffix == ".parquet":  # in one row group
         pages = dict(data_page_size=1 << 16, write_batch_size=16)
-        pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=len(rows), **pages)
+        pq.write_table(
+            table, path, compression="none", use_dictionary=False, row_group_size=len(rows), **pages
+        )
         assert pq.ParquetFile(path).num_row_groups == 1
     else:
         write(path, rows)
-    size, pool, before = path.stat().st_size, pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    size, pool, before = (
+        path.stat().st_size,
+        pa.proxy_memory_pool(pa.default_memory_pool()),
+        pa.default_memory_pool(),
+    )
     assert size > 10_000_000
     lengths = list(map(len, rows))
     del rows, table
@@ -344,7 +444,9 @@ def test_neither_order_nor_duplicates_nor_other_rows_change_where_a_row_goes(tmp
 
 
 def test_another_seed_holds_out_other_rows(text_file):
-    first, again, other = (load_corpus(str(text_file), held_out_fraction=0.2, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        load_corpus(str(text_file), held_out_fraction=0.2, seed=seed) for seed in (0, 0, 1)
+    )
     assert sides(first) == sides(again)
     assert set(first.held_out) != set(other.held_out)
     assert every(first) == every(other)
@@ -352,13 +454,17 @@ def test_another_seed_holds_out_other_rows(text_file):
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_each_side_gets_at_least_one_row(tmp_path, fraction):
-    found = load_corpus(str(write(tmp_path / "rows.txt", ["one", "two"])), held_out_fraction=fraction)
+    found = load_corpus(
+        str(write(tmp_path / "rows.txt", ["one", "two"])), held_out_fraction=fraction
+    )
     assert (len(found.train), len(found.held_out)) == (1, 1)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[:5])
 def test_a_split_column_decides(tmp_path, suffix):
-    path = write(tmp_path / f"rows{suffix}", ["one", "two", "three"], split=["held_out", "train", "held_out"])
+    path = write(
+        tmp_path / f"rows{suffix}", ["one", "two", "three"], split=["held_out", "train", "held_out"]
+    )
     found = load_corpus(str(path))
     assert sides(found) == (["two"], ["one", "three"])
 
@@ -373,10 +479,16 @@ def test_rows_without_a_split_are_drawn_and_a_twin_stays_on_the_first_side(tmp_p
 
 
 LINES = st.lists(
-    st.one_of(st.binary(max_size=12), st.text(max_size=12).map(lambda text: text.encode("utf-8", "replace")))
+    st.one_of(
+        st.binary(max_size=12),
+        st.text(max_size=12).map(lambda text: text.encode("utf-8", "replace")),
+    )
 )
 RECORDS = st.lists(
-    st.dictionaries(st.sampled_from(["text", "split", "id"]), st.one_of(st.none(), st.integers(), st.text(max_size=9)))
+    st.dictionaries(
+        st.sampled_from(["text", "split", "id"]),
+        st.one_of(st.none(), st.integers(), st.text(max_size=9)),
+    )
 )
 
 
@@ -437,7 +549,9 @@ def add_module(folder: Path, source: str) -> None:
     (folder / "zalpha" / "only.py").write_text(source)
 
 
-def test_the_text_has_so_many_rows_of_each_package_and_holds_out_whole_modules(fake_packages, tmp_path):
+def test_the_text_has_so_many_rows_of_each_package_and_holds_out_whole_modules(
+    fake_packages, tmp_path
+):
     path = build_quickstart_text(tmp_path / "run" / "text", rows_per_package=66)
     assert path == tmp_path / "run" / "text" / "text.parquet"
     table = pq.read_table(path)
@@ -456,7 +570,9 @@ def test_the_text_has_so_many_rows_of_each_package_and_holds_out_whole_modules(f
     assert all(len(side) == 1 for side in sides.values())
     modules = sorted(module for module in sides if module.startswith("zalpha"))
     held_out = [module for module in modules if sides[module] == {"held_out"}]
-    assert held_out != modules[: len(held_out)], "not the first by name, which would be one part of the package"
+    assert held_out != modules[: len(held_out)], (
+        "not the first by name, which would be one part of the package"
+    )
     assert max(Counter(row["module"] for row in rows).values()) == 3
     assert {row["text"] for row in rows} <= set(PROSE)
     assert not {"zalpha", "zbeta"} & set(sys.modules)
@@ -475,7 +591,9 @@ def test_the_text_is_the_same_on_every_machine(fake_packages, tmp_path):
     second = build_quickstart_text(tmp_path / "second", rows_per_package=66)
     assert pq.read_table(first).equals(pq.read_table(second))
     packages = [row["package"] for row in pq.read_table(first).to_pylist()]
-    assert 15 < packages[:50].count("zalpha") < 35, "the packages are mixed, so that the first rows are a fair sample"
+    assert 15 < packages[:50].count("zalpha") < 35, (
+        "the packages are mixed, so that the first rows are a fair sample"
+    )
 
 
 def test_what_is_there_already_is_left_as_it_is(fake_packages, tmp_path, monkeypatch):
@@ -496,7 +614,9 @@ def test_a_half_made_folder_is_made_anew(fake_packages, tmp_path):
 
 def test_a_missing_package_is_refused_and_leaves_nothing(fake_packages, tmp_path, monkeypatch):
     monkeypatch.setitem(corpus.PACKAGES, "no_such_package", ())
-    with pytest.raises(UserError, match=r"'no_such_package' is not installed: pip install 'kdnas\[quickstart\]'"):
+    with pytest.raises(
+        UserError, match=r"'no_such_package' is not installed: pip install 'kdnas\[quickstart\]'"
+    ):
         build_quickstart_text(tmp_path / "text")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
@@ -583,7 +703,9 @@ def test_the_module_of_a_row_is_named_as_it_is_imported(fake_packages, tmp_path)
 
 def test_long_paragraphs_are_cut_at_a_sentence(fake_packages, tmp_path):
     sentence = "This sentence is one of many that make up a paragraph which is too long. "
-    letters_only = "Nothing in this paragraph ends a sentence " + "and it goes on " * 40 + "for ever."
+    letters_only = (
+        "Nothing in this paragraph ends a sentence " + "and it goes on " * 40 + "for ever."
+    )
     add_module(fake_packages, f'"""{sentence * 10}\n\n{letters_only}"""')
     rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400)).to_pylist()
     assert [row["text"] for row in rows] == [(sentence * 5).strip()]
@@ -597,9 +719,15 @@ def test_no_two_rows_are_equal_but_for_case_marks_digits_and_names(fake_packages
     ]
     add_module(fake_packages, f'"""{twins[0]}\n\n{twins[1]}\n\n{PROSE[0]}"""')
     (fake_packages / "zalpha" / "other.py").write_text(f'"""{twins[2]}\n\n{PROSE[0]}"""')
-    (fake_packages / "zbeta" / "other.py").write_text(f'"""{twins[1]}\n\n{twins[0]}\n\n{PROSE[1]}"""')
-    rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400))["text"].to_pylist()
-    assert sorted(rows) == sorted([twins[0], twins[2], PROSE[0], PROSE[1]])  # the read of za.read is no name
+    (fake_packages / "zbeta" / "other.py").write_text(
+        f'"""{twins[1]}\n\n{twins[0]}\n\n{PROSE[1]}"""'
+    )
+    rows = pq.read_table(build_quickstart_text(tmp_path / "text", rows_per_package=400))[
+        "text"
+    ].to_pylist()
+    assert sorted(rows) == sorted(
+        [twins[0], twins[2], PROSE[0], PROSE[1]]
+    )  # the read of za.read is no name
 
 
 def test_the_task_asks_for_the_package_without_naming_it(fake_packages, tmp_path):
@@ -611,7 +739,9 @@ def test_the_task_asks_for_the_package_without_naming_it(fake_packages, tmp_path
     add_module(fake_packages, f'"""{names[0]}\n\n{names[1]}"""')
     (fake_packages / "zbeta" / "other.py").write_text(f'"""{PROSE[0]}\n\n{PROSE[1]}"""')
     path = build_quickstart_text(tmp_path / "text", rows_per_package=400)
-    sentences = pq.read_table(path.parent / "which_package" / "validation.parquet")["sentence"].to_pylist()
+    sentences = pq.read_table(path.parent / "which_package" / "validation.parquet")[
+        "sentence"
+    ].to_pylist()
     assert sorted(sentences) == sorted(
         [
             "package is package, package, package's, package.array, package_version and packageError; "
@@ -632,7 +762,9 @@ def test_the_task_is_balanced_and_keeps_the_split_of_the_modules(fake_packages, 
     assert num_rows["zbeta", "train"] < num_rows["zalpha", "train"] == 58
     for task, split in (("train", "train"), ("validation", "held_out")):
         examples = pq.read_table(path.parent / "which_package" / f"{task}.parquet").to_pylist()
-        assert Counter(example["label"] for example in examples) == dict.fromkeys((0, 1), num_rows["zbeta", split])
+        assert Counter(example["label"] for example in examples) == dict.fromkeys(
+            (0, 1), num_rows["zbeta", split]
+        )
         for example in examples:
             row = rows[example["sentence"]]
             assert (row["split"], row["package"]) == (split, ("zalpha", "zbeta")[example["label"]])
@@ -640,7 +772,9 @@ def test_the_task_is_balanced_and_keeps_the_split_of_the_modules(fake_packages, 
 
 def test_the_task_loads_as_a_glue_task_does(fake_packages, tmp_path):
     path = build_quickstart_text(tmp_path / "text", rows_per_package=66)
-    task = datasets.load_dataset(str(path.parent / "which_package"), cache_dir=str(tmp_path / "cache"))
+    task = datasets.load_dataset(
+        str(path.parent / "which_package"), cache_dir=str(tmp_path / "cache")
+    )
     assert set(task) == {"train", "validation"}
     assert task["train"].features == datasets.Features(
         sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["zalpha", "zbeta"])

@@ -36,14 +36,25 @@ TOLD = [int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP,
 
 def write(path: Path, train: list[str], held_out: list[str]) -> Path:
     """Rows of text with their split."""
-    rows = [{"text": row, "split": "train"} for row in train] + [{"text": row, "split": "held_out"} for row in held_out]
+    rows = [{"text": row, "split": "train"} for row in train] + [
+        {"text": row, "split": "held_out"} for row in held_out
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 def open_data(teacher: Path, text: Path, split: str = "full", **settings) -> KDDataModule:
     settings = DataSettings(
-        **(dict(max_length=32, batch_tokens=128, held_out_fraction=0.2, pair_share=0.0, masked_share=1.0) | settings)
+        **(
+            dict(
+                max_length=32,
+                batch_tokens=128,
+                held_out_fraction=0.2,
+                pair_share=0.0,
+                masked_share=1.0,
+            )
+            | settings
+        )
     )
     data = KDDataModule(str(teacher), str(text), settings, split)
     data.setup()
@@ -85,7 +96,9 @@ def test_the_mini_split_is_a_share_of_the_training_rows_and_held_out_rows_are_in
 
 
 @pytest.mark.parametrize(("fraction", "size"), [(0.3, 29), (0.5, 48), (0.001, 1), (0.999, 96)])
-def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(tiny_teacher, tmp_path, fraction, size):
+def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(
+    tiny_teacher, tmp_path, fraction, size
+):
     rows = make_rows(100)
     text = write(tmp_path / "rows.jsonl", rows[:96], rows[96:])
     data = open_data(tiny_teacher, text, "mini", mini_fraction=fraction)
@@ -101,13 +114,19 @@ def test_the_splits_depend_on_the_seed_alone(data, tiny_teacher, text_file, tmp_
     assert set(held_out[2]) != set(held_out[0])
     rows = make_rows(100)
     text = write(tmp_path / "rows.jsonl", rows[:90], rows[90:])
-    drawn = [open_data(tiny_teacher, text, "mini", seed=seed).train_ids().tolist() for seed in (0, 0, 1)]
+    drawn = [
+        open_data(tiny_teacher, text, "mini", seed=seed).train_ids().tolist() for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_every_training_row_comes_once_an_epoch_in_a_constant_number_of_batches(tiny_teacher, tmp_path):
+def test_every_training_row_comes_once_an_epoch_in_a_constant_number_of_batches(
+    tiny_teacher, tmp_path
+):
     rows = make_rows(400)
-    data = open_data(tiny_teacher, write(tmp_path / "rows.jsonl", rows[:390], rows[390:]), batch_tokens=40)
+    data = open_data(
+        tiny_teacher, write(tmp_path / "rows.jsonl", rows[:390], rows[390:]), batch_tokens=40
+    )
     for split in ("mini", "full"):
         loader = data.select(split).train_dataloader()
         assert len(loader) > 60
@@ -128,7 +147,10 @@ def test_batches_keep_within_the_budget_and_fill_it(tiny_teacher, text_file, bat
         shapes = [batch["input_ids"].shape for batch in loader]
         assert all(num_rows * length <= batch_tokens for num_rows, length in shapes)
         longest = int(data.rows.padded_lengths.max())
-        assert len(shapes) <= data.rows.padded_lengths[ids(loader)].sum() / (batch_tokens - longest + 1) + 1
+        assert (
+            len(shapes)
+            <= data.rows.padded_lengths[ids(loader)].sum() / (batch_tokens - longest + 1) + 1
+        )
 
 
 @pytest.mark.parametrize("max_length", [7, 20, 32])
@@ -138,11 +160,17 @@ def test_shapes_repeat(tiny_teacher, text_file, max_length):
     shapes = {tuple(batch["input_ids"].shape) for epoch in range(6) for batch in at(loader, epoch)}
     lengths = {length for _, length in shapes}
     assert lengths == {min(length, max_length) for length in (8, 16, 24, 32)}
-    assert len(shapes) <= 2 * len(lengths) + 1, "full batches, and one beside them where the length changes"
+    assert len(shapes) <= 2 * len(lengths) + 1, (
+        "full batches, and one beside them where the length changes"
+    )
 
 
-def test_rows_that_are_all_padded_to_the_longest_length_come_in_any_order(tiny_teacher, text_file, data):
-    padded = open_data(tiny_teacher, text_file, pad_to_max_length=True, batch_tokens=4 * 24, max_length=24)
+def test_rows_that_are_all_padded_to_the_longest_length_come_in_any_order(
+    tiny_teacher, text_file, data
+):
+    padded = open_data(
+        tiny_teacher, text_file, pad_to_max_length=True, batch_tokens=4 * 24, max_length=24
+    )
     again = pickle.loads(pickle.dumps(padded.rows))  # as a loader's process has it
     lengths = []
     for _, batch in padded.train_dataloader().sampler:
@@ -158,7 +186,9 @@ def test_rows_that_are_all_padded_to_the_longest_length_come_in_any_order(tiny_t
 
 
 def test_a_sampler_that_knows_no_longest_length_keeps_within_the_budget(data):
-    for _, batch in LengthGroupedBatches(data.rows.padded_lengths, data.train_ids(), 128, shuffle=False):
+    for _, batch in LengthGroupedBatches(
+        data.rows.padded_lengths, data.train_ids(), 128, shuffle=False
+    ):
         assert data.rows[0, batch]["input_ids"].numel() <= 128
 
 
@@ -170,17 +200,23 @@ def test_batches_hold_rows_of_similar_length(data):
     assert real == data.rows.lengths[data.train_ids()].sum()
 
 
-def test_rows_are_tokenised_as_by_the_tokenizer_and_padded_with_its_padding_id(tiny_teacher, text_file):
+def test_rows_are_tokenised_as_by_the_tokenizer_and_padded_with_its_padding_id(
+    tiny_teacher, text_file
+):
     data = open_data(tiny_teacher, text_file, mask_probability=0.0, max_length=12)
     encode, texts = make_tokenizer(), data.read_corpus().texts
     padded = 0
     for batch in [*data.train_dataloader(), *data.val_dataloader()]:
-        for row, mask, i in zip(batch["input_ids"], batch["attention_mask"], batch["sample_ids"], strict=True):
+        for row, mask, i in zip(
+            batch["input_ids"], batch["attention_mask"], batch["sample_ids"], strict=True
+        ):
             expected = encode(texts[i], truncation=True, max_length=12)["input_ids"]
             assert row.tolist() == expected + [PAD] * (len(row) - len(expected))
             assert mask.tolist() == [1] * len(expected) + [0] * (len(row) - len(expected))
             padded += len(row) - len(expected)
-        assert batch["input_ids"].shape[1] == (8 if batch["attention_mask"].sum(1).max() <= 8 else 12)
+        assert batch["input_ids"].shape[1] == (
+            8 if batch["attention_mask"].sum(1).max() <= 8 else 12
+        )
     assert padded > 0
     assert data.rows.lengths.max() == 12
 
@@ -203,29 +239,47 @@ def test_masks_are_the_masker_s_and_their_variant_cycles_with_the_epoch(tiny_tea
 
 def test_a_share_of_the_rows_is_masked_another_one_for_each_variant(tiny_teacher, text_file):
     plain, whole, some, none = (
-        open_data(tiny_teacher, text_file, mask_probability=probability, masked_share=share, num_mask_variants=2).rows
+        open_data(
+            tiny_teacher,
+            text_file,
+            mask_probability=probability,
+            masked_share=share,
+            num_mask_variants=2,
+        ).rows
         for probability, share in ((0, 1), (1, 1), (1, 0.4), (1, 0))
     )
     chosen = []
     for variant in range(2):
         rows, masked, found, unmasked = (
-            [source.masked(variant, i) for i in range(len(source))] for source in (plain, whole, some, none)
+            [source.masked(variant, i) for i in range(len(source))]
+            for source in (plain, whole, some, none)
         )
         assert all(map(np.array_equal, unmasked, rows))
         is_masked = [(found[i] == masked[i]).all() for i in range(len(rows))]
-        assert all((found[i] == (masked if is_masked[i] else rows)[i]).all() for i in range(len(rows)))
+        assert all(
+            (found[i] == (masked if is_masked[i] else rows)[i]).all() for i in range(len(rows))
+        )
         for part in (slice(96), slice(96, None)):  # held-out rows too
             assert np.mean(is_masked[part]) == pytest.approx(0.4, abs=0.25)
         chosen.append(is_masked)
     assert 30 < np.sum(np.array(chosen[0]) != chosen[1]) < 90
     again = open_data(
-        tiny_teacher, text_file, mask_probability=1, masked_share=0.4, num_mask_variants=2, batch_tokens=64
+        tiny_teacher,
+        text_file,
+        mask_probability=1,
+        masked_share=0.4,
+        num_mask_variants=2,
+        batch_tokens=64,
     ).rows
-    other = open_data(tiny_teacher, text_file, mask_probability=1, masked_share=0.4, num_mask_variants=2, seed=1).rows
+    other = open_data(
+        tiny_teacher, text_file, mask_probability=1, masked_share=0.4, num_mask_variants=2, seed=1
+    ).rows
     assert again.sha256 == some.sha256 != other.sha256
 
 
-def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, tiny_teacher, tmp_path):
+def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(
+    data, tiny_teacher, tmp_path
+):
     orders = [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
     assert orders == [ids(at(data.train_dataloader(), epoch)) for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -237,13 +291,18 @@ def test_the_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same(data, 
 
 def test_rows_meet_others_in_their_batches_in_another_epoch(data):
     loader = data.train_dataloader()
-    first, second = ({frozenset(batch["sample_ids"].tolist()) for batch in at(loader, epoch)} for epoch in range(2))
+    first, second = (
+        {frozenset(batch["sample_ids"].tolist()) for batch in at(loader, epoch)}
+        for epoch in range(2)
+    )
     assert len(first & second) < len(first) / 2
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("batch_tokens", [40, 128, 150, 2000])
-def test_ranks_share_all_rows_in_equally_many_batches(tiny_teacher, text_file, num_ranks, batch_tokens):
+def test_ranks_share_all_rows_in_equally_many_batches(
+    tiny_teacher, text_file, num_ranks, batch_tokens
+):
     data = open_data(tiny_teacher, text_file, batch_tokens=batch_tokens)
     ranks = [of_rank(data, rank, num_ranks) for rank in range(num_ranks)]
     for loaders, expected in (
@@ -253,15 +312,25 @@ def test_ranks_share_all_rows_in_equally_many_batches(tiny_teacher, text_file, n
         for epoch in range(3):
             shares = [at(loader, epoch) for loader in loaders]
             assert sorted(sum((ids(share) for share in shares), [])) == expected.tolist()
-            assert {len(share) for share in shares} == {len(loader) for loader in loaders} == {len(shares[0])}
+            assert (
+                {len(share) for share in shares}
+                == {len(loader) for loader in loaders}
+                == {len(shares[0])}
+            )
             assert len(shares[0]) > 0
-            assert all(batch["input_ids"].numel() <= batch_tokens for share in shares for batch in share)
+            assert all(
+                batch["input_ids"].numel() <= batch_tokens for share in shares for batch in share
+            )
 
 
 def test_more_ranks_than_rows_are_refused(tiny_teacher, tmp_path):
     rows = make_rows(12)
-    data = of_rank(open_data(tiny_teacher, write(tmp_path / "rows.jsonl", rows[:2], rows[2:])), 0, 3)
-    with pytest.raises(UserError, match="2 rows cannot be shared by 3 processes: use fewer processes"):
+    data = of_rank(
+        open_data(tiny_teacher, write(tmp_path / "rows.jsonl", rows[:2], rows[2:])), 0, 3
+    )
+    with pytest.raises(
+        UserError, match="2 rows cannot be shared by 3 processes: use fewer processes"
+    ):
         list(data.train_dataloader())
 
 
@@ -275,14 +344,20 @@ def test_held_out_rows_are_sorted_by_padded_length_and_keep_their_order(data):
 
 
 @pytest.mark.parametrize(("family", "longest"), [("bert", 40), ("albert", 40), ("roberta", 36)])
-def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs(tmp_path, family, longest):
+def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs(
+    tmp_path, family, longest
+):
     teacher = save_teacher(tmp_path / family, family)
     text = write(tmp_path / "rows.jsonl", [" ".join(make_rows(20))], make_rows(1))
-    with pytest.raises(UserError, match=rf"max_length is {longest + 1}: .* takes at most {longest} tokens"):
+    with pytest.raises(
+        UserError, match=rf"max_length is {longest + 1}: .* takes at most {longest} tokens"
+    ):
         open_data(teacher, text, max_length=longest + 1)
     (batch,) = open_data(teacher, text, max_length=longest).train_dataloader()
     assert batch["input_ids"].shape == (1, longest)
-    output = find_teacher(str(teacher)).model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    output = find_teacher(str(teacher)).model(
+        batch["input_ids"], attention_mask=batch["attention_mask"]
+    )
     assert output.last_hidden_state.isfinite().all()
 
 
@@ -308,13 +383,22 @@ def test_a_setting_out_of_range_is_refused_with_its_value(name, values):
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    DataSettings(mask_probability=0, pair_share=0, masked_share=0, max_length=4, batch_tokens=4, seed=2**32 - 1)
+    DataSettings(
+        mask_probability=0,
+        pair_share=0,
+        masked_share=0,
+        max_length=4,
+        batch_tokens=4,
+        seed=2**32 - 1,
+    )
     DataSettings(mask_probability=1, pair_share=1, masked_share=1, batch_tokens=128)
 
 
 def test_workers_give_the_same_batches(tiny_teacher, text_file):
     loaders = [
-        open_data(tiny_teacher, text_file, num_mask_variants=2, num_workers=num_workers).train_dataloader()
+        open_data(
+            tiny_teacher, text_file, num_mask_variants=2, num_workers=num_workers
+        ).train_dataloader()
         for num_workers in (0, 2)
     ]
     for epoch in range(2):
@@ -325,7 +409,9 @@ def test_workers_give_the_same_batches(tiny_teacher, text_file):
             assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_them(tiny_teacher, text_file):
+def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_them(
+    tiny_teacher, text_file
+):
     before = set(multiprocessing.active_children())
     loader = open_data(tiny_teacher, text_file, num_workers=2).train_dataloader()
     batches = iter(loader)
@@ -342,7 +428,9 @@ def test_a_signal_to_the_process_group_ends_no_worker_and_the_main_process_ends_
     assert second.exitcode == 0
 
 
-def test_a_signal_to_the_process_group_ends_no_worker_that_has_just_begun(tiny_teacher, text_file, monkeypatch):
+def test_a_signal_to_the_process_group_ends_no_worker_that_has_just_begun(
+    tiny_teacher, text_file, monkeypatch
+):
     def signalled(index):
         for number in TOLD:  # by another process, so that it is not its parent's
             subprocess.run(["kill", f"-{number}", str(os.getpid())], check=True)
@@ -352,8 +440,12 @@ def test_a_signal_to_the_process_group_ends_no_worker_that_has_just_begun(tiny_t
     assert len(list(open_data(tiny_teacher, text_file, num_workers=2).train_dataloader())) > 2
 
 
-def test_what_removes_shared_memory_outlives_a_signal_to_the_process_group(tiny_teacher, text_file, monkeypatch):
-    monkeypatch.setattr(resource_tracker, "_resource_tracker", tracker := resource_tracker.ResourceTracker())
+def test_what_removes_shared_memory_outlives_a_signal_to_the_process_group(
+    tiny_teacher, text_file, monkeypatch
+):
+    monkeypatch.setattr(
+        resource_tracker, "_resource_tracker", tracker := resource_tracker.ResourceTracker()
+    )
     monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
     next(iter(open_data(tiny_teacher, text_file, num_workers=1).train_dataloader()))
     for number in TOLD:
@@ -363,7 +455,9 @@ def test_what_removes_shared_memory_outlives_a_signal_to_the_process_group(tiny_
     tracker._stop()  # it ends where nobody can tell it anything
 
 
-def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(tiny_teacher, text_file, monkeypatch):
+def test_selecting_a_split_shares_rows_and_masks_and_reads_nothing_again(
+    tiny_teacher, text_file, monkeypatch
+):
     data = open_data(tiny_teacher, text_file)
     for name in ("find_teacher", "load_corpus", "text_sha256"):
         monkeypatch.setattr(datamodule, name, None)
@@ -416,21 +510,28 @@ def kept(tmp_path) -> Path:
 
 def open_kept(teacher: Path, text: Path, kept: Path) -> KDDataModule:
     data = KDDataModule(
-        str(teacher), str(text), DataSettings(max_length=24, batch_tokens=200, num_mask_variants=2), folder=str(kept)
+        str(teacher),
+        str(text),
+        DataSettings(max_length=24, batch_tokens=200, num_mask_variants=2),
+        folder=str(kept),
     )
     data.setup()
     return data
 
 
 def tokens_of(data: KDDataModule) -> list[list[int]]:
-    return [data.rows.masked(variant, i).tolist() for variant in range(2) for i in range(len(data.rows))]
+    return [
+        data.rows.masked(variant, i).tolist() for variant in range(2) for i in range(len(data.rows))
+    ]
 
 
 def test_a_text_is_tokenised_once(tiny_teacher, text_file, kept, monkeypatch):
     text = kept.parent / "rows.txt"
     text.write_text(text_file.read_text() + "\n" + text_file.read_text().splitlines()[0])
     first = open_kept(tiny_teacher, text, kept)
-    monkeypatch.setattr(datamodule, "load_corpus", lambda *args, **options: pytest.fail("it was read again"))
+    monkeypatch.setattr(
+        datamodule, "load_corpus", lambda *args, **options: pytest.fail("it was read again")
+    )
     again = open_kept(tiny_teacher, text, kept)
     assert again.rows.sha256 == first.rows.sha256 and tokens_of(again) == tokens_of(first)
     assert again.rows.dropped == first.rows.dropped == {"empty": 1, "duplicate": 1}
@@ -441,13 +542,17 @@ def test_a_text_is_tokenised_once(tiny_teacher, text_file, kept, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 7, 119, 120, 121])
-def test_rows_do_not_depend_on_how_many_are_tokenised_at_a_time(tiny_teacher, text_file, kept, monkeypatch, number):
+def test_rows_do_not_depend_on_how_many_are_tokenised_at_a_time(
+    tiny_teacher, text_file, kept, monkeypatch, number
+):
     whole = open_kept(tiny_teacher, text_file, kept / "whole")
     monkeypatch.setattr(datamodule, "ROWS_AT_A_TIME", number)
     assert open_kept(tiny_teacher, text_file, kept / "parts").rows.sha256 == whole.rows.sha256
 
 
-@pytest.mark.parametrize("name", ["lengths.bin", "second_starts.bin", "variant00.bin", "variant01.bin", "about.*"])
+@pytest.mark.parametrize(
+    "name", ["lengths.bin", "second_starts.bin", "variant00.bin", "variant01.bin", "about.*"]
+)
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
 def test_damaged_tokens_are_made_anew(tiny_teacher, text_file, kept, name, damage):
     first = open_kept(tiny_teacher, text_file, kept)
@@ -468,7 +573,10 @@ def test_of_what_is_told_about_tokens_what_its_own_name_says_is_read(tiny_teache
     first = open_kept(tiny_teacher, text_file, kept)
     (path,) = first.rows.folder.glob("about.*")
     other = path.read_text().replace(first.rows.sha256, 64 * "0")
-    for name in ("about.0.json", "about.z.json"):  # one of them is found before the right one, mostly
+    for name in (
+        "about.0.json",
+        "about.z.json",
+    ):  # one of them is found before the right one, mostly
         path.with_name(name).write_text(other)
     again = open_kept(tiny_teacher, text_file, kept)
     assert again.rows.sha256 == first.rows.sha256 and len(list(path.parent.glob("about.*"))) == 3
@@ -482,7 +590,9 @@ def open_in_a_process(teacher: Path, text: Path, kept: Path, barrier, answers) -
     answers.put((len(num_reads), open_kept(teacher, text, kept).rows.sha256, len(num_reads)))
 
 
-def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_left(tiny_teacher, text_file, kept):
+def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_left(
+    tiny_teacher, text_file, kept
+):
     key = open_kept(tiny_teacher, text_file, kept).rows.folder.name
     shutil.rmtree(kept / key)
     (kept / f".{key}.abc").mkdir()
@@ -490,7 +600,9 @@ def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_lef
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
     processes = [
-        context.Process(target=open_in_a_process, args=(tiny_teacher, text_file, kept, barrier, answers))
+        context.Process(
+            target=open_in_a_process, args=(tiny_teacher, text_file, kept, barrier, answers)
+        )
         for _ in range(3)
     ]
     for process in processes:
@@ -501,13 +613,17 @@ def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_lef
     assert {path.name for path in kept.iterdir()} == {key, f"{key}.lock"}
 
 
-def test_rows_go_to_other_processes_without_their_open_files_and_outlive_their_names(tiny_teacher, text_file, kept):
+def test_rows_go_to_other_processes_without_their_open_files_and_outlive_their_names(
+    tiny_teacher, text_file, kept
+):
     rows = open_kept(tiny_teacher, text_file, kept).rows
     sent = copy.deepcopy(rows)
     shutil.rmtree(kept)
     for variant in range(2):
         batch = rows[variant, np.arange(20)]
-        assert all(torch.equal(value, sent[variant, np.arange(20)][name]) for name, value in batch.items())
+        assert all(
+            torch.equal(value, sent[variant, np.arange(20)][name]) for name, value in batch.items()
+        )
 
 
 def test_the_sampler_is_of_the_kind_that_lightning_leaves_alone(data):
@@ -538,13 +654,22 @@ def test_a_loader_s_worker_ends_with_a_parent_that_is_killed():
 
 @pytest.mark.parametrize(
     ("method", "is_alive", "ends"),
-    [("fork", True, True), ("spawn", False, True), ("forkserver", True, False), ("forkserver", False, True)],
+    [
+        ("fork", True, True),
+        ("spawn", False, True),
+        ("forkserver", True, False),
+        ("forkserver", False, True),
+    ],
 )
-def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_began(monkeypatch, method, is_alive, ends):
+def test_a_loader_s_worker_ends_whose_parent_was_killed_while_it_began(
+    monkeypatch, method, is_alive, ends
+):
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    parent = SimpleNamespace(pid=os.getppid() + 1, is_alive=lambda: is_alive)  # a sibling makes a dead one look alive
+    parent = SimpleNamespace(
+        pid=os.getppid() + 1, is_alive=lambda: is_alive
+    )  # a sibling makes a dead one look alive
     monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
     monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: method)
     monkeypatch.setattr(signal, "pthread_sigmask", lambda *args: None)

@@ -5,10 +5,14 @@ from kdnas.data.masking import Draw, Masker, row_generator
 from kdnas.system.errors import UserError
 
 MASK, SPECIAL = 4, [1, 2, 3, 4]
-ROWS = np.random.default_rng(0).integers(1000, 2000, size=(400, 50))  # no id that a random token can be
+ROWS = np.random.default_rng(0).integers(
+    1000, 2000, size=(400, 50)
+)  # no id that a random token can be
 
 
-def masked(probability: float = 0.15, seed: int = 0, variant: int = 0, vocab_size: int = 1000) -> np.ndarray:
+def masked(
+    probability: float = 0.15, seed: int = 0, variant: int = 0, vocab_size: int = 1000
+) -> np.ndarray:
     masker = Masker(MASK, vocab_size, SPECIAL, probability, seed)
     return np.stack([masker(row, sample_id, variant) for sample_id, row in enumerate(ROWS)])
 
@@ -23,7 +27,9 @@ def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_stay(probab
         1 - 0.9 * probability: ~changed,
     }
     for share, where in shares.items():
-        assert where.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / ROWS.size) ** 0.5)
+        assert where.mean() == pytest.approx(
+            share, abs=4 * (share * (1 - share) / ROWS.size) ** 0.5
+        )
 
 
 def test_random_tokens_are_any_of_the_vocabulary():
@@ -56,13 +62,23 @@ def test_another_seed_variant_or_sample_has_another_mask(seed):
     def mask(seed: int, variant: int, sample_id: int) -> bytes:
         return (Masker(MASK, 1000, SPECIAL, seed=seed)(row, sample_id, variant) == MASK).tobytes()
 
-    places = [(seed, 0, 5), (seed ^ 2, 0, 5), (seed, 1, 5), (seed, 2, 5), (seed, 0, 6), (seed, 1, 6), (seed, 5, 0)]
+    places = [
+        (seed, 0, 5),
+        (seed ^ 2, 0, 5),
+        (seed, 1, 5),
+        (seed, 2, 5),
+        (seed, 0, 6),
+        (seed, 1, 6),
+        (seed, 5, 0),
+    ]
     assert len({mask(*place) for place in places}) == len(places)
     assert mask(*places[0]) == mask(*places[0])
 
 
 def test_each_kind_of_draw_has_random_numbers_of_its_own():
-    places = [(seed, row, variant) for seed in (0, 2**32 - 1) for row in (0, 2**40) for variant in (0, 1)]
+    places = [
+        (seed, row, variant) for seed in (0, 2**32 - 1) for row in (0, 2**40) for variant in (0, 1)
+    ]
     numbers = [row_generator(draw, *place).random() for draw in Draw for place in places]
     assert len(set(numbers)) == len(Draw) * len(places) == 24
     assert numbers == [row_generator(draw, *place).random() for draw in Draw for place in places]

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AlbertTokenizer, AutoConfig, BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import (
+    AlbertTokenizer,
+    AutoConfig,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    RobertaTokenizer,
+)
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
@@ -27,7 +33,9 @@ OTHER = [f"o{place}" for place in range(30)]
 PLACE = {word: place for place, word in enumerate(TEXT)}
 
 
-def draw(number: int, text: list[str] = TEXT, other: list[str] = OTHER) -> tuple[list[str], list[str]]:
+def draw(
+    number: int, text: list[str] = TEXT, other: list[str] = OTHER
+) -> tuple[list[str], list[str]]:
     pair = make_pair(" ".join(text), " ".join(other), np.random.default_rng(number))
     return tuple(part.split() for part in pair)
 
@@ -41,16 +49,25 @@ def shape(first: list[str], second: list[str]) -> str:
     if set(second) <= set(OTHER):
         return "unrelated"
     cut = PLACE[first[-1]] + 1
-    return "neighbours" if is_run(first, TEXT) and is_run(second, TEXT) and PLACE[second[0]] == cut else "copy"
+    return (
+        "neighbours"
+        if is_run(first, TEXT) and is_run(second, TEXT) and PLACE[second[0]] == cut
+        else "copy"
+    )
 
 
 PAIRS = [draw(number) for number in range(2000)]
-OF_SHAPE = {name: [pair for pair in PAIRS if shape(*pair) == name] for name in ("neighbours", "unrelated", "copy")}
+OF_SHAPE = {
+    name: [pair for pair in PAIRS if shape(*pair) == name]
+    for name in ("neighbours", "unrelated", "copy")
+}
 
 
 def test_the_shapes_have_their_shares():
     for name, share in (("neighbours", 0.35), ("unrelated", 0.3), ("copy", 0.35)):
-        assert len(OF_SHAPE[name]) / len(PAIRS) == pytest.approx(share, abs=4 * (share * (1 - share) / 2000) ** 0.5)
+        assert len(OF_SHAPE[name]) / len(PAIRS) == pytest.approx(
+            share, abs=4 * (share * (1 - share) / 2000) ** 0.5
+        )
 
 
 def test_neighbours_meet_at_a_sentence_end_and_have_random_lengths():
@@ -92,15 +109,19 @@ def test_a_copy_is_of_one_sentence_dropped_replaced_and_turned_on_either_side():
 def test_a_paragraph_of_one_sentence_is_split_at_any_word():
     row = SENTENCES[2]
     pairs = [draw(number, row) for number in range(600)]
-    assert {row.index(second[0]) for first, second in pairs if shape(first, second) == "neighbours"} == set(
-        range(1, 12)
-    )
+    assert {
+        row.index(second[0]) for first, second in pairs if shape(first, second) == "neighbours"
+    } == set(range(1, 12))
 
 
 def test_sentences_of_a_word_or_two_are_not_copied():
     row = "a1. b1 b2! c1 c2 c3. d1? e1 e2 e3. f1 f2.".split()
     pairs = [draw(number, row) for number in range(200)]
-    copies = [pair for pair in pairs if not set(pair[1]) <= set(OTHER) and not is_run([*pair[0], *pair[1]], row)]
+    copies = [
+        pair
+        for pair in pairs
+        if not set(pair[1]) <= set(OTHER) and not is_run([*pair[0], *pair[1]], row)
+    ]
     assert len(copies) > 40
     assert all(row in pair for pair in copies)
 
@@ -130,14 +151,24 @@ def paragraphs(num_rows: int, seed: int = 0) -> list[str]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    rows = [{"text": row, "split": "held_out" if i % 5 == 0 else "train"} for i, row in enumerate(paragraphs(200))]
+    rows = [
+        {"text": row, "split": "held_out" if i % 5 == 0 else "train"}
+        for i, row in enumerate(paragraphs(200))
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 def open_data(teacher: Path, text: Path, folder: Path | None = None, **settings) -> KDDataModule:
-    settings = dict(max_length=32, batch_tokens=128, mask_probability=0.0, pair_share=0.5, masked_share=1.0) | settings
-    data = KDDataModule(str(teacher), str(text), DataSettings(**settings), folder=folder and str(folder))
+    settings = (
+        dict(
+            max_length=32, batch_tokens=128, mask_probability=0.0, pair_share=0.5, masked_share=1.0
+        )
+        | settings
+    )
+    data = KDDataModule(
+        str(teacher), str(text), DataSettings(**settings), folder=folder and str(folder)
+    )
     data.setup()
     return data
 
@@ -156,14 +187,18 @@ def template(family: str) -> PreTrainedTokenizerBase:
         return BertTokenizer(vocab={word: i for i, word in enumerate(VOCAB)})
     if family == "albert":
         special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
-        return AlbertTokenizer(vocab=[(piece, 0.0) for piece in [*special, *("▁" + word for word in WORDS)]])
+        return AlbertTokenizer(
+            vocab=[(piece, 0.0) for piece in [*special, *("▁" + word for word in WORDS)]]
+        )
     pieces = ["<s>", "</s>", "<unk>", "<pad>", "<mask>", *string.ascii_lowercase, ".", "Ġ"]
     return RobertaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
 @pytest.mark.parametrize("max_length", [8, 17, 36])
-def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monkeypatch, family, max_length):
+def test_pairs_are_tokenised_by_each_family_s_own_template(
+    tmp_path, text, monkeypatch, family, max_length
+):
     made = {}
 
     def recorded(row, other, rng):
@@ -176,7 +211,9 @@ def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monke
     tokenizer.save_pretrained(teacher)
     config = AutoConfig.from_pretrained(teacher)
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    config.update({name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None})
+    config.update(
+        {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    )
     config.save_pretrained(teacher)
     data = open_data(teacher, text, tmp_path, max_length=max_length, batch_tokens=8 * max_length)
     texts = data.read_corpus().texts
@@ -185,7 +222,9 @@ def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monke
     seen = 0
     for batch in batches:
         model = find_teacher(str(teacher)).model if seen == 0 else None
-        for i, ids, types in zip(batch["sample_ids"], batch["input_ids"], batch["token_type_ids"], strict=True):
+        for i, ids, types in zip(
+            batch["sample_ids"], batch["input_ids"], batch["token_type_ids"], strict=True
+        ):
             columns = made.get(texts[i]) or (texts[i],)
             expected = tokenizer(
                 *columns,
@@ -198,11 +237,19 @@ def test_pairs_are_tokenised_by_each_family_s_own_template(tmp_path, text, monke
             assert set(expected["input_ids"][len(ids) :]) <= {tokenizer.pad_token_id}
             if family == "roberta":  # has no types of its own
                 second = ids.tolist().index(1) + 2 if len(columns) == 2 else data.rows.lengths[i]
-                expected = {"token_type_ids": [int(second <= p < data.rows.lengths[i]) for p in range(len(ids))]}
+                expected = {
+                    "token_type_ids": [
+                        int(second <= p < data.rows.lengths[i]) for p in range(len(ids))
+                    ]
+                }
             assert types.tolist() == expected["token_type_ids"][: len(ids)]
             seen += 1
         if model is not None:
-            assert model(batch["input_ids"], attention_mask=batch["attention_mask"])[0].isfinite().all()
+            assert (
+                model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+                .isfinite()
+                .all()
+            )
     assert seen == len(texts)
     assert is_pair(data).sum() == len(made) > 50
 
@@ -214,7 +261,9 @@ def test_a_share_of_the_rows_becomes_pairs_and_the_others_stay(tiny_teacher, tex
         data = open_data(tiny_teacher, text, pair_share=share)
         chosen[share] = set(np.flatnonzero(is_pair(data)).tolist())
         assert len(chosen[share]) / 200 == pytest.approx(share, abs=0.12)
-        assert all(row == singles[i] for i, row in enumerate(rows_of(data)) if i not in chosen[share])
+        assert all(
+            row == singles[i] for i, row in enumerate(rows_of(data)) if i not in chosen[share]
+        )
     assert chosen[0.0] < chosen[0.3] < chosen[0.6] < chosen[1.0] == set(range(200))
 
 
@@ -226,7 +275,10 @@ def test_pairs_depend_on_seed_and_row_alone(tiny_teacher, text):
     assert 50 < (is_pair(other) == is_pair(data)).sum() < 150
     here, there = (
         [batch["token_type_ids"].tolist() for batch in loader]
-        for loader in (data.train_dataloader(), open_data(tiny_teacher, text, num_workers=2).train_dataloader())
+        for loader in (
+            data.train_dataloader(),
+            open_data(tiny_teacher, text, num_workers=2).train_dataloader(),
+        )
     )
     assert here == there and len(here) > 10
 
@@ -248,7 +300,10 @@ def test_rows_are_paired_within_mini_within_the_other_training_rows_and_within_h
 
 
 def test_a_row_that_is_alone_in_its_part_stays_single(tiny_teacher, tmp_path):
-    rows = [{"text": row, "split": "held_out" if i == 0 else "train"} for i, row in enumerate(paragraphs(4))]
+    rows = [
+        {"text": row, "split": "held_out" if i == 0 else "train"}
+        for i, row in enumerate(paragraphs(4))
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     data = open_data(tiny_teacher, path, pair_share=1.0, mini_fraction=0.34)
@@ -263,7 +318,13 @@ def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, t
     for second_start in (4, 5, 6):
         folder = tmp_path / str(second_start)
         folder.mkdir()
-        write_rows(folder, [([1, 7, 8, 2, 9, 2], second_start)], Masker(4, 70, [1, 2, 3]), num_train=1, dropped={})
+        write_rows(
+            folder,
+            [([1, 7, 8, 2, 9, 2], second_start)],
+            Masker(4, 70, [1, 2, 3]),
+            num_train=1,
+            dropped={},
+        )
         sums.add(TokenRows(folder, 3, 8).sha256)
     assert len(sums) == 3
 

@@ -47,9 +47,15 @@ def test_a_large_file_gives_rows_of_four_places(suffix: str, small: None, tmp_pa
 
 
 @pytest.mark.parametrize(("num_groups", "expected"), [(1, {0}), (2, {0, 2})])
-def test_no_row_of_a_parquet_of_few_groups_is_read_twice(num_groups, expected, small: None, tmp_path: Path) -> None:
+def test_no_row_of_a_parquet_of_few_groups_is_read_twice(
+    num_groups, expected, small: None, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.parquet"
-    pq.write_table(pa.table({"text": [f"row {number}" for number in NUMBERS]}), path, row_group_size=400 // num_groups)
+    pq.write_table(
+        pa.table({"text": [f"row {number}" for number in NUMBERS]}),
+        path,
+        row_group_size=400 // num_groups,
+    )
     rows, num_rows = some_rows(str(path), "text")
     found = numbers_of(rows)
     assert num_rows == 400 and len(found) == len(set(found)) == 40
@@ -78,7 +84,9 @@ def test_a_large_folder_gives_rows_of_its_files(small: None, tmp_path: Path) -> 
     assert num_rows == pytest.approx(900, rel=0.2) and len(rows) == 39
 
 
-def test_few_bytes_are_read_of_long_rows(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_bytes_are_read_of_long_rows(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("".join(f"{number} " * 500 + "\n" for number in range(100, 130)))
     monkeypatch.setattr(readers, "MOST_BYTES", 16_000)
@@ -108,7 +116,8 @@ def test_a_source_s_hash_is_that_of_its_files_and_formats(tmp_path: Path) -> Non
     (tmp_path / "some").mkdir()
     first = write(tmp_path / "some" / "a.txt")
     sums = [
-        text_sha256(str(path), "text") for path in (first, tmp_path / "some", shutil.copy(first, tmp_path / "b.csv"))
+        text_sha256(str(path), "text")
+        for path in (first, tmp_path / "some", shutil.copy(first, tmp_path / "b.csv"))
     ]
     assert sums[0] == sums[1], "a folder is what it holds"
     write(tmp_path / "some" / "b.txt", NUMBERS[:7])
@@ -131,7 +140,9 @@ def test_a_hub_source_s_hash_is_its_fingerprint_s(monkeypatch: pytest.MonkeyPatc
     assert sums[0] == sums[1] != sums[2]
 
 
-def test_a_file_that_cannot_be_read_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_has_no_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 

@@ -30,7 +30,13 @@ from transformers import (
 )
 
 import kdnas.deploy.export
-from kdnas.deploy.export import _check_parity, _parity_lengths, export_student, load_student, slower_shapes
+from kdnas.deploy.export import (
+    _check_parity,
+    _parity_lengths,
+    export_student,
+    load_student,
+    slower_shapes,
+)
 from kdnas.deploy.onnx import write_onnx
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, build_student, max_length, student_config
@@ -39,7 +45,14 @@ from kdnas.system.errors import ParityError, UserError
 from tests.conftest import make_rows, save_teacher
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=64)
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "manifest.json"}
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "manifest.json",
+}
 FILES |= {"model.onnx", "model.int8.onnx", "predict.py"}
 HOSTILE = 'a: "b" | c\n---\n# [d](http://e) <f> `g'
 CARD = {
@@ -54,13 +67,17 @@ PLAIN = {"name": "tiny", "teacher": "a tiny teacher", "sections": {}}
 
 def save_classifier(teacher: Path, folder: Path) -> Path:
     torch.manual_seed(1)
-    build_classifier(student_config(AutoConfig.from_pretrained(teacher), ARCH), num_labels=3).save_pretrained(folder)
+    build_classifier(
+        student_config(AutoConfig.from_pretrained(teacher), ARCH), num_labels=3
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def classifier(any_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, float]]:
+def classifier(
+    any_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, float]]:
     """A three-label student of each family: its folder, the export of it, and what ``export_student`` returned."""
     root = tmp_path_factory.mktemp(any_teacher.name)
     source = save_classifier(any_teacher, root / "source")
@@ -82,7 +99,9 @@ def graph(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.onnx"
 
 
-def test_onnxruntime_does_not_fuse_additions_with_the_norms_behind_them(graph: Path, tmp_path: Path) -> None:
+def test_onnxruntime_does_not_fuse_additions_with_the_norms_behind_them(
+    graph: Path, tmp_path: Path
+) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "as_it_runs.onnx")
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -100,7 +119,9 @@ def test_lengths_that_are_checked_go_from_one_token_to_the_longest(longest: int)
 def batches(folder: Path, form: str) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = (["paper"], [" ".join(["river"] * 100)], make_rows(5, seed=3))
-    return [dict(tokenizer(text, padding=True, truncation=True, return_tensors=form)) for text in texts]
+    return [
+        dict(tokenizer(text, padding=True, truncation=True, return_tensors=form)) for text in texts
+    ]
 
 
 @contextmanager
@@ -134,10 +155,14 @@ def test_the_folder_holds_the_model_twice_with_tokenizer_and_card(classifier):
     }
     assert report["int8"]["method"] in ("dynamic", "static") and 0.9 < report["int8"]["cosine"] <= 1
     assert [(row["batch"], row["length"]) for row in report["latency"]][0] == (1, 16)
-    assert all(row[name] > 0 for row in report["latency"] for name in ("torch_ms", "onnx_ms", "int8_ms"))
+    assert all(
+        row[name] > 0 for row in report["latency"] for name in ("torch_ms", "onnx_ms", "int8_ms")
+    )
     assert 0 <= report["max_abs_difference"] <= 1e-4
     for name in ("model.onnx", "model.int8.onnx"):
-        assert b"site-packages" not in (folder / name).read_bytes(), "where it was made is nobody's business"
+        assert b"site-packages" not in (folder / name).read_bytes(), (
+            "where it was made is nobody's business"
+        )
     assert {path.name for path in folder.parent.iterdir()} == {"source", "student"}
 
 
@@ -156,12 +181,17 @@ def test_the_onnx_graph_gives_the_logits_of_the_source(classifier):
         np.testing.assert_allclose(found, model(**torch_batch).logits.detach(), atol=1e-5)
         lengths.append(batch["input_ids"].shape[1])
     assert lengths[:2] == [3, max_length(model.config)]
-    assert np.ptp(found, axis=0).min() > 1e-3  # the rows of a batch differ, so the comparison says something
+    assert (
+        np.ptp(found, axis=0).min() > 1e-3
+    )  # the rows of a batch differ, so the comparison says something
 
 
 def test_the_torch_model_of_the_export_is_the_source(classifier):
     source, folder, _ = classifier
-    expected, found = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    expected, found = (
+        load_file(source / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
+    )
     assert expected.keys() == found.keys()
     assert all(found[name].equal(expected[name]) for name in expected)
 
@@ -178,7 +208,10 @@ def test_the_card_is_valid_and_nothing_from_outside_breaks_it(classifier):
     }
     plain = r'a: "b" \| c --- \# \[d\](http://e) \<f\> \`g'
     assert f"\n# {plain}\n" in text
-    assert f"A text classifier that was searched and distilled with kdnas. Its teacher: {plain}." in text
+    assert (
+        f"A text classifier that was searched and distilled with kdnas. Its teacher: {plain}."
+        in text
+    )
     assert f"\n| {plain} | {plain} |\n" in text
     assert "\n| accuracy | 0.8125 |\n" in text
     assert "\n| hidden_size | 32 |\n" in text
@@ -192,22 +225,33 @@ def test_the_card_code_runs_where_kdnas_is_not(classifier):
     _, folder, _ = classifier
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert [len(block.splitlines()) for block in blocks] == [5, 5]
-    plain = "from transformers import AutoModel; print(type(AutoModel.from_pretrained('.')).__name__)"
+    plain = (
+        "from transformers import AutoModel; print(type(AutoModel.from_pretrained('.')).__name__)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(["import sys; sys.modules['kdnas'] = None", *blocks, plain])],
+        [
+            sys.executable,
+            "-c",
+            "\n".join(["import sys; sys.modules['kdnas'] = None", *blocks, plain]),
+        ],
         cwd=folder,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     from_torch, from_onnx, name = done.stdout.splitlines()
-    numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", line)] for line in (from_torch, from_onnx)]
+    numbers = [
+        [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
+        for line in (from_torch, from_onnx)
+    ]
     assert len(numbers[0]) == 3
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
     assert name == "BertModel"
 
 
-def test_an_encoder_gives_its_hidden_states_without_pooler_and_without_noise(tiny_teacher: Path, tmp_path: Path):
+def test_an_encoder_gives_its_hidden_states_without_pooler_and_without_noise(
+    tiny_teacher: Path, tmp_path: Path
+):
     torch.manual_seed(2)
     student = build_student(AutoConfig.from_pretrained(tiny_teacher), ARCH).eval()
     student.save_pretrained(tmp_path / "source")
@@ -264,7 +308,9 @@ def test_a_graph_that_disagrees_leaves_the_old_folder_as_it_was(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
     # The same weights: what the exporter would write.
-    monkeypatch.setattr("kdnas.deploy.export.write_onnx", lambda model, path, names: shutil.copy(graph, path))
+    monkeypatch.setattr(
+        "kdnas.deploy.export.write_onnx", lambda model, path, names: shutil.copy(graph, path)
+    )
     folder = tmp_path / "student"
     folder.mkdir()
     (folder / "old").write_text("old")
@@ -292,16 +338,22 @@ def lose_head(source: Path) -> None:
 
 def give_several_labels(source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    (source / "config.json").write_text(
+        json.dumps(config | {"problem_type": "multi_label_classification"})
+    )
 
 
 def give_other_inputs(source: Path) -> None:
     path = source / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "bbox"]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "bbox"]})
+    )
 
 
 def tag_tokens(source: Path) -> None:
-    AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
+    AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(
+        source
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,9 +368,13 @@ def tag_tokens(source: Path) -> None:
         (shutil.rmtree, "."),
     ],
 )
-def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(source: Path, tmp_path: Path, spoil, reason):
+def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(
+    source: Path, tmp_path: Path, spoil, reason
+):
     spoil(source)
-    with pytest.raises(UserError, match=f"Cannot export {re.escape(repr(str(source)))}: .*({reason})"):
+    with pytest.raises(
+        UserError, match=f"Cannot export {re.escape(repr(str(source)))}: .*({reason})"
+    ):
         export_student(source, tmp_path / "student", card=PLAIN)
     assert not (tmp_path / "student").exists()
 
@@ -329,13 +385,19 @@ def test_a_source_that_is_not_whole_is_refused_and_nothing_is_made(source: Path,
 @pytest.fixture
 def fast(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of ``source`` without the exporter's seconds."""
-    monkeypatch.setattr("kdnas.deploy.export.write_onnx", lambda model, path, names: shutil.copy(graph, path))
+    monkeypatch.setattr(
+        "kdnas.deploy.export.write_onnx", lambda model, path, names: shutil.copy(graph, path)
+    )
 
 
-def test_rows_whose_attention_would_take_gigabytes_are_not_compared(graph: Path, source: Path, monkeypatch):
+def test_rows_whose_attention_would_take_gigabytes_are_not_compared(
+    graph: Path, source: Path, monkeypatch
+):
     seen, batch = [], kdnas.deploy.export.random_batch
     monkeypatch.setattr(kdnas.deploy.export, "MOST_SCORES", 2 * 20**2)  # of two heads
-    monkeypatch.setattr(kdnas.deploy.export, "random_batch", lambda *args: seen.append(args[1]) or batch(*args))
+    monkeypatch.setattr(
+        kdnas.deploy.export, "random_batch", lambda *args: seen.append(args[1]) or batch(*args)
+    )
     model, tokenizer = load_student(source)
     _check_parity(model, tokenizer, graph, 1e-4)
     assert max(map(max, seen)) == 20
@@ -352,22 +414,34 @@ def test_the_manifest_has_the_hash_of_every_file_and_what_was_checked(source: Pa
         assert known == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert manifest["checks"] == json.loads(json.dumps(report))
     text = (tmp_path / "student" / "README.md").read_text()
-    assert "Licence: not stated" in text and "A text classifier that was exported with kdnas." in text
+    assert (
+        "Licence: not stated" in text and "A text classifier that was exported with kdnas." in text
+    )
     assert ModelCard(text).data.tags == ["kdnas", "onnx"]
     config = json.loads((source / "config.json").read_text()) | {"teacher_sha256": "abc"}
     (source / "config.json").write_text(json.dumps(config))
     export_student(
-        source, tmp_path / "licensed", card=PLAIN | {"license": "mit", "text": "a b"}, length=9, min_seconds=0.001
+        source,
+        tmp_path / "licensed",
+        card=PLAIN | {"license": "mit", "text": "a b"},
+        length=9,
+        min_seconds=0.001,
     )
     text = (tmp_path / "licensed" / "README.md").read_text()
-    assert ModelCard(text).data.license == "mit" and "distilled on a b." in text and "up to 9 tokens" in text
+    assert (
+        ModelCard(text).data.license == "mit"
+        and "distilled on a b." in text
+        and "up to 9 tokens" in text
+    )
     assert "that was distilled with kdnas" in text
     assert ModelCard(text).data.tags == ["knowledge-distillation", "kdnas", "onnx"]
     assert AutoTokenizer.from_pretrained(tmp_path / "licensed").model_max_length == 9
 
 
 @pytest.mark.usefixtures("fast")
-def test_classes_that_count_from_1_count_from_0_where_they_are_deployed(source: Path, tmp_path: Path):
+def test_classes_that_count_from_1_count_from_0_where_they_are_deployed(
+    source: Path, tmp_path: Path
+):
     config = json.loads((source / "config.json").read_text())
     config |= {"id2label": {"1": "a", "2": "b", "3": "c"}, "label2id": {"a": 1, "b": 2, "c": 3}}
     (source / "config.json").write_text(json.dumps(config))
@@ -386,29 +460,51 @@ def test_predict_needs_neither_torch_nor_transformers(source: Path, tmp_path: Pa
     )
 
     def predict(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", code, *args], cwd=folder, capture_output=True, text=True
+        )
 
     done = predict("the river", "paper " * 100)
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer(["the river", "paper " * 100], padding=True, truncation=True, return_tensors="pt")
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    batch = tokenizer(
+        ["the river", "paper " * 100], padding=True, truncation=True, return_tensors="pt"
+    )
     expected = model(**batch).logits.softmax(-1).max(-1)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["label"] for row in found] == [model.config.id2label[int(i)] for i in expected.indices], done.stderr
-    assert [row["probability"] for row in found] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    assert [row["label"] for row in found] == [
+        model.config.id2label[int(i)] for i in expected.indices
+    ], done.stderr
+    assert [row["probability"] for row in found] == pytest.approx(
+        expected.values.tolist(), abs=1e-5
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("id2label")["0"] == "LABEL_0"
-    (folder / "config.json").write_text(json.dumps(config))  # as transformers saves two classes without names
+    (folder / "config.json").write_text(
+        json.dumps(config)
+    )  # as transformers saves two classes without names
     assert predict("the river", "paper " * 100).stdout == done.stdout
     pair = json.loads(predict("--int8", "--pair", "the river", "a stone").stdout)
     batch = tokenizer("the river", "a stone", return_tensors="pt")
-    assert pair["probability"] == pytest.approx(float(model(**batch).logits.softmax(-1).max()), abs=0.05)
-    assert predict().returncode == predict("--pair", "one").returncode == predict("--help").returncode == 2
+    assert pair["probability"] == pytest.approx(
+        float(model(**batch).logits.softmax(-1).max()), abs=0.05
+    )
+    assert (
+        predict().returncode
+        == predict("--pair", "one").returncode
+        == predict("--help").returncode
+        == 2
+    )
 
 
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("length", [1, 41])
 def test_a_length_beyond_the_positions_is_refused(source: Path, tmp_path: Path, length: int):
-    with pytest.raises(UserError, match=f"length is {length}: the student .* takes from 2 to 40 tokens"):
+    with pytest.raises(
+        UserError, match=f"length is {length}: the student .* takes from 2 to 40 tokens"
+    ):
         export_student(source, tmp_path / "student", card=PLAIN, length=length)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -421,13 +517,22 @@ def test_a_full_disk_and_a_wrong_tokenizer_leave_nothing(source: Path, tmp_path:
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("kdnas.deploy.export.write_best_int8", full)
         export_student(source, tmp_path / "student", card=PLAIN)
-    with monkeypatch.context() as patch, pytest.raises(ParityError, match="The input_ids of predict.py differ"):
-        patch.setattr("kdnas.deploy.predict.Predictor.encode", lambda self, texts: {"input_ids": np.zeros((3, 2))})
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ParityError, match="The input_ids of predict.py differ"),
+    ):
+        patch.setattr(
+            "kdnas.deploy.predict.Predictor.encode",
+            lambda self, texts: {"input_ids": np.zeros((3, 2))},
+        )
         export_student(source, tmp_path / "student", card=PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_slower_shapes_are_those_where_int8_is_slower():
-    rows = [{"batch": 1, "length": 16, "onnx_ms": 1.0, "int8_ms": 1.1}, {"batch": 8, "length": 9, "onnx_ms": 3.0}]
+    rows = [
+        {"batch": 1, "length": 16, "onnx_ms": 1.0, "int8_ms": 1.1},
+        {"batch": 8, "length": 9, "onnx_ms": 3.0},
+    ]
     rows[1]["int8_ms"] = 2.0
     assert slower_shapes({"latency": rows}) == ["1 x 16"]

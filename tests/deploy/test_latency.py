@@ -10,7 +10,13 @@ from torch import nn
 from transformers import AutoConfig, BertConfig
 
 import kdnas.deploy.latency
-from kdnas.deploy.latency import ArchLatency, Latency, LatencyMeter, LatencySettings, measure_latency
+from kdnas.deploy.latency import (
+    ArchLatency,
+    Latency,
+    LatencyMeter,
+    LatencySettings,
+    measure_latency,
+)
 from kdnas.deploy.onnx import write_deployed
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, max_length, num_parameters, student_config
@@ -73,8 +79,12 @@ def test_more_work_takes_longer_whatever_the_order():
 def test_times_are_milliseconds_and_rates_a_second(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(kdnas.deploy.latency.time, "perf_counter", lambda: 0.25 * next(ticks))
-    (latency,) = measure_latency([Probe()], LatencySettings(batch_size=2, length=8, min_seconds=0.01))
-    assert latency == Latency(250.0, 0.0, 3, p95_ms=250.0, tokens_per_second=64.0, sequences_per_second=8.0)
+    (latency,) = measure_latency(
+        [Probe()], LatencySettings(batch_size=2, length=8, min_seconds=0.01)
+    )
+    assert latency == Latency(
+        250.0, 0.0, 3, p95_ms=250.0, tokens_per_second=64.0, sequences_per_second=8.0
+    )
 
 
 def test_quantiles_are_those_of_single_passes():
@@ -101,7 +111,9 @@ def test_models_take_turns_in_several_rounds():
 
 def test_a_slow_model_gets_three_rounds_and_not_ten():
     runs: list[int] = []
-    measure_latency([Probe(lambda *_: runs.append(1), repeats=100)], LatencySettings(length=8, min_seconds=1e-6))
+    measure_latency(
+        [Probe(lambda *_: runs.append(1), repeats=100)], LatencySettings(length=8, min_seconds=1e-6)
+    )
     assert len(runs) == 2 * (1 + 3)
 
 
@@ -110,12 +122,26 @@ def test_the_model_sees_the_batch_and_the_mode_that_were_asked_for():
     seen = []
 
     def look(module, batch):
-        modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads())
-        seen.append((batch, modes, [part.training for part in module.modules()], module.linear.weight.device.type))
+        modes = (
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_num_threads(),
+        )
+        seen.append(
+            (
+                batch,
+                modes,
+                [part.training for part in module.modules()],
+                module.linear.weight.device.type,
+            )
+        )
 
     torch.set_num_threads(1)
     with torch.autocast("cpu"):
-        measure_latency([Elsewhere(look)], LatencySettings(batch_size=3, length=17, num_threads=2, min_seconds=1e-6))
+        measure_latency(
+            [Elsewhere(look)],
+            LatencySettings(batch_size=3, length=17, num_threads=2, min_seconds=1e-6),
+        )
     batch, modes, training, device = seen[0]
     assert modes == (True, False, 2)
     assert training == [False, False, False]
@@ -185,12 +211,16 @@ def test_a_device_that_torch_does_not_see_is_refused(device):
 
 def test_without_a_gpu_cuda_is_refused_and_the_devices_are_named(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    with pytest.raises(UserError, match="torch sees no device 'cuda' for latency. Choose from: cpu."):
+    with pytest.raises(
+        UserError, match="torch sees no device 'cuda' for latency. Choose from: cpu."
+    ):
         LatencySettings(device="cuda")
 
 
 def test_every_visible_gpu_has_a_name(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert LatencySettings(device="cuda").device == "cuda"
     assert LatencySettings(device="cuda:1").device == "cuda:1"
@@ -202,15 +232,21 @@ def test_a_batch_longer_than_the_model_is_refused_with_both_numbers(any_teacher:
     config = AutoConfig.from_pretrained(any_teacher)
     longest = max_length(config)
     settings = LatencySettings(length=longest + 1)
-    with pytest.raises(UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"):
+    with pytest.raises(
+        UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"
+    ):
         measure_latency([build_classifier(config)], settings)
-    with pytest.raises(UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"):
+    with pytest.raises(
+        UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"
+    ):
         LatencyMeter(config, settings)
 
 
 def test_the_meter_measures_every_family_at_its_longest(any_teacher: Path):
     config = AutoConfig.from_pretrained(any_teacher)
-    measured = LatencyMeter(config, LatencySettings(length=max_length(config), min_seconds=0.01)).measure(ARCH)
+    measured = LatencyMeter(
+        config, LatencySettings(length=max_length(config), min_seconds=0.01)
+    ).measure(ARCH)
     assert measured.num_parameters == num_parameters(build_classifier(student_config(config, ARCH)))
     assert measured.student.median_ms > 0 and measured.teacher.median_ms > 0
 
@@ -257,9 +293,15 @@ def test_measuring_does_not_change_what_is_drawn_next(tiny_teacher: Path):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("median", [math.nan, math.inf, 0.0, -1.0])
-def test_a_median_that_is_no_time_fails_the_candidate(tiny_teacher: Path, monkeypatch, role, median):
-    latencies = {"student": Latency(2.0, 0.1, 10), "teacher": Latency(5.0, 0.2, 20)} | {role: Latency(median, 0.0, 1)}
-    monkeypatch.setattr(kdnas.deploy.latency, "measure_latency", lambda models, settings: list(latencies.values()))
+def test_a_median_that_is_no_time_fails_the_candidate(
+    tiny_teacher: Path, monkeypatch, role, median
+):
+    latencies = {"student": Latency(2.0, 0.1, 10), "teacher": Latency(5.0, 0.2, 20)} | {
+        role: Latency(median, 0.0, 1)
+    }
+    monkeypatch.setattr(
+        kdnas.deploy.latency, "measure_latency", lambda models, settings: list(latencies.values())
+    )
     meter = LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), FAST)
     for _ in range(2):  # a failure is not remembered
         with pytest.raises(CandidateFailed, match=f"The {role}'s latency .* is {median} ms"):
@@ -280,7 +322,9 @@ def lengths_file(tmp_path: Path) -> Path:
 def graphs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the graph of a classifier in both precisions."""
     folder = tmp_path_factory.mktemp("graphs")
-    write_deployed(build_classifier(AutoConfig.from_pretrained(tiny_teacher)).eval(), folder, int8=True)
+    write_deployed(
+        build_classifier(AutoConfig.from_pretrained(tiny_teacher)).eval(), folder, int8=True
+    )
     return folder
 
 
@@ -288,11 +332,16 @@ def graphs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_model_is_measured_by_a_backend_and_comes_back_as_it_was(tiny_teacher: Path, backend):
     model = build_classifier(student_config(AutoConfig.from_pretrained(tiny_teacher), ARCH)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    (latency,) = measure_latency([model], LatencySettings(backend=backend, length=8, min_seconds=0.01))
+    (latency,) = measure_latency(
+        [model], LatencySettings(backend=backend, length=8, min_seconds=0.01)
+    )
     assert 0 < latency.median_ms <= latency.p95_ms
     assert latency.tokens_per_second == pytest.approx(8 * latency.sequences_per_second)
     assert model.training and model.config._attn_implementation == "sdpa"
-    assert all(value.dtype == torch.float32 and value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(
+        value.dtype == torch.float32 and value.equal(before[name])
+        for name, value in model.state_dict().items()
+    )
 
 
 def test_bf16_is_in_bfloat16():
@@ -307,14 +356,24 @@ def test_bf16_is_in_bfloat16():
 
 
 def test_the_graph_is_in_eight_bits_where_that_is_asked_for(graphs: Path):
-    kinds = {path.name: {t.data_type for t in onnx.load(path).graph.initializer} for path in graphs.glob("*.onnx")}
+    kinds = {
+        path.name: {t.data_type for t in onnx.load(path).graph.initializer}
+        for path in graphs.glob("*.onnx")
+    }
     assert kinds.keys() == {"model.onnx", "model.int8.onnx"}
-    assert onnx.TensorProto.INT8 in kinds["model.int8.onnx"] and onnx.TensorProto.INT8 not in kinds["model.onnx"]
-    assert (graphs / "model.int8.onnx").stat().st_size < 0.6 * (graphs / "model.onnx").stat().st_size
+    assert (
+        onnx.TensorProto.INT8 in kinds["model.int8.onnx"]
+        and onnx.TensorProto.INT8 not in kinds["model.onnx"]
+    )
+    assert (graphs / "model.int8.onnx").stat().st_size < 0.6 * (
+        graphs / "model.onnx"
+    ).stat().st_size
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-int8"])
-def test_the_meter_writes_its_teacher_once_and_every_student(tiny_teacher: Path, graphs: Path, monkeypatch, backend):
+def test_the_meter_writes_its_teacher_once_and_every_student(
+    tiny_teacher: Path, graphs: Path, monkeypatch, backend
+):
     written, opened = [], []
     open_session = kdnas.deploy.latency.open_session
 
@@ -340,7 +399,9 @@ def test_the_meter_writes_its_teacher_once_and_every_student(tiny_teacher: Path,
 def test_a_workload_is_a_sample_of_real_lengths_with_padding(lengths_file: Path):
     seen = []
     settings = LatencySettings(lengths=str(lengths_file), batch_size=2, min_seconds=1e-6)
-    (latency,) = measure_latency([Probe(lambda _, batch: seen.append(batch["attention_mask"].clone()))], settings)
+    (latency,) = measure_latency(
+        [Probe(lambda _, batch: seen.append(batch["attention_mask"].clone()))], settings
+    )
     assert sorted(itertools.chain(*settings.batches())) == [3, 5, 9, 17]
     shapes = {tuple(mask.sum(1).tolist()): mask.shape[1] for mask in seen}
     assert set(shapes) == {tuple(batch) for batch in settings.batches()}
@@ -361,7 +422,13 @@ def test_a_long_workload_is_sampled_and_a_short_one_is_one_batch(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("3\n0\n", "has 0"), ("true\n", "has True"), ('{"size": 3}\n', "has None"), ("3\nx\n", "read")],
+    [
+        ("", "is empty"),
+        ("3\n0\n", "has 0"),
+        ("true\n", "has True"),
+        ('{"size": 3}\n', "has None"),
+        ("3\nx\n", "read"),
+    ],
 )
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path: Path, text, message):
     path = tmp_path / "lengths.jsonl"
@@ -374,24 +441,37 @@ def test_a_file_of_lengths_that_is_none_is_refused(tmp_path: Path, text, message
 
 def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_teacher: Path):
     lengths_file.write_text("5\n41\n")
-    with pytest.raises(UserError, match="length of latency is 41 in .*lengths.jsonl', .* takes 40 tokens"):
-        LatencyMeter(AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file)))
+    with pytest.raises(
+        UserError, match="length of latency is 41 in .*lengths.jsonl', .* takes 40 tokens"
+    ):
+        LatencyMeter(
+            AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file))
+        )
 
 
 def test_a_backend_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="backend onnxruntime-int8 of latency needs onnxruntime: pip install 'kdnas'"):
+    with pytest.raises(
+        UserError,
+        match="backend onnxruntime-int8 of latency needs onnxruntime: pip install 'kdnas'",
+    ):
         LatencySettings("onnxruntime-int8")
 
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="backend of latency is 'onnx'. Choose from: cuda, onnxruntime"):
+    with pytest.raises(
+        UserError, match="backend of latency is 'onnx'. Choose from: cuda, onnxruntime"
+    ):
         LatencySettings(backend="onnx")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(UserError, match="torch sees no device 'cuda' for latency"):
         LatencySettings(backend="cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert LatencySettings(backend="cuda").device == "cuda"
-    with pytest.raises(UserError, match="backend onnxruntime of latency runs on the CPU, not on 'cuda'"):
+    with pytest.raises(
+        UserError, match="backend onnxruntime of latency runs on the CPU, not on 'cuda'"
+    ):
         LatencySettings(backend="onnxruntime", device="cuda")

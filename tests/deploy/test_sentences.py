@@ -38,7 +38,11 @@ def teacher(tmp_path: Path) -> Path:
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 64, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling = {
+        "word_embedding_dimension": 64,
+        "pooling_mode_cls_token": True,
+        "pooling_mode_mean_tokens": False,
+    }
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return folder
 
@@ -66,31 +70,49 @@ def stsb(tmp_path: Path) -> Path:
 def test_the_folder_is_a_sentence_encoder_with_the_pooling_of_the_teacher(
     student: Path, teacher: Path, stsb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--teacher={teacher}", f"--task={stsb}", "--as", "sentence-transformers", "--output"]
+    options = [
+        f"--teacher={teacher}",
+        f"--task={stsb}",
+        "--as",
+        "sentence-transformers",
+        "--output",
+    ]
     assert main(["export", f"--student={student}", *options, str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    encoder, original = SentenceTransformer(str(tmp_path / "out")), SentenceTransformer(str(teacher))
+    encoder, original = (
+        SentenceTransformer(str(tmp_path / "out")),
+        SentenceTransformer(str(teacher)),
+    )
     texts = make_rows(5, seed=7)
     vectors = encoder.encode(texts)
     assert vectors.shape == (5, 32) and np.linalg.norm(vectors, axis=1) == pytest.approx(1)
     model = kdnas.deploy.export.load_student(student)[0]
     batch = AutoTokenizer.from_pretrained(student)(texts, padding=True, return_tensors="pt")
     states = model(**batch).last_hidden_state[:, 0].detach().numpy()
-    np.testing.assert_allclose(vectors, states / np.linalg.norm(states, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        vectors, states / np.linalg.norm(states, axis=1, keepdims=True), atol=1e-5
+    )
     found = json.loads((tmp_path / "out" / "manifest.json").read_text())
     rows = pq.read_table(stsb / "validation.parquet").to_pydict()
     for name, model in (("spearman", encoder), ("teacher_spearman", original)):
         first, second = (model.encode(rows[column]) for column in ("sentence1", "sentence2"))
         expected = spearmanr((first * second).sum(1), rows["label"]).statistic
         assert found["checks"]["sentences"][name] == pytest.approx(expected, abs=1e-4)
-    assert found["checks"]["sentences"]["pooling"] == "cls" and found["checks"]["sentences"]["normalized"]
+    assert (
+        found["checks"]["sentences"]["pooling"] == "cls"
+        and found["checks"]["sentences"]["normalized"]
+    )
     assert "1_Pooling/config.json" in found["files"]
     assert "Sentence vectors, cosine to the teacher's vectors: " in shown
     assert f"{found['checks']['sentences']['spearman']:.3f} (its teacher" in shown
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: sentence-transformers" in card and "SentenceTransformer" in card
     done = subprocess.run(
-        [sys.executable, "predict.py", texts[0]], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+        [sys.executable, "predict.py", texts[0]],
+        cwd=tmp_path / "out",
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout) == pytest.approx(encoder.encode(texts[0]).tolist(), abs=1e-4)
 
@@ -99,7 +121,12 @@ def test_the_folder_is_a_sentence_encoder_with_the_pooling_of_the_teacher(
 def parts(student: Path, teacher: Path, tmp_path: Path):
     """What ``add_sentence_files`` takes."""
     model, tokenizer = kdnas.deploy.export.load_student(student)
-    return student, model, tokenizer, Sentences(find_teacher(str(teacher)), make_rows(40), make_rows(9, 5))
+    return (
+        student,
+        model,
+        tokenizer,
+        Sentences(find_teacher(str(teacher)), make_rows(40), make_rows(9, 5)),
+    )
 
 
 def test_without_a_task_there_is_the_cosine_alone(parts) -> None:
@@ -109,12 +136,18 @@ def test_without_a_task_there_is_the_cosine_alone(parts) -> None:
 
 def test_other_vectors_than_the_encoders_are_found(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = SentenceTransformer.encode
-    monkeypatch.setattr(SentenceTransformer, "encode", lambda *args, **options: encode(*args, **options) + 0.5)
-    with pytest.raises(ParityError, match="vectors of sentence-transformers differ from the student's by 0.5"):
+    monkeypatch.setattr(
+        SentenceTransformer, "encode", lambda *args, **options: encode(*args, **options) + 0.5
+    )
+    with pytest.raises(
+        ParityError, match="vectors of sentence-transformers differ from the student's by 0.5"
+    ):
         add_sentence_files(*parts)
 
 
-def test_a_teacher_that_names_a_class_of_another_package_is_refused_not_imported(parts, teacher: Path) -> None:
+def test_a_teacher_that_names_a_class_of_another_package_is_refused_not_imported(
+    parts, teacher: Path
+) -> None:
     modules = json.loads((teacher / "modules.json").read_text())
     modules[2]["type"] = "this.s"  # the standard library's module that prints when it is imported
     (teacher / "modules.json").write_text(json.dumps(modules))
@@ -124,18 +157,26 @@ def test_a_teacher_that_names_a_class_of_another_package_is_refused_not_imported
 
 
 def test_a_teacher_that_pools_in_another_way_is_refused(parts, teacher: Path) -> None:
-    pooling = {"word_embedding_dimension": 64, "pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}
+    pooling = {
+        "word_embedding_dimension": 64,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": True,
+    }
     (teacher / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with pytest.raises(UserError, match="pools by 'max': mean and cls can be exported"):
         add_sentence_files(*parts)
 
 
-def test_a_classifier_is_refused_and_nothing_is_left(teacher: Path, student: Path, tmp_path: Path) -> None:
+def test_a_classifier_is_refused_and_nothing_is_left(
+    teacher: Path, student: Path, tmp_path: Path
+) -> None:
     model = build_classifier(student_config(AutoConfig.from_pretrained(teacher), ARCH))
     model.save_pretrained(student)
     sentences = Sentences(find_teacher(str(teacher)), make_rows(40), make_rows(9, 5))
     card = {"name": "tiny", "teacher": "tiny", "sections": {}}
-    with pytest.raises(UserError, match="The student is a BertForSequenceClassification: .* takes an encoder"):
+    with pytest.raises(
+        UserError, match="The student is a BertForSequenceClassification: .* takes an encoder"
+    ):
         export_student(student, tmp_path / "out", card=card, sentences=sentences)
     assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student"}
 
@@ -143,12 +184,20 @@ def test_a_classifier_is_refused_and_nothing_is_left(teacher: Path, student: Pat
 def test_what_is_missing_is_named_before_anything_is_computed(
     student: Path, teacher: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["export", f"--student={student}", f"--teacher={teacher}", "--as=sentence-transformers"]
+    command = [
+        "export",
+        f"--student={student}",
+        f"--teacher={teacher}",
+        "--as=sentence-transformers",
+    ]
     assert main(command) == 2
     assert "text and task are None" in capsys.readouterr().err
     (tmp_path / "colours").mkdir()
     for name in ("train", "validation"):
-        pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "colours" / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"text": ["a", "b"], "label": [0, 1]}),
+            tmp_path / "colours" / f"{name}.parquet",
+        )
     assert main([*command, f"--task={tmp_path / 'colours'}"]) == 2
     assert "The task 'colours' has no pairs with a number" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

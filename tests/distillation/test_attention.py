@@ -31,10 +31,15 @@ def projected(view: View, layer: int, part: str) -> np.ndarray:
     """Queries, keys or values (B, T, H), with the weights of the table."""
     family = family_of(view.model.config)
     linear = family.layers(view.model)[layer].get_submodule(getattr(family.names, part))
-    return view.padded(layer - 1).detach().numpy() @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+    return (
+        view.padded(layer - 1).detach().numpy() @ linear.weight.detach().numpy().T
+        + linear.bias.detach().numpy()
+    )
 
 
-def attention(query: np.ndarray, key: np.ndarray, head: int, num_heads: int, length: int) -> np.ndarray:
+def attention(
+    query: np.ndarray, key: np.ndarray, head: int, num_heads: int, length: int
+) -> np.ndarray:
     """One row's map of one head, (n, m) over its real tokens, by plain loops."""
     size = query.shape[-1] // num_heads
     part = slice(head * size, (head + 1) * size)
@@ -50,10 +55,17 @@ def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
     return float((theirs * (np.log(theirs) - np.log(ours))).sum())
 
 
-def by_hand(num_heads: int, width: int, ones: tuple[str, ...] = (), copied: tuple[str, ...] = ()) -> PreTrainedModel:
+def by_hand(
+    num_heads: int, width: int, ones: tuple[str, ...] = (), copied: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """Two layers whose queries, keys and values are 0, but for those that are 1 in each dimension, or the states."""
     model = AutoModel.from_config(
-        make_config(num_hidden_layers=2, num_attention_heads=num_heads, hidden_size=width, intermediate_size=1)
+        make_config(
+            num_hidden_layers=2,
+            num_attention_heads=num_heads,
+            hidden_size=width,
+            intermediate_size=1,
+        )
     ).eval()
     for layer in model.encoder.layer:
         for part in ("query", "key", "value"):
@@ -80,11 +92,18 @@ def first_token(model: PreTrainedModel, **layers: list[float]) -> View:
 
 def test_the_error_of_maps_is_as_by_hand():
     # Queries are 1, keys the states, and heads are 4 wide: the score of a token is half the sum of its head's states.
-    student, teacher = (by_hand(heads, width, ("query",), ("key",)) for heads, width in ((1, 4), (2, 8)))
+    student, teacher = (
+        by_hand(heads, width, ("query",), ("key",)) for heads, width in ((1, 4), (2, 8))
+    )
     criterion = AttentionMaps().criterion(student, teacher)
     criterion.fit(Started(heads=((0,), (1,))), [], [])
-    seen, elsewhere = math.log(3) / 2, 7.0  # a score of ln 3, which is a map of (3/4, 1/4); and what no head looks at
-    theirs = first_token(teacher, below=[seen] * 4 + [elsewhere] * 4, first=[elsewhere] * 4 + [0.0] * 4)
+    seen, elsewhere = (
+        math.log(3) / 2,
+        7.0,
+    )  # a score of ln 3, which is a map of (3/4, 1/4); and what no head looks at
+    theirs = first_token(
+        teacher, below=[seen] * 4 + [elsewhere] * 4, first=[elsewhere] * 4 + [0.0] * 4
+    )
     ours = first_token(student, below=[0.0] * 4, first=[seen] * 4)
     # Layer 0: (3/4, 1/4) is asked for and (1/2, 1/2) given, layer 1 the reverse; both for both tokens of the first row.
     first = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)
@@ -96,13 +115,18 @@ def test_the_error_of_maps_is_as_by_hand():
 def test_the_error_of_relations_is_as_by_hand():
     # Two relation heads: 1 wide in the student, 2 in the teacher. Queries and keys are the teacher's states, keys and
     # values the student's; the rest is 0, and a relation of nothing is (1/2, 1/2).
-    student, teacher = by_hand(1, 2, copied=("key", "value")), by_hand(1, 4, copied=("query", "key"))
+    student, teacher = (
+        by_hand(1, 2, copied=("key", "value")),
+        by_hand(1, 4, copied=("query", "key")),
+    )
     criterion = AttentionRelations(layer=0, num_heads=2).criterion(student, teacher)
     # In the teacher's head 0 and the student's head 1 the first token's product with itself is ln 3 (over the root of
     # the width), so that it relates to both as (3/4, 1/4); the second's products are all 0.
     theirs = first_token(teacher, below=[math.sqrt(math.log(3) / math.sqrt(2))] * 2 + [0.0, 0.0])
     ours = first_token(student, first=[0.0, math.sqrt(math.log(3))])
-    asked = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)  # (3/4, 1/4) of a student that gives (1/2, 1/2)
+    asked = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(
+        1 / 2
+    )  # (3/4, 1/4) of a student that gives (1/2, 1/2)
     given = 1 / 2 * math.log(2 / 3) + 1 / 2 * math.log(2)  # the reverse
     queries, keys, values = asked / 2, (asked + given) / 2, given / 2  # means over two heads
     ((error, count),) = criterion(ours, theirs)
@@ -118,7 +142,9 @@ def test_the_error_of_maps_is_that_of_plain_loops(teacher, heads):
     batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     total = 0.0
-    for i, (source, head) in enumerate(zip([0, 3], [h for (h,) in heads or ((0,), (0,))], strict=True)):
+    for i, (source, head) in enumerate(
+        zip([0, 3], [h for (h,) in heads or ((0,), (0,))], strict=True)
+    ):
         q, k = projected(ours, i, "query"), projected(ours, i, "key")
         their_q, their_k = projected(theirs, source, "query"), projected(theirs, source, "key")
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
@@ -174,7 +200,9 @@ def test_the_heads_are_those_that_the_start_gave_and_are_kept_in_a_checkpoint(te
 
 
 def test_more_heads_than_the_teacher_are_refused(teacher):
-    with pytest.raises(UserError, match="num_attention_heads is 4, the teacher has 2: give the student at most"):
+    with pytest.raises(
+        UserError, match="num_attention_heads is 4, the teacher has 2: give the student at most"
+    ):
         AttentionMaps().criterion(make(teacher, num_attention_heads=4), teacher)
 
 
@@ -190,7 +218,9 @@ def test_relations_of_a_layer_that_is_not_there_are_refused(teacher, layer):
 def test_relation_heads_that_do_not_divide_a_width_are_refused(teacher, num_heads, width):
     student = make(teacher, hidden_size=width)
     undivided = width if num_heads < 1 or width % num_heads else 64
-    with pytest.raises(UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"):
+    with pytest.raises(
+        UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"
+    ):
         AttentionRelations(num_heads=num_heads).criterion(student, teacher)
 
 

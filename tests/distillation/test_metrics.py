@@ -17,7 +17,9 @@ def make_batches(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return batches
 
 
-def oracle(batches: list[tuple[torch.Tensor, torch.Tensor]], strength: float) -> tuple[float, float]:
+def oracle(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], strength: float
+) -> tuple[float, float]:
     """Least squares on the first half with rows for the shrinkage, and what is left on the second half."""
     middle = len(batches[0][0]) // 2
     (x, y), others = batches[0], batches[1:]
@@ -43,7 +45,9 @@ def test_a_probe_is_fitted_on_one_half_and_measured_on_the_other(sizes, strength
     probe = RidgeProbe(3, 2, strength)
     for batch in batches:
         probe.update(*batch)
-    assert [float(value) for value in probe.compute()] == pytest.approx(oracle(batches, strength), rel=1e-3)
+    assert [float(value) for value in probe.compute()] == pytest.approx(
+        oracle(batches, strength), rel=1e-3
+    )
 
 
 def test_a_single_batch_is_not_taken_for_a_perfect_student():
@@ -82,7 +86,9 @@ def test_a_reset_probe_has_forgotten_everything():
     assert probe.num_batches == 0 and not probe.xx.any() and not probe.yy.any()
     for batch in batches[1:]:
         probe.update(*batch)
-    assert [float(value) for value in probe.compute()] == pytest.approx(oracle(batches[1:], 1e-3), rel=1e-3)
+    assert [float(value) for value in probe.compute()] == pytest.approx(
+        oracle(batches[1:], 1e-3), rel=1e-3
+    )
 
 
 def test_a_probe_takes_half_precision():
@@ -101,7 +107,9 @@ def test_a_probe_is_exact_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for batch in batches:
             probe.update(*batch)
-    assert [float(value) for value in probe.compute()] == pytest.approx(oracle(batches, 1e-3), rel=1e-3)
+    assert [float(value) for value in probe.compute()] == pytest.approx(
+        oracle(batches, 1e-3), rel=1e-3
+    )
 
 
 def test_the_error_of_a_term_is_a_mean_over_everything_whatever_the_batches():

@@ -11,10 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.distillation.losses import attention_divergence, ridge_map
-from kdnas.distillation.narrowing import CalibrationRows, _best_factors, _Narrowing, fit_linear, narrow
+from kdnas.distillation.narrowing import (
+    CalibrationRows,
+    _best_factors,
+    _Narrowing,
+    fit_linear,
+    narrow,
+)
 from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start
 from kdnas.models.arch import StudentArch, kept_layers
-from kdnas.models.encoders import build_encoder, build_student, family_of, find_teacher, state_sha256
+from kdnas.models.encoders import (
+    build_encoder,
+    build_student,
+    family_of,
+    find_teacher,
+    state_sha256,
+)
 from kdnas.system.errors import UserError
 from tests.conftest import make_batch, make_config, save_teacher, view_of
 
@@ -25,7 +37,9 @@ HELD_OUT = make_batch(24, 99, length=20)
 
 def build(family: str, **sizes: int) -> PreTrainedModel:
     """A random model with every bias and scale of its own."""
-    odd = {"roberta": dict(type_vocab_size=1), "distilbert": dict(layer_norm_eps=None)}.get(family, {})
+    odd = {"roberta": dict(type_vocab_size=1), "distilbert": dict(layer_norm_eps=None)}.get(
+        family, {}
+    )
     torch.manual_seed(0)
     model = build_encoder(make_config(family, **dict(layer_norm_eps=1e-9) | odd | sizes)).eval()
     generator = torch.Generator().manual_seed(1)
@@ -59,16 +73,24 @@ def widened(small: PreTrainedModel, width: int, head_size: int) -> PreTrainedMod
         return torch.linalg.qr(turn)[0] * torch.tensor([-1.0] + [1.0] * (num - 1))
 
     rotation = (basis(width, old) @ basis(old, old).T).float()  # (width, old)
-    places = (torch.arange(num_heads)[:, None] * head_size + torch.arange(old // num_heads)).flatten()
-    scale = (head_size * num_heads / old) ** 0.25  # the scores are divided by the root of the larger size
+    places = (
+        torch.arange(num_heads)[:, None] * head_size + torch.arange(old // num_heads)
+    ).flatten()
+    scale = (
+        head_size * num_heads / old
+    ) ** 0.25  # the scores are divided by the root of the larger size
     for name, target in wide.embeddings.named_parameters():
         if "LayerNorm" not in name:
             target.copy_(small.embeddings.get_parameter(name) @ rotation.T)
     norms = [(small.embeddings.LayerNorm, wide.embeddings.LayerNorm)]
     names = family_of(small.config).names
-    for ours, theirs in zip(family_of(small.config).layers(small), family_of(small.config).layers(wide), strict=True):
+    for ours, theirs in zip(
+        family_of(small.config).layers(small), family_of(small.config).layers(wide), strict=True
+    ):
 
-        def part(name: str, ours: nn.Module = ours, theirs: nn.Module = theirs) -> tuple[nn.Linear, nn.Linear]:
+        def part(
+            name: str, ours: nn.Module = ours, theirs: nn.Module = theirs
+        ) -> tuple[nn.Linear, nn.Linear]:
             return ours.get_submodule(name), theirs.get_submodule(name)
 
         for name, factor in ((names.query, scale), (names.key, scale), (names.value, 1.0)):
@@ -107,7 +129,10 @@ def low_rank(request) -> PreTrainedModel:
     ours, theirs = view_of(small, HELD_OUT), view_of(wide, HELD_OUT)
     for layer in range(-1, 4):  # it is the same function: lengths and angles are kept
         torch.testing.assert_close(
-            ours.real(layer) @ ours.real(layer).T, theirs.real(layer) @ theirs.real(layer).T, atol=2e-3, rtol=2e-3
+            ours.real(layer) @ ours.real(layer).T,
+            theirs.real(layer) @ theirs.real(layer).T,
+            atol=2e-3,
+            rtol=2e-3,
         )
     return wide
 
@@ -115,7 +140,9 @@ def low_rank(request) -> PreTrainedModel:
 @pytest.fixture(scope="module", params=["bert", "roberta"])
 def teacher(request, tmp_path_factory) -> PreTrainedModel:
     """A tiny real one, whose stream fills all of its 64 dimensions."""
-    return find_teacher(str(save_teacher(tmp_path_factory.mktemp("teacher") / request.param, request.param))).load()
+    return find_teacher(
+        str(save_teacher(tmp_path_factory.mktemp("teacher") / request.param, request.param))
+    ).load()
 
 
 def student_of(teacher: PreTrainedModel, **sizes: int) -> PreTrainedModel:
@@ -154,7 +181,9 @@ def started(student: PreTrainedModel, start: Start, teacher: PreTrainedModel) ->
 def test_a_teacher_of_few_dimensions_is_followed_closely(low_rank):
     student = student_of(low_rank)
     assert narrow(student, low_rank, ROWS) == ((0, 1, 2, 3),) * 4
-    assert head_divergence(student, low_rank, [0, 1, 2, 3]) < 0.002  # the first layer's maps are exact but for bfloat16
+    assert (
+        head_divergence(student, low_rank, [0, 1, 2, 3]) < 0.002
+    )  # the first layer's maps are exact but for bfloat16
     # Not exact beyond: what goes into a layer norm is known but for its scale and shift.
     assert unexplained(student, low_rank) < 0.4
     assert unexplained(student, low_rank) < 0.5 * unexplained(
@@ -195,7 +224,9 @@ def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_la
     for layer in family_of(idle.config).layers(idle):
         layer.get_submodule(names.attention_output).weight[:, 16:48] = 0  # heads 1 and 2 of four
         layer.get_submodule(names.output).weight[:, dead] = 0
-    sizes = dict(num_hidden_layers=num_layers, hidden_size=64, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(
+        num_hidden_layers=num_layers, hidden_size=64, num_attention_heads=2, intermediate_size=32
+    )
     student = student_of(idle, **sizes)
     assert FromTeacher()(student, idle, ROWS).heads == ((0, 3),) * num_layers
     assert head_divergence(student, idle, [0, 3]) < 1e-5
@@ -204,7 +235,9 @@ def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_la
         torch.testing.assert_close(ours.real(layer), theirs.real(layer), atol=0.03, rtol=0.01)
     if num_layers < 4:  # begun as layers 0 and 3, of which the first does the work of 1 and 2 too
         for layer, end in ((0, 2), (1, 3)):
-            error, unmoved = ((v.real(layer) - theirs.real(end)).square().mean() for v in (ours, theirs))
+            error, unmoved = (
+                (v.real(layer) - theirs.real(end)).square().mean() for v in (ours, theirs)
+            )
             assert error < 0.8 * unmoved
         return
     lacking = started(student_of(living, **sizes), FromTeacher(), living)
@@ -243,22 +276,32 @@ def test_heads_smaller_or_larger_than_the_teacher_s_keep_its_maps(low_rank, num_
 @torch.no_grad()
 @pytest.mark.parametrize("num_teacher_heads", [8, 2])
 @pytest.mark.parametrize("num_heads", [1, 2])
-def test_heads_of_a_real_teacher_of_any_size_are_kept(teacher, num_teacher_heads, num_heads, tmp_path):
+def test_heads_of_a_real_teacher_of_any_size_are_kept(
+    teacher, num_teacher_heads, num_heads, tmp_path
+):
     family = teacher.config.model_type
-    other = find_teacher(str(save_teacher(tmp_path / family, family, num_attention_heads=num_teacher_heads))).load()
+    other = find_teacher(
+        str(save_teacher(tmp_path / family, family, num_attention_heads=num_teacher_heads))
+    ).load()
     student = student_of(other, num_attention_heads=num_heads)
     heads = list(narrow(student, other, ROWS)[0])
     wrong = [(head + 1) % num_teacher_heads for head in heads]
     found = head_divergence(student, other, heads)
-    assert found < 0.4 * head_divergence(student_of(other, num_attention_heads=num_heads), other, heads)
+    assert found < 0.4 * head_divergence(
+        student_of(other, num_attention_heads=num_heads), other, heads
+    )
     assert num_heads == num_teacher_heads or found < 0.5 * head_divergence(student, other, wrong)
 
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_narrowing_beats_the_embeddings_alone_on_a_real_teacher(teacher, depth):
-    sizes = dict(num_hidden_layers=depth, num_attention_heads=2, hidden_size=48, intermediate_size=128)
+    sizes = dict(
+        num_hidden_layers=depth, num_attention_heads=2, hidden_size=48, intermediate_size=128
+    )
     found = {
-        type(start).__name__: unexplained(started(student_of(teacher, **sizes), start, teacher), teacher)
+        type(start).__name__: unexplained(
+            started(student_of(teacher, **sizes), start, teacher), teacher
+        )
         for start in (FromTeacher(), FromEmbeddings(), RandomStart())
     }
     assert found["FromTeacher"] < 0.9 * min(found["FromEmbeddings"], found["RandomStart"])
@@ -284,13 +327,17 @@ def test_the_start_is_that_of_narrow_and_deterministic_and_the_teacher_is_not_ch
 def test_a_teacher_whose_states_are_beyond_float16_is_refused():
     teacher = build("bert", **SHAPE)
     family_of(teacher.config).layers(teacher)[2].output.LayerNorm.weight.mul_(1e6)
-    with pytest.raises(UserError, match=r"reach \d,\d{3},\d{3}; float16, in which they are kept, ends at 65,504"):
+    with pytest.raises(
+        UserError, match=r"reach \d,\d{3},\d{3}; float16, in which they are kept, ends at 65,504"
+    ):
         narrow(build("bert", **SHAPE | {"hidden_size": 16}), teacher, ROWS)
 
 
 @torch.no_grad()
 def test_the_heads_that_move_the_stream_most_are_kept(low_rank):
-    changed = build(low_rank.config.model_type, **{name: getattr(low_rank.config, name) for name in SHAPE})
+    changed = build(
+        low_rank.config.model_type, **{name: getattr(low_rank.config, name) for name in SHAPE}
+    )
     changed.load_state_dict(low_rank.state_dict())
     names = family_of(changed.config).names
     for number, layer in enumerate(family_of(changed.config).layers(changed)):
@@ -326,15 +373,23 @@ def test_the_best_factors_are_those_of_the_singular_value_decomposition(rank):
 def test_a_fitted_map_equals_scikit_learn_s_in_each_head_s_first_outputs(adds):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(60, 5, generator=generator) * torch.tensor([0.3, 1.0, 4.0, 2.0, 1.0]) + 1
-    targets = torch.randn(60, 6, generator=generator) + inputs @ torch.randn(5, 6, generator=generator)
+    targets = torch.randn(60, 6, generator=generator) + inputs @ torch.randn(
+        5, 6, generator=generator
+    )
     linear = nn.Linear(5, 8)  # two heads of four; the teacher's are of three
     weight, bias, fitted = linear.weight.clone(), linear.bias.clone(), [0, 1, 2, 4, 5, 6]
     given = fit_linear(linear, inputs, targets, num_heads=2, strength=0.1, adds=adds)
     lacks = targets - (inputs @ weight[fitted].T + bias[fitted] if adds else 0)
     oracle = Ridge(alpha=float(0.1 * 60 * inputs.var(0, correction=0).mean())).fit(inputs, lacks)
-    np.testing.assert_allclose(linear.weight[fitted] - weight[fitted] * adds, oracle.coef_, atol=1e-4)
-    np.testing.assert_allclose(linear.bias[fitted] - bias[fitted] * adds, oracle.intercept_, atol=1e-4)
-    assert torch.equal(linear.weight[[3, 7]], weight[[3, 7]]) and torch.equal(linear.bias[[3, 7]], bias[[3, 7]])
+    np.testing.assert_allclose(
+        linear.weight[fitted] - weight[fitted] * adds, oracle.coef_, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        linear.bias[fitted] - bias[fitted] * adds, oracle.intercept_, atol=1e-4
+    )
+    assert torch.equal(linear.weight[[3, 7]], weight[[3, 7]]) and torch.equal(
+        linear.bias[[3, 7]], bias[[3, 7]]
+    )
     torch.testing.assert_close(given, linear(inputs))
 
 

@@ -32,8 +32,12 @@ from kdnas.models.layers import Even, Last, LastAndSkip, LastLayer, LayerMapping
 from kdnas.system.errors import UserError
 from tests.conftest import make_batch, masked, view_of
 
-NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
-SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
+NARROW = StudentArch(
+    num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64
+)
+SAME = StudentArch(
+    num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128
+)
 NESTED = WeightedSum(
     [
         HiddenStates(LastLayer()),
@@ -46,7 +50,9 @@ NESTED = WeightedSum(
 OBJECTIVES = {
     "hidden states": HiddenStates(),
     "last layer": HiddenStates(LastLayer()),
-    "original": HiddenStates(LastAndSkip(), shared_projection=True, normalize=False, fit_projections=False),
+    "original": HiddenStates(
+        LastAndSkip(), shared_projection=True, normalize=False, fit_projections=False
+    ),
     "learned": LearnedMapping(),
     "maps": AttentionMaps(),
     "relations": AttentionRelations(num_heads=4),
@@ -84,7 +90,9 @@ def numbers(errors: list[tuple[Tensor, int]]) -> list[float]:
 
 
 def fake(num_hidden_layers: int, hidden_size: int) -> SimpleNamespace:
-    return SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_hidden_layers, hidden_size=hidden_size))
+    return SimpleNamespace(
+        config=SimpleNamespace(num_hidden_layers=num_hidden_layers, hidden_size=hidden_size)
+    )
 
 
 class Asking(HiddenStates):
@@ -98,7 +106,10 @@ class Asking(HiddenStates):
 @pytest.mark.parametrize("layer", [-2, 4, 1.5, "last"])
 def test_a_layer_that_is_not_there_is_refused_with_the_objective_s_name(layer):
     assert needed_layers(Asking({-1, 0}), [2], 4) == [-1, 0, 3]
-    with pytest.raises(UserError, match=f"Asking asks for teacher layer {layer!r}: there are 0 to 3, and -1, the emb"):
+    with pytest.raises(
+        UserError,
+        match=f"Asking asks for teacher layer {layer!r}: there are 0 to 3, and -1, the emb",
+    ):
         needed_layers(Asking({0, layer}), [2], 4)
 
 
@@ -111,7 +122,9 @@ def test_the_needed_layers_are_enough_and_there_is_one_error_a_term(teacher, obj
     batch = make_batch()
     errors = criterion(view_of(student, batch), known_view(teacher, objective, batch, 2))
     assert len(errors) == len(criterion.terms)
-    assert all(error.ndim == 0 and error.isfinite() and error > 0 and count > 0 for error, count in errors)
+    assert all(
+        error.ndim == 0 and error.isfinite() and error > 0 and count > 0 for error, count in errors
+    )
     assert sum(term.weight for term in criterion.terms) == pytest.approx(1)
     assert len({term.name for term in criterion.terms}) == len(criterion.terms)
 
@@ -129,7 +142,8 @@ def test_errors_add_up_over_rows_and_padding_never_counts(teacher, objective):
         sums, counts = np.zeros(len(together)), np.zeros(len(together))
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             alone = {
-                name: tensor[row : row + 1, :length] if tensor.ndim == 2 else tensor for name, tensor in batch.items()
+                name: tensor[row : row + 1, :length] if tensor.ndim == 2 else tensor
+                for name, tensor in batch.items()
             }
             errors = criterion(view_of(student, alone), known_view(teacher, objective, alone, 2))
             sums += numbers(errors)
@@ -139,7 +153,9 @@ def test_errors_add_up_over_rows_and_padding_never_counts(teacher, objective):
 
 
 @any_objective
-def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the_teacher(teacher, objective):
+def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the_teacher(
+    teacher, objective
+):
     student, criterion = make(objective, teacher)
     batch = make_batch()
     theirs = known_view(teacher, objective, batch, 2)
@@ -166,13 +182,19 @@ def test_gradients_reach_the_student_and_what_is_trained_beside_it_and_never_the
         SentenceSimilarity(),
     ],
 )
-def test_a_copy_of_the_teacher_is_nearly_without_error_once_the_projections_are_fitted(teacher, objective):
+def test_a_copy_of_the_teacher_is_nearly_without_error_once_the_projections_are_fitted(
+    teacher, objective
+):
     random, untrained = make(objective, teacher, SAME)
     student, criterion = make(objective, teacher, SAME)
     rows = [make_batch(24, seed) for seed in range(1, 9)]
     with torch.no_grad():
         started = FromTeacher()(student, teacher, rows)
-        criterion.fit(started, [view_of(student, row) for row in rows], [view_of(teacher, row) for row in rows])
+        criterion.fit(
+            started,
+            [view_of(student, row) for row in rows],
+            [view_of(teacher, row) for row in rows],
+        )
         batch = rows[0]
         theirs = known_view(teacher, objective, batch, 4)
         fitted = numbers(criterion(view_of(student, batch), theirs))
@@ -220,7 +242,10 @@ def test_a_nested_objective_survives_fit_too(tmp_path, capsys):
         (HiddenStates(), {1: {5, 0}, 2: {4, 5, 0, 3}, 4: {2, 3, 4, 5, 0, 1}}),
         (HiddenStates(LastLayer()), {1: {5}, 2: {5}, 4: {5}}),
         (HiddenStates(Even()), {1: {5}, 2: {2, 5}, 4: {1, 2, 4, 5}}),
-        (AttentionMaps(), {1: {-1}, 2: {-1, 4}, 3: {-1, 0, 4}, 4: {-1, 0, 1, 4}, 6: {-1, 0, 1, 2, 3, 4}}),
+        (
+            AttentionMaps(),
+            {1: {-1}, 2: {-1, 4}, 3: {-1, 0, 4}, 4: {-1, 0, 1, 4}, 6: {-1, 0, 1, 2, 3, 4}},
+        ),
         (AttentionRelations(), {1: {4}, 4: {4}}),
         (AttentionRelations(layer=0), {2: {-1}}),
         (AttentionRelations(layer=-6), {2: {-1}}),
@@ -249,7 +274,9 @@ def test_the_error_of_hidden_states_is_as_by_hand():
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
     ours = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, -1.0], [9.0, 9.0]]])
     theirs = torch.tensor([[[1.0, 3.0], [2.0, 4.0]], [[0.0, -1.0], [0.0, 0.0]]])
-    ((error, count),) = criterion(View(None, batch, padded={1: ours}), View(None, batch, padded={2: theirs}))
+    ((error, count),) = criterion(
+        View(None, batch, padded={1: ours}), View(None, batch, padded={2: theirs})
+    )
     # predicted: (1, 5), (0, 1), (3, -1), then padding: (0 + 4) / 2, (4 + 9) / 2, (9 + 0) / 2
     assert (error.item(), count) == (2 + 6.5 + 4.5, 3)
 
@@ -273,7 +300,11 @@ MAPPED = [
         (Last(), True, [1 + 0, 0 + 4]),  # (1, 2) with layer 2, (3, -1) with layer 3
         (Skip(), False, [1 + 4, 4 + 4]),  # (1, 2) with layer 0, (4, 0) with layer 2
         (Skip(), True, [1 + 4, 1 + 9]),  # (1, 2) with layer 0, (3, -1) with layer 2
-        (LastAndSkip(), False, [1 + 0, 4 + 16, 1 + 1, 16 + 16]),  # as Last, then (2, 4) with 0; Last, (6, -2) with 2
+        (
+            LastAndSkip(),
+            False,
+            [1 + 0, 4 + 16, 1 + 1, 16 + 16],
+        ),  # as Last, then (2, 4) with 0; Last, (6, -2) with 2
         (LastAndSkip(), True, [1 + 0, 4 + 16, 0 + 4, 16 + 16]),  # the same
         (Even(), False, [0 + 4, 1 + 1]),  # (1, 2) with layer 1, (4, 0) with layer 3
         (Even(), True, [0 + 4, 0 + 4]),  # (1, 2) with layer 1, (3, -1) with layer 3
@@ -284,7 +315,9 @@ MAPPED = [
 def test_the_error_of_each_mapping_is_as_by_hand(mapping, shared, expected):
     criterion = HiddenStates(mapping, shared_projection=shared).criterion(fake(2, 1), fake(4, 1))
     with torch.no_grad():
-        for i, projection in enumerate(criterion.projections):  # x + i for the first teacher layer, 2 x for the second
+        for i, projection in enumerate(
+            criterion.projections
+        ):  # x + i for the first teacher layer, 2 x for the second
             projection.weight.copy_(torch.tensor([[1.0], [2.0]])[: len(projection.weight)])
             projection.bias.copy_(torch.tensor([float(i), 0.0])[: len(projection.bias)])
     batch = {"attention_mask": torch.tensor([[1, 0], [1, 0]])}
@@ -292,7 +325,11 @@ def test_the_error_of_each_mapping_is_as_by_hand(mapping, shared, expected):
     theirs = {0: [[0.0, 5.0], [0.0, 5.0]], 1: [[1.0, 5.0], [4.0, 5.0]], 2: [[2.0, 5.0], [2.0, 5.0]]}
     theirs |= {3: [[3.0, 5.0], [1.0, 5.0]]}
     student, teacher = (
-        View(None, batch, padded={layer: torch.tensor(states)[..., None] for layer, states in layers.items()})
+        View(
+            None,
+            batch,
+            padded={layer: torch.tensor(states)[..., None] for layer, states in layers.items()},
+        )
         for layers in (ours, theirs)
     )
     errors = criterion(student, teacher)
@@ -302,7 +339,9 @@ def test_the_error_of_each_mapping_is_as_by_hand(mapping, shared, expected):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("mapping", "pairs"), MAPPED)
-def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, mapping, pairs, shared, normalize):
+def test_errors_of_hidden_states_are_those_of_plain_loops(
+    teacher, mapping, pairs, shared, normalize
+):
     student, criterion = make(HiddenStates(mapping, shared, normalize), teacher)
     batch = masked(make_batch())
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
@@ -334,13 +373,23 @@ def test_errors_of_hidden_states_are_those_of_plain_loops(teacher, mapping, pair
 def test_the_error_of_a_learned_mapping_is_as_by_hand():
     criterion = LearnedMapping().criterion(fake(2, 1), fake(2, 1))
     with torch.no_grad():
-        criterion.logits.copy_(torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))  # p = (3/4, 1/4) and (1/2, 1/2)
-        for projection, weight, bias in zip(criterion.projections, [(1, 2), (1, -1)], [(0, 0), (3, 0)], strict=True):
+        criterion.logits.copy_(
+            torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+        )  # p = (3/4, 1/4) and (1/2, 1/2)
+        for projection, weight, bias in zip(
+            criterion.projections, [(1, 2), (1, -1)], [(0, 0), (3, 0)], strict=True
+        ):
             projection.weight.copy_(torch.tensor(weight)[:, None])
             projection.bias.copy_(torch.tensor(bias))
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
     student, teacher = (
-        View(None, batch, padded={layer: torch.tensor([[[x], [y], [99.0]]]) for layer, (x, y) in enumerate(states)})
+        View(
+            None,
+            batch,
+            padded={
+                layer: torch.tensor([[[x], [y], [99.0]]]) for layer, (x, y) in enumerate(states)
+            },
+        )
         for states in ([(1.0, 2.0), (0.0, 1.0)], [(1.0, 3.0), (2.0, 2.0)])
     )
     # on layer 0, (1, 3): (1, 2) gives 0 + 1, (3, 4) gives 4 + 1, and 3/4 * 1 + 1/4 * 5 = 2
@@ -362,14 +411,21 @@ def test_the_error_of_a_learned_mapping_is_that_of_plain_loops_and_its_mixture_i
         odds = [np.exp(logits[i, j].item()) for i in range(2)]
         for i, projection in enumerate(criterion.projections):
             part = slice(64 * j, 64 * (j + 1))
-            weight, bias = projection.weight[part].detach().numpy(), projection.bias[part].detach().numpy()
+            weight, bias = (
+                projection.weight[part].detach().numpy(),
+                projection.bias[part].detach().numpy(),
+            )
             squares = (ours.real(i).detach().numpy() @ weight.T + bias - target) ** 2
             expected += odds[i] / sum(odds) * squares.mean(-1).sum()
         assert error.item() == pytest.approx(float(expected), rel=1e-4) and count == len(target)
-    assert [(term.layer, term.scaled, term.weight) for term in criterion.terms] == [(j, True, 0.25) for j in range(4)]
+    assert [(term.layer, term.scaled, term.weight) for term in criterion.terms] == [
+        (j, True, 0.25) for j in range(4)
+    ]
     sum(error for error, _ in errors).backward()
     better = torch.stack([criterion.logits.grad[0], criterion.logits.grad[1]])
-    torch.testing.assert_close(better[0], -better[1])  # what one student layer gains the other loses
+    torch.testing.assert_close(
+        better[0], -better[1]
+    )  # what one student layer gains the other loses
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -382,12 +438,18 @@ def test_fitted_projections_are_the_least_squares_answer(teacher, shared):
     groups = [[(0, 1), (1, 3)]] if shared else [[(0, 1)], [(1, 3)]]
     for projection, group in zip(criterion.projections, groups, strict=True):
         x = np.concatenate([view.real(i).numpy() for i, _ in group for view in ours]).astype(float)
-        y = np.concatenate([view.real(j).numpy() for _, j in group for view in theirs]).astype(float)
+        y = np.concatenate([view.real(j).numpy() for _, j in group for view in theirs]).astype(
+            float
+        )
         centred = x - x.mean(0)
         strength = 1e-3 * (centred**2).sum(0).mean()
-        weight = np.linalg.solve(centred.T @ centred + strength * np.eye(32), centred.T @ (y - y.mean(0)))
+        weight = np.linalg.solve(
+            centred.T @ centred + strength * np.eye(32), centred.T @ (y - y.mean(0))
+        )
         np.testing.assert_allclose(projection.weight.detach(), weight.T, atol=2e-3)
-        np.testing.assert_allclose(projection.bias.detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3)
+        np.testing.assert_allclose(
+            projection.bias.detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3
+        )
 
 
 def test_the_fitted_projections_of_a_learned_mapping_are_the_least_squares_answers(teacher):
@@ -402,9 +464,14 @@ def test_the_fitted_projections_of_a_learned_mapping_are_the_least_squares_answe
         gram = centred.T @ centred + 1e-3 * (centred**2).sum(0).mean() * np.eye(32)
         for j in range(4):
             y = np.concatenate([view.real(j).numpy() for view in theirs]).astype(float)
-            weight, part = np.linalg.solve(gram, centred.T @ (y - y.mean(0))), slice(64 * j, 64 * (j + 1))
+            weight, part = (
+                np.linalg.solve(gram, centred.T @ (y - y.mean(0))),
+                slice(64 * j, 64 * (j + 1)),
+            )
             np.testing.assert_allclose(projection.weight[part].detach(), weight.T, atol=2e-3)
-            np.testing.assert_allclose(projection.bias[part].detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3)
+            np.testing.assert_allclose(
+                projection.bias[part].detach(), y.mean(0) - x.mean(0) @ weight, atol=2e-3
+            )
 
 
 def test_projections_that_are_not_to_be_fitted_stay_as_they_are(teacher):
@@ -412,7 +479,9 @@ def test_projections_that_are_not_to_be_fitted_stay_as_they_are(teacher):
     before = [parameter.clone() for parameter in criterion.parameters()]
     with torch.no_grad():
         criterion.fit(Started(), [view_of(student, make_batch())], [view_of(teacher, make_batch())])
-    assert all(torch.equal(one, other) for one, other in zip(before, criterion.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(before, criterion.parameters(), strict=True)
+    )
 
 
 class Uneven(LayerMapping):
@@ -423,10 +492,19 @@ class Uneven(LayerMapping):
 
 
 def test_a_shared_projection_of_an_uneven_mapping_is_refused():
-    with pytest.raises(UserError, match=r"as many teacher layers for each student layer, not \{1, 2\}"):
+    with pytest.raises(
+        UserError, match=r"as many teacher layers for each student layer, not \{1, 2\}"
+    ):
         HiddenStates(Uneven(), shared_projection=True).criterion(fake(2, 8), fake(3, 8))
     assert len(HiddenStates(Uneven()).criterion(fake(2, 8), fake(3, 8)).projections) == 2
-    assert len(HiddenStates(LastLayer(), shared_projection=True).criterion(fake(2, 8), fake(3, 8)).projections) == 1
+    assert (
+        len(
+            HiddenStates(LastLayer(), shared_projection=True)
+            .criterion(fake(2, 8), fake(3, 8))
+            .projections
+        )
+        == 1
+    )
 
 
 def test_a_student_deeper_than_its_teacher_is_refused():
@@ -450,7 +528,11 @@ def test_weights_are_relative_to_each_other_and_multiply(teacher):
 
 
 def test_a_weighted_sum_is_as_by_hand():
-    parts = [HiddenStates(LastLayer(), normalize=False), SentenceState("cls"), SentenceState("mean")]
+    parts = [
+        HiddenStates(LastLayer(), normalize=False),
+        SentenceState("cls"),
+        SentenceState("mean"),
+    ]
     criterion = WeightedSum(parts, [3.0, 2.0, 1.0]).criterion(fake(1, 1), fake(1, 1))
     for parameter in criterion.parameters():
         torch.nn.init.ones_(parameter)  # each projection is x + 1
@@ -461,12 +543,17 @@ def test_a_weighted_sum_is_as_by_hand():
     # tokens: (2 - 1)^2 + (3 - 5)^2 + (4 - 4)^2; [CLS]: (2 - 1)^2 + (4 - 4)^2; means: (2.5 - 3)^2 + (4 - 4)^2
     assert [(error.item(), count) for error, count in errors] == [(5.0, 3), (1.0, 2), (0.25, 2)]
     # 3/6 * 5/3 + 2/6 * 1/2 + 1/6 * 0.25/2
-    loss = sum(term.weight * error / count for term, (error, count) in zip(criterion.terms, errors, strict=True))
+    loss = sum(
+        term.weight * error / count
+        for term, (error, count) in zip(criterion.terms, errors, strict=True)
+    )
     assert loss.item() == pytest.approx(5 / 6 + 1 / 6 + 1 / 48)
 
 
 def test_a_weighted_sum_is_that_of_plain_loops(teacher):
-    student, criterion = make(WeightedSum([HiddenStates(Even()), SentenceState("mean")], [0.2, 0.6]), teacher)
+    student, criterion = make(
+        WeightedSum([HiddenStates(Even()), SentenceState("mean")], [0.2, 0.6]), teacher
+    )
     batch = masked(make_batch(4))
     ours, theirs = view_of(student, batch), view_of(teacher, batch)
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -485,7 +572,8 @@ def test_a_weighted_sum_is_that_of_plain_loops(teacher):
     expected *= np.array([0.25 / 2, 0.25 / 2, 0.75]) / [sum(lengths), sum(lengths), 4]
     found = criterion(ours, theirs)
     assert [
-        term.weight * error.item() / count for term, (error, count) in zip(criterion.terms, found, strict=True)
+        term.weight * error.item() / count
+        for term, (error, count) in zip(criterion.terms, found, strict=True)
     ] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
@@ -511,7 +599,11 @@ def test_a_sum_gives_the_errors_of_its_parts_and_fits_them(teacher):
         ([AttentionMaps()], [1.0, 2.0], "1 objectives and 2 weights: give one each"),
         ([AttentionMaps(), PairComparison()], [1.0], "2 objectives and 1 weights: give one each"),
         ([AttentionMaps()], [0.0], r"a weight is 0\.0: give a number above 0"),
-        ([AttentionMaps(), AttentionMaps()], [1.0, -0.5], r"a weight is -0\.5: give a number above 0"),
+        (
+            [AttentionMaps(), AttentionMaps()],
+            [1.0, -0.5],
+            r"a weight is -0\.5: give a number above 0",
+        ),
         ([AttentionMaps()], [math.inf], "a weight is inf: give a number above 0"),
         ([AttentionMaps()], [math.nan], "a weight is nan: give a number above 0"),
     ],
@@ -533,7 +625,10 @@ def test_a_view_turns_padded_states_into_real_ones_and_back():
     assert back.padded(0).tolist() == [[[0, 1], [2, 3], [0, 0]], [[6, 7], [0, 0], [0, 0]]]
     assert back.pooled(back.mask_BT).tolist() == [[1, 2], [6, 7]]
     # of no token the mean is 0, not a division by nothing
-    assert back.pooled(torch.tensor([[False, True, False], [False, False, False]])).tolist() == [[2, 3], [0, 0]]
+    assert back.pooled(torch.tensor([[False, True, False], [False, False, False]])).tolist() == [
+        [2, 3],
+        [0, 0],
+    ]
 
 
 def test_a_criterion_fits_nothing_unless_it_says_so():

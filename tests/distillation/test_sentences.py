@@ -71,7 +71,9 @@ def test_the_error_of_cls_is_as_by_hand():
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
     ours = torch.tensor([[[1.0], [50.0]], [[3.0], [50.0]]])
     theirs = torch.tensor([[[4.0, 0.0], [9.0, 9.0]], [[6.0, -4.0], [9.0, 9.0]]])
-    ((error, count),) = criterion(View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    ((error, count),) = criterion(
+        View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs})
+    )
     # predicted (2, 0) and (6, -2): (4 + 0) / 2 and (0 + 4) / 2, over the variance
     assert (error.item(), count) == ((2 + 2) / 4, 2)
 
@@ -80,9 +82,15 @@ def test_the_error_of_similarity_is_as_by_hand():
     criterion = SentenceSimilarity().criterion(fake(2), fake(2))
     criterion.variance.fill_(0.5)
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0], [1, 0]])}
-    ours = torch.tensor([[[3.0, 1.0], [1.0, -1.0]], [[0.0, 7.0], [9.0, 9.0]], [[5.0, 5.0], [-9.0, 9.0]]])
-    theirs = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[4.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [9.0, -9.0]]])
-    ((error, count),) = criterion(View(fake(2), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    ours = torch.tensor(
+        [[[3.0, 1.0], [1.0, -1.0]], [[0.0, 7.0], [9.0, 9.0]], [[5.0, 5.0], [-9.0, 9.0]]]
+    )
+    theirs = torch.tensor(
+        [[[1.0, 1.0], [1.0, -1.0]], [[4.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [9.0, -9.0]]]
+    )
+    ((error, count),) = criterion(
+        View(fake(2), batch, {0: ours}), View(fake(2), batch, {0: theirs})
+    )
     # The student's means (2, 0), (0, 7), (5, 5) have cosines 0 (rows 1 and 2), r (1 and 3) and r (2 and 3), r^2 = 1/2;
     # the teacher's (1, 0), (4, 0), (0, 2) have 1, 0 and 0. Squares 1, 1/2, 1/2, so the means over the two other rows
     # are (1 + 1/2) / 2, (1 + 1/2) / 2 and (1/2 + 1/2) / 2, and their sum is over the variance.
@@ -103,7 +111,9 @@ def test_the_error_of_a_pair_is_as_by_hand():
     ours = torch.tensor([[5.0, 70.0, 70.0, 70.0], [60.0, 70.0, 70.0, 70.0]])[..., None]
     theirs = torch.full((2, 4, 2), 80.0)
     theirs[0, :3] = torch.tensor([[2.0, 1.0], [0.0, -1.0], [0.0, 2.0]])
-    ((error, count),) = criterion(View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs}))
+    ((error, count),) = criterion(
+        View(fake(1), batch, {0: ours}), View(fake(2), batch, {0: theirs})
+    )
     # The second row is no pair. In the first u = (1, 0) and v = (0, 2): |u - v| = (1, 2) and the cosine is 0, which
     # standardised are 1, 1/2 and 2. Twice [CLS] is 10, and so is GELU of that: 1, 0 and 3 are predicted.
     assert (error.item(), count) == (pytest.approx(((0 + 1 / 4) / 2 + 1) / 2), 1)
@@ -122,7 +132,9 @@ def test_the_mean_state_is_as_by_hand(teacher, student):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_fitted_sentence_map_is_measured_against_the_teacher_s_variance(teacher, student, pooling):
+def test_a_fitted_sentence_map_is_measured_against_the_teacher_s_variance(
+    teacher, student, pooling
+):
     criterion = SentenceState(pooling).criterion(student, teacher)
     rows = [make_batch(40, seed) for seed in range(4)]
     with torch.no_grad():
@@ -131,7 +143,9 @@ def test_a_fitted_sentence_map_is_measured_against_the_teacher_s_variance(teache
         vectors = [
             vector(states, length, pooling)
             for row, view in zip(rows, theirs, strict=True)
-            for states, length in zip(last(view), row["attention_mask"].sum(1).tolist(), strict=True)
+            for states, length in zip(
+                last(view), row["attention_mask"].sum(1).tolist(), strict=True
+            )
         ]
         assert criterion.variance.item() == pytest.approx(np.var(vectors, axis=0).mean(), rel=1e-4)
         errors = [criterion(one, other)[0] for one, other in zip(ours, theirs, strict=True)]
@@ -148,7 +162,9 @@ def test_an_unknown_pooling_is_refused(pooling):
 def cosines(view: View, batch: dict) -> np.ndarray:
     """Of each row's mean state with each other row's."""
     lengths = batch["attention_mask"].sum(1).tolist()
-    vectors = [vector(states, length, "mean") for states, length in zip(last(view), lengths, strict=True)]
+    vectors = [
+        vector(states, length, "mean") for states, length in zip(last(view), lengths, strict=True)
+    ]
     return np.array(
         [
             [u @ v / np.linalg.norm(u) / np.linalg.norm(v) for j, v in enumerate(vectors) if j != i]
@@ -157,7 +173,9 @@ def cosines(view: View, batch: dict) -> np.ndarray:
     )
 
 
-def test_the_error_of_similarity_is_that_of_plain_loops_over_the_teacher_s_variance(teacher, student):
+def test_the_error_of_similarity_is_that_of_plain_loops_over_the_teacher_s_variance(
+    teacher, student
+):
     criterion = SentenceSimilarity().criterion(student, teacher)
     batches = [masked(make_batch(6, seed)) for seed in range(3)]
     ours, theirs = ([view_of(model, batch) for batch in batches] for model in (student, teacher))
@@ -180,7 +198,9 @@ def test_vectors_that_are_turned_and_stretched_are_as_alike_as_before(teacher, s
     ((error, _),) = criterion(View(student, batch, {1: turned}), View(teacher, batch, {3: theirs}))
     assert error.item() == pytest.approx(0, abs=1e-10)
     alone = {"attention_mask": torch.ones(1, 2, dtype=torch.long)}
-    ((error, count),) = criterion(View(student, alone, {1: turned[:1]}), View(teacher, alone, {3: theirs[:1]}))
+    ((error, count),) = criterion(
+        View(student, alone, {1: turned[:1]}), View(teacher, alone, {3: theirs[:1]})
+    )
     assert (error.item(), count) == (0, 0), "a row alone"
 
 
@@ -201,7 +221,9 @@ def test_the_error_of_pairs_is_that_of_plain_loops_over_the_rows_that_are_pairs(
         errors = [criterion(one, other)[0] for one, other in zip(ours, theirs, strict=True)]
     known = [
         [
-            comparison(last(view)[i], row["token_type_ids"][i].numpy(), int(row["attention_mask"][i].sum()))
+            comparison(
+                last(view)[i], row["token_type_ids"][i].numpy(), int(row["attention_mask"][i].sum())
+            )
             for i in range(0, 9, 2)
         ]
         for row, view in zip(rows, theirs, strict=True)
@@ -211,7 +233,9 @@ def test_the_error_of_pairs_is_that_of_plain_loops_over_the_rows_that_are_pairs(
     std[:-1] = np.maximum(std[:-1], 0.1 * std[:-1].mean())
     np.testing.assert_allclose(criterion.mean, mean, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(criterion.std, std, rtol=1e-3, atol=1e-5)
-    w1, b1, w2, b2 = (parameter.detach().double().numpy() for parameter in criterion.head.parameters())
+    w1, b1, w2, b2 = (
+        parameter.detach().double().numpy() for parameter in criterion.head.parameters()
+    )
     for (error, count), view, targets in zip(errors, ours, known, strict=True):
         total = 0.0
         for cls, target in zip(last(view)[::2, 0], targets, strict=True):
@@ -253,5 +277,8 @@ def test_dimensions_that_never_move_are_not_divided_by_nothing(teacher, student)
     with torch.no_grad():
         criterion.fit(Started(), [], [View(teacher, batch, padded={3: states})])
     moving = criterion.std[60:64]
-    assert criterion.std[:60].numpy() == pytest.approx(float(criterion.std[:60].mean())) and criterion.std.min() > 0
+    assert (
+        criterion.std[:60].numpy() == pytest.approx(float(criterion.std[:60].mean()))
+        and criterion.std.min() > 0
+    )
     assert criterion.std[0] == pytest.approx(0.1 * float(moving.sum()) / 64, rel=0.2)

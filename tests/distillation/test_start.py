@@ -10,14 +10,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.distillation import start as student_init
-from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start, Started, embedding_basis
+from kdnas.distillation.start import (
+    FromEmbeddings,
+    FromTeacher,
+    RandomStart,
+    Start,
+    Started,
+    embedding_basis,
+)
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import build_student, family_of, find_teacher, state_sha256, student_config
+from kdnas.models.encoders import (
+    build_student,
+    family_of,
+    find_teacher,
+    state_sha256,
+    student_config,
+)
 from kdnas.system.errors import UserError
 from tests.conftest import VOCAB, make_batch, save_teacher
 
-SAME = StudentArch(num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128)
-NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+SAME = StudentArch(
+    num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128
+)
+NARROW = StudentArch(
+    num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64
+)
 ROWS = [make_batch(16, seed, length=20) for seed in range(10, 16)]
 
 
@@ -31,7 +48,9 @@ def load(folder: Path) -> PreTrainedModel:
         if isinstance(module, nn.LayerNorm | nn.Linear):
             module.bias.data.normal_(0, 0.6, generator=generator)
     words = teacher.embeddings.word_embeddings.weight.data
-    words += torch.randn(len(words), 1, generator=generator) * words.any(-1, keepdim=True)  # padding stays 0
+    words += torch.randn(len(words), 1, generator=generator) * words.any(
+        -1, keepdim=True
+    )  # padding stays 0
     return teacher
 
 
@@ -45,7 +64,9 @@ def bert(tiny_teacher) -> PreTrainedModel:
     return load(tiny_teacher)
 
 
-def started(teacher: PreTrainedModel, start: Start, **sizes: object) -> tuple[PreTrainedModel, Started]:
+def started(
+    teacher: PreTrainedModel, start: Start, **sizes: object
+) -> tuple[PreTrainedModel, Started]:
     torch.manual_seed(0)
     arch = StudentArch(**(SAME.to_dict() | sizes | {"hidden_act": teacher.config.hidden_act}))
     student = build_student(teacher.config, arch).eval()
@@ -71,15 +92,21 @@ def test_at_equal_shape_the_student_is_the_teacher(teacher):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_first_layers_and_the_last_are_kept_and_the_work_of_others_is_aimed_at(bert, depth, monkeypatch):
+def test_the_first_layers_and_the_last_are_kept_and_the_work_of_others_is_aimed_at(
+    bert, depth, monkeypatch
+):
     monkeypatch.setattr("kdnas.distillation.narrowing.autocast", lambda device: nullcontext())
     student, start = started(bert, FromTeacher(), num_hidden_layers=depth)
-    assert state_sha256(student.embeddings.state_dict()) == state_sha256(bert.embeddings.state_dict())
+    assert state_sha256(student.embeddings.state_dict()) == state_sha256(
+        bert.embeddings.state_dict()
+    )
     assert start == Started(frozenset(), ((0, 1),) * depth)
     ours, theirs = states(student), states(bert)
     for place in range(max(1, depth - 1)):  # 0: the embeddings
         torch.testing.assert_close(ours[place], theirs[place], atol=2e-2, rtol=1e-2)
-    for place in range(max(1, depth - 1), depth + 1):  # before the last layer of the four, and behind it
+    for place in range(
+        max(1, depth - 1), depth + 1
+    ):  # before the last layer of the four, and behind it
         aim = theirs[4 - depth + place]
         assert (ours[place] - aim).square().mean() < 0.9 * (theirs[place] - aim).square().mean()
 
@@ -90,13 +117,17 @@ def test_of_the_same_shape_all_parameters_are_copied(teacher):
 
 
 @pytest.mark.parametrize("sizes", [{"intermediate_size": 48}, {"num_attention_heads": 1}])
-def test_other_sizes_at_the_teacher_s_width_are_copied_only_where_the_family_is_not_narrowed(teacher, sizes):
+def test_other_sizes_at_the_teacher_s_width_are_copied_only_where_the_family_is_not_narrowed(
+    teacher, sizes
+):
     _, start = started(teacher, FromTeacher(), num_hidden_layers=3, **sizes)
     heads = ((0,),) * 3 if "num_attention_heads" in sizes else ((0, 1),) * 3
     if teacher.config.model_type == "albert":
         assert start.copied and start.heads == heads
     else:
-        assert not start.copied and [len(layer) for layer in start.heads] == [len(layer) for layer in heads]
+        assert not start.copied and [len(layer) for layer in start.heads] == [
+            len(layer) for layer in heads
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +146,12 @@ def test_a_narrower_feed_forward_part_keeps_the_most_important_neurons_in_their_
         norms = [np.linalg.norm(wide_in.weight, axis=1), np.linalg.norm(wide_out.weight, axis=0)]
         kept = np.sort(np.argsort(norms[0] * norms[1])[-48:])
         assert not np.array_equal(kept, np.sort(np.argsort(norms[0])[-48:]))
-        assert torch.equal(ours_in.weight, wide_in.weight[kept]) and torch.equal(ours_in.bias, wide_in.bias[kept])
-        assert torch.equal(ours_out.weight, wide_out.weight[:, kept]) and torch.equal(ours_out.bias, wide_out.bias)
+        assert torch.equal(ours_in.weight, wide_in.weight[kept]) and torch.equal(
+            ours_in.bias, wide_in.bias[kept]
+        )
+        assert torch.equal(ours_out.weight, wide_out.weight[:, kept]) and torch.equal(
+            ours_out.bias, wide_out.bias
+        )
 
 
 def test_leaving_out_neurons_that_are_zero_changes_nothing(albert):
@@ -138,25 +173,33 @@ def test_the_basis_is_orthonormal_and_its_directions_hold_the_most_variance(teac
     assert basis.shape == (64, width) and basis.dtype == torch.float32
     torch.testing.assert_close(basis.T @ basis, torch.eye(width), atol=1e-5, rtol=0)
     with torch.no_grad():
-        words = teacher(torch.arange(len(VOCAB))[:, None], output_hidden_states=True).hidden_states[0][:, 0]
+        words = teacher(torch.arange(len(VOCAB))[:, None], output_hidden_states=True).hidden_states[
+            0
+        ][:, 0]
     singular = np.linalg.svd(words - words.mean(0), compute_uv=False)
     found = ((words - words.mean(0)) @ basis).norm(dim=0)
     np.testing.assert_allclose(found[:16], singular[:16], rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
-def test_the_basis_is_that_of_all_words_together_however_few_are_embedded_at_once(bert, monkeypatch):
+def test_the_basis_is_that_of_all_words_together_however_few_are_embedded_at_once(
+    bert, monkeypatch
+):
     monkeypatch.setattr(student_init, "WORDS_AT_ONCE", 7)
     sizes, embed = [], student_init.embed
     monkeypatch.setattr(
-        student_init, "embed", lambda model, batch: sizes.append(len(batch["input_ids"])) or embed(model, batch)
+        student_init,
+        "embed",
+        lambda model, batch: sizes.append(len(batch["input_ids"])) or embed(model, batch),
     )
     basis = embedding_basis(bert, 16)
     assert sum(sizes) == len(VOCAB) and set(sizes[:-1]) == {7} and len(sizes) > 2
     word_ids = torch.arange(len(VOCAB))[:, None]
     words = embed(bert, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)})[:, 0]
     _, vectors = torch.linalg.eigh(torch.cov(words.double().T))
-    cosines = (basis * vectors[:, -16:].flip(-1).float()).sum(0).abs()  # a component's sign is by chance
+    cosines = (
+        (basis * vectors[:, -16:].flip(-1).float()).sum(0).abs()
+    )  # a component's sign is by chance
     torch.testing.assert_close(cosines, torch.ones(16), atol=1e-5, rtol=0)
 
 
@@ -166,7 +209,9 @@ def correlation(student: PreTrainedModel, target: Tensor) -> float:
 
 @pytest.mark.parametrize("width", [32, 48])
 def test_a_narrower_student_embeds_words_as_its_teacher_does(teacher, width):
-    student, start = started(teacher, FromEmbeddings(), **(NARROW.to_dict() | {"hidden_size": width}))
+    student, start = started(
+        teacher, FromEmbeddings(), **(NARROW.to_dict() | {"hidden_size": width})
+    )
     target = states(teacher)[0] @ embedding_basis(teacher, width)
     assert start.heads is None
     assert correlation(student, target) > 0.97
@@ -185,7 +230,9 @@ def test_what_is_copied_of_a_narrower_student_are_albert_s_tables_alone(teacher)
         if parameter.shape == theirs[name].shape and torch.equal(parameter, theirs[name])
     }
     if teacher.config.model_type == "albert":
-        assert start.copied == {name for name, _ in student.named_parameters() if name.startswith("embeddings.")}
+        assert start.copied == {
+            name for name, _ in student.named_parameters() if name.startswith("embeddings.")
+        }
         assert start.copied <= copied
     else:
         assert start.copied == copied == set()
@@ -217,7 +264,10 @@ def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
         ({"intermediate_size": 129}, "intermediate_size is 129: .* above the teacher's 128"),
         ({"num_attention_heads": 4}, "num_attention_heads is 4: .* above the teacher's 2"),
         ({"num_hidden_layers": 5}, "num_hidden_layers is 5: .* above the teacher's 4"),
-        (NARROW.to_dict() | {"num_attention_heads": 4}, "num_attention_heads is 4: .* above the teacher's 2"),
+        (
+            NARROW.to_dict() | {"num_attention_heads": 4},
+            "num_attention_heads is 4: .* above the teacher's 2",
+        ),
     ],
 )
 def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
@@ -238,21 +288,31 @@ def test_the_embeddings_alone_leave_the_layers_as_they_were(teacher):
     student, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
     random, _ = started(teacher, RandomStart(), **NARROW.to_dict())
     untouched = {
-        name for name, tensor in random.state_dict().items() if torch.equal(tensor, student.state_dict()[name])
+        name
+        for name, tensor in random.state_dict().items()
+        if torch.equal(tensor, student.state_dict()[name])
     }
-    layers = {name for name in random.state_dict() if name.startswith("encoder.") and "mapping_in" not in name}
+    layers = {
+        name
+        for name in random.state_dict()
+        if name.startswith("encoder.") and "mapping_in" not in name
+    }
     assert layers and layers <= untouched
     assert "embeddings.word_embeddings.weight" not in untouched
 
 
-def test_a_narrower_student_is_narrowed_and_albert_s_has_the_embeddings_and_the_log_says_so(teacher, caplog):
+def test_a_narrower_student_is_narrowed_and_albert_s_has_the_embeddings_and_the_log_says_so(
+    teacher, caplog
+):
     caplog.set_level(logging.INFO, logger="kdnas")
     student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
     embeddings, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
     same = state_sha256(student.state_dict()) == state_sha256(embeddings.state_dict())
     is_albert = teacher.config.model_type == "albert"
     assert same is is_albert
-    assert ("A narrower albert starts from its teacher's embeddings alone." in caplog.text) is is_albert
+    assert (
+        "A narrower albert starts from its teacher's embeddings alone." in caplog.text
+    ) is is_albert
     assert start.heads == (None if is_albert else ((0, 1), (0, 1)))
     assert bool(start.copied) is is_albert
 
@@ -260,7 +320,10 @@ def test_a_narrower_student_is_narrowed_and_albert_s_has_the_embeddings_and_the_
 def test_positions_and_token_types_are_kept_by_a_narrower_student(bert):
     student, _ = started(bert, FromEmbeddings(), **NARROW.to_dict())
     basis = embedding_basis(bert, 32)
-    for name, ids in (("position_ids", torch.arange(40)[None]), ("token_type_ids", torch.tensor([[0, 1, 2]]))):
+    for name, ids in (
+        ("position_ids", torch.arange(40)[None]),
+        ("token_type_ids", torch.tensor([[0, 1, 2]])),
+    ):
         words = torch.full_like(ids, 20)
         with torch.no_grad():
             ours, theirs = (model.embeddings(words, **{name: ids})[0] for model in (student, bert))

@@ -38,7 +38,9 @@ LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 @functools.cache
 def token_rows() -> TokenRows:
     generator = np.random.default_rng(0)
-    rows = [generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(NUM_ROWS)]
+    rows = [
+        generator.integers(5, 70, size=generator.integers(3, 12)).tolist() for _ in range(NUM_ROWS)
+    ]
     with tempfile.TemporaryDirectory() as name:  # it may be removed once it is open
         masker = Masker(4, 70, [3], probability=0.3)
         numbered = ((row, len(row)) for row in rows)
@@ -192,7 +194,10 @@ def swap(path: Path, other: Path) -> None:
 
 def swap_places(path: Path, other: Path) -> None:
     """Two shards in each other's place, each with its own hash."""
-    (place, digest, suffix), (other_place, other_digest, _) = path.name.split("."), other.name.split(".")
+    (place, digest, suffix), (other_place, other_digest, _) = (
+        path.name.split("."),
+        other.name.split("."),
+    )
     path.rename(path.with_name(f"{other_place}.{digest}.{suffix}"))
     other.rename(path.with_name(f"{place}.{other_digest}.{suffix}"))
 
@@ -216,7 +221,9 @@ DAMAGES = {
     "empty": lambda path, other: os.truncate(path, 0),
     "appended": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
     "deleted": lambda path, other: path.unlink(),
-    "under another name": lambda path, other: path.rename(path.with_name(path.name.split(".")[0] + ".abc.bin")),
+    "under another name": lambda path, other: path.rename(
+        path.with_name(path.name.split(".")[0] + ".abc.bin")
+    ),
     "swapped": swap,
     "in each other's place": swap_places,
     "a copy of another": lambda path, other: shutil.copy(other, path),
@@ -241,19 +248,30 @@ def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first
 
 
 @pytest.mark.parametrize("damage", ["deleted", "100 bytes cut", "empty"])
-def test_a_shard_that_goes_while_the_cache_is_used_is_an_error_of_the_disk_that_names_it(folder, damage):
+def test_a_shard_that_goes_while_the_cache_is_used_is_an_error_of_the_disk_that_names_it(
+    folder, damage
+):
     cache, _ = build(folder)
     paths = sorted(folder.glob("*.bin"))
     for path in paths:
         DAMAGES[damage](path, path)
-    with pytest.raises(OSError, match="Stored teacher states were removed or cut while in use") as caught:
+    with pytest.raises(
+        OSError, match="Stored teacher states were removed or cut while in use"
+    ) as caught:
         check(cache)
     assert caught.value.filename in map(str, paths) and caught.value.errno in DISK_ERRORS
     check(build(folder)[0])
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "junk.bin", "variant00_00000.abc.bin", "variant99_00000.abc.bin", ".stray.partial"]
+    "name",
+    [
+        "notes.txt",
+        "junk.bin",
+        "variant00_00000.abc.bin",
+        "variant99_00000.abc.bin",
+        ".stray.partial",
+    ],
 )
 def test_a_stray_file_does_no_harm(folder, name):
     build(folder)
@@ -269,7 +287,9 @@ def test_a_disk_too_small_is_refused_with_both_sizes_and_no_state_is_written(fol
     needed = open_cache(folder).num_bytes()
     free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    message = rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', {needed - 1:,} are free: "
+    message = (
+        rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', {needed - 1:,} are free: "
+    )
     with pytest.raises(UserError, match=message):
         build(folder)
     assert {path.name for path in folder.iterdir()} <= {"lock"}
@@ -292,7 +312,9 @@ def test_only_the_shards_that_are_missing_need_room(folder, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_disk_that_is_full_after_all_leaves_no_shard_that_counts(tmp_path, folder, monkeypatch, name, number):
+def test_a_disk_that_is_full_after_all_leaves_no_shard_that_counts(
+    tmp_path, folder, monkeypatch, name, number
+):
     whole = list(shards(build(tmp_path / "whole")[0].folder).values())
     todo = sum(map(len, whole[2:]))
     real, calls = getattr(os, name), []
@@ -333,7 +355,8 @@ def test_a_folder_that_does_not_fit_is_named(folder, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", full)
     needed = open_cache(folder).num_bytes()
     with pytest.raises(
-        UserError, match=rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', [\d,]+ are free"
+        UserError,
+        match=rf"need {needed:,} bytes in '{re.escape(str(folder.parent))}', [\d,]+ are free",
     ):
         open_cache(folder).build(FakeTeacher(), BATCH_TOKENS)
 
@@ -348,7 +371,9 @@ def test_a_disk_that_fills_up_while_the_cache_is_built(small_disk, monkeypatch):
                 filler.write_bytes(bytes(3 << 20))
         return teacher(batch)
 
-    with pytest.raises(UserError, match=rf"need [\d,]+ bytes in '{re.escape(str(folder.parent))}', 0 are free: "):
+    with pytest.raises(
+        UserError, match=rf"need [\d,]+ bytes in '{re.escape(str(folder.parent))}', 0 are free: "
+    ):
         open_cache(folder).build(filling, BATCH_TOKENS)
     done = shards(folder)
     assert 0 < len(done) < 3 * VARIANTS
@@ -367,7 +392,9 @@ def test_a_disk_that_is_full_from_the_start(small_disk):
     folder = small_disk / "states" / "key"
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(bytes(3 << 20))
-    with pytest.raises(UserError, match=rf"bytes in '{re.escape(str(folder.parent))}', 0 are free: "):
+    with pytest.raises(
+        UserError, match=rf"bytes in '{re.escape(str(folder.parent))}', 0 are free: "
+    ):
         open_cache(folder).build(FakeTeacher(0), BATCH_TOKENS)
     (small_disk / "filler").unlink()
     check(build(folder)[0])
@@ -393,7 +420,12 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     weights = find_teacher(str(tiny_teacher)).sha256()
     trained.encoder.layer[3].output.dense.bias.data[5] += 1e-3
     trained.save_pretrained(tmp_path / "trained")
-    shutil.copytree(tiny_teacher, tmp_path / "trained", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safet*"))
+    shutil.copytree(
+        tiny_teacher,
+        tmp_path / "trained",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.safet*"),
+    )
 
     def configured(**values: object) -> str:
         """The same weights, with which another config computes something else."""
@@ -403,7 +435,12 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         return find_teacher(str(folder)).sha256()
 
     key = cache_key(weights, rows(), LAYERS)
-    assert configured(hidden_dropout_prob=0.3, num_labels=5, problem_type="regression", use_cache=False) == weights
+    assert (
+        configured(
+            hidden_dropout_prob=0.3, num_labels=5, problem_type="regression", use_cache=False
+        )
+        == weights
+    )
     others = [
         cache_key(configured(hidden_act="relu"), rows(), LAYERS),
         cache_key(configured(num_attention_heads=4), rows(), LAYERS),
@@ -454,7 +491,9 @@ def build_slowly(folder: Path, barrier, answers) -> None:
 def test_two_processes_at_once_make_one_cache_and_compute_each_shard_once(folder):
     context = multiprocessing.get_context("fork")  # spawned ones would import torch for seconds
     barrier, answers = context.Barrier(2), context.SimpleQueue()
-    workers = [context.Process(target=build_slowly, args=(folder, barrier, answers)) for _ in range(2)]
+    workers = [
+        context.Process(target=build_slowly, args=(folder, barrier, answers)) for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -475,7 +514,9 @@ def test_whole_states_are_checked_though_another_process_has_the_lock(folder):
     build(folder)
     with FileLock(folder / "lock"):
         checked: list[None] = []
-        thread = threading.Thread(target=lambda: checked.append(check(build(folder)[0])), daemon=True)
+        thread = threading.Thread(
+            target=lambda: checked.append(check(build(folder)[0])), daemon=True
+        )
         thread.start()
         thread.join(timeout=30)
     assert len(checked) == 1
@@ -502,7 +543,9 @@ def test_a_damaged_shard_that_another_process_removes_first_is_computed_again(fo
 
 
 @pytest.mark.parametrize(("num_passes", "num_done"), [(3, 0), (21, 4)])
-def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder, num_passes, num_done):
+def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(
+    folder, num_passes, num_done
+):
     context = multiprocessing.get_context("fork")
     reached, answers = context.Event(), context.SimpleQueue()
 
@@ -522,7 +565,9 @@ def test_a_killed_builder_frees_its_lock_and_the_one_that_waits_finishes(folder,
         check(cache)
         answers.put(asked)
 
-    killed, waiting = (context.Process(target=target) for target in (build_until_killed, wait_and_finish))
+    killed, waiting = (
+        context.Process(target=target) for target in (build_until_killed, wait_and_finish)
+    )
     killed.start()
     assert reached.wait(timeout=30)
     for _ in range(1000):  # the last whole one may still be written
@@ -551,7 +596,10 @@ def test_states_beyond_float16_are_refused_and_those_at_its_end_are_stored(folde
         return [first, last]
 
     cache = StateCache(folder, token_rows(), LAYERS, WIDTH, precision)
-    with pytest.raises(UserError, match=r"states reach 65,536; float16, in which they are kept, ends at 65,504: take"):
+    with pytest.raises(
+        UserError,
+        match=r"states reach 65,536; float16, in which they are kept, ends at 65,504: take",
+    ):
         cache.build(functools.partial(teacher, -65536.0), BATCH_TOKENS)
     with pytest.raises(UserError, match=r"The teacher's hidden states are not numbers \(NaN\)"):
         cache.build(functools.partial(teacher, math.nan), BATCH_TOKENS)
@@ -572,7 +620,9 @@ def test_int8_takes_half_the_disk_and_is_off_by_half_a_step_at_most(folder, widt
         for sample_id, length in zip(
             batch["sample_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True
         ):
-            rows.append(torch.randn(2, length, width, generator=torch.Generator().manual_seed(sample_id)))
+            rows.append(
+                torch.randn(2, length, width, generator=torch.Generator().manual_seed(sample_id))
+            )
             rows[-1][:, 0] = 0.0  # nothing to scale by
         return list(torch.cat(rows, 1) * torch.tensor([1.0, 300.0])[:, None, None])
 

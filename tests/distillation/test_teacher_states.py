@@ -16,7 +16,13 @@ from kdnas.distillation import state_cache as cache
 from kdnas.distillation import teacher_states as teacher_module
 from kdnas.distillation.losses import contextual_share
 from kdnas.distillation.state_cache import StateCache
-from kdnas.distillation.teacher_states import LiveTeacher, StatesSettings, TeacherStates, measure, open_states
+from kdnas.distillation.teacher_states import (
+    LiveTeacher,
+    StatesSettings,
+    TeacherStates,
+    measure,
+    open_states,
+)
 from kdnas.models.encoders import Teacher, encode, find_teacher
 from kdnas.system.errors import UserError
 from kdnas.training.precision import autocast
@@ -26,7 +32,11 @@ LAYERS = [0, 2, 3]
 
 def open_data(teacher: Path, text: Path, **settings) -> KDDataModule:
     settings = dict(max_length=32, batch_tokens=512, held_out_fraction=0.3) | settings
-    data = KDDataModule(str(teacher), str(text), DataSettings(**({"pair_share": 0.0, "masked_share": 1.0} | settings)))
+    data = KDDataModule(
+        str(teacher),
+        str(text),
+        DataSettings(**({"pair_share": 0.0, "masked_share": 1.0} | settings)),
+    )
     data.setup()
     return data
 
@@ -43,10 +53,14 @@ def data(teacher, text_file) -> KDDataModule:
 
 @pytest.fixture(scope="module")
 def states(teacher, data, tmp_path_factory) -> TeacherStates:
-    return open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path_factory.mktemp("states"))))
+    return open_states(
+        teacher, data, LAYERS, StatesSettings(str(tmp_path_factory.mktemp("states")))
+    )
 
 
-def oracle(teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant: int = 0) -> list[np.ndarray]:
+def oracle(
+    teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant: int = 0
+) -> list[np.ndarray]:
     """Hidden states from the embedding output on, row by row without padding: real tokens one after the other."""
     rows = []
     for row in sample_ids:
@@ -58,11 +72,16 @@ def oracle(teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant
 
 def close(found: torch.Tensor, expected: np.ndarray) -> bool:
     """Equal but for sums in another order, in bfloat16 where that is faster."""
-    return found.shape == expected.shape and np.abs(found.float().numpy() - expected).mean() < 1e-2 * expected.std()
+    return (
+        found.shape == expected.shape
+        and np.abs(found.float().numpy() - expected).mean() < 1e-2 * expected.std()
+    )
 
 
 def test_cached_and_live_states_are_the_teacher_s_for_every_mask(teacher, data, states):
-    live = open_states(teacher, data, LAYERS, StatesSettings(str(Path(states.source.folder).parent), max_gb=0))
+    live = open_states(
+        teacher, data, LAYERS, StatesSettings(str(Path(states.source.folder).parent), max_gb=0)
+    )
     assert isinstance(states.source, StateCache) and isinstance(live.source, LiveTeacher)
     sample_ids = np.random.default_rng(0).permutation(len(data.rows))[:30]
     last = []
@@ -106,19 +125,26 @@ def test_states_require_no_gradient_and_can_enter_autograd(teacher, data, states
 def test_a_cache_above_the_budget_is_not_made_and_the_log_says_so(teacher, data, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="kdnas")
     needed = data.rows.lengths.sum() * 3 * 3 * 64 * 2 / 1e9
-    assert isinstance(open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed)).source, StateCache)
+    assert isinstance(
+        open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed)).source, StateCache
+    )
     assert "runs live" not in caplog.text and re.search(
         rf"Teacher states: 0.00 GB in {tmp_path}\S+, 0.00 GB of them are computed now", caplog.text
     )
     caplog.clear()
     open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), needed))
-    assert caplog.messages == [f"Teacher states: 0.00 GB in {next(tmp_path.glob('*'))}, all of them are there"]
+    assert caplog.messages == [
+        f"Teacher states: 0.00 GB in {next(tmp_path.glob('*'))}, all of them are there"
+    ]
     shutil.rmtree(tmp_path)
     for budget in (0, needed * 0.999):
         caplog.clear()
         states = open_states(teacher, data, LAYERS, StatesSettings(str(tmp_path), budget))
         assert isinstance(states.source, LiveTeacher)
-        assert "The teacher runs live: its states would take 0.0 GB, the budget is 0.0 GB." in caplog.text
+        assert (
+            "The teacher runs live: its states would take 0.0 GB, the budget is 0.0 GB."
+            in caplog.text
+        )
         assert not list(tmp_path.rglob("*.bin"))
 
 
@@ -165,13 +191,17 @@ def test_a_cache_that_is_there_is_read_again_and_statistics_are_measured_once(
         assert torch.equal(one, other)
 
 
-def test_states_are_those_of_the_machine_s_precision_and_no_other_s_are_taken(teacher, data, tmp_path, monkeypatch):
+def test_states_are_those_of_the_machine_s_precision_and_no_other_s_are_taken(
+    teacher, data, tmp_path, monkeypatch
+):
     with torch.no_grad():
         batch = data.rows[0, np.arange(9)]
         whole = encode(teacher.model, batch).hidden_states[4][batch["attention_mask"].bool()]
     folders, errors = [], []
     for is_faster in (True, False, True):  # the third machine is as the first
-        monkeypatch.setattr("kdnas.training.precision.bf16_is_faster", lambda kind, is_faster=is_faster: is_faster)
+        monkeypatch.setattr(
+            "kdnas.training.precision.bf16_is_faster", lambda kind, is_faster=is_faster: is_faster
+        )
         states = open_states(teacher, data, [3], StatesSettings(str(tmp_path)))
         folders.append(states.source.folder)
         errors.append(float((states(batch)[3].float() - whole).abs().max()))
@@ -184,7 +214,10 @@ def test_states_of_another_teacher_text_or_tokenizer_are_not_used_and_that_is_sa
     changed, teacher, data, text_file, tmp_path, caplog
 ):
     caplog.set_level(logging.INFO, logger="kdnas")
-    settings, said = StatesSettings(str(tmp_path / "states")), "is of another teacher, text or setting, and is not used"
+    settings, said = (
+        StatesSettings(str(tmp_path / "states")),
+        "is of another teacher, text or setting, and is not used",
+    )
     before = open_states(teacher, data, LAYERS, settings).source.folder
     assert said not in caplog.text
     folder = shutil.copytree(teacher.source, tmp_path / "teacher")
@@ -198,7 +231,10 @@ def test_states_of_another_teacher_text_or_tokenizer_are_not_used_and_that_is_sa
     else:
         path = folder / "tokenizer.json"
         path.write_text(path.read_text().replace('"river": ', '"rivers": '))
-    other, rows = find_teacher(str(folder)), open_data(folder, text_file, num_mask_variants=3, mask_probability=0.4)
+    other, rows = (
+        find_teacher(str(folder)),
+        open_data(folder, text_file, num_mask_variants=3, mask_probability=0.4),
+    )
     states = open_states(other, rows, LAYERS, settings)
     assert states.source.folder != before and caplog.text.count(said) == 1
     sample_ids = np.arange(9)
@@ -207,7 +243,9 @@ def test_states_of_another_teacher_text_or_tokenizer_are_not_used_and_that_is_sa
         assert close(found, expected[layer + 1])
 
 
-def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(teacher, data, tmp_path, monkeypatch):
+def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(
+    teacher, data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 12)
     settings = StatesSettings(str(tmp_path))
     mini = open_states(teacher, data.select("mini"), LAYERS, settings)
@@ -229,7 +267,9 @@ def test_statistics_are_those_of_numpy_and_scikit_learn(teacher, data, states):
     for layer in LAYERS:
         stats = states.stats[layer]
         assert stats.variance == pytest.approx(np.var(train[layer + 1], axis=0).mean(), rel=5e-3)
-        assert stats.held_out_variance == pytest.approx(np.var(held_out[layer + 1], axis=0).mean(), rel=5e-3)
+        assert stats.held_out_variance == pytest.approx(
+            np.var(held_out[layer + 1], axis=0).mean(), rel=5e-3
+        )
         alpha = 1e-4 * len(train[0]) * train[0].var(0).mean()
         predicted = Ridge(alpha=alpha).fit(train[0], train[layer + 1]).predict(held_out[0])
         mse = float(((predicted - held_out[layer + 1]) ** 2).mean())
@@ -238,14 +278,20 @@ def test_statistics_are_those_of_numpy_and_scikit_learn(teacher, data, states):
 
 
 def test_a_layer_further_up_is_less_of_a_table_of_words(states):
-    unknown = [states.stats[layer].held_out_mse_context_free / states.stats[layer].variance for layer in LAYERS]
+    unknown = [
+        states.stats[layer].held_out_mse_context_free / states.stats[layer].variance
+        for layer in LAYERS
+    ]
     assert unknown == sorted(unknown)
 
 
 def test_statistics_are_the_same_for_every_split_and_rank(teacher, data, states):
     one_of_many = copy.copy(data.select("mini"))
     one_of_many.trainer = SimpleNamespace(global_rank=7, world_size=8)
-    assert measure(teacher.model, states.source, LAYERS, one_of_many, "cpu") == (states.stats, states.ends)
+    assert measure(teacher.model, states.source, LAYERS, one_of_many, "cpu") == (
+        states.stats,
+        states.ends,
+    )
 
 
 def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
@@ -267,9 +313,12 @@ def test_statistics_are_measured_on_so_many_tokens(teacher, data, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("factor", "message"), [(1e6, r"reach \d,\d{3},\d{3}; float16"), (float("nan"), r"are not numbers \(NaN\)")]
+    ("factor", "message"),
+    [(1e6, r"reach \d,\d{3},\d{3}; float16"), (float("nan"), r"are not numbers \(NaN\)")],
 )
-def test_a_live_teacher_s_states_that_float16_does_not_hold_are_refused(teacher, data, factor, message):
+def test_a_live_teacher_s_states_that_float16_does_not_hold_are_refused(
+    teacher, data, factor, message
+):
     def source(batch, layers):
         return [factor * states for states in LiveTeacher(teacher.model)(batch, layers)]
 

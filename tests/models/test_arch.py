@@ -23,7 +23,9 @@ VALUES = {
 }
 sizes = st.integers(1, 64)
 archs = st.builds(
-    lambda layers, heads, per_head, inner, act: StudentArch(layers, heads, heads * per_head, inner, act),
+    lambda layers, heads, per_head, inner, act: StudentArch(
+        layers, heads, heads * per_head, inner, act
+    ),
     sizes,
     sizes,
     sizes,
@@ -94,7 +96,10 @@ def test_a_dict_may_leave_out_the_activation_only():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("num_layers", "'num_layers' is no field of a student architecture. Did you mean 'num_hidden_layers'?"),
+        (
+            "num_layers",
+            "'num_layers' is no field of a student architecture. Did you mean 'num_hidden_layers'?",
+        ),
         ("hidden_sise", "'hidden_sise' is no field .* Did you mean 'hidden_size'"),
         ("zzz", "'zzz' is no field .* Choose from: hidden_act, hidden_size"),
         (1, "1 is no field .* Choose from: hidden_act"),
@@ -127,7 +132,9 @@ def test_a_file_that_holds_no_architecture_is_refused_in_one_line(content, messa
     assert "lacks" in message or str(path) in str(caught.value)
 
 
-ODD = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=5), st.just([1]))
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=5), st.just([1])
+)
 
 
 @examples(60)

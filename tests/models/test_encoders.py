@@ -33,7 +33,13 @@ from kdnas.models.encoders import (
 from kdnas.system.errors import UserError
 from tests.conftest import VOCAB, make_batch, make_tokenizer
 
-ARCH = StudentArch(num_hidden_layers=3, num_attention_heads=4, hidden_size=48, intermediate_size=80, hidden_act="relu")
+ARCH = StudentArch(
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    hidden_size=48,
+    intermediate_size=80,
+    hidden_act="relu",
+)
 
 
 def edit_json(path: Path, **values: object) -> None:
@@ -84,10 +90,17 @@ def test_a_teacher_has_the_weights_of_its_checkpoint(any_teacher):
 
 def test_a_half_precision_checkpoint_loads_as_float32(folder):
     AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+        torch.float16
+    }
     teacher = find_teacher(str(folder))
     student = build_student(teacher.config, ARCH)
-    for model in (teacher.load(), student, build_classifier(student.config), load_classifier(folder, 2)):
+    for model in (
+        teacher.load(),
+        student,
+        build_classifier(student.config),
+        load_classifier(folder, 2),
+    ):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -135,10 +148,16 @@ def test_encode_gives_the_embedding_and_every_layer_whatever_the_padding(any_tea
     assert [state.shape for state in states] == [(2, 6, 64)] * 5
     short = encode(model, {name: tensor[1:, :3] for name, tensor in batch.items()}).hidden_states
     torch.testing.assert_close(states[-1][1:, :3], short[-1])
-    single = encode(model, batch | {"token_type_ids": torch.zeros(2, 6, dtype=torch.long)}).hidden_states
+    single = encode(
+        model, batch | {"token_type_ids": torch.zeros(2, 6, dtype=torch.long)}
+    ).hidden_states
     marked = model.config.type_vocab_size > 1
     assert marked is (model.config.model_type != "roberta")
-    assert (single[0] - states[0]).abs()[0, 4:].min() > 0 if marked else torch.equal(single[-1], states[-1])
+    assert (
+        (single[0] - states[0]).abs()[0, 4:].min() > 0
+        if marked
+        else torch.equal(single[-1], states[-1])
+    )
 
 
 def test_quickstart_is_the_packaged_minilm():
@@ -164,17 +183,23 @@ def test_a_student_has_exactly_the_shape_that_was_asked_for(arch, any_teacher):
     layers = family.layers(student)
     assert len(layers) == arch.num_hidden_layers
     for layer in layers:
-        up, down = (layer.get_submodule(name) for name in (family.names.intermediate, family.names.output))
+        up, down = (
+            layer.get_submodule(name) for name in (family.names.intermediate, family.names.output)
+        )
         assert up.weight.shape == (arch.intermediate_size, arch.hidden_size)
         assert down.weight.shape == (arch.hidden_size, arch.intermediate_size)
-        heads = {m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")}
+        heads = {
+            m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")
+        }
         assert heads == {arch.num_attention_heads}
         assert any(isinstance(module, type(ACT2FN[arch.hidden_act])) for module in layer.modules())
     assert config.to_dict() == before
     assert student.config is not config
 
     states = student(torch.tensor([[1, 9, 10, 2]]), output_hidden_states=True).hidden_states
-    assert [state.shape for state in states] == [(1, 4, arch.hidden_size)] * (arch.num_hidden_layers + 1)
+    assert [state.shape for state in states] == [(1, 4, arch.hidden_size)] * (
+        arch.num_hidden_layers + 1
+    )
     assert student.training
     assert student.pooler is None
 
@@ -191,7 +216,11 @@ def test_a_student_keeps_what_is_not_its_shape(any_teacher):
     assert student.embeddings.token_type_embeddings.weight.shape == (num_types, embedding_size)
     assert {m.eps for m in student.modules() if isinstance(m, torch.nn.LayerNorm)} == {3e-6}
     five = set(ARCH.to_dict())
-    kept = {name: value for name, value in config.to_dict().items() if name not in five | {"architectures", "dtype"}}
+    kept = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in five | {"architectures", "dtype"}
+    }
     assert kept.items() <= student.config.to_dict().items()
     assert len(kept) > 20
 
@@ -211,7 +240,9 @@ def test_an_unknown_activation_is_refused_with_the_nearest(tiny_teacher):
 
 
 def test_a_config_of_another_family_is_refused():
-    with pytest.raises(UserError, match="'gpt2' is not supported: take an encoder .BERT, RoBERTa, .*, ModernBERT"):
+    with pytest.raises(
+        UserError, match="'gpt2' is not supported: take an encoder .BERT, RoBERTa, .*, ModernBERT"
+    ):
         family_of(GPT2Config())
 
 
@@ -271,7 +302,9 @@ def test_a_folder_that_does_not_exist_is_refused(name):
     assert refused(name).startswith(f"The teacher {name!r} does not exist: give a folder")
 
 
-@pytest.mark.parametrize("name", ["nobody-kdnas/nothing", "nothing-kdnas", "two words", "x" * 300, "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["nobody-kdnas/nothing", "nothing-kdnas", "two words", "x" * 300, "a\nb"]
+)
 def test_a_name_that_the_hub_does_not_have_is_refused(name):
     assert refused(name).startswith(
         f"The teacher {name!r} was not found, here or in the hub's cache (HF_HUB_OFFLINE is set): "
@@ -310,7 +343,9 @@ def test_another_family_is_refused(model_type, folder):
 
 
 def test_a_decoder_of_another_family_is_refused(tmp_path):
-    GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=len(VOCAB))).save_pretrained(tmp_path)
+    GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=len(VOCAB))).save_pretrained(
+        tmp_path
+    )
     make_tokenizer().save_pretrained(tmp_path)
     assert "family 'gpt2' is not supported" in refused(tmp_path)
 
@@ -325,7 +360,10 @@ def test_a_decoder_of_another_family_is_refused(tmp_path):
 )
 def test_a_decoder_of_a_known_family_is_refused(values, folder):
     edit_json(folder / "config.json", **values)
-    assert f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, " in refused(folder)
+    assert (
+        f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, "
+        in refused(folder)
+    )
 
 
 def test_odd_types_in_a_config_are_named_where_they_matter(folder):
@@ -355,7 +393,9 @@ def test_a_folder_without_tokenizer_is_refused(folder):
     assert f"{str(folder)!r} has no tokenizer: put tokenizer.json into" in refused(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "Odd"}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "Odd"}}']
+)
 def test_a_tokenizer_that_does_not_load_is_refused(content, folder):
     (folder / "tokenizer.json").write_text(content)
     assert f"{str(folder)!r} has no tokenizer that loads: " in refused(folder)
@@ -417,7 +457,9 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("save", [lambda value, path: path.write_bytes(pickle.dumps(value, 2)), torch.save])
+@pytest.mark.parametrize(
+    "save", [lambda value, path: path.write_bytes(pickle.dumps(value, 2)), torch.save]
+)
 def test_a_pickled_payload_is_refused_and_does_not_run(save, folder, tmp_path):
     mark = tmp_path / "ran"
     save({"weights": Payload(mark)}, only_pickled(folder))
@@ -434,7 +476,11 @@ def test_a_pickled_payload_is_refused_and_does_not_run(save, folder, tmp_path):
 def test_code_in_a_checkpoint_neither_runs_nor_asks(file, folder, tmp_path, monkeypatch):
     mark = tmp_path / "ran"
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
-    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    auto_map = {
+        "AutoConfig": "evil.Config",
+        "AutoModel": "evil.Model",
+        "AutoTokenizer": ["evil.Tokenizer", None],
+    }
     edit_json(folder / file, auto_map=auto_map)
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
     assert type(find_teacher(str(folder)).load()).__name__ == "BertModel"
@@ -444,14 +490,20 @@ def test_code_in_a_checkpoint_neither_runs_nor_asks(file, folder, tmp_path, monk
 
 
 def test_missing_weights_are_refused_by_name(folder):
-    edit_weights(folder, lambda state: [state.pop(f"encoder.layer.{i}.output.dense.bias") for i in (1, 3)])
-    with pytest.raises(UserError, match=r"lack 'encoder.layer.1.output.dense.bias'.*and 1 more\): take a whole"):
+    edit_weights(
+        folder, lambda state: [state.pop(f"encoder.layer.{i}.output.dense.bias") for i in (1, 3)]
+    )
+    with pytest.raises(
+        UserError, match=r"lack 'encoder.layer.1.output.dense.bias'.*and 1 more\): take a whole"
+    ):
         find_teacher(str(folder)).load()
 
 
 def test_weights_of_another_shape_are_refused_by_name(folder):
     edit_weights(folder, lambda state: state.update({"embeddings.LayerNorm.bias": torch.zeros(5)}))
-    with pytest.raises(UserError, match=r"'embeddings.LayerNorm.bias', or have it in another shape.*and 0 more"):
+    with pytest.raises(
+        UserError, match=r"'embeddings.LayerNorm.bias', or have it in another shape.*and 0 more"
+    ):
         find_teacher(str(folder)).load()
 
 
@@ -463,7 +515,9 @@ def test_fewer_layers_in_the_weights_than_in_the_config_are_refused(folder):
 
 def test_a_config_that_no_model_can_be_made_of_is_refused(folder):
     edit_json(folder / "config.json", num_attention_heads=5)
-    with pytest.raises(UserError, match=rf"Cannot load the weights of the teacher '{folder}': .*64.*5"):
+    with pytest.raises(
+        UserError, match=rf"Cannot load the weights of the teacher '{folder}': .*64.*5"
+    ):
         find_teacher(str(folder)).load()
 
 
@@ -479,7 +533,10 @@ def test_quickstart_with_other_weights_is_refused(tmp_path, monkeypatch):
 
 def test_quickstart_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert refused("quickstart") == "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
+    assert (
+        refused("quickstart")
+        == "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
+    )
 
 
 def test_looking_at_a_teacher_reads_no_weights(folder, monkeypatch):

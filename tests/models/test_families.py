@@ -70,8 +70,16 @@ from tests.conftest import (
 
 TITLES = "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ALBERT, ELECTRA, DistilBERT, MPNet, DeBERTa-v2/v3, ModernBERT"
 # Nothing as in the teacher (4 layers, 2 heads, 64 wide, 128 intermediate, gelu).
-ARCH = StudentArch(num_hidden_layers=3, num_attention_heads=1, hidden_size=48, intermediate_size=80, hidden_act="relu")
-NARROW = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64)
+ARCH = StudentArch(
+    num_hidden_layers=3,
+    num_attention_heads=1,
+    hidden_size=48,
+    intermediate_size=80,
+    hidden_act="relu",
+)
+NARROW = StudentArch(
+    num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64
+)
 ROWS = [make_batch(16, seed, length=20) for seed in range(10, 16)]
 NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
 
@@ -79,7 +87,10 @@ NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilber
 def test_there_are_ten_rows_and_a_tiny_teacher_of_each():
     assert list(FAMILIES) == list(dict.fromkeys([*FAMILIES, *CONFIGS, *MORE_CONFIGS]))
     assert len(FAMILIES) == len(CONFIGS) + len(MORE_CONFIGS) == 10
-    assert list(teacher_files.TITLES) == list(FAMILIES) and ", ".join(teacher_files.TITLES.values()) == TITLES
+    assert (
+        list(teacher_files.TITLES) == list(FAMILIES)
+        and ", ".join(teacher_files.TITLES.values()) == TITLES
+    )
     assert {name for name, family in FAMILIES.items() if family.narrows} == NARROWED
 
 
@@ -109,19 +120,33 @@ def teacher(folder: Path) -> Teacher:
 
 
 @pytest.fixture(scope="module")
-def module(teacher: Teacher, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> HiddenStateDistillModule:
+def module(
+    teacher: Teacher, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> HiddenStateDistillModule:
     """A narrower student, distilled by the default recipe and one more objective; ``module.trainer`` is its Trainer."""
     root = tmp_path_factory.mktemp("fit")
     (root / "rows.txt").write_text("\n".join(make_rows(30)))
-    settings = DataSettings(max_length=20, batch_tokens=120, held_out_fraction=0.3, pair_share=0.5, masked_share=0.5)
+    settings = DataSettings(
+        max_length=20, batch_tokens=120, held_out_fraction=0.3, pair_share=0.5, masked_share=0.5
+    )
     data = KDDataModule(str(folder), str(root / "rows.txt"), settings)
     objective = WeightedSum(
-        [*DEFAULT_OBJECTIVE.objectives, AttentionRelations(num_heads=4)], [*DEFAULT_OBJECTIVE.weights, 0.5]
+        [*DEFAULT_OBJECTIVE.objectives, AttentionRelations(num_heads=4)],
+        [*DEFAULT_OBJECTIVE.weights, 0.5],
     )
     torch.manual_seed(0)
-    module = HiddenStateDistillModule(teacher, NARROW, Recipe(objective), StatesSettings(str(root / "states")))
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, precision="bf16-mixed", num_sanity_val_steps=0, **quiet)
+    module = HiddenStateDistillModule(
+        teacher, NARROW, Recipe(objective), StatesSettings(str(root / "states"))
+    )
+    quiet = dict(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, precision="bf16-mixed", num_sanity_val_steps=0, **quiet
+    )
     trainer.fit(module, datamodule=data)
     return module
 
@@ -129,13 +154,17 @@ def module(teacher: Teacher, folder: Path, tmp_path_factory: pytest.TempPathFact
 # The teacher
 
 
-def test_the_teacher_is_its_checkpoint_without_pooler_frozen_and_float32(teacher: Teacher, folder: Path):
+def test_the_teacher_is_its_checkpoint_without_pooler_frozen_and_float32(
+    teacher: Teacher, folder: Path
+):
     model = teacher.load()
     saved = load_file(folder / "model.safetensors")
     loaded = model.state_dict()
     assert loaded.keys() == {name for name in saved if "pooler" not in name} and len(loaded) > 15
     assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items())
-    assert not model.training and {(p.requires_grad, p.dtype) for p in model.parameters()} == {(False, torch.float32)}
+    assert not model.training and {(p.requires_grad, p.dtype) for p in model.parameters()} == {
+        (False, torch.float32)
+    }
     assert list(arch_of(teacher.config).to_dict().values())[:4] == [4, 2, 64, 128]
 
 
@@ -156,32 +185,54 @@ def test_hidden_states_are_the_embedding_and_every_layer_whatever_the_padding(te
 def test_the_longest_input_is_read(teacher: Teacher, name: str):
     longest = max_length(teacher.config)
     assert longest == {"roberta": 36, "xlm-roberta": 36, "camembert": 36, "mpnet": 38}.get(name, 40)
-    assert encode(teacher.model, make_batch(1, length=longest)).hidden_states[-1].shape == (1, longest, 64)
+    assert encode(teacher.model, make_batch(1, length=longest)).hidden_states[-1].shape == (
+        1,
+        longest,
+        64,
+    )
 
 
 def test_a_fine_tuned_teacher_s_encoder_is_taken(teacher: Teacher, folder: Path, tmp_path: Path):
     torch.manual_seed(3)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5, problem_type="regression")
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=5, problem_type="regression"
+    )
     classifier.save_pretrained(tmp_path)
     teacher.tokenizer.save_pretrained(tmp_path)
     tuned = find_teacher(str(tmp_path))
-    assert "ForSequenceClassification" in tuned.config.architectures[0] and tuned.config.num_labels == 5
+    assert (
+        "ForSequenceClassification" in tuned.config.architectures[0]
+        and tuned.config.num_labels == 5
+    )
     assert tuned.sha256() == teacher.sha256()
-    ours, theirs = (student_config(t.config, ARCH).to_dict() | {"_name_or_path": ""} for t in (tuned, teacher))
+    ours, theirs = (
+        student_config(t.config, ARCH).to_dict() | {"_name_or_path": ""} for t in (tuned, teacher)
+    )
     assert ours == theirs  # no labels of the teacher's own
     for labels in (2, 5):
         again = load_classifier(tmp_path, labels)
-        assert again(torch.tensor([[1, 9, 2]])).logits.shape == (1, labels) and again.config.problem_type is None
-        assert torch.equal(again.get_input_embeddings().weight, teacher.model.get_input_embeddings().weight)
+        assert (
+            again(torch.tensor([[1, 9, 2]])).logits.shape == (1, labels)
+            and again.config.problem_type is None
+        )
+        assert torch.equal(
+            again.get_input_embeddings().weight, teacher.model.get_input_embeddings().weight
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_loads_as_float32(folder: Path, tmp_path: Path, dtype: torch.dtype):
     AutoModel.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        dtype
+    }
     teacher = find_teacher(str(tmp_path))
-    for model in (teacher.load(), build_student(teacher.config, NARROW), load_classifier(tmp_path, 2)):
+    for model in (
+        teacher.load(),
+        build_student(teacher.config, NARROW),
+        load_classifier(tmp_path, 2),
+    ):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -207,17 +258,24 @@ def test_the_student_has_exactly_the_shape_that_was_asked_for(
     names, family = FAMILIES[name].names, FAMILIES[name]
     end = f"{names.query}.weight"
     prefix = next(key for key in state if key.endswith(end)).removesuffix(end)
-    shapes = {part: tuple(state[f"{prefix}{getattr(names, part)}.weight"].shape) for part in ("intermediate", "output")}
+    shapes = {
+        part: tuple(state[f"{prefix}{getattr(names, part)}.weight"].shape)
+        for part in ("intermediate", "output")
+    }
     gates = 2 if name == "modernbert" else 1
     assert shapes == {
         "intermediate": (gates * arch.intermediate_size, arch.hidden_size),
         "output": (arch.hidden_size, arch.intermediate_size),
     }
     output = encode(student.eval(), make_batch())
-    assert [state.shape[-1] for state in output.hidden_states] == [arch.hidden_size] * (arch.num_hidden_layers + 1)
+    assert [state.shape[-1] for state in output.hidden_states] == [arch.hidden_size] * (
+        arch.num_hidden_layers + 1
+    )
     student.set_attn_implementation("eager")
     maps = encode(student, make_batch(), maps=True).attentions
-    assert [tuple(m.shape) for m in maps] == [(3, arch.num_attention_heads, 12, 12)] * arch.num_hidden_layers
+    assert [tuple(m.shape) for m in maps] == [
+        (3, arch.num_attention_heads, 12, 12)
+    ] * arch.num_hidden_layers
     activation = type(ACT2FN[arch.hidden_act])
     for layer in family.layers(student):
         assert any(isinstance(part, activation) for part in layer.modules())
@@ -232,15 +290,27 @@ def test_the_student_keeps_what_is_not_its_shape(teacher: Teacher, name: str):
     assert {part.eps for part in student.modules() if isinstance(part, nn.LayerNorm)} == {eps}
     assert max_length(student.config) == max_length(teacher.config)
     five = {FAMILIES[name].fields.get(key, key) for key in ARCH.to_dict()}
-    following = {"architectures", "dtype", "layer_types", "pooler_hidden_size", "attention_head_size"}
-    kept = {key: value for key, value in teacher.config.to_dict().items() if key not in five | following}
+    following = {
+        "architectures",
+        "dtype",
+        "layer_types",
+        "pooler_hidden_size",
+        "attention_head_size",
+    }
+    kept = {
+        key: value for key, value in teacher.config.to_dict().items() if key not in five | following
+    }
     assert kept.items() <= student.config.to_dict().items() and len(kept) > 12
 
 
 def test_a_classifier_of_the_student_is_built_and_leaves_the_config_alone(teacher: Teacher):
     config = student_config(teacher.config, ARCH)
     before = copy.deepcopy(config.to_dict())
-    batch = {name: tensor for name, tensor in make_batch().items() if name in ("input_ids", "attention_mask")}
+    batch = {
+        name: tensor
+        for name, tensor in make_batch().items()
+        if name in ("input_ids", "attention_mask")
+    }
     assert build_classifier(config, num_labels=5)(**batch).logits.shape == (3, 5)
     assert config.to_dict() == before
 
@@ -248,7 +318,9 @@ def test_a_classifier_of_the_student_is_built_and_leaves_the_config_alone(teache
 def test_every_point_of_the_search_space_is_built(name: str):
     config = make_config(name, num_hidden_layers=2)
     space, found = SearchSpace.from_teacher(config), 0
-    batch = {key: make_batch(1, length=6)[key].to("meta") for key in ("input_ids", "attention_mask")}
+    batch = {
+        key: make_batch(1, length=6)[key].to("meta") for key in ("input_ids", "attention_mask")
+    }
     with torch.device("meta"):
         for arch in space:
             student = build_student(config, arch)
@@ -258,12 +330,16 @@ def test_every_point_of_the_search_space_is_built(name: str):
     for width in space.choices["hidden_size"]:
         for heads in space.choices["num_attention_heads"]:
             arch = StudentArch(2, heads, width, space.choices["intermediate_size"][0])
-            output = build_student(config, arch)(**{key: torch.ones(1, 6, dtype=torch.long) for key in batch})
+            output = build_student(config, arch)(
+                **{key: torch.ones(1, 6, dtype=torch.long) for key in batch}
+            )
             assert output.last_hidden_state.shape == (1, 6, width)
 
 
 def test_latency_is_measured(teacher: Teacher):
-    meter = LatencyMeter(teacher.config, LatencySettings(length=max_length(teacher.config), min_seconds=1e-3))
+    meter = LatencyMeter(
+        teacher.config, LatencySettings(length=max_length(teacher.config), min_seconds=1e-3)
+    )
     measured = meter.measure(NARROW)
     assert 0 < measured.student.median_ms < math.inf and 0 < measured.teacher.median_ms < math.inf
     assert measured.num_parameters == sum(
@@ -291,7 +367,9 @@ def test_attention_and_values_are_what_the_model_itself_attends_to(teacher: Teac
     assert len(contexts) == 4
     for layer, context in enumerate(contexts):
         maps, values = view.attention(layer), view.heads(layer, "value", 2)
-        assert not maps[~view.mask_BT[:, None, None, :].expand_as(maps) & view.mask_BT[:, None, :, None]].any()
+        assert not maps[
+            ~view.mask_BT[:, None, None, :].expand_as(maps) & view.mask_BT[:, None, :, None]
+        ].any()
         found = (maps @ values).transpose(1, 2).flatten(2)
         torch.testing.assert_close(found[view.mask_BT], context[view.mask_BT], rtol=1e-4, atol=1e-4)
         chosen = torch.tensor([1, 0, 1])
@@ -312,7 +390,9 @@ def started(teacher: Teacher, start: Start, arch: StudentArch) -> tuple[PreTrain
 
 @torch.no_grad()
 def last_states(model: PreTrainedModel, rows: list) -> Tensor:
-    return torch.cat([view_of(model, batch).real(model.config.num_hidden_layers - 1) for batch in rows])
+    return torch.cat(
+        [view_of(model, batch).real(model.config.num_hidden_layers - 1) for batch in rows]
+    )
 
 
 def test_at_equal_shape_the_start_is_the_teacher_and_the_log_says_where_heads_or_neurons_are_cut(
@@ -321,14 +401,19 @@ def test_at_equal_shape_the_start_is_the_teacher_and_the_log_says_where_heads_or
     caplog.set_level(logging.INFO, logger="kdnas")
     student, done = started(teacher, FromTeacher(), arch_of(teacher.config))
     torch.testing.assert_close(last_states(student, ROWS), last_states(teacher.model, ROWS))
-    assert done.copied == {name for name, _ in student.named_parameters()} and done.heads == ((0, 1),) * 4
+    assert (
+        done.copied == {name for name, _ in student.named_parameters()}
+        and done.heads == ((0, 1),) * 4
+    )
     assert "a worse start" not in caplog.text
     for arch in (StudentArch(3, 1, 64, 48), StudentArch(4, 1, 64, 128, "relu")):
         caplog.clear()
         student, done = started(teacher, FromTeacher(), arch)
         assert last_states(student, ROWS).isfinite().all()
         assert [len(heads) for heads in done.heads] == [1] * arch.num_hidden_layers
-        assert ("copied and cut, a worse start" in caplog.text) is not family_of(teacher.config).narrows
+        assert ("copied and cut, a worse start" in caplog.text) is not family_of(
+            teacher.config
+        ).narrows
 
 
 def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(
@@ -342,9 +427,15 @@ def test_of_a_wide_feed_forward_part_the_neurons_that_do_something_are_kept(
     dead = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:80]
     for layer in set(family.layers(model)):
         layer.get_submodule(family.names.output).weight.data[:, dead] = 0
-    student, _ = started(pruned, FromTeacher(), replace(arch_of(teacher.config), intermediate_size=48))
-    most = 1e-2 if family.narrows else 1e-4  # least squares add what is lacking: the error of float16
-    torch.testing.assert_close(last_states(student, ROWS), last_states(model, ROWS), rtol=most, atol=most)
+    student, _ = started(
+        pruned, FromTeacher(), replace(arch_of(teacher.config), intermediate_size=48)
+    )
+    most = (
+        1e-2 if family.narrows else 1e-4
+    )  # least squares add what is lacking: the error of float16
+    torch.testing.assert_close(
+        last_states(student, ROWS), last_states(model, ROWS), rtol=most, atol=most
+    )
 
 
 @torch.no_grad()
@@ -362,10 +453,15 @@ def test_a_narrower_start_knows_more_than_chance_or_says_what_it_cannot(
         words[type(start)] = float(
             (torch.addmm(weight[-1], ours.real(-1), weight[:-1]) - theirs.real(-1)).square().mean()
         )
-        attention[type(start)] = float(attention_divergence(ours.attention(0), theirs.attention(0), ours.mask_BT))
+        attention[type(start)] = float(
+            attention_divergence(ours.attention(0), theirs.attention(0), ours.mask_BT)
+        )
         if type(start) is FromTeacher:
             assert (done.heads is None) is (name not in NARROWED)
-    assert words[FromTeacher] < 0.8 * words[RandomStart] and words[FromEmbeddings] < 0.8 * words[RandomStart]
+    assert (
+        words[FromTeacher] < 0.8 * words[RandomStart]
+        and words[FromEmbeddings] < 0.8 * words[RandomStart]
+    )
     said = f"A narrower {name} starts from its teacher's embeddings alone." in caplog.text
     assert said is (name not in NARROWED)
     if not said:
@@ -373,7 +469,9 @@ def test_a_narrower_start_knows_more_than_chance_or_says_what_it_cannot(
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (64, 32), (32, 32), (32, 64)])
-def test_tables_of_their_own_width_start_in_every_combination(sizes: tuple[int, int], tmp_path: Path):
+def test_tables_of_their_own_width_start_in_every_combination(
+    sizes: tuple[int, int], tmp_path: Path
+):
     """ELECTRA's map behind the tables: there, there alone, folded into the tables, or nowhere."""
     width, tables = 64, sizes[1]
     teacher = find_teacher(str(save_teacher(tmp_path, "electra", embedding_size=tables)))
@@ -384,21 +482,32 @@ def test_tables_of_their_own_width_start_in_every_combination(sizes: tuple[int, 
     assert hasattr(student, "embeddings_project") is (own and tables != arch.hidden_size)
     batch = make_batch(24, 99, length=20)
     with torch.no_grad():
-        ours, theirs = (embed(model, batch)[batch["attention_mask"].bool()] for model in (student, teacher.model))
+        ours, theirs = (
+            embed(model, batch)[batch["attention_mask"].bool()]
+            for model in (student, teacher.model)
+        )
     weight = ridge_map(ours, theirs, 1e-6).float()
-    error = (torch.addmm(weight[-1], ours, weight[:-1]) - theirs).square().mean() / theirs.var(0).mean()
+    error = (torch.addmm(weight[-1], ours, weight[:-1]) - theirs).square().mean() / theirs.var(
+        0
+    ).mean()
     assert error < 0.3
 
 
 # Distillation with the default recipe
 
 
-def test_the_default_recipe_works_and_leaves_the_teacher_as_it_was(module, teacher: Teacher, folder: Path):
-    assert len(module.history) == 2 and all(0 < epoch["loss"] < math.inf for epoch in module.history)
+def test_the_default_recipe_works_and_leaves_the_teacher_as_it_was(
+    module, teacher: Teacher, folder: Path
+):
+    assert len(module.history) == 2 and all(
+        0 < epoch["loss"] < math.inf for epoch in module.history
+    )
     assert teacher.sha256() == find_teacher(str(folder)).sha256()
 
 
-def test_a_step_lowers_the_loss_and_gives_every_parameter_a_gradient(module: HiddenStateDistillModule):
+def test_a_step_lowers_the_loss_and_gives_every_parameter_a_gradient(
+    module: HiddenStateDistillModule,
+):
     module.log = lambda *args, **kwargs: None
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
     batch, losses = module.trainer.datamodule.rows[0, np.arange(8)], []
@@ -438,7 +547,9 @@ def test_a_checkpoint_holds_no_teacher(module, tmp_path: Path):
 # What is deployed
 
 
-def test_the_student_loads_without_kdnas_and_its_onnx_graph_equals_torch(teacher: Teacher, name: str, tmp_path: Path):
+def test_the_student_loads_without_kdnas_and_its_onnx_graph_equals_torch(
+    teacher: Teacher, name: str, tmp_path: Path
+):
     depth = 2 if name == "modernbert" else 1  # its second layer has a window
     student, _ = started(teacher, FromTeacher(), replace(NARROW, num_hidden_layers=depth))
     student.save_pretrained(tmp_path / "encoder")
@@ -451,11 +562,15 @@ def test_the_student_loads_without_kdnas_and_its_onnx_graph_equals_torch(teacher
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.save_pretrained(tmp_path / "tuned")
     loaded, tokenizer = load_student(tmp_path / "tuned")
-    assert ("token_type_ids" in tokenizer("the river")) is (getattr(student.config, "type_vocab_size", 0) > 1)
+    assert ("token_type_ids" in tokenizer("the river")) is (
+        getattr(student.config, "type_vocab_size", 0) > 1
+    )
     assert tokenizer.model_max_length == max_length(teacher.config)
     write_onnx(loaded, tmp_path / "model.onnx", tokenizer.model_input_names)
     assert 0 < _check_parity(loaded, tokenizer, tmp_path / "model.onnx", 1e-4) < 1e-4
-    plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    plain, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "tuned", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert state_sha256(plain.state_dict()) == state_sha256(classifier.state_dict())
     assert str(teacher.source) not in (tmp_path / "tuned" / "config.json").read_text()
@@ -467,16 +582,25 @@ def test_the_student_loads_without_kdnas_and_its_onnx_graph_equals_torch(teacher
 OTHERS = {
     "gpt2": GPT2Config(n_layer=1, n_embd=8, n_head=1),
     "t5": T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2),
-    "vit": ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8),
+    "vit": ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    ),
     "clip": CLIPConfig(),
-    "deberta": DebertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8),
+    "deberta": DebertaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    ),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("command", ["run", "fit"])
 def test_another_kind_of_teacher_is_refused_before_anything_is_made(
-    other: str, command: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+    other: str,
+    command: str,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
 ):
     OTHERS[other].save_pretrained(tmp_path / "teacher")
     make_tokenizer().save_pretrained(tmp_path / "teacher")
@@ -484,11 +608,18 @@ def test_another_kind_of_teacher_is_refused_before_anything_is_made(
     before = sorted(tmp_path.rglob("*"))
     options = {
         "run": [f"--teacher={tmp_path}/teacher", f"--text={text_file}", "--name=other"],
-        "fit": [f"--model.teacher={tmp_path}/teacher", f"--model.arch={ARCH.to_dict()}", f"--data.text={text_file}"],
+        "fit": [
+            f"--model.teacher={tmp_path}/teacher",
+            f"--model.arch={ARCH.to_dict()}",
+            f"--data.text={text_file}",
+        ],
     }
     assert main([command, *options[command]]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"kdnas: A teacher of the family {other!r} is not supported: take an encoder ({TITLES})."
+    assert (
+        line
+        == f"kdnas: A teacher of the family {other!r} is not supported: take an encoder ({TITLES})."
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -502,12 +633,22 @@ def test_a_decoder_of_a_family_is_refused_with_the_families(tmp_path: Path):
     ("family", "values", "message"),
     [
         ("bert", {"pad_token_id": 0}, "has the pad_token_id 3, and the model's config.json 0:"),
-        ("modernbert", {"cls_token_id": 4}, "has the cls_token_id 1, and the model's config.json 4:"),
-        ("modernbert", {"sep_token_id": 9}, "has the sep_token_id 2, and the model's config.json 9:"),
+        (
+            "modernbert",
+            {"cls_token_id": 4},
+            "has the cls_token_id 1, and the model's config.json 4:",
+        ),
+        (
+            "modernbert",
+            {"sep_token_id": 9},
+            "has the sep_token_id 2, and the model's config.json 9:",
+        ),
         ("mpnet", {"vocab_size": 20}, f"has {len(VOCAB)} tokens, and the model only 20:"),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(family: str, values: dict, message: str, tmp_path: Path):
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
+    family: str, values: dict, message: str, tmp_path: Path
+):
     with pytest.raises(UserError, match=message):
         find_teacher(str(save_teacher(tmp_path, family, **values)))
 
@@ -515,8 +656,12 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(family: str, values:
 def test_a_token_beyond_the_vocabulary_is_refused_however_few_there_are(tmp_path: Path):
     save_teacher(tmp_path)
     file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace(f'"doctor": {len(VOCAB) - 1}', f'"doctor": {len(VOCAB) + 8}'))
-    with pytest.raises(UserError, match=f"has {len(VOCAB) + 9} tokens, and the model only {len(VOCAB)}:"):
+    file.write_text(
+        file.read_text().replace(f'"doctor": {len(VOCAB) - 1}', f'"doctor": {len(VOCAB) + 8}')
+    )
+    with pytest.raises(
+        UserError, match=f"has {len(VOCAB) + 9} tokens, and the model only {len(VOCAB)}:"
+    ):
         find_teacher(str(tmp_path))
 
 
@@ -530,13 +675,16 @@ def test_a_student_that_reads_otherwise_is_refused_with_the_reason(tmp_path: Pat
     teacher = find_teacher(str(save_teacher(tmp_path / "teacher")))
     refuse_other_inputs(find_teacher(str(save_teacher(tmp_path / "same", "distilbert"))), teacher)
     shorter = find_teacher(str(save_teacher(tmp_path / "shorter", max_position_embeddings=30)))
-    with pytest.raises(UserError, match="shorter' does not read as .*' does: it takes 30 tokens, its teacher 40"):
+    with pytest.raises(
+        UserError, match="shorter' does not read as .*' does: it takes 30 tokens, its teacher 40"
+    ):
         refuse_other_inputs(shorter, teacher)
     for name, change in (("other", lambda text: text.replace("river", "rover")), ("case", _lower)):
         file = save_teacher(tmp_path / name) / "tokenizer.json"
         file.write_text(change(file.read_text()))
     with pytest.raises(
-        UserError, match=rf"its tokenizer has other tokens \({len(VOCAB)}, the teacher's {len(VOCAB)}\)"
+        UserError,
+        match=rf"its tokenizer has other tokens \({len(VOCAB)}, the teacher's {len(VOCAB)}\)",
     ):
         refuse_other_inputs(find_teacher(str(tmp_path / "other")), teacher)
     with pytest.raises(UserError, match=r"its tokenizer reads 'The Café opens at 8.' as \[1, 6, "):
@@ -553,7 +701,9 @@ def test_a_text_read_by_another_tokenizer_is_refused(tmp_path: Path, text_file: 
     data = KDDataModule(str(other), str(text_file), DataSettings(max_length=20))
     module = HiddenStateDistillModule(str(teacher), NARROW, Recipe(start=RandomStart()))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
-    with pytest.raises(UserError, match="other' does not read as .*' does: it takes 30 tokens, its teacher 40"):
+    with pytest.raises(
+        UserError, match="other' does not read as .*' does: it takes 30 tokens, its teacher 40"
+    ):
         trainer.fit(module, datamodule=data)
 
 
@@ -569,17 +719,24 @@ def test_a_layer_that_is_a_copy_attends_as_far_as_its_original():
 def test_heads_of_an_odd_size_are_refused_where_positions_are_rotations():
     config = make_config("modernbert")
     with pytest.raises(
-        UserError, match="hidden_size 34 and num_attention_heads 2 make heads of 17: .*ModernBERT must be"
+        UserError,
+        match="hidden_size 34 and num_attention_heads 2 make heads of 17: .*ModernBERT must be",
     ):
         build_student(config, replace(ARCH, hidden_size=34, num_attention_heads=2))
     space = SearchSpace.from_teacher(config)
-    with pytest.raises(UserError, match="hidden_size 34 and num_attention_heads 2 make heads of 17"):
+    with pytest.raises(
+        UserError, match="hidden_size 34 and num_attention_heads 2 make heads of 17"
+    ):
         space.replaced({"hidden_size": [34], "num_attention_heads": [2]}, config)
-    odd = SearchSpace.from_teacher(make_config("modernbert", hidden_size=136, num_attention_heads=4))
+    odd = SearchSpace.from_teacher(
+        make_config("modernbert", hidden_size=136, num_attention_heads=4)
+    )
     assert odd.choices["hidden_size"] == [136]  # not 68 and 102, whose heads would be 17 wide
     assert (
         len(
-            SearchSpace.from_teacher(make_config("bert", hidden_size=136, num_attention_heads=4)).choices["hidden_size"]
+            SearchSpace.from_teacher(
+                make_config("bert", hidden_size=136, num_attention_heads=4)
+            ).choices["hidden_size"]
         )
         > 1
     )

@@ -65,13 +65,17 @@ def online(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_no_answer_is_the_networks_fault(error, online, monkeypatch):
-    with pytest.raises(HubAway, match=r"cannot be reached for a thing \(.*\): do that, or try again later"):
+    with pytest.raises(
+        HubAway, match=r"cannot be reached for a thing \(.*\): do that, or try again later"
+    ):
         refuse_away(error, "a thing", "do that")
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
     refuse_away(error, "a thing", "do that")
 
 
-@pytest.mark.parametrize("error", [answered(404), answered(401), ValueError("x"), FileNotFoundError("x")])
+@pytest.mark.parametrize(
+    "error", [answered(404), answered(401), ValueError("x"), FileNotFoundError("x")]
+)
 def test_an_answer_is_the_users_affair(error, online):
     refuse_away(error, "a thing", "do that")
 
@@ -88,7 +92,9 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_every_use_of_the_hub_tells_them_apart(use, online):
     online(no_answer)
-    with pytest.raises(HubAway, match=rf"hub cannot be reached for {use.strip()} \(no route to host\): "):
+    with pytest.raises(
+        HubAway, match=rf"hub cannot be reached for {use.strip()} \(no route to host\): "
+    ):
         USES[use]()
     online(not_found)
     with pytest.raises(UserError, match="an answer"):
@@ -96,7 +102,9 @@ def test_every_use_of_the_hub_tells_them_apart(use, online):
 
 
 @pytest.mark.parametrize(("part", "what"), [(AutoTokenizer, "tokenizer"), (AutoModel, "weights")])
-def test_a_download_that_breaks_off_is_the_networks_fault(part, what, online, tiny_teacher, monkeypatch):
+def test_a_download_that_breaks_off_is_the_networks_fault(
+    part, what, online, tiny_teacher, monkeypatch
+):
     online(lambda *args, **kwargs: None)
     config = AutoConfig.from_pretrained(tiny_teacher)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
@@ -115,5 +123,8 @@ def test_the_exit_code_is_3_and_nothing_is_made(online, tmp_path, text_file, cap
     assert error.count("\n") == 1 and "HF_HUB_OFFLINE=1 for one in the cache" in error
     online(not_found)
     assert main(args) == 2
-    assert "'some/model' was not found, here or on the hub: an answer; give a folder" in capsys.readouterr().err
+    assert (
+        "'some/model' was not found, here or on the hub: an answer; give a folder"
+        in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []

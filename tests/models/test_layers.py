@@ -44,7 +44,9 @@ def test_last_and_skip_is_last_then_skip(num_student, num_teacher, pairs):
     assert LastAndSkip()(num_student, num_teacher) == pairs
 
 
-@pytest.mark.parametrize(("num_student", "pairs"), [(1, [(5,)]), (2, [(), (5,)]), (4, [(), (), (), (5,)])])
+@pytest.mark.parametrize(
+    ("num_student", "pairs"), [(1, [(5,)]), (2, [(), (5,)]), (4, [(), (), (), (5,)])]
+)
 def test_only_the_last_layer_learns_from_the_last_layer(num_student, pairs):
     assert LastLayer()(num_student, 6) == pairs
 
@@ -68,7 +70,13 @@ def test_layers_are_spread_evenly_first_and_last_among_them(num_chosen, num_all,
 
 @pytest.mark.parametrize(
     ("num_ours", "num_theirs", "kept"),
-    [(1, 6, [0]), (3, 6, [0, 1, 5]), (4, 12, [0, 1, 2, 11]), (6, 6, [0, 1, 2, 3, 4, 5]), (2, 2, [0, 1])],
+    [
+        (1, 6, [0]),
+        (3, 6, [0, 1, 5]),
+        (4, 12, [0, 1, 2, 11]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (2, 2, [0, 1]),
+    ],
 )
 def test_a_student_begins_as_the_first_layers_and_the_last(num_ours, num_theirs, kept):
     assert kept_layers(num_ours, num_theirs) == kept
@@ -82,7 +90,13 @@ def test_no_layer_is_chosen_twice():
 
 def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstring_names():
     originals = {depth: [(i * 12 // depth,) for i in range(depth)] for depth in range(1, 13)}
-    assert [depth for depth in originals if Skip()(depth, 12) != originals[depth]] == [5, 7, 8, 9, 10]
+    assert [depth for depth in originals if Skip()(depth, 12) != originals[depth]] == [
+        5,
+        7,
+        8,
+        9,
+        10,
+    ]
     assert originals[5] == [(0,), (2,), (4,), (7,), (9,)]
     assert "differ for 12 -> 5 and 12 -> 7 to 10." in " ".join(Skip.__doc__.split())
 
@@ -90,7 +104,9 @@ def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstri
 @pytest.mark.parametrize("mapping", [Last(), Skip(), LastAndSkip(), Even(), LastLayer()])
 @pytest.mark.parametrize("num_student", [0, 13])
 def test_a_student_without_layers_or_deeper_than_its_teacher_is_refused(mapping, num_student):
-    with pytest.raises(UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"):
+    with pytest.raises(
+        UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"
+    ):
         mapping(num_student, 12)
 
 

@@ -17,12 +17,23 @@ from transformers import BertConfig
 from kdnas.deploy.latency import ArchLatency, Latency, LatencyMeter, LatencySettings
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.models.arch import StudentArch
-from kdnas.nas.callbacks import FailOnNonFiniteLoss, LatencyAfterFit, PruneByHeldOutLoss, RewardAfterFit
+from kdnas.nas.callbacks import (
+    FailOnNonFiniteLoss,
+    LatencyAfterFit,
+    PruneByHeldOutLoss,
+    RewardAfterFit,
+)
 from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
 from kdnas.training.trainer import TrainerSettings, make_trainer
 
-ARCH = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64, hidden_act="relu")
+ARCH = StudentArch(
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    hidden_size=32,
+    intermediate_size=64,
+    hidden_act="relu",
+)
 CPU = TrainerSettings(accelerator="cpu", precision="32-true")
 STEPS = 4  # of an epoch
 
@@ -60,7 +71,9 @@ class Tiny(HiddenStateDistillModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def fit(folder: Path, module: Tiny, *callbacks: pl.Callback, sanity: int = 0, logs: bool = True) -> None:
+def fit(
+    folder: Path, module: Tiny, *callbacks: pl.Callback, sanity: int = 0, logs: bool = True
+) -> None:
     trainer = make_trainer(CPU, folder / "trial_0000", len(module.held_out), callbacks)
     trainer.num_sanity_val_steps = sanity
     if not logs:
@@ -76,7 +89,9 @@ def meter(monkeypatch) -> LatencyMeter:
     return LatencyMeter(BertConfig(), LatencySettings())
 
 
-def remembered(meter: LatencyMeter, student_ms: float = 2.0, teacher_ms: float = 10.0) -> ArchLatency:
+def remembered(
+    meter: LatencyMeter, student_ms: float = 2.0, teacher_ms: float = 10.0
+) -> ArchLatency:
     value = ArchLatency(Latency(student_ms, 0.1, 9), Latency(teacher_ms, 0.2, 9), 1234)
     meter.remember(ARCH, value)
     return value
@@ -104,19 +119,28 @@ def test_the_held_out_score_of_each_epoch_is_reported(tmp_path):
 
 
 def test_the_fit_ends_where_the_pruner_says_so(tmp_path):
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3)
+    )
     module = Tiny([0.5, 0.75, 0.1])
     with pytest.raises(optuna.TrialPruned, match=r"^held-out loss 0\.7500 after epoch 2 of 3$"):
         fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
     assert module.global_step == 2 * STEPS
-    assert study.trials[0].user_attrs == {"stopped_early": "held-out loss 0.7500 after epoch 2 of 3"}
+    assert study.trials[0].user_attrs == {
+        "stopped_early": "held-out loss 0.7500 after epoch 2 of 3"
+    }
 
 
 def test_what_is_trained_to_its_end_is_never_pruned(tmp_path):
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3))
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3)
+    )
     module = Tiny([0.5, 0.75])
     fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
-    assert module.global_step == 2 * STEPS and study.trials[0].intermediate_values == {0: 0.5, 1: 0.25}
+    assert module.global_step == 2 * STEPS and study.trials[0].intermediate_values == {
+        0: 0.5,
+        1: 0.25,
+    }
 
 
 def test_the_median_pruner_sees_a_higher_score_as_better(tmp_path):
@@ -124,7 +148,9 @@ def test_the_median_pruner_sees_a_higher_score_as_better(tmp_path):
     study = optuna.create_study(direction="maximize", pruner=pruner)
 
     def objective(trial: optuna.Trial) -> float:
-        module = Tiny([0.4, 0.3] if trial.number < 2 else [0.9, 0.1] if trial.number == 2 else [0.2, 0.2])
+        module = Tiny(
+            [0.4, 0.3] if trial.number < 2 else [0.9, 0.1] if trial.number == 2 else [0.2, 0.2]
+        )
         fit(tmp_path, module, PruneByHeldOutLoss(trial))
         return 1 - module.history[-1]["loss"]
 
@@ -148,7 +174,9 @@ def test_the_reward_is_that_of_the_last_epoch_and_the_latency(tmp_path, meter):
     rewarded = RewardAfterFit(latency, alpha=-0.5, beta=0.3)
     assert math.isnan(rewarded.reward)
     fit(tmp_path, Tiny([0.9, 0.2]), latency, rewarded)
-    assert rewarded.reward == reward(0.2, 2.0, 10.0, -0.5, 0.3) == pytest.approx(0.8 * (2 / 3) ** -0.5)
+    assert (
+        rewarded.reward == reward(0.2, 2.0, 10.0, -0.5, 0.3) == pytest.approx(0.8 * (2 / 3) ** -0.5)
+    )
 
 
 def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_path, meter):
@@ -159,7 +187,11 @@ def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_pat
     assert len(list((tmp_path / "trial_0000").glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(tmp_path / "trial_0000"))
     events.Reload()
-    written = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+    written = {
+        tag: events.Scalars(tag)[-1].value
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("hp/")
+    }
     assert written == pytest.approx(
         {
             "hp/reward": rewarded.reward,
@@ -171,7 +203,9 @@ def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_pat
     )
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(metadata).session_start_info.hparams
-    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == ARCH.to_dict()
+    assert {
+        name: value.number_value or value.string_value for name, value in hparams.items()
+    } == ARCH.to_dict()
 
 
 def test_the_reward_is_computed_without_a_logger_too(tmp_path, meter):

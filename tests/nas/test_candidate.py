@@ -35,7 +35,9 @@ from kdnas.system.files import Run
 from kdnas.training.trainer import TrainerSettings
 
 ARCH = StudentArch(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=32)
-OTHER = StudentArch(num_hidden_layers=2, num_attention_heads=2, hidden_size=64, intermediate_size=64)
+OTHER = StudentArch(
+    num_hidden_layers=2, num_attention_heads=2, hidden_size=64, intermediate_size=64
+)
 SPACE = SearchSpace(
     {
         "num_hidden_layers": [1, 2],
@@ -61,13 +63,19 @@ class OneWeightIsNaN(Start):
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def parts(
+    tiny_teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
     """What all candidates share: teacher, its states and the rows."""
     teacher = find_teacher(str(tiny_teacher))
-    settings = DataSettings(max_length=16, batch_tokens=256, held_out_fraction=0.1, pair_share=0.0, masked_share=1.0)
+    settings = DataSettings(
+        max_length=16, batch_tokens=256, held_out_fraction=0.1, pair_share=0.0, masked_share=1.0
+    )
     data = KDDataModule(str(tiny_teacher), str(text_file), settings)
     data.setup()
-    states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path_factory.mktemp("states"))))
+    states = open_states(
+        teacher, data, range(-1, 4), StatesSettings(str(tmp_path_factory.mktemp("states")))
+    )
     return {"teacher": teacher, "data": data, "states": states}
 
 
@@ -113,12 +121,22 @@ def new_study() -> optuna.Study:
         (Budget(latency_ms=5), 2.0, 0.0, ""),
         (Budget(latency_ms=2.5), 5.0, 1.0, "5.000 ms, 2.5 ms is asked for"),
         (Budget(speedup=4, latency_ms=5), 2.0, 0.0, ""),
-        (Budget(speedup=4, latency_ms=4), 5.0, 1.0, "2.00x as fast as the teacher, 4x is asked for"),
+        (
+            Budget(speedup=4, latency_ms=4),
+            5.0,
+            1.0,
+            "2.00x as fast as the teacher, 4x is asked for",
+        ),
         (Budget(speedup=2.5, latency_ms=2), 5.0, 1.5, "5.000 ms, 2 ms is asked for"),
         (Budget(speedup=1, latency_ms=2), 5.0, 1.5, "5.000 ms, 2 ms is asked for"),
         (Budget(num_parameters=1234), 5.0, 0.0, ""),
         (Budget(num_parameters=617), 5.0, 1.0, "1,234 parameters, 617 are asked for"),
-        (Budget(speedup=3, latency_ms=100), 5.0, 0.5, "2.00x as fast as the teacher, 3x is asked for"),
+        (
+            Budget(speedup=3, latency_ms=100),
+            5.0,
+            0.5,
+            "2.00x as fast as the teacher, 3x is asked for",
+        ),
     ],
 )
 def test_the_budget_is_broken_by_the_larger_of_its_excesses(budget, student_ms, violation, reason):
@@ -134,7 +152,9 @@ def test_a_budget_that_is_not_above_zero_is_refused(name, value):
         Budget(**{name: value})
 
 
-def test_the_teacher_reads_the_rows_that_students_start_on_once_for_all_candidates(make, monkeypatch):
+def test_the_teacher_reads_the_rows_that_students_start_on_once_for_all_candidates(
+    make, monkeypatch
+):
     passes, study, evaluators = [], new_study(), [make(), make()]
     of = TeacherStream.of
     monkeypatch.setattr(TeacherStream, "of", lambda *args: passes.append(args) or of(*args))
@@ -157,7 +177,9 @@ def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tm
     assert frozen.state == TrialState.COMPLETE
     attrs = frozen.user_attrs
     history = attrs.pop("history")
-    assert [set(entry) for entry in history] == [{"epoch", "loss", "contextual_share", "sentence_r2"}] * 2
+    assert [set(entry) for entry in history] == [
+        {"epoch", "loss", "contextual_share", "sentence_r2"}
+    ] * 2
     assert [entry["epoch"] for entry in history] == [0, 1]
     assert history[1]["loss"] < history[0]["loss"]
     assert attrs.pop("seconds") > 0
@@ -175,7 +197,9 @@ def test_a_candidate_is_trained_and_everything_about_it_is_written_down(make, tm
         "reward": value,
     }
     assert value == reward(attrs["loss"], 2.0, 10.0)
-    assert all(entry[name] < 1 for entry in history for name in ("contextual_share", "sentence_r2"))  # of one batch
+    assert all(
+        entry[name] < 1 for entry in history for name in ("contextual_share", "sentence_r2")
+    )  # of one batch
     assert frozen.constraints == {"budget": 0.0}
     scores = {epoch: 1 - entry["loss"] for epoch, entry in enumerate(history)}
     assert frozen.intermediate_values == pytest.approx(scores, rel=1e-6)
@@ -241,7 +265,10 @@ def test_a_candidate_within_the_budget_is_trained(make):
     ("changes", "reason"),
     [
         ({"recipe": Recipe(start=OneWeightIsNaN())}, "the training loss is nan at step 1"),
-        ({"recipe": Recipe(learning_rate=1e38, constant_rate=True)}, r"loss is (nan|inf)|error is (nan|inf)"),
+        (
+            {"recipe": Recipe(learning_rate=1e38, constant_rate=True)},
+            r"loss is (nan|inf)|error is (nan|inf)",
+        ),
     ],
 )
 def test_a_candidate_whose_loss_is_no_number_fails_with_its_step(make, changes, reason):
@@ -255,7 +282,12 @@ def test_in_a_search_such_a_candidate_is_a_failed_trial_and_the_next_is_trained(
     ruined = dataclasses.replace(evaluator, recipe=Recipe(start=OneWeightIsNaN()))
     study = new_study()
     study.enqueue_trial(ARCH.to_dict())
-    best = search(lambda trial, arch: (ruined if arch == ARCH else evaluator)(trial, arch), SPACE, study, n_trials=1)
+    best = search(
+        lambda trial, arch: (ruined if arch == ARCH else evaluator)(trial, arch),
+        SPACE,
+        study,
+        n_trials=1,
+    )
     failed = study.trials[0]
     assert failed.state == TrialState.FAIL
     assert failed.user_attrs["failed"] == "the training loss is nan at step 1"
@@ -264,7 +296,9 @@ def test_in_a_search_such_a_candidate_is_a_failed_trial_and_the_next_is_trained(
 
 
 def test_a_pruner_ends_a_candidate_early(make):
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=1.0))
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=1.0)
+    )
     evaluator = make(num_epochs=3)
     study.optimize(lambda trial: evaluator(trial, ARCH), n_trials=1)
     (trial,) = study.trials
@@ -273,7 +307,9 @@ def test_a_pruner_ends_a_candidate_early(make):
     assert "refused" not in trial.user_attrs and trial.constraints == {"budget": 0.0}
     (row,) = trials_frame(study).to_dict("records")
     assert row["state"] == "PRUNED" and row["seconds"] > 0
-    assert row["reason"].startswith("held-out loss ") and row["reason"].endswith(" after epoch 1 of 3")
+    assert row["reason"].startswith("held-out loss ") and row["reason"].endswith(
+        " after epoch 1 of 3"
+    )
 
 
 def test_the_same_arch_and_seed_score_the_same_whatever_was_trained_before(make):
@@ -284,7 +320,9 @@ def test_the_same_arch_and_seed_score_the_same_whatever_was_trained_before(make)
     torch.rand(7)
     assert evaluator(new_study().ask(), ARCH) == first != other
     random = {"recipe": Recipe(start=RandomStart())}
-    assert make(**random)(new_study().ask(), ARCH) != make(seed=1, **random)(new_study().ask(), ARCH)
+    assert make(**random)(new_study().ask(), ARCH) != make(seed=1, **random)(
+        new_study().ask(), ARCH
+    )
 
 
 def test_a_candidate_does_not_change_what_is_drawn_next(make):
@@ -295,7 +333,9 @@ def test_a_candidate_does_not_change_what_is_drawn_next(make):
     assert torch.rand(3).equal(expected)
 
 
-def test_a_candidate_sees_the_mini_rows_and_is_scored_on_the_held_out_ones(make, parts, monkeypatch):
+def test_a_candidate_sees_the_mini_rows_and_is_scored_on_the_held_out_ones(
+    make, parts, monkeypatch
+):
     seen: dict[str, set[int]] = {"training_step": set(), "validation_step": set()}
 
     class Watched(HiddenStateDistillModule):
@@ -319,13 +359,17 @@ def test_the_progress_bar_names_the_trial_and_is_gone_afterwards(make):
     with Progress(console=Console(quiet=True)) as progress:
         shown = []
         add_task = progress.add_task
-        progress.add_task = lambda description, **options: shown.append(description) or add_task(description, **options)
+        progress.add_task = lambda description, **options: (
+            shown.append(description) or add_task(description, **options)
+        )
         make(progress=progress)(new_study().ask(), ARCH)
         assert shown[0] == f"trial 0: {ARCH}" and shown[1].startswith("  epoch 1 of ")
         assert progress.tasks == []
 
 
-def test_an_interruption_between_two_steps_is_one_and_leaves_the_lock_free(make, tmp_path, monkeypatch):
+def test_an_interruption_between_two_steps_is_one_and_leaves_the_lock_free(
+    make, tmp_path, monkeypatch
+):
     def interrupted(callback: HoldStill) -> None:
         callback.lock.release()
         raise KeyboardInterrupt

@@ -33,7 +33,9 @@ def generator(seed: int = 0) -> torch.Generator:
 def reward_of(points: torch.Tensor) -> torch.Tensor:
     """Grows with depth and width, less and less; ReLU costs a little."""
     depth, _, width, inner, act = points.float().T
-    return 0.8 - 0.4 * (-0.5 * depth).exp() - 0.2 * (-width).exp() - 0.05 * (-inner).exp() - 0.01 * act
+    return (
+        0.8 - 0.4 * (-0.5 * depth).exp() - 0.2 * (-width).exp() - 0.05 * (-inner).exp() - 0.01 * act
+    )
 
 
 def history_of(num_points: int, seed: int = 0, num_candidates: int = 5) -> History:
@@ -41,7 +43,9 @@ def history_of(num_points: int, seed: int = 0, num_candidates: int = 5) -> Histo
     return History(points, reward_of(points), num_candidates)
 
 
-def pick(make: type[Controller], history: History, exploration: float, seed: int = 0, pool=POINTS) -> int:
+def pick(
+    make: type[Controller], history: History, exploration: float, seed: int = 0, pool=POINTS
+) -> int:
     draws = generator(seed)
     return make(CHOICES, draws).propose(history, pool, draws, exploration)
 
@@ -81,7 +85,11 @@ def test_exploration_falls_from_one_to_exactly_zero_in_the_last_episode():
 
 def test_the_tokens_of_an_episode_by_hand():
     history = History(POINTS[:8], torch.tensor([0.3, 0.5, 0.1, 0.4, 0.2, 0.3, 0.6, 0.0]), 3)
-    assert [history.tokens(episode) for episode in range(3)] == [[-1, -1, 0, 1, 2], [1, 1, 3, 4, 5], [1, 3, 6, 7]]
+    assert [history.tokens(episode) for episode in range(3)] == [
+        [-1, -1, 0, 1, 2],
+        [1, 1, 3, 4, 5],
+        [1, 3, 6, 7],
+    ]
     assert History(history.points_TF[:6], history.rewards_T[:6], 3).tokens(2) == [1, 3]
 
 
@@ -95,16 +103,22 @@ def test_sizes_are_described_by_their_logarithm_and_names_one_hot():
         assert describe(values).tolist() == [[1, 0], [0, 1]]
     assert describe([7]).tolist() == [[1]]
     points = torch.tensor([[[2, 0], [0, 1]]])
-    assert featurise([describe([1, 2, 4]), describe(["gelu", "relu"])], points).tolist() == [[[1, 1, 0], [-1, 0, 1]]]
+    assert featurise([describe([1, 2, 4]), describe(["gelu", "relu"])], points).tolist() == [
+        [[1, 1, 0], [-1, 0, 1]]
+    ]
 
 
 # Constraints
 
 
 def test_what_is_like_the_refused_is_left_out_and_what_is_like_the_others_is_not():
-    known = torch.tensor([[5, 0, 2, 2, 0], [4, 1, 2, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 1, 1], [2, 2, 0, 0, 0]])
+    known = torch.tensor(
+        [[5, 0, 2, 2, 0], [4, 1, 2, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 1, 1], [2, 2, 0, 0, 0]]
+    )
     feasible = torch.tensor([False, False, True, True, True])
-    kept = likely_feasible(CHOICES, known, feasible, torch.tensor([[5, 2, 2, 2, 1], [0, 0, 0, 0, 1], [3, 1, 1, 1, 0]]))
+    kept = likely_feasible(
+        CHOICES, known, feasible, torch.tensor([[5, 2, 2, 2, 1], [0, 0, 0, 0, 1], [3, 1, 1, 1, 0]])
+    )
     assert kept.tolist() == [False, True, True]  # the last is between them: it may be tried
 
 
@@ -113,13 +127,17 @@ def test_where_all_were_refused_the_least_unlikely_is_left():
     refused = torch.zeros(120, dtype=torch.bool)
     kept = likely_feasible(CHOICES, known.repeat(30, 1), refused, POINTS)
     assert kept[0] and 0 < kept.sum() < 30 and POINTS[kept, 0].max() < 3
-    kept = likely_feasible(CHOICES, known.repeat(30, 1), refused, torch.tensor([[5, 3, 2, 2, 0], [4, 3, 2, 2, 0]]))
+    kept = likely_feasible(
+        CHOICES, known.repeat(30, 1), refused, torch.tensor([[5, 3, 2, 2, 0], [4, 3, 2, 2, 0]])
+    )
     assert kept.tolist() == [False, True]
 
 
 def test_the_boundary_is_found_from_many():
     """As a latency budget has it: the logarithms of sizes add up."""
-    score = featurise([describe(values) for values in CHOICES], POINTS)[:, [0, 2, 3]] @ torch.tensor([1.0, 1.5, 0.5])
+    score = featurise([describe(values) for values in CHOICES], POINTS)[
+        :, [0, 2, 3]
+    ] @ torch.tensor([1.0, 1.5, 0.5])
     feasible = score < 0.4
     known = torch.randperm(len(POINTS), generator=generator())[:60]
     kept = likely_feasible(CHOICES, POINTS[known], feasible[known], POINTS)
@@ -182,7 +200,10 @@ def test_equal_rewards_give_finite_scores(make):
 def test_one_parameter_with_one_choice_is_enough(make):
     draws = generator()
     history = History(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([0.1, 0.2]), 2)
-    assert make([["gelu"]], draws).propose(history, torch.zeros(1, 1, dtype=torch.int64), draws, 0) == 0
+    assert (
+        make([["gelu"]], draws).propose(history, torch.zeros(1, 1, dtype=torch.int64), draws, 0)
+        == 0
+    )
 
 
 def test_a_controller_must_say_how_it_scores():
@@ -195,7 +216,9 @@ def test_a_controller_must_say_how_it_scores():
 
 def test_the_original_explores_uniformly():
     pool = POINTS[:4]
-    counts = torch.bincount(torch.tensor([pick(RewardLSTM, history_of(9), 1, s, pool) for s in range(200)]))
+    counts = torch.bincount(
+        torch.tensor([pick(RewardLSTM, history_of(9), 1, s, pool) for s in range(200)])
+    )
     assert counts.min() > 30 and len(counts) == 4
 
 
@@ -224,13 +247,18 @@ def test_the_ensembles_cell_is_torchs_lstm_for_each_member():
     controller = EnsembleLSTM(CHOICES, generator(), num_members=3, hidden_size=4)
     for weights in controller.parameters():
         torch.nn.init.normal_(weights, generator=generator(len(weights.flatten())))
-    points, before = POINTS[:10].view(1, 2, 5, 5).expand(3, -1, -1, -1), torch.randn(3, 2, 5, generator=generator())
+    points, before = (
+        POINTS[:10].view(1, 2, 5, 5).expand(3, -1, -1, -1),
+        torch.randn(3, 2, 5, generator=generator()),
+    )
     start, state = controller(points[:, :, :3], before[:, :, :3])
     rest, _ = controller(points[:, :, 3:], before[:, :, 3:], state)
     predicted = torch.cat([start, rest], 2)
     features = featurise(controller.tables, points[0])
     pairs = [features[..., i] * features[..., j] for i in range(6) for j in range(i, 6)]
-    one_hot = torch.cat([functional.one_hot(points[0, ..., f], len(CHOICES[f])) for f in range(5)], -1)
+    one_hot = torch.cat(
+        [functional.one_hot(points[0, ..., f], len(CHOICES[f])) for f in range(5)], -1
+    )
     phi = torch.cat([torch.ones(2, 5, 1), one_hot, features, torch.stack(pairs, -1)], -1)
     order = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11]
     for member in range(3):
@@ -269,6 +297,8 @@ def test_members_of_the_ensemble_differ_most_where_nothing_was_trained():
     points = POINTS[POINTS[:, 0] < 2][::9]  # shallow ones
     controller.scores(History(points, reward_of(points), 5), POINTS, draws, False)
     with torch.no_grad():
-        predicted, _ = controller(POINTS[:, None].expand(32, -1, -1, -1), torch.zeros(32, len(POINTS), 1))
+        predicted, _ = controller(
+            POINTS[:, None].expand(32, -1, -1, -1), torch.zeros(32, len(POINTS), 1)
+        )
     spread = predicted[..., 0].std(0)
     assert spread[POINTS[:, 0] == 5].mean() > 1.3 * spread[POINTS[:, 0] < 2].mean()

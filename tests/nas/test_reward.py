@@ -44,13 +44,17 @@ def test_half_the_latency_is_worth_four_percent():
 @given(losses, losses, latencies, latencies, alphas, betas)
 def test_a_lower_loss_never_lowers_it(loss, other, student, teacher, alpha, beta):
     better, worse = sorted((loss, other))
-    assert close_or_above(reward(better, student, teacher, alpha, beta), reward(worse, student, teacher, alpha, beta))
+    assert close_or_above(
+        reward(better, student, teacher, alpha, beta), reward(worse, student, teacher, alpha, beta)
+    )
 
 
 @given(losses, latencies, latencies, latencies, alphas, betas)
 def test_a_lower_latency_never_lowers_it(loss, student, other, teacher, alpha, beta):
     faster, slower = sorted((student, other))
-    assert close_or_above(reward(loss, faster, teacher, alpha, beta), reward(loss, slower, teacher, alpha, beta))
+    assert close_or_above(
+        reward(loss, faster, teacher, alpha, beta), reward(loss, slower, teacher, alpha, beta)
+    )
 
 
 @pytest.mark.parametrize("loss", [0.3, 0.999999, 1.000001, 1.5, 30.0])
@@ -72,7 +76,9 @@ def test_beta_never_changes_a_ranking(candidates, teacher, alpha, beta):
 def test_it_is_continuous_where_the_loss_is_one(student, teacher, alpha, beta):
     assert reward(1.0, student, teacher, alpha, beta) == 0
     for side in (-1, 1):
-        near, nearer = (reward(1 + side * distance, student, teacher, alpha, beta) for distance in (1e-9, 1e-12))
+        near, nearer = (
+            reward(1 + side * distance, student, teacher, alpha, beta) for distance in (1e-9, 1e-12)
+        )
         assert nearer == pytest.approx(near / 1000, rel=1e-3)
 
 

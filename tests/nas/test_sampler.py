@@ -66,7 +66,9 @@ class TestAroundMultivariateTPE(BasicSamplerTestCase, RelativeSamplerTestCase):
 
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: PerTrialSeed(lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=0))
+        return lambda: PerTrialSeed(
+            lambda seed: TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
+        )
 
 
 def objective(trial: optuna.Trial) -> float:
@@ -74,10 +76,14 @@ def objective(trial: optuna.Trial) -> float:
     return -((x - 0.3) ** 2) + trial.suggest_categorical("y", list(range(8)))
 
 
-def proposals(storage: str, num_trials: list[int], sampler: Callable[[], BaseSampler]) -> list[dict[str, object]]:
+def proposals(
+    storage: str, num_trials: list[int], sampler: Callable[[], BaseSampler]
+) -> list[dict[str, object]]:
     """The parameters of a study that is opened anew, with a new sampler, for each number of trials."""
     for number in num_trials:
-        study = optuna.create_study(storage=storage, study_name="s", sampler=sampler(), load_if_exists=True)
+        study = optuna.create_study(
+            storage=storage, study_name="s", sampler=sampler(), load_if_exists=True
+        )
         study.optimize(objective, n_trials=number)
     return [trial.params for trial in study.trials]
 
@@ -105,7 +111,9 @@ def test_two_workers_with_one_seed_propose_different_points():
     optuna.create_study(storage=storage, study_name="s")
     drawn = []
     for _ in range(2):
-        study = optuna.load_study(storage=storage, study_name="s", sampler=PerTrialSeed(random_sampler, 7))
+        study = optuna.load_study(
+            storage=storage, study_name="s", sampler=PerTrialSeed(random_sampler, 7)
+        )
         drawn.append([study.ask().suggest_float("x", 0, 1) for _ in range(3)])
     assert len({*drawn[0], *drawn[1]}) == 6
 
@@ -147,7 +155,9 @@ class Asked(RandomSampler):
 def test_one_sampler_goes_through_one_trial_and_is_forgotten_after_it():
     study = optuna.create_study(sampler=PerTrialSeed(Asked))
     study.optimize(objective, n_trials=2)
-    assert Asked.told == [[("before", number), ("x", number), ("COMPLETE", number)] for number in (0, 1)]
+    assert Asked.told == [
+        [("before", number), ("x", number), ("COMPLETE", number)] for number in (0, 1)
+    ]
     assert [trial.params["x"] for trial in study.trials] == [0.25, 0.25]
     assert [made() for made in Asked.made] == [None, None]
 
@@ -189,15 +199,24 @@ class TestAroundLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
 
 CHOICES = {"depth": [1, 2, 3, 4], "width": [32, 48, 64], "act": ["gelu", "relu"]}
 SPACE = {name: CategoricalDistribution(values) for name, values in CHOICES.items()}
-POINTS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+POINTS = [
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
 
 
 def value_of(params: dict[str, object]) -> float:
-    return 1 - math.exp(-params["depth"]) - math.exp(-params["width"] / 16) - 0.02 * (params["act"] == "relu")
+    return (
+        1
+        - math.exp(-params["depth"])
+        - math.exp(-params["width"] / 16)
+        - 0.02 * (params["act"] == "relu")
+    )
 
 
 def shaped(trial: optuna.Trial) -> float:
-    return value_of({name: trial.suggest_categorical(name, values) for name, values in CHOICES.items()})
+    return value_of(
+        {name: trial.suggest_categorical(name, values) for name, values in CHOICES.items()}
+    )
 
 
 def study_of(seed: int = 0, direction: str = "maximize", **options: object) -> Study:
@@ -208,9 +227,13 @@ def proposed(study: Study) -> dict[str, object]:
     return study.ask(SPACE).params
 
 
-def add(study: Study, params: dict[str, object], state: TrialState = TrialState.COMPLETE, **more: object) -> None:
+def add(
+    study: Study, params: dict[str, object], state: TrialState = TrialState.COMPLETE, **more: object
+) -> None:
     value = value_of(params) if state == TrialState.COMPLETE else None
-    study.add_trial(create_trial(params=params, distributions=SPACE, state=state, value=value, **more))
+    study.add_trial(
+        create_trial(params=params, distributions=SPACE, state=state, value=value, **more)
+    )
 
 
 @pytest.mark.parametrize("make", [lstm, original])
@@ -241,7 +264,11 @@ def test_before_any_has_ended_what_runs_or_failed_is_not_proposed():
     study = study_of()
     study.tell(study.ask(SPACE), state=TrialState.FAIL)
     asked = [proposed(study) for _ in range(len(POINTS) - 1)]
-    assert len({tuple(params.values()) for params in [study.trials[0].params, *asked]}) == len(POINTS) == 24
+    assert (
+        len({tuple(params.values()) for params in [study.trials[0].params, *asked]})
+        == len(POINTS)
+        == 24
+    )
 
 
 def test_a_failed_trial_that_ended_too_early_does_not_narrow_the_space():
@@ -249,7 +276,9 @@ def test_a_failed_trial_that_ended_too_early_does_not_narrow_the_space():
     for params in POINTS[:3]:
         add(study, params)
     only_depth = {"depth": SPACE["depth"]}
-    study.add_trial(create_trial(params={"depth": 1}, distributions=only_depth, state=TrialState.FAIL))
+    study.add_trial(
+        create_trial(params={"depth": 1}, distributions=only_depth, state=TrialState.FAIL)
+    )
     assert list(study.sampler.infer_relative_search_space(study, study.ask())) == list(SPACE)
 
 
@@ -260,7 +289,11 @@ def test_the_space_is_the_categorical_parameters_that_never_change():
         {"a": fixed, "b": fixed, "x": float_, "c": fixed},
         {"a": fixed, "b": other, "x": float_},
     ):
-        study.add_trial(create_trial(params=dict.fromkeys(distributions, 1), distributions=distributions, value=0))
+        study.add_trial(
+            create_trial(
+                params=dict.fromkeys(distributions, 1), distributions=distributions, value=0
+            )
+        )
     sampler = LSTMSampler()
     assert sampler.infer_relative_search_space(study, study.ask()) == {"a": fixed}
     assert sampler.sample_relative(study, study.ask(), {"x": float_}) == {}
@@ -275,7 +308,11 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_would_have(make, wrappe
             sampler = PerTrialSeed(make, 7) if wrapped else make(7)
             storage = f"sqlite:///{tmp_path}/{name}.db"
             study = optuna.create_study(
-                storage=storage, study_name="s", sampler=sampler, direction="maximize", load_if_exists=True
+                storage=storage,
+                study_name="s",
+                sampler=sampler,
+                direction="maximize",
+                load_if_exists=True,
             )
             study.optimize(shaped, n_trials=number)
         return [trial.params for trial in study.trials]
@@ -299,7 +336,9 @@ def test_a_trial_that_was_broken_off_before_it_was_one_is_proposed_again(make, n
     for study in (broken, unbroken):
         study.optimize(shaped, n_trials=3)
     assert broken.trials[num_before + 1].params == params
-    assert [t.params for t in broken.trials[num_before + 1 :]] == [t.params for t in unbroken.trials[num_before:]]
+    assert [t.params for t in broken.trials[num_before + 1 :]] == [
+        t.params for t in unbroken.trials[num_before:]
+    ]
 
 
 def test_another_seed_searches_in_another_order():
@@ -314,7 +353,13 @@ def test_another_seed_searches_in_another_order():
 def test_two_workers_share_what_they_know():
     storage = optuna.storages.InMemoryStorage()
     workers = [
-        optuna.create_study(storage=storage, study_name="s", sampler=lstm(7), direction="maximize", load_if_exists=True)
+        optuna.create_study(
+            storage=storage,
+            study_name="s",
+            sampler=lstm(7),
+            direction="maximize",
+            load_if_exists=True,
+        )
         for _ in range(2)
     ]
     for _ in range(12):
@@ -368,7 +413,9 @@ def test_exploration_counts_distinct_trained_candidates_and_ends_at_zero(spy):
         proposed(study)
         add(study, params)
         if place == 2:
-            add(study, POINTS[3], TrialState.PRUNED, intermediate_values={0: 0.5})  # tried, and ended by a pruner
+            add(
+                study, POINTS[3], TrialState.PRUNED, intermediate_values={0: 0.5}
+            )  # tried, and ended by a pruner
             # None of these was trained.
             add(study, params)
             add(study, POINTS[0], TrialState.PRUNED)
@@ -389,7 +436,10 @@ def test_the_history_is_what_was_trained_and_is_feasible_in_order(spy):
     add(study, POINTS[7])
     proposed(study)
     history = spy.last.history
-    assert history.points_TF.tolist() == [[1, 0, 1], [0, 1, 0]]  # depth 2, 32, relu; depth 1, 48, gelu
+    assert history.points_TF.tolist() == [
+        [1, 0, 1],
+        [0, 1, 0],
+    ]  # depth 2, 32, relu; depth 1, 48, gelu
     assert history.rewards_T.tolist() == pytest.approx([value_of(POINTS[7]), value_of(POINTS[2])])
     assert history.num_candidates == 4
 
@@ -437,7 +487,11 @@ def test_it_finds_the_best_sooner_than_chance(controller):
     best, needed = max(map(value_of, POINTS)), []
     for seed in range(6):
         study = study_of(seed, controller=controller, num_candidates=3, num_episodes=3)
-        study.optimize(shaped, n_trials=24, callbacks=[lambda s, trial: s.stop() if trial.value == best else None])
+        study.optimize(
+            shaped,
+            n_trials=24,
+            callbacks=[lambda s, trial: s.stop() if trial.value == best else None],
+        )
         needed.append(len(study.trials))
     assert sum(needed) / len(needed) < 9
 
@@ -448,18 +502,25 @@ def test_an_episode_has_a_candidate_and_a_search_an_episode(name):
         LSTMSampler(**{name: 0})
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, "optuna.samplers.QMCSampler", "optuna.samplers.BruteForceSampler"])
+@pytest.mark.parametrize(
+    "name", [*SAMPLERS, "optuna.samplers.QMCSampler", "optuna.samplers.BruteForceSampler"]
+)
 def test_every_sampler_proposes_and_two_workers_with_one_seed_do_not_repeat_each_other(name):
     storage = optuna.storages.InMemoryStorage()
     optuna.create_study(storage=storage, study_name="s", direction="maximize")
     for _ in range(2):
         study = optuna.load_study(storage=storage, study_name="s", sampler=make_sampler(name, 7))
-        study.optimize(lambda trial: trial.suggest_int("x", 0, 999) + trial.suggest_int("y", 0, 9), n_trials=3)
+        study.optimize(
+            lambda trial: trial.suggest_int("x", 0, 999) + trial.suggest_int("y", 0, 9), n_trials=3
+        )
     assert len({(trial.params["x"], trial.params["y"]) for trial in study.trials}) == 6
 
 
 def test_a_sampler_takes_its_arguments_from_the_spec():
-    spec = {"class_path": "optuna.samplers.TPESampler", "init_args": {"n_startup_trials": 1, "multivariate": True}}
+    spec = {
+        "class_path": "optuna.samplers.TPESampler",
+        "init_args": {"n_startup_trials": 1, "multivariate": True},
+    }
     study = optuna.create_study(direction="maximize", sampler=make_sampler(spec))
     study.optimize(objective, n_trials=3)
     assert len(study.trials) == 3
@@ -495,12 +556,20 @@ def test_a_short_name_takes_arguments_as_a_class_path_does():
 
 def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
     median = {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 0}}
-    patient = {"class_path": "optuna.pruners.PatientPruner", "init_args": {"wrapped_pruner": median, "patience": 0}}
+    patient = {
+        "class_path": "optuna.pruners.PatientPruner",
+        "init_args": {"wrapped_pruner": median, "patience": 0},
+    }
     fixed = {
         "class_path": "optuna.samplers.PartialFixedSampler",
-        "init_args": {"fixed_params": {"x": 7}, "base_sampler": {"class_path": "optuna.samplers.RandomSampler"}},
+        "init_args": {
+            "fixed_params": {"x": 7},
+            "base_sampler": {"class_path": "optuna.samplers.RandomSampler"},
+        },
     }
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(fixed), pruner=make_pruner(patient))
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler(fixed), pruner=make_pruner(patient)
+    )
 
     def falling(trial: optuna.Trial) -> float:
         for step in range(4):
@@ -530,32 +599,56 @@ def test_a_trial_tried_again_takes_no_turn_under_hyperband_either():
 
     class Asked(optuna.samplers.RandomSampler):
         def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-            turns.append((trial.number, turn_of(study, trial), len(study.get_trials(deepcopy=False))))
+            turns.append(
+                (trial.number, turn_of(study, trial), len(study.get_trials(deepcopy=False)))
+            )
 
     study.sampler = Asked()
     for _ in range(6):
         study.ask()
-    assert [(number, turn) for number, turn, _ in turns] == [(number, number - 1) for number in range(6, 12)]
+    assert [(number, turn) for number, turn, _ in turns] == [
+        (number, number - 1) for number in range(6, 12)
+    ]
     assert min(seen for _, _, seen in turns) < 6, "a bracket's alone"
 
 
 @pytest.mark.parametrize(
     ("make", "spec", "message"),
     [
-        (make_sampler, "tpee", "There is no sampler 'tpee': give a class path, or a short name. Did you mean 'tpe'"),
+        (
+            make_sampler,
+            "tpee",
+            "There is no sampler 'tpee': give a class path, or a short name. Did you mean 'tpe'",
+        ),
         (make_sampler, "tpee", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe"),
         (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
         (make_sampler, {"init_args": {}}, "There is no sampler None"),
         (make_sampler, {"class_path": {"foo": 1}}, "There is no sampler {'foo': 1}"),
         (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler learns of numbers alone"),
         (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),
-        (make_sampler, "optuna.pruners.NopPruner", "is no sampler: give the class path of an Optuna sampler"),
+        (
+            make_sampler,
+            "optuna.pruners.NopPruner",
+            "is no sampler: give the class path of an Optuna sampler",
+        ),
         (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
-        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}}, "TPESampler does not take"),
-        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "init_args": [1]}, "is no sampler"),
+        (
+            make_sampler,
+            {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}},
+            "TPESampler does not take",
+        ),
+        (
+            make_sampler,
+            {"class_path": "optuna.samplers.TPESampler", "init_args": [1]},
+            "is no sampler",
+        ),
         (make_sampler, {"class_path": "tpe", "init_args": [1]}, "is no sampler"),
         (make_pruner, "medium", "There is no pruner 'medium'"),
-        (make_pruner, {"class_path": "optuna.pruners.PercentilePruner"}, "PercentilePruner does not take"),
+        (
+            make_pruner,
+            {"class_path": "optuna.pruners.PercentilePruner"},
+            "PercentilePruner does not take",
+        ),
     ],
 )
 def test_what_is_no_sampler_or_pruner_is_refused(make, spec, message):

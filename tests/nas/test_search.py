@@ -31,7 +31,14 @@ import kdnas.nas.storage
 from kdnas.models.arch import StudentArch
 from kdnas.nas.record import failure_of, superseded, trained, tried
 from kdnas.nas.sampler import make_sampler
-from kdnas.nas.search import MOST_FAILURES, _is_needed, end_trial, open_study, refuse_difference, search
+from kdnas.nas.search import (
+    MOST_FAILURES,
+    _is_needed,
+    end_trial,
+    open_study,
+    refuse_difference,
+    search,
+)
 from kdnas.nas.space import SearchSpace
 from kdnas.system import supervisor
 from kdnas.system.errors import CandidateFailed, UserError
@@ -112,7 +119,9 @@ def study(reopen: Callable[[], Study]) -> Study:
 @pytest.fixture
 def worker(url: str, request: pytest.FixtureRequest, study: Study) -> Study:
     """The same study in another worker, with a connection of its own."""
-    return optuna.load_study(storage=url, study_name=request.node.name, sampler=optuna.samplers.RandomSampler(seed=0))
+    return optuna.load_study(
+        storage=url, study_name=request.node.name, sampler=optuna.samplers.RandomSampler(seed=0)
+    )
 
 
 def arch_of(trial: FrozenTrial) -> StudentArch:
@@ -124,7 +133,9 @@ def states(study: Study) -> list[str]:
 
 
 def story(study: Study) -> list[tuple[object, ...]]:
-    return [(t.number, t.params, t.value, t.state, t.user_attrs.get("twin_of")) for t in study.trials]
+    return [
+        (t.number, t.params, t.value, t.state, t.user_attrs.get("twin_of")) for t in study.trials
+    ]
 
 
 def running_trial(study: Study, arch: StudentArch, **attrs: object) -> optuna.Trial:
@@ -145,7 +156,9 @@ def test_a_trial_is_not_needed_beside_a_later_one_that_began_to_train_before(stu
     end = time.monotonic() + 0.6
     caplog.set_level("INFO", "kdnas")
     assert _is_needed(study, SPACE, first.number, 2, end)
-    assert not _is_needed(study, SPACE, first.number, 1, end) and not _is_needed(study, SPACE, later.number, 1, end)
+    assert not _is_needed(study, SPACE, first.number, 1, end) and not _is_needed(
+        study, SPACE, later.number, 1, end
+    )
     assert caplog.messages == ["Trial 0 waits for 1 that run and may be the last ones needed."]
 
 
@@ -199,7 +212,13 @@ def test_callbacks_see_every_trial_when_it_has_ended(study):
 
     for arch in (ONE, TWO, TWO, ONE):
         study.enqueue_trial(arch.to_dict())
-    search(evaluate, SPACE, study, 1, [lambda study, trial: seen.append((trial.number, trial.state.name))])
+    search(
+        evaluate,
+        SPACE,
+        study,
+        1,
+        [lambda study, trial: seen.append((trial.number, trial.state.name))],
+    )
     assert seen == [(0, "FAIL"), (1, "PRUNED"), (2, "PRUNED"), (3, "FAIL"), (4, "COMPLETE")]
 
 
@@ -261,7 +280,9 @@ def fail(trial: optuna.Trial, arch: StudentArch) -> float:
 
 @pytest.mark.parametrize("end", [end_well, refuse, prune, fail])
 def test_a_twin_is_answered_from_the_record_and_not_evaluated_again(study, end):
-    evaluate = Recorded(lambda trial, arch: end(trial, arch) if arch == ONE else value_of(trial, arch))
+    evaluate = Recorded(
+        lambda trial, arch: end(trial, arch) if arch == ONE else value_of(trial, arch)
+    )
     study.enqueue_trial(ONE.to_dict())
     study.enqueue_trial(ONE.to_dict())
     study.enqueue_trial(ONE.to_dict())
@@ -273,18 +294,24 @@ def test_a_twin_is_answered_from_the_record_and_not_evaluated_again(study, end):
         assert {k: v for k, v in twin.user_attrs.items() if k != "since"} == known | {"twin_of": 0}
         assert (twin.state, twin.constraints) == (first.state, first.constraints)
         assert twin.value == first.value or first.state == TrialState.PRUNED
-    assert [trial.number for trial in trained(study) if arch_of(trial) == ONE] == ([0] if end is end_well else [])
+    assert [trial.number for trial in trained(study) if arch_of(trial) == ONE] == (
+        [0] if end is end_well else []
+    )
 
 
 @pytest.mark.parametrize("end", [end_well, fail])
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
-def test_a_kill_while_a_twin_is_answered_changes_no_order(moment, end, study, url, request, monkeypatch):
+def test_a_kill_while_a_twin_is_answered_changes_no_order(
+    moment, end, study, url, request, monkeypatch
+):
     name = f"{request.node.name} whole"
     whole = open_study(url, name, {"seed": 0})
     for one in (whole, study):
         for arch in (ONE, ONE):
             one.enqueue_trial(arch.to_dict())
-    evaluate = Recorded(lambda trial, arch: end(trial, arch) if arch == ONE else value_of(trial, arch))
+    evaluate = Recorded(
+        lambda trial, arch: end(trial, arch) if arch == ONE else value_of(trial, arch)
+    )
     search(evaluate, SPACE, whole, n_trials=4)
 
     def die(trial, twin, answer=kdnas.nas.search.answer):
@@ -307,7 +334,11 @@ def test_a_kill_while_a_twin_is_answered_changes_no_order(moment, end, study, ur
     study = open_study(url, request.node.name, {"seed": 0})
     search(evaluate, SPACE, study, n_trials=4)
     ends = [
-        [(t.params, t.value, t.state) for t in one.trials if t.value is not None or t.number not in again]
+        [
+            (t.params, t.value, t.state)
+            for t in one.trials
+            if t.value is not None or t.number not in again
+        ]
         for one, again in ((whole, set()), (study, superseded(study.trials)))
     ]
     assert ends[0] == ends[1] and len(ends[0]) > 4
@@ -319,10 +350,19 @@ def test_after_a_twin_comes_one_that_the_study_does_not_know(study):
         study.enqueue_trial(arch.to_dict())
     search(evaluate, SPACE, study, n_trials=4)
     *_, third, fourth = study.trials
-    assert [trial.user_attrs.get("twin_of") for trial in study.trials] == [None, 0, None, 2, None, None]
+    assert [trial.user_attrs.get("twin_of") for trial in study.trials] == [
+        None,
+        0,
+        None,
+        2,
+        None,
+        None,
+    ]
     assert third.system_attrs["fixed_params"] == arch_of(third).to_dict()
     assert len({ONE, TWO, arch_of(third), arch_of(fourth)}) == 4
-    assert arch_of(third) != next(arch for arch in SPACE if arch not in (ONE, TWO))  # drawn, not always the smallest
+    assert arch_of(third) != next(
+        arch for arch in SPACE if arch not in (ONE, TWO)
+    )  # drawn, not always the smallest
 
 
 def test_after_a_twin_comes_one_that_no_other_worker_is_at_or_will_take_next(study, worker):
@@ -372,11 +412,15 @@ def test_a_worker_waits_for_the_last_candidates_of_others_and_trains_no_more_tha
     assert len(trained(study)) == 2
     assert study.trials[2].user_attrs["not_needed"] and study.trials[2].state == TrialState.FAIL
     assert [
-        r.getMessage() for r in caplog.records if r.name.startswith("kdnas") and "not needed" in r.getMessage()
+        r.getMessage()
+        for r in caplog.records
+        if r.name.startswith("kdnas") and "not needed" in r.getMessage()
     ] == ["Trial 2 is not needed: others train the last candidates, or the time is over."]
 
 
-def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(study, worker, monkeypatch):
+def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(
+    study, worker, monkeypatch
+):
     running_trial(worker, ONE)
     for arch in (TWO, OTHER):
         study.enqueue_trial(arch.to_dict())
@@ -392,7 +436,9 @@ def test_a_worker_that_is_interrupted_while_it_waits_queues_its_candidate_again(
 
 
 def test_without_time_no_candidate_is_trained_and_the_message_says_so(study):
-    with pytest.raises(UserError, match="No student within the budget was trained in 0 minutes: give more"):
+    with pytest.raises(
+        UserError, match="No student within the budget was trained in 0 minutes: give more"
+    ):
         search(value_of, SPACE, study, n_trials=2, seconds=0)
     assert study.trials == []
 
@@ -401,7 +447,9 @@ def test_a_worker_that_waits_goes_on_when_the_other_s_candidate_is_lost(study, w
     busy = running_trial(worker, ONE)
     for arch in (TWO, OTHER):
         study.enqueue_trial(arch.to_dict())
-    monkeypatch.setattr("kdnas.nas.search.time.sleep", lambda seconds: worker.tell(busy, state=TrialState.FAIL))
+    monkeypatch.setattr(
+        "kdnas.nas.search.time.sleep", lambda seconds: worker.tell(busy, state=TrialState.FAIL)
+    )
     evaluate = Recorded()
     search(evaluate, THREE, study, n_trials=3)
     assert sorted(map(str, evaluate.asked)) == sorted(map(str, (ONE, TWO, OTHER)))
@@ -411,7 +459,9 @@ def test_a_worker_that_waits_goes_on_when_the_other_s_candidate_is_lost(study, w
 
 
 def test_refused_candidates_do_not_count(study):
-    evaluate = Recorded(lambda t, arch: refuse(t, arch) if arch.hidden_size < 64 else value_of(t, arch))
+    evaluate = Recorded(
+        lambda t, arch: refuse(t, arch) if arch.hidden_size < 64 else value_of(t, arch)
+    )
     best = search(evaluate, SPACE, study, n_trials=3)
     assert [arch.hidden_size for arch in map(arch_of, trained(study))] == [64, 64, 64]
     assert len(evaluate.asked) == len(set(evaluate.asked)) > 3
@@ -422,11 +472,17 @@ def test_refused_candidates_do_not_count(study):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (CandidateFailed("the training loss is nan at step 3"), "the training loss is nan at step 3"),
+        (
+            CandidateFailed("the training loss is nan at step 3"),
+            "the training loss is nan at step 3",
+        ),
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
         (UserError("a mistake"), "UserError: a mistake"),
         (MemoryError(), "out of memory: MemoryError"),
-        (RuntimeError("could not create a primitive"), "out of memory: could not create a primitive"),
+        (
+            RuntimeError("could not create a primitive"),
+            "out of memory: could not create a primitive",
+        ),
         (
             RuntimeError("could not create a primitive descriptor for the matmul primitive"),
             "RuntimeError: could not create a primitive descriptor for the matmul primitive",
@@ -437,7 +493,9 @@ def test_refused_candidates_do_not_count(study):
         ),
     ],
 )
-def test_a_candidate_that_raises_is_a_failed_trial_with_its_reason_and_the_search_goes_on(study, error, reason):
+def test_a_candidate_that_raises_is_a_failed_trial_with_its_reason_and_the_search_goes_on(
+    study, error, reason
+):
     def evaluate(trial, arch):
         if trial.number == 0:
             raise error
@@ -473,7 +531,9 @@ def test_when_nothing_but_failures_comes_the_search_ends_and_says_why(study):
 
 
 def test_failures_after_a_success_end_nothing(study):
-    evaluate = Recorded(lambda t, arch: value_of(t, arch) if t.number in (0, MOST_FAILURES + 3) else fail(t, arch))
+    evaluate = Recorded(
+        lambda t, arch: value_of(t, arch) if t.number in (0, MOST_FAILURES + 3) else fail(t, arch)
+    )
     assert search(evaluate, SPACE, study, n_trials=2).state == TrialState.COMPLETE
     assert states(study).count("FAIL") > MOST_FAILURES
 
@@ -488,7 +548,9 @@ def test_one_failure_that_is_proposed_again_and_again_is_one_failure(study):
 
 def test_a_small_space_of_failures_is_not_blamed_on_the_budget(study):
     evaluate = Recorded(lambda t, arch: refuse(t, arch) if arch == OTHER else fail(t, arch))
-    with pytest.raises(CandidateFailed, match="Every candidate failed; the last one: the loss is n"):
+    with pytest.raises(
+        CandidateFailed, match="Every candidate failed; the last one: the loss is n"
+    ):
         search(evaluate, THREE, study, n_trials=20)
     assert len(evaluate.asked) == 3
 
@@ -535,12 +597,16 @@ def test_where_all_trained_candidates_break_a_constraint_there_is_no_best(study)
 
 
 def test_the_best_is_the_trial_that_was_trained_and_not_its_twin(study, worker):
-    slow = running_trial(worker, OTHER)  # proposed before, and answered after, the one that is trained
+    slow = running_trial(
+        worker, OTHER
+    )  # proposed before, and answered after, the one that is trained
     slow.set_user_attr("arch", None)  # not written down yet
     study.enqueue_trial(OTHER.to_dict())
 
     def evaluate(trial, arch):
-        if arch != OTHER and slow.number not in [t.number for t in study.trials if t.state == TrialState.COMPLETE]:
+        if arch != OTHER and slow.number not in [
+            t.number for t in study.trials if t.state == TrialState.COMPLETE
+        ]:
             slow.set_user_attr("arch", OTHER.to_dict())
             slow.set_user_attr("twin_of", 1)
             worker.tell(slow, value_of(slow, OTHER))
@@ -570,7 +636,9 @@ def test_an_interrupted_candidate_is_tried_first_when_the_search_goes_on(study, 
     assert len(trained(study)) == 3
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_interruptions_are_no_failures_and_tried_again_each_time(study, reopen, stop):
     def interrupt(trial, arch):
         raise stop
@@ -632,7 +700,9 @@ def test_memory_that_a_call_of_the_system_lacks_is_the_candidates_fault(study):
 
     search(fail_first, SPACE, study, n_trials=2)
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.trials[0].user_attrs["failed"] == "out of memory: [Errno 12] Cannot allocate memory"
+    assert (
+        study.trials[0].user_attrs["failed"] == "out of memory: [Errno 12] Cannot allocate memory"
+    )
 
 
 class FailingRows(Dataset):
@@ -667,11 +737,20 @@ def test_a_disk_that_fails_in_a_loaders_worker_is_no_fault_of_the_candidate(stud
 def test_a_file_that_a_loaders_worker_does_not_find_is_the_candidates_fault(study):
     def read_first(trial, arch):
         if trial.number == 0:
-            next(iter(DataLoader(FailingRows(errno.ENOENT, "No such file or directory"), num_workers=1)))
+            next(
+                iter(
+                    DataLoader(
+                        FailingRows(errno.ENOENT, "No such file or directory"), num_workers=1
+                    )
+                )
+            )
         return value_of(trial, arch)
 
     search(read_first, SPACE, study, n_trials=1)
-    assert study.trials[0].user_attrs["failed"] == "FileNotFoundError: [Errno 2] No such file or directory"
+    assert (
+        study.trials[0].user_attrs["failed"]
+        == "FileNotFoundError: [Errno 2] No such file or directory"
+    )
 
 
 def test_an_error_of_the_candidates_own_code_without_a_number_is_its_fault(study):
@@ -730,9 +809,13 @@ def test_a_search_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
     assert story(other)[:2] != story(unbroken)[:2]
 
 
-@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])  # nobody hears of the first: the trial stays as it is
+@pytest.mark.parametrize(
+    "stop", [SystemExit, KeyboardInterrupt]
+)  # nobody hears of the first: the trial stays as it is
 @pytest.mark.parametrize("where", ["training", "proposing"])
-def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_does(url, where, stop):
+def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_does(
+    url, where, stop
+):
     class Stopping(SearchSpace):
         def suggest(self, trial):
             trial.suggest_categorical("num_hidden_layers", self.choices["num_hidden_layers"])
@@ -747,7 +830,11 @@ def test_a_search_that_was_stopped_within_trials_trains_what_the_unbroken_one_do
     def finished(study):
         """Without numbers: those of the trials that were broken off are gone."""
         reasons = [t.user_attrs.get("failed", "") for t in study.trials]
-        kept = [t for t, why in zip(study.trials, reasons, strict=True) if t.state.name != "FAIL" or "by zero" in why]
+        kept = [
+            t
+            for t, why in zip(study.trials, reasons, strict=True)
+            if t.state.name != "FAIL" or "by zero" in why
+        ]
         return [(t.params, t.value, t.state, "twin_of" in t.user_attrs) for t in kept]
 
     calls = []
@@ -798,7 +885,16 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def start_worker(folder: Path, role: str) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join([str(Path(__file__).parents[2])])
-    arguments = [sys.executable, "-W", "ignore", "-c", WORKER, f"sqlite:///{folder}/study.db", str(folder), role]
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        WORKER,
+        f"sqlite:///{folder}/study.db",
+        str(folder),
+        role,
+    ]
     return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": paths})
 
 
@@ -868,7 +964,9 @@ def test_a_trial_that_died_before_it_had_an_architecture_is_tried_again_once(stu
 
 @pytest.mark.parametrize("is_retry", [False, True])
 @pytest.mark.parametrize("moment", ["it looks for the dead", "it says why"])
-def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, is_retry, study, reopen, monkeypatch):
+def test_a_signal_beside_a_training_has_the_trial_tried_again(
+    moment, is_retry, study, reopen, monkeypatch
+):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
@@ -892,10 +990,16 @@ def test_a_signal_beside_a_training_has_the_trial_tried_again(moment, is_retry, 
 
 
 def test_a_kill_after_a_signal_has_a_candidate_tried_again_though_it_is_one_that_was(study, reopen):
-    THREE.suggest(running_trial(study, ONE, pid=2**22 + 1, retry_of=7, failed="interrupted (SIGTERM); tried again"))
+    THREE.suggest(
+        running_trial(
+            study, ONE, pid=2**22 + 1, retry_of=7, failed="interrupted (SIGTERM); tried again"
+        )
+    )
     running_trial(study, TWO, pid=2**22 + 1, failed="the reward is nan")
     assert states(reopen()) == ["FAIL", "FAIL", "WAITING"], "the other one failed by its own fault"
-    assert study.trials[2].system_attrs["fixed_params"] == study.trials[0].system_attrs["fixed_params"]
+    assert (
+        study.trials[2].system_attrs["fixed_params"] == study.trials[0].system_attrs["fixed_params"]
+    )
     assert [failure_of(trial) for trial in study.trials[:2]] == [None, "the reward is nan"]
 
 
@@ -903,7 +1007,10 @@ def test_a_kill_after_a_signal_has_a_candidate_tried_again_though_it_is_one_that
     "attrs",
     [
         {"host": "elsewhere", "pid": 2**22 + 1},
-        {"host": f"{platform.node()}-f0000abc", "pid": 2**22 + 1},  # in a container that shares this machine's name
+        {
+            "host": f"{platform.node()}-f0000abc",
+            "pid": 2**22 + 1,
+        },  # in a container that shares this machine's name
         {"host": platform.node(), "pid": 2**22 + 1},  # perhaps in one: studies did not always say
         {"begun": process_start(os.getppid())},
     ],
@@ -925,16 +1032,23 @@ def test_who_is_slow_is_alive_and_other_machines_are_given_up_later(study, reope
     for trial in (here, there):
         study._storage.record_heartbeat(trial._trial_id)
     with study._storage._backend.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+        connection.exec_driver_sql(
+            "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')"
+        )
     optuna.storages.fail_stale_trials(study)
     assert states(study) == ["RUNNING", "FAIL", "WAITING"]
-    assert kdnas.nas.storage.GRACE_SECONDS > kdnas.nas.storage.PATIENCE_SECONDS + kdnas.nas.storage.HEARTBEAT_SECONDS
+    assert (
+        kdnas.nas.storage.GRACE_SECONDS
+        > kdnas.nas.storage.PATIENCE_SECONDS + kdnas.nas.storage.HEARTBEAT_SECONDS
+    )
 
 
 def test_a_machine_that_died_before_the_first_beat_is_given_up_too(study):
     trial = running_trial(study, ONE, host="elsewhere")
     with study._storage._backend.engine.begin() as connection:  # in another time zone
-        connection.exec_driver_sql("UPDATE trials SET datetime_start = '2001-01-01 00:00:00' WHERE state = 'RUNNING'")
+        connection.exec_driver_sql(
+            "UPDATE trials SET datetime_start = '2001-01-01 00:00:00' WHERE state = 'RUNNING'"
+        )
     optuna.storages.fail_stale_trials(study)
     assert states(study) == ["RUNNING"]
     trial.set_user_attr("since", time.time() - 2 * kdnas.nas.storage.GRACE_SECONDS)
@@ -992,14 +1106,21 @@ def test_a_queued_trial_that_another_took_keeps_its_process(study, reopen):
 
 def test_who_kills_its_process_is_known_to_the_next_one(study, reopen, monkeypatch):
     seen = []
-    search(lambda trial, arch: seen.append(supervisor._at_candidate[0]) or 1.0, SPACE, study, n_trials=1)
+    search(
+        lambda trial, arch: seen.append(supervisor._at_candidate[0]) or 1.0,
+        SPACE,
+        study,
+        n_trials=1,
+    )
     assert seen == [1] and not supervisor._at_candidate[0]
     monkeypatch.setitem(supervisor.EARLIER.deaths, 2**22 + 1, "SIGSEGV")
     running_trial(study, ONE, pid=2**22 + 1, retry_of=7)
     assert failure_of(reopen().trials[-1]) == "its process died (SIGSEGV), as that of trial 7 did"
 
 
-def test_two_workers_that_start_after_a_crash_queue_its_trial_once(study, reopen, worker, monkeypatch):
+def test_two_workers_that_start_after_a_crash_queue_its_trial_once(
+    study, reopen, worker, monkeypatch
+):
     dead = running_trial(worker, ONE, pid=2**22 + 1)
 
     def other_was_first(pid, begun):
@@ -1019,15 +1140,24 @@ def test_two_workers_share_one_study(tmp_path):
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s")
     assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
-    assert len({trial.user_attrs["pid"] for trial in study.trials if "pid" in trial.user_attrs}) == 2
+    assert (
+        len({trial.user_attrs["pid"] for trial in study.trials if "pid" in trial.user_attrs}) == 2
+    )
     assert len(trained(study)) == 6
     assert {"COMPLETE"} <= set(states(study)) <= {"COMPLETE", "WAITING", "FAIL"}
-    assert all("not_needed" in trial.user_attrs for trial in study.get_trials(states=(TrialState.FAIL,)))
+    assert all(
+        "not_needed" in trial.user_attrs for trial in study.get_trials(states=(TrialState.FAIL,))
+    )
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     for i, trial in enumerate(complete):
         for other in complete[:i]:
-            if arch_of(trial) == arch_of(other) and not {"twin_of"} & {*trial.user_attrs, *other.user_attrs}:
-                assert trial.datetime_start < other.datetime_complete  # both were at it at the same time
+            if arch_of(trial) == arch_of(other) and not {"twin_of"} & {
+                *trial.user_attrs,
+                *other.user_attrs,
+            }:
+                assert (
+                    trial.datetime_start < other.datetime_complete
+                )  # both were at it at the same time
                 assert other.datetime_start < trial.datetime_complete
 
 
@@ -1073,7 +1203,9 @@ def test_two_workers_may_make_the_tables_at_the_same_moment(url, reopen, monkeyp
 
     def first_fails(*args, **options):
         if not pauses:
-            raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+            raise OperationalError(
+                "CREATE TABLE studies", {}, Exception("table studies already exists")
+            )
         return storage(*args, **options)
 
     monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", first_fails)
@@ -1110,7 +1242,9 @@ def test_another_identity_is_refused_with_each_difference_and_a_new_name(url):
     ):
         assert part in message
     assert "teacher" not in message
-    assert open_study(url, "taken", {"teacher": "abc", "seed": 0, "rate": 0.1, "old": 1}).trials == []
+    assert (
+        open_study(url, "taken", {"teacher": "abc", "seed": 0, "rate": 0.1, "old": 1}).trials == []
+    )
 
 
 def test_equal_settings_are_not_refused():
@@ -1140,7 +1274,9 @@ def test_what_a_failed_candidate_held_is_given_back_before_anything_follows(stud
 
     gc.disable()
     try:
-        search(evaluate, SPACE, study, 2, [lambda study, trial: alive.append(refs[0]() is not None)])
+        search(
+            evaluate, SPACE, study, 2, [lambda study, trial: alive.append(refs[0]() is not None)]
+        )
     finally:
         gc.enable()
     assert len(alive) > 1 and not any(alive)

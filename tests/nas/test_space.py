@@ -32,7 +32,9 @@ TEACHERS: dict[str, PreTrainedConfig] = {
     "bert-large": bert(24, 1024, 16),
     "roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514),
     "albert-base": AlbertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072),
-    "albert-xxlarge": AlbertConfig(hidden_size=4096, num_attention_heads=64, intermediate_size=16384),
+    "albert-xxlarge": AlbertConfig(
+        hidden_size=4096, num_attention_heads=64, intermediate_size=16384
+    ),
     "tinybert": bert(4, 312, 12, hidden_act="relu"),
     "one layer, one head": bert(1, 16, 1),
 }
@@ -48,7 +50,13 @@ def config(request: pytest.FixtureRequest) -> PreTrainedConfig:
 def test_every_point_is_a_student_with_whole_heads_and_no_larger_than_the_teacher(config):
     space = SearchSpace.from_teacher(config)
     points = list(space)
-    assert len(points) == len(set(points)) == len(space) == math.prod(map(len, space.choices.values())) > 0
+    assert (
+        len(points)
+        == len(set(points))
+        == len(space)
+        == math.prod(map(len, space.choices.values()))
+        > 0
+    )
     for arch in points:
         assert isinstance(arch, StudentArch)  # which refuses heads that do not divide the width
         assert arch.hidden_size // arch.num_attention_heads >= 16
@@ -128,7 +136,9 @@ def test_activations_are_the_teachers_and_relu(act, choices):
 
 @pytest.mark.parametrize("width", [8, 15])
 def test_a_teacher_too_narrow_for_a_head_is_refused_with_its_width(width):
-    with pytest.raises(UserError, match=f"The teacher is {width} wide: a student needs at least 16"):
+    with pytest.raises(
+        UserError, match=f"The teacher is {width} wide: a student needs at least 16"
+    ):
         SearchSpace.from_teacher(bert(2, width, 1))
 
 
@@ -164,7 +174,9 @@ def test_what_a_sampler_draws_is_in_the_space():
     assert len(set(drawn)) > 10
 
 
-def test_every_point_of_a_tiny_teachers_space_is_built_in_the_shape_that_was_asked_for(any_teacher: Path):
+def test_every_point_of_a_tiny_teachers_space_is_built_in_the_shape_that_was_asked_for(
+    any_teacher: Path,
+):
     config = AutoConfig.from_pretrained(any_teacher)
     space = SearchSpace.from_teacher(config)
     assert len(space) >= 32
@@ -174,19 +186,30 @@ def test_every_point_of_a_tiny_teachers_space_is_built_in_the_shape_that_was_ask
         assert len(layers) == arch.num_hidden_layers
         for layer in layers:
             names = FAMILIES[config.model_type].names
-            wide_in, wide_out = (layer.get_submodule(name) for name in (names.intermediate, names.output))
+            wide_in, wide_out = (
+                layer.get_submodule(name) for name in (names.intermediate, names.output)
+            )
             assert tuple(wide_in.weight.shape) == (arch.intermediate_size, arch.hidden_size)
             assert tuple(wide_out.weight.shape) == (arch.hidden_size, arch.intermediate_size)
-            (heads,) = {m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")}
+            (heads,) = {
+                m.num_attention_heads for m in layer.modules() if hasattr(m, "num_attention_heads")
+            }
             assert heads == arch.num_attention_heads
         assert student.config.hidden_act == arch.hidden_act
 
 
 def test_a_space_is_narrowed_and_widened():
-    config = BertConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    config = BertConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    )
     space = SearchSpace.from_teacher(config)
-    found = space.replaced({"hidden_size": [528, 300, 528], "num_attention_heads": [12], "hidden_act": None}, config)
-    assert found.choices["hidden_size"] == [528, 300] and found.choices["hidden_act"] == space.choices["hidden_act"]
+    found = space.replaced(
+        {"hidden_size": [528, 300, 528], "num_attention_heads": [12], "hidden_act": None}, config
+    )
+    assert (
+        found.choices["hidden_size"] == [528, 300]
+        and found.choices["hidden_act"] == space.choices["hidden_act"]
+    )
     assert found.smallest().hidden_size == 300 and found.largest().hidden_size == 528
     assert found.largest().num_hidden_layers == 12 and found.smallest().hidden_act == "relu"
 
@@ -195,13 +218,24 @@ def test_a_space_is_narrowed_and_widened():
     ("choices", "message"),
     [
         ({"hidden_size": []}, "space.hidden_size is empty, so there is no student"),
-        ({"hidden_size": [1024]}, "space.hidden_size has 1024: a student has from 1 to its teacher's 768"),
-        ({"num_hidden_layers": [0]}, "space.num_hidden_layers has 0: a student has from 1 to its teacher's 12"),
-        ({"hidden_size": [100]}, "space.hidden_size has 100 and space.num_attention_heads 3, which does not divide it"),
+        (
+            {"hidden_size": [1024]},
+            "space.hidden_size has 1024: a student has from 1 to its teacher's 768",
+        ),
+        (
+            {"num_hidden_layers": [0]},
+            "space.num_hidden_layers has 0: a student has from 1 to its teacher's 12",
+        ),
+        (
+            {"hidden_size": [100]},
+            "space.hidden_size has 100 and space.num_attention_heads 3, which does not divide it",
+        ),
         ({"hidden_act": ["swoosh"]}, "space.hidden_act has 'swoosh', which is unknown"),
     ],
 )
 def test_what_cannot_be_built_is_refused(choices, message):
-    config = BertConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    config = BertConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    )
     with pytest.raises(UserError, match=message):
         SearchSpace.from_teacher(config).replaced(choices, config)

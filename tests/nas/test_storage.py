@@ -36,7 +36,10 @@ class Outage:
     """Fails the next so many statements."""
 
     def __init__(
-        self, study: optuna.Study, error: type[Exception] = sqlite3.OperationalError, kinds: tuple[str, ...] = ("",)
+        self,
+        study: optuna.Study,
+        error: type[Exception] = sqlite3.OperationalError,
+        kinds: tuple[str, ...] = ("",),
     ) -> None:
         self.error, self.kinds = error, kinds
         self.left = 0.0
@@ -66,7 +69,9 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path: Path):
-    return lambda **options: open_study(f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path, **options)
+    return lambda **options: open_study(
+        f"sqlite:///{tmp_path}/study.db", "s", {}, folder=tmp_path, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,10 +79,15 @@ def start(tmp_path: Path):
     [
         ("within", sqlite3.OperationalError),
         ("at its end", sqlite3.OperationalError),
-        ("at its end", PendingRollbackError),  # a connection that PostgreSQL cut between two queries
+        (
+            "at its end",
+            PendingRollbackError,
+        ),  # a connection that PostgreSQL cut between two queries
     ],
 )
-def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once(when, error, start, tmp_path, pauses):
+def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once(
+    when, error, start, tmp_path, pauses
+):
     study = start()
     outage = Outage(study, error)
 
@@ -96,7 +106,9 @@ def test_a_database_that_comes_back_is_waited_for_and_each_result_is_stored_once
 
 
 @pytest.mark.parametrize("when", ["within", "at its end"])
-def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next_start(when, start, tmp_path):
+def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next_start(
+    when, start, tmp_path
+):
     study = start()
     outage = Outage(study)
 
@@ -108,7 +120,9 @@ def test_a_result_that_the_database_cannot_take_is_kept_and_taken_up_by_the_next
             outage.left = float("inf")
         return 0.75
 
-    with pytest.raises(StoreAway, match=r"database has not answered for 600 s \(\(sqlite3.OperationalError\) .+\)$"):
+    with pytest.raises(
+        StoreAway, match=r"database has not answered for 600 s \(\(sqlite3.OperationalError\) .+\)$"
+    ):
         search(evaluate, SPACE, study, 3, folder=tmp_path)
     (kept,) = tmp_path.glob("unsent*")
     assert kept.name == "unsent_0001.json"
@@ -134,7 +148,9 @@ def test_a_result_is_not_given_to_another_trial_of_its_number(start, tmp_path, c
     study = start()
     search(lambda trial, arch: 0.5, SPACE, study, 3, folder=tmp_path)
     assert [trial.value for trial in study.trials] == [0.5] * 3
-    assert (tmp_path / "unsent_0000.json").exists() and caplog.text.count("of a study that is gone") == 1
+    assert (tmp_path / "unsent_0000.json").exists() and caplog.text.count(
+        "of a study that is gone"
+    ) == 1
 
 
 def test_after_a_signal_a_database_that_stays_away_is_asked_once(start, tmp_path, pauses):
@@ -155,13 +171,21 @@ def test_a_result_that_a_dead_worker_kept_is_taken_up_by_one_that_lives(host, st
     study, other = start(), start()
 
     def evaluate(trial, arch):
-        if trial.number == 0:  # meanwhile another worker is at one, of which the database does not take the end
+        if (
+            trial.number == 0
+        ):  # meanwhile another worker is at one, of which the database does not take the end
             dead = other.ask()
-            for name, value in {"arch": SPACE.suggest(dead).to_dict(), "host": host, "pid": 2**22 + 1}.items():
+            for name, value in {
+                "arch": SPACE.suggest(dead).to_dict(),
+                "host": host,
+                "pid": 2**22 + 1,
+            }.items():
                 dead.set_user_attr(name, value)
             other._storage.record_heartbeat(dead._trial_id)
             with other._storage._backend.engine.begin() as connection:
-                connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+                connection.exec_driver_sql(
+                    "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')"
+                )
             keep_result(tmp_path, "s", dead.number, [["set_trial_user_attr", "loss", 0.25]], 7.5)
         return 0.5
 
@@ -171,7 +195,9 @@ def test_a_result_that_a_dead_worker_kept_is_taken_up_by_one_that_lives(host, st
     assert not list(tmp_path.glob("unsent*"))
 
 
-def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_with_the_result(start, tmp_path):
+def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_with_the_result(
+    start, tmp_path
+):
     study = start()
     outage = Outage(study)
 
@@ -190,7 +216,9 @@ def test_what_a_database_missed_that_comes_back_at_the_last_moment_is_stored_wit
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_a_trial_whose_beginning_was_stored_but_not_answered_is_tried_again(queued, start, tmp_path):
+def test_a_trial_whose_beginning_was_stored_but_not_answered_is_tried_again(
+    queued, start, tmp_path
+):
     study, lost = start(), []
     if queued:
         study.enqueue_trial({name: values[0] for name, values in SPACE.choices.items()})
@@ -239,7 +267,9 @@ def test_a_signal_while_the_database_is_away_ends_the_search_at_once_and_keeps_t
     with pytest.raises(KeyboardInterrupt):
         search(evaluate, SPACE, study, 3, folder=tmp_path)
     assert sum(pauses) < 5
-    (trial,) = start().get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL))
+    (trial,) = start().get_trials(
+        states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+    )
     assert trial.value == (0.75 if when == "at its end" else None)
     assert not list(tmp_path.glob("unsent*")), "taken up"
 
@@ -249,7 +279,10 @@ def test_a_signal_while_the_database_is_away_ends_the_search_at_once_and_keeps_t
     [
         ("postgresql://me:a/b@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:a:b@c@host:5432/db", "postgresql://me:***@host:5432/db"),
-        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+        (
+            "postgresql://host/db?user=me&password=secret&x=1",
+            "postgresql://host/db?user=me&password=***&x=1",
+        ),
         ("sqlite:////tmp/a:b/study.db", "sqlite:////tmp/a:b/study.db"),
         ("nonsense", "nonsense"),
     ],
@@ -263,7 +296,9 @@ class Full(sqlite3.OperationalError):
 
 
 @pytest.mark.parametrize("can_be_read", [False, True])
-def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(can_be_read, start, tmp_path, pauses):
+def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(
+    can_be_read, start, tmp_path, pauses
+):
     study = start()
     outage = Outage(study, Full, ("INSERT", "UPDATE") if can_be_read else ("",))
 
@@ -271,7 +306,9 @@ def test_a_full_disk_is_not_waited_for_and_told_with_its_bytes(can_be_read, star
         outage.left = float("inf")
         return 0.75
 
-    with pytest.raises(StoreAway, match=rf"'{tmp_path}/study.db' cannot be written \(.*\), [\d,]+ bytes are free"):
+    with pytest.raises(
+        StoreAway, match=rf"'{tmp_path}/study.db' cannot be written \(.*\), [\d,]+ bytes are free"
+    ):
         search(evaluate, SPACE, study, 3, folder=tmp_path)
     assert pauses == []
     assert [trial.value for trial in start().trials] == [0.75]
@@ -295,13 +332,21 @@ def test_a_damaged_page_is_told_in_one_line_whatever_reads_it(start, tmp_path):
 @pytest.mark.parametrize("left", [b"", b"S", None])
 def test_a_study_that_is_gone_while_its_candidates_are_not_is_no_new_one(left, start, tmp_path):
     path = tmp_path / "study.db"
-    search(lambda trial, arch: (tmp_path / f"trial_{trial.number:04d}").mkdir() or 0.5, SPACE, start(), 2)
+    search(
+        lambda trial, arch: (tmp_path / f"trial_{trial.number:04d}").mkdir() or 0.5,
+        SPACE,
+        start(),
+        2,
+    )
     whole = path.read_bytes()
     path.unlink()
     if left is not None:
         path.write_bytes(left)
     for _ in range(2):  # nothing is made by the first that the second would take for the study
-        with pytest.raises(UserError, match="holds candidates of a search, but its database has no study 's' any more"):
+        with pytest.raises(
+            UserError,
+            match="holds candidates of a search, but its database has no study 's' any more",
+        ):
             start()
     path.write_bytes(whole)
     assert [trial.value for trial in start().trials] == [0.5] * 2
@@ -312,7 +357,9 @@ class Malformed(sqlite3.DatabaseError):
 
 
 @pytest.mark.parametrize("when", ["within", "at its end"])
-def test_a_file_that_is_found_damaged_in_a_search_is_no_fault_of_the_candidate(when, start, tmp_path):
+def test_a_file_that_is_found_damaged_in_a_search_is_no_fault_of_the_candidate(
+    when, start, tmp_path
+):
     study = start()
     outage = Outage(study, Malformed)
 
@@ -328,13 +375,17 @@ def test_a_file_that_is_found_damaged_in_a_search_is_no_fault_of_the_candidate(w
     assert states == (["FAIL", "WAITING"] if when == "within" else ["COMPLETE"])
 
 
-@pytest.mark.parametrize("sign", [{"sqlstate": "25006"}, {"pgcode": "25P03"}, {"connection_invalidated": True}])
+@pytest.mark.parametrize(
+    "sign", [{"sqlstate": "25006"}, {"pgcode": "25P03"}, {"connection_invalidated": True}]
+)
 def test_a_server_that_another_has_taken_over_from_is_waited_for(sign, start, tmp_path, pauses):
     study = start()
 
     def fail(connection, cursor, statement, parameters, context, executemany):
         if statement.startswith("INSERT INTO trial_user_attributes") and len(pauses) < 3:
-            orig = InternalError("cannot execute INSERT in a read-only transaction", {}, Exception())
+            orig = InternalError(
+                "cannot execute INSERT in a read-only transaction", {}, Exception()
+            )
             vars(orig.orig).update(sign)
             orig.connection_invalidated = "connection_invalidated" in sign
             raise orig
@@ -349,17 +400,23 @@ def test_a_disk_that_is_full_from_the_start_is_told_with_its_bytes(start, tmp_pa
         raise OperationalError("CREATE TABLE studies", {}, Full("database or disk is full"))
 
     monkeypatch.setattr(kdnas.nas.storage, "PatientStorage", full)
-    with pytest.raises(StoreAway, match=rf"'{tmp_path}/study.db' cannot be written .*, [\d,]+ bytes are free there"):
+    with pytest.raises(
+        StoreAway, match=rf"'{tmp_path}/study.db' cannot be written .*, [\d,]+ bytes are free there"
+    ):
         start()
 
 
 @pytest.mark.parametrize("num_failures", [7, math.inf])
-def test_a_database_that_was_there_is_waited_for_at_the_next_start(num_failures, start, tmp_path, pauses, monkeypatch):
+def test_a_database_that_was_there_is_waited_for_at_the_next_start(
+    num_failures, start, tmp_path, pauses, monkeypatch
+):
     storage, failures = kdnas.nas.storage.PatientStorage, []
 
     def away(*args, **options):
         if len(failures) < num_failures:
-            failures.append(OperationalError("SELECT", {}, sqlite3.OperationalError("connection refused")))
+            failures.append(
+                OperationalError("SELECT", {}, sqlite3.OperationalError("connection refused"))
+            )
             raise failures[-1]
         return storage(*args, **options)
 
@@ -420,11 +477,15 @@ def test_a_result_that_came_too_late_or_belongs_elsewhere_is_not_taken(start, tm
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "7", '{"study": '])
-def test_a_file_that_is_no_kept_result_is_told_and_stays_where_it_is(content, start, tmp_path, caplog):
+def test_a_file_that_is_no_kept_result_is_told_and_stays_where_it_is(
+    content, start, tmp_path, caplog
+):
     path = tmp_path / "unsent_0000.json"
     path.write_text(content)
     start()
-    assert caplog.text.count(f"{path} is no result that was kept: move it away") == 1 and path.exists()
+    assert (
+        caplog.text.count(f"{path} is no result that was kept: move it away") == 1 and path.exists()
+    )
 
 
 def test_a_result_of_a_study_that_is_gone_stays_where_it_is(start, tmp_path, caplog):
@@ -463,7 +524,9 @@ def test_a_damaged_file_is_not_taken_for_a_study_without_a_best_trial(look, star
 
 def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(UserError, match=r"'postgresql://me:\*\*\*@host/db' needs .*psycopg.*'kdnas\[postgres\]'"):
+    with pytest.raises(
+        UserError, match=r"'postgresql://me:\*\*\*@host/db' needs .*psycopg.*'kdnas\[postgres\]'"
+    ):
         connect("postgresql://me:secret@host/db", lambda study, trial: None)
 
 
@@ -471,7 +534,9 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
     start()
     with sqlite3.connect(tmp_path / "study.db") as database:
         database.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
-    with pytest.raises(UserError, match=r"study.db' cannot be used \(The runtime optuna .* pip install -U"):
+    with pytest.raises(
+        UserError, match=r"study.db' cannot be used \(The runtime optuna .* pip install -U"
+    ):
         start()
 
 
@@ -486,7 +551,9 @@ def test_tables_of_another_optuna_are_refused_in_one_line(start, tmp_path):
         ("postgresql+psycopg://u@h/db?connect_timeout=60", None),
     ],
 )
-def test_a_server_that_says_nothing_is_noticed_in_seconds_unless_its_url_says_otherwise(url, expected):
+def test_a_server_that_says_nothing_is_noticed_in_seconds_unless_its_url_says_otherwise(
+    url, expected
+):
     arguments = engine_options(make_url(url))["connect_args"]
     assert arguments.get("connect_timeout") == expected
     assert arguments.get("tcp_user_timeout") == (4_000 if "psycopg" in url or expected else None)
@@ -503,7 +570,9 @@ def test_a_study_lies_where_its_path_says(tmp_path, name):
 
 
 def test_a_query_that_a_signal_tears_is_told_in_no_traceback(tmp_path, caplog):
-    with connect(sqlite_url(tmp_path / "study.db"), lambda trial: None).engine.connect() as connection:
+    with connect(
+        sqlite_url(tmp_path / "study.db"), lambda trial: None
+    ).engine.connect() as connection:
         cursor = connection.connection.cursor()
         cursor.connection.close()
         connection._safe_close_cursor(cursor)  # as at the end of a query that has raised

@@ -102,7 +102,12 @@ def work_in_turn(url: str, lock: Path, index: int, deadline: float) -> None:
 
 def take_seconds(url: str, seconds: float, index: int, deadline: float) -> None:
     """The first candidate takes so many, others none."""
-    search(lambda trial, arch: time.sleep(0 if trial.number else seconds) or 0.5, SPACE, open_study(url, "s", {}), 1)
+    search(
+        lambda trial, arch: time.sleep(0 if trial.number else seconds) or 0.5,
+        SPACE,
+        open_study(url, "s", {}),
+        1,
+    )
 
 
 def work_until_stopped(url: str, folder: Path, index: int, deadline: float) -> None:
@@ -168,11 +173,20 @@ def server() -> Iterator[Server]:
         shutil.chown(folder, **account)
 
     def call(*command: str) -> None:
-        subprocess.run([programs[-1] / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL, **account)
+        subprocess.run(
+            [programs[-1] / command[0], *command[1:]],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            **account,
+        )
 
     def control(action: str) -> None:
         options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        how = ("--wait", f"--log={folder}/log", f"--options={options}") if action == "start" else ("--mode=immediate",)
+        how = (
+            ("--wait", f"--log={folder}/log", f"--options={options}")
+            if action == "start"
+            else ("--mode=immediate",)
+        )
         call("pg_ctl", f"--pgdata={folder}/data", *how, action)
 
     try:
@@ -185,7 +199,12 @@ def server() -> Iterator[Server]:
 
 
 def start(
-    url: str, folder: Path, n_trials: int, deadly: str = "", seconds: float = 600, timeout: float = math.inf
+    url: str,
+    folder: Path,
+    n_trials: int,
+    deadly: str = "",
+    seconds: float = 600,
+    timeout: float = math.inf,
 ) -> tuple[optuna.Study, list[int]]:
     """Two workers; the study afterwards, and the numbers of the trials that were shown."""
     folder.mkdir()
@@ -214,9 +233,15 @@ def test_workers_train_so_many_together_and_each_trial_is_shown_once(any_url, tm
 @pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_tried_again_by_another(any_url, tmp_path):
     study, _ = start(any_url, tmp_path / "seen", len(SPACE), "once")
-    lost = [trial for trial in study.trials if trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs]
+    lost = [
+        trial
+        for trial in study.trials
+        if trial.state.name == "FAIL" and "not_needed" not in trial.user_attrs
+    ]
     assert len(lost) == 1
-    (again,) = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number]
+    (again,) = [
+        trial for trial in study.trials if trial.user_attrs.get("retry_of") == lost[0].number
+    ]
     assert again.state.name == "COMPLETE" and again.user_attrs["arch"] == lost[0].user_attrs["arch"]
     assert len(trained(study)) == len(SPACE)
 
@@ -229,10 +254,13 @@ def test_a_trial_that_two_processes_end_at_once_is_queued_once(postgresql):
     (trial,) = first.get_trials()
     successor = optuna.trial.create_trial(state=TrialState.WAITING)
     ends = [
-        threading.Thread(target=end_trial, args=(study, trial, "died", "", successor), daemon=True) for study in others
+        threading.Thread(target=end_trial, args=(study, trial, "died", "", successor), daemon=True)
+        for study in others
     ]
     session = first._storage._backend.scoped_session()
-    models.StudyModel.find_or_raise_by_id(first._study_id, session, for_update=True)  # which each of them asks for
+    models.StudyModel.find_or_raise_by_id(
+        first._study_id, session, for_update=True
+    )  # which each of them asks for
     for end in ends:
         end.start()
     time.sleep(1)
@@ -281,21 +309,33 @@ def test_a_candidate_that_waits_for_one_that_hangs_is_not_ended_with_it(url, tmp
     hanging = threading.Thread(target=hang)
     hanging.start()
     held.wait()
-    run_workers(partial(work_in_turn, url, path), 1, study, lambda *_: None, 600, lambda i: tmp_path / "log", timeout=3)
+    run_workers(
+        partial(work_in_turn, url, path),
+        1,
+        study,
+        lambda *_: None,
+        600,
+        lambda i: tmp_path / "log",
+        timeout=3,
+    )
     hanging.join()
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "states"), [(7, ["COMPLETE"]), (600, ["FAIL", "COMPLETE"])])
-def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(seconds, states, url, tmp_path, monkeypatch):
+def test_the_time_of_a_candidate_stands_still_while_the_database_is_away(
+    seconds, states, url, tmp_path, monkeypatch
+):
     monkeypatch.setattr("kdnas.nas.workers.LONGEST_PAUSE", 1.5)
     study = open_study(url, "s", {})
     get_trials, looks = study.get_trials, []
 
     def away(*args: Any, **options: Any) -> Any:
         found = get_trials(*args, **options)
-        if options.get("states") == (TrialState.RUNNING,) and any("arch" in trial.user_attrs for trial in found):
+        if options.get("states") == (TrialState.RUNNING,) and any(
+            "arch" in trial.user_attrs for trial in found
+        ):
             looks.append(time.monotonic())
             time.sleep(3 if len(looks) == 2 else 0)
         return found
@@ -357,7 +397,9 @@ def outlive_its_first_thread(url: str, folder: Path, index: int, deadline: float
     search(train, SPACE, open_study(url, "s", {}), 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a process's first thread has ended")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells that a process's first thread has ended"
+)
 def test_the_cause_is_told_of_a_worker_whose_first_thread_ends_before_the_others(url, tmp_path):
     study, work = open_study(url, "s", {}), partial(outlive_its_first_thread, url, tmp_path)
     run_workers(work, 2, study, lambda *_: None, 600, lambda index: tmp_path / f"{index}")
@@ -368,16 +410,26 @@ def test_the_cause_is_told_of_a_worker_whose_first_thread_ends_before_the_others
 @pytest.mark.slow
 def test_worker_after_worker_that_dies_ends_the_search(url, tmp_path):
     with pytest.raises(
-        CandidateFailed, match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7"
+        CandidateFailed,
+        match=f"{2 * MOST_DEATHS + 1} worker processes died, the last with exit code 7",
     ):
-        run_workers(broken, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda index: tmp_path / f"{index}.log")
+        run_workers(
+            broken,
+            2,
+            open_study(url, "s", {}),
+            lambda *_: None,
+            60,
+            lambda index: tmp_path / f"{index}.log",
+        )
 
 
 def test_a_worker_whose_parent_was_killed_while_it_started_does_nothing(monkeypatch):
     begun: list[tuple[int, float]] = []
     method = multiprocessing.get_start_method()
     monkeypatch.setattr("kdnas.nas.workers.STARTER", {})
-    monkeypatch.setattr("kdnas.nas.workers.die_with_parent", lambda: None)  # this process is no worker
+    monkeypatch.setattr(
+        "kdnas.nas.workers.die_with_parent", lambda: None
+    )  # this process is no worker
     with pytest.raises(SystemExit):
         _child(lambda *args: begun.append(args), 0, math.inf, os.getppid() + 1, method)
     assert not begun
@@ -398,7 +450,12 @@ def test_a_worker_starts_processes_as_the_process_does_that_started_it(url, tmp_
 
 def watch_over_a_deaf_worker(url: str, folder: Path) -> None:
     run_workers(
-        partial(deaf_at_a_trial, url, folder), 1, open_study(url, "s", {}), lambda *_: None, 600, folder.joinpath
+        partial(deaf_at_a_trial, url, folder),
+        1,
+        open_study(url, "s", {}),
+        lambda *_: None,
+        600,
+        folder.joinpath,
     )
 
 
@@ -412,11 +469,19 @@ def deaf_at_a_trial(url: str, folder: Path, index: int, deadline: float) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_a_worker_that_hears_no_signal_ends_with_its_parent_and_its_trial_is_tried_again(url, tmp_path):
-    parent = multiprocessing.get_context("spawn").Process(target=watch_over_a_deaf_worker, args=(url, tmp_path))
+def test_a_worker_that_hears_no_signal_ends_with_its_parent_and_its_trial_is_tried_again(
+    url, tmp_path
+):
+    parent = multiprocessing.get_context("spawn").Process(
+        target=watch_over_a_deaf_worker, args=(url, tmp_path)
+    )
     parent.start()
     study = open_study(url, "s", {})
-    while not (running := [t for t in study.get_trials(states=(TrialState.RUNNING,)) if "arch" in t.user_attrs]):
+    while not (
+        running := [
+            t for t in study.get_trials(states=(TrialState.RUNNING,)) if "arch" in t.user_attrs
+        ]
+    ):
         time.sleep(0.1)
     assert running[0].user_attrs["starter"] == parent.pid != running[0].user_attrs["pid"]
     time.sleep(0.5)  # until it is deaf
@@ -430,7 +495,10 @@ def test_a_worker_that_hears_no_signal_ends_with_its_parent_and_its_trial_is_tri
 
 
 def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, monkeypatch):
-    study, dead = open_study(url, "s", {}), {"host": this_host(), "pid": 2**22 + 1, "since": time.time()}
+    study, dead = (
+        open_study(url, "s", {}),
+        {"host": this_host(), "pid": 2**22 + 1, "since": time.time()},
+    )
     trial = study.ask()
     for name, value in (dead | {"starter": os.getppid()}).items():
         trial.set_user_attr(name, value)
@@ -439,7 +507,10 @@ def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, mon
     assert _owner().keys() | trial.user_attrs.keys() <= ITS_OWN
     trial.set_user_attr("starter", os.getpid())
     bury_dead(study, died_of={2**22 + 1: "SIGKILL"}.get)
-    assert (study.trials[0].state, study.trials[0].user_attrs["died"]) == (TrialState.FAIL, "SIGKILL")
+    assert (study.trials[0].state, study.trials[0].user_attrs["died"]) == (
+        TrialState.FAIL,
+        "SIGKILL",
+    )
     other = study.ask()
     for name, value in (dead | {"starter": 2**22 + 2}).items():
         other.set_user_attr(name, value)
@@ -458,14 +529,26 @@ def test_a_dead_worker_s_trial_is_ended_by_who_started_it_if_that_lives(url, mon
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_worker_whose_log_is_full_ends_with_its_code_all_the_same():
     code = "import os, sys; from kdnas.system.errors import last_words; full = os.open('/dev/full', os.O_WRONLY); "
-    code += "os.dup2(full, 1); os.dup2(full, 2); print('before'); last_words('the end'); sys.exit(3)"
+    code += (
+        "os.dup2(full, 1); os.dup2(full, 2); print('before'); last_words('the end'); sys.exit(3)"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     assert subprocess.run([sys.executable, "-c", code], env=buffered).returncode == 3
 
 
 def test_a_worker_whose_disk_failed_is_not_started_again(url, tmp_path):
-    with pytest.raises(OSError, match=r"A worker's disk or network failed: see .*[01]\.log' \([\d,]+ bytes are free"):
-        run_workers(without_disk, 2, open_study(url, "s", {}), lambda *_: None, 60, lambda i: tmp_path / f"{i}.log")
+    with pytest.raises(
+        OSError,
+        match=r"A worker's disk or network failed: see .*[01]\.log' \([\d,]+ bytes are free",
+    ):
+        run_workers(
+            without_disk,
+            2,
+            open_study(url, "s", {}),
+            lambda *_: None,
+            60,
+            lambda i: tmp_path / f"{i}.log",
+        )
 
 
 @pytest.mark.slow
@@ -489,14 +572,19 @@ def test_results_of_two_workers_are_kept_where_the_database_stays_away_and_taken
     with pytest.raises(OSError, match="has not answered for 3 s"):
         run_workers(work, 2, study, lambda *trial: None, math.inf, lambda index: tmp_path / "log")
     stopper.join()
-    assert sorted(path.name for path in tmp_path.glob("unsent_*")) == ["unsent_0000.json", "unsent_0001.json"]
+    assert sorted(path.name for path in tmp_path.glob("unsent_*")) == [
+        "unsent_0000.json",
+        "unsent_0001.json",
+    ]
     server.control("start")
     study = open_study(server.url, "s", {}, folder=tmp_path)
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.5)] * 2
     assert not list(tmp_path.glob("unsent_*"))
 
 
-def test_the_trial_of_a_worker_that_is_killed_after_a_signal_is_no_failure(url, tmp_path, monkeypatch):
+def test_the_trial_of_a_worker_that_is_killed_after_a_signal_is_no_failure(
+    url, tmp_path, monkeypatch
+):
     study = open_study(url, "s", {})
 
     def stop_when_one_trains() -> None:
@@ -505,11 +593,21 @@ def test_the_trial_of_a_worker_that_is_killed_after_a_signal_is_no_failure(url, 
 
     monkeypatch.setattr("kdnas.nas.workers.notice_signals", stop_when_one_trains)
     with pytest.raises(KeyboardInterrupt):
-        run_workers(partial(never_ends, url), 1, study, lambda *_: None, math.inf, lambda index: tmp_path / "log")
+        run_workers(
+            partial(never_ends, url),
+            1,
+            study,
+            lambda *_: None,
+            math.inf,
+            lambda index: tmp_path / "log",
+        )
     died, again = study.trials
     assert (died.state, again.state) == (TrialState.FAIL, TrialState.WAITING)
     assert died.user_attrs["failed"] == "interrupted (KeyboardInterrupt); tried again"
-    assert again.user_attrs == {"again": 0} and again.system_attrs["fixed_params"] == died.user_attrs["arch"]
+    assert (
+        again.user_attrs == {"again": 0}
+        and again.system_attrs["fixed_params"] == died.user_attrs["arch"]
+    )
 
 
 def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatch):
@@ -520,7 +618,9 @@ def test_a_second_signal_does_not_wait_for_the_workers(url, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("kdnas.nas.workers.notice_signals", stop)
         patch.setattr("multiprocessing.process.BaseProcess.join", stop)
-        run_workers(deaf, 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path / "log")
+        run_workers(
+            deaf, 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path / "log"
+        )
     for worker in set(multiprocessing.active_children()) - before:
         worker.join(timeout=10)
         assert worker.exitcode == -signal.SIGKILL
@@ -542,7 +642,14 @@ def test_ctrl_c_while_workers_import_is_told_in_no_traceback(url, tmp_path, monk
     monkeypatch.setattr("multiprocessing.connection.wait", lambda *args, **options: None)
     monkeypatch.setattr("kdnas.nas.workers.BaseProcess.terminate", lambda worker: worker.join())
     with pytest.raises(KeyboardInterrupt):
-        run_workers(partial(never_ends, url), 2, open_study(url, "s", {}), stop, math.inf, lambda index: tmp_path)
+        run_workers(
+            partial(never_ends, url),
+            2,
+            open_study(url, "s", {}),
+            stop,
+            math.inf,
+            lambda index: tmp_path,
+        )
     assert [worker.exitcode for worker in workers] == [130, 130]
     assert "Traceback" not in capfd.readouterr().err
     tracker._stop()
@@ -559,7 +666,9 @@ def test_workers_end_where_another_cannot_be_started(url, tmp_path, monkeypatch)
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start_one)
     with pytest.raises(BlockingIOError):
-        run_workers(deaf, 2, open_study(url, "s", {}), lambda *_: None, math.inf, lambda index: tmp_path)
+        run_workers(
+            deaf, 2, open_study(url, "s", {}), lambda *_: None, math.inf, lambda index: tmp_path
+        )
     assert [worker.is_alive() for worker in started] == [False]
 
 
@@ -598,7 +707,9 @@ def test_no_candidate_is_begun_when_the_time_is_over(url, tmp_path):
         ("3,GPU-a1,7,9", 4, ["3", "GPU-a1", "7"]),
     ],
 )
-def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_devices, seen, monkeypatch):
+def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(
+    visible, num_devices, seen, monkeypatch
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
@@ -617,7 +728,9 @@ def test_each_worker_sees_one_gpu_and_its_share_of_the_cores(visible, num_device
 
 def test_workers_share_the_cores_of_this_process_and_the_threads_that_the_user_allows(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)  # taskset, Slurm
+    monkeypatch.setattr(
+        "os.sched_getaffinity", lambda pid: range(8), raising=False
+    )  # taskset, Slurm
     monkeypatch.setattr("torch.get_num_threads", lambda: 64)
     assert [worker_threads(number) for number in (1, 3, 9)] == [8, 2, 1]
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)  # OMP_NUM_THREADS=4

@@ -64,8 +64,12 @@ PAGES = {
 }
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"there is no browser: none of {', '.join(BROWSERS)} is on the PATH")
-@pytest.mark.parametrize(("scheme", "paper"), [("dark", "rgb(21, 24, 27)"), ("light", "rgb(255, 255, 255)")])
+@pytest.mark.skipif(
+    BROWSER is None, reason=f"there is no browser: none of {', '.join(BROWSERS)} is on the PATH"
+)
+@pytest.mark.parametrize(
+    ("scheme", "paper"), [("dark", "rgb(21, 24, 27)"), ("light", "rgb(255, 255, 255)")]
+)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_works_in_a_browser(page: str, scheme: str, paper: str, tmp_path: Path) -> None:
     column, first, ascending, descending, tip = PAGES[page]
@@ -81,7 +85,9 @@ def test_a_page_works_in_a_browser(page: str, scheme: str, paper: str, tmp_path:
     options += f" --blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
     options += " --virtual-time-budget=5000 --dump-dom"
     command = [str(BROWSER), *options.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, f"file://{tmp_path}/hands.html"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, f"file://{tmp_path}/hands.html"], capture_output=True, text=True, timeout=300
+    )
     assert re.findall(".*CONSOLE.*", done.stderr) == []
     told = json.loads(re.findall("<pre>(.*?)</pre>", done.stdout)[0])
     assert told == first | {

@@ -22,9 +22,18 @@ from kdnas.models.arch import StudentArch
 @pytest.fixture
 def study_db(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> Path:
     """Of a search with two candidates."""
-    options = [f"--teacher={tiny_teacher}", f"--text={text_file}", f"--root={tmp_path}", "--name=tiny"]
+    options = [
+        f"--teacher={tiny_teacher}",
+        f"--text={text_file}",
+        f"--root={tmp_path}",
+        "--name=tiny",
+    ]
     options += ["--data.max_length=24", "--latency.length=16", "--latency.min_seconds=0.01"]
-    options += ["--search.n_trials=2", "--search.num_epochs=1", f"--states.folder={tmp_path / 'states'}"]
+    options += [
+        "--search.n_trials=2",
+        "--search.num_epochs=1",
+        f"--states.folder={tmp_path / 'states'}",
+    ]
     assert main(["search", "--quiet", *options]) == 0
     return tmp_path / "tiny" / "study.db"
 
@@ -37,7 +46,9 @@ def dashboard(study_db: Path) -> Iterator[str]:
         port = unused.getsockname()[1]
     command = shutil.which("optuna-dashboard", path=str(Path(sys.executable).parent))
     assert command, "optuna-dashboard is not installed: pip install 'kdnas[dashboard]'"
-    process = subprocess.Popen([command, f"sqlite:///{study_db}", "--port", str(port), "--server", "wsgiref"])
+    process = subprocess.Popen(
+        [command, f"sqlite:///{study_db}", "--port", str(port), "--server", "wsgiref"]
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

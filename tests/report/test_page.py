@@ -27,7 +27,12 @@ from kdnas.training.trainer import TrainerSettings
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr", "col"}
 CHECKED = {"max_abs_difference": 1e-6, "int8": {"cosine": 0.999, "rows": "9 texts"}}
-CONFIG = {"teacher": "bert-tiny", "text": "notes.parquet", "task": "topics", "search": {"n_trials": 3}}
+CONFIG = {
+    "teacher": "bert-tiny",
+    "text": "notes.parquet",
+    "task": "topics",
+    "search": {"n_trials": 3},
+}
 
 
 class Page(HTMLParser):
@@ -64,7 +69,9 @@ class Page(HTMLParser):
 
 def row_of(html: str, number: int) -> list[str]:
     """The cells of a candidate's row."""
-    (found,) = [row for row in re.findall(r"<tr.*?</tr>", html) if re.search(rf"<td>{number}</td>", row)]
+    (found,) = [
+        row for row in re.findall(r"<tr.*?</tr>", html) if re.search(rf"<td>{number}</td>", row)
+    ]
     return re.findall(r"<td[^>]*>(.*?)</td>", found)
 
 
@@ -103,7 +110,9 @@ def trained(layers: int, latency_ms: float, loss: float, reward: float) -> dict[
     return measured(layers, latency_ms, **last, reward=reward, history=history, seconds=12.34)
 
 
-def add(study: optuna.Study, state: TrialState, value: float | None = None, **attrs: object) -> None:
+def add(
+    study: optuna.Study, state: TrialState, value: float | None = None, **attrs: object
+) -> None:
     study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attrs))
 
 
@@ -130,7 +139,13 @@ def make_results(**student: object) -> dict[str, object]:
         }
 
     return {
-        "task": {"name": "topics", "metric": "accuracy", "num_labels": 4, "num_train": 300, "num_validation": 60},
+        "task": {
+            "name": "topics",
+            "metric": "accuracy",
+            "num_labels": 4,
+            "num_train": 300,
+            "num_validation": 60,
+        },
         "models": {
             "teacher": row(0.8, 11_170_000, 20.0),
             "student": row(0.776, 2_140_000, 4.0) | student,
@@ -151,7 +166,11 @@ def every_kind() -> optuna.Study:
     study = make_study(budget={"speedup": 4.0, "latency_ms": None})
     add(study, TrialState.COMPLETE, 0.71, **trained(1, 2.5, 0.3333, 0.7111))
     add(study, TrialState.COMPLETE, 0.82, **trained(2, 4.0, 0.2222, 0.8222))
-    add(study, TrialState.PRUNED, **measured(3, 6.25, refused="3.20x as fast as the teacher, 4x is asked for"))
+    add(
+        study,
+        TrialState.PRUNED,
+        **measured(3, 6.25, refused="3.20x as fast as the teacher, 4x is asked for"),
+    )
     add(study, TrialState.FAIL, **measured(4, 1.25, failed="the training loss is inf at step 7"))
     add(study, TrialState.COMPLETE, 0.82, **trained(2, 4.0, 0.2222, 0.8222), twin_of=1)
     add(study, TrialState.FAIL, arch=measured(5, 1.0)["arch"])
@@ -164,8 +183,19 @@ def whole(root: Path, name: str = "fake") -> Run:
     run = Run(root, name)
     write_text(run.config, yaml.safe_dump(CONFIG))
     kd = trained(2, 4.0, 0.1818, 0.0)
-    names = ("arch", "num_parameters", "loss", "contextual_share", "sentence_r2", "seconds", "history")
-    write_json(run.full_kd / "result.json", {name: kd[name] for name in names} | {"num_rows": 90, "num_epochs": 2})
+    names = (
+        "arch",
+        "num_parameters",
+        "loss",
+        "contextual_share",
+        "sentence_r2",
+        "seconds",
+        "history",
+    )
+    write_json(
+        run.full_kd / "result.json",
+        {name: kd[name] for name in names} | {"num_rows": 90, "num_epochs": 2},
+    )
     write_json(run.glue / "results.json", make_results())
     return run
 
@@ -173,20 +203,29 @@ def whole(root: Path, name: str = "fake") -> Run:
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a whole run with every kind of trial."""
-    return write_report(whole(tmp_path_factory.mktemp("logs")), every_kind()).read_text(encoding="utf-8")
+    return write_report(whole(tmp_path_factory.mktemp("logs")), every_kind()).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_report_is_one_well_formed_file_that_asks_for_nothing(html):
     page = Page(html)
     assert html.startswith("<!doctype html>")
     assert {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"} == set()
-    urls = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "xlink:href") if name in attrs]
+    urls = [
+        attrs[name]
+        for _, attrs in page.tags
+        for name in ("src", "href", "xlink:href")
+        if name in attrs
+    ]
     assert [url for url in urls if not url.startswith("#")] == []
     assert re.findall(r"@import|url\((?!#)", html) == []
     (script,) = re.findall(r"(?s)<script>(.*?)</script>", html)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    assert {"http-equiv": "Content-Security-Policy", "content": policy} in [attrs for _, attrs in page.tags]
+    assert {"http-equiv": "Content-Security-Policy", "content": policy} in [
+        attrs for _, attrs in page.tags
+    ]
 
 
 def test_ids_are_unique_and_every_reference_within_the_pictures_is_met(html):
@@ -200,18 +239,43 @@ def test_every_trial_is_there_with_its_numbers_best_first(html):
     numbers = ["2.46", "4.00", "5.0x", "0.2222", "0.7778", "0.125", "0.8222", "12.3"]
     assert row_of(html, 1) == ["1", "finished", "2 x 64, 2 heads, 96 relu", *numbers, ""]
     assert row_of(html, 4)[1:2] + row_of(html, 4)[-1:] == ["repeated", "same shape as trial 1"]
-    refused = ["2", "refused", "3 x 64, 2 heads, 96 relu", "3.69", "6.25", "3.2x", "-", "-", "-", "-", "-"]
+    refused = [
+        "2",
+        "refused",
+        "3 x 64, 2 heads, 96 relu",
+        "3.69",
+        "6.25",
+        "3.2x",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]
     assert row_of(html, 2) == [*refused, "3.20x as fast as the teacher, 4x is asked for"]
-    assert row_of(html, 3)[1:2] + row_of(html, 3)[-1:] == ["failed", "the training loss is inf at step 7"]
+    assert row_of(html, 3)[1:2] + row_of(html, 3)[-1:] == [
+        "failed",
+        "the training loss is inf at step 7",
+    ]
     assert row_of(html, 5)[1:5] == ["interrupted", "5 x 64, 2 heads, 96 relu", "-", "-"]
-    assert re.findall(r'<tr(?: class="\w+")?><td>(\d+)</td>', html) == ["1", "4", "0", "2", "3", "5"]
+    assert re.findall(r'<tr(?: class="\w+")?><td>(\d+)</td>', html) == [
+        "1",
+        "4",
+        "0",
+        "2",
+        "3",
+        "5",
+    ]
     assert re.findall(r'<tr class="best"><td>(\d+)</td>', html) == ["1"]
     assert "2 finished, 1 repeated, 1 refused, 1 failed, 1 interrupted." in Page(html).text
 
 
 def test_the_headline_is_computed_from_the_final_figures(html):
     text = Page(html).text
-    assert "The best of 5 candidates has 2.1 M parameters, is 5.0x as fast and keeps 97 % of its teacher's acc" in text
+    assert (
+        "The best of 5 candidates has 2.1 M parameters, is 5.0x as fast and keeps 97 % of its teacher's acc"
+        in text
+    )
     assert "Its shape: 2 layers x 64 wide, 2 heads, 96 intermediate, relu." in text
     assert "Its accuracy is 0.776, its teacher's 0.800; the same shape, started at random" in text
 
@@ -220,26 +284,45 @@ def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_
     run = whole(tmp_path)
     write_json(run.glue / "results.json", make_results(share_kept=None))
     html = write_report(run, every_kind()).read_text()
-    assert "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s sentence vectors." in html
+    assert (
+        "is 5.0x as fast and explains 82 % of the variance of its teacher&#39;s sentence vectors."
+        in html
+    )
     assert result_rows(make_results(share_kept=None))[1]["share kept (%)"] == "-"
 
 
 def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
     study = make_study()
     for spread in (0.3, 0.5):
-        add(study, TrialState.COMPLETE, 0.7, **trained(1, 4.0, 0.3, 0.7) | {"latency_iqr_ms": spread})
-    add(study, TrialState.COMPLETE, 0.7, **trained(1, 4.0, 0.3, 0.7) | {"teacher_latency_iqr_ms": 2.1})
+        add(
+            study,
+            TrialState.COMPLETE,
+            0.7,
+            **trained(1, 4.0, 0.3, 0.7) | {"latency_iqr_ms": spread},
+        )
+    add(
+        study,
+        TrialState.COMPLETE,
+        0.7,
+        **trained(1, 4.0, 0.3, 0.7) | {"teacher_latency_iqr_ms": 2.1},
+    )
     assert ["(unsteady)" in line(trial) for trial in study.trials] == [False, True, True]
     assert "5.0x (unsteady), reward 0.7000, 12 s" in line(study.trials[1])
 
 
 @pytest.mark.parametrize(
     ("student", "said"),
-    [({"score": 0.6}, "A random start of its shape scores as high"), ({"latency_iqr_ms": 0.5}, "the machine was busy")],
+    [
+        ({"score": 0.6}, "A random start of its shape scores as high"),
+        ({"latency_iqr_ms": 0.5}, "the machine was busy"),
+    ],
 )
 def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_path, student, said):
     how = {"backend": "onnxruntime", "length": 32, "num_threads": 2}
-    assert result_table(make_results(), how).caption == "Latency: onnxruntime on cpu, batch 1 x 32, 2 threads."
+    assert (
+        result_table(make_results(), how).caption
+        == "Latency: onnxruntime on cpu, batch 1 x 32, 2 threads."
+    )
     assert said in str(result_table(make_results(**student), {}).caption)
     run = whole(tmp_path)
     write_json(run.glue / "results.json", make_results(**student))
@@ -254,7 +337,16 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
         ["best student", "2.14", "8.6", "4.00", "0.25", "5.0x", "0.776", "97.0"],
         ["random start", "2.14", "8.6", "4.10", "0.25", "4.9x", "0.600", "75.0"],
     ]
-    headings = ["model", "parameters (M)", "MB", "latency (ms)", "IQR (ms)", "speed-up", "accuracy", "share kept (%)"]
+    headings = [
+        "model",
+        "parameters (M)",
+        "MB",
+        "latency (ms)",
+        "IQR (ms)",
+        "speed-up",
+        "accuracy",
+        "share kept (%)",
+    ]
     assert [list(row) for row in rows] == [headings] * 3
     console = Console(file=io.StringIO(), width=80)
     console.print(result_table(make_results(), {}))
@@ -275,32 +367,59 @@ def test_what_was_asked_is_said(tmp_path):
     assert "n_trials: 3" in text
     assert text.startswith("My run")
     assert "But for the date, of the machine that wrote this page. search ended" in text
-    assert re.search(r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*", text)
+    assert re.search(
+        r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*",
+        text,
+    )
 
 
 def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
     run = whole(tmp_path)
     asked = {
-        "finetune": {"num_epochs": 5, "learning_rate": 3e-5, "batch_size": 8, "max_length": 64, "seed": 7, "old": 1},
+        "finetune": {
+            "num_epochs": 5,
+            "learning_rate": 3e-5,
+            "batch_size": 8,
+            "max_length": 64,
+            "seed": 7,
+            "old": 1,
+        },
         "trainer": {"accelerator": "cpu", "precision": "auto", "gradient_clip_val": 0.5},
-        "latency": {"backend": "onnxruntime-int8", "length": 32, "lengths": "my lengths.jsonl", "num_threads": 2},
+        "latency": {
+            "backend": "onnxruntime-int8",
+            "length": 32,
+            "lengths": "my lengths.jsonl",
+            "num_threads": 2,
+        },
     }
     write_text(run.config, yaml.safe_dump(CONFIG | asked))
     write_json(run.student / "manifest.json", {"checks": CHECKED})
     page = write_report(run, every_kind()).read_text()
-    (command,) = [line for line in re.findall("<pre>(.*?)</pre>", page) if line.startswith("kdnas glue")]
+    (command,) = [
+        line for line in re.findall("<pre>(.*?)</pre>", page) if line.startswith("kdnas glue")
+    ]
     config, _ = read_config(GlueConfig, "glue", shlex.split(unescape(command))[2:])
     assert config.finetune == FinetuneSettings(num_epochs=5, learning_rate=3e-5, max_length=64)
     assert config.trainer == TrainerSettings(accelerator="cpu", gradient_clip_val=0.5)
     assert config.latency == LatencySettings(**asked["latency"])
-    assert (config.seeds, len(config.model)) == (3, 2) and "batch_size" not in command and "auto" not in command
-    assert "the median, by onnxruntime-int8 on cpu, batch of at most 1 x workload, 2 threads; IQR" in page
+    assert (
+        (config.seeds, len(config.model)) == (3, 2)
+        and "batch_size" not in command
+        and "auto" not in command
+    )
+    assert (
+        "the median, by onnxruntime-int8 on cpu, batch of at most 1 x workload, 2 threads; IQR"
+        in page
+    )
 
 
 def test_the_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100 <PCIe>")
-    assert "GPU H100 <PCIe> system" in Page(write_report(whole(tmp_path), every_kind()).read_text()).text
+    assert (
+        "GPU H100 <PCIe> system"
+        in Page(write_report(whole(tmp_path), every_kind()).read_text()).text
+    )
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert " GPU " not in Page(write_report(whole(tmp_path), every_kind()).read_text()).text
 
@@ -309,7 +428,11 @@ def test_the_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
     ("budget", "words", "num_lines"),
     [
         ({"speedup": None, "latency_ms": 5.5}, "budget at most 5.5 ms", 1),
-        ({"speedup": 4.0, "latency_ms": 5.5}, "budget at least 4x as fast as the teacher, at most 5.5 ms", 2),
+        (
+            {"speedup": 4.0, "latency_ms": 5.5},
+            "budget at least 4x as fast as the teacher, at most 5.5 ms",
+            2,
+        ),
         ({"speedup": None, "latency_ms": None}, "budget none", 0),
         (None, "budget none", 0),
     ],
@@ -336,7 +459,8 @@ def test_the_front_goes_through_the_candidates_that_none_beats_in_both(run):
         add(study, TrialState.COMPLETE, 1 - loss, **trained(1, latency_ms, loss, 1 - loss))
     pareto = svgs(write_report(run, study).read_text())[0]
     (front,) = re.findall(
-        r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: currentColor(?!; stroke-op)', pareto
+        r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: currentColor(?!; stroke-op)',
+        pareto,
     )
     assert len(re.findall("[ML]", front)) == 3  # one step between two candidates
 
@@ -356,16 +480,26 @@ def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(htm
     _, errors, shares, scores = svgs(html)
     for picture in (errors, shares):
         names = ["trial 0", "trial 1", "full KD"]
-        assert [tip.partition(":")[0] for tip in re.findall(r"<title>(.*?)</title>", picture)] == names
+        assert [
+            tip.partition(":")[0] for tip in re.findall(r"<title>(.*?)</title>", picture)
+        ] == names
         assert re.findall(r"<text[^>]*>(\d)</text>", picture) == ["1", "2"]  # epochs count from 1
     assert "<title>trial 1: 0.444, 0.222</title>" in errors
     tips = ["teacher: 0.400, 0.800", "best student: 0.388, 0.776", "random start: 0.300, 0.600"]
     assert sorted(re.findall(r"<title>(.*?)</title>", scores)) == sorted(tips)
 
 
-def test_of_very_many_candidates_the_front_and_the_best_are_named_and_the_others_shown(run, monkeypatch):
+def test_of_very_many_candidates_the_front_and_the_best_are_named_and_the_others_shown(
+    run, monkeypatch
+):
     study = make_study()
-    for latency_ms, loss, reward in ((4, 0.2, 0.1), (2, 0.4, 0.2), (3, 0.5, 0.9), (5, 0.2, 0.3), (6, 0.3, 0.4)):
+    for latency_ms, loss, reward in (
+        (4, 0.2, 0.1),
+        (2, 0.4, 0.2),
+        (3, 0.5, 0.9),
+        (5, 0.2, 0.3),
+        (6, 0.3, 0.4),
+    ):
         add(study, TrialState.COMPLETE, reward, **trained(1, latency_ms, loss, reward))
     for latency_ms in (1.0, 1.1, 1.2, 1.3):
         add(study, TrialState.FAIL, **measured(2, latency_ms, failed="nan"))
@@ -374,7 +508,9 @@ def test_of_very_many_candidates_the_front_and_the_best_are_named_and_the_others
     monkeypatch.setattr("kdnas.report.page.MOST_NAMED", 3)
     html = write_report(run, study).read_text()
     pareto, errors, *_ = svgs(html)
-    assert sorted(re.findall(r"<title>trial (\d):", pareto)) == ["0", "1", "2"], "the front, and the best"
+    assert sorted(re.findall(r"<title>trial (\d):", pareto)) == ["0", "1", "2"], (
+        "the front, and the best"
+    )
     assert pareto.count("<use ") == svgs(whole)[0].count("<use ") > 9
     assert sorted(re.findall(r"<title>trial (\d):", errors)) == ["2", "3", "4"], "the best three"
     assert "the 3 with the best rewards" in html and "best rewards" not in whole
@@ -418,7 +554,9 @@ def test_without_a_labelled_task_its_sections_are_left_out(tmp_path):
 
 def test_a_search_alone_is_reported_from_its_best_trial(run):
     text = Page(write_report(run, every_kind()).read_text()).text
-    assert "The best of 5 candidates has 2.5 M parameters, is 5.0x as fast and explains 78 %" in text
+    assert (
+        "The best of 5 candidates has 2.5 M parameters, is 5.0x as fast and explains 78 %" in text
+    )
 
 
 def test_a_study_without_a_scored_candidate_is_reported_too(run):
@@ -491,12 +629,16 @@ def test_the_fronts_hold_what_no_other_candidate_beats_in_both():
     add(study, TrialState.PRUNED, **measured(1, 0.5, refused="slow"))
     add(study, TrialState.FAIL, **trained(1, 0.5, 0.1, 0.9))  # killed before it was told
     front = trials_frame(study)["front"]
-    assert front[0] == "parameters" and front[1] == "latency and parameters" and front[2] == "latency"
+    assert (
+        front[0] == "parameters" and front[1] == "latency and parameters" and front[2] == "latency"
+    )
     assert front[3:].isna().all()
     console = Console(width=120, file=io.StringIO())
     console.print(front_table(study))
     shown = console.file.getvalue()
-    assert [line.split()[:2] for line in shown.splitlines() if " ms" not in line and "0." in line] == [
+    assert [
+        line.split()[:2] for line in shown.splitlines() if " ms" not in line and "0." in line
+    ] == [
         ["2", "0.4000"],
         ["0", "0.5000"],
         ["*", "1"],

@@ -80,4 +80,6 @@ def test_of_two_searches_in_one_folder_the_first_writes(tmp_path):
         second(study)
         first(study)
     assert scalars(tmp_path, "reward") == [(1, 0.5)]
-    assert "search/exploration_ratio" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert (
+        "search/exploration_ratio" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    )

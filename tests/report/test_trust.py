@@ -23,26 +23,39 @@ def found(histories=None, full_kd=None, results=None, exported=None, best=1, bud
 def test_the_runner_up_and_the_teachers_drift_are_told():
     shown = found()
     assert "the next, trial 0, 0.6000, 20.0% less" in shown["Is the best one the best?"].words
-    assert "The teacher, measured beside each of 3, took 20.00 to 21.00 ms" in shown["Is the latency real?"].words
+    assert (
+        "The teacher, measured beside each of 3, took 20.00 to 21.00 ms"
+        in shown["Is the latency real?"].words
+    )
     assert shown["Is the latency real?"].good and shown["More than a table of words?"].good
-    assert set(shown) == {"Is the best one the best?", "More than a table of words?", "Is the latency real?"}
+    assert set(shown) == {
+        "Is the best one the best?",
+        "More than a table of words?",
+        "Is the latency real?",
+    }
     assert found(best=None) == {}
 
 
-@pytest.mark.parametrize(("first", "agreement", "good"), [([1, 2, 3, 4], "1.00", True), ([4, 3, 1, 2], "-0.80", False)])
+@pytest.mark.parametrize(
+    ("first", "agreement", "good"), [([1, 2, 3, 4], "1.00", True), ([4, 3, 1, 2], "-0.80", False)]
+)
 def test_rankings_after_the_first_and_the_last_epoch_are_compared(first, agreement, good):
     histories = {i: [{"loss": loss}, {"loss": 0.1 * i}] for i, loss in enumerate(first, 1)}
     check = found(histories)["Was the ranking settled?"]
     assert f"4 candidates agree to {agreement} (" in check.words and check.good is good
     assert "Was the ranking settled?" not in found({1: histories[1], 2: histories[2]})
-    assert "Was the ranking settled?" not in found({i: [{"loss": None}, {"loss": 1}] for i in range(4)})
+    assert "Was the ranking settled?" not in found(
+        {i: [{"loss": None}, {"loss": 1}] for i in range(4)}
+    )
 
 
 def test_a_busy_machine_is_noticed():
     study = make_study()
     for speedup in (4.0, 5.0, 6.0):  # of 4 ms: the teacher's 16, 20 and 24
         add(study, TrialState.COMPLETE, 0.6, **trained(1, 4.0, 0.4, 0.6) | {"speedup": speedup})
-    (check,) = [one for one in checks(trials_frame(study), 0, {}, None, None, None) if "latency" in one.name]
+    (check,) = [
+        one for one in checks(trials_frame(study), 0, {}, None, None, None) if "latency" in one.name
+    ]
     assert check.good is False and "took 16.00 to 24.00 ms: the machine was busy." in check.words
 
 
@@ -56,7 +69,10 @@ def test_a_latency_that_is_another_at_the_end_is_marked(again, good):
     ("budget", "reason"),
     [
         (Budget(speedup=4.9, latency_ms=4.1, num_parameters=2_460_000), ""),
-        (Budget(speedup=5.1), ", beyond the budget (5.00x as fast as the teacher, 5.1x is asked for)"),
+        (
+            Budget(speedup=5.1),
+            ", beyond the budget (5.00x as fast as the teacher, 5.1x is asked for)",
+        ),
         (Budget(latency_ms=3.9), ", beyond the budget (4.000 ms, 3.9 ms is asked for)"),
     ],
 )
@@ -69,8 +85,12 @@ def test_the_second_latency_is_held_against_the_budget_too(budget, reason):
 def test_a_score_is_as_sure_as_its_rows_allow():
     shown = found(results=make_results())  # 0.776 on 60 rows, 0.6 from a random start
     assert "uncertain by 0.105 (95 %)" in shown["How sure is the score?"].words
-    assert shown["Did distillation help?"].good and "(+0.176)" in shown["Did distillation help?"].words
-    assert not found(results=make_results(score=0.69))["Did distillation help?"].good, "0.09 is within 0.117"
+    assert (
+        shown["Did distillation help?"].good and "(+0.176)" in shown["Did distillation help?"].words
+    )
+    assert not found(results=make_results(score=0.69))["Did distillation help?"].good, (
+        "0.09 is within 0.117"
+    )
     results = make_results()
     results["task"]["metric"] = "pearson"
     assert "How sure is the score?" not in found(results=results)
@@ -88,7 +108,9 @@ def test_a_score_is_as_sure_as_its_rows_allow():
 def test_files_agree_where_int8_loses_no_more_than_an_export_tolerates(int8, good):
     check = found(exported={"max_abs_difference": 2e-6, "int8": int8 | {"rows": "60 rows"}})
     check = check["Do the exported files agree?"]
-    assert check.good is good and check.words.endswith("(60 rows)." if good else "(60 rows): int8 loses more than 1%.")
+    assert check.good is good and check.words.endswith(
+        "(60 rows)." if good else "(60 rows): int8 loses more than 1%."
+    )
 
 
 def test_the_context_after_full_kd_and_the_files_are_told():
@@ -98,6 +120,12 @@ def test_the_context_after_full_kd_and_the_files_are_told():
     }
     shown = found(full_kd={"loss": 0.2, "contextual_share": -0.01}, exported=exported)
     check = shown["More than a table of words?"]
-    assert "knows -1.0%; loss 0.2500 in the search, 0.2000 after full KD" in check.words and check.good is False
+    assert (
+        "knows -1.0%; loss 0.2500 in the search, 0.2000 after full KD" in check.words
+        and check.good is False
+    )
     assert "torch to 2e-06" in shown["Do the exported files agree?"].words
-    assert "scores 0.770 where float32 scores 0.776 (60 rows)" in shown["Do the exported files agree?"].words
+    assert (
+        "scores 0.770 where float32 scores 0.776 (60 rows)"
+        in shown["Do the exported files agree?"].words
+    )

@@ -42,7 +42,8 @@ def test_plain_names_are_valid(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "a\n", "é", "a\\b", "x" * 101, "tokens"]
+    "name",
+    ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "a\n", "é", "a\\b", "x" * 101, "tokens"],
 )
 def test_names_that_are_no_plain_names_are_refused(name):
     with pytest.raises(UserError) as caught:
@@ -63,7 +64,11 @@ def test_any_name_is_refused_or_one_folder_within_the_root(name):
             run.check_writable()
             assert os.listdir(parent) == []
             write_text(run.config, name)
-            assert {str(path) for path in Path(parent).rglob("*")} == {root, f"{root}/{name}", str(run.config)}
+            assert {str(path) for path in Path(parent).rglob("*")} == {
+                root,
+                f"{root}/{name}",
+                str(run.config),
+            }
 
 
 def test_making_a_run_touches_no_disk(tmp_path):
@@ -74,7 +79,16 @@ def test_making_a_run_touches_no_disk(tmp_path):
 
 def test_the_artefacts_have_their_promised_names():
     run = Run("logs", "quickstart")
-    names = [run.config, run.study_db, run.trials_csv, run.best_student, run.full_kd, run.glue, run.student, run.report]
+    names = [
+        run.config,
+        run.study_db,
+        run.trials_csv,
+        run.best_student,
+        run.full_kd,
+        run.glue,
+        run.student,
+        run.report,
+    ]
     assert [str(path.relative_to("logs/quickstart")) for path in names] == [
         "config.yaml",
         "study.db",
@@ -88,7 +102,9 @@ def test_the_artefacts_have_their_promised_names():
     assert [run.trial(number).name for number in (7, 12345)] == ["trial_0007", "trial_12345"]
 
 
-def test_machines_that_share_a_run_share_neither_logs_nor_the_lock_of_each_step(tmp_path, monkeypatch):
+def test_machines_that_share_a_run_share_neither_logs_nor_the_lock_of_each_step(
+    tmp_path, monkeypatch
+):
     run, logs = Run(tmp_path, "a"), set()
     for node in ("one", "two"):
         monkeypatch.setattr("platform.node", lambda node=node: node)
@@ -123,12 +139,16 @@ def test_a_run_that_is_a_link_out_of_the_root_is_refused(tmp_path):
 @pytest.mark.parametrize("mode", [0o555, 0o000])
 def test_a_folder_without_permission_is_refused(mode):
     user = os.geteuid()
-    with tempfile.TemporaryDirectory() as parent:  # not tmp_path, which another user cannot even reach
+    with (
+        tempfile.TemporaryDirectory() as parent
+    ):  # not tmp_path, which another user cannot even reach
         os.chmod(parent, mode)
         try:
             if user == 0:  # permissions do not bind root
                 os.seteuid(65534)
-            with pytest.raises(UserError, match=f"Cannot write to '{parent}/logs/a' .Permission denied"):
+            with pytest.raises(
+                UserError, match=f"Cannot write to '{parent}/logs/a' .Permission denied"
+            ):
                 Run(f"{parent}/logs", "a").check_writable()
         finally:
             os.seteuid(user)
@@ -251,7 +271,9 @@ def test_what_a_killed_process_has_left_is_swept_and_what_a_live_one_writes_is_n
         assert sorted(tmp_path.rglob(".*")) == sorted([alive, tmp_path / ".gitignore"])
 
 
-def test_a_kill_between_the_renames_of_a_file_system_without_exchange_gives_the_old_folder_back(tmp_path):
+def test_a_kill_between_the_renames_of_a_file_system_without_exchange_gives_the_old_folder_back(
+    tmp_path,
+):
     kill = "import ctypes, os; from pathlib import Path; from kdnas.system.files import *\n"
     kill += "replace, left = os.replace, [int(os.sys.argv[2])]\n"
     kill += "def until(*paths):\n    left[0] -= 1\n    replace(*paths) if left[0] >= 0 else os.kill(os.getpid(), 9)\n"
@@ -261,9 +283,15 @@ def test_a_kill_between_the_renames_of_a_file_system_without_exchange_gives_the_
     for num_renames, code, kept in ((0, -9, "old"), (1, -9, "old"), (2, -9, "new"), (3, 0, "new")):
         with new_folder(target) as folder:
             (folder / "old").touch()
-        assert subprocess.run([sys.executable, "-c", kill, str(target), str(num_renames)]).returncode == code
+        assert (
+            subprocess.run([sys.executable, "-c", kill, str(target), str(num_renames)]).returncode
+            == code
+        )
         sweep(tmp_path)
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["student", f"student/{kept}"]
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+            "student",
+            f"student/{kept}",
+        ]
 
 
 def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, monkeypatch):
@@ -272,7 +300,9 @@ def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, mo
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", kill], env=environment).returncode == -9
     (dead,) = tmp_path.iterdir()
-    container = f"kdnas.{platform.node()}-f0000abc-{2**22 + 1}.abcdefgh"  # its numbers mean nothing here
+    container = (
+        f"kdnas.{platform.node()}-f0000abc-{2**22 + 1}.abcdefgh"  # its numbers mean nothing here
+    )
     others = {
         tmp_path / "kdnas.elsewhere-7.abcdefgh",
         tmp_path / container,
@@ -286,7 +316,9 @@ def test_the_next_temporary_folder_sweeps_those_of_killed_processes(tmp_path, mo
 
 
 def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    full = SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
     no_space = pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/student'")
     with no_space as found, new_folder(tmp_path / "student"):
         raise full
@@ -296,7 +328,10 @@ def test_a_full_disk_is_an_error_of_the_disk_with_the_place(tmp_path):
         Tokenizer(WordLevel({"a": 0}, unk_token="a")).save("/dev/full")
     with pytest.raises(OSError, match=f"Quota exceeded: '{tmp_path}/a'"), new_file(tmp_path / "a"):
         raise OSError(errno.EDQUOT, "Quota exceeded")  # as a write tells it
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/lock'"), placed(tmp_path / "lock"):
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/lock'"),
+        placed(tmp_path / "lock"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "student"):
         raise SafetensorError("header too large")

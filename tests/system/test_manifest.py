@@ -57,11 +57,17 @@ def link_folder(path: Path) -> None:
     ("damage", "faults"),
     [
         (flip, ["'student/model.onnx': is not as it was written (7 bytes)"]),
-        (lambda path: path.write_bytes(b""), ["'student/model.onnx': is not as it was written (0 bytes)"]),
+        (
+            lambda path: path.write_bytes(b""),
+            ["'student/model.onnx': is not as it was written (0 bytes)"],
+        ),
         (lambda path: path.unlink(), ["'student/model.onnx': is missing"]),
         (link, ["'student/model.onnx': is a link"]),
         (link_folder, ["'student/model.onnx': is a link", "'student': is not in the manifest"]),
-        (lambda path: path.with_name("evil.py").touch(), ["'student/evil.py': is not in the manifest"]),
+        (
+            lambda path: path.with_name("evil.py").touch(),
+            ["'student/evil.py': is not in the manifest"],
+        ),
     ],
 )
 def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
@@ -70,7 +76,10 @@ def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
     assert main(["verify", "a", f"--root={run.root}"]) == 2
     shown = capsys.readouterr()
     assert shown.out.splitlines() == faults
-    assert shown.err.startswith(f"kdnas: {str(run.folder)!r} is not as it was made") and shown.err.count("\n") == 1
+    assert (
+        shown.err.startswith(f"kdnas: {str(run.folder)!r} is not as it was made")
+        and shown.err.count("\n") == 1
+    )
 
 
 def test_names_that_others_chose_are_shown_on_any_terminal(run):
@@ -103,7 +112,9 @@ def test_a_manifest_that_leads_out_of_its_folder_is_refused(name, run, tmp_path)
 def test_a_whole_run_is_told_by_name_and_by_folder(run, capsys):
     for place in (["a", f"--root={run.root}"], [str(run.folder)]):
         assert main(["verify", *place]) == 0
-        assert capsys.readouterr().out.startswith(f"2 files of {str(run.folder)!r} are as they were made.\n")
+        assert capsys.readouterr().out.startswith(
+            f"2 files of {str(run.folder)!r} are as they were made.\n"
+        )
 
 
 def test_what_is_made_anew_is_in_the_manifests_of_all_folders_around_it(run, tmp_path):
@@ -128,7 +139,10 @@ def test_a_link_is_one_that_stays_within_and_leads_where_it_led(run, tmp_path):
     last.symlink_to("report.html")
     write_manifest(run.folder, {})
     assert verify(run.folder) == (3, [])
-    for target, fault in {"student/model.onnx": "links to another file", "nowhere": "links to another file"}.items():
+    for target, fault in {
+        "student/model.onnx": "links to another file",
+        "nowhere": "links to another file",
+    }.items():
         last.unlink()
         last.symlink_to(target)
         assert verify(run.folder)[1] == [f"'last.ckpt': {fault}"]

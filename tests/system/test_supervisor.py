@@ -51,12 +51,21 @@ sys.exit(code)
 
 def program(body: str, notes: Path, last_seconds: float = 60) -> list[str]:
     lines = "def body(earlier):\n" + "".join(f"    {line}\n" for line in body.splitlines())
-    return [sys.executable, "-c", PROGRAM.replace("BODY", lines).replace("PATIENCE", str(last_seconds)), str(notes)]
+    return [
+        sys.executable,
+        "-c",
+        PROGRAM.replace("BODY", lines).replace("PATIENCE", str(last_seconds)),
+        str(notes),
+    ]
 
 
 def seen(notes: Path) -> list[str]:
     """What was noted, without the numbers of processes."""
-    return [line.rpartition(" ")[0].strip() for line in notes.read_text().splitlines()] if notes.exists() else []
+    return (
+        [line.rpartition(" ")[0].strip() for line in notes.read_text().splitlines()]
+        if notes.exists()
+        else []
+    )
 
 
 def wait_for(notes: Path, text: str) -> None:
@@ -83,7 +92,9 @@ def test_a_candidate_that_kills_its_process_leaves_the_command_alive(tmp_path):
         "begun SIGSEGV,SIGKILL, perhaps out of memory",
         "ended",
     ]
-    assert "The process died (SIGSEGV) with its candidate; another one takes its place." in done.stderr
+    assert (
+        "The process died (SIGSEGV) with its candidate; another one takes its place." in done.stderr
+    )
 
 
 def test_another_death_ends_the_command_with_one_line(tmp_path):
@@ -113,7 +124,9 @@ def test_it_is_said_how_to_go_on_with_what_was_begun_anew(tmp_path, arguments, b
 
 
 def test_an_exit_code_is_handed_on_and_what_follows_is_done_once(tmp_path):
-    done = subprocess.run(program("raise OSError('no disk')", tmp_path / "notes"), capture_output=True, text=True)
+    done = subprocess.run(
+        program("raise OSError('no disk')", tmp_path / "notes"), capture_output=True, text=True
+    )
     assert (done.returncode, seen(tmp_path / "notes")) == (3, ["begun", "ended"])
 
 
@@ -136,7 +149,9 @@ def test_a_signal_comes_once(send, second, tmp_path):
 def test_a_second_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path):
     notes = tmp_path / "notes"
     body = "import atexit\natexit.register(lambda: note('ends') or time.sleep(20))\nnote('ready')\ntime.sleep(60)"
-    process = subprocess.Popen(program(body, notes), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program(body, notes), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     for moment in ("ready", "ends"):
         wait_for(notes, moment)
         os.killpg(process.pid, signal.SIGINT)
@@ -147,13 +162,18 @@ def test_a_second_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path):
 def test_a_second_signal_ends_a_child_whose_native_code_hears_of_none(tmp_path):
     notes = tmp_path / "notes"
     body = "signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)\nnote('ready')\ntime.sleep(60)"
-    process = subprocess.Popen(program(body, notes, supervisor.LAST_SECONDS), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program(body, notes, supervisor.LAST_SECONDS), stderr=subprocess.PIPE, text=True
+    )
     wait_for(notes, "ready")
     for _ in range(2):
         process.terminate()
         time.sleep(2 * supervisor.WAIT_SECONDS)
     _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
+    assert (process.returncode, error) == (
+        143,
+        "kdnas: interrupted; the same command goes on from here.\n",
+    )
 
 
 def test_a_process_that_hears_no_signal_is_not_waited_for_at_the_end(tmp_path):
@@ -176,7 +196,10 @@ def test_a_signal_before_anything_has_begun_ends_both(tmp_path):
     wait_for(notes, "ready")
     process.terminate()
     _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (143, "kdnas: interrupted; the same command goes on from here.\n")
+    assert (process.returncode, error) == (
+        143,
+        "kdnas: interrupted; the same command goes on from here.\n",
+    )
 
 
 HANG = """
@@ -197,7 +220,13 @@ def test_a_terminal_that_is_closed_ends_it_unless_nohup_keeps_that_away(is_ignor
     """A shell and the system send a signal each, and the second is no request to end at once."""
     notes = tmp_path / "notes"
     process = subprocess.Popen(
-        ["sh", "-c", "trap '' HUP; exec \"$@\"" if is_ignored else 'exec "$@"', "sh", *program(HANG, notes, 0.1)],
+        [
+            "sh",
+            "-c",
+            "trap '' HUP; exec \"$@\"" if is_ignored else 'exec "$@"',
+            "sh",
+            *program(HANG, notes, 0.1),
+        ],
         start_new_session=True,
     )
     wait_for(notes, "ready")
@@ -206,7 +235,13 @@ def test_a_terminal_that_is_closed_ends_it_unless_nohup_keeps_that_away(is_ignor
         time.sleep(2 * supervisor.WAIT_SECONDS)
     Path(f"{notes}.end").touch()
     assert process.wait(timeout=30) == (0 if is_ignored else 129)
-    assert seen(notes) == ["begun", "ready", *["told SIGHUP"] * (0 if is_ignored else 2), "kept", "ended"]
+    assert seen(notes) == [
+        "begun",
+        "ready",
+        *["told SIGHUP"] * (0 if is_ignored else 2),
+        "kept",
+        "ended",
+    ]
 
 
 def test_the_child_ends_with_its_parent(tmp_path):
@@ -229,9 +264,7 @@ def test_where_torch_is_loaded_there_is_no_child():
 
 
 def test_a_call_from_python_stays_in_its_process(tmp_path):
-    code = (
-        "import os, sys; from kdnas.cli import main as cli; cli.COMMANDS['search'] = lambda args: print(os.getpid()); "
-    )
+    code = "import os, sys; from kdnas.cli import main as cli; cli.COMMANDS['search'] = lambda args: print(os.getpid()); "
     code += "print(os.getpid()); assert cli.main(['search']) == 0"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert len(set(done.stdout.split())) == 1, done.stderr

@@ -23,18 +23,25 @@ from tests import conftest
 from tests.conftest import examples
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join(9 * [f'*{below}'])}]\n" for below, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{', '.join(9 * [f'*{below}'])}]\n"
+    for below, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 BAD = [
     ("name: a\nname: b\n", "the key 'name' is given twice, line 2"),
     ("data: {max_length: 3, max_length: 4}\n", "the key 'max_length' is given twice, line 1"),
-    ("sampler: {class_path: x, init_args: &a {seed: 1}, more: {<<: *a, <<: *a}}\n", "the key '<<' is given twice"),
+    (
+        "sampler: {class_path: x, init_args: &a {seed: 1}, more: {<<: *a, <<: *a}}\n",
+        "the key '<<' is given twice",
+    ),
     (BOMB, f"more than {MOST_NODES:,} values, aliases written out, line 5"),
     ("sampler: &a {class_path: x, init_args: *a}\n", "a value contains itself, line 1"),
     ("sampler: " + 60 * "[" + 60 * "]", "nested more than 50 levels deep, line 1"),
     ("sampler: " + 2_000 * "[" + 2_000 * "]", "nested more than 50 levels deep"),
     ("#" * (MOST_CHARACTERS + 1), "it has 262,145 characters, more than 262,144"),
-    ("name: !!python/object/apply:os.system ['touch CANARY']\n", "could not determine a constructor"),
+    (
+        "name: !!python/object/apply:os.system ['touch CANARY']\n",
+        "could not determine a constructor",
+    ),
     ("name: [1", "while parsing a flow sequence"),
     ("name: \0", "unacceptable character"),
     (f"name: {'9' * 5000}\n", "Exceeds the limit"),
@@ -55,7 +62,9 @@ def test_bad_yaml_is_refused_with_its_place(text, message, tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), BAD)
 @pytest.mark.parametrize("command", ["search", "fit"])
-def test_bad_config_is_refused_by_every_command_and_nothing_runs(command, text, message, tmp_path, monkeypatch, capsys):
+def test_bad_config_is_refused_by_every_command_and_nothing_runs(
+    command, text, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(text)
     assert main([command, "--config", "a.yaml"]) == 2
@@ -94,7 +103,12 @@ def test_a_number_with_an_exponent_is_one(asked, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("workers: null", "workers"), ("data:", "data"), ("search: {budget: null}", "search.budget"), ("seed: ~", "seed")],
+    [
+        ("workers: null", "workers"),
+        ("data:", "data"),
+        ("search: {budget: null}", "search.budget"),
+        ("seed: ~", "seed"),
+    ],
 )
 def test_null_is_refused_where_it_is_no_value(text, name, asked, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"teacher: quickstart\ntext: y\nstorage: null\n{text}\n")
@@ -106,7 +120,9 @@ def test_null_is_refused_where_it_is_no_value(text, name, asked, tmp_path, capsy
 def test_null_within_what_may_be_left_out_is_refused_too(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("model: [x]\ntask: [rte]\ngrid:\n  held_out:\n")
     assert main(["glue", "--config", str(tmp_path / "a.yaml")]) == 2
-    assert capsys.readouterr().err == "kdnas: grid.held_out is null: give a value, or leave it out.\n"
+    assert (
+        capsys.readouterr().err == "kdnas: grid.held_out is null: give a value, or leave it out.\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["[]", "1"])
@@ -129,15 +145,28 @@ def test_a_config_that_is_no_text_is_refused(tmp_path, capsys):
         assert "The config is not UTF-8 (invalid start byte at byte 128)" in capsys.readouterr().err
 
 
-KEYS = [*"teacher text name seed workers sampler data search recipe latency storage".split(), "data.seed", "1", ""]
+KEYS = [
+    *"teacher text name seed workers sampler data search recipe latency storage".split(),
+    "data.seed",
+    "1",
+    "",
+]
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(["x", "1e-3", "tpe"])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["x", "1e-3", "tpe"]),
 )
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.one_of(st.sampled_from([*KEYS, "max_length", "class_path", "init_args"]), SCALARS), inner),
+        st.dictionaries(
+            st.one_of(st.sampled_from([*KEYS, "max_length", "class_path", "init_args"]), SCALARS),
+            inner,
+        ),
     ),
     max_leaves=6,
 )
@@ -149,7 +178,9 @@ def test_a_random_case_that_hangs_fails_and_is_shown(monkeypatch):
         conftest.limited(lambda number: time.sleep(60))(number=7)
     conftest.limited(lambda number: None)(number=7)
     time.sleep(0.3)  # nothing comes later
-    assert test_whatever_is_plain_passes.hypothesis.inner_test.__wrapped__, "every test of random cases is limited"
+    assert test_whatever_is_plain_passes.hypothesis.inner_test.__wrapped__, (
+        "every test of random cases is limited"
+    )
 
 
 @examples(30)
@@ -158,9 +189,11 @@ def test_a_random_case_that_hangs_fails_and_is_shown(monkeypatch):
         st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5).map(
             lambda values: yaml.safe_dump({"teacher": "quickstart", "text": "y"} | values).encode()
         ),
-        st.lists(st.sampled_from(["a: ", "&a ", "*a", "\n", "  ", "- ", "[", "}", "<<: ", "!!", "x", "1"])).map(
-            lambda parts: "".join(parts).encode()
-        ),
+        st.lists(
+            st.sampled_from(
+                ["a: ", "&a ", "*a", "\n", "  ", "- ", "[", "}", "<<: ", "!!", "x", "1"]
+            )
+        ).map(lambda parts: "".join(parts).encode()),
         st.binary(max_size=40),
     )
 )
@@ -179,7 +212,9 @@ def test_any_config_is_read_or_refused_in_one_line_that_names_what_is_wrong(cont
     if code == 2:
         assert told.startswith("kdnas: ") and len(told.splitlines()) == 1
         try:
-            keys = {str(key).rpartition(".")[2] or '""' for key in every_key(yaml.safe_load(content))}
+            keys = {
+                str(key).rpartition(".")[2] or '""' for key in every_key(yaml.safe_load(content))
+            }
         except (yaml.YAMLError, *NO_VALUE):
             keys = set()
         assert any(name in told for name in {"config", "teacher", "text", *keys})
@@ -189,7 +224,9 @@ def every_key(value: Any) -> Iterator[Any]:
     """The keys of a mapping, and of all that is in it."""
     if isinstance(value, dict):
         yield from value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from every_key(inner)
 
 
@@ -200,7 +237,9 @@ def test_whatever_is_plain_passes(value):
     check_yaml(json.dumps(value))
 
 
-@pytest.mark.parametrize("content", ["! :", '"": 1', "data.: 1", ".data: 1", "data: {0e0: 1}", "$ ! :"])
+@pytest.mark.parametrize(
+    "content", ["! :", '"": 1', "data.: 1", ".data: 1", "data: {0e0: 1}", "$ ! :"]
+)
 def test_a_key_without_a_name_is_told(content, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 2
@@ -211,4 +250,6 @@ def test_a_key_without_a_name_is_told(content, tmp_path, capsys):
 def test_a_config_that_maps_nothing_is_told_what_it_must_be(content, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "config.yaml")]) == 2
-    assert capsys.readouterr().err.startswith(f"kdnas: A config is {content!r}: it must map names to values")
+    assert capsys.readouterr().err.startswith(
+        f"kdnas: A config is {content!r}: it must map names to values"
+    )

@@ -16,7 +16,9 @@ def data(tmp_path) -> GLUEDataModule:
 def test_training_batches_hold_every_row_once_and_rows_of_similar_length(data):
     batches = list(data.train_dataloader())
     assert [len(batch["labels"]) for batch in batches] == [16] * 12 + [11]
-    assert sorted(label for batch in batches for label in batch["labels"].tolist()) == sorted(data.task.train["label"])
+    assert sorted(label for batch in batches for label in batch["labels"].tolist()) == sorted(
+        data.task.train["label"]
+    )
     assert sum(batch["attention_mask"].numel() for batch in batches) < 1.1 * sum(
         int(batch["attention_mask"].sum()) for batch in batches
     )
@@ -29,7 +31,9 @@ def test_validation_batches_hold_every_row_once_sorted_by_length(data):
     batches = list(loader)
     lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
     assert lengths == sorted(lengths) and len(lengths) == 203
-    assert sorted(label for b in batches for label in b["labels"].tolist()) == sorted(data.task.validation["label"])
+    assert sorted(label for b in batches for label in b["labels"].tolist()) == sorted(
+        data.task.validation["label"]
+    )
 
 
 def test_padding_is_dynamic_masked_and_the_tokenizers_own(data):

@@ -11,7 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+)
 
 from kdnas.models.encoders import load_classifier, num_parameters
 from kdnas.system.errors import CandidateFailed, UserError
@@ -38,7 +43,10 @@ def write_learnable(folder: Path, num_rows: int = 64, kind: str = "single") -> L
         label = [row % 2 for row in range(num_rows)]
         columns = {"sentence": texts}
         if kind != "single":
-            columns = {"sentence1": texts, "sentence2": make_rows(num_rows, seed=seed + 2, longest=10)}
+            columns = {
+                "sentence1": texts,
+                "sentence2": make_rows(num_rows, seed=seed + 2, longest=10),
+            }
         if kind == "regression":
             label = [4.5 * i for i in label]
         pq.write_table(pa.table({**columns, "label": label}), folder / f"{split}.parquet")
@@ -62,7 +70,12 @@ def classifier(source: Path, num_labels: int = 2):
 
 
 def evaluate(
-    model, task: LoadedTask, folder: Path, settings: FinetuneSettings = SETTINGS, precision="32-true", callbacks=()
+    model,
+    task: LoadedTask,
+    folder: Path,
+    settings: FinetuneSettings = SETTINGS,
+    precision="32-true",
+    callbacks=(),
 ) -> dict:
     trainer_settings = TrainerSettings("cpu", precision=precision)
     return evaluate_glue(
@@ -77,7 +90,9 @@ def evaluate(
 
 
 def trainer(*callbacks: pl.Callback, **arguments) -> pl.Trainer:
-    defaults = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    defaults = dict(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     defaults |= dict(enable_model_summary=False, num_sanity_val_steps=0)
     return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
 
@@ -137,7 +152,9 @@ def test_the_saved_folder_loads_without_kdnas_and_scores_the_same(teacher, tmp_p
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     rows = task.validation
-    inputs = tokenizer(rows["sentence1"], rows["sentence2"], padding=True, truncation=True, return_tensors="pt")
+    inputs = tokenizer(
+        rows["sentence1"], rows["sentence2"], padding=True, truncation=True, return_tensors="pt"
+    )
     with torch.no_grad():
         right = model(**inputs).logits.argmax(-1) == torch.tensor(rows["label"])
     assert right.float().mean().item() == pytest.approx(result["score"], abs=1e-6)
@@ -164,7 +181,11 @@ def test_a_finished_fine_tuning_is_answered_from_the_record(teacher, task, tmp_p
             "32-true",
             "num_epochs .* 3",
         ),
-        (SETTINGS, "bf16-mixed", "precision of fine-tuning is 'bf16-mixed', and it was begun with '32-true'"),
+        (
+            SETTINGS,
+            "bf16-mixed",
+            "precision of fine-tuning is 'bf16-mixed', and it was begun with '32-true'",
+        ),
     ],
 )
 def test_a_record_of_other_settings_is_refused(teacher, task, tmp_path, other, precision, message):
@@ -174,7 +195,14 @@ def test_a_record_of_other_settings_is_refused(teacher, task, tmp_path, other, p
 
 
 def test_a_model_is_kept_only_where_it_is_wanted(teacher, task, tmp_path):
-    evaluate_glue(classifier(teacher), make_tokenizer(), task, SETTINGS, folder=tmp_path / "run", keep_model=False)
+    evaluate_glue(
+        classifier(teacher),
+        make_tokenizer(),
+        task,
+        SETTINGS,
+        folder=tmp_path / "run",
+        keep_model=False,
+    )
     assert (tmp_path / "run" / "result.json").exists() and not (tmp_path / "run" / "model").exists()
 
 
@@ -196,7 +224,9 @@ def test_mnli_has_both_scores_and_their_mean(teacher, tmp_path):
 
 
 # run_glue.py leaves all of it to TrainingArguments.
-RUN_GLUE = SimpleNamespace(**{field.name: field.default for field in dataclasses.fields(TrainingArguments)})
+RUN_GLUE = SimpleNamespace(
+    **{field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+)
 
 
 def test_a_class_has_no_name_that_was_the_teacher_s_of_another_task(teacher, task, tmp_path):
@@ -204,13 +234,23 @@ def test_a_class_has_no_name_that_was_the_teacher_s_of_another_task(teacher, tas
     model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
     evaluate(model, task, tmp_path / "run")
     saved = AutoConfig.from_pretrained(tmp_path / "run" / "model")
-    assert saved.id2label == {0: "LABEL_0", 1: "LABEL_1"} and saved.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    assert saved.id2label == {0: "LABEL_0", 1: "LABEL_1"} and saved.label2id == {
+        "LABEL_0": 0,
+        "LABEL_1": 1,
+    }
 
 
 def test_another_clipping_is_another_fine_tuning(teacher, task, tmp_path):
     result = evaluate(classifier(teacher), task, tmp_path / "run")
-    with pytest.raises(UserError, match=r"gradient_clip_val of fine-tuning is 0.0, and it was begun with 1.0"):
-        finished(tmp_path / "run", task, SETTINGS, TrainerSettings("cpu", precision="32-true", gradient_clip_val=0.0))
+    with pytest.raises(
+        UserError, match=r"gradient_clip_val of fine-tuning is 0.0, and it was begun with 1.0"
+    ):
+        finished(
+            tmp_path / "run",
+            task,
+            SETTINGS,
+            TrainerSettings("cpu", precision="32-true", gradient_clip_val=0.0),
+        )
     del result["gradient_clip_val"]  # of an earlier version
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
     assert evaluate(classifier(teacher), task, tmp_path / "run") == result
@@ -223,7 +263,10 @@ def test_the_defaults_are_those_of_run_glue():
     assert settings.num_epochs == arguments.num_train_epochs
     assert settings.batch_size == arguments.per_device_train_batch_size
     assert settings.weight_decay == arguments.weight_decay
-    assert settings.warmup_share == arguments.warmup_steps == 0 and arguments.lr_scheduler_type == "linear"
+    assert (
+        settings.warmup_share == arguments.warmup_steps == 0
+        and arguments.lr_scheduler_type == "linear"
+    )
     assert settings.max_length == 128  # the script's own
     assert TrainerSettings().gradient_clip_val == arguments.max_grad_norm
 
@@ -241,7 +284,9 @@ def test_the_optimizer_is_transformers_own(teacher, task):
 def test_the_score_is_the_last_epochs_not_the_best(teacher, task, tmp_path, monkeypatch):
     class Worsening(GLUEModule):
         def on_validation_epoch_end(self) -> None:
-            self.log_dict(dict.fromkeys(["val/accuracy", "val/score"], 0.75 - 0.5 * self.current_epoch))
+            self.log_dict(
+                dict.fromkeys(["val/accuracy", "val/score"], 0.75 - 0.5 * self.current_epoch)
+            )
 
     monkeypatch.setattr(finetune, "GLUEModule", Worsening)
     result = evaluate(classifier(teacher), task, tmp_path / "run")
@@ -255,14 +300,20 @@ def test_a_seed_decides_all_and_the_callers_random_numbers_are_left_alone(teache
         model.register_forward_pre_hook(
             lambda _, args, kwargs: rows.append(kwargs["input_ids"].tolist()), with_kwargs=True
         )
-        settings = FinetuneSettings(num_epochs=1, learning_rate=1e-3, batch_size=32, max_length=32, seed=seed)
+        settings = FinetuneSettings(
+            num_epochs=1, learning_rate=1e-3, batch_size=32, max_length=32, seed=seed
+        )
         torch.rand(len(name))
         state = torch.get_rng_state()
         evaluate(model, task, tmp_path / name, settings)
         assert torch.equal(state, torch.get_rng_state())
         return rows[0], model.classifier.weight.tolist()
 
-    (rows, weights), (same_rows, same_weights), (other_rows, _) = run("a", 3), run("again", 3), run("other", 4)
+    (rows, weights), (same_rows, same_weights), (other_rows, _) = (
+        run("a", 3),
+        run("again", 3),
+        run("other", 4),
+    )
     assert rows == same_rows and weights == same_weights
     assert rows != other_rows
 
@@ -274,12 +325,16 @@ class Modes(pl.Callback):
         self.seen: dict[str, list[bool]] = {"train": [], "val": []}
 
     def _note(self, name: str, module: pl.LightningModule) -> None:
-        self.seen[name] += [part.training for part in module.modules() if isinstance(part, nn.Dropout)]
+        self.seen[name] += [
+            part.training for part in module.modules() if isinstance(part, nn.Dropout)
+        ]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._note("train", pl_module)
 
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_start(
+        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         self._note("val", pl_module)
 
 
@@ -315,13 +370,17 @@ class Steps(pl.Callback):
 
     @staticmethod
     def _norm(module: nn.Module) -> float:
-        return float(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+        return float(
+            nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        )
 
 
 def test_the_loss_falls_and_the_learning_rate_rises_and_falls_by_step(teacher, task):
     steps = Steps()
     settings = FinetuneSettings(learning_rate=1e-3, warmup_share=0.25)
-    trainer(steps, max_epochs=5).fit(GLUEModule(classifier(teacher), task.task, settings), data_module(task))
+    trainer(steps, max_epochs=5).fit(
+        GLUEModule(classifier(teacher), task.task, settings), data_module(task)
+    )
     assert len(steps.losses) == 20
     assert sum(steps.losses[-4:]) < 0.5 * sum(steps.losses[:4])
     rise, fall = [i / 5 for i in range(5)], [(20 - i) / 15 for i in range(5, 20)]
@@ -330,7 +389,9 @@ def test_the_loss_falls_and_the_learning_rate_rises_and_falls_by_step(teacher, t
 
 def test_each_epoch_has_another_order(teacher, task):
     steps = Steps()
-    trainer(steps, max_epochs=2).fit(GLUEModule(classifier(teacher), task.task, SETTINGS), data_module(task))
+    trainer(steps, max_epochs=2).fit(
+        GLUEModule(classifier(teacher), task.task, SETTINGS), data_module(task)
+    )
     assert steps.rows[:4] != steps.rows[4:]
 
 
@@ -338,7 +399,9 @@ def test_each_epoch_has_another_order(teacher, task):
 def test_gradients_are_clipped_by_norm_in_every_precision(teacher, task, precision):
     steps = Steps()
     module = GLUEModule(classifier(teacher), task.task, SETTINGS)
-    trainer(steps, max_epochs=1, gradient_clip_val=0.01, precision=precision).fit(module, data_module(task))
+    trainer(steps, max_epochs=1, gradient_clip_val=0.01, precision=precision).fit(
+        module, data_module(task)
+    )
     assert min(steps.norms) > 0.02
     assert steps.clipped == pytest.approx([0.01] * 4, rel=1e-3)
 
@@ -346,7 +409,9 @@ def test_gradients_are_clipped_by_norm_in_every_precision(teacher, task, precisi
 def test_evaluation_clips_gradients_to_a_norm_of_1(teacher, task, tmp_path, monkeypatch):
     clips = []
     monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clips.append(norm) or torch.zeros(())
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, norm: clips.append(norm) or torch.zeros(()),
     )
     evaluate(classifier(teacher), task, tmp_path / "run")
     assert clips == [1.0] * 8
@@ -357,10 +422,16 @@ def test_weight_decay_is_on_matrices_only(teacher, task):
     module = GLUEModule(model, task.task, FinetuneSettings(weight_decay=0.1))
     fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     fit.fit(module, data_module(task))
-    decay = {id(p): group["weight_decay"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in fit.optimizers[0].param_groups
+        for p in group["params"]
+    }
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1), name
+        assert decay[id(parameter)] == (
+            0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1
+        ), name
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])
@@ -373,7 +444,9 @@ def test_losses_and_metrics_are_those_computed_by_hand(teacher, tmp_path, num_la
     labels = torch.tensor(rows["label"])
     with torch.no_grad():
         logits = model(
-            **make_tokenizer()(rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt")
+            **make_tokenizer()(
+                rows["sentence1"], rows["sentence2"], padding=True, return_tensors="pt"
+            )
         ).logits
     if num_labels == 1:
         expected = ((logits[:, 0] - labels) ** 2).mean()
@@ -381,7 +454,9 @@ def test_losses_and_metrics_are_those_computed_by_hand(teacher, tmp_path, num_la
     else:
         expected = -(logits[range(22), labels] - logits.logsumexp(1)).mean()
         assert set(logged) == {"val/loss", "val/accuracy", "val/f1", "val/score"}
-        assert logged["val/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+        assert logged["val/accuracy"] == pytest.approx(
+            (logits.argmax(1) == labels).float().mean().item()
+        )
     assert logged["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -391,7 +466,9 @@ def test_more_callbacks_see_every_step(teacher, task, tmp_path):
     assert len(steps.losses) == 8
 
 
-def raise_at_call(model: nn.Module, number: int, error: BaseException) -> torch.utils.hooks.RemovableHandle:
+def raise_at_call(
+    model: nn.Module, number: int, error: BaseException
+) -> torch.utils.hooks.RemovableHandle:
     calls = []
 
     def hook(*_: object) -> None:
@@ -459,7 +536,9 @@ def test_settings_out_of_range_are_refused(name, value):
 
 
 def test_the_least_settings_are_taken():
-    FinetuneSettings(num_epochs=1, batch_size=1, max_length=8, warmup_share=0.0, weight_decay=0.0, seed=0)
+    FinetuneSettings(
+        num_epochs=1, batch_size=1, max_length=8, warmup_share=0.0, weight_decay=0.0, seed=0
+    )
 
 
 def test_more_tokens_than_the_model_takes_are_refused_at_the_start(tmp_path, task):
@@ -481,28 +560,38 @@ class StopsAt(pl.Callback):
 
 
 @pytest.mark.parametrize("helped", [False, True], ids=["alone", "with a teacher"])
-def test_what_was_stopped_goes_on_in_the_middle_of_an_epoch_and_ends_as_what_was_not(teacher, task, tmp_path, helped):
+def test_what_was_stopped_goes_on_in_the_middle_of_an_epoch_and_ends_as_what_was_not(
+    teacher, task, tmp_path, helped
+):
     distiller = partial(TaskDistillModule, teacher=classifier(teacher).eval()) if helped else None
 
     def tune(folder: Path, settings: FinetuneSettings = LONGER, **options):
         start = classifier(teacher)
-        make = partial(evaluate_glue, start, make_tokenizer(), task, settings, make_module=distiller)
+        make = partial(
+            evaluate_glue, start, make_tokenizer(), task, settings, make_module=distiller
+        )
         return make(folder=tmp_path / folder, **options), start.state_dict()
 
     result, whole = tune("whole")
     with pytest.raises(KeyboardInterrupt):
         tune("stopped", callbacks=[StopsAt(19)])  # the fourth step of the third epoch
-    with pytest.raises(UserError, match="learning_rate of fine-tuning is 0.5, and it was begun with 0.001"):
+    with pytest.raises(
+        UserError, match="learning_rate of fine-tuning is 0.5, and it was begun with 0.001"
+    ):
         tune("stopped", dataclasses.replace(LONGER, learning_rate=0.5))
     again, resumed = tune("stopped")
-    assert [row["epoch"] for row in again["history"]] == [0, 1, 2, 3] and again["history"] == result["history"]
+    assert [row["epoch"] for row in again["history"]] == [0, 1, 2, 3] and again[
+        "history"
+    ] == result["history"]
     for name, values in whole.items():
         assert torch.equal(values, resumed[name]), name
     assert not (tmp_path / "stopped" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("last_call", ["new_folder", "write_json"])
-def test_what_was_stopped_at_its_very_end_is_not_trained_again(teacher, task, tmp_path, monkeypatch, last_call):
+def test_what_was_stopped_at_its_very_end_is_not_trained_again(
+    teacher, task, tmp_path, monkeypatch, last_call
+):
     def stop(*_):
         raise KeyboardInterrupt
 

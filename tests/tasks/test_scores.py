@@ -24,7 +24,11 @@ def oracle(name: str, preds: np.ndarray, targets: np.ndarray) -> float:
             return float(np.nan_to_num(stats.pearsonr(preds, targets)[0]))
         if name == "spearman":
             return float(np.nan_to_num(stats.spearmanr(preds, targets)[0]))
-        score = {"accuracy": sk.accuracy_score, "f1": sk.f1_score, "matthews": sk.matthews_corrcoef}[name]
+        score = {
+            "accuracy": sk.accuracy_score,
+            "f1": sk.f1_score,
+            "matthews": sk.matthews_corrcoef,
+        }[name]
         return float(score(targets, preds))
 
 
@@ -56,7 +60,9 @@ def class_ids(num_labels: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def test_metrics_of_classes_equal_scikit_learn(name, case):
     preds, targets = class_ids(TASKS[name].num_labels)[case]
     values = by_batches(TASKS[name], preds, targets)
-    assert values == {key: pytest.approx(oracle(key, preds.numpy(), targets.numpy()), abs=1e-6) for key in values}
+    assert values == {
+        key: pytest.approx(oracle(key, preds.numpy(), targets.numpy()), abs=1e-6) for key in values
+    }
 
 
 def numbers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -81,15 +87,21 @@ def test_metrics_of_a_regression_equal_scipy_and_are_0_where_undefined(case):
     values = by_batches(TASKS["stsb"], preds, targets)
     expected = {"pearson": 0.0, "spearman": 0.0}
     if case != "one row":  # scipy refuses one
-        expected = {key: oracle(key, preds.double().numpy(), targets.double().numpy()) for key in values}
+        expected = {
+            key: oracle(key, preds.double().numpy(), targets.double().numpy()) for key in values
+        }
     assert values == {key: pytest.approx(value, abs=1e-6) for key, value in expected.items()}
 
 
 def test_f1_is_of_the_positive_class_wherever_its_place_is():
-    preds, targets = (torch.randint(2, (301,), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    preds, targets = (
+        torch.randint(2, (301,), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    )
     task = TASKS["mrpc"]
     expected = by_batches(task, preds, targets)
-    places = torch.tensor([2, 0])  # of a classifier with three classes, whose first is the positive one
+    places = torch.tensor(
+        [2, 0]
+    )  # of a classifier with three classes, whose first is the positive one
     turned = dataclasses.replace(task, num_labels=3, positive=0)
     assert by_batches(turned, places[preds], places[targets]) == pytest.approx(expected)
     assert by_batches(turned, torch.full_like(preds, 1), places[targets])["f1"] == 0

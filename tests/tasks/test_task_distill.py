@@ -48,12 +48,18 @@ def test_hidden_loss_by_hand_with_padding():
     assert loss.item() == pytest.approx(0.5 / 1.0)
     loss.backward()
     assert student.grad is not None and student.grad[0, 2].tolist() == [0.0, 0.0]
-    assert hidden_loss(torch.full_like(teacher, 2.0) * torch.tensor([1.0, 0.0]), teacher, mask).item() == 1.0
+    assert (
+        hidden_loss(torch.full_like(teacher, 2.0) * torch.tensor([1.0, 0.0]), teacher, mask).item()
+        == 1.0
+    )
 
 
 def test_task_loss_by_hand():
     settings = TaskDistillSettings(soft_weight=0.25, hidden_weight=2.0)
-    assert task_loss(torch.tensor(4.0), torch.tensor(8.0), torch.tensor(0.5), settings).item() == 3.0 + 2.0 + 1.0
+    assert (
+        task_loss(torch.tensor(4.0), torch.tensor(8.0), torch.tensor(0.5), settings).item()
+        == 3.0 + 2.0 + 1.0
+    )
 
 
 def test_shapes_that_would_broadcast_are_refused():
@@ -65,7 +71,12 @@ def test_shapes_that_would_broadcast_are_refused():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("temperature", 0.0), ("temperature", float("nan")), ("soft_weight", 1.5), ("hidden_weight", -1.0)],
+    [
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("soft_weight", 1.5),
+        ("hidden_weight", -1.0),
+    ],
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=f"distill.{name} is {value}"):
@@ -85,7 +96,9 @@ def student(tmp_path):
     return load_classifier(folder, 2)
 
 
-def fit(module: GLUEModule, data: GLUEDataModule, num_epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
+def fit(
+    module: GLUEModule, data: GLUEDataModule, num_epochs: int, *callbacks: pl.Callback
+) -> pl.Trainer:
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -107,7 +120,11 @@ def test_a_student_comes_nearer_to_its_teachers_answers_and_states(tmp_path, stu
     data = GLUEDataModule(task, make_tokenizer(), batch_size=8, max_length=30)
     settings = FinetuneSettings(learning_rate=3e-3)
     module = TaskDistillModule(
-        student, task.task, settings, teacher, TaskDistillSettings(soft_weight=1.0, hidden_weight=1.0)
+        student,
+        task.task,
+        settings,
+        teacher,
+        TaskDistillSettings(soft_weight=1.0, hidden_weight=1.0),
     )
     assert not any("teacher" in name for name in module.state_dict())
     assert len(list(module.parameters())) == len(list(student.parameters())) + 2
@@ -120,14 +137,20 @@ def test_a_student_comes_nearer_to_its_teachers_answers_and_states(tmp_path, stu
             pl_module.eval()
             batch = next(iter(data.train_dataloader()))
             states = [
-                model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True).hidden_states[-1]
+                model(
+                    **{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True
+                ).hidden_states[-1]
                 for model in (student, teacher)
             ]
-            self.start = hidden_loss(pl_module.projection(states[0]), states[1], batch["attention_mask"].bool()).item()
+            self.start = hidden_loss(
+                pl_module.projection(states[0]), states[1], batch["attention_mask"].bool()
+            ).item()
             pl_module.train()
 
         def on_train_batch_end(self, trainer, *args) -> None:
-            self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            self.rows.append(
+                {name: float(value) for name, value in trainer.callback_metrics.items()}
+            )
 
     parts = Parts()
     fit(module, data, 8, parts)
@@ -172,11 +195,17 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     model = load_classifier(names, 2)
     model.config.id2label = {0: "not_entailment", 1: "entailment"}
     model.save_pretrained(names)
-    with pytest.raises(UserError, match="has the classes not_entailment, entailment, and 'rte' has entailment, not_"):
+    with pytest.raises(
+        UserError,
+        match="has the classes not_entailment, entailment, and 'rte' has entailment, not_",
+    ):
         load_task_teacher(str(names), rte, STUDENT)
     model.config.id2label = {0: "NOT-ENTAILMENT", 1: "Entailment"}
     model.save_pretrained(names)
-    with pytest.raises(UserError, match="has the classes NOT-ENTAILMENT, Entailment, and 'rte' has entailment, not_"):
+    with pytest.raises(
+        UserError,
+        match="has the classes NOT-ENTAILMENT, Entailment, and 'rte' has entailment, not_",
+    ):
         load_task_teacher(str(names), rte, STUDENT)
     model.config.id2label, model.config.problem_type = (
         {1: "entailment", 2: "not_entailment"},
@@ -186,12 +215,18 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     assert load_task_teacher(str(names), rte, STUDENT).config.num_labels == 2  # some count from 1
     model.config.problem_type = "multi_label_classification"
     model.save_pretrained(names)
-    with pytest.raises(UserError, match="names' gives several labels at once: take a classifier of one"):
+    with pytest.raises(
+        UserError, match="names' gives several labels at once: take a classifier of one"
+    ):
         load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
     other.add_tokens(["unheard"])
-    with pytest.raises(UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"):
-        load_task_teacher(str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other))
+    with pytest.raises(
+        UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"
+    ):
+        load_task_teacher(
+            str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other)
+        )
     assert load_task_teacher(str(tmp_path / "fits"), rte, STUDENT).config.num_labels == 2
 
 
@@ -200,7 +235,10 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     [
         (["ENTAILMENT", "not entailment"], ""),
         (["LABEL_0", "LABEL_1"], ""),
-        (["yes", "no"], "are called yes, no: they are taken for entailment, not_entailment of 'rte', in this order"),
+        (
+            ["yes", "no"],
+            "are called yes, no: they are taken for entailment, not_entailment of 'rte', in this order",
+        ),
     ],
 )
 def test_a_teacher_s_own_names_of_the_classes_are_told(tmp_path, caplog, names, warning):

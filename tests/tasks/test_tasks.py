@@ -33,7 +33,9 @@ GLUE = {
 
 def test_the_table_holds_the_nine_tasks_of_glue():
     assert len(TASKS) == 9
-    assert {name: (task.columns, task.num_labels, task.metrics) for name, task in TASKS.items()} == GLUE
+    assert {
+        name: (task.columns, task.num_labels, task.metrics) for name, task in TASKS.items()
+    } == GLUE
     for name, task in TASKS.items():
         assert task.name == name
         assert len(task.label_names) == (0 if task.num_labels == 1 else task.num_labels)
@@ -45,7 +47,9 @@ def test_a_folder_of_a_glue_name_has_its_columns_labels_and_batches(tmp_path, na
     columns, num_labels, metrics = GLUE[name]
     labels = [0.5, 4.0, 2.5] if num_labels == 1 else range(num_labels)
     splits = ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",)
-    loaded = load_task(str(write_task(tmp_path / name, columns, labels, validations=splits, suffix=suffix)))
+    loaded = load_task(
+        str(write_task(tmp_path / name, columns, labels, validations=splits, suffix=suffix))
+    )
     assert loaded.task == TASKS[name]
     assert tuple(loaded.validations) == splits
     for rows in (loaded.train, *loaded.validations.values()):
@@ -58,11 +62,15 @@ def test_a_folder_of_a_glue_name_has_its_columns_labels_and_batches(tmp_path, na
     separators = (batch["input_ids"] == make_tokenizer().sep_token_id).sum(1)
     assert separators.tolist() == [len(columns)] * 20
     values = make_metrics(loaded.task)(batch["labels"], batch["labels"])
-    assert {key: round(float(value), 6) for key, value in values.items()} == dict.fromkeys(metrics, 1.0)
+    assert {key: round(float(value), 6) for key, value in values.items()} == dict.fromkeys(
+        metrics, 1.0
+    )
 
 
 @pytest.mark.parametrize("columns", [("sentence",), ("text",), ("sentence1", "sentence2")])
-def test_another_folder_is_a_classification_with_as_many_labels_as_its_training_rows_have(tmp_path, columns):
+def test_another_folder_is_a_classification_with_as_many_labels_as_its_training_rows_have(
+    tmp_path, columns
+):
     loaded = load_task(str(write_task(tmp_path / "packages", columns, labels=[2, 0, 4, 1, 3])))
     columns = ("sentence",) if columns == ("text",) else columns
     assert loaded.task == Task("packages", columns, num_labels=5, metrics=("accuracy",))
@@ -87,7 +95,12 @@ def test_mnli_is_scored_on_its_matched_and_its_mismatched_rows(tmp_path):
 ORIGINAL = {
     "CoLA": ("cola", "", "gj04\t1\t\tthe river is deep", "gj04\t0\t*\triver deep the is"),
     "SST-2": ("sst2", "sentence\tlabel", 'a "deep\t1', "wide and fast\t0"),
-    "MRPC": ("mrpc", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\ta\tthe", "0\t7\t9\tis\tof"),
+    "MRPC": (
+        "mrpc",
+        "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        "1\t7\t8\ta\tthe",
+        "0\t7\t9\tis\tof",
+    ),
     "STS-B": ("stsb", "index\tsentence1\tsentence2\tscore", "0\ta\tthe\t5.000", "1\tis\tof\t0.5"),
     "QQP": ("qqp", "id\tquestion1\tquestion2\tis_duplicate", "0\ta\tthe\t1", "1\tis\tof\t0"),
     "MNLI": (
@@ -97,8 +110,18 @@ ORIGINAL = {
         "1\tis\tof\tneutral\tentailment",
         "2\tis\tin\tneutral\tcontradiction",
     ),
-    "QNLI": ("qnli", "index\tquestion\tsentence\tlabel", "0\ta\tthe\tentailment", "1\ta\tof\tnot_entailment"),
-    "RTE": ("rte", "index\tsentence1\tsentence2\tlabel", "0\ta\tthe\tentailment", "1\ta\tof\tnot_entailment"),
+    "QNLI": (
+        "qnli",
+        "index\tquestion\tsentence\tlabel",
+        "0\ta\tthe\tentailment",
+        "1\ta\tof\tnot_entailment",
+    ),
+    "RTE": (
+        "rte",
+        "index\tsentence1\tsentence2\tlabel",
+        "0\ta\tthe\tentailment",
+        "1\ta\tof\tnot_entailment",
+    ),
     "WNLI": ("wnli", "index\tsentence1\tsentence2\tlabel", "0\ta\tthe\t1", "1\ta\tof\t0"),
 }
 
@@ -109,7 +132,9 @@ def test_the_original_files_of_all_nine_are_read(tmp_path):
         folder = tmp_path / folder_name
         folder.mkdir()
         text = "\n".join(line for line in lines if line) + "\n"
-        for split in ("train", "dev_matched", "dev_mismatched") if name == "mnli" else ("train", "dev"):
+        for split in (
+            ("train", "dev_matched", "dev_mismatched") if name == "mnli" else ("train", "dev")
+        ):
             (folder / f"{split}.tsv").write_text(text)
         loaded = load_task(str(folder))
         expected = [1, 0, 2] if name == "mnli" else [5.0, 0.5] if name == "stsb" else [1, 0]
@@ -117,7 +142,10 @@ def test_the_original_files_of_all_nine_are_read(tmp_path):
         assert loaded.task == TASKS[name] and loaded.train["label"] == expected
         assert loaded.train == loaded.validation
     assert load_task(str(tmp_path / "SST-2")).train["sentence"] == ['a "deep', "wide and fast"]
-    assert load_task(str(tmp_path / "CoLA")).train["sentence"] == ["the river is deep", "river deep the is"]
+    assert load_task(str(tmp_path / "CoLA")).train["sentence"] == [
+        "the river is deep",
+        "river deep the is",
+    ]
 
 
 def test_the_hash_is_that_of_the_rows(tmp_path):
@@ -132,7 +160,10 @@ def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
     folder = write_task(tmp_path / "mnli", columns, range(3), validations=MNLI)
     files = {split: str(folder / f"{split}.parquet") for split in ("train", *MNLI)}
     splits = datasets.DatasetDict(
-        {split: datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path)) for split, file in files.items()}
+        {
+            split: datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path))
+            for split, file in files.items()
+        }
     )
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or splits)
@@ -141,21 +172,27 @@ def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
 
 
 def test_a_task_that_is_not_in_the_cache_is_told_with_a_remedy():
-    with pytest.raises(UserError, match=r"'rte' was not found in the hub's cache .*; give a folder with train.parquet"):
+    with pytest.raises(
+        UserError,
+        match=r"'rte' was not found in the hub's cache .*; give a folder with train.parquet",
+    ):
         load_task("rte")
 
 
 @pytest.mark.parametrize("source", ["stsbb", "/no/such/stsb", ""])
 def test_what_is_neither_folder_nor_task_is_refused_with_the_nearest_name(source):
     with pytest.raises(
-        UserError, match=rf"task '{source}' is no folder.*(Did you mean 'stsb'|Choose from: cola, mnli)"
+        UserError,
+        match=rf"task '{source}' is no folder.*(Did you mean 'stsb'|Choose from: cola, mnli)",
     ):
         load_task(source)
 
 
 def test_a_file_is_no_task_and_where_it_belongs_is_told(tmp_path):
     (tmp_path / "mine.csv").write_text("text,label\na,b\n")
-    with pytest.raises(UserError, match=r"mine.csv' is a file: give a folder with its rows as train.csv"):
+    with pytest.raises(
+        UserError, match=r"mine.csv' is a file: give a folder with its rows as train.csv"
+    ):
         load_task(str(tmp_path / "mine.csv"))
 
 
@@ -173,13 +210,17 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
 
 
 def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path):
-    with pytest.raises(UserError, match="mrpc' lack the column 'sentence1': they have sentence, label"):
+    with pytest.raises(
+        UserError, match="mrpc' lack the column 'sentence1': they have sentence, label"
+    ):
         load_task(str(write_task(tmp_path / "mrpc")))
     with pytest.raises(UserError, match="'some' has no text column: it has prose, label"):
         load_task(str(write_task(tmp_path / "some", ["prose"])))
     folder = write_task(tmp_path / "other")
     write_table(folder / "validation.parquet", sentence=["the model"])
-    with pytest.raises(UserError, match="validation rows of .* lack the column 'label': they have sentence"):
+    with pytest.raises(
+        UserError, match="validation rows of .* lack the column 'label': they have sentence"
+    ):
         load_task(str(folder))
 
 
@@ -203,7 +244,10 @@ def test_a_text_that_is_no_string_is_refused(tmp_path, value):
 def test_a_label_that_is_no_whole_number_is_refused(tmp_path, value):
     folder = write_task(tmp_path / "sst2")
     write_table(folder / "validation.parquet", sentence=["the model"], label=[value])
-    with pytest.raises(UserError, match=f"Row 0 .*validation rows .* has {value!r} as its label: give a whole number"):
+    with pytest.raises(
+        UserError,
+        match=f"Row 0 .*validation rows .* has {value!r} as its label: give a whole number",
+    ):
         load_task(str(folder))
 
 
@@ -239,13 +283,18 @@ def test_a_validation_label_without_training_rows_is_refused(tmp_path):
 
 def labelled(tmp_path: Path, suffix=".csv", labels=(1, 3, 5), num_rows=60, **columns: list) -> str:
     """One file of reviews with stars."""
-    table = {"review": make_rows(num_rows), "stars": [labels[row % len(labels)] for row in range(num_rows)]}
+    table = {
+        "review": make_rows(num_rows),
+        "stars": [labels[row % len(labels)] for row in range(num_rows)],
+    }
     return str(write_table(tmp_path / f"mine{suffix}", **(table | columns)))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv"])
 @pytest.mark.parametrize("labels", [(1, 3, 5), ("bad", "fair", "good")])
-def test_any_labelled_text_is_a_classification_with_a_tenth_of_its_texts_held_out(tmp_path, suffix, labels):
+def test_any_labelled_text_is_a_classification_with_a_tenth_of_its_texts_held_out(
+    tmp_path, suffix, labels
+):
     data = labelled(tmp_path, suffix, labels)
     loaded = load_labelled(data, ["review"], "stars")
     assert loaded.task == Task("mine", ("sentence",), 3, ("accuracy",), tuple(map(str, labels)))
@@ -299,17 +348,49 @@ def test_own_train_and_validation_files_are_taken_as_they_are(tmp_path):
         ({}, [], "stars", "text columns are not given"),
         ({}, ["review", "review"], "stars", "'review', 'review' and the label column 'stars'"),
         ({}, ["stars"], "stars", "'stars' and the label column 'stars'"),
-        ({"review": ["a"] * 59 + [None]}, ["review"], "stars", "Row 59 .* has None in 'review': give text"),
-        ({"review": [None, "a"] * 30}, ["review"], "stars", "has None in 'review', and so have 29 more"),
-        ({"stars": [None, "a"] * 30}, ["review"], "stars", "Row 0 .* has None as its label, and so have 29 more"),
-        ({"stars": [1.5, float("nan")] * 30}, ["review"], "stars", "Row 1 .* has (None|nan) as its label"),
-        ({"stars": ["same"] * 60}, ["review"], "stars", "have the label 'same': give two classes or more"),
+        (
+            {"review": ["a"] * 59 + [None]},
+            ["review"],
+            "stars",
+            "Row 59 .* has None in 'review': give text",
+        ),
+        (
+            {"review": [None, "a"] * 30},
+            ["review"],
+            "stars",
+            "has None in 'review', and so have 29 more",
+        ),
+        (
+            {"stars": [None, "a"] * 30},
+            ["review"],
+            "stars",
+            "Row 0 .* has None as its label, and so have 29 more",
+        ),
+        (
+            {"stars": [1.5, float("nan")] * 30},
+            ["review"],
+            "stars",
+            "Row 1 .* has (None|nan) as its label",
+        ),
+        (
+            {"stars": ["same"] * 60},
+            ["review"],
+            "stars",
+            "have the label 'same': give two classes or more",
+        ),
         ({"review": ["same"] * 60}, ["review"], "stars", "60 rows with 1 distinct texts"),
-        ({"stars": [f"label {i}" for i in range(60)]}, ["review"], "stars", "which no training row has"),
+        (
+            {"stars": [f"label {i}" for i in range(60)]},
+            ["review"],
+            "stars",
+            "which no training row has",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_labelled_text_that_cannot_be_learned_is_refused(tmp_path, table, columns, label, message, suffix):
+def test_labelled_text_that_cannot_be_learned_is_refused(
+    tmp_path, table, columns, label, message, suffix
+):
     with pytest.raises(UserError, match=message):
         load_labelled(labelled(tmp_path, suffix, **table), columns, label)
 
@@ -320,7 +401,10 @@ def test_no_data_another_format_a_broken_file_and_an_empty_split_are_refused(tmp
     (tmp_path / "mine.xlsx").write_text("x")
     with pytest.raises(UserError, match="has the suffix '.xlsx'"):
         load_labelled(str(tmp_path / "mine.xlsx"), ["review"], "stars")
-    for name, content in (("cut.csv", b"review,stars\na,1\nb\n"), ("latin.csv", b"review,stars\n\xe4,1\n")):
+    for name, content in (
+        ("cut.csv", b"review,stars\na,1\nb\n"),
+        ("latin.csv", b"review,stars\n\xe4,1\n"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}' is no csv file that can be read"):
             load_labelled(str(tmp_path / name), ["review"], "stars")
@@ -333,7 +417,11 @@ def test_no_data_another_format_a_broken_file_and_an_empty_split_are_refused(tmp
 @pytest.mark.parametrize(
     ("ours", "theirs", "order"),
     [
-        (("Spam", "ham", "spam"), ["Spam", "ham", "spam"], [0, 1, 2]),  # three, whatever one thinks of it
+        (
+            ("Spam", "ham", "spam"),
+            ["Spam", "ham", "spam"],
+            [0, 1, 2],
+        ),  # three, whatever one thinks of it
         (("spam", "Spam"), ["ham", "Spam", "spam"], [2, 1]),
         (("not_it", "it"), ["IT", "NOT IT"], [1, 0]),
         (("spam", "ham"), ["Spam", "spam", "HAM"], None),  # which of the two is meant?
@@ -345,7 +433,9 @@ def test_classes_are_found_by_their_names(ours, theirs, order):
     assert class_order(dataclasses.replace(TASKS["sst2"], label_names=ours), theirs) == order
 
 
-@pytest.mark.parametrize("names", [["equivalent", "not_equivalent"], ["Equivalent", "Not equivalent"]])
+@pytest.mark.parametrize(
+    "names", [["equivalent", "not_equivalent"], ["Equivalent", "Not equivalent"]]
+)
 def test_rows_numbered_as_a_classifier_s_classes_keep_their_positive_class(names):
     rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}
     config = SimpleNamespace(id2label={1: names[0], 2: names[1]}, num_labels=2)  # some count from 1
@@ -360,16 +450,23 @@ def test_columns_that_are_left_out_are_told(tmp_path, caplog):
         (tmp_path / "mine").mkdir(exist_ok=True)
         pq.write_table(pa.table(texts), tmp_path / "mine" / f"{split}.parquet")
     assert load_task(str(tmp_path / "mine")).task.columns == ("sentence",)
-    assert "'mine' is read from sentence; 'question' is left out: `kdnas glue --data` takes any columns" in caplog.text
+    assert (
+        "'mine' is read from sentence; 'question' is left out: `kdnas glue --data` takes any columns"
+        in caplog.text
+    )
 
 
 def test_a_file_of_an_odd_name_stays_within_its_folder(tmp_path):
-    (tmp_path / "...csv").write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)))
+    (tmp_path / "...csv").write_text(
+        "text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40))
+    )
     assert load_labelled(str(tmp_path / "...csv"), ["text"], "label").task.name == "data"
 
 
 def test_settings_are_chosen_on_training_rows_alone(tmp_path):
-    loaded = load_task(str(write_task(tmp_path / "mnli", ("premise", "hypothesis"), range(3), 60, MNLI)))
+    loaded = load_task(
+        str(write_task(tmp_path / "mnli", ("premise", "hypothesis"), range(3), 60, MNLI))
+    )
     part = loaded.for_choosing(0.2)
     pairs = [
         list(zip(rows["premise"], rows["hypothesis"], rows["label"], strict=True))
@@ -385,8 +482,15 @@ def test_settings_are_chosen_on_training_rows_alone(tmp_path):
         few.for_choosing(0.1)
 
 
-CELLS = st.one_of(st.none(), st.integers(-1, 3), st.floats(), st.text(max_size=4), st.binary(max_size=3))
-COLUMN = st.one_of(*(st.lists(cells, min_size=3, max_size=3) for cells in (CELLS, st.integers(0, 1), st.text("ab"))))
+CELLS = st.one_of(
+    st.none(), st.integers(-1, 3), st.floats(), st.text(max_size=4), st.binary(max_size=3)
+)
+COLUMN = st.one_of(
+    *(
+        st.lists(cells, min_size=3, max_size=3)
+        for cells in (CELLS, st.integers(0, 1), st.text("ab"))
+    )
+)
 
 
 def test_a_column_whose_name_is_no_line_is_shown_in_one(tmp_path):
@@ -402,7 +506,10 @@ def test_a_column_whose_name_is_no_line_is_shown_in_one(tmp_path):
 @given(
     name=st.sampled_from(["mine", "stsb", "cola", "mnli"]),
     columns=st.dictionaries(
-        st.sampled_from(["sentence", "sentence1", "sentence2", "premise", "hypothesis", "label", "text", ""]), COLUMN
+        st.sampled_from(
+            ["sentence", "sentence1", "sentence2", "premise", "hypothesis", "label", "text", ""]
+        ),
+        COLUMN,
     ),
     content=st.none() | st.binary(max_size=40) | st.text('a1\t\n,"', max_size=20).map(str.encode),
     suffix=st.sampled_from([".parquet", ".csv", ".tsv"]),

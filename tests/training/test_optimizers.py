@@ -32,7 +32,9 @@ def test_a_matrix_moves_alike_in_every_direction_by_the_size_of_adamws_step():
     # Orthogonalised in five bfloat16 steps: singular values near 1, times 0.2 * sqrt(6) * 0.02.
     singular = torch.linalg.svdvals(moved) / (0.2 * 6**0.5 * 0.02)
     assert singular.min() > 0.5 and singular.max() < 1.4
-    torch.testing.assert_close((linear.bias.detach() - bias).abs(), torch.full((4,), 0.1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        (linear.bias.detach() - bias).abs(), torch.full((4,), 0.1), rtol=1e-3, atol=0
+    )
 
 
 def test_a_schedule_reaches_both_and_a_checkpoint_goes_on_with_equal_weights():
@@ -41,7 +43,10 @@ def test_a_schedule_reaches_both_and_a_checkpoint_goes_on_with_equal_weights():
     step(linear, optimizer, 1)
     schedule.step()
     assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.05, 0.01]
-    saved, weights = copy.deepcopy(optimizer.state_dict()), {k: v.clone() for k, v in linear.state_dict().items()}
+    saved, weights = (
+        copy.deepcopy(optimizer.state_dict()),
+        {k: v.clone() for k, v in linear.state_dict().items()},
+    )
     step(linear, optimizer, 2)
     other, resumed = make()
     other.load_state_dict(weights)
@@ -72,10 +77,15 @@ def test_another_optimizer_goes_on_with_what_one_knew_at_its_own_rates():
     assert torch.equal(other.weight, linear.weight) and torch.equal(other.bias, linear.bias)
 
 
-@pytest.mark.parametrize(("place", "shape"), [("other/exp_avg", (4,)), ("bias/exp_avg", (5,)), ("bias", ())])
+@pytest.mark.parametrize(
+    ("place", "shape"), [("other/exp_avg", (4,)), ("bias/exp_avg", (5,)), ("bias", ())]
+)
 def test_what_was_known_of_another_student_is_refused(place, shape):
     linear, optimizer = make()
-    with pytest.raises(UserError, match=re.escape(f"The optimizer's {place!r} of shape {shape} is of another student")):
+    with pytest.raises(
+        UserError,
+        match=re.escape(f"The optimizer's {place!r} of shape {shape} is of another student"),
+    ):
         optimizer.load_tensors(linear, {place: torch.zeros(shape)})
 
 

@@ -9,7 +9,14 @@ from torch import nn
 
 from kdnas.system.errors import UserError
 from kdnas.training import precision
-from kdnas.training.precision import VARIABLE, autocast, autocast_dtype, bf16_is_faster, keep, trainer_precision
+from kdnas.training.precision import (
+    VARIABLE,
+    autocast,
+    autocast_dtype,
+    bf16_is_faster,
+    keep,
+    trainer_precision,
+)
 from kdnas.training.trainer import TrainerSettings, make_trainer
 
 
@@ -23,7 +30,9 @@ def nothing_known(monkeypatch):
 def bf16_wins(request, monkeypatch) -> bool:
     """A machine on which one of them takes half the time of the other."""
     monkeypatch.setattr(
-        precision, "_seconds", lambda: {torch.bfloat16: 1.0, torch.float32: 2.0 if request.param else 0.5}
+        precision,
+        "_seconds",
+        lambda: {torch.bfloat16: 1.0, torch.float32: 2.0 if request.param else 0.5},
     )
     return request.param
 
@@ -60,7 +69,9 @@ def test_child_processes_take_what_their_parent_found(bf16_wins):
     """Two ranks that measured for themselves on busy cores once found different ones, and stored the states twice."""
     bf16_is_faster("cpu")
     code = "from kdnas import precision; precision._seconds = None; print(precision.trainer_precision('cpu'))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert found == ("bf16-mixed" if bf16_wins else "32-true")
 
 
@@ -70,7 +81,10 @@ def test_what_is_gone_on_with_stays_as_it_was_begun(bf16_wins, monkeypatch, capl
         monkeypatch.delenv(VARIABLE, raising=False)
         assert keep(begun_in) == begun_in and not caplog.text
         assert bf16_is_faster("cpu") == (begun_in == "bfloat16")
-    assert keep("float32") == "float32" and "begun with matmuls in float32, not in bfloat16" in caplog.text
+    assert (
+        keep("float32") == "float32"
+        and "begun with matmuls in float32, not in bfloat16" in caplog.text
+    )
 
 
 def test_what_the_environment_gives_is_taken_or_refused(bf16_wins, monkeypatch):

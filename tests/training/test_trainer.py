@@ -75,9 +75,15 @@ def settings(**values) -> TrainerSettings:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"devices": 2}, r"^devices is 2: .* run more workers on one study, or use DDP in `kdnas fit`"),
+        (
+            {"devices": 2},
+            r"^devices is 2: .* run more workers on one study, or use DDP in `kdnas fit`",
+        ),
         ({"devices": 0}, "^devices is 0: "),
-        ({"strategy": "ddp"}, r"^strategy is 'ddp': .* run more workers on one study, or use DDP in `kdnas fit`"),
+        (
+            {"strategy": "ddp"},
+            r"^strategy is 'ddp': .* run more workers on one study, or use DDP in `kdnas fit`",
+        ),
         ({"gradient_clip_val": -1.0}, "^gradient_clip_val is -1.0: give at least 0"),
         ({"gradient_clip_val": float("nan")}, "^gradient_clip_val is nan: "),
     ],
@@ -89,7 +95,9 @@ def test_settings_out_of_range_are_refused(values, message):
 
 def test_several_processes_are_refused(monkeypatch):
     for size in ("", "1"):
-        monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv(
+            "WORLD_SIZE", raising=False
+        )
         TrainerSettings().check()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"^WORLD_SIZE is 4: .* run more workers on one study"):
@@ -111,16 +119,29 @@ def test_strategies_that_keep_a_student_whole_are_taken_and_all_others_refused()
             assert str(error).startswith(f"strategy is {name!r}: give 'ddp'")
             refused.add(name)
     taken = set(names) - refused
-    assert {"auto", "ddp", "single_device"} < taken and all("ddp" in name for name in taken - {"auto", "single_device"})
-    assert {"fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3", "xla", "model_parallel", "dpp"} <= refused
+    assert {"auto", "ddp", "single_device"} < taken and all(
+        "ddp" in name for name in taken - {"auto", "single_device"}
+    )
+    assert {
+        "fsdp",
+        "fsdp_cpu_offload",
+        "deepspeed",
+        "deepspeed_stage_3",
+        "xla",
+        "model_parallel",
+        "dpp",
+    } <= refused
 
 
 @pytest.mark.parametrize(
-    "plugin", [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")), HalfPrecision("16-true")]
+    "plugin",
+    [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")), HalfPrecision("16-true")],
 )
 def test_a_precision_in_float16_is_refused_before_the_first_step(tmp_path, plugin):
     steps = []
-    trainer = make_trainer(settings(), tmp_path / "fit", 1, [Call(lambda trainer, module: steps.append(module))])
+    trainer = make_trainer(
+        settings(), tmp_path / "fit", 1, [Call(lambda trainer, module: steps.append(module))]
+    )
     trainer.strategy.precision_plugin = plugin
     with pytest.raises(UserError, match=f"^precision is '{plugin.precision}': take 'bf16-mixed'"):
         fit(trainer, Steep(), Data())
@@ -136,7 +157,9 @@ def test_gradients_of_a_fused_optimizer_are_clipped_together(tmp_path, precision
             assert trainer.optimizers[0].defaults["fused"]
             norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
 
-        trainer = make_trainer(settings(precision=precision, gradient_clip_val=clip), tmp_path / "fit", 2, [Call(look)])
+        trainer = make_trainer(
+            settings(precision=precision, gradient_clip_val=clip), tmp_path / "fit", 2, [Call(look)]
+        )
         fit(trainer, Steep(), Data())
         assert len(norms) == 6
         if expected:
@@ -160,7 +183,11 @@ def test_the_precision_is_the_one_asked_for(tmp_path):
             with trainer.precision_plugin.forward_context():
                 seen.append(module.first(torch.ones(1, 2)).dtype)
 
-        fit(make_trainer(settings(precision=precision), tmp_path / "fit", 1, [Call(look)]), Steep(), Data())
+        fit(
+            make_trainer(settings(precision=precision), tmp_path / "fit", 1, [Call(look)]),
+            Steep(),
+            Data(),
+        )
         assert seen == [dtype] * 3
 
 
@@ -205,7 +232,11 @@ def test_terminations_are_told_from_ctrl_c_within_a_fit_and_outside(number, tmp_
     with pytest.raises(Terminated):
         fit(make_trainer(settings(), tmp_path / "fit", 1, [kill]), Steep(), Data())
     with pytest.raises(Terminated):
-        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), kill]), Steep(), Data())
+        fit(
+            make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), kill]),
+            Steep(),
+            Data(),
+        )
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
     with pytest.raises(Terminated) as stopped, honest_signals():
         os.kill(os.getpid(), number)
@@ -217,13 +248,21 @@ def test_a_hangup_that_is_ignored_stays_so_and_one_that_is_told_twice_is_one(tmp
     hang_up = Call(lambda trainer, module: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), hang_up]), Steep(), Data())
+        fit(
+            make_trainer(
+                settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "last.ckpt"), hang_up]
+            ),
+            Steep(),
+            Data(),
+        )
     finally:
         signal.signal(signal.SIGHUP, before)
     (tmp_path / "last.ckpt").unlink()
     with pytest.raises(HungUp):
         keep = KeepLast(tmp_path / "last.ckpt")
-        fit(make_trainer(settings(), tmp_path / "fit", 1, [keep, hang_up, hang_up]), Steep(), Data())
+        fit(
+            make_trainer(settings(), tmp_path / "fit", 1, [keep, hang_up, hang_up]), Steep(), Data()
+        )
     assert (tmp_path / "last.ckpt").exists()
 
 
@@ -238,8 +277,12 @@ class Deaf:
         time.sleep(0.01)
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # nor is a traceback shown
-@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.filterwarnings(
+    "error::pytest.PytestUnraisableExceptionWarning"
+)  # nor is a traceback shown
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_signal_that_python_swallows_is_noticed_at_the_next_batch(number, end, tmp_path):
     steps = []
     count = Call(lambda trainer, module: steps.append(trainer.global_step))
@@ -269,7 +312,11 @@ def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path):
         pytest.fail("it waited")
 
     with pytest.raises(Terminated):
-        fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "a"), Call(twice)]), Steep(), Data())
+        fit(
+            make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(tmp_path / "a"), Call(twice)]),
+            Steep(),
+            Data(),
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -292,7 +339,9 @@ def test_a_trainer_logs_to_the_folder_and_saves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("num_whole_epochs", [1, 2])
-def test_a_fit_goes_on_after_its_last_whole_epoch_and_ends_as_an_unbroken_one(tmp_path, num_whole_epochs):
+def test_a_fit_goes_on_after_its_last_whole_epoch_and_ends_as_an_unbroken_one(
+    tmp_path, num_whole_epochs
+):
     def interrupt_later(trainer, module):
         if trainer.current_epoch == num_whole_epochs and trainer.global_step % 3 == 2:
             raise KeyboardInterrupt
@@ -300,17 +349,28 @@ def test_a_fit_goes_on_after_its_last_whole_epoch_and_ends_as_an_unbroken_one(tm
     last, whole, begun, resumed = tmp_path / "kept" / "last.ckpt", Steep(), Steep(), Steep()
     fit(make_trainer(settings(), tmp_path / "whole", 3), whole, Data())
     with pytest.raises(KeyboardInterrupt):
-        fit(make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), Call(interrupt_later)]), begun, Data())
+        fit(
+            make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), Call(interrupt_later)]),
+            begun,
+            Data(),
+        )
     assert list(last.parent.iterdir()) == [last]
     steps = []
     look = Call(lambda trainer, module: steps.append((trainer.current_epoch, trainer.global_step)))
-    fit(make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), look]), resumed, Data(), ckpt_path=last)
+    fit(
+        make_trainer(settings(), tmp_path / "fit", 3, [KeepLast(last), look]),
+        resumed,
+        Data(),
+        ckpt_path=last,
+    )
     assert steps == [(step // 3, step + 1) for step in range(3 * num_whole_epochs, 9)]
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_checkpoint_that_the_disk_cannot_take_leaves_the_one_before_and_nothing_else(tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_cannot_take_leaves_the_one_before_and_nothing_else(
+    tmp_path, monkeypatch
+):
     last = tmp_path / "last.ckpt"
     fit(make_trainer(settings(), tmp_path / "fit", 1, [KeepLast(last)]), Steep(), Data())
     before = last.read_bytes()
@@ -324,7 +384,11 @@ def test_a_checkpoint_that_the_disk_cannot_take_leaves_the_one_before_and_nothin
 
     try:
         with pytest.raises(OSError, match="File too large") as full:
-            fit(make_trainer(settings(), tmp_path / "fit", 1, [Call(fill), KeepLast(last)], True), Steep(), Data())
+            fit(
+                make_trainer(settings(), tmp_path / "fit", 1, [Call(fill), KeepLast(last)], True),
+                Steep(),
+                Data(),
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert full.value.filename in (str(last), str(tmp_path / "fit"))
@@ -337,7 +401,11 @@ def test_the_event_file_of_an_interrupted_fit_is_removed_and_nothing_else(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(settings(), folder, 1, [Call(interrupt)]), Steep(), Data())
     (stale,) = folder.glob("events.out.tfevents.*")
-    kept = [folder / "result.json", folder / "checkpoints" / "last.ckpt", tmp_path / "events.out.tfevents.other"]
+    kept = [
+        folder / "result.json",
+        folder / "checkpoints" / "last.ckpt",
+        tmp_path / "events.out.tfevents.other",
+    ]
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.touch()
