@@ -1,8 +1,8 @@
 """The help pages and the shell's completions, which the command line shows without importing torch.
 
-``pages/`` is written by ``WRITE_PAGES=1 pytest tests/cli/test_help.py``, from the commands' own
-parsers. A page is examples, and below them what the parser says; ``options.txt`` has a line for
-each command, with its options.
+``pages/`` and ``options.txt`` are written by ``WRITE_PAGES=1 pytest tests/cli/test_help.py``, from
+the commands' own parsers. A page is examples, and below them what the parser says; the options of
+a command are a line of ``options.txt``.
 """
 
 import argparse
@@ -87,22 +87,6 @@ COMPLETION = """kdnas completion SHELL: a script that completes commands and opt
   kdnas completion tcsh
 """
 
-# Options whose values are names of files or folders, mostly.
-PATHS = {
-    "ckpt_path",
-    "config",
-    "data",
-    "distill_from",
-    "folder",
-    "json",
-    "model",
-    "output",
-    "root",
-    "run",
-    "student",
-}
-PATHS |= {"task", "teacher", "text"}
-
 
 def page(command: str) -> str:
     """The help page of a command.
@@ -110,11 +94,11 @@ def page(command: str) -> str:
     Args:
         command: one of ``EXAMPLES``, or ``completion``.
     """
-    return COMPLETION if command == "completion" else _shipped(command)
+    return COMPLETION if command == "completion" else _shipped("pages", f"{command}.txt")
 
 
-def _shipped(name: str) -> str:
-    return files("kdnas.cli").joinpath("pages", f"{name}.txt").read_text(encoding="utf-8")
+def _shipped(*path: str) -> str:
+    return files("kdnas.cli").joinpath(*path).read_text(encoding="utf-8")
 
 
 def completion(shell: str) -> str:
@@ -132,35 +116,17 @@ def completion(shell: str) -> str:
         )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
-    for line in _shipped("options").splitlines():
+    for line in _shipped("options.txt").splitlines():
         command, *options = line.split()
         summary = EXAMPLES[command].splitlines()[0]
         subparser = commands.add_parser(command, help=summary, add_help=False)
         for option in options:
             dashed = option if "." in option else option.replace("_", "-")
             added: Any = subparser.add_argument(*dict.fromkeys((option, dashed)))
-            if option.rpartition(".")[2].strip("-") in PATHS:
-                added.complete = shtab.FILE
+            added.complete = shtab.FILE
     shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
     shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     # Where nothing of ours fits, bash completes names of files as it does for any other command.
     return shtab.complete(parser, shell).replace(
         "complete -o bashdefault ", "complete -o bashdefault -o default "
     )
-
-
-def render(command: str, parser: argparse.ArgumentParser) -> str:
-    """The page of a command: the examples, then what its parser says."""
-    parser.usage = argparse.SUPPRESS
-    lines = [line.rstrip() for line in parser.format_help().strip().splitlines()]
-    return "\n".join([f"kdnas {command}: {EXAMPLES[command]}", *lines, "", EVERYWHERE])
-
-
-def options_line(command: str, parser: argparse.ArgumentParser) -> str:
-    """The line of ``options.txt`` for a command."""
-    actions = (action for action in parser._actions if action.help != argparse.SUPPRESS)
-    found = {option for action in actions for option in action.option_strings}
-    found |= {"--quiet", "--log-level"}
-    if command == "export":
-        found.add("--as")  # the parser knows it as --format
-    return " ".join([command, *sorted(option for option in found if option.startswith("--"))])

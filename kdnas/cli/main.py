@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import completion, page
+from kdnas.cli.help import EXAMPLES, completion, page
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
@@ -32,19 +32,14 @@ from kdnas.system.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
 
+_SUMMARIES = "\n".join(
+    f"  kdnas {command:9} {examples.splitlines()[0]}" for command, examples in EXAMPLES.items()
+)
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
-  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report; --smoke tries it first
-  kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
-  kdnas space   --teacher DIR                       what students a search may propose, and what they cost
-  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
-  kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
-  kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
-  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
-  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
-  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
-  kdnas verify  RUN                                 whether a finished run, fit or export is as its manifest says
+{_SUMMARIES}
 
+Begin with `kdnas run --config configs/quickstart.yaml --smoke`, which tries every stage in a minute.
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
 `--quiet` and `--log-level debug|info|warning|error` go with every command.

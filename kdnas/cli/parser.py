@@ -122,7 +122,7 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_null(config_class: type[Any], values: Namespace, prefix: str = "") -> None:
+def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None:
     """Refuse null where it is no value, and a value where keys belong: the parser takes both."""
     hints = get_type_hints(config_class)
     for field in fields(config_class):
@@ -156,14 +156,15 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
 def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
     """The nearest name for the first one that does not exist, or where the names are explained."""
     options = {action.dest for action in parser._actions if action.help != SUPPRESS}
-    values = options.difference(parser.groups)
+    groups = parser.groups or {}
+    values = options.difference(groups)
     for name in _names(args):
         if any(value.startswith(name) or name.startswith(f"{value}.") for value in values):
             continue  # short for one, or a setting of a class, which the parser alone knows
         if parser.prog == "kdnas search" and name.partition(".")[0] in _only_of_run():
             return " It is an option of `kdnas run`."
         group, _, last = name.rpartition(".")
-        if group not in parser.groups:
+        if group not in groups:
             group, last = "", name
         parts = [option.rpartition(".") for option in options]
         return nearest(last, {part for known, _, part in parts if known == group})
