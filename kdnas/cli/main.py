@@ -39,11 +39,12 @@ USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, 
 
 {_SUMMARIES}
 
-Begin with `kdnas run --config configs/quickstart.yaml --smoke`, which tries every stage in a minute.
-`kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
-them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
-`--quiet` and `--log-level debug|info|warning|error` go with every command.
-`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and options by TAB.
+`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
+`kdnas COMMAND --help` has examples, and the options of a command with units and defaults;
+`--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
+that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
+options by TAB.
 """
 
 _DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
@@ -81,9 +82,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         set_environment()
         if is_process:
-            sys.path.append(
-                ""
-            )  # class paths may name files of this folder, as with `python -m`; installed ones first
+            # Class paths may name files of this folder, as with `python -m`; installed ones first.
+            sys.path.append("")
         if is_process and args[0] in (
             "run",
             "search",
@@ -158,9 +158,8 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
-    os.environ.setdefault(
-        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-    )  # they speak of LightningCLI's own calls
+    # Its warnings are about LightningCLI's own calls.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
     if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -170,9 +169,8 @@ def set_environment() -> None:
 
 def show_logs() -> None:
     """Tell on the terminal what is logged, each line above the bars of a live display."""
-    handler = (
-        logging.lastResort
-    )  # looks up sys.stderr for each line, where a live display puts itself
+    # This handler looks up sys.stderr for each line, where a live display puts itself.
+    handler = logging.lastResort
     assert handler is not None
     handler.setLevel(logging.NOTSET)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -192,7 +190,7 @@ def _goes_on(args: Sequence[str]) -> str:
 
 
 def _quieten(*loggers: str) -> None:
-    """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
+    """Keep the libraries' chatter from hiding our own lines, after their import sets their levels."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
@@ -206,14 +204,13 @@ def _quieten(*loggers: str) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in str(record.msg)
     )
+    level = logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
     for name in loggers:
-        logging.getLogger(name).setLevel(
-            logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
-        )
+        logging.getLogger(name).setLevel(level)
 
 
 def _console() -> Any:
-    """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
+    """Where progress is shown; nowhere with ``--quiet``."""
     from rich.console import Console
 
     return Console(markup=False, quiet=not log.isEnabledFor(logging.INFO))
@@ -353,11 +350,8 @@ def _export(args: Sequence[str]) -> None:
 
     _quieten()
     args = ["--force=true" if arg == "--force" else arg for arg in args]
-    # ``as`` can be no name in Python.
-    args = [
-        f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg
-        for arg in args
-    ]
+    # ``as`` is a keyword of Python, so the config has another name for it.
+    args = ["--format" + arg[4:] if arg.partition("=")[0] == "--as" else arg for arg in args]
     export(read_config(ExportConfig, "export", args)[0], _console())
 
 
@@ -369,12 +363,12 @@ def _report(args: Sequence[str]) -> None:
     report(read_config(ReportConfig, "report", args)[0], _console())
 
 
-def _lightning(subcommand: str, args: Sequence[str]) -> None:
+def _lightning(command: str, args: Sequence[str]) -> None:
     from kdnas.cli.fit import run_lightning
 
-    quiet = not log.isEnabledFor(logging.INFO)
-    _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
-    run_lightning(subcommand, args)
+    is_quiet = not log.isEnabledFor(logging.INFO)
+    _quieten(*["lightning.pytorch", "lightning.fabric"] * is_quiet)
+    run_lightning(command, args)
 
 
 def _completion(args: Sequence[str]) -> None:

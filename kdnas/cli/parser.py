@@ -111,6 +111,8 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
             name, equals, value = arg.partition("=")
             if name in lists and not equals:
                 continue
+        if name == "--config":
+            given.clear()  # what comes later wins
         if name not in lists:
             found.append(arg)
         elif value.startswith("["):

@@ -231,6 +231,7 @@ def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
         (["--model", "x", "--model=y", "--seeds=3", "--config=a.yaml"], ["a"], 3),
         (["--config=a.yaml", "--model", "x", "y", "--seeds=3", "--config=b.yaml"], ["b"], 2),
         (["--config=b.yaml", "--seeds=3", "--model", "x", "--model", "y"], ["x", "y"], 3),
+        (["--model=x", "--config=b.yaml", "--model", "y", "1"], ["y", "1"], 2),
     ],
 )
 def test_what_comes_later_wins(
