@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import EXAMPLES, completion, page
+from kdnas.cli.help import completion, page, summary
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
@@ -32,14 +32,7 @@ from kdnas.system.supervisor import EARLIER, remember, remembered, supervise
 
 log = logging.getLogger("kdnas")
 
-_SUMMARIES = "\n".join(
-    f"  kdnas {command:9} {examples.splitlines()[0]}" for command, examples in EXAMPLES.items()
-)
-USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
-
-{_SUMMARIES}
-
-`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
+_USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults;
 `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
 that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
@@ -73,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         args = _set_log_level(args) if args else ["--help"]
         if args[0] in ("-h", "--help"):
-            print(USAGE, end="")
+            _print_usage()
             return 0
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
@@ -93,6 +86,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         tell(str(error))
         return 2
+
+
+def _print_usage() -> None:
+    print(f"kdnas {__version__}: small, fast students for BERT-family teachers.\n")
+    for command in COMMANDS:
+        print(f"  kdnas {command:12}{summary(command)}")
+    print(f"\n{_USAGE}", end="")
 
 
 def _exit_code(args: list[str]) -> int:
@@ -131,7 +131,7 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 
 
 def _set_log_level(args: list[str]) -> list[str]:
-    """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
+    """Set the level by ``--quiet`` and ``--log-level``, and return the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--quiet", dest="level", action="store_const", const="warning", default="info"
@@ -149,21 +149,21 @@ def _set_log_level(args: list[str]) -> list[str]:
 
 def set_environment() -> None:
     """Tell the libraries, before they are imported, what the user has not told them."""
-    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven times slower; without
-    # any spinning, small matmuls wait for threads to wake up (LOG.md).
+    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven
+    # times slower. Without any spinning, small matmuls wait for threads to wake up (LOG.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
+    # Nearly every batch has a shape of its own: a larger cache of kernels only takes memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
+    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     # Its warnings are about LightningCLI's own calls.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
+    # The tracker removes the semaphores of a worker that is ended; users need not know.
     if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # Imports make half a million objects that stay: looking through them all the time was a tenth of a start.
+    # Imports make half a million objects that stay; looking through them took a tenth of a start.
     gc.set_threshold(10_000)
 
 
@@ -190,7 +190,7 @@ def _goes_on(args: Sequence[str]) -> str:
 
 
 def _quieten(*loggers: str) -> None:
-    """Keep the libraries' chatter from hiding our own lines, after their import sets their levels."""
+    """Keep the libraries' chatter from hiding our own lines. Imports first: they set levels."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
@@ -381,12 +381,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
+    "glue": _glue,
     "latency": _latency,
     "export": _export,
-    "glue": _glue,
-    "fit": partial(_lightning, "fit"),
-    "validate": partial(_lightning, "validate"),
     "report": _report,
     "verify": _verify,
+    "fit": partial(_lightning, "fit"),
+    "validate": partial(_lightning, "validate"),
     "completion": _completion,
 }

@@ -1,4 +1,4 @@
-"""Options and YAML into the configs of ``kdnas.commands.config``, and one line for every mistake."""
+"""Options and YAML into the configs of ``kdnas.commands.config``; mistakes into one line."""
 
 import json
 from argparse import SUPPRESS, ArgumentError

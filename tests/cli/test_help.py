@@ -11,22 +11,32 @@ import pytest
 from jsonargparse import capture_parser
 
 import kdnas
-from kdnas.cli.help import EVERYWHERE, EXAMPLES
+from kdnas.cli.help import page, summary
 from kdnas.cli.main import COMMANDS, main
 
 CLI = Path(kdnas.__file__).parent / "cli"
 
 
+EVERYWHERE = """\
+with every command:
+  --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
+                        and --dry-run are still printed
+  --log-level LEVEL     debug, info (as it is), warning or error
+"""
+
+
 def made() -> dict[str, str]:
     """The pages and the list of options, as the parsers are now."""
     texts, lines = {}, []
-    for command, examples in EXAMPLES.items():
+    for command in COMMANDS:
+        if command == "completion":
+            continue
+        summary, examples, _ = page(command).split("\n\n", 2)
         parser = capture_parser(COMMANDS[command], [])
         parser.usage = argparse.SUPPRESS
-        shown = [line.rstrip() for line in parser.format_help().strip().splitlines()]
-        texts[f"pages/{command}.txt"] = "\n".join(
-            [f"kdnas {command}: {examples}", *shown, "", EVERYWHERE]
-        )
+        shown = "\n".join(line.rstrip() for line in parser.format_help().strip().splitlines())
+        texts[f"pages/{command}.txt"] = "\n\n".join([summary, examples, shown, EVERYWHERE])
+
         actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
         options = {"--quiet", "--log-level"}.union(*(action.option_strings for action in actions))
         if command == "export":
@@ -51,9 +61,13 @@ def test_pages_are_what_the_parsers_say() -> None:
         )
 
 
-def test_every_command_but_completion_has_a_page() -> None:
-    names = {path.stem for path in (CLI / "pages").iterdir()}
-    assert names == set(EXAMPLES) == set(COMMANDS) - {"completion"}
+def test_every_command_has_a_page_that_begins_with_its_summary() -> None:
+    assert {path.stem for path in (CLI / "pages").iterdir()} == set(COMMANDS)
+    assert len(COMMANDS) == 11
+    for command in COMMANDS:
+        first, examples, *_ = page(command).split("\n\n")
+        assert first == f"kdnas {command}: {summary(command)}"
+        assert f"kdnas {command} " in examples
 
 
 def test_help_and_completion_do_not_import_torch() -> None:

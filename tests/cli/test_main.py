@@ -20,7 +20,6 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 import kdnas.commands.run
-from kdnas.cli.help import EXAMPLES
 from kdnas.cli.main import COMMANDS, main
 from kdnas.data.datamodule import Batch
 from kdnas.distillation.objectives import HiddenStates
@@ -1271,13 +1270,14 @@ MISSPELT = {
 }
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", MISSPELT)
 def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
     command: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert MISSPELT.keys() == COMMANDS.keys() - {"completion"}
     monkeypatch.chdir(tmp_path)
     wrong, right = MISSPELT[command]
     command = (
