@@ -97,8 +97,8 @@ def distill(
     from rich.console import Console
 
     from kdnas.commands.config import as_plain
-    from kdnas.data.corpus import QUICKSTART, build_quickstart_text
     from kdnas.data.datamodule import DataSettings, KDDataModule
+    from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
     from kdnas.distillation.module import HiddenStateDistillModule, Recipe
     from kdnas.distillation.teacher_states import StatesSettings
     from kdnas.models.encoders import find_teacher
