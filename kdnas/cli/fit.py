@@ -68,7 +68,7 @@ class KDCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data is read by the teacher's tokenizer; the parser is told the classes of default objects."""
-        parser.link_arguments("model.teacher", "data.tokenizer")
+        parser.link_arguments("model.teacher", "data.teacher")
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
