@@ -112,7 +112,7 @@ def load_corpus(
     """
     if not 0 < held_out_fraction < 1:
         raise UserError(
-            f"held_out_fraction is {held_out_fraction!r}: give a share between 0 and 1, such as 0.05."
+            f"held_out_fraction is {held_out_fraction!r}: give a share above 0 and below 1."
         )
     sizes, digests, splits = array("q"), bytearray(), bytearray()
     num_empty = 0

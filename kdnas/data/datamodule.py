@@ -299,13 +299,13 @@ class KDDataModule(ResumableDataModule):
         return make
 
     def select(self, split: Split) -> "KDDataModule":
-        """The same rows and masks with another split of the training rows; nothing is read again."""
+        """The same rows and masks with another split of the training rows."""
         other = copy.copy(self)
         other.split = split
         return other
 
     def train_ids(self) -> IntArray:
-        """Sample ids of the training rows of this split; ``mini`` is a seeded draw from ``full``."""
+        """Sample ids of this split; those of ``mini`` are a seeded draw from those of ``full``."""
         return self._ids(self.split, self.rows.num_train)
 
     def draw_order(self) -> IntArray:
