@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kdnas.cli.help import EXAMPLES, page
-from kdnas.cli.main import COMMANDS, USAGE, main
+from kdnas.cli.main import COMMANDS, main
 from kdnas.models.arch import StudentArch
 from kdnas.training.precision import trainer_precision
 from tests.conftest import make_rows, save_teacher, write_table, write_task
@@ -134,8 +134,7 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
     texts = [path.read_text(encoding="utf-8") for path in PAGES]
     # Help pages have columns of commands, options and words.
     texts += [
-        re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t)
-        for t in (USAGE, *EXAMPLES.values())
+        re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t) for t in EXAMPLES.values()
     ]
     found = [args for text in texts for args in commands(text)]
     assert len(found) > 60

@@ -1,14 +1,11 @@
 """The help pages and the shell's completions, which the command line shows without importing torch.
 
-A page is examples, and below them what the command's parser says: a file, which a test holds to the parser.
+``pages/`` and ``options.txt`` are written by ``WRITE_PAGES=1 pytest tests/cli/test_help.py``, from
+the commands' own parsers. A page is examples, and below them what the parser says; the options of
+a command are a line of ``options.txt``.
 """
 
 import argparse
-import contextlib
-import io
-import os
-import re
-from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -90,84 +87,18 @@ COMPLETION = """kdnas completion SHELL: a script that completes commands and opt
   kdnas completion tcsh
 """
 
-# Options whose values are names of files or folders, mostly.
-PATHS = {
-    "ckpt_path",
-    "config",
-    "data",
-    "distill_from",
-    "folder",
-    "json",
-    "model",
-    "output",
-    "root",
-    "run",
-    "student",
-}
-PATHS |= {"task", "teacher", "text"}
-
 
 def page(command: str) -> str:
-    """The help page of a command, as it was shipped.
+    """The help page of a command.
 
     Args:
         command: one of ``EXAMPLES``, or ``completion``.
     """
-    if command == "completion":
-        return COMPLETION
-    return files("kdnas.cli").joinpath("pages", f"{command}.txt").read_text(encoding="utf-8")
+    return COMPLETION if command == "completion" else _shipped("pages", f"{command}.txt")
 
 
-def refuse_unknown(command: str, args: Sequence[str]) -> None:
-    """Refuse an option that is on no page before the parser is built, whose imports take seconds.
-
-    Args:
-        command: one of ``EXAMPLES``, or ``completion``.
-        args: its options. What has a dot in its name is left to the parser: classes have options of their own.
-
-    Raises:
-        UserError: there is no such option.
-    """
-    names = {option[2:].replace("-", "_") for option in options_of(command)}
-    for arg in args if names else ():  # completion has none
-        name = arg[2:].partition("=")[0].rstrip("+").replace("-", "_")
-        if (
-            arg.startswith("--")
-            and "." not in name
-            and not any(known.startswith(name) for known in names)
-        ):
-            of_run = command == "search" and f"--{name}" in {
-                known.partition(".")[0] for known in options_of("run")
-            }
-            others = {known.partition(".")[0] for known in names}
-            hint = " It is an option of `kdnas run`." if of_run else nearest(name, others)
-            raise UserError(f"There is no option {arg.partition('=')[0]!r}.{hint}")
-
-
-def options_of(command: str) -> set[str]:
-    """The options on the page of a command, with their dashes."""
-    found = set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))
-    return found | {"--as"} if command == "export" else found  # the parser's own name is --format
-
-
-def render(command: str, run: Callable[[Sequence[str]], None]) -> str:
-    """Make a page anew: the examples, then what the command's own parser says, 100 columns wide.
-
-    Args:
-        command: one of ``EXAMPLES``.
-        run: the command, which takes its options.
-    """
-    shown = io.StringIO()
-    width = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            run(["--help"])
-    finally:
-        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
-    text = re.sub(r"(?m) +$", "", shown.getvalue())
-    options = text.partition("\n\n")[2].rstrip()  # without the usage
-    return f"kdnas {command}: {EXAMPLES[command]}\n{options}\n\n{EVERYWHERE}"
+def _shipped(*path: str) -> str:
+    return files("kdnas.cli").joinpath(*path).read_text(encoding="utf-8")
 
 
 def completion(shell: str) -> str:
@@ -185,13 +116,14 @@ def completion(shell: str) -> str:
         )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
-    for command, example in EXAMPLES.items():
-        options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
-        for option in sorted(options_of(command)):
-            both = [option] if "." in option else dict.fromkeys((option, option.replace("_", "-")))
-            added: Any = options.add_argument(*both)
-            if option.rpartition(".")[2].strip("-") in PATHS:
-                added.complete = shtab.FILE
+    for line in _shipped("options.txt").splitlines():
+        command, *options = line.split()
+        summary = EXAMPLES[command].splitlines()[0]
+        subparser = commands.add_parser(command, help=summary, add_help=False)
+        for option in options:
+            dashed = option if "." in option else option.replace("_", "-")
+            added: Any = subparser.add_argument(*dict.fromkeys((option, dashed)))
+            added.complete = shtab.FILE
     shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
     shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     # Where nothing of ours fits, bash completes names of files as it does for any other command.

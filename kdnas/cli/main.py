@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import completion, options_of, page, refuse_unknown
+from kdnas.cli.help import EXAMPLES, completion, page
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
@@ -31,19 +31,14 @@ from kdnas.system.signals import HungUp, exit_code
 
 log = logging.getLogger("kdnas")
 
+_SUMMARIES = "\n".join(
+    f"  kdnas {command:9} {examples.splitlines()[0]}" for command, examples in EXAMPLES.items()
+)
 USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
 
-  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report; --smoke tries it first
-  kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
-  kdnas space   --teacher DIR                       what students a search may propose, and what they cost
-  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
-  kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
-  kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
-  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
-  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
-  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
-  kdnas verify  RUN                                 whether a finished run, fit or export is as its manifest says
+{_SUMMARIES}
 
+Begin with `kdnas run --config configs/quickstart.yaml --smoke`, which tries every stage in a minute.
 `kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
 them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
 `--quiet` and `--log-level debug|info|warning|error` go with every command.
@@ -51,6 +46,10 @@ them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that k
 """
 
 _DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+_SMOKE = (
+    "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
+)
+FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -79,7 +78,6 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[1:] in (["-h"], ["--help"]):
             print(page(args[0]), end="")
             return 0
-        refuse_unknown(args[0], args[1:])
         set_environment()
         if is_process:
             sys.path.append(
@@ -97,10 +95,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _exit_code(args: list[str]) -> int:
     try:
-        if "--teacher" in options_of(args[0]):
-            from kdnas.models.checkpoint_files import refuse_early
-
-            refuse_early(args[1:])
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         tell(str(error))
@@ -200,7 +194,6 @@ def _quieten(*loggers: str) -> None:
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="No seed found")
     transformers_logging.set_verbosity_error()
@@ -233,9 +226,6 @@ def _plan(config: Any) -> None:
     Console().print(plan(config).table())
 
 
-FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
-
-
 def _new(config: Any, is_begun: bool) -> Any:
     """The same config under a name of its own."""
     from kdnas.system.files import free_name
@@ -250,30 +240,31 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.cli.parser import read_config
     from kdnas.commands.config import RunConfig
     from kdnas.commands.run import run
-    from kdnas.commands.smoke import smoke
-    from kdnas.nas.study import without_password
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
     config, flags = read_config(
-        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW
+        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
-    config = (
-        _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
-    )
+    if flags["force_new"]:
+        config = _new(config, not (flags["dry_run"] or flags["smoke"]))
     if flags["dry_run"]:
         _plan(config)
     elif flags["smoke"]:
-        console = _console()
-        smoke(config, console)
-        command = shlex.join(
-            ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
-        )
-        console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
+        _try(config, args)
     else:
         run(config, _console())
+
+
+def _try(config: Any, args: Sequence[str]) -> None:
+    from kdnas.commands.smoke import smoke
+    from kdnas.nas.storage import without_password
+
+    console = _console()
+    smoke(config, console)
+    real = ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
+    console.print(f"Start the real one with:  {shlex.join(real)}", soft_wrap=True, highlight=False)
 
 
 def _search(args: Sequence[str]) -> None:
@@ -283,7 +274,8 @@ def _search(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
-    config = _new(config, not flags["dry_run"]) if flags["force_new"] else config
+    if flags["force_new"]:
+        config = _new(config, not flags["dry_run"])
     if flags["dry_run"]:
         _plan(config)
     else:
@@ -325,6 +317,7 @@ def _glue(args: Sequence[str]) -> None:
 def _verify(args: Sequence[str]) -> None:
     from jsonargparse import ArgumentParser
 
+    from kdnas.cli.parser import normalize, parse
     from kdnas.system.files import MANIFEST, Run, file_sha256
     from kdnas.system.manifest import verify
 
@@ -333,12 +326,7 @@ def _verify(args: Sequence[str]) -> None:
     parser.add_argument(
         "--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)"
     )
-    try:
-        options = parser.parse_args(args)
-    except ArgumentError as error:
-        from kdnas.cli.parser import in_one_line  # takes seconds
-
-        raise in_one_line(error, parser) from error
+    options = parse(parser, normalize(args))
     folder = Path(options.run)
     if not folder.is_dir():
         if os.sep in options.run:

