@@ -26,7 +26,7 @@ MOST_ROWS = 50_000
 MOST_BYTES = 256 << 20
 PLACES = 16
 _COUNTED_BYTES = 16 << 20  # of a file: of these the lines are counted
-# A row group may be as large as its file, so it is read in pieces of so many bytes and rows.
+# A row group may be as large as its file: so many bytes and rows of it are held at a time (with pre_buffer, all).
 PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
@@ -172,7 +172,6 @@ def _num_starts(path: Path) -> int:
 def _checked(
     name: str, rows: Iterable[dict[str, Any]], column: str
 ) -> Iterator[tuple[str | None, str | None]]:
-    """Text and split of each row; the first row that is wrong is refused with its number."""
     number = 0
     try:
         for number, row in enumerate(rows, 1):
@@ -268,15 +267,16 @@ def _long_fields() -> Iterator[None]:
 
 
 def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size == 0:
-        return
-    with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
-        names = _wanted(file.schema_arrow.names, column)
-        groups = range(int(start * file.num_row_groups), file.num_row_groups)
-        for batch in file.iter_batches(PARQUET_ROWS, columns=names, row_groups=groups):
-            for values in zip(*batch.columns, strict=True):
-                pairs = zip(batch.schema.names, values, strict=True)
-                yield {name: value.as_py() for name, value in pairs}
+    if path.stat().st_size:
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
+            names = _wanted(file.schema_arrow.names, column)
+            groups = range(int(start * file.num_row_groups), file.num_row_groups)
+            for batch in file.iter_batches(PARQUET_ROWS, columns=names, row_groups=groups):
+                for values in zip(*batch.columns, strict=True):
+                    yield {
+                        name: value.as_py()
+                        for name, value in zip(batch.schema.names, values, strict=True)
+                    }
 
 
 def _hub(name: str, column: str) -> Any:
