@@ -147,6 +147,7 @@ def state_cache(
     device: str = "cpu",
 ) -> StateCache:
     """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
+    assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
     computed_in = autocast_dtype(torch.device(device).type)
@@ -283,6 +284,7 @@ def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
     """By the probe that a student is measured by, on the same batches in the same order."""
+    assert data.rows is not None
     width = model.config.hidden_size
     # One rank measures while the others wait: there is nobody to add sums with.
     context_free, teacher = (
@@ -340,6 +342,7 @@ def _stats(
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
     """Batches of about so many real tokens out of these rows; always the same, on every rank."""
+    assert data.rows is not None
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
     return [data.rows[index] for index in _batches(data, chosen)]
@@ -347,6 +350,7 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
     """As the loader's of held-out rows, but that is this rank's alone."""
+    assert data.rows is not None
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )
