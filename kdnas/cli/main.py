@@ -259,7 +259,7 @@ def _run(args: Sequence[str]) -> None:
 
 def _try(config: Any, args: Sequence[str]) -> None:
     from kdnas.commands.smoke import smoke
-    from kdnas.nas.storage import without_password
+    from kdnas.nas.study import without_password
 
     console = _console()
     smoke(config, console)

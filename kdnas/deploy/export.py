@@ -159,7 +159,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         if has_classifier(config):
             if config.problem_type == "multi_label_classification":
                 raise ValueError("it gives several labels at once: give a classifier of one")
-            factory = AutoModelForSequenceClassification
+            factory: Any = AutoModelForSequenceClassification
         else:
             factory = AutoModel
             options |= family_of(config).build
