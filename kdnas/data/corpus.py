@@ -26,13 +26,7 @@ _SPLITS = (None, "train", "held_out")
 
 
 class Texts(Sequence[str]):
-    """Rows of text in a file, each read when it is asked for; a slice is a list.
-
-    Args:
-        file: the rows in UTF-8.
-        starts: where each begins, in bytes.
-        sizes: bytes of each.
-    """
+    """Rows of UTF-8 text in a file, by their first bytes and sizes; each is read when needed."""
 
     def __init__(self, file: KeptFile, starts: IntArray, sizes: IntArray) -> None:
         self._file = file
@@ -110,10 +104,6 @@ def load_corpus(
             holds a value that is no text or a forbidden character, has fewer than two usable rows,
             or too few of them usable.
     """
-    if not 0 < held_out_fraction < 1:
-        raise UserError(
-            f"held_out_fraction is {held_out_fraction!r}: give a share above 0 and below 1."
-        )
     sizes, digests, splits = array("q"), bytearray(), bytearray()
     num_empty = 0
     with placed(folder or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=folder) as file:

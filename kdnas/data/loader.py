@@ -34,8 +34,8 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         batch_tokens: rows times padded length of a batch is at most this.
         shuffle: another order and another mask each epoch; else sorted by padded length, mask 0.
         num_variants: number of masks a row has.
-        seed: of the order.
-        rank: this process.
+        seed: the order's seed.
+        rank: this process, of ``num_ranks``.
         num_ranks: number of processes.
     """
 

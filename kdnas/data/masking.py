@@ -52,15 +52,12 @@ class Masker:
         self.seed = seed
 
     def __call__(self, input_ids: IntArray, sample_id: int, variant: int = 0) -> IntArray:
-        """The masked copy of one row.
+        """The masked copy of a row, (length,); always the same for the same arguments.
 
         Args:
-            input_ids: token ids, shape (length,).
+            input_ids: token ids, (length,).
             sample_id: the row's number in the corpus.
             variant: which of the row's masks.
-
-        Returns:
-            Token ids, shape (length,); always the same for the same arguments.
         """
         generator = row_generator(Draw.MASK, self.seed, sample_id, variant)
         draws = generator.random((2, len(input_ids)))

@@ -56,7 +56,7 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
         The path of ``text.parquet``; ``load_corpus`` reads it with its split.
 
     Raises:
-        UserError: a package is not installed, or there are too few rows to split.
+        UserError: a package is not installed.
     """
     text = folder / "text.parquet"
     tasks = {
@@ -65,11 +65,6 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     }
     if all(path.exists() for path in (text, *tasks.values())):
         return text
-    if rows_per_package < 2:
-        raise UserError(
-            f"rows_per_package is {rows_per_package}: "
-            "give at least 2, so that one row can be held out."
-        )
 
     names = _package_names()
     rows = _all_rows(rows_per_package, names)

@@ -58,17 +58,11 @@ def write_rows(
     num_variants: int = 1,
     masked_share: float = 1.0,
 ) -> None:
-    """Mask rows and write them, one by one.
+    """Mask rows and write them into an empty folder, one by one.
 
-    Args:
-        folder: an empty folder.
-        rows: token ids of each row, special tokens included, and where its second sentence begins:
-            its length where there is none.
-        masker: makes the masks.
-        num_train: the number of rows to learn from; they come first.
-        dropped: how many rows of the text were left out, by reason.
-        num_variants: how many masks a row has.
-        masked_share: share of the rows that is masked at all.
+    ``rows`` are token ids, special tokens included, and where the second sentence begins: the row's
+    length where there is none. The first ``num_train`` of them are to learn from. ``masked_share``
+    is the share of the rows that is masked at all.
     """
     lengths, second_starts = array("q"), array("q")
     with ExitStack() as stack:
@@ -127,16 +121,9 @@ def _sha256(folder: Path) -> str:
 
 
 class TokenRows(Dataset[Batch]):
-    """The rows of a folder; the index of a batch is (variant, sample ids).
+    """The rows that ``write_rows`` wrote; the index of a batch is (variant, sample ids).
 
-    Args:
-        folder: written by ``write_rows``.
-        pad_token_id: id of the padding token.
-        max_length: no batch is padded to more.
-        pad_to_max_length: each batch is padded to ``max_length``.
-
-    Attributes:
-        sha256: hash of all that a model will see: text, tokenizer, cut, pairs, masks, order.
+    ``sha256`` is the hash of all that a model will see: text, tokenizer, cut, pairs, masks, order.
     """
 
     def __init__(

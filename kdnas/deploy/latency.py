@@ -88,11 +88,7 @@ class LatencySettings:
             )
 
     def batches(self) -> list[list[int]]:
-        """The lengths of the rows of each batch that is timed.
-
-        Raises:
-            UserError: ``lengths`` is no file of whole numbers above 0.
-        """
+        """The lengths of the rows of each batch that is timed."""
         if self.lengths is None:
             return [[self.length] * self.batch_size]
         rows = _read_lengths(self.lengths)
@@ -131,11 +127,7 @@ class Latency:
 
 
 def measured_by(how: Mapping[str, Any]) -> str:
-    """How latency was measured: ``torch on cpu, batch 1 x 128, 1 thread``.
-
-    Args:
-        how: fields of ``LatencySettings``, as a config has them; the default is used for others.
-    """
+    """The fields of ``LatencySettings`` in words: ``torch on cpu, batch 1 x 128, 1 thread``."""
     how = {**asdict(LatencySettings()), **how}
     shape = f"batch {how['batch_size']} x {how['length']}"
     if how["lengths"]:
@@ -236,11 +228,7 @@ class LatencyMeter:
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """The latency of an architecture, remembered or measured now.
-
-        Raises:
-            CandidateFailed: a median that is no positive number.
-        """
+        """The latency of an architecture, remembered or measured now."""
         if arch not in self._known:
             model = _build(student_config(self.teacher_config, arch))
             student, teacher = measure_latency([model, self._teacher], self.settings)
@@ -293,11 +281,7 @@ def _read_lengths(name: str) -> list[int]:
 
 
 def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    """Refuse rows that a model cannot read.
-
-    Raises:
-        UserError: a row is longer than the model's positions.
-    """
+    """Refuse rows that are longer than a model can read."""
     longest = max_length(config)
     asked = max(map(max, settings.batches()))
     if asked > longest:

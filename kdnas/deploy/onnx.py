@@ -32,17 +32,10 @@ def output_name(model: PreTrainedModel) -> str:
 def random_batch(
     config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Rows of random ids of the whole vocabulary, the same at each call, padded to the longest.
+    """Rows of random ids, (rows, longest), padded and the same at each call.
 
-    Args:
-        config: of the model that reads them.
-        lengths: real tokens of each row.
-        names: the inputs that are wanted; ``token_type_ids`` marks the second half of a row where
-            the family has marks.
-        seed: of the ids.
-
-    Returns:
-        Each of shape (rows, longest).
+    ``lengths`` are the real tokens of each row, ``names`` the inputs that are wanted. Where the
+    family has token types, they mark the second half of a row.
     """
     pad_id = config.pad_token_id or 0
     shape = (len(lengths), max(lengths))
@@ -64,11 +57,6 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
     Attention is written in its plain form: the fused kernel has twelve more nodes a layer, which
     take onnxruntime 10 % longer. An addition before a norm is written as a Sum: onnxruntime fuses
     an Add and the norm into SkipLayerNormalization, which takes three times as long as both.
-
-    Args:
-        model: a classifier or an encoder; it is not changed.
-        path: the file.
-        input_names: of the graph, the tokenizer's ``model_input_names``.
     """
     axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
     batch = random_batch(model.config, [8, 5], input_names)
@@ -101,11 +89,8 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
 def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = None) -> None:
     """Write a graph with matrices and embedding tables in 8 bits, one scale a matrix column.
 
-    Args:
-        source: the float32 graph.
-        target: the file.
-        calibration: batches that give the scales of activations (static). None: each batch gives
-            its own (dynamic).
+    Batches of ``calibration`` give the scales of activations (static). Without any, each batch
+    gives its own (dynamic).
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,

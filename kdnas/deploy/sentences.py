@@ -24,27 +24,16 @@ MOST_TEXTS = 1_000
 
 @dataclass(frozen=True)
 class Sentences:
-    """How a student becomes a sentence encoder, and what it is compared on.
+    """How a student becomes a sentence encoder, and what it is compared on."""
 
-    Args:
-        teacher: its pooling is taken.
-        train: texts that a linear map from the student's vectors to the teacher's is fitted on.
-        held_out: other texts, that the cosine is reported on.
-        task: optional pairs with a number (STS-B), to rank by the cosine of their vectors.
-    """
-
-    teacher: Teacher
-    train: Sequence[str]
-    held_out: Sequence[str]
-    task: LoadedTask | None = None
+    teacher: Teacher  # its pooling is taken
+    train: Sequence[str]  # for the linear map from the student's vectors to the teacher's
+    held_out: Sequence[str]  # for the cosine between them
+    task: LoadedTask | None = None  # pairs with a number (STS-B), for Spearman of their cosine
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Refuse a missing sentence-transformers, or a task without pairs with a number.
-
-    Raises:
-        UserError: one of these.
-    """
+    """Refuse a missing sentence-transformers, or a task without pairs with a number."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             "sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'."
@@ -60,20 +49,12 @@ def add_sentence_files(
 ) -> dict[str, Any]:
     """Make an exported encoder a folder that ``SentenceTransformer(folder)`` loads, and compare it.
 
-    Args:
-        folder: with ``config.json``, weights and tokenizer; ``modules.json`` and more are added.
-        model: the encoder.
-        tokenizer: its tokenizer; its ``model_max_length`` is where texts are cut.
-        sentences: teacher and texts.
+    The folder gets ``modules.json`` and its files, with the teacher's pooling.
 
     Returns:
         ``pooling`` (mean or cls), ``normalized``, ``cosine`` (mean over held-out texts, between the
         teacher's vectors and a linear map of the student's, fitted on other texts) and, for a task,
         ``task``, ``spearman`` and ``teacher_spearman``.
-
-    Raises:
-        UserError: the student is no encoder, or the teacher pools in another way.
-        ParityError: sentence-transformers gives other vectors than the encoder.
     """
     from sentence_transformers import SentenceTransformer
 

@@ -63,11 +63,7 @@ class StudentArch:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            UserError: a field is unknown (the nearest is named) or missing.
-        """
+        """The inverse of ``to_dict``; a field that is unknown or missing is refused."""
         names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:
@@ -87,11 +83,7 @@ class StudentArch:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "StudentArch":
-        """Read what ``to_yaml`` wrote.
-
-        Raises:
-            UserError: the file is missing, is no YAML mapping, or holds other fields.
-        """
+        """Read what ``to_yaml`` wrote."""
         return cls.from_dict(read_yaml(path))
 
 

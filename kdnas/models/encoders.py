@@ -218,11 +218,7 @@ class Reads(Protocol):
 
 
 def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
-    """Refuse a student that gets other ids for a text than its teacher, or takes fewer of them.
-
-    Raises:
-        UserError: their tokenizers or the lengths that they take differ.
-    """
+    """Refuse a student whose tokenizer or longest input differs from its teacher's."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     our_ids, their_ids = ours(_PROBE)["input_ids"], theirs(_PROBE)["input_ids"]
     longest, their_longest = max_length(student.config), max_length(teacher.config)
@@ -281,18 +277,10 @@ def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
-    """A model's output for a batch: ``hidden_states``, the embeddings and then each layer's.
+    """A model's ``hidden_states`` for a batch: the embeddings and then each layer's, (B, T, H).
 
-    Token types are given where the family has them. A mask is given only where there is padding:
-    attention is faster without one.
-
-    Args:
-        model: an encoder.
-        batch: token ids, mask and token types, each (B, T).
-        maps: return ``attentions`` too, (B, A, T, T) for every layer; needs eager attention.
-
-    Returns:
-        ``hidden_states`` of shape (B, T, H) each.
+    With ``maps`` also its ``attentions``, (B, A, T, T) for every layer, which needs eager
+    attention. A mask is given only where there is padding: attention is faster without one.
     """
     inputs = _embedding_inputs(model, batch)
     if not bool(batch["attention_mask"].all()):

@@ -239,20 +239,12 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of ``FAMILIES`` for a config.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The row of ``FAMILIES`` for a config."""
     return find_family(config.model_type)
 
 
 def find_family(model_type: Any) -> Family:
-    """The row of ``FAMILIES`` for the ``model_type`` of a config.json.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The row of ``FAMILIES`` for the ``model_type`` of a config.json; a UserError without one."""
     if str(model_type) not in FAMILIES:
         raise UserError(
             f"A teacher of the family {model_type!r} is not supported: "
@@ -314,11 +306,7 @@ def arch_of(config: PreTrainedConfig) -> StudentArch:
 
 
 def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
-    """Refuse heads of an odd size where the family needs an even one.
-
-    Raises:
-        UserError: the size is odd.
-    """
+    """Refuse heads of an odd size where the family needs an even one."""
     family = family_of(config)
     if family.even_heads and width // num_heads % 2:
         raise UserError(
@@ -330,11 +318,8 @@ def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
     """The teacher's config with a student's five fields, and those that follow from them.
 
-    Vocabulary, positions, padding id and eps stay the teacher's.
-
-    Raises:
-        UserError: the activation is unknown to transformers, or heads are odd where the family
-            needs even ones.
+    Vocabulary, positions, padding id and eps stay the teacher's. An activation that transformers
+    does not know is refused.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:

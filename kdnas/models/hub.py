@@ -23,15 +23,9 @@ def looked_in() -> str:
 
 
 def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:
-    """Raise ``HubAway`` if an error means that the hub did not answer.
+    """Raise ``HubAway`` if a request's error means that the hub did not answer.
 
-    Args:
-        error: the error of a request.
-        purpose: what was asked for, in words.
-        remedy: what can be done now.
-
-    Raises:
-        HubAway: the hub gave no answer, or is out of order; never with ``HF_HUB_OFFLINE``.
+    ``purpose`` says in words what was asked for, ``remedy`` what can be done now.
     """
     # The HTTP client's own errors are no OSErrors, but are caused by one.
     if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, causes(error))):

@@ -24,12 +24,10 @@ class LayerMapping(ABC):
     """A rule that gives each student layer its teacher layers, or none."""
 
     @abstractmethod
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         """The teacher layers of one student layer, in the order of concatenation."""
 
-    def __call__(self, num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, ...]]:
+    def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
         """The teacher layers of every student layer.
 
         Returns:
@@ -39,20 +37,16 @@ class LayerMapping(ABC):
             UserError: the student has more layers than the teacher, or the rule names a layer that
                 does not exist.
         """
-        if not 1 <= num_student_layers <= num_teacher_layers:
+        if not 1 <= num_student <= num_teacher:
             raise UserError(
-                f"A student of {num_student_layers} layers cannot learn from a teacher of "
-                f"{num_teacher_layers}: give it 1 to {num_teacher_layers}."
+                f"A student of {num_student} layers cannot learn from a teacher of "
+                f"{num_teacher}: give it 1 to {num_teacher}."
             )
-        pairs = [
-            self.layers(i, num_student_layers, num_teacher_layers)
-            for i in range(num_student_layers)
-        ]
+        pairs = [self.layers(i, num_student, num_teacher) for i in range(num_student)]
         for layer in {layer for pair in pairs for layer in pair}:
-            if not 0 <= layer < num_teacher_layers:
+            if not 0 <= layer < num_teacher:
                 raise UserError(
-                    f"The mapping names teacher layer {layer}: "
-                    f"there are 0 to {num_teacher_layers - 1}."
+                    f"The mapping names teacher layer {layer}: there are 0 to {num_teacher - 1}."
                 )
         return pairs
 
@@ -60,10 +54,8 @@ class LayerMapping(ABC):
 class Last(LayerMapping):
     """The last L_s layers: ``L_t - L_s + i``."""
 
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
-        return (num_teacher_layers - num_student_layers + student_layer,)
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
+        return (num_teacher - num_student + layer,)
 
 
 class Skip(LayerMapping):
@@ -73,38 +65,30 @@ class Skip(LayerMapping):
     12 -> 5 and 12 -> 7 to 10.
     """
 
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
-        return (student_layer * (num_teacher_layers // num_student_layers),)
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
+        return (layer * (num_teacher // num_student),)
 
 
 class LastAndSkip(LayerMapping):
     """Two teacher layers a student layer, ``Last`` and then ``Skip``, as in the original."""
 
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
-        sizes = (student_layer, num_student_layers, num_teacher_layers)
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
+        sizes = (layer, num_student, num_teacher)
         return Last().layers(*sizes) + Skip().layers(*sizes)
 
 
 class Even(LayerMapping):
     """Evenly spread up to the teacher's last layer: ``round((i + 1) * L_t / L_s) - 1``."""
 
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         # Halves are rounded up: round() would round them to the even neighbour.
-        twice = 2 * (student_layer + 1) * num_teacher_layers
-        return ((twice + num_student_layers) // (2 * num_student_layers) - 1,)
+        twice = 2 * (layer + 1) * num_teacher
+        return ((twice + num_student) // (2 * num_student) - 1,)
 
 
 class LastLayer(LayerMapping):
     """The student's last layer learns the teacher's last; the others learn nothing directly."""
 
-    def layers(
-        self, student_layer: int, num_student_layers: int, num_teacher_layers: int
-    ) -> tuple[int, ...]:
-        is_last = student_layer == num_student_layers - 1
-        return (num_teacher_layers - 1,) if is_last else ()
+    def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
+        is_last = layer == num_student - 1
+        return (num_teacher - 1,) if is_last else ()

@@ -405,12 +405,6 @@ def test_a_text_is_in_no_memory_whatever_its_size(tmp_path, suffix):
     assert len(found.texts) == len(lengths)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_fraction_outside_zero_and_one_is_refused(text_file, fraction):
-    with pytest.raises(UserError, match=f"held_out_fraction is {fraction}"):
-        load_corpus(str(text_file), held_out_fraction=fraction)
-
-
 def test_the_limit_of_the_csv_module_is_given_back(tmp_path):
     before = csv.field_size_limit(1234)
     try:

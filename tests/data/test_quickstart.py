@@ -116,12 +116,6 @@ def test_a_missing_package_is_refused_and_leaves_nothing(fake_packages, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
-def test_too_few_rows_to_hold_one_out_are_refused(tmp_path):
-    with pytest.raises(UserError, match="rows_per_package is 1"):
-        build_quickstart_text(tmp_path / "text", rows_per_package=1)
-    assert not list(tmp_path.iterdir())
-
-
 def test_only_prose_is_taken(fake_packages, tmp_path):
     prose = (
         "This paragraph is plain English prose, with enough words in it to be of use.",
