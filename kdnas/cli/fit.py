@@ -74,7 +74,7 @@ class KDCLI(LightningCLI):
         skipped: set[str | int] = {*self.subcommands()[self.command]}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
         # The data is read by the teacher's tokenizer.
-        parser.link_arguments("model.teacher", "data.tokenizer")
+        parser.link_arguments("model.teacher", "data.teacher")
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

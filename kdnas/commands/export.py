@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.commands.config import ExportConfig
-from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
+from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.quickstart import QUICKSTART
 from kdnas.deploy.card import sentence_lines
 from kdnas.deploy.export import export_student, load_student, slower_shapes, source_sha256
 from kdnas.deploy.latency import measured_by

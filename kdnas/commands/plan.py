@@ -128,7 +128,6 @@ class Sample:
     @property
     def rows(self) -> TokenRows:
         """The few rows."""
-        assert self.found.data.rows is not None
         return self.found.data.rows
 
     @property
@@ -198,13 +197,12 @@ def plan(config: SearchConfig) -> Plan:
 def _reading(sample: Sample) -> Stage:
     """Reading, cutting into tokens, masks; what it takes to find the teacher does not grow with the rows."""
     data, laps = sample.found.data, [time.perf_counter()]
-    find_teacher(data.tokenizer)
+    find_teacher(data.teacher)
     laps.append(time.perf_counter())
     again = KDDataModule(
-        data.tokenizer, data.text, data.settings, folder=str(sample.folder / "tokens")
+        data.teacher, data.text, data.settings, folder=str(sample.folder / "tokens")
     )
     again.setup()
-    assert again.rows is not None
     laps.append(time.perf_counter())
     seconds = max(0.0, laps[2] - laps[1] - (laps[1] - laps[0]))
     num_bytes = sum(path.stat().st_size for path in again.rows.folder.iterdir())

@@ -16,7 +16,7 @@ from rich.table import Table
 from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.inputs import validate
 from kdnas.commands.run import run_stages
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
+from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
 from kdnas.data.readers import some_rows
 from kdnas.nas.budget import Budget
 from kdnas.system.errors import UserError

@@ -1,4 +1,4 @@
-"""Rows out of text sources: parquet, JSON lines, CSV, plain text, a folder of them, the hub. All, or some."""
+"""Rows out of text sources: parquet, JSON lines, CSV, plain text, a folder of them, the hub."""
 
 import csv
 import hashlib
@@ -93,22 +93,21 @@ def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None
 
 
 def text_sha256(text: str, column: str) -> str:
-    """A hash by which sources are told apart: of files that of their bytes, of a hub data set its fingerprint's.
+    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint.
 
     Args:
         text: as of ``load_corpus``; its rows are not looked at.
-        column: that holds the text.
+        column: the column that holds the text.
 
     Raises:
         UserError: the source is missing or unreadable.
     """
     files = _files(text)
     try:
-        parts = (
-            [_hub(text, column)._fingerprint]
-            if files is None
-            else [f"{path.suffix.lower()} {file_sha256(path)}" for path in files]
-        )
+        if files is None:
+            parts = [_hub(text, column)._fingerprint]
+        else:
+            parts = [f"{path.suffix.lower()} {file_sha256(path)}" for path in files]
     except OSError as error:
         raise UserError(
             f"{text!r} cannot be read ({first_line(error)}): check it and its permissions."
@@ -117,7 +116,7 @@ def text_sha256(text: str, column: str) -> str:
 
 
 def _files(text: str) -> list[Path] | None:
-    """The files of a source; None: it is a data set of the hub."""
+    """The files of a source, or None where it is a data set of the hub."""
     kinds = ", ".join(_READERS)
     suffix = Path(text).suffix.lower()
     if os.path.isfile(text):
@@ -125,20 +124,19 @@ def _files(text: str) -> list[Path] | None:
             raise UserError(f"{text!r} has the unknown suffix {suffix!r}: give one of {kinds}.")
         return [Path(text)]
     if os.path.isdir(text):
-        paths = sorted(
+        files = [
             path
-            for path in Path(text).iterdir()
-            if path.is_file() and not path.name.startswith(".")
-        )
-        files = [path for path in paths if path.suffix.lower() in _READERS]
+            for path in sorted(Path(text).iterdir())
+            if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in _READERS
+        ]
         if not files:
             raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
         return files
     if suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", text):
         return None
     raise UserError(
-        f"The text {text!r} does not exist: give a file ({kinds}), a folder, or a hub data set (owner/name, "
-        "or owner/name:config)."
+        f"The text {text!r} does not exist: give a file ({kinds}), a folder, "
+        "or a hub data set (owner/name, or owner/name:config)."
     )
 
 
@@ -180,20 +178,24 @@ def _checked(
             if column not in row:
                 columns = ", ".join(map(repr, row)) or "none"
                 raise UserError(
-                    f"{name!r} has no column {column!r} (row {number}): choose from its columns, {columns}."
+                    f"{name!r} has no column {column!r} (row {number}): "
+                    f"choose from its columns, {columns}."
                 )
             value, split = row[column], row.get("split")
             if not isinstance(value, str | None):
                 raise UserError(
-                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, row {number}: give text."
+                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, "
+                    f"row {number}: give text."
                 )
             if value and (found := _FORBIDDEN.search(value)):
                 raise UserError(
-                    f"{name!r} has the character {found[0]!r} in row {number}: no text holds it, remove it."
+                    f"{name!r} has the character {found[0]!r} in row {number}: "
+                    "no text holds it, remove it."
                 )
             if split not in (None, "", "train", "held_out"):
                 raise UserError(
-                    f"{name!r} has the split {split!r:.40} in row {number}: give 'train' or 'held_out'."
+                    f"{name!r} has the split {split!r:.40} in row {number}: "
+                    "give 'train' or 'held_out'."
                 )
             yield value, split
     except UserError:
@@ -204,13 +206,13 @@ def _checked(
         ) from error
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): is it cut off, or another format?"
+            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): "
+            "is it cut off, or another format?"
         ) from error
 
 
-_FORBIDDEN = re.compile(
-    "[\0\ud800-\udfff]"
-)  # NUL, and halves of surrogate pairs: JSON can spell both
+# NUL, and halves of surrogate pairs: JSON can spell both.
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 
 def _lines(path: Path, start: float = 0.0) -> Iterator[str]:
@@ -242,11 +244,10 @@ def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
                 raise ValueError(
                     "more fields than the header: a delimiter inside a text needs quotes"
                 )
-            if delimiter == "\t" and any(
-                "\t" in value or "\n" in value for value in row.values() if value
-            ):
+            content = "".join(value or "" for value in row.values())
+            if delimiter == "\t" and ("\t" in content or "\n" in content):
                 raise ValueError(
-                    "a text in quotes with a tab or a line's end in it: if a quote is text, give jsonl"
+                    "a text in quotes with a tab or a newline: if a quote is text, give jsonl"
                 )
             yield row
 
@@ -279,16 +280,15 @@ def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
 
 
 def _hub(name: str, column: str) -> Any:
-    """The rows of a data set, ``datasets``' own."""
+    """The rows of a data set on the hub."""
     import datasets
     from huggingface_hub import HfApi, is_offline_mode
 
     parts = name.split(":")  # its name and, where it has several, that of a configuration
     try:
         if not is_offline_mode():
-            HfApi().dataset_info(
-                parts[0], timeout=5
-            )  # fails at once without a network; load_dataset tries for 23 s
+            # Without a network this fails at once; load_dataset tries for 23 s.
+            HfApi().dataset_info(parts[0], timeout=5)
         rows = datasets.load_dataset(*parts, split="train")  # knows no remote code since 4.0
     except Exception as error:  # the HTTP client's own errors among them
         refuse_away(
@@ -297,14 +297,15 @@ def _hub(name: str, column: str) -> Any:
             "give a file or a folder, or HF_HUB_OFFLINE=1 for one in the cache",
         )
         raise UserError(
-            f"The text {name!r} was not found, here or {looked_in()}: {first_line(error)}; give a file, a folder, "
-            "or another data set (owner/name:config of one with several configurations)."
+            f"The text {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
+            "give a file, a folder, or another data set "
+            "(owner/name:config of one with several configurations)."
         ) from error
     return rows.select_columns(_wanted(rows.column_names, column))
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """The columns to read; all, where the one asked for is missing: the message lists them."""
+    """The columns to read; all of them where ``column`` is missing, for the message."""
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

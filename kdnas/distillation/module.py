@@ -191,8 +191,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
             raise UserError(
                 "HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=."
             )
-        if data.tokenizer != self._teacher.name:
-            refuse_other_inputs(find_teacher(data.tokenizer), self._teacher)
+        if data.teacher != self._teacher.name:
+            refuse_other_inputs(find_teacher(data.teacher), self._teacher)
         if self.states is None:
             device = str(self.trainer.strategy.root_device)
             self.states = open_states(
