@@ -138,7 +138,8 @@ def test_text_of_so_many_bytes_is_taken_and_long_rows_count_as_if_cut(
     config = RunConfig(teacher="t", text=str(text_file))
     whole = sum(len(row.encode()) for row in text_file.read_text().splitlines())
     small, _ = few(config, tmp_path / "few", num_rows=1000, num_bytes=whole // 3)
-    assert len(pq.read_table(small.text)) == pytest.approx(40, abs=1)
+    taken = sum(len(row.encode()) for row in pq.read_table(small.text)["text"].to_pylist())
+    assert 0.9 * (whole // 3) < taken <= whole // 3
     long = tmp_path / "long.txt"
     long.write_text("\n".join("word " * 10_000 + str(number) for number in range(20)))
     small, _ = few(
