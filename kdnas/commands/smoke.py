@@ -82,6 +82,7 @@ def with_few_rows(
     if not task:
         return small, sizes
 
+    assert isinstance(small, RunConfig)
     rows = load_task(task)
     small = replace(small, task=str(rows.save(folder / "task", num_task_rows)))
     num_validation = sum(len(columns["label"]) for columns in rows.validations.values())
