@@ -227,7 +227,8 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Stage, list[Stage]]:
     real = replace(config.states, folder=str(states_folder(config)))
     cache = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
     missing = cache.num_missing_bytes() / cache.num_bytes()
-    num_bytes, most_bytes = sample.scale * cache.num_bytes(), 1e9 * config.states.max_gb
+    num_bytes = sample.scale * cache.num_bytes()
+    most_bytes = 1e9 * config.states.max_gb
     is_live = of_search * num_bytes > most_bytes
 
     max_gb = 0.0 if is_live else float("inf")
@@ -241,13 +242,14 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Stage, list[Stage]]:
         seconds = one_pass * tokens / (train + held_out)
         return states, sample.stage("teacher, live", seconds), []
 
-    computing, others = missing * one_pass, 1 - of_search
+    computing = missing * one_pass
     first = sample.stage("teacher states", of_search * computing, of_search * num_bytes)
     if not isinstance(config, RunConfig):
         return states, first, []
     if num_bytes > most_bytes:
         seconds = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
         return states, first, [sample.stage("teacher, live in full KD", seconds)]
+    others = 1 - of_search
     name = "teacher states, other rows"
     return states, first, [sample.stage(name, others * computing, others * num_bytes)]
 
@@ -302,11 +304,12 @@ def _later(
     full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens)
     # Weights, and a checkpoint while it lasts.
     stages = [sample.stage("full KD", full, 4 * student_bytes)]
-    if task := sample.found.task:
-        source, num_labels = sample.found.teacher, task.task.num_labels
-        teacher = load_classifier(source.source, num_labels)
-        student = build_classifier(student_config(source.config, best), num_labels)
-        _finetuning(sample, config, task, "warm-up", student)
+    task = sample.found.task
+    if task is not None:
+        base, num_labels = sample.found.teacher, task.task.num_labels
+        teacher = load_classifier(base.source, num_labels)
+        student = build_classifier(student_config(base.config, best), num_labels)
+        _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
         stages += [
             _finetuning(sample, config, task, "teacher", teacher),
             _finetuning(sample, config, task, "student and random start", student, copies=2),
