@@ -2,13 +2,12 @@
 
 import csv
 import hashlib
-import io
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,13 @@ from kdnas.models.hub import looked_in, refuse_away
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import file_sha256
 
-Rows = Iterable[tuple[str | None, str | None]]  # text and split
+Row = tuple[str | None, str | None]  # text and split
 
-# Of a source with more rows or bytes, so many are read where some are asked for, from so many places.
-MOST_ROWS = 50_000
-MOST_BYTES = 256 << 20
-PLACES = 16
-_COUNTED_BYTES = 16 << 20  # of a file: of these the lines are counted
 # A row group may be as large as its file: so many bytes and rows of it are held at a time (with pre_buffer, all).
 PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
-def all_rows(text: str, column: str) -> Rows:
+def all_rows(text: str, column: str) -> Iterator[Row]:
     """Every row of a source, in order: its text, and its split where it has one.
 
     Args:
@@ -44,52 +38,30 @@ def all_rows(text: str, column: str) -> Rows:
     if files is None:
         yield from _checked(text, _hub(text, column), column)
     for path in files or ():
-        yield from _checked(str(path), _READERS[path.suffix.lower()](path, column, 0.0), column)
+        yield from _checked(str(path), _READERS[path.suffix.lower()](path, column), column)
 
 
-def some_rows(text: str, column: str) -> tuple[list[tuple[str | None, str | None]], int]:
-    """Rows from all over a source, read in seconds however large it is, and about how many it has.
-
-    A source of up to ``MOST_ROWS`` is read whole. Of a larger one as many come from ``PLACES`` places: files, parquet's
-    row groups, and anywhere in a file of lines; a csv file, whose fields may hold newlines, is read from its beginning.
+def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
+    """The first rows of a seeded shuffle of a source, which is read once, and how many rows it has.
 
     Args:
         text: as of ``load_corpus``.
         column: that holds the text.
+        most: rows to keep; empty ones count.
 
     Raises:
-        UserError: as of ``load_corpus``, for the first of these rows that is wrong.
+        UserError: as of ``load_corpus``, for the first row that is wrong.
     """
-    files = _files(text)
-    if files is None:
-        whole = _hub(text, column)
-        chosen = whole.select(range(0, len(whole), max(1, -(-len(whole) // MOST_ROWS))))
-        return list(_checked(text, chosen, column)), len(whole)
-    some = files[:: -(-len(files) // PLACES)]
-    num_bytes, num_bytes_of_some = (
-        sum(path.stat().st_size for path in paths) for paths in (files, some)
-    )
-    num_rows = round(sum(map(_count, some)) * num_bytes / max(1, num_bytes_of_some))
-    if num_rows <= MOST_ROWS and num_bytes <= MOST_BYTES:
-        rows = list(all_rows(text, column))
-        return rows, len(rows)
-    found: list[tuple[str | None, str | None]] = []
-    num_places = PLACES // len(some)
-    for path in some:
-        places = min(num_places, _num_starts(path))
-        for place in range(places):
-            rows_here = max(1, min(MOST_ROWS, num_rows) // (len(some) * places))
-            name = f"{path} from {place / places:.0%} on" if place else str(path)
-            read = _checked(
-                name, _READERS[path.suffix.lower()](path, column, place / places), column
-            )
-            left = MOST_BYTES // (len(some) * places)
-            for row in islice(read, rows_here):
-                found.append(row)
-                left -= len(row[0] or "")
-                if left < 0:
-                    break
-    return found, num_rows
+    generator = random.Random(0)
+    kept: list[Row] = []
+    number = 0
+    for number, row in enumerate(all_rows(text, column), 1):
+        place = generator.randrange(number)
+        if place < most:
+            kept.append(row)
+            kept[place], kept[-1] = kept[-1], kept[place]
+            del kept[most:]
+    return kept, number
 
 
 def text_sha256(text: str, column: str) -> str:
@@ -140,38 +112,7 @@ def _files(text: str) -> list[Path] | None:
     )
 
 
-def _count(path: Path) -> int:
-    """About how many rows a file has; none where it cannot be told: reading it says why."""
-    if path.suffix.lower() == ".parquet":
-        try:
-            return int(pq.read_metadata(path).num_rows)
-        except (pa.ArrowException, OSError):
-            return 0
-    with path.open("rb") as file:
-        head = file.read(_COUNTED_BYTES)
-    num_rows = head.count(b"\n")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        with suppress(csv.Error), _long_fields():  # a text may have several lines
-            table = io.StringIO(head.decode("utf-8", "replace"), newline="")
-            num_rows = sum(1 for _ in csv.reader(table, delimiter=_delimiter(path)))
-    return round(num_rows * path.stat().st_size / max(1, len(head)))
-
-
-def _num_starts(path: Path) -> int:
-    """At how many places reading can begin: a csv's rows may have several lines, and of a parquet groups are read."""
-    match path.suffix.lower():
-        case ".csv" | ".tsv":
-            return 1
-        case ".parquet":
-            with suppress(pa.ArrowException, OSError):  # reading it says why
-                return max(1, int(pq.read_metadata(path).num_row_groups))
-            return 1
-    return PLACES
-
-
-def _checked(
-    name: str, rows: Iterable[dict[str, Any]], column: str
-) -> Iterator[tuple[str | None, str | None]]:
+def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
@@ -215,28 +156,25 @@ def _checked(
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 
-def _lines(path: Path, start: float = 0.0) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        if start:
-            file.seek(int(start * path.stat().st_size))
-            file.readline()  # the rest of one
         for number, line in enumerate(file):
-            yield line.decode("utf-8" if number or start else "utf-8-sig")
+            yield line.decode("utf-8" if number else "utf-8-sig")
 
 
-def _txt(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
-    return ({column: line.rstrip("\r\n")} for line in _lines(path, start))
+def _txt(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    return ({column: line.rstrip("\r\n")} for line in _lines(path))
 
 
-def _jsonl(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
-    for line in _lines(path, start):
+def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    for line in _lines(path):
         row = json.loads(line) if line.strip() else {column: None}
         if not isinstance(row, dict):
             raise ValueError(f"{type(row).__name__}, not an object with columns")
         yield row
 
 
-def _csv(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
     with _long_fields():
         delimiter = _delimiter(path)
         for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
@@ -266,12 +204,11 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path, column: str, start: float) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
     if path.stat().st_size:
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             names = _wanted(file.schema_arrow.names, column)
-            groups = range(int(start * file.num_row_groups), file.num_row_groups)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=names, row_groups=groups):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=names):
                 for values in zip(*batch.columns, strict=True):
                     yield {
                         name: value.as_py()
@@ -309,7 +246,7 @@ def _wanted(names: list[str], column: str) -> list[str]:
     return [name for name in names if name in (column, "split")] if column in names else names
 
 
-_READERS: dict[str, Callable[[Path, str, float], Iterator[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
     ".parquet": _parquet,
     ".jsonl": _jsonl,
     ".json": _jsonl,
