@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a student beside its losses: rate, speed, and in words what it is."""
+"""What TensorBoard shows of a student beside its losses: learning rate, speed, and its description."""
 
 import time
 from typing import Any
@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class StudentCurves(pl.Callback):
-    """Logs the peak learning rate and the tokens a second of each step that is logged, and the student as text.
+    """Logs the peak learning rate, the tokens a second and, once, the student as text.
 
-    Tokens are real ones, of all devices; the time is that between two logged steps, without validation.
+    Tokens are real ones of all devices; the time is that between two logged steps, without validation.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -24,17 +24,12 @@ class StudentCurves(pl.Callback):
     ) -> None:
         pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
-    def on_train_start(self, *args: Any) -> None:
-        self._restart()  # a fit that goes on within an epoch does not start one
-
-    def on_train_epoch_start(self, *args: Any) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
+    def _restart(self, *args: Any) -> None:
         self._begun, self._num_tokens = time.perf_counter(), 0
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+    on_train_start = _restart  # a fit that is resumed within an epoch does not start one
+    on_train_epoch_start = _restart
+    on_validation_end = _restart
 
     def on_train_batch_end(
         self,
