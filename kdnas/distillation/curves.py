@@ -24,12 +24,17 @@ class StudentCurves(pl.Callback):
     ) -> None:
         pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
-    def _restart(self, *args: Any) -> None:
-        self._begun, self._num_tokens = time.perf_counter(), 0
+    def on_train_start(self, *args: Any) -> None:
+        self._restart()  # a fit that is resumed within an epoch does not start one
 
-    on_train_start = _restart  # a fit that is resumed within an epoch does not start one
-    on_train_epoch_start = _restart
-    on_validation_end = _restart
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self._restart()
+
+    def on_validation_end(self, *args: Any) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begun, self._num_tokens = time.perf_counter(), 0
 
     def on_train_batch_end(
         self,

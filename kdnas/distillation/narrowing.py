@@ -335,17 +335,11 @@ class _Narrowing:
         """Attention within each row, over real tokens; everything flat, (N, A * D)."""
         sizes = [int(mask.sum()) for mask in self.masks]
         contexts = []
-        for mask, *flat in zip(
-            self.masks, *(x.split(sizes) for x in (query, key, value)), strict=True
-        ):
-
-            def heads(flat: Tensor, mask: Tensor = mask) -> Tensor:
-                padded = flat.new_zeros(*mask.shape, flat.shape[-1])
-                padded[mask] = flat
-                return padded.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
+        rows = (x.split(sizes) for x in (query, key, value))
+        for mask, *flat in zip(self.masks, *rows, strict=True):
+            q, k, v = (_padded(x, mask).unflatten(-1, (num_heads, -1)) for x in flat)
             context = F.scaled_dot_product_attention(
-                *map(heads, flat), attn_mask=mask[:, None, None]
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None]
             )
             contexts.append(context.transpose(1, 2).flatten(2)[mask])
         return torch.cat(contexts).float()
@@ -439,6 +433,13 @@ class _SameWidth(_Narrowing):
             activated = ACT2FN[self.theirs.hidden_act](run.intermediate)
             moved = self._part(end, self.names.output)(activated).float()
         return self.stream.states[end].float(), run.attention + moved
+
+
+def _padded(flat: Tensor, mask: Tensor) -> Tensor:
+    """(N, D) of real tokens as (B, T, D), with 0 elsewhere."""
+    padded = flat.new_zeros(*mask.shape, flat.shape[-1])
+    padded[mask] = flat
+    return padded
 
 
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
