@@ -18,12 +18,13 @@ from kdnas.system.errors import UserError
 class AttentionMaps(Objective):
     """Kullback-Leibler divergence of the student's attention maps from the teacher's.
 
-    ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its head a,
-    real tokens n and m. P is the map of the teacher's head that the start gave to the student's head. It keeps
-    the attention between two sentences, which pair tasks need and hidden states alone wear away (LOG.md).
+    ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its
+    head a, real tokens n and m. P is the map of the teacher's head that the start gave to the
+    student's head. It keeps the attention between two sentences, which pair tasks need and hidden
+    states alone wear away (LOG.md).
 
-    Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean squared error
-        of logits, as in MiniLM (Wang et al. 2020, section 3.1).
+    Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean
+        squared error of logits, as in MiniLM (Wang et al. 2020, section 3.1).
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -41,8 +42,8 @@ class _AttentionMaps(Criterion):
         ours, theirs = student.config, teacher.config
         if ours.num_attention_heads > theirs.num_attention_heads:
             raise UserError(
-                f"AttentionMaps: num_attention_heads is {ours.num_attention_heads}, the teacher has "
-                f"{theirs.num_attention_heads}: give the student at most as many."
+                f"AttentionMaps: num_attention_heads is {ours.num_attention_heads}, the teacher "
+                f"has {theirs.num_attention_heads}: give the student at most as many."
             )
         self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
         self.terms = [Term("attention_maps", 1.0, compares=False)]
@@ -64,11 +65,11 @@ class _AttentionMaps(Criterion):
 
 
 class AttentionRelations(Objective):
-    """MiniLMv2's relations of queries among themselves, of keys and of values, in one layer of each model.
+    """MiniLMv2's relations of queries, of keys and of values among themselves, in one layer.
 
-    Queries, keys and values of all heads are cut anew into ``num_heads`` relation heads, so widths and numbers
-    of heads may differ. ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, the mean of
-    the three.
+    Queries, keys and values of all heads are cut anew into ``num_heads`` relation heads, so widths
+    and numbers of heads may differ. ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T /
+    sqrt(d_s)))``, the mean of the three.
 
     Args:
         layer: the teacher's layer, from 0; negative from the end. The student's is always its last.
@@ -77,7 +78,8 @@ class AttentionRelations(Objective):
     Raises:
         UserError: there is no such layer, or the heads do not divide a width.
 
-    Source: Wang et al. 2021, "MiniLMv2", section 3.1 (which takes the upper middle layer of a large teacher).
+    Source: Wang et al. 2021, "MiniLMv2", section 3.1 (which takes the upper middle layer of a large
+        teacher).
     """
 
     def __init__(self, layer: int = -1, num_heads: int = 12) -> None:
@@ -85,9 +87,8 @@ class AttentionRelations(Objective):
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
         if not -num_teacher_layers <= self.layer < num_teacher_layers:
-            raise UserError(
-                f"AttentionRelations: layer is {self.layer}, the teacher has {num_teacher_layers} layers."
-            )
+            there = f"the teacher has {num_teacher_layers} layers"
+            raise UserError(f"AttentionRelations: layer is {self.layer}, {there}.")
         return {self.layer % num_teacher_layers - 1}
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
@@ -96,7 +97,8 @@ class AttentionRelations(Objective):
         for width in (ours.hidden_size, theirs.hidden_size):
             if self.num_heads < 1 or width % self.num_heads:
                 raise UserError(
-                    f"AttentionRelations: {self.num_heads} relation heads do not divide the width {width}."
+                    f"AttentionRelations: {self.num_heads} relation heads do not divide "
+                    f"the width {width}."
                 )
         return _AttentionRelations(below + 1, self.num_heads)
 

@@ -1,4 +1,4 @@
-"""Losses and linear maps as pure functions. Shapes: N real tokens, without padding; H the teacher's width."""
+"""Losses and linear maps, as pure functions. Shapes: N real tokens, H the teacher's width."""
 
 import math
 from typing import Any
@@ -33,10 +33,6 @@ def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
 
     Divided by N it is the mean squared error. A sum adds up over batches of different sizes.
 
-    Args:
-        predicted_NH: shape (N, H).
-        target_NH: the same shape.
-
     Raises:
         ValueError: the shapes differ.
     """
@@ -50,19 +46,20 @@ def _refuse_other_shapes(one: Tensor, other: Tensor) -> None:
 
 
 def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); exactly 0 where m is padding."""
+    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); 0 at padding m."""
     return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of scores(n, m)``; exactly 0 where m is padding."""
+    """``softmax over real tokens m of scores(n, m)``; 0 at padding m."""
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
     """Sum over real tokens of the mean over heads of KL(teacher's attention || student's).
 
-    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the student's S.
+    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the
+    student's S.
 
     Args:
         map_BATT: the student's, shape (B, A, T, T), 0 where the second token is padding.
@@ -70,7 +67,8 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar. In training it is computed in the maps' precision (in bfloat16 the error is about
+        A float32 scalar. In training it is computed in the maps' precision (in bfloat16 the error
+            is about
         4e-4 a token); without a gradient, as on held-out rows, in float32.
 
     Raises:
@@ -79,12 +77,12 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
     _refuse_other_shapes(map_BATT, teacher_map_BATT)
     if not map_BATT.requires_grad:
         map_BATT, teacher_map_BATT = map_BATT.float(), teacher_map_BATT.float()
-    total: Tensor = _Divergence.apply(map_BATT, teacher_map_BATT.detach(), mask_BT)  # type: ignore[no-untyped-call]
-    return total / map_BATT.shape[1]
+    divergence: Any = _Divergence.apply
+    return divergence(map_BATT, teacher_map_BATT.detach(), mask_BT) / map_BATT.shape[1]
 
 
 class _Divergence(torch.autograd.Function):
-    """Few passes over large maps in their own precision: four times as fast as autograd in float32."""
+    """Few passes over large maps, in their precision: four times as fast as autograd."""
 
     LEAST = 1e-30  # in place of 0, which has no logarithm
 
@@ -104,13 +102,15 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """The share of what context adds that the student knows: ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``.
+    """The share of what context adds that the student knows.
 
-    0: no more than a look-up table of words. 1: equal to the teacher. Negative: less than the table.
+    ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``. 0: no more than a look-up table of words. 1:
+    equal to the teacher. Negative: less than the table.
 
     Args:
         mse: error of the student on one layer of the teacher.
-        mse_context_free: error of the best linear map from the teacher's embedding output to that layer.
+        mse_context_free: error of the best linear map from the teacher's embedding output to that
+            layer.
         mse_teacher: error of that layer itself, not 0 if it is measured by a shrunk map.
     """
     span = mse_context_free - mse_teacher
@@ -130,7 +130,8 @@ def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> 
     Returns:
         W, shape (D + 1, H), in float64; the last row is the constant.
     """
-    # Products of centred float32 numbers are exact enough, and ten times faster than those of float64.
+    # Products of centred float32 numbers are exact enough, and ten times faster than those of
+    # float64.
     inputs, targets = inputs_ND.float(), targets_NH.float()
     mean_input, mean_target = inputs.mean(0), targets.mean(0)
     centred = inputs - mean_input

@@ -9,7 +9,8 @@ from torchmetrics import Metric
 
 # Too little text for so many epochs: the loss ends higher than its best by more than this share.
 TOO_LONG = 0.01
-# Shrinkage of the tokens' probe. The student's errors and the teacher's are compared, so both use it.
+# Shrinkage of the tokens' probe. The student's errors and the teacher's are compared, so both use
+# it.
 TOKEN_STRENGTH = 1e-2
 
 
@@ -40,14 +41,15 @@ class TermErrors(Metric):
 class RidgeProbe(Metric):
     """How well the best linear map from a student's states predicts the teacher's.
 
-    It is fitted on one half of the batches and measured on the other; the first batch is cut in two, so one is
-    enough. Only sums of products are kept, no states: with X of shape (n, D + 1), its last column 1, and Y of
-    shape (n, H), ``W = argmin |X W - Y|^2 + strength * mean diagonal * |W|^2`` on the first half and
-    ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the second.
+    It is fitted on one half of the batches and measured on the other; the first batch is cut in
+    two, so one is enough. Only sums of products are kept, no states: with X of shape (n, D + 1),
+    its last column 1, and Y of shape (n, H), ``W = argmin |X W - Y|^2 + strength * mean diagonal *
+    |W|^2`` on the first half and ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the
+    second.
 
     Args:
-        num_inputs: D, width of the student.
-        num_targets: H, width of the teacher.
+        num_inputs: D, the student's width.
+        num_targets: H, the teacher's width.
         strength: weight of the shrinkage.
         sync_on_compute: whether the sums of all ranks are added, as in torchmetrics.
     """
@@ -101,7 +103,7 @@ class RidgeProbe(Metric):
         self.num_batches = 0
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the map and variance of the targets, on the second half; means over H."""
+        """Mean squared error of the map, and variance of the targets, on the second half."""
         gram = self.xx[0].clone()
         count = self.xx[1, -1, -1].clamp_min(1)
         ridge = self.strength * gram.diagonal()[:-1].mean().clamp_min(1e-9)

@@ -44,7 +44,8 @@ from kdnas.training.trainer import ClipFusedGradients, release_memory, trim_heap
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
-# Batches of changing lengths leave holes in the heap, which grows by hundreds of megabytes (LOG.md).
+# Batches of changing lengths leave holes in the heap, which grows by hundreds of megabytes
+# (LOG.md).
 TRIM_STEPS = 25
 
 
@@ -62,15 +63,17 @@ class Recipe:
         objective: what the student is asked to know of its teacher.
         start: the student's first weights.
         learning_rate: AdamW's peak rate of new parameters.
-        copied_learning_rate: the same for parameters that hold the teacher's values, which a high rate
-            would destroy.
-        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW takes
-            them too.
+        copied_learning_rate: the same for parameters that hold the teacher's values, which a high
+            rate would destroy.
+        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW
+            takes them too.
         copied_matrix_learning_rate: the same for matrices that hold the teacher's values.
         weight_decay: on matrices only.
-        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the rest.
+        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
+            rest.
         constant_rate: no warm-up and no decay (the original).
-        dropout: train the student with its dropout (a student that small underfits; off by default).
+        dropout: train the student with its dropout (a student that small underfits; off by
+            default).
 
     Raises:
         UserError: a value is out of its range.
@@ -110,16 +113,16 @@ def calibration_rows(data: KDDataModule) -> CalibrationRows:
 
 
 class HiddenStateDistillModule(ClipFusedGradients):
-    """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
+    """A student learns its teacher's hidden states under masked inputs, as the recipe asks.
 
-    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of
-    the teacher layer where the term is scaled, else 1. The held-out loss, from which a reward is made, is the
-    weighted mean of only those terms by which students can be compared (``Term.compares``); of all terms where
-    there are none.
+    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the
+    variance of the teacher layer where the term is scaled, else 1. The held-out loss, from which a
+    reward is made, is the weighted mean of only those terms by which students can be compared
+    (``Term.compares``); of all terms where there are none.
 
     The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. ``setup`` opens
-    ``self.states``, which maps a batch to the teacher's states. A search sets ``self.states``, and the rows
-    that students start on, ``self.calibration``, once for all candidates.
+    ``self.states``, which maps a batch to the teacher's states. A search sets ``self.states``, and
+    the rows that students start on, ``self.calibration``, once for all candidates.
 
     Args:
         teacher: a folder, a hub name or ``quickstart``.
@@ -169,10 +172,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
             f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items()
         )
         terms = "".join(f"- {term.name}, weight {term.weight:g}\n" for term in self.terms)
+        num_tensors = len(list(self.student.parameters()))
         num_copied = len(self.started.copied) if self.started else 0
         return (
             f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
-            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} learn at the rates of copies. "
+            f"Of its {num_tensors} tensors {num_copied} learn at the rates of copies. "
             f"It learns:\n\n{terms}"
         )
 
@@ -205,7 +209,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Once: start the student from the teacher, and the criterion from both, on training rows."""
+        """Start the student from the teacher, and the criterion from both; once."""
         if self.started is not None:
             return
         release_memory()  # what reading the text has left
@@ -221,7 +225,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Write the student as transformers does, with its teacher's tokenizer; its config says which teacher."""
+        """Save the student and its teacher's tokenizer; its config names the teacher."""
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -252,7 +256,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         is_distributed = distributed.is_available() and distributed.is_initialized()
         num_ranks = distributed.get_world_size() if is_distributed else 1
         if num_ranks > 1:
-            # DDP takes the mean over ranks, and one rank may have no pairs: so divide by all counts.
+            # DDP takes the mean over ranks, and one rank may have no pairs: so divide by all
+            # counts.
             distributed.all_reduce(counts)
         loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
         # sync_dist: otherwise each rank logs only its own share.
@@ -279,7 +284,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
             )
         if not counts.any():
             raise UserError(
-                "The held-out rows give the objective nothing to compare: give more text, or longer rows."
+                "The held-out rows give the objective nothing to compare: "
+                "give more text, or longer rows."
             )
         metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
@@ -310,7 +316,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """The mean error of each term; of each teacher layer, the errors of the best student layer."""
+        """The error of each term, and for each teacher layer that of the best student layer."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -331,7 +337,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Weights of the terms' mean errors in the loss, (terms,); ``scale`` is a field of LayerStats."""
+        """The terms' weights in the loss, (terms,); ``scale`` is a field of LayerStats."""
         weights = [
             term.weight / getattr(self.stats(term.layer), scale)
             if term.scaled and term.layer is not None
@@ -394,7 +400,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if differing or "history" not in checkpoint:
             what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
             raise UserError(
-                f"The checkpoint is of another student or objective{what}. Give that, or another one."
+                f"The checkpoint is of another student or objective{what}. "
+                "Give that, or another one."
             )
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:  # a loaded student must not be started again

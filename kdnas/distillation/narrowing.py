@@ -1,6 +1,7 @@
 """A smaller student made from its teacher's layers, map by map, by least squares.
 
-Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
+Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of
+teacher and student.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,12 +24,12 @@ from kdnas.training.precision import autocast
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Give a narrower student the teacher's embedding output in another basis, as far as a layer norm lets it.
+    """Give a student the teacher's embedding output in another basis.
 
-    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
-    what is left of gamma is how much smaller the projected vector is than the centred one. Tables of a width of their
-    own stay as they are, and the map behind them is projected. A student as wide as its teacher gets all of them as
-    they are.
+    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go
+    into the tables; what is left of gamma is how much smaller the projected vector is than the
+    centred one. Tables of a width of their own stay as they are, and the map behind them is
+    projected. A student as wide as its teacher gets all of them as they are.
 
     Args:
         student: changed in place.
@@ -48,7 +49,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         mapping.weight.copy_(basis_TS.T @ source.weight)
         mapping.bias.copy_(basis_TS.T @ source.bias)
         return
-    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the tables.
+    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the
+    # tables.
     fold, shift = (
         (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
     )
@@ -66,40 +68,45 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
 
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
-    """The names of the tables that ``start_embeddings`` always leaves as the teacher has them: those of an own width.
+    """The names of the tables that always remain the teacher's: those of a width of their own.
 
     Others may be its copies too, but what follows them is not, so they learn as new ones (LOG.md).
     """
     if embedding_mapping(student) is None:
         return frozenset()
-    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
+    embeddings: Any = student.embeddings
+    return frozenset(f"embeddings.{name}" for name, _ in embeddings.named_parameters())
 
 
 def narrow(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
 ) -> tuple[tuple[int, ...], ...]:
-    """Give a narrower student the teacher's layers in a smaller basis, map by map, by least squares.
+    """Give a student the teacher's layers in a smaller basis, map by map, by least squares.
 
-    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it over the layers that
-    count, turned so that every column is free of the mean that a layer norm takes away. The student's stream shall be
-    ``B^T x``. For each student layer, in order, from its own stream z: queries, keys and values are the ridge
-    regression of the kept teacher heads' on z; the output maps are that of ``sigma B^T norm(x) - z``, where sigma is
-    the scale that the teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
-    teacher layers are left out, the second output map aims at the input of the next source layer, so it does their
-    work too as far as a linear map can.
+    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it
+    over the layers that count, turned so that every column is free of the mean that a layer norm
+    takes away. The student's stream shall be ``B^T x``. For each student layer, in order, from its
+    own stream z: queries, keys and values are the ridge regression of the kept teacher heads' on z;
+    the output maps are that of ``sigma B^T norm(x) - z``, where sigma is the scale that the
+    teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
+    teacher layers are left out, the second output map aims at the input of the next source layer,
+    so it does their work too as far as a linear map can.
 
-    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept heads and neurons
-    are copied: least squares only add to each map what the copies lack. What did nothing can be left out without loss.
+    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept
+    heads and neurons are copied: least squares only add to each map what the copies lack. What did
+    nothing can be left out without loss.
 
     Args:
         student: post-norm, with layers of its own; changed in place.
         teacher: of the same family.
-        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a little better (LOG.md).
+        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a
+            little better (LOG.md).
 
     Returns:
         For each student layer, the teacher's heads that its heads were made from.
 
-    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in ``LOG.md``.
+    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in
+        ``LOG.md``.
     """
     is_as_wide = student.config.hidden_size == teacher.config.hidden_size
     steps = _SameWidth if is_as_wide else _Narrowing
@@ -112,7 +119,8 @@ class TeacherStream:
 
     Args:
         states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
-        scales: how large the stream is before each layer's last norm, which divides by that, (N, 1).
+        scales: how large the stream is before each layer's last norm, which divides by that, (N,
+            1).
     """
 
     states: dict[int, Tensor]
@@ -120,7 +128,7 @@ class TeacherStream:
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64; computed once."""
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64."""
         if layer not in self._covariances:
             covariance = torch.cov(self.states[layer].float().T).double()
             self._covariances[layer] = covariance / covariance.trace()
@@ -156,14 +164,14 @@ class TeacherStream:
 
 
 class CalibrationRows(list[Batch]):
-    """Rows to calibrate on, that remember what a teacher gave on them: a search's students share both."""
+    """Rows to calibrate on, with a teacher's stream on them, which all students share."""
 
     def __init__(self, rows: Iterable[Batch]) -> None:
         super().__init__(rows)
         self._last: tuple[PreTrainedModel, TeacherStream] | None = None
 
     def stream(self, teacher: PreTrainedModel) -> TeacherStream:
-        """The teacher's, computed when it is first asked for; its weights must not change afterwards."""
+        """The teacher's stream, computed once; its weights must not change afterwards."""
         if self._last is None or self._last[0] is not teacher:
             self._last = teacher, TeacherStream.of(teacher, self)
         return self._last[1]
@@ -345,7 +353,7 @@ class _Narrowing:
         return torch.cat(contexts).float()
 
     def _important_heads(self, source: int) -> list[int]:
-        """The heads whose values move the stream most, as many as the student has, in their order."""
+        """The heads whose values move the stream most, in ascending order."""
         num_heads = self.theirs.num_attention_heads
         values = self._run(source).value.chunk(num_heads, -1)
         weights = self._part(source, self.names.attention_output).weight.chunk(num_heads, -1)
@@ -462,9 +470,10 @@ def fit_linear(
     strength: float = 3e-2,
     adds: bool = False,
 ) -> Tensor:
-    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives.
+    """Set a linear map to the ridge regression, and return its output.
 
-    With ``adds`` the regression is of what the map as it is lacks, and is added to it.
+    Of a head with more outputs than targets only the first ones are set. With ``adds`` the map
+    stays, and the regression of what it lacks is added.
     """
     outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
@@ -478,10 +487,7 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``left'`` and ``right'`` of at most ``rank`` columns with ``left' right'^T`` closest to ``left right^T``.
-
-    Where there are no more columns than that, they stay as they are.
-    """
+    """Factors of at most ``rank`` columns whose product is closest to ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)

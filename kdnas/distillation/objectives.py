@@ -1,8 +1,8 @@
 """What a student is asked to know of its teacher: terms of the loss, and weighted sums of them.
 
-An objective is a frozen part of the recipe. It makes a criterion: the module that gives the errors of a
-batch, and holds what is trained beside the student (projections).
-Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
+An objective is a frozen part of the recipe. It makes a criterion: the module that gives the errors
+of a batch, and holds what is trained beside the student (projections). Shapes: B rows, T padded
+tokens, N real tokens, H a width, A heads.
 """
 
 import math
@@ -123,9 +123,10 @@ class Term:
         weight: its share in the loss, relative to the other terms.
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
-        compares: whether students can be ranked by it. Not where it depends on which layers a student has,
-            for some are easier than others. (Hidden states of mapped layers count, as in the original, though
-            only LastLayer and LearnedMapping ask the same of every student.)
+        compares: whether students can be ranked by it. Not where it depends on which layers a
+            student has, for some are easier than others. (Hidden states of mapped layers count, as
+            in the original, though only LastLayer and LearnedMapping ask the same of every
+            student.)
     """
 
     name: str
@@ -142,7 +143,7 @@ class Criterion(nn.Module):
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """For each term the sum of its errors, and the number of things (tokens, rows) in that sum."""
+        """For each term the sum of its errors, and their number (of tokens or rows)."""
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
         """Set the first values from the states of the started student; by default nothing."""
@@ -163,7 +164,7 @@ class Objective(ABC):
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """The teacher layers that students of these depths need, ascending; always the last, by which they are measured.
+    """The teacher layers that students of these depths need, ascending; the last is always one.
 
     Raises:
         UserError: the objective asks for a layer that is not there.
@@ -180,20 +181,24 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error between projected student states and teacher states, on real tokens; the original's.
+    """The original's: mean squared error between projected student states and teacher states.
 
-    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i and one of
-    its teacher layers j, and real tokens n. Each student layer has its own linear projection H_s -> k * H_t,
-    for its k teacher layers together.
+    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
+    and one of its teacher layers j, and real tokens n. Each student layer has its own linear
+    projection H_s -> k * H_t, for its k teacher layers together.
 
     Args:
         mapping: which teacher layers each student layer learns from.
-        shared_projection: one projection for all student layers (the original's code) instead of one each.
-        normalize: divide each layer's error by its variance, so that no layer dominates by its scale.
-        fit_projections: begin with the best linear map for the started student, not with a random one.
+        shared_projection: one projection for all student layers (the original's code) instead of
+            one each.
+        normalize: divide each layer's error by its variance, so that no layer dominates by its
+            scale.
+        fit_projections: begin with the best linear map for the started student, not with a random
+            one.
 
     Raises:
-        UserError: a shared projection for layers that learn from different numbers of teacher layers.
+        UserError: a shared projection for layers that learn from different numbers of teacher
+            layers.
     """
 
     def __init__(
@@ -230,7 +235,8 @@ class _HiddenStates(Criterion):
         counts = [len(layers) for _, layers in self.layers]
         if objective.shared_projection and len(set(counts)) > 1:
             raise UserError(
-                f"shared_projection needs as many teacher layers for each student layer, not {set(counts)}."
+                "shared_projection needs as many teacher layers for each student layer, "
+                f"not {set(counts)}."
             )
         self.projections = nn.ModuleList(
             nn.Linear(ours.hidden_size, count * theirs.hidden_size)
@@ -259,11 +265,12 @@ class _HiddenStates(Criterion):
 
 
 class LearnedMapping(Objective):
-    """Squared errors on every teacher layer, each taught to a learned mixture of the student's layers.
+    """Squared errors on every teacher layer, each taught to a mixture of the student's layers.
 
-    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and student
-    layers i. ``p_j = softmax(a_j)`` is trained with the student. It is over the student's layers, so no
-    teacher layer can be left out for an easier one, and all students are asked the same.
+    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and
+    student layers i. ``p_j = softmax(a_j)`` is trained with the student. It is over the student's
+    layers, so no teacher layer can be left out for an easier one, and all students are asked the
+    same.
 
     Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
     """
@@ -324,7 +331,8 @@ class WeightedSum(Objective):
     def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
         if not objectives or len(objectives) != len(weights):
             raise UserError(
-                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: give one each."
+                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: "
+                "give one each."
             )
         for weight in weights:
             if not 0 < weight < math.inf:

@@ -1,4 +1,4 @@
-"""Objectives on whole rows: [CLS], the mean state, the likeness of rows, and of the two sentences of a pair."""
+"""Objectives on whole rows: [CLS], the mean state, the likeness of rows, and pairs."""
 
 from collections.abc import Sequence
 
@@ -65,12 +65,13 @@ class _SentenceState(Criterion):
 
 
 class SentenceSimilarity(Objective):
-    """How alike the rows of a batch are for the student, against how alike they are for the teacher.
+    """How alike the rows of a batch are, for the student as for the teacher.
 
-    With s and t the means of the last states over real tokens, the error of row i is the mean over the other
-    rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. There is
-    no projection, so the student's own vectors can be searched by cosine, as the teacher's can. It is the one
-    objective whose errors depend on which rows share a batch.
+    With s and t the means of the last states over real tokens, the error of row i is the mean over
+    the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the
+    teacher's cosines. There is no projection, so the student's own vectors can be searched by
+    cosine, as the teacher's can. It is the one objective whose errors depend on which rows share a
+    batch.
 
     Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
     """
@@ -113,11 +114,12 @@ class _SentenceSimilarity(Criterion):
 class PairComparison(Objective):
     """Predicts from a pair's [CLS] how its two sentences compare for the teacher.
 
-    With u and v the means of the teacher's last states over the first and the second sentence, a small head on
-    the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised) and ``cos(u, v)``
-    (standardised). The error is the mean of both mean squared errors. It needs rows that are pairs
-    (``data.pair_share``), and trains without labels what fine-tuning on pairs asks of [CLS]. It works best for
-    teachers whose mean states carry meaning, such as sentence encoders.
+    With u and v the means of the teacher's last states over the first and the second sentence, a
+    small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
+    and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
+    rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
+    asks of [CLS]. It works best for teachers whose mean states carry meaning, such as sentence
+    encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -144,7 +146,7 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Which rows are pairs, (B,), and of those ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        """Which rows are pairs, (B,), and their ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
         paired = second.any(1)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]

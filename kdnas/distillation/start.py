@@ -1,4 +1,4 @@
-"""The first weights of a student, from its teacher: projected, copied, or narrowed by least squares."""
+"""The first weights of a student: its teacher's, projected, copied or narrowed."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -29,8 +29,10 @@ class Started:
     """What a start did to a student.
 
     Args:
-        copied: names of the student's parameters that hold the teacher's values, which have lower rates.
-        heads: for each student layer, the teacher's heads from which its own were made; None: unrelated.
+        copied: names of the student's parameters that hold the teacher's values, which have lower
+            rates.
+        heads: for each student layer, the teacher's heads from which its own were made; None:
+            unrelated.
     """
 
     copied: frozenset[str] = frozenset()
@@ -47,13 +49,7 @@ class Start(ABC):
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Change the student's weights in place; the teacher is not changed.
-
-        Args:
-            student: a model with any weights.
-            teacher: a model of the same family.
-            rows: a sample of the training rows, to calibrate on.
-        """
+        """Set a student's weights from a teacher of its family; ``rows`` are training rows to calibrate on."""
 
 
 class RandomStart(Start):
@@ -68,8 +64,8 @@ class RandomStart(Start):
 class FromEmbeddings(Start):
     """The embedding tables alone, projected on H_s principal components; layers stay random.
 
-    The components are those of the teacher's embedding output over its vocabulary. Where the widths are
-    equal, tables are copied.
+    The components are those of the teacher's embedding output over its vocabulary. Where the widths
+    are equal, tables are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -89,18 +85,20 @@ class FromEmbeddings(Start):
 class FromTeacher(Start):
     """Embeddings and layers of the teacher: copied and corrected, or narrowed.
 
-    The student's layers are made from the teacher's first ones and its last (``kept_layers``). A student of the
-    teacher's shape is a copy of it.
+    The student's layers are made from the teacher's first ones and its last (``kept_layers``). A
+    student of the teacher's shape is a copy of it.
 
-    Other students are made by ``narrow``: the hidden stream is projected on its principal components, the heads
-    and neurons that move it most are kept, and every linear map is fitted by least squares to what the teacher's
-    part gives on ``rows``, from the narrowed stream itself. So each part repairs what the ones before it lost. A
-    student as wide as its teacher keeps the stream and copies of those heads and neurons, and least squares add
-    what they lack, and what the left-out layers did.
+    Other students are made by ``narrow``: the hidden stream is projected on its principal
+    components, the heads and neurons that move it most are kept, and every linear map is fitted by
+    least squares to what the teacher's part gives on ``rows``, from the narrowed stream itself. So
+    each part repairs what the ones before it lost. A student as wide as its teacher keeps the
+    stream and copies of those heads and neurons, and least squares add what they lack, and what the
+    left-out layers did.
 
-    Where the family's layers cannot be narrowed (``narrows`` in ``FAMILIES``), a narrower student gets only the
-    embeddings, and the log says so. One of the teacher's width is copied, a worse start: it has the neurons with
-    the largest weights (norm of the weights in times norm of the weights out), and fewer heads cut the maps anew.
+    Where the family's layers cannot be narrowed (``narrows`` in ``FAMILIES``), a narrower student
+    gets only the embeddings, and the log says so. One of the teacher's width is copied, a worse
+    start: it has the neurons with the largest weights (norm of the weights in times norm of the
+    weights out), and fewer heads cut the maps anew.
 
     Raises:
         UserError: the student is larger than its teacher in one of its sizes.
@@ -151,19 +149,15 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
             raise UserError(
-                f"{name} is {size}: no student starts from its teacher above the teacher's {largest}."
+                f"{name} is {size}: no student starts from its teacher "
+                f"above the teacher's {largest}."
             )
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     """The first principal components of the teacher's embedding output over its vocabulary.
 
-    Args:
-        teacher: a model of any family.
-        width: number of components, H_s.
-
-    Returns:
-        Orthonormal columns, shape (H_t, H_s), float32.
+    They are orthonormal columns, shape (H_t, width), float32.
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)

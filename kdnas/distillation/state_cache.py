@@ -1,12 +1,13 @@
 """The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
 
-A cache is a folder of shards. A shard holds the states of rows of similar length: an array (L, T) of
-records of H numbers, for L layers and T real tokens. The rows that a search needs have shards of their own;
-those of the others are computed when they are asked for.
+A cache is a folder of shards. A shard holds the states of rows of similar length: an array (L, T)
+of records of H numbers, for L layers and T real tokens. The rows that a search needs have shards of
+their own; those of the others are computed when they are asked for.
 
-The folder's name is the hash of everything that the states depend on. A shard's name holds its place, and
-the hash of folder, place and bytes. So each shard proves by itself that it is whole: one that is missing,
-cut, damaged, misplaced or of another cache is computed again, and no index can disagree.
+The folder's name is the hash of everything that the states depend on. A shard's name holds its
+place, and the hash of folder, place and bytes. So each shard proves by itself that it is whole: one
+that is missing, cut, damaged, misplaced or of another cache is computed again, and no index can
+disagree.
 """
 
 import errno
@@ -40,7 +41,8 @@ FORMAT = 3
 SHARD_BYTES = 64 << 20
 # Each open shard holds a file descriptor, of which a process mostly has 1,024.
 MOST_MAPS = 256
-# The rows are cut into so many parts, in the order in which they are asked for; each is sorted by length.
+# The rows are cut into so many parts, in the order in which they are asked for; each is sorted by
+# length.
 PARTS = 20
 
 Place = tuple[int, int]  # mask variant, shard
@@ -57,8 +59,8 @@ def cache_key(
 ) -> str:
     """The hash of all that the states and their places depend on.
 
-    ``computed_in`` is the precision of the teacher's matmuls, in which machines differ: bfloat16 moves a
-    state by more than float16 rounds it. The other arguments are those of ``StateCache``.
+    ``computed_in`` is the precision of the teacher's matmuls, in which machines differ: bfloat16
+    moves a state by more than float16 rounds it. The other arguments are those of ``StateCache``.
     """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
     parts = [
@@ -78,8 +80,8 @@ def cache_key(
 def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
     """How one token's state is stored.
 
-    Rounding costs 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, with one scale a token; bfloat16
-    would cost 3e-6 at float16's size (LOG.md).
+    Rounding costs 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, with one scale
+    a token; bfloat16 would cost 3e-6 at float16's size (LOG.md).
     """
     values = ("values", np.dtype(precision), hidden_size)
     return np.dtype([("scale", np.float32), values] if precision == "int8" else [values])
@@ -119,7 +121,8 @@ class StateCache:
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
         precision: of the stored numbers.
-        order: all row numbers, in the order in which shares of them are asked for; by default ascending.
+        order: all row numbers, in the order in which shares of them are asked for; by default
+            ascending.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class StateCache:
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """The part of ``num_bytes`` that is not there yet, judged by the names of the shards alone."""
+        """The part of ``num_bytes`` that is not there yet, by the names of the shards."""
         return self._size(
             place for place in self._places(row_ids) if not self._candidates(self._prefix(place))
         )
@@ -198,7 +201,7 @@ class StateCache:
             raise self._no_room() from error  # others use the disk too
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """The stored states of a batch's real tokens: for each layer a tensor (N, H), float16 on the CPU.
+        """The states of a batch's real tokens: for each layer a tensor (N, H), float16, on the CPU.
 
         Raises:
             OSError: a shard is gone, or cut, since ``build``.
@@ -220,7 +223,8 @@ class StateCache:
             for position, index in enumerate(indices):
                 states[position, end - length : end] = shard[index, start : start + length]
 
-        # The pages around those that were read would count as memory of this process, ten times as many.
+        # The pages around those that were read would count as memory of this process, ten times as
+        # many.
         for mapped, _ in touched.values():
             mapped.madvise(mmap.MADV_DONTNEED)
         return [unpack(layer_states) for layer_states in states]
@@ -338,8 +342,9 @@ class StateCache:
     def _no_room(self) -> UserError:
         needed, place = self._size(self._missing()), str(self.folder.parent)
         return UserError(
-            f"The teacher's states need {needed:,} bytes in {place!r}, {self._free():,} are free: make "
-            "room, give another folder, or lower the disk budget so that the teacher runs live."
+            f"The teacher's states need {needed:,} bytes in {place!r}, {self._free():,} are free: "
+            "make room, give another folder, or lower the disk budget so that the teacher runs "
+            "live."
         )
 
     def _open(self, place: Place) -> tuple[mmap.mmap, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
+"""The teacher's hidden states, from the cache, or live where it would be too large."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ class LayerStats:
     Args:
         variance: variance of the layer's states on training rows.
         held_out_variance: the same on held-out rows.
-        held_out_mse_context_free: error, on held-out rows, of the best linear map from the teacher's
-            embedding output to this layer, fitted on training rows.
+        held_out_mse_context_free: error, on held-out rows, of the best linear map from the
+            teacher's embedding output to this layer, fitted on training rows.
     """
 
     variance: float
@@ -69,8 +69,8 @@ class StatesSettings:
         folder: holds one folder for each teacher and text; safe to delete. By default
             ``teacher_states`` in the folder of all runs.
         max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
-        precision: precision of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4 of
-            the states' variance.
+        precision: precision of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4
+            of the states' variance.
     """
 
     folder: str | None = None
@@ -85,18 +85,14 @@ class StatesSettings:
 
 
 class LiveTeacher:
-    """Runs the teacher for every batch.
-
-    Args:
-        model: the teacher's encoder, frozen, in eval mode.
-    """
+    """Runs the teacher's encoder, which is frozen and in eval mode, for every batch."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
+        """States of a batch's real tokens: for each layer a tensor (N, H), on its device."""
         device = batch["input_ids"].device
         with autocast(device.type):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -110,15 +106,7 @@ StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or 
 
 @dataclass(eq=False)
 class TeacherStates:
-    """What a student learns from: stored states or a live teacher.
-
-    Args:
-        source: gives, for a batch, the states (N, H) of each layer.
-        layers: the teacher layers that it gives.
-        hidden_size: H.
-        stats: figures of each layer.
-        ends: where the contextual share is 0 and 1.
-    """
+    """What a student learns from: the states of some layers, stored or live, and their figures."""
 
     source: StateSource
     layers: list[int]
@@ -127,7 +115,7 @@ class TeacherStates:
     ends: ShareEnds
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Teacher layer -> states (N, H) of the batch's real tokens, on its device; all layers by default."""
+        """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
         device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
         states = [state.to(device) for state in self.source(batch, layers)]
@@ -160,7 +148,7 @@ def open_states(
     settings: StatesSettings = StatesSettings(),
     device: str = "cpu",
 ) -> TeacherStates:
-    """The states of these layers for the data's split and the held-out rows; what is missing is computed.
+    """The states for the data's split and the held-out rows; what is missing is computed.
 
     Args:
         teacher: the teacher.
@@ -247,7 +235,8 @@ def _read_measured(
 
 
 def _to(batch: Batch, device: str) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
+    tensors = cast(dict[str, Tensor], batch)
+    return cast(Batch, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def measure(
@@ -259,12 +248,7 @@ def measure(
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
     """What a student's errors are compared with; the same for every split and rank.
 
-    Args:
-        model: the teacher's encoder.
-        source: gives its states.
-        layers: teacher layers, ascending; the contextual share is measured on the last of them.
-        data: rows and masks, after ``setup``.
-        device: where the model runs.
+    ``layers`` are ascending; the contextual share is measured on the last.
     """
     model.to(device)  # type: ignore[arg-type]
     stats = _stats(model, source, layers, data, device)
@@ -300,8 +284,8 @@ def _stats(
 ) -> dict[int, LayerStats]:
     """Variance of each layer, and the error of its best context-free predictor.
 
-    The predictor is fitted on about ``STATS_TOKENS`` tokens of the search's training rows, whatever the
-    split, and measured on as many of held-out rows.
+    The predictor is fitted on about ``STATS_TOKENS`` tokens of the search's training rows, whatever
+    the split, and measured on as many of held-out rows.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):

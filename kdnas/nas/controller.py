@@ -1,7 +1,7 @@
-"""The controllers: LSTMs that learn from trained points and predict the rewards of others. No Optuna here.
+"""The controllers: LSTMs that predict the rewards of points from those of others. No Optuna.
 
-A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features, T trained
-points, P points of a pool, M members, B sequences, S tokens, H hidden units.
+A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features,
+T trained points, P points of a pool, M members, B sequences, S tokens, H hidden units.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def describe(values: Sequence[Any]) -> Tensor:
 
 
 def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
-    """The features of points, (..., C), of choice indices (..., F), by each parameter's table of ``describe``."""
+    """The features (..., C) of points (..., F), by each parameter's table of ``describe``."""
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
 
 
@@ -103,8 +103,9 @@ def likely_feasible(
 ) -> Tensor:
     """Which points of a pool may keep the constraints, (P,) bool; always at least one.
 
-    Logistic regression on the features with a penalty of 0.05 times the squared weights, by Newton's method. A
-    refusal costs no training, but a good point that is never tried is lost. So only unlikely points are left out.
+    Logistic regression on the features with a penalty of 0.05 times the squared weights, by
+    Newton's method. A refusal costs no training, but a good point that is never tried is lost. So
+    only unlikely points are left out.
 
     Args:
         choices: the values of each parameter.
@@ -149,7 +150,8 @@ class History:
     def tokens(self, episode: int) -> list[int]:
         """The sequence of an episode, as indices of trained points; -1 stands for none.
 
-        They are the best before the episode, the best of the episode before, and the episode's candidates.
+        They are the best before the episode, the best of the episode before, and the episode's
+        candidates.
         """
         start = episode * self.num_candidates
         earlier = list(enumerate(self.rewards_T[:start].tolist()))
@@ -160,7 +162,7 @@ class History:
 
 
 class Controller(nn.Module):
-    """Predicts rewards of points, and picks one of a pool. It is made anew for each pick, from the history alone.
+    """Predicts rewards, and picks a point of a pool. It is made anew for each pick.
 
     torch's global generator is left as it is.
     """
@@ -189,10 +191,11 @@ class Controller(nn.Module):
 
 
 class RewardLSTM(Controller):
-    """The original's: one LSTM over embedded choices, trained by squared error; it explores by uniform draws.
+    """The original's: one LSTM over embedded choices; it explores by uniform draws.
 
-    It reads the best so far, the best of the episode before, and the episode's candidates, each with the reward
-    of the token before, and predicts the reward of each. It learns from finished episodes only.
+    It reads the best so far, the best of the episode before, and the episode's candidates, each
+    with the reward of the token before, and predicts the reward of each. It learns from
+    finished episodes only, by squared error.
 
     Args:
         choices: the values of each parameter.
@@ -202,8 +205,8 @@ class RewardLSTM(Controller):
         num_updates: steps of Adam.
         learning_rate: learning rate of Adam.
 
-    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge Transfer in
-        Language Models"; the sizes, the number of steps and the rate are ours.
+    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
+        Transfer in Language Models"; the sizes, the number of steps and the rate are ours.
     """
 
     def __init__(
@@ -231,10 +234,8 @@ class RewardLSTM(Controller):
     ) -> tuple[Tensor, State]:
         """The reward of each token's point, (B, S), and the state after the last.
 
-        Args:
-            points_BSF: choice indices from 1; 0 stands for none.
-            before_BS: the reward of the token before each.
-            state: the LSTM's state before the first token.
+        Choice indices count from 1; 0 stands for none. ``before_BS`` is the reward of the token
+        before each.
         """
         embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
         hidden_BSH, state = self.lstm(torch.cat([*embedded, before_BS[..., None]], -1), state)
@@ -276,11 +277,12 @@ class RewardLSTM(Controller):
 class EnsembleLSTM(Controller):
     """Ours: linear models with small LSTMs, which disagree where little is known.
 
-    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and their products;
-    h is the state of the member's LSTM after the same tokens as the original's and the point itself. Members
-    differ in their first weights and in the weight of each trained point (exponential draws, the Bayesian
-    bootstrap). They train on random sequences of all trained points, so that each point is learned in many
-    places. The mean decides; a pick that explores trusts one member, drawn at random (Thompson sampling).
+    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and
+    their products; h is the state of the member's LSTM after the same tokens as the original's and
+    the point itself. Members differ in their first weights and in the weight of each trained point
+    (exponential draws, the Bayesian bootstrap). They train on random sequences of all trained
+    points, so that each point is learned in many places. The mean decides; a pick that explores
+    trusts one member, drawn at random (Thompson sampling).
 
     Args:
         choices: the values of each parameter.
@@ -290,7 +292,8 @@ class EnsembleLSTM(Controller):
         num_updates: steps of Adam.
         learning_rate: learning rate of Adam.
 
-    Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior draws.
+    Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior
+        draws.
     """
 
     NUM_SEQUENCES = 8
@@ -328,12 +331,9 @@ class EnsembleLSTM(Controller):
     def forward(
         self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """The standardised reward of each token's point, (M, B, S), and the LSTMs' state after the last.
+        """The standardised reward of each token's point, (M, B, S), and the state after the last.
 
-        Args:
-            points_MBSF: choice indices.
-            before_MBS: the standardised reward of the token before each.
-            state: the LSTMs' state before the first token.
+        ``before_MBS`` is the standardised reward of the token before each.
         """
         size = before_MBS.shape
         # Flat in sequences and tokens: one matrix product a member.

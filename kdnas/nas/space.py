@@ -31,10 +31,11 @@ class SearchSpace:
     def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
         """Students no larger than the teacher in any dimension.
 
-        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8 eighths of the
-        teacher's that all head counts divide with at least 16 a head (an even number for rotary positions).
-        Heads: divisors of the teacher's heads down to a quarter. Intermediate: a quarter, a half and all of the
-        teacher's. Activation: the teacher's, and ReLU.
+        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8
+        eighths of the teacher's that all head counts divide with at least 16 a head (an even number
+        for rotary positions). Heads: divisors of the teacher's heads down to a quarter.
+        Intermediate: a quarter, a half and all of the teacher's. Activation: the teacher's, and
+        ReLU.
 
         Raises:
             UserError: the teacher is too narrow for a head of 16.
@@ -77,8 +78,9 @@ class SearchSpace:
             config: the teacher's config.
 
         Raises:
-            UserError: a field has no value, a size is below 1 or above the teacher's, a number of heads does
-                not divide a width (or the family refuses it), or an activation is unknown.
+            UserError: a field has no value, a size is below 1 or above the teacher's, a number of
+                heads does not divide a width (or the family refuses it), or an activation is
+                unknown.
         """
         teacher = arch_of(config)
         others = {name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}
@@ -97,8 +99,8 @@ class SearchSpace:
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
                 raise UserError(
-                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, which does not "
-                    "divide it: give widths that every number of heads divides."
+                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, "
+                    "which does not divide it: give widths that every number of heads divides."
                 )
             check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:
@@ -122,7 +124,7 @@ class SearchSpace:
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def smallest(self) -> StudentArch:
-        """The fastest student: the least of every size, and the cheapest activation, ReLU, if there."""
+        """The fastest student: the least of every size, and ReLU if it is a choice."""
         activations = self.choices["hidden_act"]
         return self._extreme(min, "relu" if "relu" in activations else activations[0])
 

@@ -36,14 +36,7 @@ PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 
 def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The final table: teacher, best student, and a student of its shape that started at random.
-
-    Args:
-        results: the content of ``glue/results.json``.
-
-    Returns:
-        One dict a model, from heading to text, with the same headings in the same order.
-    """
+    """The final table, from ``glue/results.json``: one dict a model, from heading to text."""
     metric = results["task"]["metric"]
     rows = []
     for name, label in MODELS.items():
@@ -64,12 +57,7 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
-    """``result_rows`` for the terminal.
-
-    Args:
-        results: the content of ``glue/results.json``.
-        how: fields of ``LatencySettings``, as latency was measured.
-    """
+    """``result_rows`` for the terminal; ``how`` are the fields of ``LatencySettings``."""
     title = f"Fine-tuned on {results['task']['name']}"
     table = text_table(title, result_rows(results), words=["model"])
     table.caption = f"Latency: {measured_by(how)}. {caution(results)}".rstrip()
@@ -77,16 +65,13 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
 
 
 def caution(results: Mapping[str, Any]) -> str:
-    """Warnings that would make the final figures meaningless.
-
-    Args:
-        results: the content of ``glue/results.json``.
-    """
+    """Warnings that would make the final figures, ``glue/results.json``, meaningless."""
     models = results["models"]
     said = []
     if models["random"]["score"] >= models["student"]["score"]:
         said.append(
-            "A random start of its shape scores as high, so this task does not tell what was distilled."
+            "A random start of its shape scores as high, so this task does not tell "
+            "what was distilled."
         )
     if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
         said.append(
@@ -99,10 +84,7 @@ def caution(results: Mapping[str, Any]) -> str:
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Write a page: one file that needs no network and runs no script but its own.
 
-    Args:
-        path: the page.
-        template: its name in ``kdnas/report/templates``.
-        values: values for the template; text in them stays text.
+    ``values`` are those of the template in ``kdnas/report/templates``; text in them stays text.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kdnas.report"),
@@ -138,12 +120,13 @@ def write_report(
 ) -> Path:
     """Write ``report.html``: one file that opens from disk and needs no network.
 
-    On one machine the same run gives the same bytes, for the page's date is that of the last trial. Stages that
-    did not run are left out.
+    On one machine the same run gives the same bytes, for the page's date is that of the last trial.
+    Stages that did not run are left out.
 
     Args:
         run: the run, of which ``config.yaml`` and the results of its stages are read.
-        study: its search; ``study.user_attrs["budget"]`` maps the fields of ``Budget`` to their limits.
+        study: its search; ``study.user_attrs["budget"]`` maps the fields of ``Budget`` to their
+            limits.
         title: heading of the page; the run's name by default.
         output: the page; ``report.html`` of the run by default.
 
@@ -230,7 +213,8 @@ def _student(best: FrozenTrial, full_kd: Any, results: Any) -> dict[str, Any]:
 
 
 def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:
-    shape = "{num_hidden_layers} x {hidden_size}, {num_attention_heads} heads, {intermediate_size} {hidden_act}"
+    shape = "{num_hidden_layers} x {hidden_size}, {num_attention_heads} heads, "
+    shape += "{intermediate_size} {hidden_act}"
     return [
         {
             "trial": str(row["number"]),

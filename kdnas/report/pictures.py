@@ -1,4 +1,4 @@
-"""Pictures of a search: one drawing, as SVG within a page, with hover, and as an image for TensorBoard."""
+"""Pictures of a search, as SVG with hover for a page, and as images for TensorBoard."""
 
 import io
 import re
@@ -23,8 +23,8 @@ Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row an epoch, col
 # Mid-tones, readable on white and on black; INK becomes the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
 COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
-# Of more candidates than this only the best and those on the front get a mark and a tip of their own:
-# nobody could read more, and each costs milliseconds whenever the front changes.
+# Of more candidates than this only the best and those on the front get a mark and a tip of their
+# own: nobody could read more, and each costs milliseconds whenever the front changes.
 MOST_NAMED = 100
 STYLE = {
     "svg.fonttype": "none",
@@ -48,7 +48,7 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """A drawing in the page's colours; a part with the gid ``tip:...`` gets that text as its tool tip."""
+    """A drawing in the page's colours; the gid ``tip:...`` of a part is its tool tip."""
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -119,11 +119,7 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
 
 
 def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
-    """The best reward by the number of trained candidates.
-
-    Args:
-        rewards: for each run the rewards of its candidates, in their order.
-    """
+    """The best reward by the number of trained candidates, for each run's rewards in their order."""
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="trained candidates", ylabel="best reward")
@@ -139,13 +135,7 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
-    """Values by epoch.
-
-    Args:
-        ylabel: what they are.
-        name: the key of a row's value.
-        lines: the lines; those in grey are thin.
-    """
+    """Values by epoch, under the key ``name`` of each row; lines in grey are thin."""
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="epoch", ylabel=ylabel)

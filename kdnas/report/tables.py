@@ -36,7 +36,7 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """The best student, and those on the Pareto fronts of loss and latency, and of loss and parameters."""
+    """The best student, and those on the fronts of loss and latency, or parameters."""
     frame = trials_frame(study)
     best = best_trial(study)
     number = best.number if best else -1

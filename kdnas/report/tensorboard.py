@@ -17,18 +17,19 @@ from kdnas.training.trainer import FLUSH_SECONDS, release_memory, without_tensor
 
 
 class SearchBoard:
-    """Writes a search's progress as event files; a context manager, called with the study after each trial.
+    """Writes a search's progress as event files: a context manager, called after each trial.
 
-    It writes ``search/reward`` and ``search/best_reward`` by trained candidates, each at the time when it ended,
-    ``search/exploration_ratio`` of a sampler that has one, and the picture ``search/pareto`` whenever the front
-    changes.
+    It writes ``search/reward`` and ``search/best_reward`` by trained candidates, each at the time
+    when it ended, ``search/exploration_ratio`` of a sampler that has one, and the picture
+    ``search/pareto`` whenever the front changes.
 
-    All is written from the study, in place of older files, so a resumed search has one curve. Of the processes
-    that search in one folder only the first writes.
+    All is written from the study, in place of older files, so a resumed search has one curve. Of
+    the processes that search in one folder only the first writes.
 
     Args:
         folder: where the event files go.
-        exploration: maps the number of trained candidates to the share of picks that explore; None: no curve.
+        exploration: maps the number of trained candidates to the share of picks that explore; None:
+            no curve.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:

@@ -91,9 +91,9 @@ def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | No
     agreement = float(losses[0].rank().corr(losses[1].rank()))
     good = agreement >= LEAST_AGREEMENT
     words = (
-        f"Ranked by the loss after their first epoch and after their last, {len(losses)} candidates "
-        f"agree to {agreement:.2f} (rank correlation; 1: the same order, 0: none): longer training "
-        f"would {'hardly' if good else 'perhaps'} reorder them."
+        f"Ranked by the loss after their first epoch and after their last, {len(losses)} "
+        f"candidates agree to {agreement:.2f} (rank correlation; 1: the same order, 0: none): longer "
+        f"training would {'hardly' if good else 'perhaps'} reorder them."
     )
     return Check("Was the ranking settled?", words, good)
 
@@ -134,10 +134,10 @@ def _latency(
         low, median, high = teacher_ms.quantile([0.25, 0.5, 0.75])
         is_steady = bool((high - low) / median <= MOST_APART)
         are_good.append(is_steady)
-        words += (
-            f". The teacher, measured beside each of {len(teacher_ms)}, took {teacher_ms.min():.2f} "
-            f"to {teacher_ms.max():.2f} ms{'' if is_steady else ': the machine was busy'}"
-        )
+        words += f". The teacher, measured beside each of {len(teacher_ms)}, took "
+        words += f"{teacher_ms.min():.2f} to {teacher_ms.max():.2f} ms"
+        if not is_steady:
+            words += ": the machine was busy"
     return Check("Is the latency real?", words + ".", all(are_good) if are_good else None)
 
 
@@ -159,8 +159,8 @@ def _scores(results: Mapping[str, Any]) -> list[Check]:
 
     error = 1.96 * math.sqrt(max(student * (1 - student), 0.0) / max(1, num_rows))
     spread = (
-        f"On {num_rows} held-out rows an accuracy of {student:.3f} is uncertain by {error:.3f} (95 %), "
-        "and seeds differ too: one was tried; below is the command for more."
+        f"On {num_rows} held-out rows an accuracy of {student:.3f} is uncertain by {error:.3f} "
+        "(95 %), and seeds differ too: one was tried; below is the command for more."
     )
     return [
         Check("Did distillation help?", gain, student - random > error),
@@ -175,8 +175,8 @@ def _files(exported: Mapping[str, Any]) -> Check:
     if "score" in int8:
         scores = f" and scores {int8['int8_score']:.3f} where float32 scores {int8['score']:.3f}"
     words = (
-        f"model.onnx equals torch to {exported['max_abs_difference']:.0e}; model.int8.onnx has cosine "
-        f"{int8['cosine']:.4f} to it{scores} ({int8['rows']})"
+        f"model.onnx equals torch to {exported['max_abs_difference']:.0e}; model.int8.onnx has "
+        f"cosine {int8['cosine']:.4f} to it{scores} ({int8['rows']})"
     )
     words += "." if good else f": int8 loses more than {MOST_LOST:.0%}."
     return Check("Do the exported files agree?", words, good)

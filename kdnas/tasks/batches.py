@@ -14,13 +14,7 @@ from kdnas.tasks.tasks import LoadedTask
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order in which rows of similar length share a batch; another one each epoch.
-
-    Args:
-        lengths: length of every row, in tokens.
-        batch_size: rows a batch.
-        seed: decides the order, with the epoch.
-    """
+    """An order in which rows of similar length (in tokens) share a batch; another one each epoch."""
 
     # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix.
     BATCHES_A_PIECE = 50
@@ -53,8 +47,8 @@ class LengthGroupedSampler(Sampler[int]):
 class GLUEDataModule(ResumableDataModule):
     """Batches of a task: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
 
-    They are padded to their longest row. Training rows are grouped by length, in another order each epoch;
-    validation rows are sorted by length.
+    They are padded to their longest row. Training rows are grouped by length, in another order each
+    epoch; validation rows are sorted by length.
 
     Args:
         task: the task with its rows.

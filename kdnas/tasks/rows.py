@@ -18,7 +18,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
 def find_file(folder: Path, *splits: str) -> Path:
-    """The file ``<split>.parquet``, ``.csv`` or ``.tsv`` in a folder, of the first split that has one."""
+    """The ``.parquet``, ``.csv`` or ``.tsv`` file of the first split that has one."""
     paths = [folder / f"{split}{suffix}" for split in splits for suffix in SUFFIXES]
     for path in paths:
         if path.is_file():
@@ -35,8 +35,9 @@ def read_table(
     """Read a file of rows.
 
     Args:
-        path: a parquet file; a csv file, where a field in double quotes may hold commas and newlines and an
-            empty one is null; or a tsv file as GLUE's own are: no quotes, a tab always ends a field.
+        path: a parquet file; a csv file, where a field in double quotes may hold commas and
+            newlines and an empty one is null; or a tsv file as GLUE's own are: no quotes, a tab
+            always ends a field.
         text_columns: read as text, whatever they look like.
         header: names of the columns of a tsv file whose first row has none of ``text_columns``.
 
@@ -45,8 +46,9 @@ def read_table(
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
+        kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{str(path)!r} has the suffix {suffix!r}: give a {', '.join(SUFFIXES)} file, or a folder."
+            f"{str(path)!r} has the suffix {suffix!r}: give a {kinds} file, or a folder."
         )
     try:
         if suffix == ".parquet":
@@ -78,7 +80,7 @@ def read_table(
 
 
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
-    """Split rows into those for training and about ``share`` for measuring; equal texts stay together.
+    """Split rows into training rows and about ``share`` held out; equal texts stay together.
 
     The texts with the smallest hashes are held out, so the split depends on the texts alone.
 

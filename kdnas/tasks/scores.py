@@ -25,8 +25,8 @@ class _F1(BinaryF1Score):
 class _Matthews(BinaryMatthewsCorrCoef):
     """Matthews' correlation, 0.0 where it is undefined, as in scikit-learn.
 
-    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and three
-    of the other.
+    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and
+    three of the other.
     """
 
     def compute(self) -> Tensor:
@@ -84,7 +84,7 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """The metrics of a task, by name; undefined ones, such as the correlation of constants, are 0.0.
+    """The metrics of a task, by name; 0.0 where undefined, as the correlation of constants.
 
     Predictions (N,) and targets (N,) are class ids, or numbers in a regression.
     """

@@ -31,7 +31,8 @@ class Task:
         name: GLUE's name on the hub, or the name of the file or folder.
         columns: the one or two text columns; the target is always ``label``.
         num_labels: number of classes; 1 is a regression.
-        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are scored.
+        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are
+            scored.
         label_names: names of the classes, where they have any.
         validations: the splits that are scored.
         positive: the class for F1.
@@ -48,8 +49,8 @@ class Task:
     original: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
-# Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform", table 1; columns and names
-# are those of nyu-mll/glue.
+# Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform", table 1; columns and
+# names are those of nyu-mll/glue.
 _TABLE = (
     Task("cola", ("sentence",), metrics=("matthews",), label_names=("unacceptable", "acceptable")),
     Task("sst2", ("sentence",), label_names=("negative", "positive")),
@@ -92,7 +93,7 @@ _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
-    """For each class of a task its place among a classifier's, by name; None where a name is missing."""
+    """For each class of a task its place among a classifier's, by name; None if one is missing."""
 
     def plain(name: str) -> str:
         return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT is not_entailment
@@ -106,7 +107,7 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by their order, where both sides have names that do not match."""
+    """Warn that classes are matched by their order though both sides have names."""
     if task.label_names and not all(name.startswith("LABEL_") for name in names):
         said = "The classes of %r are called %s: they are taken for %s of %r, in this order."
         log.warning(said, source, ", ".join(names), ", ".join(task.label_names), task.name)
@@ -138,11 +139,7 @@ class LoadedTask:
         return hashlib.sha256(rows.encode()).hexdigest()
 
     def for_classifier(self, config: Any, source: str) -> "LoadedTask":
-        """The same rows, their labels numbered as a classifier numbers its classes.
-
-        Args:
-            config: the classifier's config.
-            source: the classifier's name.
+        """The same rows, their labels numbered as the classifier ``source`` numbers its classes.
 
         Raises:
             UserError: the classifier has another number of classes, and these are not among them.
@@ -152,8 +149,9 @@ class LoadedTask:
         if order is None:
             if config.num_labels != self.task.num_labels:
                 raise UserError(
-                    f"The student {source!r} has {config.num_labels} outputs, and {self.task.name!r} "
-                    f"needs {self.task.num_labels}: give the task that it was trained on."
+                    f"The student {source!r} has {config.num_labels} outputs, and "
+                    f"{self.task.name!r} needs {self.task.num_labels}: give the task that it was "
+                    "trained on."
                 )
             warn_of_names(self.task, names, source)
             return self
@@ -181,17 +179,16 @@ class LoadedTask:
         train, held_out = part(self.train, self.task.columns, share)
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
             raise UserError(
-                f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out."
+                f"The label {min(lost)} of {self.task.name!r} has too few training rows "
+                "to hold any out."
             )
         task = replace(self.task, validations=("validation",))
         return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write a folder that ``load_task`` reads, with few rows, spread evenly over the labels.
+        """Write ``<folder>/<name of the task>``, which ``load_task`` reads.
 
-        Args:
-            folder: the parent of the task's folder, which has the task's name.
-            most: rows of a split; more where there are more classes.
+        It has at most so many rows of a split (or one a class), spread evenly over the labels.
         """
         place = folder / self.task.name
         place.mkdir(parents=True)
@@ -209,28 +206,27 @@ def load_task(source: str) -> LoadedTask:
 
     Args:
         source: a folder with ``train`` and ``validation`` (or ``dev``) as parquet, csv or tsv files
-            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``, which is
-            loaded from the hub. A folder with such a name (``stsb`` or ``STS-B``) has GLUE's columns, as on
-            the hub or in GLUE's own tsv files. Any other has ``sentence``, ``text``, or ``sentence1`` and
-            ``sentence2``, and ``label``: see ``load_labelled``.
+            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``,
+            which is loaded from the hub. A folder with such a name (``stsb`` or ``STS-B``) has
+            GLUE's columns, as on the hub or in GLUE's own tsv files. Any other has ``sentence``,
+            ``text``, or ``sentence1`` and ``sentence2``, and ``label``: see ``load_labelled``.
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: there is no such task; a file or column is missing, unreadable or empty; or a text or a
-            label is not what the task needs.
+        UserError: there is no such task; a file or column is missing, unreadable or empty; or a
+            text or a label is not what the task needs.
     """
     if not os.path.isdir(source):  # Path("") would be the current folder
         if os.path.isfile(source):
             suffix = Path(source).suffix
             raise UserError(
-                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, columns "
-                f"text and label, and others as validation{suffix}; `kdnas glue --data` takes one file "
-                "and splits it."
+                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, "
+                f"columns text and label, and others as validation{suffix}; `kdnas glue --data` "
+                "takes one file and splits it."
             )
         if source not in TASKS:
-            raise UserError(
-                f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}"
-            )
+            hint = nearest(source, TASKS, True)
+            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{hint}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
 
     folder = Path(source).resolve()
@@ -251,29 +247,31 @@ def load_labelled(
 ) -> LoadedTask:
     """Load any labelled text as a task.
 
-    Labels that are fractional numbers make a regression, scored like STS-B. Whole numbers and text make a
-    classification, scored by its accuracy, with the classes of the training rows.
+    Labels that are fractional numbers make a regression, scored like STS-B. Whole numbers and text
+    make a classification, scored by its accuracy, with the classes of the training rows.
 
     Args:
-        data: a parquet, csv or tsv file, of which a share is held out and scored (equal texts stay together),
-            or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
+        data: a parquet, csv or tsv file, of which a share is held out and scored (equal texts stay
+            together), or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
         text_columns: the one column of text, or the two of pairs.
         label_column: the column of labels.
         held_out: share of the rows of a single file.
 
     Raises:
-        UserError: there is no such file or column; a split is empty; a text is no string; a label is neither
-            text nor a finite number, or no training row has it; or there is only one class.
+        UserError: there is no such file or column; a split is empty; a text is no string; a label
+            is neither text nor a finite number, or no training row has it; or there is only one
+            class.
     """
     if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
-            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the label "
-            f"column {label_column!r}: give one text column, or two of pairs, beside it."
+            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the "
+            f"label column {label_column!r}: give one text column, or two of pairs, beside it."
         )
     path = Path(data)
     if not path.exists():
         raise UserError(
-            f"The data {data!r} does not exist: give a file, or a folder with train and validation files."
+            f"The data {data!r} does not exist: give a file, or a folder with train and "
+            "validation files."
         )
     if path.is_dir():
         name = path.resolve().name
@@ -332,8 +330,9 @@ def _loaded(
     if task.num_labels != 1:
         seen = sorted(set(splits[0]["label"]))
         if seen != list(range(task.num_labels)):
+            shown = ", ".join(map(str, seen[:10]))
             raise UserError(
-                f"The training rows of {source!r} have the labels {', '.join(map(str, seen[:10]))}: "
+                f"The training rows of {source!r} have the labels {shown}: "
                 f"every label from 0 to {task.num_labels - 1} must occur, and no other."
             )
         for columns in splits[1:]:
@@ -427,6 +426,6 @@ def _refuse_unseen(train: Columns, validation: Columns, source: str) -> None:
     unknown = sorted(set(validation["label"]) - set(train["label"]), key=str)
     if unknown:
         raise UserError(
-            f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training row "
-            "has: give some, or leave it out."
+            f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training "
+            "row has: give some, or leave it out."
         )

@@ -13,17 +13,18 @@ from kdnas.system.errors import UserError
 class MuonAdamW(torch.optim.Optimizer):
     """Two of torch's optimizers as one, for Lightning, schedules and checkpoints.
 
-    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix moves alike.
-    With one seed and one rate of AdamW, a small student's held-out loss ended at 0.458, and at 0.501 with AdamW
-    alone; fine-tuned they were the same within the noise (LOG.md).
+    Muon takes the orthogonalised momentum of a matrix as its step, so every direction of a matrix
+    moves alike. With one seed and one rate of AdamW, a small student's held-out loss ended at
+    0.458, and at 0.501 with AdamW alone; fine-tuned they were the same within the noise (LOG.md).
 
     Args:
         muon_groups: parameter groups of matrices, each with ``lr``.
         adamw_groups: parameter groups of everything else, each with ``lr`` and ``weight_decay``.
         weight_decay: Muon's weight decay.
 
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the step's size is
-        matched to AdamW's as in Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
+        step's size is matched to AdamW's as in Liu et al. 2025, "Muon is scalable for LLM
+        training", section 2.2.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state of each parameter of the module, by name: ``<parameter>/exp_avg`` and the like."""
+        """The state of each parameter, by name: ``<parameter>/exp_avg`` and the like."""
         return {
             f"{name}/{key}": tensor
             for name, parameter in module.named_parameters()
@@ -87,8 +88,8 @@ class MuonAdamW(torch.optim.Optimizer):
             part = None if parameter is None else parts.get(parameter)
             if parameter is None or part is None or tensor.shape not in (parameter.shape, ()):
                 raise UserError(
-                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} is of another student: "
-                    "delete the file that holds it to begin without it."
+                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} is of another "
+                    "student: delete the file that holds it to begin without it."
                 )
             part.state[parameter][key] = tensor.to(parameter.device)
 

@@ -1,4 +1,4 @@
-"""Whether a machine multiplies faster in bfloat16 or float32; measured, for processor names do not tell."""
+"""Whether a machine multiplies faster in bfloat16 or float32: measured once."""
 
 import logging
 import os
@@ -20,11 +20,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def bf16_is_faster(device_type: str) -> bool:
     """Whether a linear layer takes less time in bfloat16 than in float32.
 
-    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; a Xeon whose AMX is hidden
-    from its virtual machine is half as fast (LOG.md). Other devices are always taken to be faster.
+    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; a Xeon whose
+    AMX is hidden from its virtual machine is half as fast (LOG.md). Other devices are always taken
+    to be faster.
 
-    The answer is measured once and kept in the environment, so that ranks and workers agree: states computed in
-    another precision are other states. It can also be given there.
+    The answer is measured once and kept in the environment, so that ranks and workers agree: states
+    computed in another precision are other states. It can also be given there.
 
     Raises:
         UserError: the environment has another value.
@@ -40,7 +41,7 @@ def bf16_is_faster(device_type: str) -> bool:
 
 
 def keep(begun_in: str | None) -> str:
-    """Continue in the precision in which the work was begun, even if this machine is faster in the other.
+    """Continue in the precision in which the work was begun, even if the other is faster here.
 
     Args:
         begun_in: ``bfloat16`` or ``float32``; None: nothing is begun yet.
@@ -71,7 +72,7 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """The least time of several rounds, in turn, so that other work on the machine does not count."""
+    """The least time of several rounds, so that other work on the machine does not count."""
     with torch.random.fork_rng(devices=[]):
         given = {
             dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)]
