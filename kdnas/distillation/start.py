@@ -49,7 +49,7 @@ class Start(ABC):
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Set a student's weights from a teacher of its family; ``rows`` are training rows to calibrate on."""
+        """Set a student's weights from its teacher; ``rows`` are training rows to calibrate on."""
 
 
 class RandomStart(Start):

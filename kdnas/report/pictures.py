@@ -119,7 +119,7 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
 
 
 def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
-    """The best reward by the number of trained candidates, for each run's rewards in their order."""
+    """The best reward by the number of trained candidates, a line for each run."""
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="trained candidates", ylabel="best reward")

@@ -92,8 +92,8 @@ def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | No
     good = agreement >= LEAST_AGREEMENT
     words = (
         f"Ranked by the loss after their first epoch and after their last, {len(losses)} "
-        f"candidates agree to {agreement:.2f} (rank correlation; 1: the same order, 0: none): longer "
-        f"training would {'hardly' if good else 'perhaps'} reorder them."
+        f"candidates agree to {agreement:.2f} (rank correlation; 1: the same order, 0: none): "
+        f"longer training would {'hardly' if good else 'perhaps'} reorder them."
     )
     return Check("Was the ranking settled?", words, good)
 

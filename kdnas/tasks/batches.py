@@ -14,7 +14,7 @@ from kdnas.tasks.tasks import LoadedTask
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order in which rows of similar length (in tokens) share a batch; another one each epoch."""
+    """An order in which rows of similar length share a batch; another one each epoch."""
 
     # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix.
     BATCHES_A_PIECE = 50
