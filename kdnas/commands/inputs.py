@@ -30,8 +30,8 @@ from kdnas.models.encoders import (
     max_length,
     num_parameters,
 )
+from kdnas.nas.bench import Bench
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Bench
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import check_reachable, open_study, patiently, without_password
 from kdnas.nas.trials import Study, best_of, is_complete, results_in
