@@ -3,7 +3,8 @@ ARGS ?=
 ENV := .venv/.complete
 
 # Every stage of a run, and each library's part in it, in a few minutes.
-LOWEST := $(patsubst %,tests/test_%.py,api report sampler scores smoke storage)
+LOWEST := $(patsubst %,tests/%.py,test_api report/test_page nas/test_sampler tasks/test_scores \
+	commands/test_smoke system/test_jobs)
 
 .PHONY: help install quickstart test lint bench docs lowest audit
 .DEFAULT_GOAL := help

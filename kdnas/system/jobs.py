@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,12 @@ from pebble import ProcessPool
 
 from kdnas.system.errors import CandidateFailed, UserError, as_raised, is_memory, reason_of
 from kdnas.system.files import read_json, write_json
-from kdnas.system.signals import TERMINATIONS, die_with_parent, notice_signals
+from kdnas.system.signals import (
+    TERMINATIONS,
+    die_with_parent,
+    notice_signals,
+    start_resource_tracker,
+)
 
 log = logging.getLogger("kdnas")
 
@@ -321,19 +327,21 @@ def _death(error: BaseException | None) -> str:
 
 def _run(job: Job) -> None:
     """Do a job, and write its result down; what else it raises than we know becomes plain text."""
+    failure: Exception
     try:
         write_json(job.result_file, job.call(*job.args))
+        return
     except (Stopped, UserError, CandidateFailed, KeyboardInterrupt):
         raise
     except OSError as error:
         plain = as_raised(error)
-        raise OSError(plain.errno, plain.strerror or str(plain), plain.filename) from None
+        failure = OSError(plain.errno, plain.strerror or str(plain), plain.filename)
     except Exception as error:
         log.debug("where it was found:", exc_info=error)
         failure = CandidateFailed(reason_of(error))
         if is_memory(error):  # its frames hold what memory there is
             traceback.clear_frames(error.__traceback__)
-        raise failure from None
+    raise failure  # out here it has no context, which may not go through pickle
 
 
 # --- What follows runs in the processes of the pool, or starts them.
@@ -347,6 +355,7 @@ def warm_up(module: str | None = None) -> None:
     It hears no signals, and neither do those that it forks: a terminal's or a scheduler's go to a
     whole group, and this process alone decides what they mean.
     """
+    start_resource_tracker()  # which the fork server would start, and so unblock SIGTERM
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)
     try:
         if module is not None:
@@ -379,6 +388,7 @@ def _begin(num_slots: int, slots: Path, environment: dict[str, str], threads: in
     import torch
 
     die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _end_unless_at_work)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATIONS)
     for number in (signal.SIGUSR1, signal.SIGHUP):
@@ -391,6 +401,14 @@ def _begin(num_slots: int, slots: Path, environment: dict[str, str], threads: in
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[_take_slot(num_slots, slots) % len(devices)]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+
+
+def _end_with_parent() -> None:
+    """The kernel looks only at the fork server, which lives as long as one of its processes does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _take_slot(num_slots: int, slots: Path) -> int:
