@@ -201,16 +201,18 @@ def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
     """A finished trial; one that was never finished keeps its number, and says nothing."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
+    reports = {int(step): value for step, value in outcome.reports.items()}
+    last = reports[max(reports)] if reports and outcome.state == "PRUNED" else None
     trial = create_trial(
         state=TrialState[outcome.state],
-        value=outcome.value if outcome.state == "COMPLETE" else None,
+        value=outcome.value if outcome.state == "COMPLETE" else last,  # as Optuna's ``tell`` has it
         params=outcome.params,
         distributions={
             name: CategoricalDistribution(tuple(space.choices[name])) for name in outcome.params
         },
         user_attrs=outcome.attrs,
         constraints=outcome.constraints,
-        intermediate_values={int(step): value for step, value in outcome.reports.items()},
+        intermediate_values=reports,
     )
     trial.datetime_start = datetime.datetime.fromtimestamp(outcome.started)
     trial.datetime_complete = datetime.datetime.fromtimestamp(outcome.ended)
