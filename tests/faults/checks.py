@@ -1,4 +1,4 @@
-"""What benchmarks/faults.py is made of: a tiny teacher, searches on it, the checker I1 to I8, and rows of figures."""
+"""What the faults are made of: a tiny teacher, searches on it, the checker I1 to I8, and rows of figures."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from common import ROOT  # isort: skip (before torch)
+from benchmarks.common import ROOT  # isort: skip (before torch)
 
 import optuna
 import torch

@@ -1,20 +1,16 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from datetime import datetime, timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import faults
-import faults_checks
+import tests.faults.__main__ as faults
+from tests.faults import checks as faults_checks
 
 
 @pytest.fixture
@@ -202,3 +198,29 @@ def test_a_fit_that_begins_before_its_checkpoint_and_a_result_that_is_written_ag
     assert faults.repeated_units(done, {tmp_path: (1, 7)}, num_epochs=2) == [tmp_path]
     os.utime(result, (0, 0))
     assert faults.repeated_units(done, begun, num_epochs=2) == [result]
+
+
+def test_faults_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(faults.logging, "disable", lambda level: None)  # for the tests that follow
+    faults.main(["--quick", "--only=F18,F19", f"--json={tmp_path / 'a.json'}"])
+    rows = {row["id"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert set(rows) == {"F18", "F19"}
+    assert (rows["F18"]["tried"], rows["F19"]["tried"]) == (13, 12)
+    figures = ("lost", "duplicated", "executed", "undetected", "zombies", "unequal")
+    assert [rows[name][figure] for name in ("F18", "F19") for figure in figures] == 12 * [0]
+    assert "%2e%2e" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        faults.main(["--only=F99"])
+    assert "no such fault: F99" in capsys.readouterr().err
+
+
+def test_a_fault_that_goes_unnoticed_is_counted(tmp_path, monkeypatch):
+    bench, row = faults.Bench(tmp_path, quick=True, seed=0), faults.Row("F00", "")
+    monkeypatch.setattr(faults_checks, "kdnas", lambda args: bench.canary.touch() or 0)
+    bench.refuse(row, "nothing said", ["search"], "")
+    assert (row.tried, row.executed) == (1, 1) and row.undetected == 2 and row.is_bad()
+
+
+def test_at_least_ten_faults_are_quick():
+    assert sum(quick for _, quick, _ in faults.FAULTS.values()) >= 10
+    assert len(faults.FAULTS) == 38

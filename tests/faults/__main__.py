@@ -6,9 +6,9 @@ without a word, told with a traceback, or half made), ``zombies`` (trials that r
 that are left), and searches that end ``unequal`` to an unbroken one: all should be 0. ``worst_wait_s`` is the longest
 wait.
 
-    python benchmarks/faults.py --quick                  without servers and many kills, in under four minutes
-    python benchmarks/faults.py --only F01,F13           some of them, as often as in the whole run
-    python benchmarks/faults.py --soak 120               two workers, one killed every two minutes: what grows?
+    python -m tests.faults --quick                  without servers and many kills, in under four minutes
+    python -m tests.faults --only F01,F13           some of them, as often as in the whole run
+    python -m tests.faults --soak 120               two workers, one killed every two minutes: what grows?
 """
 
 import argparse
@@ -39,14 +39,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import OUTPUT, ROOT, machine  # isort: skip (before torch)
+from benchmarks.common import OUTPUT, ROOT, machine  # isort: skip (before torch)
 
 import numpy
 import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from faults_checks import (
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load, save
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kdnas.system.files import write_json
+from tests.faults.checks import (
     TOLD,
     Bench,
     NotRun,
@@ -59,12 +65,6 @@ from faults_checks import (
     postgres,
     processes_of,
 )
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import load, save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from kdnas.system.files import write_json
 
 FAULTS: dict[str, tuple[str, bool, Callable[[Bench, Row], None]]] = {}
 
@@ -2104,7 +2104,7 @@ def soak(bench: Bench, row: Row, minutes: float, seconds: float = 120.0) -> dict
 def main(args: Sequence[str] | None = None) -> int:
     """Run the faults, print a table, and write JSON after each of them; the exit code is 1 where one is bad."""
     parser = argparse.ArgumentParser(
-        prog="faults.py", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m tests.faults", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument(
         "--quick",
