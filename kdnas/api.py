@@ -27,7 +27,8 @@ def search(
 ) -> StudentArch:
     """Find the best student within a budget, as ``kdnas search`` does; the same call again goes on.
 
-    It trains in this process, which a candidate that crashes in native code ends; the command's search survives that.
+    It trains in this process, unless ``workers`` is given: a candidate that crashes in native code
+    ends it then, which the command's search survives.
 
     Args:
         teacher: a folder, a hub name, or ``quickstart``.
@@ -47,8 +48,9 @@ def search(
     """
     from kdnas.commands import run
     from kdnas.commands.config import SearchConfig, SearchSettings
-    from kdnas.nas.candidate import Budget
+    from kdnas.nas.budget import Budget
 
+    settings.setdefault("workers", 0)
     asked = SearchSettings(n_trials, num_epochs, Budget(speedup, latency_ms, num_parameters))
     return run.search(SearchConfig(teacher=teacher, text=text, search=asked, **settings))
 
@@ -90,73 +92,22 @@ def distill(
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    import json
-    from dataclasses import replace
-
-    import torch
-    from rich.console import Console
-
-    from kdnas.commands.config import as_plain
-    from kdnas.data.corpus import QUICKSTART, build_quickstart_text
-    from kdnas.data.datamodule import DataSettings, KDDataModule
-    from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+    from kdnas.commands.distill import distill as distill_one
+    from kdnas.data.datamodule import DataSettings
+    from kdnas.distillation.module import Recipe
     from kdnas.distillation.teacher_states import StatesSettings
-    from kdnas.models.encoders import find_teacher
-    from kdnas.nas.search import differences
-    from kdnas.system.errors import UserError
-    from kdnas.system.files import Run, read_json, sweep, write_json
-    from kdnas.system.yaml import flat
-    from kdnas.training.progress import FitProgress, live_progress
-    from kdnas.training.trainer import TrainerSettings, fit_resumable
+    from kdnas.training.trainer import TrainerSettings
 
-    recipe, data = recipe or Recipe(), data or DataSettings()
-    states, trainer = states or StatesSettings(), trainer or TrainerSettings()
-    run = Run(root, name)
-    run.check_writable()
-    if run.config.exists():
-        raise UserError(
-            f"{str(run.folder)!r} is the folder of a search or a comparison: give another name."
-        )
-    trainer.check()
-    found = find_teacher(teacher)
-    if text == QUICKSTART:
-        text = str(build_quickstart_text(run.text))
-    states = replace(states, folder=states.folder or str(run.states))
-    rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
-    rows.setup()
-    assert rows.rows is not None
-    asked = flat(
-        {
-            "teacher": found.sha256(),
-            "text": rows.rows.sha256,
-            "arch": arch.to_dict(),
-            "num_epochs": num_epochs,
-            "recipe": as_plain(recipe),
-            "data": as_plain(replace(data, num_workers=0)),
-            "precision": trainer.precision,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "states": states.precision,
-            "seed": seed,
-        }
+    return distill_one(
+        teacher,
+        text,
+        arch,
+        num_epochs,
+        recipe or Recipe(),
+        data or DataSettings(),
+        states or StatesSettings(),
+        trainer or TrainerSettings(),
+        name,
+        root,
+        seed,
     )
-    asked = json.loads(json.dumps(asked))  # as it is read again
-    alone = run.alone("wait for it, or give another name")
-    with alone, live_progress(Console(markup=False)) as progress, torch.random.fork_rng():
-        sweep(run.folder)
-        last, made_with = run.folder / "last.ckpt", run.folder / "made_with.json"
-        known = asked | read_json(made_with) if last.exists() and made_with.exists() else asked
-        if shown := differences(known, asked):
-            raise UserError(
-                f"{str(last)!r} is of a distillation with other settings ({shown}): go back to them, delete it, or "
-                "give another name."
-            )
-        write_json(made_with, asked)
-        torch.manual_seed(seed)
-        module = HiddenStateDistillModule(found, arch, recipe, states)
-        attention = module.student.config._attn_implementation  # another one may train faster
-        fit_resumable(
-            trainer, run.folder, num_epochs, module, rows, [FitProgress(progress, "distillation")]
-        )
-        last.unlink()
-    module.student.set_attn_implementation(attention)
-    return module.student.cpu().eval()

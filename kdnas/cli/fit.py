@@ -28,15 +28,10 @@ from kdnas.system.files import MANIFEST, new_folder, sweep
 from kdnas.system.manifest import renew, write_manifest
 from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import flat, read_yaml
+from kdnas.training.checkpoints import WholeFiles, check_checkpoint
 from kdnas.training.precision import gpu_name, trainer_precision
 from kdnas.training.progress import EpochLines, SayWhatGoesOn
-from kdnas.training.trainer import (
-    FLUSH_SECONDS,
-    WholeFiles,
-    check_checkpoint,
-    refuse_strategy,
-    without_tensorflow,
-)
+from kdnas.training.trainer import FLUSH_SECONDS, refuse_strategy, without_tensorflow
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,7 @@ from kdnas.system.errors import (
     reason_of,
     tell,
 )
-from kdnas.system.signals import HungUp, exit_code, let_go
-from kdnas.system.supervisor import EARLIER, remember, remembered, supervise
+from kdnas.system.signals import HungUp, exit_code
 
 log = logging.getLogger("kdnas")
 
@@ -86,11 +85,10 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.path.append(
                 ""
             )  # class paths may name files of this folder, as with `python -m`; installed ones first
-        if is_process and args[0] in (
-            "run",
-            "search",
-        ):  # who calls it from Python may have threads and sockets
-            return supervise(partial(_exit_code, args), partial(_goes_on, args))
+        if is_process and args[0] in ("run", "search", "glue"):
+            from kdnas.system.jobs import warm_up
+
+            warm_up("kdnas.commands.run")  # beside this process, which imports the same now
         return _exit_code(args)
     except UserError as error:
         tell(str(error))
@@ -126,7 +124,6 @@ def _exit_code(args: list[str]) -> int:
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
-        let_go(stop)
         return _interrupted(type(stop), args)
     return 0
 
@@ -191,10 +188,11 @@ def _goes_on(args: Sequence[str]) -> str:
         "--dry_run",
     }.intersection(args):
         return "."
-    is_new = any(arg.startswith(("--force-new", "--force_new")) for arg in args)
-    if is_new and not remembered():
-        return "."  # nothing is begun
-    return f"; the same command goes on from here{f', with --name {remembered()} for --force-new' if is_new else ''}."
+    name = f", with --name {_new_names[-1]} for --force-new" if _new_names else ""
+    return f"; the same command goes on from here{name}."
+
+
+_new_names: list[str] = []  # that --force-new has given
 
 
 def _quieten(*loggers: str) -> None:
@@ -239,11 +237,11 @@ FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
 
 
 def _new(config: Any, is_begun: bool) -> Any:
-    """The same config under a name of its own; what goes on after a candidate's crash keeps it."""
+    """The same config under a name of its own."""
     from kdnas.system.files import free_name
 
-    name = remembered() if EARLIER.deaths else free_name(config.root, config.name)
-    remember(name)
+    name = free_name(config.root, config.name)
+    _new_names.append(name)
     log.log(logging.INFO if is_begun else logging.DEBUG, "Begun anew as %s.", name)
     return dataclasses.replace(config, name=name)
 
@@ -253,7 +251,7 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.commands.config import RunConfig
     from kdnas.commands.run import run
     from kdnas.commands.smoke import smoke
-    from kdnas.nas.storage import without_password
+    from kdnas.nas.study import without_password
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"

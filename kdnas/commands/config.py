@@ -9,7 +9,7 @@ from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ON_ONNX, LatencySettings
 from kdnas.distillation.module import Recipe
 from kdnas.distillation.teacher_states import StatesSettings
-from kdnas.nas.candidate import Budget
+from kdnas.nas.budget import Budget
 from kdnas.nas.reward import reward
 from kdnas.system.errors import UserError
 from kdnas.tasks.finetune import FinetuneSettings
@@ -96,12 +96,15 @@ class SearchConfig:
             path, with its init_args.
         pruner: what ends candidates early, by their held-out loss after each epoch: none, median, hyperband, or any
             Optuna pruner by class path, with its init_args.
-        workers: processes that train candidates at the same time on this machine, each with its share of the cores and
-            one device. Latency is measured while the others hold still.
-        storage: SQLAlchemy URL of the study's database, for workers on several machines; a file in the run's folder by
-            default.
-        candidate_timeout: minutes that a candidate may take; one that hangs is ended. Candidates are then trained in a
-            process beside this one, as with several workers. None: no limit.
+        workers: processes that train candidates at the same time on this machine, each with its
+            share of the cores and one GPU; 0: candidates train in this process, one at a time.
+            Latency is measured while the others hold still.
+        executor: where candidates train instead: ``dask://HOST:PORT`` of a Dask scheduler, whose
+            workers, on any machine, were started in this folder.
+        storage: SQLAlchemy URL of the study's database, to watch it from elsewhere; a file in the
+            run's folder by default.
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. None: no
+            limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
@@ -123,6 +126,7 @@ class SearchConfig:
     sampler: str | dict[str, Any] = "tpe"
     pruner: str | dict[str, Any] = "none"
     workers: int = 1
+    executor: str | None = None
     storage: str | None = None
     candidate_timeout: float | None = None
     time_budget: float | None = None
@@ -142,8 +146,13 @@ class SearchConfig:
                 self.seed,
             ):
                 raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}: give at least 1.")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")
+        if self.candidate_timeout is not None and (self.workers == 0 or self.executor):
+            raise UserError(
+                "candidate_timeout ends a process of this machine: give --workers 1 or more, and "
+                "no --executor."
+            )
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
                 raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
@@ -276,6 +285,8 @@ class GlueConfig:
         name: of the comparison; the same name again goes on, with more models, tasks or seeds if asked for.
         root: the folder of all runs.
         seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and standard deviation.
+        workers: processes that fine-tune at the same time, each with its share of the cores and one
+            GPU; 0: this process does, one model at a time.
         grid: choose batch size and learning rate for each model and task first; ``--grid`` alone takes the defaults.
         finetune: how models are fine-tuned; its seed is each of ``seeds``.
         distill: what the teacher's help is.
@@ -295,6 +306,7 @@ class GlueConfig:
     name: str = "glue"
     root: str = "lightning_logs"
     seeds: int = 1
+    workers: int = 1
     grid: Grid | None = None
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)

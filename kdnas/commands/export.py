@@ -202,17 +202,10 @@ def push(folder: Path, repo: str) -> str:
         ) from error
 
 
-def export_run(run: Run, make_rows: MakeRows, console: Console) -> None:
-    """The stage of a run: its student into ``student/``."""
-    if run.student.exists():
-        console.print(
-            f"Export: {run.student} is of another model than the run has now; it is made anew.",
-            soft_wrap=True,
-        )
-    say(
-        export_student(_source_of(run), run.student, card=_run_card(run), make_rows=make_rows),
-        console,
-    )
+def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
+    """Export a run's student into ``student/``, and give what was checked."""
+    source, card = _source_of(run), _run_card(run)
+    return export_student(source, run.student, card=card, make_rows=make_rows)
 
 
 def is_exported(run: Run) -> bool:

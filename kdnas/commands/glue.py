@@ -1,4 +1,4 @@
-"""``kdnas glue``: models fine-tuned on labelled tasks in turn, with every seed, and one table of what they reach."""
+"""``kdnas glue``: models fine-tuned on labelled tasks with every seed, and what they reach."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
-from kdnas.commands.config import GlueConfig, Grid, as_plain
+from kdnas.commands.config import GlueConfig, as_plain
+from kdnas.commands.engine import open_engine
 from kdnas.deploy.latency import LatencySettings, check_length, is_unsteady, measure_latency
 from kdnas.models.encoders import (
     build_classifier,
@@ -32,31 +31,112 @@ from kdnas.models.encoders import (
     num_parameters,
     state_sha256,
 )
-from kdnas.system.errors import CandidateFailed, UserError, is_memory, nearest, reason_of
+from kdnas.report.tables import text_table
+from kdnas.system.errors import CandidateFailed, UserError, nearest
 from kdnas.system.files import Run, read_json, short_names, sweep, write_json, write_text
+from kdnas.system.jobs import Engine, Job
 from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals
-from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, evaluate_glue, finished, keep_failure
+from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue, keep_finetune_settings
 from kdnas.tasks.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
-from kdnas.tasks.tasks import TASKS, LoadedTask, Task, load_labelled, load_task
+from kdnas.tasks.tasks import TASKS, LoadedTask, load_labelled, load_task
 from kdnas.training.precision import gpu_name
-from kdnas.training.progress import FitProgress, live_progress
+from kdnas.training.progress import JobBars, live_progress
 from kdnas.training.trainer import TrainerSettings
-
-MakeModule = Callable[[PreTrainedModel, Task, FinetuneSettings], GLUEModule]
 
 
 @dataclass(frozen=True)
-class Helper:
-    """A fine-tuned teacher's help on one task.
+class TaskSource:
+    """Labelled rows by where they come from, for a job to load.
 
     Args:
-        key: of the folder; another for another teacher or other settings.
-        make_module: what trains the classifier in place of ``GLUEModule``.
+        load: gives the task with its rows; goes through ``pickle``.
+        held_out: share of the training rows that is scored in place of those that are reported, to
+            choose settings by; None: the reported ones.
     """
 
-    key: str
-    make_module: MakeModule
+    load: Callable[[], LoadedTask]
+    held_out: float | None = None
+
+    def __call__(self) -> LoadedTask:
+        task = self.load()
+        return task if self.held_out is None else task.for_choosing(self.held_out)
+
+
+@dataclass(frozen=True)
+class Help:
+    """A teacher that is fine-tuned on the same task, and helps.
+
+    Args:
+        source: where it is.
+        settings: what its help is.
+    """
+
+    source: str
+    settings: TaskDistillSettings
+
+
+def fine_tuning(
+    encoder: str | PreTrainedConfig,
+    tokenizer: str,
+    source: TaskSource,
+    settings: FinetuneSettings,
+    trainer: TrainerSettings,
+    folder: Path,
+    help: Help | None = None,
+    keep_model: bool = True,
+) -> dict[str, Any]:
+    """The job of one fine-tuning; gives what ``evaluate_glue`` gives.
+
+    Args:
+        encoder: where it is; or a config, whose encoder starts at random.
+        tokenizer: whose is read by.
+        source: of the labelled rows.
+        settings: how it is trained.
+        trainer: device and precision.
+        folder: of the job.
+        help: of a fine-tuned teacher, if any.
+        keep_model: write ``model/``.
+    """
+    task = source()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        make = load_classifier if isinstance(encoder, str) else build_classifier
+        classifier = make(encoder, task.task.num_labels)  # type: ignore[arg-type]
+    make_module = None
+    if help is not None:
+        teacher = load_task_teacher(help.source, task.task)
+        make_module = partial(TaskDistillModule, teacher=teacher, distill=help.settings)
+    return evaluate_glue(
+        classifier,
+        find_teacher(tokenizer).tokenizer,
+        task,
+        settings,
+        folder=folder,
+        trainer_settings=trainer,
+        make_module=make_module,
+        keep_model=keep_model,
+    )
+
+
+def measure_rows(
+    rows: Mapping[str, dict[str, Any]], folder: Path, num_labels: int, settings: LatencySettings
+) -> None:
+    """Add to each fine-tuned model's row its latency, measured in turn, and what it is beside the first.
+
+    Args:
+        rows: by the model's folder below ``folder``; the first is the teacher's.
+        folder: of the models.
+        num_labels: outputs of each.
+        settings: how latency is measured.
+    """
+    models = [load_classifier(folder / name / "model", num_labels) for name in rows]
+    latencies = measure_latency(models, settings)
+    teacher = next(iter(rows.values()))
+    for row, latency in zip(rows.values(), latencies, strict=True):
+        row["latency_ms"], row["latency_iqr_ms"] = latency.median_ms, latency.iqr_ms
+        row["speedup"] = latencies[0].median_ms / latency.median_ms
+        row["share_kept"] = row["score"] / teacher["score"] if teacher["score"] > 0 else None
 
 
 @dataclass(frozen=True)
@@ -67,70 +147,62 @@ class Contender:
         name: as shown.
         key: of its folder; another for other weights.
         config: of its encoder.
-        tokenizer: its own.
-        make: the classifier with so many outputs, before fine-tuning; what is random in it is drawn anew at each call.
-        settings: how it is fine-tuned, seed and grid apart.
-        helpers: for each task's name, who helps it there.
+        source: where its encoder is.
+        helpers: for each task's name, the key of its help's folder, and the help.
         plain: the contender that it is without help.
     """
 
     name: str
     key: str
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    make: Callable[[int], PreTrainedModel]
-    settings: FinetuneSettings
-    helpers: dict[str, Helper] = dataclasses.field(default_factory=dict)
+    source: str
+    helpers: dict[str, tuple[str, Help]] = dataclasses.field(default_factory=dict)
     plain: "Contender | None" = None
 
     def folder(self, task: LoadedTask) -> str:
         """Of its runs on a task, below the comparison's."""
         helper = self.helpers.get(task.task.name)
-        return f"{task.task.name}/{self.key}" + (f"-helped-{helper.key}" if helper else "")
+        return f"{task.task.name}/{self.key}" + (f"-helped-{helper[0]}" if helper else "")
+
+    def help(self, task: LoadedTask) -> Help | None:
+        """That it has on a task."""
+        helper = self.helpers.get(task.task.name)
+        return helper[1] if helper else None
 
 
-def contender(source: str, name: str, settings: FinetuneSettings) -> Contender:
+def contender(source: str, name: str, max_tokens: int) -> Contender:
     """A pretrained encoder as a row of the table.
 
     Raises:
-        UserError: there is no such encoder, or it takes fewer than ``settings.max_length`` tokens.
+        UserError: there is no such encoder, or it takes fewer than ``max_tokens`` tokens.
     """
     found = find_teacher(source)
-    if settings.max_length > max_length(found.config):
+    if max_tokens > max_length(found.config):
         raise UserError(
-            f"finetune.max_length is {settings.max_length}: the model {source!r} takes at most "
+            f"finetune.max_length is {max_tokens}: the model {source!r} takes at most "
             f"{max_length(found.config)} tokens."
         )
     key = f"{_safe(Path(source).name)}-{found.sha256()[:8]}"
-    make = partial(load_classifier, found.source)
-    return Contender(name, key, found.config, found.tokenizer, make, settings)
+    return Contender(name, key, found.config, str(found.source))
 
 
 def with_help(
     plain: Sequence[Contender],
-    teachers: dict[str, str],
+    source: str,
     tasks: Sequence[LoadedTask],
     distill: TaskDistillSettings,
 ) -> list[Contender]:
-    """The same encoders, trained with the help of teachers that were fine-tuned on the tasks.
-
-    Args:
-        plain: the encoders by themselves; what their grids chose is taken.
-        teachers: for each task's name, where its teacher is.
-        tasks: what is to be learned.
-        distill: what the help is.
+    """The same encoders, trained with the help of a teacher that was fine-tuned on the tasks.
 
     Raises:
-        UserError: a teacher does not fit its task or an encoder.
+        UserError: the teacher does not fit a task or an encoder.
     """
     helpers = {}
     for task in tasks:
-        teacher = load_task_teacher(teachers[task.task.name], task.task, *plain)
+        teacher = load_task_teacher(source, task.task, *(find_teacher(one.source) for one in plain))
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        helpers[task.task.name] = Helper(
-            key, partial(TaskDistillModule, teacher=teacher, distill=distill)
-        )
+        helpers[task.task.name] = (key, Help(source, distill))
     return [
         dataclasses.replace(one, name=f"{one.name}, distilled", helpers=helpers, plain=one)
         for one in plain
@@ -141,62 +213,73 @@ def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[-60:] or "model"
 
 
+@dataclass(frozen=True)
+class Fit:
+    """One fine-tuning of a comparison."""
+
+    contender: Contender
+    task: LoadedTask
+    settings: FinetuneSettings
+    job: Job
+    is_of_grid: bool
+
+    def line(self) -> dict[str, Any]:
+        """What ``runs.jsonl`` says of it."""
+        kind = "grid" if self.is_of_grid else "run"
+        head = {"kind": kind, "model": self.contender.name, "folder": str(self.job.folder)}
+        return head | dict(read_json(self.job.result_file))
+
+
 @dataclass
 class Comparison:
-    """Contenders on tasks; every run is done once, and goes on where it was stopped.
+    """Contenders on tasks; every fine-tuning is done once, and goes on where it was stopped.
 
     Args:
-        folder: takes ``<task>/<contender>/seed_0/`` (TensorBoard, ``result.json``, the first seed's ``model/``),
-            ``runs.jsonl`` with a line a run, and ``results.json``.
+        folder: takes ``<task>/<contender>/seed_0/`` (TensorBoard, ``result.json``, the first
+            seed's ``model/``), ``runs.jsonl`` with a line a run, and ``results.json``.
         contenders: the first is what the others are compared with.
         tasks: with their rows.
-        seeds: how many.
-        trainer: device and precision.
-        latency: how latency is measured.
-        grid: choose batch size and learning rate first.
+        sources: of the tasks, in the same order.
+        config: what was asked for.
+        engine: runs the fine-tunings.
         progress: a live display.
     """
 
     folder: Path
     contenders: Sequence[Contender]
     tasks: Sequence[LoadedTask]
-    seeds: int
-    trainer: TrainerSettings
-    latency: LatencySettings
-    grid: Grid | None
+    sources: Sequence[TaskSource]
+    config: GlueConfig
+    engine: Engine
     progress: Progress
 
     def run(self) -> dict[str, Any]:
         """Do what is missing, then measure latency, all in turn.
 
         Returns:
-            What ``results.json`` holds: ``tasks`` and, for each contender, ``scores`` by task and seed, ``average``,
-            ``spread`` (standard deviation over seeds; None for one), ``share_kept`` of the first's average,
-            ``gap_closed`` (by the teacher's help, of the distance to the first), latency, speed-up and parameters.
+            What ``results.json`` holds: ``tasks`` and, for each contender, ``scores`` by task and
+            seed, ``average``, ``spread`` (standard deviation over seeds; None for one),
+            ``share_kept`` of the first's average, ``gap_closed`` (by the teacher's help, of the
+            distance to the first), latency, speed-up and parameters.
         """
-        asked = {
-            "folders": [one.folder(task) for one in self.contenders for task in self.tasks],
-            "names": [one.name for one in self.contenders],
-            "rows": [task.sha256 for task in self.tasks],
-            "seeds": self.seeds,
-            **{name: as_plain(getattr(self, name)) for name in ("grid", "trainer", "latency")},
-            "settings": [as_plain(one.settings) for one in self.contenders],
-            **self.latency.content(),
-        }
+        asked = self._asked()
         if self.results.is_file() and (known := dict(read_json(self.results)))["asked"] == asked:
             return known
-        runs: list[dict[str, Any]] = []
+        grid = self._grid_fits() if self.config.grid is not None else []
+        self._do(grid)
+        fits = [
+            self._fit(one, task, source, dataclasses.replace(settings, seed=seed), f"seed_{seed}")
+            for task, source in zip(self.tasks, self.sources, strict=True)
+            for one in self.contenders
+            for settings in [self._settings(one, task, grid)]
+            for seed in range(self.config.seeds)
+        ]
+        self._do(fits)
+        self._write_lines([*grid, *fits])
         scores: dict[str, dict[str, list[float]]] = {one.name: {} for one in self.contenders}
-        for task in self.tasks:
-            for one in self.contenders:
-                scores[one.name][task.task.name] = []
-                for line in self._runs(one, task):
-                    runs.append(line)
-                    write_text(
-                        self.folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs)
-                    )
-                    if line["kind"] == "run":
-                        scores[one.name][task.task.name].append(line["score"])
+        for fit in fits:
+            score = read_json(fit.job.result_file)["score"]
+            scores[fit.contender.name].setdefault(fit.task.task.name, []).append(score)
         results = {
             "tasks": [_about(task) for task in self.tasks],
             "models": self._rows(scores),
@@ -210,99 +293,110 @@ class Comparison:
         """Where the results go."""
         return self.folder / "results.json"
 
-    def _runs(self, one: Contender, task: LoadedTask) -> Iterator[dict[str, Any]]:
-        settings = one.settings
-        if self.grid is not None:
-            plain = one.plain or one  # with help or without: what is learned with is the same
-            choices = list(self._choices(plain, task, self.grid))
-            if plain is one:
-                yield from choices
-            settings = self._best(plain, task, choices)
-        for seed in range(self.seeds):
-            chosen = dataclasses.replace(settings, seed=seed)
-            folder = self.folder / one.folder(task) / f"seed_{seed}"
-            result = self._once(one, task, chosen, folder, keep_model=seed == 0)
-            self.progress.console.print(
-                f"{task.task.name}: {one.name}, seed {seed}: {result['score']:.3f}",
-                highlight=False,
-                soft_wrap=True,
-            )
-            yield {"kind": "run", "model": one.name, "folder": str(folder), **result}
+    def _asked(self) -> dict[str, Any]:
+        names = ("grid", "trainer", "latency", "finetune", "seeds")
+        return {
+            "folders": [one.folder(task) for one in self.contenders for task in self.tasks],
+            "names": [one.name for one in self.contenders],
+            "rows": [task.sha256 for task in self.tasks],
+            **{name: as_plain(getattr(self.config, name)) for name in names},
+            **self.config.latency.content(),
+        }
 
-    def _choices(self, one: Contender, task: LoadedTask, grid: Grid) -> Iterator[dict[str, Any]]:
-        rows = task.for_choosing(grid.held_out)
-        for size, rate in itertools.product(grid.batch_sizes, grid.learning_rates):
-            settings = dataclasses.replace(
-                one.settings, batch_size=size, learning_rate=rate, seed=0
-            )
-            folder = self.folder / one.folder(task) / f"grid_{size}_{rate:g}"
-            try:
-                result = self._once(one, rows, settings, folder, keep_model=False)
-            except (MemoryError, RuntimeError) as error:
-                if not (isinstance(error, CandidateFailed) or is_memory(error)):
-                    raise
-                result = keep_failure(folder, rows, settings, self.trainer, reason_of(error))
-            if result["score"] is None:
-                self.progress.console.print(
-                    f"{folder}: failed, not tried again while it is there: {result['failed']}",
-                    soft_wrap=True,
-                )
-            yield {"kind": "grid", "model": one.name, "folder": str(folder), **result}
-
-    def _best(
-        self, one: Contender, task: LoadedTask, choices: Sequence[dict[str, Any]]
-    ) -> FinetuneSettings:
-        done = [choice for choice in choices if choice["score"] is not None]
-        if not done:
-            raise CandidateFailed(
-                f"Every point of the grid failed for {one.name!r} on {task.task.name!r}."
-            )
-        best = max(done, key=lambda choice: float(choice["score"]))
-        settings = FinetuneSettings(**best["settings"])
-        self.progress.console.print(
-            f"{task.task.name}: {one.name}, chosen on held-out training rows ({best['score']:.3f}): "
-            f"batch {settings.batch_size}, learning rate {settings.learning_rate:g}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return settings
-
-    def _once(
+    def _fit(
         self,
         one: Contender,
         task: LoadedTask,
+        source: TaskSource,
         settings: FinetuneSettings,
-        folder: Path,
-        keep_model: bool,
-    ) -> dict[str, Any]:
-        if (known := finished(folder, task, settings, self.trainer)) is not None:
-            return known
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            classifier = one.make(task.task.num_labels)
-        helper = one.helpers.get(task.task.name)
-        return evaluate_glue(
-            classifier,
-            one.tokenizer,
-            task,
-            settings,
-            folder=folder,
-            trainer_settings=self.trainer,
-            callbacks=[FitProgress(self.progress, f"{task.task.name}, {one.name}")],
-            make_module=helper.make_module if helper else None,
-            keep_model=keep_model,
-        )
+        name: str,
+    ) -> Fit:
+        folder = self.folder / one.folder(task) / name
+        trainer, is_kept = self.config.trainer, name == "seed_0"
+        keep_finetune_settings(folder, task, settings, trainer)
+        args = one.source, one.source, source, settings, trainer, folder, one.help(task), is_kept
+        title = f"{task.task.name}, {one.name}, {name.replace('_', ' ')}"
+        is_of_grid = source.held_out is not None
+        return Fit(one, task, settings, Job(folder, title, fine_tuning, args), is_of_grid)
+
+    def _grid_fits(self) -> list[Fit]:
+        grid = self.config.grid
+        assert grid is not None
+        found = []
+        for task, source in zip(self.tasks, self.sources, strict=True):
+            rows = task.for_choosing(grid.held_out)
+            source = dataclasses.replace(source, held_out=grid.held_out)
+            for one in self._plain():
+                for size, rate in itertools.product(grid.batch_sizes, grid.learning_rates):
+                    settings = dataclasses.replace(
+                        self.config.finetune, batch_size=size, learning_rate=rate
+                    )
+                    found.append(self._fit(one, rows, source, settings, f"grid_{size}_{rate:g}"))
+        return found
+
+    def _plain(self) -> list[Contender]:
+        """The contenders without help; what their grids chose is taken with help too."""
+        return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
+
+    def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
+        """How a contender is fine-tuned on a task: as its grid chose, if there is one."""
+        if not grid:
+            return self.config.finetune
+        plain, name = one.plain or one, task.task.name
+        ours = [fit for fit in grid if fit.contender is plain and fit.task.task.name == name]
+        scores = [read_json(fit.job.result_file)["score"] for fit in ours]
+        done = [(score, fit) for score, fit in zip(scores, ours, strict=True) if score is not None]
+        if not done:
+            raise CandidateFailed(f"Every point of the grid failed for {plain.name!r} on {name!r}.")
+        score, best = max(done, key=lambda pair: float(pair[0]))
+        if one is plain:
+            self._say(
+                f"{name}: {one.name}, chosen on held-out training rows ({score:.3f}): batch "
+                f"{best.settings.batch_size}, learning rate {best.settings.learning_rate:g}"
+            )
+        return best.settings
+
+    def _do(self, fits: Sequence[Fit]) -> None:
+        """Run what is not done; a point of the grid that fails is a result without a score."""
+        by_folder = {fit.job.folder: fit for fit in fits}
+
+        def ended(job: Job) -> None:
+            fit, result = by_folder[job.folder], read_json(job.result_file)
+            (job.folder / "last.ckpt").unlink(missing_ok=True)
+            if result["score"] is None:
+                self._say(
+                    f"{job.folder}: failed, not tried again while it is there: {result['failed']}"
+                )
+            elif not fit.is_of_grid:
+                self._say(f"{job.title}: {result['score']:.3f}")
+            self._write_lines(fits)
+
+        def failed(job: Job, error: BaseException) -> None:
+            fit = by_folder[job.folder]
+            if not (fit.is_of_grid and isinstance(error, CandidateFailed)):
+                raise error
+            settings = dataclasses.asdict(fit.settings)
+            result = {"score": None, "failed": str(error), "settings": settings}
+            write_json(job.result_file, result)
+
+        jobs = [fit.job for fit in fits]
+        self.engine.run(jobs, JobBars(self.progress), ended, failed)
+
+    def _write_lines(self, fits: Sequence[Fit]) -> None:
+        lines = [json.dumps(fit.line()) + "\n" for fit in fits if fit.job.is_done]
+        write_text(self.folder / "runs.jsonl", "".join(lines))
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _rows(self, scores: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-        num_labels = self.tasks[0].task.num_labels
-        distinct = [one for one in self.contenders if one.plain is None]
+        num_labels, distinct = self.tasks[0].task.num_labels, self._plain()
         with torch.random.fork_rng():
             models = [build_classifier(one.config, num_labels) for one in distinct]
+        latencies = measure_latency(models, self.config.latency)
         measured = {
             one.key: (latency, num_parameters(model))
-            for one, model, latency in zip(
-                distinct, models, measure_latency(models, self.latency), strict=True
-            )
+            for one, model, latency in zip(distinct, models, latencies, strict=True)
         }
         rows: dict[str, dict[str, Any]] = {}
         for one in self.contenders:
@@ -345,42 +439,27 @@ def _spread(values: Sequence[float]) -> float | None:
 def score_table(results: dict[str, Any]) -> Table:
     """What ``Comparison.run`` gives, for the terminal: a row a model, a column a task."""
     tasks = [task["name"] for task in results["tasks"]]
-    title = ", ".join(f"{task['name']}: {task['metric']}" for task in results["tasks"])
-    table = Table(
-        title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    average = ["average"] if len(tasks) > 1 else []
-    table.add_column("model", overflow="fold")
-    for heading in (
-        *tasks,
-        *average,
-        "share\nkept",
-        "latency\n(ms)",
-        "speed-up",
-        "parameters\n(M)",
-    ):
-        table.add_column(Text(heading), justify="right")
+    rows = []
     for name, row in results["models"].items():
-        cells = [
-            _cell(statistics.mean(row["scores"][task]), _spread(row["scores"][task]))
-            for task in tasks
-        ]
-        cells += [_cell(row["average"], row["spread"])] if average else []
-        kept = "-" if row["share_kept"] is None else f"{100 * row['share_kept']:.1f} %"
-        rest = [
-            kept,
-            f"{row['latency_ms']:.2f}",
-            f"{row['speedup']:.1f}x",
-            f"{row['num_parameters'] / 1e6:.2f}",
-        ]
-        table.add_row(*map(Text, (name, *cells, *rest)))
-    return table
+        cells = {"model": name}
+        for task in tasks:
+            scores = row["scores"][task]
+            cells[task] = _cell(statistics.mean(scores), _spread(scores))
+        if len(tasks) > 1:
+            cells["average"] = _cell(row["average"], row["spread"])
+        kept = row["share_kept"]
+        cells["share kept"] = "-" if kept is None else f"{100 * kept:.1f} %"
+        cells["latency (ms)"] = f"{row['latency_ms']:.2f}"
+        cells["speed-up"] = f"{row['speedup']:.1f}x"
+        cells["parameters (M)"] = f"{row['num_parameters'] / 1e6:.2f}"
+        rows.append(cells)
+    title = ", ".join(f"{task['name']}: {task['metric']}" for task in results["tasks"])
+    return text_table(title, rows, words=["model"])
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    return (
-        f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
-    )  # two lines: five tasks fit 80 columns
+    """On two lines, so that five tasks fit 80 columns."""
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
 
 
 @honest_signals()
@@ -401,73 +480,82 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     run.refuse_other_kind(is_comparison=True)
     run.check_writable()
     config.trainer.check()
-    tasks = list(_tasks(config))
+    sources = list(_sources(config))
+    tasks = _load(sources, config)
+    contenders = _contenders(config, tasks)
+    with (
+        run.alone("wait for it"),
+        open_engine(config.workers) as engine,
+        live_progress(console) as progress,
+    ):
+        run.manifest.unlink(missing_ok=True)  # until the end again
+        sweep(run.folder)
+        write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
+        comparison = Comparison(run.folder, contenders, tasks, sources, config, engine, progress)
+        results = comparison.run()
+        write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
+    _show(results, run, console)
+    return results
+
+
+def _sources(config: GlueConfig) -> Iterator[TaskSource]:
+    if not config.task:
+        assert config.data is not None
+        load = partial(load_labelled, config.data, config.text_column, config.label_column)
+        yield TaskSource(load)
+    for name in config.task:
+        if config.data is None:
+            yield TaskSource(partial(load_task, name))
+        elif name not in TASKS:
+            raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS, True)}")
+        elif not (folder := Path(config.data, name)).is_dir():
+            raise UserError(
+                f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a "
+                "task."
+            )
+        else:
+            yield TaskSource(partial(load_task, str(folder)))
+
+
+def _load(sources: Sequence[TaskSource], config: GlueConfig) -> list[LoadedTask]:
+    tasks = [source() for source in sources]
     names = [task.task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"Two tasks are called {twice[0]!r}: rename the folder of one.")
     if config.grid is not None:
         for task in tasks:
             task.for_choosing(config.grid.held_out)
+    return tasks
+
+
+def _contenders(config: GlueConfig, tasks: Sequence[LoadedTask]) -> list[Contender]:
     plain = [
-        contender(source, name, config.finetune)
+        contender(source, name, config.finetune.max_length)
         for source, name in zip(config.model, short_names(config.model), strict=True)
     ]
     for one in plain:
         check_length(one.config, config.latency)
-    contenders = list(plain)
-    if config.distill_from is not None:
-        teachers = dict.fromkeys((task.task.name for task in tasks), config.distill_from)
-        contenders += with_help(plain[1:] or plain, teachers, tasks, config.distill)
-    with run.alone("wait for it"), live_progress(console) as progress:
-        run.manifest.unlink(missing_ok=True)  # until the end again
-        sweep(run.folder)
-        write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
-        results = Comparison(
-            run.folder,
-            contenders,
-            tasks,
-            config.seeds,
-            config.trainer,
-            config.latency,
-            config.grid,
-            progress,
-        ).run()
-        write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
+    if config.distill_from is None:
+        return plain
+    return plain + with_help(plain[1:] or plain, config.distill_from, tasks, config.distill)
+
+
+def _show(results: dict[str, Any], run: Run, console: Console) -> None:
+    show = partial(console.print, soft_wrap=True, highlight=False)
     console.print(score_table(results))
-    for name, row in results["models"].items():
+    models = results["models"]
+    for name, row in models.items():
         if row.get("gap_closed") is not None:
-            console.print(
-                f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.",
-                highlight=False,
-            )
+            show(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.")
     busy = [
         name
-        for name, row in results["models"].items()
+        for name, row in models.items()
         if is_unsteady(row["latency_ms"], row["latency_iqr_ms"])
     ]
-    show = partial(console.print, soft_wrap=True, highlight=False)
     if busy:
         show(
-            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` measures it again."
+            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` "
+            "measures it again."
         )
-    show(
-        f"Every run: {run.folder / 'runs.jsonl'}\nThe models: {run.folder}/TASK/MODEL/seed_0/model"
-    )
-    return results
-
-
-def _tasks(config: GlueConfig) -> Iterator[LoadedTask]:
-    if not config.task:
-        assert config.data is not None
-        yield load_labelled(config.data, config.text_column, config.label_column)
-    for name in config.task:
-        if config.data is None:
-            yield load_task(name)
-        elif name not in TASKS:
-            raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS, True)}")
-        elif not (folder := Path(config.data, name)).is_dir():
-            raise UserError(
-                f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a task."
-            )
-        else:
-            yield load_task(str(folder))
+    show(f"Every run: {run.folder / 'runs.jsonl'}")
+    show(f"The models: {run.folder}/TASK/MODEL/seed_0/model")

@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
-from kdnas.commands.inputs import Found, check_place, look, states_folder
+from kdnas.commands.inputs import Inputs, check_place, load_inputs, states_folder
 from kdnas.commands.rates import (
     NUM_STEPS,
     Distillation,
@@ -36,8 +36,8 @@ from kdnas.models.encoders import (
     num_parameters,
     student_config,
 )
-from kdnas.nas.workers import worker_threads
 from kdnas.system.files import nearest_folder, temporary_folder
+from kdnas.system.jobs import num_threads
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Sample:
 
     config: SearchConfig
     sizes: Sizes
-    found: Found
+    found: Inputs
     folder: Path
 
     @property
@@ -173,12 +173,12 @@ def plan(config: SearchConfig) -> Plan:
         )
         small, sizes = with_few_rows(config, Path(name), MOST_ROWS, 4 * MOST_TOKENS, num_task_rows)
         quick = replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05))
-        found = look(replace(small, latency=quick), Console(quiet=True))
+        found = load_inputs(replace(small, latency=quick), Console(quiet=True))
         sample = Sample(config, sizes, found, Path(name))
         reading = _reading(sample)
         sample, states, storing, of_full_kd = _storing(sample)
         latencies, refused_share = _latencies(found)
-        with threads(worker_threads(config.workers)):
+        with threads(num_threads(max(1, config.workers))):
             distillation = Distillation(sample.found, latencies, states, sample.folder)
         stages = [reading, storing, _searching(sample, distillation, latencies, refused_share)]
         if isinstance(config, RunConfig):
@@ -275,7 +275,7 @@ def _storing(sample: Sample) -> tuple[Sample, TeacherStates, Stage, list[Stage]]
     return sample, states, first, [rest]
 
 
-def _latencies(found: Found) -> tuple[dict[StudentArch, float], float]:
+def _latencies(found: Inputs) -> tuple[dict[StudentArch, float], float]:
     """Milliseconds of students within the budget, at least of the smallest; and the share that it refuses.
 
     Some are measured, from all over the space; those of the others follow from their shapes.
@@ -405,7 +405,7 @@ def show_space(config: SpaceConfig, console: Console) -> None:
             text.write_text("\n".join(rows), encoding="utf-8")
         config = replace(config, text=config.text or str(text), root=name)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, 4 * MOST_TOKENS)
-        found = look(small, Console(quiet=True))
+        found = load_inputs(small, Console(quiet=True))
         console.print(
             f"{len(found.space)} students of {config.teacher}: every combination of",
             highlight=False,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdnas.commands.inputs import Found
+from kdnas.commands.inputs import Inputs
 from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
 from kdnas.distillation.narrowing import CalibrationRows
 from kdnas.distillation.teacher_states import TeacherStates
@@ -84,7 +84,7 @@ def _mean(laps: list[tuple[float, int]], num_warm_up: int) -> float:
 
 
 def distillation_rates(
-    found: Found,
+    found: Inputs,
     arch: StudentArch,
     states: TeacherStates,
     folder: Path,
@@ -124,7 +124,7 @@ class Distillation:
 
     def __init__(
         self,
-        found: Found,
+        found: Inputs,
         latencies: Mapping[StudentArch, float],
         states: TeacherStates,
         folder: Path,
@@ -157,7 +157,7 @@ class Distillation:
 
 
 def finetuning_rates(
-    found: Found, settings: FinetuneSettings, model: PreTrainedModel, folder: Path
+    found: Inputs, settings: FinetuneSettings, model: PreTrainedModel, folder: Path
 ) -> Rates:
     """How fast a classifier is fine-tuned, by the row.
 

@@ -8,14 +8,13 @@ from rich.console import Console
 
 from kdnas.commands.config import ReportConfig
 from kdnas.models.arch import StudentArch
-from kdnas.nas.record import Study, trained
-from kdnas.nas.storage import read_study
-from kdnas.nas.trials import best_trial, trials_frame
+from kdnas.nas.study import read_study
+from kdnas.nas.trials import Study, best_trial, trained, trials_frame
 from kdnas.report.page import stage_results, write_page, write_report
 from kdnas.report.pictures import COLOURS, as_svg, best_so_far, fronts
 from kdnas.report.tables import as_text, text_table
 from kdnas.system.errors import UserError, nearest
-from kdnas.system.files import Run
+from kdnas.system.files import Run, read_json
 from kdnas.system.manifest import renew
 from kdnas.system.yaml import flat, read_yaml
 
@@ -94,7 +93,7 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
     configs = {run.name: flat(read_yaml(run.config)) for run in runs}
     asked = _differing(configs, lambda key: key not in NO_QUESTION)
     identities = {
-        run.name: study.user_attrs.get("identity") or {}
+        run.name: read_json(run.made_with) if run.made_with.is_file() else {}
         for run, study in zip(runs, studies, strict=True)
     }
     unlike = _differing(identities, lambda key: key.startswith(REWARD))

@@ -1,63 +1,66 @@
-"""The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once and resumes."""
+"""The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once."""
 
-import dataclasses
 import logging
 import math
-import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import ReadWriteLock
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from rich.progress import Progress
 
-from kdnas.commands.config import FullKDSettings, RunConfig, SearchConfig, as_plain
-from kdnas.commands.export import export_run, is_exported, rows_of_task, rows_of_texts
-from kdnas.commands.inputs import Job, begin, is_whole, look, refuse_other_config
-from kdnas.deploy.latency import measure_latency
+from kdnas.commands.config import RunConfig, SearchConfig, as_plain
+from kdnas.commands.engine import open_engine
+from kdnas.commands.export import is_exported, say
+from kdnas.commands.glue import TaskSource, fine_tuning, measure_rows
+from kdnas.commands.inputs import (
+    RunContext,
+    forget_inputs,
+    is_finished,
+    load_inputs,
+    open_run,
+    refuse_other_config,
+    task_path,
+)
+from kdnas.commands.jobs import distill_best, export_best, train_candidate
 from kdnas.distillation.metrics import too_long
-from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import build_classifier, load_classifier, num_parameters, student_config
-from kdnas.nas.candidate import KEPT, OPTIMIZER, WEIGHTS, Evaluator, drop_weights
+from kdnas.models.encoders import student_config
 from kdnas.nas.controller import ModelRanking
-from kdnas.nas.record import FrozenTrial, Study, best_of, is_complete, trained, tried
 from kdnas.nas.sampler import lstm_of
-from kdnas.nas.search import is_over
 from kdnas.nas.search import search as search_loop
-from kdnas.nas.storage import without_password
-from kdnas.nas.trials import has_spread, in_words, line, trials_frame
-from kdnas.nas.workers import DISK, INTERRUPTED, REFUSED, run_workers
+from kdnas.nas.study import patiently, without_password
+from kdnas.nas.trials import (
+    FrozenTrial,
+    Study,
+    arch_of,
+    has_spread,
+    in_words,
+    is_complete,
+    line,
+    trained,
+    trials_frame,
+    tried,
+)
+from kdnas.nas.weights import KEPT, drop_weights
 from kdnas.report.page import result_table, write_report
 from kdnas.report.tables import front_table
 from kdnas.report.tensorboard import SearchBoard
-from kdnas.system.errors import CandidateFailed, UserError, last_words
-from kdnas.system.files import (
-    Run,
-    file_sha256,
-    new_folder,
-    read_json,
-    sweep,
-    write_json,
-    write_text,
-)
+from kdnas.system.errors import UserError
+from kdnas.system.files import Run, file_sha256, read_json, write_json, write_text
+from kdnas.system.jobs import Job
 from kdnas.system.manifest import write_manifest
-from kdnas.system.signals import honest_signals, let_go, notice_signals
-from kdnas.system.supervisor import EARLIER
+from kdnas.system.signals import honest_signals, notice_signals
 from kdnas.system.yaml import read_yaml
-from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
-from kdnas.tasks.tasks import LoadedTask
+from kdnas.tasks.finetune import keep_finetune_settings
+from kdnas.tasks.tasks import load_task
 from kdnas.training.precision import gpu_name, own_precision
-from kdnas.training.progress import FitProgress
-from kdnas.training.trainer import fit_resumable, one_error, settled_memory
+from kdnas.training.progress import JobBars
 
 log = logging.getLogger("kdnas")
 
@@ -73,36 +76,37 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
-    job = begin(look(config, console or Console(markup=False)))
-    was_done = (
-        job.run.manifest.exists()
-    )  # then begin() has left everything as it was, and so does the rest
-    best = _search(job)
-    job.console.print(front_table(job.study))
-    refused = sum(in_words(trial) == "refused" for trial in job.study.get_trials(deepcopy=False))
-    if refused:
-        job.console.print(
-            f"Refused for the budget, untrained: {refused}; the reasons are in {job.run.trials_csv}."
-        )
-    if not was_done and is_whole(
-        job.run, read_yaml(job.run.config)
-    ):  # of a run that is not finished, none
-        write_manifest(job.run.folder, _about(job.run))
-    job.console.print(f"Best student: {best}, in {job.run.best_student}")
+    with _opened(config, console or Console(markup=False), {}) as context:
+        run, console = context.run, context.console
+        was_done = run.manifest.exists()  # then opening has left everything as it was
+        best = search_stage(context)
+        study = context.study()
+        console.print(front_table(study))
+        refused = sum(in_words(trial) == "refused" for trial in study.get_trials(deepcopy=False))
+        if refused:
+            console.print(
+                f"Refused for the budget, untrained: {refused}; the reasons are in "
+                f"{run.trials_csv}.",
+                soft_wrap=True,
+            )
+        if not was_done and is_finished(run, read_yaml(run.config)):
+            write_manifest(run.folder, _about(run))
+    console.print(f"Best student: {best}, in {run.best_student}")
     return best
 
 
 def run(config: RunConfig, console: Console | None = None) -> None:
-    """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning beside the teacher, export, report.
+    """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
 
-    The same call again goes on where it was stopped; a finished run answers with its table and changes nothing.
+    The same call again goes on where it was stopped; a finished run answers with its table and
+    changes nothing.
 
     Raises:
         UserError: anything that the user can mend, before anything is trained.
     """
     console = console or Console(markup=False)
     run = Run(config.root, config.name)
-    if run.manifest.exists() and is_whole(run, as_plain(config)):
+    if run.manifest.exists() and is_finished(run, as_plain(config)):
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
@@ -111,270 +115,208 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
-    console.print(
-        f"Report:   {run.report}",
-        f"Student:  {run.student}",
-        f"Run:      {run.folder}",
-        sep="\n",
-        soft_wrap=True,
-    )
+    where = f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}"
+    console.print(*where, sep="\n", soft_wrap=True)
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
 
 
 @own_precision()
 @honest_signals()
 def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
-    """What of a run is not done yet; arguments and errors are those of ``run``.
+    """Run the stages that are not finished.
 
     Returns:
         The seconds of each stage, in order.
     """
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        notice_signals()
-        seconds[stage] = time.monotonic() - started
-
-    run = Run(config.root, config.name)
-    with timed("reading"):
-        found = look(config, console)
-    with run.alone("wait for it, or add a worker by `kdnas search`"):
-        job = begin(found)
-        run.manifest.unlink(
-            missing_ok=True
-        )  # that of a search, or of what has lost a stage: until the end
-        with timed("search"):
-            best = _search(job)
-        with timed("full KD"):
-            _full_kd(job, config.full_kd, best)
-        if job.task is not None:
-            with timed("fine-tuning"):
-                _finetune(job, config.finetune, job.task, best)
-        with timed("export"):
-            _export(job, config.finetune.max_length)
-        with timed("report"):
-            write_report(run, job.study)
+    with _opened(config, console, seconds) as context:
+        run = context.run
+        run.manifest.unlink(missing_ok=True)  # of a search, or of what has lost a stage
+        with _timed(seconds, "search"):
+            best = search_stage(context)
+        with _timed(seconds, "full KD"):
+            full_kd_stage(context, config, best)
+        if context.inputs.task is not None:
+            with _timed(seconds, "fine-tuning"):
+                finetune_stage(context, config, best)
+        with _timed(seconds, "export"):
+            export_stage(context, config)
+        with _timed(seconds, "report"):
+            write_report(run, context.study())
             write_manifest(run.folder, _about(run))
     return seconds
 
 
+@contextmanager
+def _opened(
+    config: SearchConfig, console: Console, seconds: dict[str, float]
+) -> Iterator[RunContext]:
+    """A run with its inputs and its engine, and nobody else's meanwhile."""
+    try:
+        with _timed(seconds, "reading"):
+            inputs = load_inputs(config, console)
+        with (
+            inputs.run.alone("wait for it, or give another name"),
+            open_engine(config.workers, config.executor) as engine,
+        ):
+            yield open_run(inputs, engine, console)
+    finally:
+        forget_inputs()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    notice_signals()
+    seconds[stage] = time.monotonic() - started
+
+
 def _about(run: Run) -> dict[str, Any]:
     """What its manifest says of how it was made."""
-    return {
-        "name": run.name,
-        "command": [without_password(argument) for argument in sys.argv],
-        "gpu": gpu_name(),
-    }
+    command = [without_password(argument) for argument in sys.argv]
+    return {"name": run.name, "command": command, "gpu": gpu_name()}
 
 
-def _search(job: Job, is_worker: bool = False) -> StudentArch:
-    settings, run, study = job.config.search, job.run, job.study
+def search_stage(context: RunContext) -> StudentArch:
+    """Search, unless that is done, and write the best student down."""
+    config, settings, run = context.config, context.config.search, context.run
+    study = context.study()
     num_done = len(tried(study))
-    is_done = run.full_kd.exists() or is_complete(study, job.space, settings.n_trials)
+    is_done = run.full_kd.exists() or is_complete(study, context.inputs.space, settings.n_trials)
     if is_done and run.best_student.exists():
-        job.console.print(f"Search: {num_done} candidates are done.")
+        context.console.print(f"Search: {num_done} candidates are done.")
         return StudentArch.from_yaml(run.best_student)
     if num_done:
-        job.console.print(f"Search: going on after {num_done} of {settings.n_trials} candidates.")
-    states = job.states("mini")  # before the live display: building them shows its own bar
-    lstm = lstm_of(job.config.sampler)
-    episode, explores = (lstm.num_candidates, lstm.exploration) if lstm else (0, None)
-    episodes = [len(trained(study)) // episode if episode else 0]  # whose leaders were shown
-    told = False  # that the machine is busy
-    with (
-        settled_memory(),
-        job.progress() as progress,
-        one_error(run.folder),
-        nullcontext() if is_worker else SearchBoard(run.folder / "search", explores) as board,
-    ):
-        bar = progress.add_task("search", total=settings.n_trials, completed=num_done)
-
-        def write_down() -> None:
-            if board is not None:  # a worker's parent does it
-                write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
-                drop_weights(study, run.trial)
-                board(study)
-
-        def show(study: Study, trial: FrozenTrial) -> None:
-            nonlocal told
-            progress.update(bar, completed=len(tried(study)))
-            if (
-                job.console.quiet
-                and trial.state.name == "FAIL"
-                and "not_needed" not in trial.user_attrs
-            ):
-                log.warning(line(trial))
-            elif "not_needed" not in trial.user_attrs:
-                job.console.print(line(trial), highlight=False, soft_wrap=True)
-            if not told and (told := has_spread(trial, "teacher_")):
-                log.warning(
-                    "The machine is busy: the teacher's latency beside trial %d spread by more than a tenth, and "
-                    "the budget and the reward go by it. Let nothing else run, or give a new run more "
-                    "--latency.min_seconds.",
-                    trial.number,
-                )
-            rewards = [
-                (StudentArch.from_dict(t.user_attrs["arch"]), t.value or 0.0)
-                for t in trained(study)
-            ]
-            while (
-                episode and len(rewards) // episode > episodes[-1]
-            ):  # several, where workers were quicker than this
-                ranking = ModelRanking.of(rewards, episode, episodes[-1])
-                episodes.append(episodes[-1] + 1)
-                job.console.print(str(ranking), highlight=False, soft_wrap=True)
-            write_down()
-
-        evaluate = Evaluator(
-            teacher=job.teacher,
-            states=states,
-            data=job.data,
-            recipe=job.config.recipe,
-            meter=job.meter,
-            budget=settings.budget,
-            trainer=job.config.trainer,
-            num_epochs=settings.num_epochs,
-            alpha=settings.alpha,
-            beta=settings.beta,
-            seed=job.config.seed,
-            folder=run.trial,
-            stillness=ReadWriteLock(run.stillness),
-            progress=progress,
+        context.console.print(
+            f"Search: going on after {num_done} of {settings.n_trials} candidates."
         )
-        minutes = job.config.time_budget
-        seconds = math.inf if minutes is None else max(0.0, 60 * minutes - EARLIER.seconds)
-        timeout = job.config.candidate_timeout
-        if job.config.workers > 1 or timeout is not None:
-            work = partial(_work, job.config, log.getEffectiveLevel())
-            timeout = 60 * timeout if timeout is not None else math.inf
-            end = time.monotonic() + seconds
-            refusal = run_workers(
-                work, job.config.workers, study, show, seconds, run.worker_log, timeout
-            )
-            sweep(run.folder)  # what a worker that was killed has left half written
-            if (
-                refusal
-                and time.monotonic() < end
-                and not is_over(study, job.space, settings.n_trials)
-            ):
-                raise UserError(refusal)
-            best = best_of(study, job.space, seconds)
-        else:
-            best = search_loop(
-                evaluate, job.space, study, settings.n_trials, [show], seconds, run.folder
-            )
-        write_down()  # what ended while nobody looked
-    if not (
-        run.full_kd.exists() and run.best_student.exists()
-    ):  # else another process distils what it found
-        StudentArch.from_dict(best.user_attrs["arch"]).to_yaml(run.best_student)
-    return StudentArch.from_yaml(run.best_student)
+    context.inputs.states("mini")  # before the live display: building them shows its own bar
 
+    limit = None if config.candidate_timeout is None else 60 * config.candidate_timeout
+    end = math.inf if config.time_budget is None else time.monotonic() + 60 * config.time_budget
 
-def _work(config: SearchConfig, level: int, index: int, deadline: float) -> None:
-    """One worker process of a search: the same search, told into a log file."""
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(level)
-    # Optuna says again, with a traceback, what a trial died of.
-    logging.getLogger("optuna").setLevel(logging.INFO if level <= logging.DEBUG else logging.ERROR)
-    run = Run(config.root, config.name)
-    with run.worker_log(index).open("a", encoding="utf-8") as file:
-        for stream in (1, 2):  # the libraries' chatter too
-            os.dup2(file.fileno(), stream)
+    def make_job(number: int, arch: StudentArch) -> Job:
+        args = (config, number, arch)
+        return Job(run.trial(number), f"trial {number}: {arch}", train_candidate, args, limit)
+
+    lstm = lstm_of(config.sampler)
+    exploration = lstm.exploration if lstm else None
+    with context.progress() as progress, SearchBoard(run.folder / "search", exploration) as board:
+        display = SearchDisplay(context, board, progress, lstm.num_candidates if lstm else 0)
+
+        def attempt() -> FrozenTrial:
+            display.study = context.open_study()
+            return search_loop(
+                display.study,
+                context.inputs.space,
+                context.engine,
+                make_job,
+                settings.n_trials,
+                display.show,
+                JobBars(progress),
+                end - time.monotonic(),
+            )
+
         try:
-            with honest_signals(once=True):
-                with ReadWriteLock(
-                    run.stillness
-                ).read_lock():  # whoever measures waits until this one is ready
-                    alone = dataclasses.replace(config, workers=1, candidate_timeout=None)
-                    job = begin(look(alone, Console(markup=False), is_worker=True), is_worker=True)
-                if math.isfinite(deadline):
-                    minutes = max(1e-3, deadline - time.monotonic()) / 60
-                    job = dataclasses.replace(
-                        job, config=dataclasses.replace(job.config, time_budget=minutes)
-                    )
-                _search(job, is_worker=True)
-        except KeyboardInterrupt as stop:
-            let_go(stop)
-            raise SystemExit(INTERRUPTED) from None
-        except (UserError, CandidateFailed) as error:
-            last_words(str(error))
-            raise SystemExit(REFUSED) from None
-        except OSError:
-            last_words(traceback.format_exc())
-            raise SystemExit(DISK) from None
+            best = patiently(attempt, context.storage)
+        finally:
+            display.write_down()
+    arch_of(best).to_yaml(run.best_student)
+    return arch_of(best)
 
 
-def _full_kd(job: Job, settings: FullKDSettings, arch: StudentArch) -> None:
-    folder = job.run.full_kd
-    if (folder / "result.json").exists():
-        (folder / "last.ckpt").unlink(missing_ok=True)
-        job.console.print("Full KD: done.")
-        return
-    started, last = time.monotonic(), folder / "last.ckpt"
-    if last.exists():
-        job.console.print("Full KD: going on where it was stopped.")
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # from now on no other process changes which student is best
-    try:
-        states = job.states("full")
-    except Exception:
-        with suppress(OSError):  # unless something is in it: nothing is fixed yet
-            folder.rmdir()
-        raise
-    with job.progress() as progress, torch.random.fork_rng():
-        torch.manual_seed(job.config.seed)
-        module = HiddenStateDistillModule(job.teacher, arch, job.config.recipe)
-        module.states = states
-        kept = (
-            _kept_of_candidate(job, arch) if settings.from_candidate and not last.exists() else {}
+class SearchDisplay:
+    """Tells of each trial as it ends: a line, a bar, the table of all, TensorBoard.
+
+    Args:
+        context: of the run.
+        board: TensorBoard's.
+        progress: the live display.
+        episode: candidates an episode of the sampler's; 0: it has none.
+    """
+
+    def __init__(
+        self, context: RunContext, board: SearchBoard, progress: Progress, episode: int
+    ) -> None:
+        self.context, self.board, self.progress, self.episode = context, board, progress, episode
+        self.study: Study | None = None
+        self._bar = progress.add_task("search", total=context.config.search.n_trials)
+        self._told_busy = False
+        self._num_trained: int | None = None  # when the leaders were last shown
+
+    def show(self, trial: FrozenTrial) -> None:
+        """Tell of a trial that has ended."""
+        console = self.context.console
+        if "failed" in trial.user_attrs and console.quiet:
+            log.warning(line(trial))
+        else:
+            console.print(line(trial), highlight=False, soft_wrap=True)
+        if not self._told_busy and has_spread(trial, "teacher_"):
+            self._told_busy = True
+            log.warning(
+                "The machine is busy: the teacher's latency beside trial %d spread by more than a "
+                "tenth, and the budget and the reward go by it. Let nothing else run, or give a "
+                "new run more --latency.min_seconds.",
+                trial.number,
+            )
+        self._show_leaders()
+        self.write_down()
+
+    def _show_leaders(self) -> None:
+        """Who leads, at the end of each of the sampler's episodes."""
+        assert self.study is not None
+        rewards = [(arch_of(trial), trial.value or 0.0) for trial in trained(self.study)]
+        is_new, self._num_trained = len(rewards) != self._num_trained, len(rewards)
+        if self.episode and rewards and is_new and len(rewards) % self.episode == 0:
+            ranking = ModelRanking.of(rewards, self.episode, len(rewards) // self.episode - 1)
+            self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
+
+    def write_down(self) -> None:
+        """Write what the study holds: the bar, the table of all trials, and the board."""
+        if self.study is None:
+            return
+        run = self.context.run
+        self.progress.update(self._bar, completed=len(tried(self.study)))
+        write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
+        drop_weights(self.study, run.trial)
+        self.board(self.study)
+
+
+def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
+    """Distil the best student on all rows, unless that is done."""
+    run, console = context.run, context.console
+    last = run.full_kd / "last.ckpt"
+    if (run.full_kd / "result.json").exists():
+        console.print("Full KD: done.")
+    else:
+        if last.exists():
+            console.print("Full KD: going on where it was stopped.")
+        context.inputs.states("full")
+        kept = _kept_files(context, arch) if config.full_kd.from_candidate else {}
+        job = Job(run.full_kd, "full KD", distill_best, (config, arch, kept))
+        with context.progress() as progress:
+            (result,) = context.engine.run([job], JobBars(progress))
+        console.print(
+            f"Full KD: loss {result['loss']:.3f}, contextual share "
+            f"{result['contextual_share']:.2f}{too_long(result['history'])}."
         )
-        if WEIGHTS in kept:
-            module.begin(job.data.select("full"))
-            module.load_state_dict(kept[WEIGHTS])
-            module.optimizer_tensors = kept.get(OPTIMIZER, {})
-        data, bar = job.data.select("full"), FitProgress(progress, "full KD")
-        fit_resumable(job.config.trainer, folder, settings.num_epochs, module, data, [bar])
-    with new_folder(folder / "encoder") as encoder:
-        module.save_student(encoder)
-    final = {name: module.history[-1][name] for name in ("loss", "contextual_share", "sentence_r2")}
-    write_json(
-        folder / "result.json",
-        {
-            "arch": arch.to_dict(),
-            "num_parameters": num_parameters(module.student),
-            **final,
-            "seconds": time.monotonic() - started,
-            "num_rows": len(data.train_ids()),
-            "num_epochs": settings.num_epochs,
-            "history": module.history,
-        },
-    )
-    last.unlink()
-    remark = too_long(module.history)
-    job.console.print(
-        f"Full KD: loss {final['loss']:.3f}, contextual share {final['contextual_share']:.2f}{remark}."
-    )
+    last.unlink(missing_ok=True)
 
 
-def _kept_of_candidate(job: Job, arch: StudentArch) -> dict[str, dict[str, Tensor]]:
-    """What there is of the candidate's weights and of its optimizer's state, by the names of their files."""
-    trial = next(
-        trial for trial in trained(job.study) if trial.user_attrs["arch"] == arch.to_dict()
-    )
+def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
+    """What there is of the best candidate's weights and of its optimizer's state, by name."""
+    best = next(trial for trial in trained(context.study()) if arch_of(trial) == arch)
     kept = {}
     for name in KEPT:
-        path = job.run.trial(trial.number) / name
+        path = context.run.trial(best.number) / name
+        known = best.user_attrs.get(f"{path.stem}_sha256")
         if not path.exists():
-            job.console.print(
+            context.console.print(
                 f"Full KD: beginning without {path}, which is not there.", soft_wrap=True
             )
-        elif (known := trial.user_attrs.get(f"{path.stem}_sha256")) in (None, file_sha256(path)):
-            kept[name] = load_file(path)
+        elif known in (None, file_sha256(path)):
+            kept[name] = path
         else:
             raise UserError(
                 f"{str(path)!r} is damaged (its sha256 was {known}): delete it to begin without it."
@@ -382,60 +324,56 @@ def _kept_of_candidate(job: Job, arch: StudentArch) -> dict[str, dict[str, Tenso
     return kept
 
 
-def _finetune(job: Job, settings: FinetuneSettings, task: LoadedTask, arch: StudentArch) -> None:
-    """Fine-tune teacher, student and a randomly started student of the same shape, all with the same settings."""
-    folder = job.run.glue
+def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
+    """Fine-tune teacher, student and a random start of the student's shape, all alike."""
+    folder, task, teacher = context.run.glue, context.inputs.task, context.inputs.teacher
+    task_source = task_path(context.run, config.task)
+    assert task is not None and task_source is not None
     if (folder / "results.json").exists():
-        job.console.print("Fine-tuning: done.")
+        context.console.print("Fine-tuning: done.")
         return
-    num_labels = task.task.num_labels
-    config = student_config(job.teacher.config, arch)
-    makers: dict[str, Callable[[], PreTrainedModel]] = {
-        "teacher": lambda: load_classifier(job.teacher.source, num_labels),
-        "student": lambda: load_classifier(job.run.full_kd / "encoder", num_labels),
-        "random": lambda: build_classifier(config, num_labels),
+    source = TaskSource(partial(load_task, task_source))
+    settings, trainer = replace(config.finetune, seed=config.seed), config.trainer
+    makers: dict[str, Any] = {
+        "teacher": teacher.source,
+        "student": str(context.run.full_kd / "encoder"),
+        "random": student_config(teacher.config, arch),
     }
-    rows = {}
-    for role, make in makers.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(job.config.seed)
-            classifier = make()
-        with job.progress() as progress:
-            rows[role] = evaluate_glue(
-                classifier,
-                job.teacher.tokenizer,
-                task,
-                dataclasses.replace(settings, seed=job.config.seed),
-                folder=folder / role,
-                trainer_settings=job.config.trainer,
-                callbacks=[FitProgress(progress, f"fine-tuning, {role}")],
-            )
-        job.console.print(f"Fine-tuning: {role} {rows[role]['score']:.3f} on {task.task.name}.")
-    models = [load_classifier(folder / role / "model", num_labels) for role in rows]
-    latencies = dict(zip(rows, measure_latency(models, job.config.latency), strict=True))
+    jobs = []
+    for role, encoder in makers.items():
+        keep_finetune_settings(folder / role, task, settings, trainer)
+        args = (encoder, teacher.source, source, settings, trainer, folder / role)
+        jobs.append(Job(folder / role, f"fine-tuning, {role}", fine_tuning, args))
+    with context.progress() as progress:
+        results = context.engine.run(jobs, JobBars(progress))
+    rows = dict(zip(makers, results, strict=True))
     for role, row in rows.items():
-        row["latency_ms"], row["latency_iqr_ms"] = latencies[role].median_ms, latencies[role].iqr_ms
-        row["speedup"] = latencies["teacher"].median_ms / latencies[role].median_ms
-        row["share_kept"] = (
-            row["score"] / rows["teacher"]["score"] if rows["teacher"]["score"] > 0 else None
-        )
+        (folder / role / "last.ckpt").unlink(missing_ok=True)
+        context.console.print(f"Fine-tuning: {role} {row['score']:.3f} on {task.task.name}.")
+    measure_rows(rows, folder, task.task.num_labels, config.latency)
     about = {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),
-        "num_labels": num_labels,
+        "num_labels": task.task.num_labels,
         "num_train": len(task.train["label"]),
         "num_validation": len(task.validation["label"]),
     }
     write_json(folder / "results.json", {"task": about, "models": rows})
 
 
-def _export(job: Job, max_length: int) -> None:
-    if is_exported(job.run):
-        job.console.print("Export: done.")
+def export_stage(context: RunContext, config: RunConfig) -> None:
+    """Export the student, unless that is done."""
+    run, console = context.run, context.console
+    if is_exported(run):
+        console.print("Export: done.")
         return
-    if job.task:
-        rows = rows_of_task(job.task, max_length)
-    else:
-        corpus = job.data.read_corpus()
-        rows = rows_of_texts(corpus.train, corpus.held_out)
-    export_run(job.run, rows, job.console)
+    if run.student.exists():
+        console.print(
+            f"Export: {run.student} is of another model than the run has now; it is made anew.",
+            soft_wrap=True,
+        )
+    job = Job(run.folder / "export", "export", export_best, (config,))
+    job.result_file.unlink(missing_ok=True)
+    with context.progress() as progress:
+        (report,) = context.engine.run([job], JobBars(progress))
+    say(report, console)

@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kdnas.commands.config import RunConfig, SearchConfig
-from kdnas.commands.inputs import check
+from kdnas.commands.inputs import validate
 from kdnas.commands.run import run_stages
 from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.readers import some_rows
-from kdnas.nas.candidate import Budget
-from kdnas.system.errors import CandidateFailed, UserError
-from kdnas.system.files import Run, nearest_folder, owned, sweep, this_host
-from kdnas.system.supervisor import EARLIER
+from kdnas.nas.budget import Budget
+from kdnas.system.errors import UserError
+from kdnas.system.files import Run, nearest_folder, owned, sweep
 from kdnas.tasks.tasks import load_task
 
 NUM_ROWS = 64
@@ -121,18 +120,9 @@ def smoke(config: RunConfig, console: Console) -> None:
 
     Raises:
         UserError: anything that the user can mend.
-        CandidateFailed: the process before this one was killed by a candidate.
     """
-    check(config)
+    validate(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
-    for (
-        pid,
-        died,
-    ) in EARLIER.deaths.items():  # in a new folder nothing would tell that it was tried before
-        kept = ", ".join(str(path) for path in place.glob(f"{name}.{this_host()}-{pid}.*"))
-        raise CandidateFailed(
-            f"a candidate of the smoke run killed its process ({died}); what it made is kept: {kept}"
-        )
     sweep(place, f"{name}.*")
     folder = Path(tempfile.mkdtemp(dir=place, prefix=owned(name)))
     try:

@@ -38,9 +38,10 @@ from kdnas.models.encoders import (
 from kdnas.models.families import arch_of
 from kdnas.models.layers import LastLayer
 from kdnas.system.errors import CandidateFailed, UserError
+from kdnas.training.memory import release_memory, trim_heap
 from kdnas.training.optimizers import MuonAdamW, is_layer_matrix
 from kdnas.training.precision import autocast
-from kdnas.training.trainer import ClipFusedGradients, release_memory, trim_heap
+from kdnas.training.trainer import ClipFusedGradients
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000

@@ -1,19 +1,18 @@
-"""What happens around a candidate's fit: refuse, prune, measure, reward, show."""
+"""What happens around a candidate's fit: refuse, prune, hold still, measure, reward."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 import optuna
-from filelock import ReadWriteLock, Timeout
+from filelock import ReadWriteLock
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kdnas.deploy.latency import ArchLatency, LatencyMeter
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
+from kdnas.system.jobs import Reporter
 
 
 class FailOnNonFiniteLoss(pl.Callback):
@@ -33,73 +32,70 @@ class FailOnNonFiniteLoss(pl.Callback):
 
 
 class PruneByHeldOutLoss(pl.Callback):
-    """Reports ``1 - loss`` on held-out rows after each epoch, and ends the fit where the study's pruner says so.
+    """Reports ``1 - loss`` on held-out rows after each epoch, and ends the fit if it is pruned.
 
-    Not after the last epoch: what is paid for is kept, for the pruner sees the loss alone, and the reward decides.
+    The last epoch is not asked about: what is paid for is kept, for the pruner sees the loss alone,
+    and the reward decides.
 
     Args:
-        trial: the candidate's trial.
+        reporter: asks the search, whose pruner answers; None: there is no pruner.
     """
 
-    def __init__(self, trial: optuna.Trial) -> None:
-        self.trial = trial
+    def __init__(self, reporter: Reporter | None) -> None:
+        self.reporter = reporter
+        self.reports: dict[str, float] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self.reporter is None:
             return
         epoch, loss = trainer.current_epoch, float(trainer.callback_metrics["val_loss"])
-        self.trial.report(1 - loss, step=epoch)
-        if epoch + 1 != trainer.max_epochs and self.trial.should_prune():
-            reason = f"held-out loss {loss:.4f} after epoch {epoch + 1} of {trainer.max_epochs}"
-            self.trial.set_user_attr("stopped_early", reason)
-            raise optuna.TrialPruned(reason)
-
-
-def wait_for(
-    acquire: Callable[..., AbstractContextManager[object]], trial: optuna.Trial
-) -> AbstractContextManager[object]:
-    """Acquire a lock that all workers share. The trial says where it waits: another one's time is not its own."""
-    try:
-        return acquire(blocking=False)
-    except Timeout:
-        trial.set_user_attr("waits", True)
-    held = acquire()
-    try:
-        trial.set_user_attr("waits", False)
-    except BaseException:
-        with held:  # nobody else would let go of it
-            raise
-    return held
+        self.reports[str(epoch)] = 1 - loss
+        if epoch + 1 == trainer.max_epochs or not math.isfinite(loss):
+            return
+        self.reporter.tell(at_once=True, reports=self.reports)
+        if not self.reporter.may_go_on(epoch):
+            raise optuna.TrialPruned(
+                f"held-out loss {loss:.4f} after epoch {epoch + 1} of {trainer.max_epochs}"
+            )
 
 
 class HoldStill(pl.Callback):
-    """Between steps, waits while another worker of this machine measures latency.
+    """Holds the lock of those who train, and lets go of it for a moment after each batch.
+
+    So whoever wants to measure latency on this machine gets it.
 
     Args:
-        lock: held for reading by whoever works, for writing by whoever measures.
-        trial: the candidate's trial.
+        lock: held for reading by all who train, for writing by whoever measures.
     """
 
-    def __init__(self, lock: ReadWriteLock, trial: optuna.Trial) -> None:
-        self.lock, self.trial = lock, trial
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self.lock = lock
+
+    def __enter__(self) -> "HoldStill":
+        self.lock.acquire_read()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.lock.release(force=True)
+
+    def _give_way(self) -> None:
+        self.lock.release()
+        self.lock.acquire_read()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.give_way()
+        self._give_way()
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        self.give_way()
-
-    def give_way(self) -> None:
-        """Let go of the lock for a moment: whoever waits to measure gets it."""
-        self.lock.release()
-        wait_for(self.lock.acquire_read, self.trial)
+        self._give_way()
 
 
 class LatencyAfterFit(pl.Callback):
-    """Measures the student beside its teacher when the fit is over; the meter remembers what the budget gate measured.
+    """Measures the student beside its teacher after the fit.
+
+    The meter remembers what it measured before the fit, for the budget.
 
     Args:
-        meter: measures, on its own device (Lightning has moved the module to the CPU by then).
+        meter: measures, on its own device.
     """
 
     def __init__(self, meter: LatencyMeter) -> None:
@@ -112,7 +108,7 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from held-out loss and latency, and logs both with the arch to TensorBoard's HPARAMS.
+    """Computes the reward from held-out loss and latency, and logs them to TensorBoard's HPARAMS.
 
     Args:
         latency: the callback before this one.
@@ -125,22 +121,18 @@ class RewardAfterFit(pl.Callback):
         self.reward = math.nan
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, HiddenStateDistillModule) and self.latency.latency is not None
+        assert isinstance(pl_module, HiddenStateDistillModule)
         measured = self.latency.latency
+        assert measured is not None
+        student, teacher = measured.student.median_ms, measured.teacher.median_ms
         last = pl_module.history[-1]
-        self.reward = reward(
-            last["loss"],
-            measured.student.median_ms,
-            measured.teacher.median_ms,
-            self.alpha,
-            self.beta,
-        )
+        self.reward = reward(last["loss"], student, teacher, self.alpha, self.beta)
         if isinstance(trainer.logger, TensorBoardLogger):
             metrics = {
                 "hp/reward": self.reward,
                 "hp/loss": last["loss"],
                 "hp/contextual_share": last["contextual_share"],
-                "hp/latency_ms": measured.student.median_ms,
+                "hp/latency_ms": student,
                 "hp/speedup": measured.speedup,
             }
             trainer.logger.log_hyperparams(pl_module.arch.to_dict(), metrics)

@@ -1,183 +1,157 @@
-"""What a study knows of architectures: which were trained, what became of each, and what it can answer."""
+"""A search's record: the study, and the results of trials that it is told."""
 
-import hashlib
-import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import optuna
-from optuna.study import Study as Study
-from optuna.trial import FrozenTrial as FrozenTrial
-from optuna.trial import TrialState, create_trial
+from optuna.pruners import NopPruner
+from optuna.trial import TrialState
 
 from kdnas.models.arch import StudentArch
 from kdnas.nas.space import SearchSpace
-from kdnas.system.errors import CandidateFailed, StoreDamaged, UserError
+from kdnas.nas.trials import (
+    FrozenTrial,
+    Outcome,
+    Study,
+    failed,
+    known,
+    tried,
+    unseen,
+)
+from kdnas.system.errors import reason_of
+from kdnas.system.files import read_json, write_json
+from kdnas.system.jobs import Job, Stopped, progress_of
 
-# What is said of a trial itself, and not of its candidate.
-ITS_OWN = {
-    "host",
-    "pid",
-    "begun",
-    "since",
-    "starter",
-    "starter_begun",
-    "seconds",
-    "retry_of",
-    "died",
-    "again",
-    "unbegun",
-    "queued_for",
-    "waits",
-}
+# So many failures before the first success are no bad luck: the search stops and says why.
+MOST_FAILURES = 5
 
 
-def failure_of(trial: FrozenTrial) -> str | None:
-    """Why a failed trial failed by its candidate's own fault; None: something else ended it, and it is tried again."""
-    reason = trial.user_attrs.get("failed")
-    if (
-        trial.state != TrialState.FAIL
-        or "not_needed" in trial.user_attrs
-        or (reason or "").startswith("interrupted")
-    ):
-        return None
-    if reason is None and {"arch", "retry_of"} <= trial.user_attrs.keys():
-        of = f" ({died})" if (died := trial.user_attrs.get("died")) else ""
-        return f"its process died{of}, as that of trial {trial.user_attrs['retry_of']} did"
-    return reason
+class Record:
+    """What a search asks of its study, and tells it.
 
-
-def trained(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained to their end."""
-    return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
-
-
-def tried(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained, to their end or until the pruner had seen enough."""
-    first: dict[
-        StudentArch, FrozenTrial
-    ] = {}  # two workers may have been at the same one at the same time
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        was_trained = trial.state == TrialState.COMPLETE or trial.intermediate_values
-        if was_trained and "twin_of" not in trial.user_attrs:
-            first.setdefault(StudentArch.from_dict(trial.user_attrs["arch"]), trial)
-    return list(first.values())
-
-
-def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
-    """Whether so many candidates were tried, or the space has no more."""
-    return len(tried(study)) >= n_trials or len(seen(study)) >= len(space)
-
-
-def seen(study: Study) -> set[StudentArch]:
-    """The architectures that the study can answer."""
-    return {StudentArch.from_dict(trial.user_attrs["arch"]) for trial in settled(study)}
-
-
-def settled(study: Study) -> list[FrozenTrial]:
-    """Trials that say something about their architecture: finished, refused, or failed by its own fault."""
-    trials = study.get_trials(deepcopy=False)
-    again = superseded(trials)
-    finished = [
-        t
-        for t in trials
-        if t.state.is_finished() and t.number not in again and "arch" in t.user_attrs
-    ]
-    return [t for t in finished if t.state != TrialState.FAIL or failure_of(t)]
-
-
-def superseded(trials: Iterable[FrozenTrial]) -> set[int]:
-    """The numbers of trials that were broken off, and in whose place others are queued."""
-    return {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
-
-
-def failed(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that failed by their own fault."""
-    return [
-        t for t in settled(study) if t.state == TrialState.FAIL and "twin_of" not in t.user_attrs
-    ]
-
-
-def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
-    """The best feasible trial of a search that is over.
+    A trial's result is its file. The study is told what is in it, so whatever interrupts a search
+    can be made good: a trial that runs in the study has a result, or a job, or is begun again.
 
     Args:
-        study: of the search.
+        study: from ``open_study``.
         space: of the search.
-        seconds: that it had.
-
-    Raises:
-        UserError: no candidate meets the constraints, none was trained in the time, or the pruner ended all.
-        CandidateFailed: nothing could be trained, and not for the constraints alone; with the last reason.
+        make_job: the job of a trial's number and shape.
     """
-    try:
-        best = study.best_trial
-    except StoreDamaged:
-        raise
-    except ValueError as error:  # no trial is complete and feasible
-        if failed(study) and not tried(study):
-            reason = failure_of(failed(study)[-1])
-            raise CandidateFailed(
-                f"Every candidate failed; the last one: {reason}. None is tried again: mend it, then --force-new."
-            ) from error
-        if tried(study) and not trained(study):
-            raise UserError(
-                "The pruner ended every candidate: give another, or --pruner none."
-            ) from error
-        if len(seen(study)) < len(space) and math.isfinite(seconds):
-            minutes = f"{seconds / 60:g}"
-            raise UserError(
-                f"No student within the budget was trained in {minutes} minutes: give more."
-            ) from error
-        raise UserError(f"None of the {len(space)} students meets the budget: relax it.") from error
-    return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
+    def __init__(
+        self, study: Study, space: SearchSpace, make_job: Callable[[int, StudentArch], Job]
+    ) -> None:
+        self.study, self.space, self._make_job = study, space, make_job
+        self._trials: dict[int, optuna.Trial] = {}
+        self._is_pruned = not isinstance(study.pruner, NopPruner)
 
-def find_twin(study: Study, arch: StudentArch) -> FrozenTrial | None:
-    """The trial from which this architecture is answered."""
-    wanted = arch.to_dict()
-    for trial in settled(study):
-        if trial.user_attrs["arch"] == wanted and "twin_of" not in trial.user_attrs:
-            return trial
-    return None
+    def running(self) -> list[FrozenTrial]:
+        """The trials that the study was not told the end of."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
+    def ask(self) -> FrozenTrial:
+        """A new trial, with the shape that the sampler or the queue proposes."""
+        trial = self.study.ask()
+        self._trials[trial.number] = trial
+        self.space.suggest(trial)
+        return self._frozen(trial.number)
 
-def rivals(study: Study, arch: StudentArch, number: int) -> list[FrozenTrial]:
-    """Trials before this one in which other workers train the same at this moment."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in running if t.number < number and t.user_attrs.get("arch") == arch.to_dict()]
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
 
+    def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
+        """To write to; one that a killed search has left is taken over under its number."""
+        if frozen.number not in self._trials:
+            self._trials[frozen.number] = optuna.Trial(self.study, frozen._trial_id)
+        return self._trials[frozen.number]
 
-def answer(trial: optuna.Trial, twin: FrozenTrial) -> float:
-    """End a trial as its twin ended."""
-    trial.set_user_attr(
-        "twin_of", twin.number
-    )  # first: after a kill, what is copied below is not taken for its own
-    for name, value in twin.user_attrs.items():
-        if name not in ITS_OWN:
+    def arch(self, trial: FrozenTrial) -> StudentArch:
+        """The shape of a trial; suggested now where a search was killed between two suggestions."""
+        if len(trial.params) < len(self.space.choices):
+            return self.space.suggest(self._trial(trial))
+        return StudentArch.from_dict(trial.params)
+
+    def job(self, trial: FrozenTrial) -> Job:
+        """What trains a trial's shape."""
+        return self._make_job(trial.number, self.arch(trial))
+
+    def twin(self, trial: FrozenTrial) -> FrozenTrial | None:
+        """An earlier trial of the same shape, whether it has ended or not."""
+        first = known(self.study).get(self.arch(trial))
+        return first if first is not None and first.number < trial.number else None
+
+    def queue_unseen(self, trial: FrozenTrial) -> None:
+        """Propose, in place of a shape that is known, one that is not; once for each trial."""
+        trials = self.study.get_trials(deepcopy=False)
+        is_queued = any(other.user_attrs.get("queued_for") == trial.number for other in trials)
+        arch = None if is_queued else unseen(self.study, self.space, trial.number)
+        if arch is not None:
+            attrs = {"queued_for": trial.number}
+            self.study.enqueue_trial(arch.to_dict(), user_attrs=attrs)
+
+    def repeat(self, trial: FrozenTrial, twin: FrozenTrial) -> None:
+        """End a trial as its twin ended; while that runs, there is nothing to say."""
+        if twin.state.is_finished():
+            outcome = Outcome(**read_json(self.job(twin).result_file))
+        else:
+            outcome = Outcome(twin.params, TrialState.FAIL.name)
+        attrs = outcome.attrs | {"arch": twin.params, "twin_of": twin.number}
+        self._write(trial, replace(outcome, attrs=attrs))
+
+    def note(self, job: Job, error: BaseException | None) -> None:
+        """Write down what a candidate failed of; one that was stopped has not ended."""
+        if error is None or isinstance(error, Stopped) or job.is_done:
+            return
+        trial = next(trial for trial in self.running() if self.job(trial) == job)
+        reason = reason_of(error) if isinstance(error, Exception) else str(error)
+        attrs = progress_of(job.folder).get("attrs", {})
+        attrs |= {"arch": self.arch(trial).to_dict(), "failed": reason}
+        now = time.time()
+        started = trial.datetime_start.timestamp() if trial.datetime_start else now
+        state = TrialState.FAIL.name
+        outcome = Outcome(
+            self.arch(trial).to_dict(), state, attrs=attrs, started=started, ended=now
+        )
+        self._write(trial, outcome)
+
+    def _write(self, trial: FrozenTrial, outcome: Outcome) -> None:
+        write_json(self.job(trial).result_file, outcome.to_dict())
+
+    def outcome(self, trial: FrozenTrial) -> Outcome | None:
+        """How a trial ended; None where it has not."""
+        job = self.job(trial)
+        return Outcome(**read_json(job.result_file)) if job.is_done else None
+
+    def tell(self, frozen: FrozenTrial, outcome: Outcome) -> FrozenTrial:
+        """Tell the study how a trial ended."""
+        trial = self._trial(frozen)
+        for name, value in outcome.attrs.items():
             trial.set_user_attr(name, value)
-    for name, violation in twin.constraints.items():
-        trial.set_constraint(name, violation)
-    if twin.state == TrialState.PRUNED:
-        raise optuna.TrialPruned(f"as trial {twin.number}")
-    if twin.state == TrialState.FAIL:
-        raise CandidateFailed(failure_of(twin))
-    assert twin.value is not None
-    return twin.value
+        for name, violation in outcome.constraints.items():
+            if name not in frozen.constraints:
+                trial.set_constraint(name, violation)
+        for step, value in outcome.reports.items():
+            if int(step) not in frozen.intermediate_values:
+                trial.report(value, int(step))
+        self.study.tell(trial, outcome.value, TrialState[outcome.state])
+        return self._frozen(frozen.number)
 
+    def answer_reports(self, frozen: FrozenTrial) -> None:
+        """Say to a candidate that waits after an epoch whether the pruner lets it go on."""
+        job = self.job(frozen)
+        reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
+        for step, value in reports.items():
+            answers = {False: job.folder / f"go_on_{step}", True: job.folder / f"prune_{step}"}
+            if not any(answer.exists() for answer in answers.values()):
+                trial = self._trial(frozen)
+                if int(step) not in self._frozen(frozen.number).intermediate_values:
+                    trial.report(value, int(step))
+                answers[trial.should_prune()].touch()
 
-def unseen(study: Study, space: SearchSpace, turn: int) -> FrozenTrial | None:
-    """A trial to be queued, of an architecture that the study does not know, the same one for the same turn."""
-    known = seen(study)
-    found = [arch for arch in space if arch not in known]
-    others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    taken = [
-        trial.user_attrs.get("arch", trial.system_attrs.get("fixed_params")) for trial in others
-    ]
-    found = [arch for arch in found if arch.to_dict() not in taken]
-    if not found:
-        return None
-    draw = int.from_bytes(hashlib.sha256(str(turn).encode()).digest()[:8], "big")
-    system_attrs = {"fixed_params": found[draw % len(found)].to_dict()}
-    return create_trial(
-        state=TrialState.WAITING, system_attrs=system_attrs, user_attrs={"queued_for": turn}
-    )
+    def needs_more(self, n_trials: int) -> bool:
+        """Whether another candidate is to be proposed: not where everything fails."""
+        num_tried = len(tried(self.study))
+        only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0
+        is_enough = num_tried + len(self.running()) >= n_trials
+        return not (only_fails or is_enough or len(known(self.study)) >= len(self.space))

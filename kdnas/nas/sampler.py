@@ -24,7 +24,6 @@ from kdnas.nas.controller import (
     exploration_ratio,
     likely_feasible,
 )
-from kdnas.nas.record import superseded
 from kdnas.system.errors import UserError, first_line, nearest
 
 # A short name, a class path, or a mapping of class_path and init_args, as in YAML.
@@ -55,20 +54,6 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
-def turn_of(study: Study, trial: FrozenTrial) -> int:
-    """The number that a trial would have, had no process died or been interrupted.
-
-    What is drawn for a trial depends on this, so that a study which was broken off goes on as an unbroken one.
-    """
-    # Of all trials: a sampler under Hyperband is handed a study of its bracket's alone.
-    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
-    again = {t.number: t.user_attrs["again"] for t in trials if "again" in t.user_attrs}
-    number = trial.number
-    while number in again:
-        number = again[number]
-    return number - sum(other < number for other in again)
-
-
 class PerTrialSeed(BaseSampler):
     """Any Optuna sampler, made anew for each trial with a seed from (seed, turn of the trial).
 
@@ -87,7 +72,7 @@ class PerTrialSeed(BaseSampler):
 
     def _of(self, study: Study, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._samplers:
-            self._samplers[trial.number] = self._make(seed_of(self._seed, turn_of(study, trial)))
+            self._samplers[trial.number] = self._make(seed_of(self._seed, trial.number))
         return self._samplers[trial.number]
 
     def infer_relative_search_space(
@@ -190,7 +175,7 @@ class LSTMSampler(BaseSampler):
             return {}
         known, feasible, rewards, num_tried = self._recall(study, trial, space)
         choices = [distribution.choices for distribution in space.values()]
-        generator = torch.Generator().manual_seed(seed_of(self._seed, turn_of(study, trial)))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, trial.number))
         refused = {point for point, is_feasible in feasible.items() if not is_feasible}
         pool_PF = _pool([len(values) for values in choices], (known, refused), generator)
         if refused:
@@ -246,18 +231,12 @@ class LSTMSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         self._raise_error_if_multi_objective(study)
-        sampler = RandomSampler(seed=seed_of(self._seed, turn_of(study, trial), param_name))
+        sampler = RandomSampler(seed=seed_of(self._seed, trial.number, param_name))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-    """The other trials that are handed to a sampler, but for those that others repeat: a resume must not see them."""
-    again = superseded(study._storage.get_all_trials(study._study_id, deepcopy=False))
-    return [
-        t
-        for t in study.get_trials(deepcopy=False)
-        if t.number != trial.number and t.number not in again
-    ]
+    return [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:

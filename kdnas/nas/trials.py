@@ -1,17 +1,24 @@
-"""What a study holds, for everyone to read: the table of every trial, its fronts, and the best of them."""
+"""What became of each trial: its outcome as a file, and what a study's trials say, for everyone to read."""
 
+import hashlib
 import math
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import Study as Study
+from optuna.trial import FrozenTrial as FrozenTrial
+from optuna.trial import TrialState
 
 from kdnas.deploy.latency import is_unsteady
 from kdnas.models.arch import StudentArch
-from kdnas.nas.record import failure_of
-from kdnas.system.errors import StoreDamaged
+from kdnas.nas.space import SearchSpace
+from kdnas.system.errors import CandidateFailed, UserError
+from kdnas.system.files import read_json
 
 ARCH = [field.name for field in fields(StudentArch)]
 MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
@@ -28,52 +35,179 @@ COLUMNS = [
 ]
 
 
-def begun(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials but for those that wait in the queue, or were not needed."""
-    trials = study.get_trials(deepcopy=False)
-    return [t for t in trials if t.state != TrialState.WAITING and "not_needed" not in t.user_attrs]
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: what its ``result.json`` holds, and what the study is told.
+
+    Args:
+        params: the shape, as ``StudentArch.to_dict`` gives it.
+        state: the name of Optuna's: ``COMPLETE``; ``PRUNED``, by the budget or by the pruner; or
+            ``FAIL``.
+        value: the reward of a trial that is ``COMPLETE``.
+        attrs: everything that was measured; why it was ``refused``, ``stopped_early`` or
+            ``failed``, if it was; ``twin_of``, the trial that it repeats.
+        constraints: how far it is beyond the budget; 0 or less: within.
+        reports: what the pruner was told, by epoch.
+        started: in seconds since 1970.
+        ended: the same.
+    """
+
+    params: dict[str, Any]
+    state: str
+    value: float | None = None
+    attrs: dict[str, Any] = field(default_factory=dict)
+    constraints: dict[str, float] = field(default_factory=dict)
+    reports: dict[str, float] = field(default_factory=dict)
+    started: float = 0.0
+    ended: float = 0.0
+
+    def is_of(self, trial: FrozenTrial) -> bool:
+        """Whether a study's trial ended so."""
+        is_alike = self.state != "COMPLETE" or trial.value == self.value
+        return is_alike and trial.state.name == self.state
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The best feasible candidate so far; None where there is none."""
+def results_in(folder: Path) -> dict[int, Outcome]:
+    """The outcome of every trial of a run that has ended, by its number."""
+    paths = sorted(folder.glob("trial_*/result.json"))
+    return {int(path.parent.name[6:]): Outcome(**read_json(path)) for path in paths}
+
+
+def arch_of(trial: FrozenTrial) -> StudentArch:
+    """The shape that a trial is about."""
+    return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
+
+
+def tried(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained, to their end or until they were pruned."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    attrs_of_none = {"twin_of", "refused"}
+    return [trial for trial in ended if not attrs_of_none & trial.user_attrs.keys()]
+
+
+def trained(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that were trained to their end."""
+    return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
+
+
+def failed(study: Study) -> list[FrozenTrial]:
+    """The trials of distinct candidates that failed."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return [trial for trial in ended if "failed" in trial.user_attrs and not is_repeated(trial)]
+
+
+def is_repeated(trial: FrozenTrial) -> bool:
+    """Whether a trial only repeats another."""
+    return "twin_of" in trial.user_attrs
+
+
+def known(study: Study) -> dict[StudentArch, FrozenTrial]:
+    """The first trial of each shape that was proposed, ended or not."""
+    first: dict[StudentArch, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if len(trial.params) == len(ARCH) and not is_repeated(trial):
+            first.setdefault(arch_of(trial), trial)
+    return first
+
+
+def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
+    """A shape that was not proposed yet, the same one for the same trial; None where there is none."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
+    seen = known(study)
+    left = [arch for arch in space if arch not in seen and arch.to_dict() not in queued]
+    draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
+    return left[draw % len(left)] if left else None
+
+
+def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
+    """Whether so many candidates were tried, or the space has no more."""
+    ended = [trial for trial in known(study).values() if trial.state.is_finished()]
+    return len(tried(study)) >= n_trials or len(ended) >= len(space)
+
+
+def best_trial(study: Study) -> FrozenTrial | None:
+    """The best candidate within the budget so far; None where there is none."""
     try:
         best = study.best_trial
-    except StoreDamaged:
-        raise
-    except ValueError:  # no trial is complete
+    except ValueError:  # Optuna's: no trial is complete and feasible
         return None
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
+def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
+    """The best candidate of a search that is over.
+
+    Args:
+        study: of the search.
+        space: of the search.
+        seconds: that it had.
+
+    Raises:
+        UserError: no candidate meets the budget, none was trained in time, or all were pruned.
+        CandidateFailed: every candidate failed; with the last reason.
+    """
+    if (best := best_trial(study)) is not None:
+        return best
+    if failed(study) and not tried(study):
+        raise CandidateFailed(
+            f"Every candidate failed; the last one: {failed(study)[-1].user_attrs['failed']}. "
+            "None is tried again: mend it, then --force-new."
+        )
+    if tried(study) and not trained(study):
+        raise UserError("The pruner ended every candidate: give another, or --pruner none.")
+    if len(known(study)) < len(space) and math.isfinite(seconds):
+        minutes = f"{seconds / 60:g}"
+        raise UserError(
+            f"No student within the budget was trained in {minutes} minutes: give more."
+        )
+    raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
+
+
+def begun(study: Study) -> list[FrozenTrial]:
+    """The trials that were proposed, without those that only wait in the queue."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if t.state != TrialState.WAITING and (t.params or t.user_attrs)]
+
+
 def in_words(trial: FrozenTrial) -> str:
     """What became of a trial."""
-    if "twin_of" in trial.user_attrs:
+    if is_repeated(trial):
         return "repeated"
-    if trial.state == TrialState.FAIL:
-        return "failed" if failure_of(trial) else "interrupted"
     if trial.state == TrialState.PRUNED:
         return "refused" if "refused" in trial.user_attrs else "stopped early"
-    return "finished" if trial.state == TrialState.COMPLETE else "running"
+    words = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}
+    return words.get(trial.state, "running")
+
+
+def reason_in(attrs: Mapping[str, Any]) -> str | None:
+    """Why a trial was not trained to its end, if it was not."""
+    if "twin_of" in attrs:
+        return f"same shape as trial {attrs['twin_of']}"
+    return attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed")
 
 
 def line(trial: FrozenTrial) -> str:
     """What a trial that ended was, and what became of it."""
     attrs = trial.user_attrs
-    if "arch" not in attrs:
-        return f"trial {trial.number:3d}  ended before it began"
-    head = f"trial {trial.number:3d}  {StudentArch.from_dict(attrs['arch'])}: "
+    head = f"trial {trial.number:3d}  {arch_of(trial)}: "
     if "twin_of" in attrs:
         return f"{head}known from trial {attrs['twin_of']}"
-    if "refused" in attrs:
-        return f"{head}refused, {attrs['refused']}"
-    if trial.state.name == "FAIL":
-        return f"{head}failed, {attrs.get('failed') or failure_of(trial) or 'its process died; it is tried again'}"
-    if trial.state.name == "PRUNED":
-        return f"{head}stopped early, {attrs.get('stopped_early', 'pruned')}"
-    unsteady = has_spread(trial, "", "teacher_")
+    for word, key in (
+        ("refused", "refused"),
+        ("failed", "failed"),
+        ("stopped early", "stopped_early"),
+    ):
+        if key in attrs:
+            return f"{head}{word}, {attrs[key]}"
+    unsteady = " (unsteady)" if has_spread(trial, "", "teacher_") else ""
     return (
         f"{head}loss {attrs['loss']:.3f}, contextual share {attrs['contextual_share']:.2f}, "
-        f"{attrs['speedup']:.1f}x{' (unsteady)' * unsteady}, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
+        f"{attrs['speedup']:.1f}x{unsteady}, reward {trial.value:.4f}, {attrs['seconds']:.0f} s"
     )
 
 
@@ -101,16 +235,8 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     rows = []
     for trial in begun(study):
         attrs = trial.user_attrs
-        reason = (
-            attrs.get("refused")
-            or attrs.get("stopped_early")
-            or attrs.get("failed")
-            or failure_of(trial)
-        )
-        if "twin_of" in attrs:
-            reason = f"same shape as trial {attrs['twin_of']}"
-        found = {"number": trial.number, "state": trial.state.name, "reason": reason}
-        rows.append(attrs | attrs.get("arch", {}) | found)
+        found = {"number": trial.number, "state": trial.state.name, "reason": reason_in(attrs)}
+        rows.append(attrs | trial.params | attrs.get("arch", {}) | found)
     whole = dict.fromkeys((*ARCH[:4], "num_parameters"), "Int64")
     real = dict.fromkeys((*MEASURED, "reward", "seconds"), "float64")
     frame = pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)

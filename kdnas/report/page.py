@@ -19,9 +19,8 @@ from rich.table import Table
 from kdnas import __version__
 from kdnas.deploy.latency import LatencySettings, is_unsteady, measured_by
 from kdnas.models.arch import StudentArch
-from kdnas.nas.candidate import Budget
-from kdnas.nas.record import FrozenTrial, Study
-from kdnas.nas.trials import ARCH, begun, best_trial, in_words, trials_frame
+from kdnas.nas.budget import Budget
+from kdnas.nas.trials import ARCH, FrozenTrial, Study, begun, best_trial, in_words, trials_frame
 from kdnas.report.pictures import BLUE, GREY, INK, MOST_NAMED, ORANGE, as_svg, curves, pareto
 from kdnas.report.tables import as_text, text_table
 from kdnas.report.trust import checks

@@ -6,14 +6,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
 from kdnas.models.arch import StudentArch
-from kdnas.nas.record import Study, trained, tried
-from kdnas.nas.trials import best_trial, trials_frame
+from kdnas.nas.trials import Study, arch_of, best_trial, trained, trials_frame, tried
 from kdnas.report.pictures import as_figure, pareto
-from kdnas.training.trainer import FLUSH_SECONDS, release_memory, without_tensorflow
+from kdnas.training.memory import release_memory
+from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 
 
 class SearchBoard:
@@ -23,7 +22,7 @@ class SearchBoard:
     ``search/exploration_ratio`` of a sampler that has one, and the picture ``search/pareto`` whenever its front moves.
 
     What is written follows from the study: first what it knows already, in place of older files. So a search that goes
-    on has one curve, and of all processes that search in one folder the first alone writes.
+    on has one curve.
 
     Args:
         folder: for the event files.
@@ -38,11 +37,6 @@ class SearchBoard:
 
     def __enter__(self) -> "SearchBoard":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "search.lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            return self
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
         without_tensorflow()
@@ -52,7 +46,6 @@ class SearchBoard:
     def __exit__(self, *exception: Any) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._lock.release()
 
     def __call__(self, study: Study) -> None:
         """Write what the study has that was not written."""
@@ -62,7 +55,7 @@ class SearchBoard:
         for trial in sorted(
             trained(study), key=lambda trial: (trial.datetime_complete, trial.number)
         ):
-            arch, time = StudentArch.from_dict(trial.user_attrs["arch"]), trial.datetime_complete
+            arch, time = arch_of(trial), trial.datetime_complete
             if arch in self._written:
                 continue
             self._written.add(arch)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdnas.deploy.latency import ArchLatency, Latency
 from kdnas.deploy.quantize import MOST_LOST, lost
-from kdnas.nas.candidate import Budget
+from kdnas.nas.budget import Budget
 from kdnas.nas.trials import is_twin
 
 MOST_APART = (

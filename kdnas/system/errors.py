@@ -1,7 +1,6 @@
 """The kinds of failure that the product knows by name, and what their messages are made of."""
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,15 +52,6 @@ def tell(message: str) -> None:
         print(f"kdnas: {message}", file=sys.stderr)
 
 
-def last_words(text: str) -> None:
-    """Print what there is room for, and nothing more: a full disk must not change the code that a process ends with."""
-    with suppress(OSError):
-        print(text, flush=True)
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # what their buffers still hold is written at the very end
-        os.dup2(null, stream)
-
-
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:
     """A hint for a name that does not exist.
 
@@ -81,10 +71,6 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
 
 class StoreAway(OSError):
     """The study's database has been away for too long."""
-
-
-class StoreDamaged(UserError):
-    """The file of the study's database is not whole, which no waiting mends."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Every path of a run, and the one way to write a file: beside its target, then renamed."""
 
-import ctypes
 import errno
 import hashlib
 import io
@@ -9,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -59,6 +58,7 @@ class Run:
         self.folder = self.root / name
         self.tokens, self.states = (self.root / shared for shared in SHARED)
         self.config = self.folder / "config.yaml"
+        self.made_with = self.folder / "made_with.json"
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
         self.trials_csv = self.folder / "trials.csv"
@@ -72,10 +72,6 @@ class Run:
     def trial(self, number: int) -> Path:
         """The folder of a trial: ``trial_0007``."""
         return self.folder / f"trial_{number:04d}"
-
-    def worker_log(self, index: int) -> Path:
-        """What a worker process of this machine tells: ``worker_HOST_1.log``."""
-        return self.folder / f"worker_{platform.node()}_{index}.log"
 
     @property
     def stillness(self) -> Path:
@@ -292,37 +288,14 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 
 
-def process_start(pid: int) -> str | None:
-    """When a process began, in words that no other process of this machine has; None where that cannot be seen."""
-    return _stat(pid)[1]
-
-
-def is_alive(pid: int, begun: str | None = None) -> bool:
-    """Whether a process lives on this machine.
-
-    Args:
-        pid: its number, which another one may have had before.
-        begun: its ``process_start``, if that is known.
-    """
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number lives on this machine; a zombie does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:  # another user's
-        pass
-    state, found = _stat(pid)
-    return state != "Z" and (begun is None or found in (begun, None))
-
-
-def _stat(pid: int) -> tuple[str, str | None]:
-    """What Linux says of a process: its state (Z: it has ended, and its parent has not looked), and its start."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[
-            0
-        ], f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[19]}"
-    except OSError:
-        return "", None
+    except psutil.AccessDenied:  # another user's
+        return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -391,11 +364,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two folders change names: in one step on Linux, else in three that are taken back if one fails."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE; not every file system can
-    if swap and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return
+    """Two folders change names, in three steps that are taken back if one fails."""
     aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:

@@ -17,6 +17,7 @@ from kdnas.models.encoders import max_length, num_parameters
 from kdnas.models.families import marks_pairs, name_classes
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.files import new_folder, read_json, write_json
+from kdnas.system.settings import keep_settings
 from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask, Task
@@ -196,83 +197,35 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """The score after each epoch, and all that was measured after the last.
+    """The score after each epoch, and all that was measured after the last."""
 
-    A fit goes on only where rows and settings are those that it was begun with.
-
-    Args:
-        made_with: what says so.
-    """
-
-    def __init__(self, made_with: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
-        self.made_with = made_with
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "last": self.last, "made_with": self.made_with}
+        return {"rows": self.rows, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.last = list(state_dict["rows"]), state_dict["last"]
-        _refuse_other(self.made_with, state_dict["made_with"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.rows.append({"epoch": trainer.current_epoch, "score": self.last["val/score"]})
 
 
-def finished(
+def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
-) -> dict[str, Any] | None:
-    """The result of a fine-tuning that was done before; None where there is none.
+) -> None:
+    """Hold a folder to the rows and the settings that its fine-tuning was begun with.
 
     Raises:
-        UserError: it was made on other rows, or with other settings.
+        UserError: they are others.
     """
-    if not (folder / "result.json").is_file():
-        return None
-    known = dict(read_json(folder / "result.json"))
-    made_with = _made_with(task, settings, trainer_settings)
-    # One of an earlier version does not say all of it.
-    _refuse_other(
-        made_with,
-        {name: (known["settings"] | known).get(name, asked) for name, asked in made_with.items()},
-    )
-    return known
-
-
-def keep_failure(
-    folder: Path,
-    task: LoadedTask,
-    settings: FinetuneSettings,
-    trainer_settings: TrainerSettings,
-    why: str,
-) -> dict[str, Any]:
-    """Write down, as a result without a score, that a fine-tuning failed: the same one would most likely fail again."""
-    made_with = _made_with(task, settings, trainer_settings)
-    result = {"score": None, "failed": why, "settings": asdict(settings), **made_with}
-    write_json(folder / "result.json", result)
-    (folder / "last.ckpt").unlink(missing_ok=True)
-    return result
-
-
-def _made_with(
-    task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
-) -> dict[str, Any]:
     trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
-    return {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
-
-
-def _refuse_other(asked: dict[str, Any], known: dict[str, Any]) -> None:
-    if known["task_sha256"] != asked["task_sha256"]:
-        raise UserError(
-            f"The rows of {asked['task']!r} are not those that it was begun with: give a new run name."
-        )
-    for name, value in known.items():
-        if asked[name] != value:
-            raise UserError(
-                f"{name} of fine-tuning is {asked[name]!r}, and it was begun with {value!r}: give a new run name."
-            )
+    asked = {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
+    whose = f"The fine-tuning in {str(folder)!r}"
+    keep_settings(folder / "made_with.json", asked, whose, "give a new run name")
 
 
 def evaluate_glue(
@@ -315,10 +268,9 @@ def evaluate_glue(
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
-    known = finished(folder, task, settings, trainer_settings)
-    if known is not None:
-        (folder / "last.ckpt").unlink(missing_ok=True)
-        return known
+    keep_finetune_settings(folder, task, settings, trainer_settings)
+    if (folder / "result.json").is_file():
+        return dict(read_json(folder / "result.json"))
     if settings.max_length > max_length(classifier.config):
         raise UserError(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
@@ -329,7 +281,7 @@ def evaluate_glue(
     ]  # not the teacher's
     name_classes(classifier.config, names)
     attention = classifier.config._attn_implementation
-    history = _History(_made_with(task, settings, trainer_settings))
+    history = _History()
     data = GLUEDataModule(
         task,
         tokenizer,

@@ -4,7 +4,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, TaskID
+
+from kdnas.system.jobs import Job, Reporter, progress_of
 
 log = logging.getLogger(__name__)
 
@@ -69,33 +72,19 @@ class EpochLines(pl.Callback):
         self.write(f"{self.description}: {epoch}, step {done:,}{more}")
 
 
-class FitProgress(EpochLines):
-    """Shows the steps of a fit, and below them those of its epoch, with the time that is left, in a display of bars.
-
-    Where no bar can move, lines.
+class ProgressFile(pl.Callback):
+    """Tells how far a job's fit is: what the parent's display is made of.
 
     Args:
-        progress: the live display, which others share.
-        description: what is being fitted.
+        reporter: of the job.
     """
 
-    def __init__(self, progress: Progress, description: str) -> None:
-        moves = progress.console.is_terminal or progress.console.is_jupyter
-        super().__init__(escape(description), None if moves else progress.console.print)
-        self.progress = progress
-        self.tasks: list[TaskID] = []  # the fit's, the epoch's
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        num_steps = int(trainer.estimated_stepping_batches)
-        done = trainer.global_step
-        self.tasks = [self.progress.add_task(self.description, total=num_steps, completed=done)]
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for task in self.tasks[1:]:
-            self.progress.remove_task(task)
-        name = f"  epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        self.tasks[1:] = [self.progress.add_task(name, total=trainer.num_training_batches)]
+        num_steps, first = int(trainer.estimated_stepping_batches), trainer.global_step
+        self.reporter.tell(num_steps=num_steps, first_step=first, num_epochs=trainer.max_epochs)
 
     def on_train_batch_end(
         self,
@@ -105,21 +94,71 @@ class FitProgress(EpochLines):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if len(self.tasks) == 1:  # Lightning begins no epoch that it goes on within
-            self.on_train_epoch_start(trainer, pl_module)
-        for task, done in zip(self.tasks, (trainer.global_step, batch_idx + 1), strict=True):
-            self.progress.update(task, completed=done)
+        self.reporter.tell(step=trainer.global_step, epoch=trainer.current_epoch)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for task in self.tasks:
-            self.progress.remove_task(task)
-        self.tasks = []
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (loss := trainer.callback_metrics.get("val_loss")) is not None:
+            self.reporter.tell(val_loss=float(loss))
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self.teardown(trainer, pl_module, "fit")
+
+class StopWhenAsked(pl.Callback):
+    """Ends a fit that keeps no checkpoint as soon as its job is asked to stop.
+
+    Args:
+        reporter: of the job.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.reporter.stop_if_asked()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.reporter.stop_if_asked()
+
+
+class JobBars:
+    """Shows the jobs that run: a bar each on a terminal; in a file a line every ten minutes.
+
+    Args:
+        progress: the live display, which others share.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._bars: dict[Path, TaskID] = {}
+        self._said: dict[Path, float] = {}
+        console = progress.console
+        self._moves = console.is_terminal or console.is_jupyter
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        folders = [job.folder for job in jobs]
+        for folder in [folder for folder in self._bars if folder not in folders]:
+            self.progress.remove_task(self._bars.pop(folder))
+        for job in jobs:
+            known = progress_of(job.folder)
+            if self._moves:
+                self._move(job, known)
+            elif time.monotonic() > self._said.setdefault(job.folder, time.monotonic()) + LONGEST:
+                self._said[job.folder] = time.monotonic()
+                self._say(job, known)
+
+    def _move(self, job: Job, known: dict[str, Any]) -> None:
+        if job.folder not in self._bars:
+            self._bars[job.folder] = self.progress.add_task(escape(job.title), total=None)
+        done, total = known.get("step", 0), known.get("num_steps")
+        self.progress.update(self._bars[job.folder], completed=done, total=total)
+
+    def _say(self, job: Job, known: dict[str, Any]) -> None:
+        if "step" in known:
+            loss = f", held-out loss {known['val_loss']:.4f}" if "val_loss" in known else ""
+            self.progress.console.print(
+                f"{job.title}: epoch {known['epoch'] + 1} of {known['num_epochs']}, "
+                f"step {known['step']:,} of {known['num_steps']:,}{loss}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 class SayWhatGoesOn(pl.Callback):

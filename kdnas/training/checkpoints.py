@@ -1,0 +1,105 @@
+"""Checkpoints that are whole, and from which an interrupted fit goes on."""
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from kdnas.system.errors import UserError, first_line
+from kdnas.system.files import new_file
+from kdnas.system.jobs import Reporter
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint that can be gone on from; nothing in it is run.
+
+    Raises:
+        UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of Lightning.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(
+            f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to begin anew."
+        ) from error
+    if (
+        not isinstance(found, dict)
+        or not {"state_dict", "pytorch-lightning_version"} <= found.keys()
+    ):
+        raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
+    return found
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are old or new, never a part: Lightning's way leads over another file system's folder."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a number
+        torch.save(checkpoint, buffer)
+        with new_file(Path(path)) as file:
+            file.write(buffer.getbuffer())
+
+
+class KeepLast(pl.Callback):
+    """Writes a checkpoint after each epoch, every few minutes, and before a job that is asked ends.
+
+    Random numbers go on as if nothing had been, so with a ``ResumableLoader`` a fit that was
+    stopped ends with the weights of one that was not.
+
+    Args:
+        path: of the checkpoint; the job's folder is the one that it lies in.
+        every_seconds: the most that a kill can cost.
+    """
+
+    FORMAT = 1  # another where modules or loaders keep something else
+
+    def __init__(self, path: Path, every_seconds: float = 300) -> None:
+        self.path, self.every_seconds = path, every_seconds
+        self.reporter = Reporter(path.parent)
+        self._random: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {"random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()  # dropout's there
+        return {**states, "format": self.FORMAT}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random = {name: state_dict[name] for name in ("random", "cuda") if name in state_dict}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random:
+            torch.set_rng_state(self._random["random"])
+        if "cuda" in self._random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._random["cuda"])
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.is_last_batch:  # the end of the epoch comes next
+            return
+        # One before the first validation, which may be long.
+        is_first = batch_idx + 2 == trainer.num_training_batches and not self.path.exists()
+        is_due = time.monotonic() - self._saved > self.every_seconds
+        if is_first or is_due or self.reporter.is_asked_to_stop:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+        self.reporter.stop_if_asked()
