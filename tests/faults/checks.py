@@ -96,8 +96,12 @@ def unfinished(places: Iterable[Path]) -> list[Path]:
 
 def times(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
     """Size and time of files: a file that was written again has others."""
-    stats = {path: path.stat() for path in paths if path.is_file()}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+    found = {}
+    for path in paths:
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            if not path.is_dir():
+                found[path] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
 
 
 def steps_told(folder: Path) -> int:

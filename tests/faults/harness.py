@@ -470,7 +470,7 @@ class Bench:
         values = {str(number): result["value"] or math.nan for number, result in results.items()}
         lost = [n for n, reward in told if f"{values.get(n, math.nan):.4f}" != reward]
         row.fault("lost", f"told, and without result: {lost}", len(lost))
-        row.fault("undetected", "trials trained, and none told", not told and self.trained(name))
+        row.fault("undetected", "trials trained, and none told", bool(self.trained(name)) and not told)
 
         if (self.run(name) / "study.db").exists() or name in self.storages:
             trials = {trial.number: trial for trial in self.trials(name)}

@@ -5,7 +5,6 @@ import signal
 import statistics
 import time
 from contextlib import suppress
-from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -38,19 +37,18 @@ def usage(bench: Bench, name: str, session: int) -> dict[str, float]:
             held["megabytes"] += sizes["Anonymous:"] / 1e3
             held["processes"] += 1
 
-    def kilobytes(place: Path) -> float:
-        with suppress(OSError):  # a file has gone meanwhile
-            return sum(size for size, _ in times([place, *place.rglob("*")]).values()) / 1e3
-        return 0.0
-
-    for path in bench.run(name).iterdir():
-        kinds = {"study.db": "database_kb", "trial_00": "trials_kb"}
-        held[
-            kinds.get(path.name[:8], "trials_kb" if path.name[:6] == "trial_" else "other_kb")
-        ] += kilobytes(path)
-    places = {"states": bench.states, "temporary": bench.temporary, "home": bench.home}
-    for kind, place in {**places, "tokens": bench.logs / "tokens"}.items():
-        held[f"{kind}_kb"] = kilobytes(place)
+    run = bench.run(name)
+    places = {
+        "database": run.glob("study.db*"),
+        "trials": run.glob("trial_*/**/*"),
+        "other": [*run.glob("*.*"), *run.glob("search/*")],
+        "states": bench.states.rglob("*"),
+        "tokens": (bench.logs / "tokens").rglob("*"),
+        "temporary": bench.temporary.rglob("*"),
+        "home": bench.home.rglob("*"),
+    }
+    for kind, paths in places.items():
+        held[f"{kind}_kb"] = sum(size for size, _ in times(paths).values()) / 1e3
     return held
 
 
