@@ -47,8 +47,7 @@ def full_disk(bench: Bench, row: Row) -> None:
             args = bench.search(name, *more)
             code, error = bench.call(args)
             row.tried += 1
-            is_told = code in (2, 3) and is_one_line(error) and " are free" in error
-            row.fault("undetected", f"{kilobytes} kB: exit {code}, {error}", not is_told)
+            row.expect(f"{kilobytes} kB", code, error, (2, 3), " are free")
             known = bench.results(name)
             enlarge(disk)
             bench.go_on(row, f"{kilobytes} kB", args, known)
@@ -61,8 +60,7 @@ def file_limit(bench: Bench, row: Row) -> None:
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
         code, error = bench.call_alone(args, preexec_fn=limit)
         row.tried += code != 0
-        is_told = code == 0 or (code == 3 and is_one_line(error))
-        row.fault("undetected", f"{size} bytes: exit {code}, {error}", not is_told)
+        row.expect(f"{size} bytes", code, error, (0, 3))
         bench.go_on(row, f"{size} bytes", args, bench.results(name))
 
 

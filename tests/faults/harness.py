@@ -21,57 +21,47 @@ from typing import IO, Any
 from benchmarks.common import ROOT  # isort: skip (before torch)
 
 import optuna
-import torch
 import yaml
 from optuna.storages import RDBStorage
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from kdnas.cli.main import main as kdnas
 from kdnas.training.precision import bf16_is_faster
+from tests.conftest import make_rows, save_teacher, write_task
 from tests.faults import checks
-from tests.faults.checks import is_one_line, kill_all
+from tests.faults.checks import is_one_line
 
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "ls"]
 # The faults of a disk, of which a job may leave a traceback in its log.
 OF_DISKS = ("F05", "F06", "F07")
-# Starts of students that write down each training, or that kill their process for some shapes.
+# A start of students that ends its process, or fills its memory, for some shapes.
 HOOKS = """
-import ctypes, json, os, resource, time
+import ctypes, os, resource, time
 from pathlib import Path
 from kdnas.distillation.start import FromTeacher
 from kdnas.nas import study
 
 study.PATIENCE_SECONDS = float(os.environ.get("PATIENCE", study.PATIENCE_SECONDS))
 
-def memory(place):
-    return int(Path("/proc/self/statm").read_text().split()[place]) * resource.getpagesize()
-
-class Told(FromTeacher):
+class Deadly(FromTeacher):
     def __call__(self, student, teacher, rows):
-        shape = student.config.to_diff_dict()
-        with open(os.environ["TRAININGS"], "a") as file:
-            file.write(json.dumps([shape, memory(1)]) + "\\n")
-        return super().__call__(student, teacher, rows)
-
-class Deadly(Told):
-    def __call__(self, student, teacher, rows):
-        copied, way = super().__call__(student, teacher, rows), os.environ["DEADLY"]
+        way = os.environ.get("DEADLY")
         if way and student.config.intermediate_size == 16:
             if way == "crash":
                 ctypes.string_at(0)
             if way == "hang":
                 time.sleep(10_000)
-            limits = resource.getrlimit(resource.RLIMIT_AS)
-            if way == "limit":
-                resource.setrlimit(resource.RLIMIT_AS, (memory(0) + (256 << 20), limits[1]))
-            filled = []
-            try:
-                while True:
-                    filled.append(b"x" * (1 << 24))
-            finally:
-                resource.setrlimit(resource.RLIMIT_AS, limits)
-        return copied
+            fill_memory()
+        return super().__call__(student, teacher, rows)
+
+def fill_memory():
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
+    filled = []
+    try:
+        while True:
+            filled.append(b"x" * (1 << 24))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 """
 
 
@@ -108,6 +98,14 @@ class Row:
             text = str(note)
             short = text if len(text) <= 400 else f"{text[:100]} ... {text[-300:]}"
             self.notes.append(f"{kind}: {short}")
+
+    def expect(
+        self, what: str, code: int, error: str, codes: Sequence[int] = (0,), words: str = ""
+    ) -> None:
+        """A command ends with one of these codes; unless it succeeds, with one line and its words."""
+        is_told = code == 0 or (is_one_line(error) and words in error)
+        is_right = code in codes and is_told
+        self.fault("undetected", f"{what}: exit {code}, {error}", not is_right)
 
     def waited(self, seconds: float) -> None:
         self.worst_wait_s = max(self.worst_wait_s, seconds)
@@ -150,12 +148,9 @@ def name_of(args: Sequence[str]) -> str:
 
 
 class Bench:
-    """A tiny teacher, 200 texts and a task, in a folder with a canary; and commands on them.
+    """A tiny teacher, 200 texts and a task, in a folder with a canary; commands, and a checker.
 
-    Args:
-        folder: for all that is made.
-        quick: a few faults of each kind instead of fifty.
-        seed: of the instants at which faults happen.
+    ``quick``: a few faults of each kind instead of fifty.
     """
 
     def __init__(self, folder: Path, quick: bool, seed: int) -> None:
@@ -171,44 +166,13 @@ class Bench:
         self._finished: dict[int, str] = {}
         # Once for all: a busy machine may find another answer, and searches would not be equal.
         bf16_is_faster("cpu")
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        for place in (self.task, self.home, self.told, self.temporary):
+        for place in (self.home, self.told, self.temporary):
             place.mkdir()
-        self._make_teacher()
-        self.write_rows(self.text, 200)
-        for split, num_rows in (("train", 96), ("validation", 30)):
-            lines = [f"{WORDS[i % 3]} {self._words(6)}\t{i % 3}\n" for i in range(num_rows)]
-            (self.task / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+        save_teacher(self.teacher, num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+        write_task(self.task, num_rows=60)
+        self.text.write_text("".join(f"{text}\n" for text in make_rows(200)))
         (folder / "hooks.py").write_text(HOOKS)
         self._outside = self.outside()
-
-    def _make_teacher(self) -> None:
-        vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]
-        numbers = {word: number for number, word in enumerate(vocabulary)}
-        tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        template = ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 1), ("[SEP]", 2)])
-        tokenizer.post_processor = processors.TemplateProcessing(*template)
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask")}
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="[UNK]", **special
-        ).save_pretrained(self.teacher)
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=40,
-        )
-        BertModel(config).save_pretrained(self.teacher)
-
-    def _words(self, number: int) -> str:
-        return " ".join(self.random.choices(WORDS, k=number))
-
-    def write_rows(self, path: Path, num_rows: int) -> None:
-        path.write_text("".join(f"{self._words(12)}\n" for _ in range(num_rows)))
 
     def new_name(self) -> str:
         self._number += 1
@@ -239,10 +203,6 @@ class Bench:
         if name in self.storages:
             options["storage"] = self.storages[name]
         return [command, *(f"--{key}={value}" for key, value in options.items()), *more]
-
-    def watched(self, name: str, *more: str) -> list[str]:
-        """A search that writes down each training that it begins, for ``num_repeated``."""
-        return self.search(name, "--recipe.start=hooks.Told", *more)
 
     def job(self, name: str, *more: str) -> list[str]:
         """The same for the whole job, with a labelled task."""
@@ -279,7 +239,6 @@ class Bench:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
             "HOME": str(self.home),
             "TMPDIR": str(self.temporary),
-            "TRAININGS": str(self._trainings(name_of(args))),
             **(environment or {}),
         }
         with self.output(args) as output:
@@ -303,29 +262,10 @@ class Bench:
         """The file that takes what a command prints, by the run that it names."""
         return (self.told / name_of(args)).open("a", encoding="utf-8")
 
-    def _trainings(self, name: str) -> Path:
-        return self.folder / f"trainings_{name}"
-
-    def trainings(self, name: str) -> list[list[Any]]:
-        """Shape and memory at the begin of each training of a ``watched`` search."""
-        return [json.loads(line) for line in self._trainings(name).read_text().splitlines()]
-
-    def num_repeated(self, name: str) -> int:
-        """How many trainings of a ``watched`` search were of a shape that was trained before."""
-        shapes = [json.dumps(shape) for shape, _ in self.trainings(name)]
-        return len(shapes) - len(set(shapes))
-
     def wait_for_trial(self, process: subprocess.Popen[str], name: str, number: int = 0) -> None:
         """Wait until this trial has begun, or the process has ended."""
         while process.poll() is None and not (self.run(name) / f"trial_{number:04d}").exists():
             time.sleep(0.05)
-
-    def broken_off(self, name: str) -> tuple[dict[int, Any], str]:
-        """Kill a search in its second trial; what results it has, and what it said."""
-        process = self.start(self.search(name))
-        self.wait_for_trial(process, name, 1)
-        error = kill_all(process)
-        return self.results(name), error
 
     def stopped_run(self) -> tuple[list[str], Path]:
         """The arguments of a run that was stopped in full KD, and a copy of its folder."""
@@ -351,6 +291,11 @@ class Bench:
         """The results of distinct candidates that were trained to their end."""
         results = self.results(name).values()
         return [r for r in results if r["state"] == "COMPLETE" and "twin_of" not in r["attrs"]]
+
+    def num_repeated(self, name: str) -> int:
+        """How many trainings were begun in folders in which one was begun before."""
+        folders = self.run(name).glob("trial_*")
+        return sum(max(0, len(list(folder.glob("events.*"))) - 1) for folder in folders)
 
     def story(self, name: str) -> list[Any]:
         """What is equal in equal searches: shapes and rewards, in their order."""
@@ -391,8 +336,7 @@ class Bench:
         code, error = (call or self.call)(args)
         row.tried += 1
         row.waited(time.monotonic() - start)
-        is_told = code == 2 and is_one_line(error) and words in error
-        row.fault("undetected", f"{what}: exit {code}, {error}", not is_told)
+        row.expect(what, code, error, (2,), words)
         changed = self.made() ^ before
         row.fault("undetected", f"{what}: made {sorted(changed)}", bool(changed))
         self.look_at_canary(row, what)
@@ -400,7 +344,7 @@ class Bench:
     def succeed(self, row: Row, what: str, args: Sequence[str]) -> str:
         """A command that must succeed; what it said."""
         code, error = self.call(args)
-        row.fault("undetected", f"{what}: exit {code}, {error}", code != 0)
+        row.expect(what, code, error)
         return error
 
     def go_on(
@@ -428,22 +372,19 @@ class Bench:
     ) -> None:
         """What must hold after a search that was disturbed has come to its end.
 
-        Args:
-            row: counts what does not hold.
-            name: of the search.
-            known: the results that there were at the fault.
-            error: what it said.
-            in_order: it is equal to an unbroken one; with several workers, only each reward is.
-            num_trials: so many distinct candidates are trained.
-            like: the unbroken search; by default the reference.
+        ``known`` are its results at the fault. ``in_order``: it equals the unbroken search ``like``,
+        by default the reference; with several workers, only each reward does.
         """
         self.check_stopped(row, name, known, error)
         shapes = [json.dumps(result["params"]) for result in self.trained(name)]
         num_trials = num_trials or self.num_trials
         row.fault("duplicated", f"{len(shapes)} trained", abs(len(shapes) - num_trials))
         row.fault("duplicated", "a shape twice", len(shapes) - len(set(shapes)))
-        running = [trial.number for trial in self.trials(name) if trial.state.name == "RUNNING"]
+        trials = self.trials(name)
+        running = [trial.number for trial in trials if trial.state.name == "RUNNING"]
         row.fault("zombies", f"trials {running} run", len(running))
+        untold = self.results(name).keys() - {trial.number for trial in trials}
+        row.fault("lost", f"results that the study does not hold: {untold}", len(untold))
         row.fault("undetected", "no manifest", not (self.run(name) / "manifest.json").exists())
         mine = self.story(name)
         if in_order:
@@ -470,16 +411,19 @@ class Bench:
         values = {str(number): result["value"] or math.nan for number, result in results.items()}
         lost = [n for n, reward in told if f"{values.get(n, math.nan):.4f}" != reward]
         row.fault("lost", f"told, and without result: {lost}", len(lost))
-        row.fault("undetected", "trials trained, and none told", bool(self.trained(name)) and not told)
+        row.fault(
+            "undetected", "trials trained, and none told", bool(self.trained(name)) and not told
+        )
 
         if (self.run(name) / "study.db").exists() or name in self.storages:
             trials = {trial.number: trial for trial in self.trials(name)}
             row.fault("duplicated", list(trials), list(trials) != list(range(len(trials))))
+            keys = ("state", "value")
             wrong = [
                 number
                 for number, trial in trials.items()
                 if trial.state.is_finished() and trial.params
-                if (trial.state.name, trial.value) != _told_as(results.get(number))
+                if [trial.state.name, trial.value] != [results.get(number, {}).get(k) for k in keys]
             ]
             row.fault("lost", f"the study knows others than the results: {wrong}", len(wrong))
         self.check_traces(row, name, error)
@@ -537,8 +481,3 @@ class Bench:
         path = self.run(name) / "config.yaml"
         there = yaml.safe_load(path.read_text()) if path.exists() else None
         return Path(there["states"]["folder"]) if there else self.states
-
-
-def _told_as(result: dict[str, Any] | None) -> tuple[str, float | None] | None:
-    """How a study's trial ends that was told a result."""
-    return result and (result["state"], result["value"])

@@ -28,7 +28,7 @@ def kill_search(bench: Bench, row: Row) -> None:
         error, known = kill_all(process), bench.results(name)
         code, more = bench.call_alone(bench.search(name))
         row.tried += process.returncode != 0  # else it was over before
-        row.fault("undetected", f"exit {code}, {more}", code != 0)
+        row.expect("after it", code, more)
         extra.append(time.monotonic() - begun - whole)
         bench.check(row, name, known, error + more)
 
@@ -109,7 +109,7 @@ def kill_stages(bench: Bench, row: Row) -> None:
             error, known, done = kill_all(process), bench.results(name), units(run)
             row.tried += process.returncode != 0
             code, more = bench.call_alone(args)
-            row.fault("undetected", f"{stage}: exit {code}, {more}", code != 0)
+            row.expect(stage, code, more)
             bench.check(row, name, known, error + more)
             again = [path for path, time_ in units(run).items() if done.get(path, time_) != time_]
             row.fault("duplicated", f"{stage}: made again {again}", len(again) > 1)

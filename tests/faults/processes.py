@@ -6,7 +6,7 @@ import subprocess
 import time
 from contextlib import suppress
 
-from tests.faults.checks import at_work, is_one_line, times
+from tests.faults.checks import at_work, kill_all, times
 from tests.faults.harness import Bench, Row, fault
 from tests.faults.servers import dask
 
@@ -23,7 +23,7 @@ def candidate_of(bench: Bench, process: subprocess.Popen[str], number: int) -> i
 def kill_worker(bench: Bench, row: Row) -> None:
     for number in range(2 if bench.quick else 50):
         name = bench.new_name()
-        process = bench.start(bench.watched(name, "--workers=2"))
+        process = bench.start(bench.search(name, "--workers=2"))
         if (worker := candidate_of(bench, process, 2)) is None:
             row.notes.append(f"{name}: it was over before")
             continue
@@ -45,7 +45,7 @@ def kill_worker(bench: Bench, row: Row) -> None:
                 os.kill(worker, signal.SIGCONT)
         _, error = process.communicate()
         row.tried += 1
-        row.fault("undetected", f"exit {process.returncode}, {error}", process.returncode != 0)
+        row.expect("", process.returncode, error)
         bench.check(row, name, known, error, in_order=False)
         row.fault("duplicated", "trained again", bench.num_repeated(name) > is_killed)
 
@@ -62,7 +62,9 @@ def again(bench: Bench, row: Row) -> None:
     make = [bench.search] if bench.quick else [bench.search] * 20 + [bench.job] * 3
     for args_of in make:
         name = bench.new_name()
-        known, error = bench.broken_off(name)
+        process = bench.start(bench.search(name))
+        bench.wait_for_trial(process, name, 1)
+        error, known = kill_all(process), bench.results(name)
         both = [bench.start(args_of(name)) for _ in range(2)]
         errors = [process.communicate()[1] for process in both]
         row.tried += 1
@@ -77,7 +79,7 @@ def dask_dies(bench: Bench, row: Row) -> None:
     for kills_scheduler in (False, True) * (1 if bench.quick else 5):
         with dask(bench) as servers:
             name = bench.new_name()
-            args = bench.watched(name, f"--executor={servers.url}")
+            args = bench.search(name, f"--executor={servers.url}")
             process = bench.start(args)
             bench.wait_for_trial(process, name, 1)
             time.sleep(bench.random.uniform(0, 1))
@@ -86,10 +88,5 @@ def dask_dies(bench: Bench, row: Row) -> None:
             killed.kill()
             row.tried += 1
             _, error = process.communicate()
-        code = process.returncode
-        is_told = code == 0 or (kills_scheduler and code == 3 and is_one_line(error))
-        row.fault("undetected", f"exit {code}, {error}", not is_told)
-        if code == 0:
-            bench.check(row, name, known, error, in_order=False)
-        else:
-            bench.go_on(row, "the end of Dask", bench.search(name), known, error, in_order=False)
+        row.expect("", process.returncode, error, (0, 3) if kills_scheduler else (0,))
+        bench.go_on(row, "the end of Dask", bench.search(name), known, error, in_order=False)
