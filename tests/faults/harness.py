@@ -37,14 +37,11 @@ HOOKS = """
 import ctypes, os, resource, time
 from pathlib import Path
 from kdnas.distillation.start import FromTeacher
-from kdnas.nas import study
-
-study.PATIENCE_SECONDS = float(os.environ.get("PATIENCE", study.PATIENCE_SECONDS))
 
 class Deadly(FromTeacher):
     def __call__(self, student, teacher, rows):
-        way = os.environ.get("DEADLY")
-        if way and student.config.intermediate_size == 16:
+        way = os.environ["DEADLY"]
+        if student.config.intermediate_size == 16:
             if way == "crash":
                 ctypes.string_at(0)
             if way == "hang":

@@ -92,14 +92,24 @@ def cut(server: Postgres) -> Iterator[None]:
     yield
 
 
+IMPATIENT = """
+import sys
+from kdnas.cli.main import main
+from kdnas.nas import study
+
+study.PATIENCE_SECONDS = 5
+sys.exit(main())
+"""
+
+
 def outage(bench: Bench, row: Row, name: str, away: Callable, seconds: float) -> None:
     """A store that is away at a random instant; for ever: for longer than it is waited for.
 
     The search loses nothing, no candidate fails, and none is trained again.
     """
     is_for_ever = math.isinf(seconds)
-    args = bench.search(name, "--workers=2", "--recipe.start=hooks.Deadly")
-    process = bench.start(args, environment={"PATIENCE": "5"} if is_for_ever else {})
+    args = bench.search(name, "--workers=2")
+    process = bench.start(args, ["-c", IMPATIENT] if is_for_ever else ["-m", "kdnas"])
     bench.wait_for_trial(process, name)
     time.sleep(bench.random.uniform(0, 2))
     known, begun = bench.results(name), time.monotonic()
