@@ -25,8 +25,9 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from kdnas import __version__
-from kdnas.data.corpus import build_quickstart_text, load_corpus
+from kdnas.data.corpus import load_corpus
 from kdnas.data.datamodule import DataSettings
+from kdnas.data.quickstart import build_quickstart_text
 from kdnas.distillation.module import Recipe
 from kdnas.models.arch import StudentArch
 from kdnas.system.files import new_file

@@ -204,7 +204,6 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = KDDataModule(common.TEACHER, text, our_data)
     for data in (theirs, ours):
         data.setup()
-    assert ours.rows is not None
     recipe = Recipe(
         objective=HiddenStates(LastAndSkip()),
         start=FromTeacher(),

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from kdnas.data.corpus import build_quickstart_text, load_corpus
+from kdnas.data.corpus import load_corpus
+from kdnas.data.quickstart import build_quickstart_text
 from kdnas.system.files import write_json
 
 NUM_STEPS = 5

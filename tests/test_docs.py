@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdnas.cli.help import EXAMPLES, page
-from kdnas.cli.main import COMMANDS, USAGE, main
+from kdnas.cli.help import page
+from kdnas.cli.main import COMMANDS, main
 from kdnas.models.arch import StudentArch
 from kdnas.training.precision import trainer_precision
 from tests.conftest import make_rows, save_teacher, write_table, write_task
@@ -134,8 +134,11 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
     texts = [path.read_text(encoding="utf-8") for path in PAGES]
     # Help pages have columns of commands, options and words.
     texts += [
-        re.sub(r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", t)
-        for t in (USAGE, *EXAMPLES.values())
+        re.sub(
+            r"(?m)^ *(kdnas \w+) *(.*?)(?: {3}.*)?$", r"    \1 \2", page(command).split("\n\n")[1]
+        )
+        for command in COMMANDS
+        if command != "completion"
     ]
     found = [args for text in texts for args in commands(text)]
     assert len(found) > 60
@@ -157,7 +160,7 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
     ]
     assert len(fits) > 6 and all("--model.teacher" in args for args in fits)
     # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
-    for command in {*EXAMPLES, *(args[0] for args in found)} - {"verify", "completion"}:
+    for command in {*COMMANDS, *(args[0] for args in found)} - {"verify", "completion"}:
         together = [arg for name, *args in found if name == command for arg in args]
         code, _, error = answer([command, *together, "--print_config"], capsys)
         assert together and code == 0, error
@@ -171,7 +174,7 @@ def test_options_targets_and_yaml_in_the_prose_are_there(
     my_kd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"--print_config", "--quiet", "--log-level", "--as", "--help", "--config"}
-    options |= {option for name in EXAMPLES for option in re.findall(r"--[\w.]+", page(name))}
+    options |= {option for name in COMMANDS for option in re.findall(r"--[\w.]+", page(name))}
     makefile = (ROOT / "Makefile").read_text()
     num_options = 0
     for path in PAGES:

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from kdnas.cli.parser import default_objects, for_parser, in_one_line, refuse_ambiguous_yaml
+from kdnas.cli.parser import default_objects, normalize, parse, refuse_ambiguous_yaml
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.system.errors import UserError
@@ -36,11 +35,11 @@ from kdnas.training.trainer import FLUSH_SECONDS, refuse_strategy, without_tenso
 log = logging.getLogger(__name__)
 
 
-def run_lightning(subcommand: str, args: Sequence[str]) -> None:
-    """Run a subcommand of the Lightning CLI on ``HiddenStateDistillModule`` and ``KDDataModule``.
+def run_lightning(command: str, args: Sequence[str]) -> None:
+    """Fit or validate a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI.
 
     Args:
-        subcommand: ``fit`` or ``validate``.
+        command: ``fit`` or ``validate``.
         args: its options.
 
     Raises:
@@ -48,65 +47,74 @@ def run_lightning(subcommand: str, args: Sequence[str]) -> None:
     """
     refuse_ambiguous_yaml()
     with honest_signals():
-        KDCLI(
-            HiddenStateDistillModule,
-            KDDataModule,
-            SaveConfigOnce,
-            args=[subcommand, *for_parser(args)],
-            parser_kwargs={"exit_on_error": False},
-            trainer_defaults={"enable_progress_bar": False} if _is_quiet() else None,
-        )
+        KDCLI(command, args).run()
 
 
 class KDCLI(LightningCLI):
-    """The Lightning CLI with our defaults, one line for a mistake, and the student at the end."""
+    """The Lightning CLI with our defaults, for one command, and the student at the end."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        self.command = command
+        super().__init__(
+            HiddenStateDistillModule,
+            KDDataModule,
+            SaveConfigOnce,
+            trainer_defaults={"enable_progress_bar": False} if _is_quiet() else None,
+            parser_kwargs={
+                "prog": f"kdnas {command}",
+                "description": None,
+                "exit_on_error": False,
+            },
+            args=normalize(args),
+            run=False,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data is read by the teacher's tokenizer; the parser is told the classes of default objects."""
-        parser.link_arguments("model.teacher", "data.tokenizer")
+        """The options of the command itself, and defaults that only we know."""
+        skipped: set[str | int] = {*self.subcommands()[self.command]}
+        self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
+        # The data is read by the teacher's tokenizer.
+        parser.link_arguments("model.teacher", "data.teacher")
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning does, then refuse what Lightning would take.
+        """Parse the options, then refuse what Lightning would take.
 
         Raises:
-            UserError: what the parser does not know, a strategy that cuts the student, a checkpoint that is not here.
+            UserError: an option that does not exist, a strategy that cuts the student, or a
+                checkpoint that is not on this disk.
         """
         assert isinstance(args, list)
-        subcommand = args[0]
-        try:
-            super().parse_arguments(parser, args)
-        except (ArgumentError, UnicodeDecodeError) as error:
-            raise in_one_line(error, self._subcommand_parsers[subcommand]) from error
-        trainer = self.config[subcommand].trainer
-        refuse_strategy(
-            getattr(trainer.strategy, "class_path", trainer.strategy).rpartition(".")[2]
-        )
+        self.config = parse(parser, args)
+        trainer = self.config.trainer
+        strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+        refuse_strategy(strategy.rpartition(".")[2])
         if trainer.precision is None:
             trainer.precision = trainer_precision(trainer.accelerator)
-        path = self.config[subcommand].get("ckpt_path")  # Lightning itself looks into it next
+
+        path = self.config.ckpt_path
         if path and os.path.isfile(path):
             check_checkpoint(Path(path))
-        elif path not in (
-            None,
-            "last",
-            "best",
-            "hpc",
-        ):  # what comes from elsewhere Lightning would run
+        elif path not in (None, "last", "best", "hpc"):  # Lightning would run what is elsewhere
             raise UserError(
                 f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk."
             )
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would take a checkpoint's word for our settings, and import the classes that it names."""
+    def run(self) -> None:
+        """Fit or validate, and complete the folder."""
+        options = {name: self.config[name] for name in self.arguments}
+        getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
+        if self.command == "fit":
+            self.save_student()
+        else:
+            self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """With checkpoints that are whole or not there, and lines where no bar can move."""
         without_tensorflow()
         trainer = super().instantiate_trainer(**options)
-        if (
-            type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
-        ):  # not one that the user asked for
+        # A user may have asked for another one.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -116,10 +124,11 @@ class KDCLI(LightningCLI):
         callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
         return trainer
 
-    def after_fit(self) -> None:
-        """Lightning's hook: write the student of a finished fit beside its curves, and then the manifest."""
+    def save_student(self) -> None:
+        """Write the student of a finished fit beside its curves, and then the manifest."""
         trainer = self.trainer
-        folder, own = Path(trainer.log_dir or trainer.default_root_dir), own_folder(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        own = own_folder(trainer)
         trainer.strategy.barrier()  # others may still write what they measured
         if trainer.is_global_zero:
             with new_folder(folder / "encoder") as temporary:
@@ -128,8 +137,8 @@ class KDCLI(LightningCLI):
                 write_manifest(own, {"name": own.name, "command": sys.argv, "gpu": gpu_name()})
             log.info("The student, with its tokenizer: %s", folder / "encoder")
 
-    def after_validate(self) -> None:
-        """Lightning's hook: write down the curves that it has added to the folder of a finished fit."""
+    def renew_curves(self) -> None:
+        """Update the manifest of a finished fit for the curves that a validation has added."""
         own = own_folder(self.trainer)
         if own is not None and self.trainer.is_global_zero:
             for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
@@ -141,35 +150,38 @@ def _is_quiet() -> bool:
 
 
 def own_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder that a fit's first logger made for it alone; None where it is others' too. Every process must ask."""
-    folder, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.logger
+    """The folder that a fit's first logger made for it alone; None where others use it too.
+
+    Every process must call this: Lightning broadcasts the folder's name.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
     is_own = isinstance(logger, TensorBoardLogger | CSVLogger) and folder != Path(logger.save_dir)
     return folder if is_own else None
 
 
 class SaveConfigOnce(SaveConfigCallback):
-    """Writes a fit's config beside its curves; one that is there already stays, and so does what lies beside it.
+    """Writes a fit's config beside its curves, unless the same config is there already.
 
-    Only a manifest does not: it is written anew at the end.
-
-    Slurm's number of the job names the folder: a job that is queued again comes back to it, and so do two fits in one.
+    On Slurm the job's number names the folder, so a job that is queued again comes back to it, and
+    so does a second fit of the same job.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look at what is there, in the first process.
+        """Compare with the config that is there, in the first process.
 
         Raises:
-            UserError: it is the config of another fit, whose student would be replaced.
+            UserError: it is of another fit, whose student would be replaced.
         """
         path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
         differing: list[str] | None = None
         if trainer.is_global_zero and path.is_file():
-            known, asked = (
-                flat(read_yaml(path)),
-                flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))),
-            )
+            known = flat(read_yaml(path))
+            asked = flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
             differing = [
-                k for k in {**known, **asked} if k != "ckpt_path" and known.get(k) != asked.get(k)
+                name
+                for name in known | asked
+                if name != "ckpt_path" and known.get(name) != asked.get(name)
             ]
         differing = trainer.strategy.broadcast(differing)
         if differing and stage == "fit":
@@ -177,9 +189,11 @@ class SaveConfigOnce(SaveConfigCallback):
                 f"{str(path)!r} is of a fit with another {', '.join(differing)}: "
                 "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
             )
+
         own = own_folder(trainer)
         if own is not None and stage == "fit" and trainer.is_global_zero:
-            (own / MANIFEST).unlink(missing_ok=True)  # until the end again
-            sweep(own.parent, "version_*/**/.*")  # of fits before it, each in a folder of its own
+            (own / MANIFEST).unlink(missing_ok=True)  # written anew at the end
+            sweep(own.parent, "version_*/**/.*")  # what killed fits have left
+
         self.already_saved = differing is not None
         super().setup(trainer, pl_module, stage)

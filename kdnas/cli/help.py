@@ -1,14 +1,11 @@
 """The help pages and the shell's completions, which the command line shows without importing torch.
 
-A page is examples, and below them what the command's parser says: a file, which a test holds to the parser.
+A page of ``pages/`` is a summary and examples, and below them what the command's own parser says.
+``WRITE_PAGES=1 pytest tests/cli/test_help.py`` writes the latter, and ``options.txt``: a line for
+each command, with its options.
 """
 
 import argparse
-import contextlib
-import io
-import os
-import re
-from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -16,158 +13,19 @@ import shtab
 
 from kdnas.system.errors import UserError, nearest
 
-EXAMPLES = {
-    "run": """search, full KD, fine-tuning, export and report, each resumable
-
-  kdnas run --config configs/quickstart.yaml
-  kdnas run --teacher bert-base-uncased --text my.parquet --task my_task/ --name mine --search.budget.speedup 6
-  kdnas run --config configs/quickstart.yaml --search.n_trials 20 --sampler lstm --name lstm
-  kdnas run --config configs/quickstart.yaml --smoke      every stage on 64 rows, in a minute: does it all work?
-  kdnas run --config configs/quickstart.yaml --dry-run    minutes, disk and memory that it will need
-""",
-    "search": """the search alone, into a study that others can join
-
-  kdnas search --config configs/search.yaml --dry-run       minutes, disk and memory that it will need
-  kdnas search --config configs/search.yaml --workers 2 --time-budget 60
-  kdnas search --config configs/search.yaml --storage postgresql://user:password@host/db
-""",
-    "space": """what students a search may propose, and what they cost
-
-  kdnas space --teacher bert-base-uncased
-  kdnas space --teacher bert-base-uncased --space.num_hidden_layers '[4,6]'
-""",
-    "glue": """teacher and student on labelled tasks, with the same settings, in one table
-
-  kdnas glue --model bert-base-uncased --model lightning_logs/mine/full_kd/encoder --task stsb --task rte --seeds 3
-  kdnas glue --model bert-base-uncased --data reviews.csv --text-column review --label-column stars
-  kdnas glue --model lightning_logs/mine/full_kd/encoder --task stsb --grid --distill-from my-finetuned-teacher/
-""",
-    "latency": """models beside each other, by backend, batch, length and threads
-
-  kdnas latency --model bert-base-uncased --model lightning_logs/mine/student --backend torch onnxruntime-int8
-  kdnas latency --model lightning_logs/mine/student --batch 1 8 --length 16 128 --threads 1 2
-""",
-    "export": """a student as a folder to deploy: Hugging Face, ONNX, int8, predict.py, model card, manifest
-
-  kdnas export --run mine
-  kdnas export --student my_encoder/ --output deployed/
-  kdnas export --student my_classifier/ --data reviews.csv --text-column review --label-column stars
-""",
-    "report": """the report of a run made anew, or several runs beside each other, finished or not
-
-  kdnas report --run mine
-  kdnas report --run tpe --run lstm --run random --output searches.html
-""",
-    "verify": """whether a finished run, fit, comparison or export is still as its manifest says
-
-  kdnas verify mine
-  kdnas verify lightning_logs/version_0
-""",
-    "fit": """one student, by the Lightning CLI
-
-  kdnas fit --config configs/fit.yaml --model.teacher bert-base-uncased --data.text my.parquet
-  kdnas fit --config configs/fit.yaml --model.arch lightning_logs/quickstart/best_student.yaml
-  kdnas fit --config configs/fit.yaml --trainer.accelerator gpu --trainer.devices 4 --trainer.strategy ddp
-""",
-    "validate": """what a checkpoint of fit knows of its teacher
-
-  kdnas validate --config configs/fit.yaml --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt
-""",
-}
-
-
-EVERYWHERE = """with every command:
-  --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
-                        and --dry-run are still printed
-  --log-level LEVEL     debug, info (as it is), warning or error
-"""
-
-
-COMPLETION = """kdnas completion SHELL: a script that completes commands and options by TAB
-
-  eval "$(kdnas completion bash)"      in ~/.bashrc; zsh alike in ~/.zshrc
-  kdnas completion fish | source
-  kdnas completion tcsh
-"""
-
-# Options whose values are names of files or folders, mostly.
-PATHS = {
-    "ckpt_path",
-    "config",
-    "data",
-    "distill_from",
-    "folder",
-    "json",
-    "model",
-    "output",
-    "root",
-    "run",
-    "student",
-}
-PATHS |= {"task", "teacher", "text"}
-
 
 def page(command: str) -> str:
-    """The help page of a command, as it was shipped.
-
-    Args:
-        command: one of ``EXAMPLES``, or ``completion``.
-    """
-    if command == "completion":
-        return COMPLETION
-    return files("kdnas.cli").joinpath("pages", f"{command}.txt").read_text(encoding="utf-8")
+    """The help page of a command."""
+    return _shipped("pages", f"{command}.txt")
 
 
-def refuse_unknown(command: str, args: Sequence[str]) -> None:
-    """Refuse an option that is on no page before the parser is built, whose imports take seconds.
-
-    Args:
-        command: one of ``EXAMPLES``, or ``completion``.
-        args: its options. What has a dot in its name is left to the parser: classes have options of their own.
-
-    Raises:
-        UserError: there is no such option.
-    """
-    names = {option[2:].replace("-", "_") for option in options_of(command)}
-    for arg in args if names else ():  # completion has none
-        name = arg[2:].partition("=")[0].rstrip("+").replace("-", "_")
-        if (
-            arg.startswith("--")
-            and "." not in name
-            and not any(known.startswith(name) for known in names)
-        ):
-            of_run = command == "search" and f"--{name}" in {
-                known.partition(".")[0] for known in options_of("run")
-            }
-            others = {known.partition(".")[0] for known in names}
-            hint = " It is an option of `kdnas run`." if of_run else nearest(name, others)
-            raise UserError(f"There is no option {arg.partition('=')[0]!r}.{hint}")
+def summary(command: str) -> str:
+    """What a command is for, in a line."""
+    return page(command).splitlines()[0].partition(": ")[2]
 
 
-def options_of(command: str) -> set[str]:
-    """The options on the page of a command, with their dashes."""
-    found = set(re.findall(r"(?m)^ +(?:-\w[, \w]*)?(--[\w.-]+)", page(command)))
-    return found | {"--as"} if command == "export" else found  # the parser's own name is --format
-
-
-def render(command: str, run: Callable[[Sequence[str]], None]) -> str:
-    """Make a page anew: the examples, then what the command's own parser says, 100 columns wide.
-
-    Args:
-        command: one of ``EXAMPLES``.
-        run: the command, which takes its options.
-    """
-    shown = io.StringIO()
-    width = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            run(["--help"])
-    finally:
-        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
-    text = re.sub(r"(?m) +$", "", shown.getvalue())
-    options = text.partition("\n\n")[2].rstrip()  # without the usage
-    return f"kdnas {command}: {EXAMPLES[command]}\n{options}\n\n{EVERYWHERE}"
+def _shipped(*path: str) -> str:
+    return files("kdnas.cli").joinpath(*path).read_text(encoding="utf-8")
 
 
 def completion(shell: str) -> str:
@@ -185,13 +43,13 @@ def completion(shell: str) -> str:
         )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
-    for command, example in EXAMPLES.items():
-        options = commands.add_parser(command, help=example.splitlines()[0], add_help=False)
-        for option in sorted(options_of(command)):
-            both = [option] if "." in option else dict.fromkeys((option, option.replace("_", "-")))
-            added: Any = options.add_argument(*both)
-            if option.rpartition(".")[2].strip("-") in PATHS:
-                added.complete = shtab.FILE
+    for line in _shipped("options.txt").splitlines():
+        command, *options = line.split()
+        subparser = commands.add_parser(command, help=summary(command), add_help=False)
+        for option in options:
+            dashed = option if "." in option else option.replace("_", "-")
+            added: Any = subparser.add_argument(*dict.fromkeys((option, dashed)))
+            added.complete = shtab.FILE
     shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
     shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     # Where nothing of ours fits, bash completes names of files as it does for any other command.

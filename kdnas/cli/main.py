@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import completion, options_of, page, refuse_unknown
+from kdnas.cli.help import completion, page, summary
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
@@ -31,26 +31,19 @@ from kdnas.system.signals import HungUp, exit_code
 
 log = logging.getLogger("kdnas")
 
-USAGE = f"""kdnas {__version__}: small, fast students for BERT-family teachers, found by search and distilled.
-
-  kdnas run     --config configs/quickstart.yaml    search, full KD, fine-tuning, export, report; --smoke tries it first
-  kdnas search  --teacher DIR --text FILE           the search alone; --dry-run says what it will need
-  kdnas space   --teacher DIR                       what students a search may propose, and what they cost
-  kdnas glue    --model A --model B --task stsb     teacher and student on a labelled task, and what is kept
-  kdnas fit     --config configs/fit.yaml           one student: the Lightning CLI, with every Trainer flag
-  kdnas validate --config configs/fit.yaml --ckpt_path FILE   its held-out loss and contextual share
-  kdnas latency --model DIR --model DIR             models beside each other, by backend, batch, length and threads
-  kdnas export  --run NAME                          its student as a folder to deploy: ONNX, int8, predict.py, card
-  kdnas report  --run A --run B                     runs beside each other, in one page; one run: its report anew
-  kdnas verify  RUN                                 whether a finished run, fit or export is as its manifest says
-
-`kdnas COMMAND --help` has examples, and the options of a command with units and defaults; `--print_config` writes
-them as YAML. A `configs/NAME.yaml` that is not in this folder is the one that kdnas ships.
-`--quiet` and `--log-level debug|info|warning|error` go with every command.
-`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and options by TAB.
+_USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
+`kdnas COMMAND --help` has examples, and the options of a command with units and defaults;
+`--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
+that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+`eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
+options by TAB.
 """
 
 _DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+_SMOKE = (
+    "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
+)
+FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,19 +65,17 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         args = _set_log_level(args) if args else ["--help"]
         if args[0] in ("-h", "--help"):
-            print(USAGE, end="")
+            _print_usage()
             return 0
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
         if args[1:] in (["-h"], ["--help"]):
             print(page(args[0]), end="")
             return 0
-        refuse_unknown(args[0], args[1:])
         set_environment()
         if is_process:
-            sys.path.append(
-                ""
-            )  # class paths may name files of this folder, as with `python -m`; installed ones first
+            # Class paths may name files of this folder, as with `python -m`; installed ones first.
+            sys.path.append("")
         if is_process and args[0] in ("run", "search", "glue"):
             from kdnas.system.jobs import warm_up
 
@@ -95,12 +86,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _print_usage() -> None:
+    print(f"kdnas {__version__}: small, fast students for BERT-family teachers.\n")
+    for command in COMMANDS:
+        print(f"  kdnas {command:12}{summary(command)}")
+    print(f"\n{_USAGE}", end="")
+
+
 def _exit_code(args: list[str]) -> int:
     try:
-        if "--teacher" in options_of(args[0]):
-            from kdnas.models.checkpoint_files import refuse_early
-
-            refuse_early(args[1:])
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         tell(str(error))
@@ -134,7 +128,7 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 
 
 def _set_log_level(args: list[str]) -> list[str]:
-    """The options without ``--quiet`` and ``--log-level``, which are the level of the logger ``kdnas``."""
+    """Set the level by ``--quiet`` and ``--log-level``, and return the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--quiet", dest="level", action="store_const", const="warning", default="info"
@@ -152,30 +146,28 @@ def _set_log_level(args: list[str]) -> list[str]:
 
 def set_environment() -> None:
     """Tell the libraries, before they are imported, what the user has not told them."""
-    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven times slower; without
-    # any spinning, small matmuls wait for threads to wake up (LOG.md).
+    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven
+    # times slower. Without any spinning, small matmuls wait for threads to wake up (LOG.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Nearly every batch has a shape of its own, so a larger cache of kernels is never hit, and takes memory.
+    # Nearly every batch has a shape of its own: a larger cache of kernels only takes memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more. Workers and ranks inherit it.
+    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
-    os.environ.setdefault(
-        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-    )  # they speak of LightningCLI's own calls
-    # A worker that is ended keeps its semaphores, which the tracker then removes: nothing that a user must know.
+    # Its warnings are about LightningCLI's own calls.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # The tracker removes the semaphores of a worker that is ended; users need not know.
     if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # Imports make half a million objects that stay: looking through them all the time was a tenth of a start.
+    # Imports make half a million objects that stay; looking through them took a tenth of a start.
     gc.set_threshold(10_000)
 
 
 def show_logs() -> None:
     """Tell on the terminal what is logged, each line above the bars of a live display."""
-    handler = (
-        logging.lastResort
-    )  # looks up sys.stderr for each line, where a live display puts itself
+    # This handler looks up sys.stderr for each line, where a live display puts itself.
+    handler = logging.lastResort
     assert handler is not None
     handler.setLevel(logging.NOTSET)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -196,11 +188,10 @@ _new_names: list[str] = []  # that --force-new has given
 
 
 def _quieten(*loggers: str) -> None:
-    """Keep the libraries' chatter from hiding our own lines; once they are imported, for they set their own levels."""
+    """Keep the libraries' chatter from hiding our own lines. Imports first: they set levels."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="No seed found")
     transformers_logging.set_verbosity_error()
@@ -211,14 +202,13 @@ def _quieten(*loggers: str) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in str(record.msg)
     )
+    level = logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
     for name in loggers:
-        logging.getLogger(name).setLevel(
-            logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
-        )
+        logging.getLogger(name).setLevel(level)
 
 
 def _console() -> Any:
-    """Where progress is told; nowhere with ``--quiet``. rich itself keeps to plain lines and to ``NO_COLOR``."""
+    """Where progress is shown; nowhere with ``--quiet``."""
     from rich.console import Console
 
     return Console(markup=False, quiet=not log.isEnabledFor(logging.INFO))
@@ -231,9 +221,6 @@ def _plan(config: Any) -> None:
 
     log.setLevel(max(log.level, logging.WARNING))  # where the few rows are that it measures on
     Console().print(plan(config).table())
-
-
-FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
 
 
 def _new(config: Any, is_begun: bool) -> Any:
@@ -250,30 +237,31 @@ def _run(args: Sequence[str]) -> None:
     from kdnas.cli.parser import read_config
     from kdnas.commands.config import RunConfig
     from kdnas.commands.run import run
-    from kdnas.commands.smoke import smoke
-    from kdnas.nas.study import without_password
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    trial = "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
     config, flags = read_config(
-        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=trial, force_new=FORCE_NEW
+        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
-    config = (
-        _new(config, not (flags["dry_run"] or flags["smoke"])) if flags["force_new"] else config
-    )
+    if flags["force_new"]:
+        config = _new(config, not (flags["dry_run"] or flags["smoke"]))
     if flags["dry_run"]:
         _plan(config)
     elif flags["smoke"]:
-        console = _console()
-        smoke(config, console)
-        command = shlex.join(
-            ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
-        )
-        console.print(f"Start the real one with:  {command}", soft_wrap=True, highlight=False)
+        _try(config, args)
     else:
         run(config, _console())
+
+
+def _try(config: Any, args: Sequence[str]) -> None:
+    from kdnas.commands.smoke import smoke
+    from kdnas.nas.study import without_password
+
+    console = _console()
+    smoke(config, console)
+    real = ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
+    console.print(f"Start the real one with:  {shlex.join(real)}", soft_wrap=True, highlight=False)
 
 
 def _search(args: Sequence[str]) -> None:
@@ -283,7 +271,8 @@ def _search(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(SearchConfig, "search", args, dry_run=_DRY_RUN, force_new=FORCE_NEW)
-    config = _new(config, not flags["dry_run"]) if flags["force_new"] else config
+    if flags["force_new"]:
+        config = _new(config, not flags["dry_run"])
     if flags["dry_run"]:
         _plan(config)
     else:
@@ -325,6 +314,7 @@ def _glue(args: Sequence[str]) -> None:
 def _verify(args: Sequence[str]) -> None:
     from jsonargparse import ArgumentParser
 
+    from kdnas.cli.parser import normalize, parse
     from kdnas.system.files import MANIFEST, Run, file_sha256
     from kdnas.system.manifest import verify
 
@@ -333,12 +323,7 @@ def _verify(args: Sequence[str]) -> None:
     parser.add_argument(
         "--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)"
     )
-    try:
-        options = parser.parse_args(args)
-    except ArgumentError as error:
-        from kdnas.cli.parser import in_one_line  # takes seconds
-
-        raise in_one_line(error, parser) from error
+    options = parse(parser, normalize(args))
     folder = Path(options.run)
     if not folder.is_dir():
         if os.sep in options.run:
@@ -363,11 +348,8 @@ def _export(args: Sequence[str]) -> None:
 
     _quieten()
     args = ["--force=true" if arg == "--force" else arg for arg in args]
-    # ``as`` can be no name in Python.
-    args = [
-        f"--format{arg.removeprefix('--as')}" if arg.partition("=")[0] == "--as" else arg
-        for arg in args
-    ]
+    # ``as`` is a keyword of Python, so the config has another name for it.
+    args = ["--format" + arg[4:] if arg.partition("=")[0] == "--as" else arg for arg in args]
     export(read_config(ExportConfig, "export", args)[0], _console())
 
 
@@ -379,12 +361,12 @@ def _report(args: Sequence[str]) -> None:
     report(read_config(ReportConfig, "report", args)[0], _console())
 
 
-def _lightning(subcommand: str, args: Sequence[str]) -> None:
+def _lightning(command: str, args: Sequence[str]) -> None:
     from kdnas.cli.fit import run_lightning
 
-    quiet = not log.isEnabledFor(logging.INFO)
-    _quieten(*["lightning.pytorch", "lightning.fabric"] * quiet)
-    run_lightning(subcommand, args)
+    is_quiet = not log.isEnabledFor(logging.INFO)
+    _quieten(*["lightning.pytorch", "lightning.fabric"] * is_quiet)
+    run_lightning(command, args)
 
 
 def _completion(args: Sequence[str]) -> None:
@@ -397,12 +379,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "search": _search,
     "space": _space,
+    "glue": _glue,
     "latency": _latency,
     "export": _export,
-    "glue": _glue,
-    "fit": partial(_lightning, "fit"),
-    "validate": partial(_lightning, "validate"),
     "report": _report,
     "verify": _verify,
+    "fit": partial(_lightning, "fit"),
+    "validate": partial(_lightning, "validate"),
     "completion": _completion,
 }

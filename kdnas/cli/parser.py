@@ -1,38 +1,31 @@
-"""Options and YAML into the configs of ``kdnas.commands.config``, and one line for what the parser does not take."""
+"""Options and YAML into the configs of ``kdnas.commands.config``; mistakes into one line."""
 
-import inspect
 import json
-import re
-from argparse import ArgumentError
-from collections.abc import Sequence
-from contextlib import suppress
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from kdnas.commands.config import RunConfig, SearchConfig, as_plain
-from kdnas.distillation.module import Recipe
-from kdnas.system.errors import UserError, first_line, nearest
-from kdnas.system.yaml import NO_VALUE, check_yaml
+from kdnas.system.errors import UserError, causes, first_line, nearest
+from kdnas.system.yaml import NO_VALUE, check_yaml, flat, read_yaml
 
-_CONFIG_HELP = (
-    "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this folder is the one that "
-    "kdnas ships."
+CONFIG_HELP = (
+    "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this "
+    "folder is the one that kdnas ships."
 )
-
-
-_OF_RUN = {field.name for field in fields(RunConfig)} - {
-    field.name for field in fields(SearchConfig)
-}
+_LONGEST_MESSAGE = 400
 
 
 def default_objects() -> dict[str, Any]:
     """The parser cannot write default objects as YAML, so it is told their class paths."""
+    from kdnas.commands.config import as_plain  # imports torch, which takes seconds
+    from kdnas.distillation.module import Recipe
+
     return {f"recipe.{name}": as_plain(getattr(Recipe(), name)) for name in ("objective", "start")}
 
 
@@ -48,196 +41,166 @@ def read_config(
         flags: name -> help of options that are set or not, and no part of the config.
 
     Raises:
-        UserError: an option or a key that there is not, or a value that it cannot have.
+        UserError: an option or a key that does not exist, or a value that it cannot have.
     """
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
-    parser.set_defaults(default_objects() if "recipe" in hints else {})
-    args = _gather_lists(for_parser(args), hints)
+    if "recipe" in hints:
+        parser.set_defaults(default_objects())
+
+    args = _one_value_each(normalize(args), hints)
+    parsed = parse(parser, args)
+    _refuse_null(config_class, parsed)
     try:
-        parsed = parser.parse_args(args)
-        _refuse_null(config_class, parsed)
         options = vars(parser.instantiate(parsed))
-    except (ArgumentError, UnicodeDecodeError) as error:
-        raise in_one_line(error, parser) from error
-    except (
-        ValueError
-    ) as error:  # of settings that may be left out as a whole: the parser wraps what they say
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    except ValueError as error:  # the parser wraps what an optional part of the config raises
+        raise next((e for e in causes(error) if isinstance(e, UserError)), error) from None
+
     options.pop("config")
-    return config_class(**{k: v for k, v in options.items() if k not in flags}), {
-        k: options[k] for k in flags
-    }
+    set_flags = {name: options.pop(name) for name in flags}
+    return config_class(**options), set_flags
 
 
-def for_parser(args: Sequence[str]) -> list[str]:
-    """The options with ``--time_budget`` for ``--time-budget``, which are the same, and with configs that kdnas ships.
-
-    ``--config configs/NAME.yaml`` is one of those where no such file is here.
+def normalize(args: Sequence[str]) -> list[str]:
+    """``--time_budget`` for ``--time-budget``, and the path of a config that kdnas ships.
 
     Raises:
-        UserError: kdnas ships none of that name either.
+        UserError: there is no such config, here or shipped.
     """
-    args = [
-        re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), arg)
-        for arg in args
-    ]
-    found = list(args)
-    for place, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
-        path = Path(arg if before in ("-c", "--config") else arg.partition("--config=")[2])
-        if path.parent == Path("configs") and not path.exists():
-            shipped = {
-                file.name: file for file in Path(__file__).with_name("configs").glob("*.yaml")
-            }
-            if path.name not in shipped:
-                raise UserError(
-                    f"There is no {str(path)!r}.{nearest(path, (f'configs/{name}' for name in shipped))}"
-                )
-            found[place] = arg.removesuffix(str(path)) + str(shipped[path.name])
+    found: list[str] = []
+    is_config = False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if is_config:
+            arg = _shipped(arg)
+        elif arg.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            arg = name + equals + (_shipped(value) if name == "--config" else value)
+        found.append(arg)
+        is_config = arg in ("-c", "--config")
     return found
 
 
-def _gather_lists(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """``--batch 1 8`` and ``--model A --model B`` as the parser reads lists, ``--batch=[1, 8]``, where the last was."""
-    lists: dict[str, list[Any]] = {}
-    places: dict[str, int] = {}  # of each list among the others
-    others: list[str] = []
-    target: list[Any] | None = None
+def _shipped(name: str) -> str:
+    path = Path(name)
+    if path.parent != Path("configs") or path.exists():
+        return name
+    folder = Path(__file__).with_name("configs")
+    shipped = {f"configs/{file.name}": str(file) for file in folder.glob("*.yaml")}
+    if str(path) not in shipped:
+        raise UserError(f"There is no {str(path)!r}.{nearest(path, shipped)}")
+    return shipped[str(path)]
+
+
+def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """``--batch 1 8`` as the parser reads lists: ``--batch=[1] --batch+=[8]``."""
+    lists = {
+        f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
+    }
+    given: set[str] = set()
+    found: list[str] = []
+    name = ""
     for arg in args:
-        name, equals, value = arg.removeprefix("--").partition("=")
+        value = arg
         if arg.startswith("--"):
-            is_list = get_origin(hints.get(name)) is list and not value.startswith("[")
-            target = lists.setdefault(name, []) if is_list else None
-            if is_list:
-                places[name] = len(others)
-                if not equals:
-                    continue
-        if target is None:
-            others.append(arg)
-            continue
-        item = value if arg.startswith("--") else arg
-        kind = get_args(hints[next(name for name, items in lists.items() if items is target)])[0]
-        target.append(int(item) if kind is int and item.lstrip("-").isdigit() else item)
-    for name, place in sorted(places.items(), key=lambda item: -item[1]):
-        others.insert(place, f"--{name}={json.dumps(lists[name])}")
-    return others
+            name, equals, value = arg.partition("=")
+            if name in lists and not equals:
+                continue
+        if name == "--config":
+            given.clear()  # what comes later wins
+        if name not in lists:
+            found.append(arg)
+        elif value.startswith("["):
+            found.append(f"{name}={value}")
+        else:
+            item = value if lists[name] is int else json.dumps(value)
+            found.append(f"{name}{'+' if name in given else ''}=[{item}]")
+            given.add(name)
+    return found
 
 
-def _refuse_null(config_class: type[Any], values: Any, prefix: str = "") -> None:
-    """Refuse null where it is no value, and a value where keys belong: the parser takes both everywhere."""
+def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None:
+    """Refuse null where it is no value, and a value where keys belong: the parser takes both."""
     hints = get_type_hints(config_class)
     for field in fields(config_class):
-        name, hint, value = f"{prefix}{field.name}", hints[field.name], values.get(field.name)
-        if value is None and type(None) not in get_args(hint):
+        name, value = prefix + field.name, values.get(field.name)
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        if value is None and type(None) not in kinds:
             raise UserError(f"{name} is null: give a value, or leave it out.")
-        whole = next(
-            (kind for kind in get_args(hint) if is_dataclass(kind)), None
-        )  # which may be left out
-        if whole and isinstance(value, Namespace):
-            _refuse_null(whole, value, f"{name}.")  # type: ignore[arg-type]
-        if is_dataclass(hint):
-            if not isinstance(value, Namespace):
+        for part in filter(is_dataclass, kinds):
+            if isinstance(value, Namespace):
+                _refuse_null(part, value, f"{name}.")
+            elif value is not None:
                 raise UserError(f"{name} is {value!r:.40}: give its keys, or leave it out.")
-            _refuse_null(hint, value, f"{name}.")  # type: ignore[arg-type]
 
 
-_KINDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "text",
-    "list[int]": "a list of whole numbers, such as [1, 2]",
-    "list[str]": "a list, such as [a, b]",
-}
+def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """What the parser makes of the options.
+
+    Raises:
+        UserError: what the parser says of a mistake, in one line, with the nearest name where one
+            does not exist.
+    """
+    try:
+        return parser.parse_args(args)
+    except (ArgumentError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split()).rstrip(".")
+        if len(message) > _LONGEST_MESSAGE:  # what it is about is said first, and the value last
+            message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
+        raise UserError(f"{message}.{_remedy(parser, args)}") from error
 
 
-def _wrong_value(message: str) -> str | None:
-    """What the parser says of a value that its key cannot have, in the user's words; None: it says something else."""
-    found = re.match(r'Parser key "([\w.]+)": (.*)', message)
-    if not found:
-        return None
-    key, said = found.groups()
-    if wrong := re.search(
-        r"class_path '([\w.]+)': (No module named '.*?'|module '.*?' has no attribute '.*?')", said
-    ):
-        where = "a file in this folder, of one on PYTHONPATH, or of a package"
-        return f"{key} is {wrong[1]!r}, which is not there ({wrong[2]}): give a class of {where}."
-    said, _, value = said.rpartition(" value: ") if " value: " in said else (said, "", "")
-    if loaded := re.match(r"Unable to load config '(.*?)'", said):
-        return f"{key} is {loaded[1]!r}: give its keys, as in --{key}.KEY VALUE, or a YAML file of them."
-    if path := re.match(r"Expected a dot import path string: (.*)", said):
-        return f"{key} is {path[1].rstrip('.')!r}: give the path of a class, such as package.module.Name."
-    options = re.search(r"Literal\[(.*?)\]", said)
-    kinds = [words for kind, words in _KINDS.items() if kind in said.partition("Errors:")[0]]
-    if options:
-        kinds.append(f"one of {options[1].replace(chr(39), '')}")
-    value = value.rstrip(".")
-    given = "not given" if value == "None" else repr(value)
-    return f"{key} is {given}: give {' or '.join(kinds)}." if value and kinds else None
+def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
+    """The nearest name for the first one that does not exist, or where the names are explained."""
+    options = {action.dest for action in parser._actions if action.help != SUPPRESS}
+    groups = parser.groups or {}
+    values = options.difference(groups)
+    for name in _names(args):
+        if any(value.startswith(name) or name.startswith(f"{value}.") for value in values):
+            continue  # short for one, or a setting of a class, which the parser alone knows
+        if parser.prog == "kdnas search" and name.partition(".")[0] in _only_of_run():
+            return " It is an option of `kdnas run`."
+        group, _, last = name.rpartition(".")
+        if group not in groups:
+            group, last = "", name
+        parts = [option.rpartition(".") for option in options]
+        return nearest(last, {part for known, _, part in parts if known == group})
+    return f" `{parser.prog} --help` explains the options."
 
 
-def in_one_line(error: ArgumentError | UnicodeDecodeError, parser: Any) -> UserError:
-    """What the parser says, with the nearest name where it does not know one."""
-    if isinstance(error, UnicodeDecodeError):
-        return UserError(
-            f"The config is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file."
-        )
-    message = " ".join(str(error).split())
-    if wrong := _wrong_value(message):
-        return UserError(wrong)
-    if unmapped := re.match(r"Unexpected config: ?(.{0,60})", message):
-        return UserError(
-            f"A config is {unmapped[1]!r}: it must map names to values, in lines such as `name: mine`."
-        )
-    if message.startswith(
-        ("Empty nested key", "Key must be a string", "Spaces not allowed in keys")
-    ):
-        return UserError(
-            f"A key of the config is no name ({message.rstrip('.')}): give it one of letters."
-        )
-    if ambiguous := re.match(r"ambiguous option: (\S+) could match", message):
-        message = f"unrecognized arguments: {ambiguous[1]}"
-    unknown = re.search(r"(?:option|Option|arguments:) '?(?:--)?([\w.]+)", message)
-    of_class = re.search(r"class_path '([\w.]+)': Option", message)
-    hint = ""
-    if unknown and of_class:
-        module, _, name = of_class[1].rpartition(".")
-        with suppress(
-            ImportError, AttributeError
-        ):  # of a class within a class the parser knows more
-            hint = nearest(
-                unknown[1], inspect.signature(getattr(import_module(module), name)).parameters
-            )
-    elif unknown and parser.prog == "kdnas search" and unknown[1].split(".")[0] in _OF_RUN:
-        hint = " It is an option of `kdnas run`."
-    elif unknown:
-        group = re.search(r"Group '([\w.]+)'", message)
-        prefix = f"{group[1]}." if group else ""
-        names = [
-            key.removeprefix(prefix)
-            for key in dict(parser.get_defaults().items())
-            if key.startswith(prefix)
-        ]
-        hint = nearest(
-            unknown[1], {name if "." in unknown[1] else name.split(".")[0] for name in names}
-        )
-    return UserError(message.rstrip(".") + "." + hint)
+def _only_of_run() -> set[str]:
+    from kdnas.commands.config import RunConfig, SearchConfig
+
+    return {field.name for field in fields(RunConfig)}.difference(
+        field.name for field in fields(SearchConfig)
+    )
+
+
+def _names(args: Sequence[str]) -> Iterator[str]:
+    """The names in options, and in the YAML files that they name."""
+    for before, arg in zip(["", *args], args, strict=False):
+        name, _, value = arg.partition("=")
+        path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
+        if path.is_file():
+            yield from flat(read_yaml(path))
+        elif arg.startswith("--"):
+            yield name[2:].rstrip("+")
 
 
 @cache
 def refuse_ambiguous_yaml() -> None:
     """Let the parser read only YAML that means what it says."""
-    parse = get_loader("yaml")
+    parse_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:
         check_yaml(text)
         try:
-            return parse(text)
+            return parse_yaml(text)
         except NO_VALUE as error:
             raise yaml.YAMLError(first_line(error)) from error
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from transformers import AutoModel, PreTrainedModel
 
 from kdnas.commands.config import as_plain
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import DataSettings, KDDataModule
+from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
 from kdnas.distillation.full_kd import distill_student
 from kdnas.distillation.module import Recipe
 from kdnas.distillation.objectives import needed_layers

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.commands.config import ExportConfig
-from kdnas.data.corpus import QUICKSTART, Corpus, load_corpus
+from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.quickstart import QUICKSTART
 from kdnas.deploy.card import sentence_lines
 from kdnas.deploy.export import export_student, load_student, slower_shapes, source_sha256
 from kdnas.deploy.latency import measured_by
@@ -34,6 +35,20 @@ FORMATS = ("transformers", "sentence-transformers")
 MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What is exported, with what, and what its files are compared on."""
+
+    source: Path
+    folder: Path
+    card: dict[str, Any]
+    max_length: int  # of a task's rows
+    teacher: str | None
+    task: str | None
+    text: str | None
+    split: dict[str, Any]  # how a run split its text
+
+
 @honest_signals()
 def export(config: ExportConfig, console: Console) -> Path:
     """Export the student of a run, or any student, into one folder; say what was checked.
@@ -42,90 +57,42 @@ def export(config: ExportConfig, console: Console) -> Path:
         The folder.
 
     Raises:
-        UserError: anything that the user can mend; nothing is written then, unless it was the push that failed.
+        UserError: anything that the user can mend; nothing is written then, unless it was the push
+            that failed.
         ParityError: a file does not compute what the student computes; nothing is written either.
     """
     if (config.run is None) == (config.student is None):
         raise UserError(
             f"run is {config.run!r} and student is {config.student!r}: give one of the two."
         )
-    is_sentences = config.format == "sentence-transformers"
     if config.format not in FORMATS:
         raise UserError(
             f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}"
         )
-    teacher_name = config.teacher
-    if config.run is not None:
-        run = Run(config.root, config.run)
-        source, folder, known = _source_of(run, is_sentences), run.student, read_yaml(run.config)
-        teacher_name = teacher_name or (known["teacher"] if is_sentences else None)
-        card, cut = (
-            _run_card(run, is_sentences),
-            known.get("finetune", {}).get("max_length", MOST_TOKENS),
-        )
-        split = {
-            "seed": known["seed"],
-            **{name: known["data"][name] for name in ("column", "held_out_fraction")},
-        }
-        task_name, text = (
-            config.task or (None if is_sentences else _task_of(run, known.get("task"))),
-            config.text,
-        )
-        if not text and (is_sentences or not task_name):
-            text = str(run.text) if known["text"] == QUICKSTART else known["text"]
-    else:
-        assert config.student is not None
-        source = Path(config.student)
-        named = source if source.name not in ("", "..") else source.resolve()
-        folder = named.with_name(f"{named.name}-export")
-        task_name, text, cut, split = config.task, config.text, config.length or MOST_TOKENS, {}
-        card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
-    folder = Path(config.output) if config.output else folder
-    folder = (
-        folder.resolve() if config.output and folder.is_symlink() else folder
-    )  # the link itself stays
-    sweep(folder.parent, f".{folder.name}.*")
-    if folder.exists():
-        _check_output(folder, source, config.force)
-    if teacher_name is not None:
-        teacher = find_teacher(teacher_name)
-        _check_teacher(source, teacher)
-        card.pop("base_model", None)
-        card |= _teacher_words(teacher_name)
+    is_sentences = config.format == "sentence-transformers"
+    choice = _of_run(config, is_sentences) if config.run is not None else _of_folder(config)
+    folder = _output(config, choice)
+    teacher = find_teacher(choice.teacher) if choice.teacher is not None else None
+    if teacher is not None:
+        _check_teacher(choice.source, teacher)
     elif is_sentences:
         raise UserError(
-            "teacher is None: for sentence-transformers a student pools as its teacher; give --teacher."
+            "teacher is None: for sentence-transformers a student pools as its teacher; "
+            "give --teacher."
         )
-    if config.license:
-        card["license"] = config.license
     if config.hub_repo:
         check_hub(config.hub_repo)
-    column: dict[str, str] = {}
-    if config.data:
-        task: LoadedTask | None = load_labelled(
-            config.data, config.text_column, config.label_column
-        )
-    else:
-        if len(config.text_column) > (1 if text else 0):
-            raise UserError(
-                f"text_column is {config.text_column}: give it with --data FILE, or one column with --text FILE."
-            )
-        column = {"column": config.text_column[0]} if config.text_column else {}
-        task = load_task(task_name) if task_name else None
-    corpus = load_corpus(text, **({} if config.text else split) | column) if text else None
-    sentences = _sentences(teacher, corpus, task) if is_sentences else None
-    make_rows = None
-    if sentences:
-        make_rows = rows_of_texts(sentences.train, sentences.held_out)
-    elif task:
-        student, _ = load_student(source)
-        is_scored = has_classifier(student.config)
-        task = task.for_classifier(student.config, str(source)) if is_scored else task
-        make_rows = rows_of_task(task, cut, is_scored)
-    elif corpus:
-        make_rows = rows_of_texts(corpus.train, corpus.held_out)
+
+    task, corpus = _task_and_corpus(config, choice)
+    sentences = _sentences(teacher, corpus, task) if teacher and is_sentences else None
+    license = {"license": config.license} if config.license else {}
     report = export_student(
-        source, folder, card=card, make_rows=make_rows, length=config.length, sentences=sentences
+        choice.source,
+        folder,
+        card=choice.card | license,
+        make_rows=_rows(choice, task, corpus, sentences),
+        length=config.length,
+        sentences=sentences,
     )
     renew(folder)
     say(report, console)
@@ -133,6 +100,94 @@ def export(config: ExportConfig, console: Console) -> Path:
     if config.hub_repo:
         console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
     return folder
+
+
+def _of_run(config: ExportConfig, is_sentences: bool) -> _Choice:
+    assert config.run is not None
+    run = Run(config.root, config.run)
+    source, known = _source_of(run, is_sentences), read_yaml(run.config)
+    card = _run_card(run, is_sentences)
+    if config.teacher:
+        card.pop("base_model", None)
+        card |= _teacher_words(config.teacher)
+    task, text = config.task, config.text
+    if not (task or is_sentences):
+        task = _in_run(run, known.get("task"), "which_package")
+    if is_sentences or not task:
+        text = text or _in_run(run, known["text"])
+    split = {name: known["data"][name] for name in ("column", "held_out_fraction")}
+    return _Choice(
+        source,
+        run.student,
+        card,
+        max_length=known.get("finetune", {}).get("max_length", MOST_TOKENS),
+        teacher=config.teacher or (known["teacher"] if is_sentences else None),
+        task=task,
+        text=text,
+        split={} if config.text else {"seed": known["seed"], **split},
+    )
+
+
+def _of_folder(config: ExportConfig) -> _Choice:
+    assert config.student is not None
+    source = Path(config.student)
+    named = source if source.name not in ("", "..") else source.resolve()
+    card = {"name": source.resolve().name, "teacher": "not stated", "sections": {}}
+    return _Choice(
+        source,
+        named.with_name(f"{named.name}-export"),
+        card | (_teacher_words(config.teacher) if config.teacher else {}),
+        max_length=config.length or MOST_TOKENS,
+        teacher=config.teacher,
+        task=config.task,
+        text=config.text,
+        split={},
+    )
+
+
+def _output(config: ExportConfig, choice: _Choice) -> Path:
+    """The folder to write; a link stays, and what it leads to is replaced."""
+    folder = Path(config.output) if config.output else choice.folder
+    if config.output and folder.is_symlink():
+        folder = folder.resolve()
+    sweep(folder.parent, f".{folder.name}.*")
+    if folder.exists():
+        _check_output(folder, choice.source, config.force)
+    return folder
+
+
+def _task_and_corpus(
+    config: ExportConfig, choice: _Choice
+) -> tuple[LoadedTask | None, Corpus | None]:
+    columns = [] if config.data else config.text_column
+    if len(columns) > (1 if choice.text else 0):
+        raise UserError(
+            f"text_column is {columns}: give it with --data FILE, or one column with --text FILE."
+        )
+    task: LoadedTask | None
+    if config.data:
+        task = load_labelled(config.data, config.text_column, config.label_column)
+    else:
+        task = load_task(choice.task) if choice.task else None
+    if not choice.text:
+        return task, None
+    column = {"column": columns[0]} if columns else {}
+    return task, load_corpus(choice.text, **choice.split | column)
+
+
+def _rows(
+    choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
+) -> MakeRows | None:
+    """What the files are compared on."""
+    if sentences:
+        return rows_of_texts(sentences.train, sentences.held_out)
+    if task:
+        student, _ = load_student(choice.source)
+        is_scored = has_classifier(student.config)
+        if is_scored:
+            task = task.for_classifier(student.config, str(choice.source))
+        return rows_of_task(task, choice.max_length, is_scored)
+    return rows_of_texts(corpus.train, corpus.held_out) if corpus else None
 
 
 def _check_output(folder: Path, source: Path, force: bool) -> None:
@@ -209,7 +264,7 @@ def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
 
 
 def is_exported(run: Run) -> bool:
-    """Whether ``student/`` is of what the run has now: `kdnas export` may have been there before fine-tuning."""
+    """Whether ``student/`` is of the run's latest model, and not from before its fine-tuning."""
     made_from = _manifest(run.student).get("source_sha256")
     return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
@@ -234,30 +289,31 @@ def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
 
 def say(report: dict[str, Any], console: Console) -> None:
     """What was checked, in a few lines."""
-    show = partial(console.print, soft_wrap=True, highlight=False)
-    show(
-        f"model.onnx equals torch to {report['max_abs_difference']:.1e}, {report['onnx_megabytes']:.1f} MB."
-    )
-    int8 = report["int8"]
-    scores = (
-        f", score {int8['int8_score']:.3f} (float32 {int8['score']:.3f})" if "score" in int8 else ""
-    )
-    show(
-        f"model.int8.onnx ({int8['method']}): cosine {int8['cosine']:.4f} to model.onnx{scores} on {int8['rows']}, "
-        f"{report['int8_megabytes']:.1f} MB."
-    )
+    int8, scores = report["int8"], ""
+    if "score" in int8:
+        scores = f", score {int8['int8_score']:.3f} (float32 {int8['score']:.3f})"
+    lines = [
+        f"model.onnx equals torch to {report['max_abs_difference']:.1e}, "
+        f"{report['onnx_megabytes']:.1f} MB.",
+        f"model.int8.onnx ({int8['method']}): cosine {int8['cosine']:.4f} to model.onnx{scores} "
+        f"on {int8['rows']}, {report['int8_megabytes']:.1f} MB.",
+    ]
     for row in report["latency"]:
-        show(
-            f"Latency, batch {row['batch']} x {row['length']}, 1 thread: torch {row['torch_ms']:.2f} ms, "
-            f"model.onnx {row['onnx_ms']:.2f} ms, model.int8.onnx {row['int8_ms']:.2f} ms."
+        lines.append(
+            f"Latency, batch {row['batch']} x {row['length']}, 1 thread: "
+            f"torch {row['torch_ms']:.2f} ms, model.onnx {row['onnx_ms']:.2f} ms, "
+            f"model.int8.onnx {row['int8_ms']:.2f} ms."
         )
-    for name, words in sentence_lines(report["sentences"]).items() if "sentences" in report else ():
-        show(f"Sentence vectors, {name}: {words}.")
-    slower = slower_shapes(report)
-    if slower:
-        show(
-            f"On this machine int8 is slower than float32 at {', '.join(slower)}: both are kept, take model.onnx there."
+    if "sentences" in report:
+        for name, words in sentence_lines(report["sentences"]).items():
+            lines.append(f"Sentence vectors, {name}: {words}.")
+    if slower := slower_shapes(report):
+        lines.append(
+            f"On this machine int8 is slower than float32 at {', '.join(slower)}: "
+            "both are kept, take model.onnx there."
         )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _source_of(run: Run, is_encoder: bool = False) -> Path:
@@ -269,47 +325,46 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
     )
 
 
-def _task_of(run: Run, name: str | None) -> str | None:
-    return str(run.text / "which_package") if name == QUICKSTART else name
+def _in_run(run: Run, name: str | None, within: str = ".") -> str | None:
+    """Text or task by its name; the quickstart's lie in the run."""
+    return str(run.text / within) if name == QUICKSTART else name
 
 
 def _teacher_words(teacher: str) -> dict[str, str]:
-    """On the card a folder, also one that is gone, goes by its name, and only the hub's names are links."""
+    """For the card: the name of a folder, or a link to the hub."""
     if os.path.isdir(teacher) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", teacher):
         return {"teacher": Path(teacher).resolve().name}
-    return (
-        {"teacher": "all-MiniLM-L6-v2"}
-        if teacher == QUICKSTART
-        else {"teacher": teacher, "base_model": teacher}
-    )
+    if teacher == QUICKSTART:
+        return {"teacher": "all-MiniLM-L6-v2"}
+    return {"teacher": teacher, "base_model": teacher}
 
 
 def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
-    config = read_yaml(run.config)
-    card: dict[str, Any] = {"name": run.name, **_teacher_words(config["teacher"]), "sections": {}}
-    card["made"] = "searched and distilled"
-    card["text"] = (
-        "prose of installed packages" if config["text"] == QUICKSTART else Path(config["text"]).name
-    )
+    config, sections = read_yaml(run.config), {}
+    text = config["text"]
     if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
         results = read_json(run.glue / "results.json")
-        row = results["models"]["student"]
-        card["sections"]["Scores"] = {
-            f"{results['task']['name']}, {results['task']['metric']}": f"{row['score']:.3f}",
-            "its teacher, fine-tuned alike": f"{results['models']['teacher']['score']:.3f}",
-            "its shape from a random start": f"{results['models']['random']['score']:.3f}",
+        task, models = results["task"], results["models"]
+        row = models["student"]
+        sections["Scores"] = {
+            f"{task['name']}, {task['metric']}": f"{row['score']:.3f}",
+            "its teacher, fine-tuned alike": f"{models['teacher']['score']:.3f}",
+            "its shape from a random start": f"{models['random']['score']:.3f}",
             "rows that were scored": f"cut at {config['finetune']['max_length']} tokens",
         }
-        card["sections"]["Latency beside its teacher"] = {
-            measured_by(
-                config["latency"]
-            ): f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
-        }
-    return card
+        latency = f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"
+        sections["Latency beside its teacher"] = {measured_by(config["latency"]): latency}
+    return {
+        "name": run.name,
+        **_teacher_words(config["teacher"]),
+        "made": "searched and distilled",
+        "text": "prose of installed packages" if text == QUICKSTART else Path(text).name,
+        "sections": sections,
+    }
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student of another teacher, as its config says, or else families, what they read, and sizes."""
+    """Refuse a student of another teacher, by family, inputs, sizes and the weights it names."""
     model, _ = load_student(source)
     if model.config.model_type != teacher.config.model_type:
         raise UserError(

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdnas.commands.config import RunConfig, SearchConfig, as_plain
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
 from kdnas.data.datamodule import KDDataModule, Split
+from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
 from kdnas.deploy.latency import LatencyMeter, is_unsteady
 from kdnas.distillation.objectives import Objective, needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states

@@ -4,13 +4,13 @@ import logging
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -26,6 +26,7 @@ from kdnas.deploy.latency import (
 )
 from kdnas.deploy.onnx import INT8, ONNX, write_deployed
 from kdnas.models.encoders import Teacher, build_classifier, find_teacher, num_parameters
+from kdnas.report.tables import text_table
 from kdnas.system.errors import UserError
 from kdnas.system.files import check_writable, new_file, short_names, temporary_folder, write_json
 from kdnas.training.precision import gpu_name
@@ -46,41 +47,24 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
             cannot be written where they are asked for.
     """
     combinations, path = config.settings(), Path(config.json)
-    picture = path.with_suffix(".png") if path.name else path
-    if path == picture or path.is_dir() or picture.is_dir():
-        raise UserError(
-            f"json is {config.json!r}, the picture's name or a folder's: give a file that ends with .json."
-        )
-    check_writable(path.parent, "--json")
+    picture = _picture(config.json)
     models = [_find(name) for name in config.model]
     for settings in combinations:
         for model in models:
             check_length(model.config, settings)
+
     rows: list[dict[str, Any]] = []
     with temporary_folder() as name:
         deployed: dict[str, list[nn.Module | Path]] = {}
         for settings in combinations:
             backend = settings.backend
             if backend not in deployed:
-                folders = [Path(name) / backend / str(place) for place in range(len(models))]
                 deployed[backend] = [
-                    _deploy(*pair, backend) for pair in zip(models, folders, strict=True)
+                    _deploy(model, Path(name) / backend / str(place), backend)
+                    for place, model in enumerate(models)
                 ]
-            latencies = measure_latency(deployed[backend], settings)
-            for model, found, latency in zip(models, deployed[backend], latencies, strict=True):
-                rows.append(
-                    {
-                        "model": model.name,
-                        "backend": backend,
-                        "device": settings.device,
-                        "threads": settings.num_threads,
-                        "batch": len(settings.batches()[0]),  # a workload may have fewer rows
-                        "length": None if settings.lengths else settings.length,
-                        "megabytes": _megabytes(found, settings),
-                        **asdict(latency),
-                        "speedup": latencies[0].median_ms / latency.median_ms,
-                    }
-                )
+            rows += _measured(models, deployed[backend], settings)
+
     console.width = max(console.width, 120)  # ten columns do not fold well
     console.print(_table(rows))
     write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
@@ -92,6 +76,39 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
         )
     console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
     return rows
+
+
+def _picture(json: str) -> Path:
+    """Where the picture goes, beside the JSON file; both can be written."""
+    path = Path(json)
+    picture = path.with_suffix(".png") if path.name else path
+    if path == picture or path.is_dir() or picture.is_dir():
+        raise UserError(
+            f"json is {json!r}, the picture's name or a folder's: give a file that ends with .json."
+        )
+    check_writable(path.parent, "--json")
+    return picture
+
+
+def _measured(
+    models: Sequence[Teacher], deployed: Sequence[nn.Module | Path], settings: LatencySettings
+) -> list[dict[str, Any]]:
+    """A row of the JSON file for each model."""
+    latencies = measure_latency(deployed, settings)
+    return [
+        {
+            "model": model.name,
+            "backend": settings.backend,
+            "device": settings.device,
+            "threads": settings.num_threads,
+            "batch": len(settings.batches()[0]),  # a workload may have fewer rows
+            "length": None if settings.lengths else settings.length,
+            "megabytes": _megabytes(one, settings),
+            **asdict(latency),
+            "speedup": latencies[0].median_ms / latency.median_ms,
+        }
+        for model, one, latency in zip(models, deployed, latencies, strict=True)
+    ]
 
 
 def _find(name: str) -> Teacher:
@@ -138,12 +155,9 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _backend(row: dict[str, Any]) -> str:
-    """With the device, where that is not what goes without saying."""
-    return (
-        row["backend"]
-        if row["device"] in ("cpu", row["backend"])
-        else f"{row['backend']}, {row['device']}"
-    )
+    """With the device, unless the backend implies it."""
+    backend, device = row["backend"], row["device"]
+    return backend if device in ("cpu", backend) else f"{backend}, {device}"
 
 
 def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -152,60 +166,43 @@ def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    table.add_column("backend", no_wrap=True)
-    for heading in (
-        "threads",
-        "batch",
-        "MB",
-        "median (IQR), ms",
-        "p95, ms",
-        "tokens/s",
-        "rows/s",
-        "speed-up",
-    ):
-        table.add_column(heading, justify="right")
     names = _names(rows)
-    for row in rows:
-        table.add_row(
-            names[row["model"]],
-            _backend(row),
-            str(row["threads"]),
-            _shape(row),
-            f"{row['megabytes']:.1f}",
-            f"{row['median_ms']:.2f} ({row['iqr_ms']:.2f})",
-            f"{row['p95_ms']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['sequences_per_second']:,.1f}",
-            f"{row['speedup']:.2f}x",
-        )
-    return table
+    lines = [
+        {
+            "model": names[row["model"]],
+            "backend": _backend(row),
+            "threads": str(row["threads"]),
+            "batch": _shape(row),
+            "MB": f"{row['megabytes']:.1f}",
+            "median (IQR), ms": f"{row['median_ms']:.2f} ({row['iqr_ms']:.2f})",
+            "p95, ms": f"{row['p95_ms']:.2f}",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "rows/s": f"{row['sequences_per_second']:,.1f}",
+            "speed-up": f"{row['speedup']:.2f}x",
+        }
+        for row in rows
+    ]
+    return text_table("", lines, words=["model", "backend"])
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Medians over the shapes of the batch, with the interquartile range, one line a model, backend and threads."""
+    """Medians with interquartile ranges, a line for each model, backend and number of threads."""
+    shapes, names = list(dict.fromkeys(map(_shape, rows))), _names(rows)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+        label = f"{names[row['model']]}, {_backend(row)}, {threads}"
+        lines.setdefault(label, []).append(row)
+
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    shapes = list(dict.fromkeys(map(_shape, rows)))
-    lines: dict[str, list[dict[str, Any]]] = {}
-    names = _names(rows)
-    for row in rows:
-        label = f"{names[row['model']]}, {_backend(row)}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-        lines.setdefault(label, []).append(row)
     for label, line in lines.items():
         places = [shapes.index(_shape(row)) for row in line]
+        medians = [row["median_ms"] for row in line]
         spread = [row["iqr_ms"] / 2 for row in line]
-        axes.errorbar(
-            places, [row["median_ms"] for row in line], spread, marker="o", capsize=3, label=label
-        )
-    axes.set(
-        xlabel="batch x length",
-        ylabel="median, ms",
-        xticks=range(len(shapes)),
-        xticklabels=shapes,
-        yscale="log",
-    )
+        axes.errorbar(places, medians, spread, marker="o", capsize=3, label=label)
+    axes.set(xlabel="batch x length", ylabel="median, ms", yscale="log")
+    axes.set_xticks(range(len(shapes)), shapes)
     largest = max(row["median_ms"] for row in rows)
     axes.set_ylim(top=10 ** math.ceil(math.log10(largest)))
     axes.legend(fontsize=7)

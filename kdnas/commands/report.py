@@ -1,6 +1,6 @@
 """``kdnas report``: the report of a run made anew, or several runs beside each other, finished or not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdnas.system.files import Run, read_json
 from kdnas.system.manifest import renew
 from kdnas.system.yaml import flat, read_yaml
 
-# What a loss depends on, beside what is asked by name: only where all of it is equal are two losses of one scale.
+# What a loss depends on: losses are of one scale only where all of it is equal.
 SCALE = (
     "begins as",
     "teacher",
@@ -32,14 +32,8 @@ SCALE = (
     "search.num_epochs",
 )
 REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")
-NO_QUESTION = (
-    "name",
-    "root",
-    "storage",
-    "states.folder",
-    "workers",
-    "data.num_workers",
-)  # changes no result
+# Settings that change no result.
+NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_workers")
 
 
 def report(config: ReportConfig, console: Console) -> Path:
@@ -90,36 +84,22 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         UserError: a file of a run is damaged.
     """
     names = [run.name for run in runs]
-    configs = {run.name: flat(read_yaml(run.config)) for run in runs}
-    asked = _differing(configs, lambda key: key not in NO_QUESTION)
-    identities = {
-        run.name: read_json(run.made_with) if run.made_with.is_file() else {}
-        for run, study in zip(runs, studies, strict=True)
-    }
-    unlike = _differing(identities, lambda key: key.startswith(REWARD))
-    rows = [_found(run, study) for run, study in zip(runs, studies, strict=True)]
-    notes = []
-    if any(row["setting"] == "teacher" for row in unlike):
-        notes.append("They have different teachers.")
-    if unlike:
-        keys = ", ".join(row["setting"] for row in unlike)
-        what = (
-            "Losses and rewards"
-            if any(row["setting"].startswith(SCALE) for row in unlike)
-            else "Rewards"
-        )
-        notes.append(f"{what} are not of one scale, for these differ: {keys}.")
-    best = max(
-        (row for row in rows if row["reward"] != "-"),
-        key=lambda row: float(row["reward"]),
-        default=None,
-    )
+    rows = [_row(run, study) for run, study in zip(runs, studies, strict=True)]
+    configs = [flat(read_yaml(run.config)) for run in runs]
+    asked = _differing(names, configs, lambda key: key not in NO_QUESTION)
+    identities = [read_json(run.made_with) if run.made_with.is_file() else {} for run in runs]
+    notes = _notes(_differing(names, identities, lambda key: key.startswith(REWARD)))
+    rewarded = [row for row in rows if row["reward"] != "-"]
+    best = max(rewarded, key=lambda row: float(row["reward"]), default=None)
+
+    progress, loss_fronts = None, None
+    rewards = [[trial.value or 0.0 for trial in trained(study)] for study in studies]
+    if any(rewards):
+        by_name = dict(zip(names, rewards, strict=True))
+        progress = as_svg("Best reward by trained candidates", best_so_far(by_name))
     frames = dict(zip(names, map(trials_frame, studies), strict=True))
-    rewards = {
-        name: [trial.value or 0.0 for trial in trained(study)]
-        for name, study in zip(names, studies, strict=True)
-    }
-    measured = any(frame["loss"].notna().any() for frame in frames.values())
+    if any(frame["loss"].notna().any() for frame in frames.values()):
+        loss_fronts = as_svg("Loss against latency of all runs", fronts(frames))
     write_page(
         output,
         "comparison.html.j2",
@@ -128,41 +108,58 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         notes=notes,
         best=None if notes else best,
         rows=rows,
-        progress=as_svg("Best reward by trained candidates", best_so_far(rewards))
-        if any(rewards.values())
-        else None,
-        fronts=as_svg("Loss against latency of all runs", fronts(frames)) if measured else None,
+        progress=progress,
+        fronts=loss_fronts,
         colours={name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)},
     )
-    found = [
-        {"": heading} | {row["run"]: row[heading] for row in rows} for heading in list(rows[0])[1:]
+
+    lines = [
+        {"": heading} | {row["run"]: row[heading] for row in rows}
+        for heading in rows[0]
+        if heading != "run"
     ]
-    lines = found + [dict(zip(found[0], row.values(), strict=True)) for row in asked]
+    lines += [{"": row["setting"]} | {name: row[name] for name in names} for row in asked]
     console.print(text_table(f"{len(runs)} runs", lines, words=[""]))
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False)
     return output
 
 
+def _notes(unlike: list[dict[str, str]]) -> list[str]:
+    """Why losses or rewards of the runs cannot be compared."""
+    keys = [row["setting"] for row in unlike]
+    notes = ["They have different teachers."] if "teacher" in keys else []
+    if keys:
+        what = "Losses and rewards" if any(key.startswith(SCALE) for key in keys) else "Rewards"
+        notes.append(f"{what} are not of one scale, for these differ: {', '.join(keys)}.")
+    return notes
+
+
 def _differing(
-    values: Mapping[str, Mapping[str, Any]], is_meant: Callable[[str], bool]
+    names: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
+    is_meant: Callable[[str], bool],
 ) -> list[dict[str, str]]:
     """The settings that are not the same in all runs, a row each."""
-    keys = dict.fromkeys(key for settings in values.values() for key in settings if is_meant(key))
-    return [
-        {"setting": key, **{name: str(settings.get(key, "-")) for name, settings in values.items()}}
-        for key in keys
-        if len({str(settings.get(key, "-")) for settings in values.values()}) > 1
-    ]
+    rows = []
+    for key in dict.fromkeys(key for one in settings for key in one if is_meant(key)):
+        values = [str(one.get(key, "-")) for one in settings]
+        if len(set(values)) > 1:
+            rows.append({"setting": key, **dict(zip(names, values, strict=True))})
+    return rows
 
 
-def _found(run: Run, study: Study) -> dict[str, str]:
-    """A run in a row: the best candidate after its mini-KD and, where they are there, the last stages' figures."""
+def _row(run: Run, study: Study) -> dict[str, str]:
+    """A run's best candidate after its mini-KD and, where they are there, the last stages' figures."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}
     student = results["models"]["student"] if results else {}
-    arch = StudentArch.from_dict(attrs["arch"]) if best else None
+    shape = "-"
+    if best:
+        arch = StudentArch.from_dict(attrs["arch"])
+        heads = arch.num_attention_heads
+        shape = f"{arch.num_hidden_layers} x {arch.hidden_size}, {heads} heads"
     stages = {
         "exported": exported,
         "fine-tuned": results,
@@ -173,9 +170,7 @@ def _found(run: Run, study: Study) -> dict[str, str]:
         "run": run.name,
         "stage": next((name for name, done in stages.items() if done), "searching"),
         "candidates trained": str(len(trained(study))),
-        "student": f"{arch.num_hidden_layers} x {arch.hidden_size}, {arch.num_attention_heads} heads"
-        if arch
-        else "-",
+        "student": shape,
         "reward": as_text(attrs.get("reward"), ".4f"),
         "loss": as_text(attrs.get("loss"), ".4f"),
         "contextual share": as_text(attrs.get("contextual_share"), ".3f"),

@@ -1,24 +1,23 @@
-"""A run on a few rows, by the real code, so that whether a long one would end is seen before it begins."""
+"""A run on a few rows, by the real code, to see in a minute whether a long one would reach its end."""
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.inputs import validate
 from kdnas.commands.run import run_stages
-from kdnas.data.corpus import QUICKSTART, build_quickstart_text
+from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
 from kdnas.data.readers import some_rows
 from kdnas.nas.budget import Budget
+from kdnas.report.tables import text_table
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, nearest_folder, owned, sweep
 from kdnas.tasks.tasks import load_task
@@ -34,9 +33,9 @@ class Sizes:
     """How much the user gave.
 
     Args:
-        num_rows: usable rows of text; about, where there are many.
-        num_train: labelled rows that train; 0 without a task.
-        num_validation: labelled rows that are scored.
+        num_rows: usable rows of text; an estimate where only some were kept.
+        num_train: labelled rows to train on; 0 without a task.
+        num_validation: labelled rows to score.
     """
 
     num_rows: int
@@ -47,42 +46,31 @@ class Sizes:
 def with_few_rows(
     config: AnyConfig,
     folder: Path,
-    num_rows: int,
+    num_rows: int = NUM_ROWS,
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """The same config on a few rows from all over its text and task, and how many there are.
+    """The same config on a few random rows of its text and task, and how many rows there are.
 
     Args:
         config: of a search or a run.
-        folder: takes the rows, and is the config's root: nothing gets into the real one.
-        num_rows: of text.
-        num_bytes: of text, at least two rows; a row counts as if it were cut.
-        num_task_rows: of each split of the task.
+        folder: takes the rows, and is the new config's root, so the real one is not touched.
+        num_rows: rows of text, at most.
+        num_bytes: bytes of text, at most; a row counts as if it were cut. Two rows at least.
+        num_task_rows: rows of each split of the task.
 
     Raises:
-        UserError: text or task cannot be read, or there are fewer than two usable rows among those read.
+        UserError: text or task cannot be read, or fewer than two of these rows are usable.
     """
-    text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
-    if QUICKSTART in (text, task_source):
+    text, task = config.text, config.task if isinstance(config, RunConfig) else None
+    if QUICKSTART in (text, task):
         there = Run(config.root, config.name).text
         path = build_quickstart_text(there if there.is_dir() else folder / "quickstart")
         text = str(path) if text == QUICKSTART else text
-        task_source = (
-            str(path.parent / "which_package") if task_source == QUICKSTART else task_source
-        )
-    rows, num_found = some_rows(text, config.data.column)
-    usable = {row: split for row, split in rows if row and row.strip()}
-    if len(usable) < 2:
-        raise UserError(
-            f"{text!r} has {len(usable)} usable rows among {len(rows):,}: is {config.data.column!r} right?"
-        )
-    longest = 4 * config.data.max_length  # bytes, of which a token has about four
-    mean = sum(min(longest, len(row.encode())) for row in usable) / len(usable)
-    chosen = _evenly(list(usable), max(2, int(min(num_rows, num_bytes / mean))))
-    splits = [usable[row] for row in chosen]
-    table = {"text": chosen, "split": splits if len(set(splits)) > 1 else [None] * len(chosen)}
-    pq.write_table(pa.table(table), folder / "text.parquet")
+        task = str(path.parent / "which_package") if task == QUICKSTART else task
+
+    few, sizes = _few_rows(text, config, num_rows, num_bytes)
+    pq.write_table(few, folder / "text.parquet")
     small = replace(
         config,
         text=str(folder / "text.parquet"),
@@ -91,28 +79,40 @@ def with_few_rows(
         data=replace(config.data, column="text"),
         states=replace(config.states, folder=None),
     )
-    sizes = Sizes(round(num_found * len(usable) / len(rows)))
-    if task_source:
-        task = load_task(task_source)
-        assert isinstance(small, RunConfig)
-        small = replace(small, task=str(task.save(folder / "task", num_task_rows)))
-        num_validation = sum(len(columns["label"]) for columns in task.validations.values())
-        sizes = replace(sizes, num_train=len(task.train["label"]), num_validation=num_validation)
-    return small, sizes
+    if not task:
+        return small, sizes
+
+    assert isinstance(small, RunConfig)
+    rows = load_task(task)
+    small = replace(small, task=str(rows.save(folder / "task", num_task_rows)))
+    num_validation = sum(len(columns["label"]) for columns in rows.validations.values())
+    return small, Sizes(sizes.num_rows, len(rows.train["label"]), num_validation)
 
 
-def _evenly(rows: Sequence[str], most: int) -> list[str]:
-    return (
-        [rows[place * len(rows) // most] for place in range(most)]
-        if len(rows) > most
-        else list(rows)
-    )
+def _few_rows(
+    text: str, config: SearchConfig, num_rows: int, num_bytes: float
+) -> tuple[pa.Table, Sizes]:
+    rows, num_all = some_rows(text, config.data.column, num_rows)
+    usable = {row: split for row, split in rows if row and row.strip()}
+    if len(usable) < 2:
+        raise UserError(
+            f"{text!r} has {len(usable)} usable rows among {len(rows):,}: "
+            f"is {config.data.column!r} right?"
+        )
+    longest = 4 * config.data.max_length  # bytes, of which a token has about four
+    sizes = accumulate(min(longest, len(row.encode())) for row in usable)
+    num_chosen = max(2, sum(size <= num_bytes for size in sizes))
+    texts, splits = list(usable)[:num_chosen], list(usable.values())[:num_chosen]
+    if len(set(splits)) == 1:  # too few rows for both parts: draw the parts anew
+        splits = [None] * num_chosen
+    table = pa.table({"text": texts, "split": splits})
+    return table, Sizes(round(num_all * len(usable) / len(rows)))
 
 
 def smoke(config: RunConfig, console: Console) -> None:
-    """Every stage of a run on a few rows of its text and task, in a folder that is removed again.
+    """Go through every stage of a run on a few rows of its text and task, in a folder that is removed again.
 
-    The budget is looked at but not kept, so that the candidates are the first that the sampler proposes.
+    The budget is checked but not kept, so the candidates are the first that the sampler proposes.
 
     Args:
         config: of the real run, whose folder is not touched.
@@ -137,31 +137,29 @@ def smoke(config: RunConfig, console: Console) -> None:
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
-    table = Table("stage", "seconds", box=SIMPLE_HEAD, show_edge=False)
-    for stage, taken in seconds.items():
-        table.add_row(stage, f"{taken:.1f}")
-    table.add_row("in all", f"{sum(seconds.values()):.1f}", style="bold")
-    console.print(table)
+
+    seconds["in all"] = sum(seconds.values())
+    rows = [{"stage": stage, "seconds": f"{taken:.1f}"} for stage, taken in seconds.items()]
+    console.print(text_table("", rows, words=["stage"]))
     console.print(
-        f"Every stage works, on {NUM_ROWS} rows: what they score says nothing, and nothing of it is kept.",
+        f"Every stage works, on {NUM_ROWS} rows: the scores mean nothing, and nothing is kept.",
         soft_wrap=True,
     )
 
 
 def _shrunk(config: RunConfig, folder: Path) -> RunConfig:
-    small, _ = with_few_rows(config, folder, NUM_ROWS)
+    small, _ = with_few_rows(config, folder)
+    few_candidates = replace(
+        config.search,
+        n_trials=min(config.search.n_trials, NUM_CANDIDATES),
+        num_epochs=1,
+        budget=Budget(),
+    )
     return replace(
         small,
         workers=min(config.workers, NUM_CANDIDATES),
-        data=replace(
-            small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)
-        ),  # of few rows, a few
-        search=replace(
-            config.search,
-            n_trials=min(config.search.n_trials, NUM_CANDIDATES),
-            num_epochs=1,
-            budget=Budget(),
-        ),
+        data=replace(small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)),
+        search=few_candidates,
         full_kd=replace(config.full_kd, num_epochs=1),
         finetune=replace(config.finetune, num_epochs=1),
         latency=replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05)),

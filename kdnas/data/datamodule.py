@@ -1,4 +1,4 @@
-"""Text as masked token batches: a candidate's 30 % of the rows, all of them, and held-out rows that are in neither."""
+"""Text as masked token batches: the mini split of the search, all training rows, held-out rows."""
 
 import copy
 import hashlib
@@ -38,9 +38,7 @@ from kdnas.system.files import new_folder
 Split = Literal["mini", "full"]
 
 TOKENS = Path("lightning_logs/tokens")
-FORMAT = (
-    1  # of what is kept there: another number where other code makes other tokens, pairs or masks
-)
+FORMAT = 1  # of the kept rows: count up when the code makes other tokens, pairs or masks
 ROWS_AT_A_TIME = 256  # of text and tokens in memory
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
 
@@ -51,15 +49,21 @@ class DataSettings:
 
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
-        held_out_fraction: share of the rows that no student ever trains on; candidates are scored on them.
-        mini_fraction: share of the training rows that a candidate of the search sees, above 0 and below 1.
+        held_out_fraction: share of the rows that no student ever trains on; candidates are scored
+            on them.
+        mini_fraction: share of the training rows that a candidate of the search sees, above 0 and
+            below 1.
         max_length: longer rows are cut, in tokens; with the special tokens.
         batch_tokens: rows times padded length of a batch is at most this.
-        pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length; slower.
-        pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words never do.
+        pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length;
+            slower.
+        pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words
+            never do.
         mask_probability: share of tokens that is masked, 0 to 1.
-        masked_share: share of the rows that is masked at all, 0 to 1; for each of a row's masks anew.
-        num_mask_variants: how many different masks a row has; epoch e takes number ``e % num_mask_variants``.
+        masked_share: share of the rows that is masked at all, 0 to 1; for each of a row's masks
+            anew.
+        num_mask_variants: how many different masks a row has; epoch e takes number
+            ``e % num_mask_variants``.
         seed: of the split, the masks and the order.
         num_workers: processes that make batches.
 
@@ -81,98 +85,88 @@ class DataSettings:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.mini_fraction < 1:
-            raise UserError(
-                f"mini_fraction is {self.mini_fraction}: give a share above 0 and below 1, such as 0.3."
-            )
-        if not 0 < self.held_out_fraction < 1:
-            raise UserError(
-                f"held_out_fraction is {self.held_out_fraction}: give a share above 0 and below 1."
-            )
+        for name in ("mini_fraction", "held_out_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: give a share above 0 and below 1."
+                )
         for name in ("pair_share", "mask_probability", "masked_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1.")
-        for name, least in (
-            ("max_length", 4),
-            ("num_mask_variants", 1),
-            ("seed", 0),
-            ("num_workers", 0),
-        ):
+        for name, least in dict(max_length=4, num_mask_variants=1, seed=0, num_workers=0).items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
             raise UserError(
-                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} tokens. "
-                "Without pairs, set pair_share to 0."
+                f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} "
+                "tokens. Without pairs, set pair_share to 0."
             )
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
             raise UserError(
-                f"batch_tokens is {self.batch_tokens}: one row of max_length {self.max_length} must fit."
+                f"batch_tokens is {self.batch_tokens}: "
+                f"one row of max_length {self.max_length} must fit."
             )
 
 
 class KDDataModule(ResumableDataModule):
-    """Masked batches for distillation: 30 % of the training rows (``mini``) or all of them (``full``).
+    """Masked batches for distillation: 30 % of the training rows (``mini``) or all (``full``).
 
     Args:
-        tokenizer: the teacher whose tokenizer to use: a folder, a hub name, or ``quickstart``.
+        teacher: its tokenizer is used: a folder, a hub name, or ``quickstart``.
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
         settings: how text becomes batches.
         split: which training rows; the held-out rows are the same for both.
-        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens`` in the folder of
-            all runs.
+        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens``
+            in the folder of all runs.
     """
 
     def __init__(
         self,
-        tokenizer: str,
+        teacher: str,
         text: str,
         settings: DataSettings = DataSettings(),
         split: Split = "full",
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.text, self.settings, self.split = tokenizer, text, settings, split
+        self.teacher = teacher
+        self.text = text
+        self.settings = settings
+        self.split = split
         self.folder = Path(folder) if folder else TOKENS
-        self.rows: TokenRows | None = None
+        self._rows: TokenRows | None = None
+
+    @property
+    def rows(self) -> TokenRows:
+        """The tokenised rows, after ``setup``."""
+        assert self._rows is not None, "call setup() first"
+        return self._rows
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenised text. The first process that asks for it reads, splits and tokenises; others wait.
+        """Open the tokenised text; the first process that asks for it makes it, others wait.
 
         Raises:
-            UserError: the text or the tokenizer cannot be used, or ``max_length`` is more than the teacher takes.
+            UserError: the text or the teacher cannot be used, or ``max_length`` is more than the
+                teacher takes.
         """
-        if self.rows is not None:
+        if self._rows is not None:
             return
-        teacher = find_teacher(self.tokenizer)
         settings = self.settings
-        if settings.max_length > max_length(teacher.config):
+        teacher = find_teacher(self.teacher)
+        longest = max_length(teacher.config)
+        if settings.max_length > longest:
             raise UserError(
-                f"max_length is {settings.max_length}: the teacher {self.tokenizer!r} takes at most "
-                f"{max_length(teacher.config)} tokens."
+                f"max_length is {settings.max_length}: "
+                f"the teacher {self.teacher!r} takes at most {longest} tokens."
             )
         tokenizer = teacher.tokenizer
-        assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None
         folder = self.folder / self._key(tokenizer)
         if not is_whole(folder):
-            made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f"{folder.name}.lock"):
-                if not is_whole(folder):  # another process may have made it meanwhile
-                    for leftover in self.folder.glob(f".{folder.name}.*"):
-                        shutil.rmtree(leftover)
-                    try:
-                        with new_folder(folder) as new:
-                            self._write(new, tokenizer)
-                    except UserError:
-                        (self.folder / f"{folder.name}.lock").unlink()
-                        for empty in made:
-                            with suppress(OSError):
-                                empty.rmdir()
-                        raise
-        self.rows = TokenRows(
+            self._make(folder, tokenizer)
+        assert tokenizer.pad_token_id is not None
+        self._rows = TokenRows(
             folder, tokenizer.pad_token_id, settings.max_length, settings.pad_to_max_length
         )
 
@@ -189,27 +183,42 @@ class KDDataModule(ResumableDataModule):
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The hash of all that the rows depend on."""
-        told = (
-            tokenizer.backend_tokenizer.to_str()
-            if tokenizer.is_fast
-            else sorted(tokenizer.get_vocab().items())
-        )
         settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
         del settings["pad_to_max_length"]  # which changes no row
-        libraries = [tokenizers.__version__, transformers.__version__]
         parts = [
             FORMAT,
-            libraries,
+            [tokenizers.__version__, transformers.__version__],
             type(tokenizer),
-            told,
+            tokenizer.backend_tokenizer.to_str(),
             tokenizer.truncation_side,
             settings,
             text_sha256(self.text, self.settings.column),
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
+    def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the folder of rows, one process at a time; where the text is bad, leave nothing."""
+        made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f"{folder.name}.lock"
+        with FileLock(lock):
+            if is_whole(folder):  # another process has made it meanwhile
+                return
+            for leftover in self.folder.glob(f".{folder.name}.*"):
+                shutil.rmtree(leftover)
+            try:
+                with new_folder(folder) as new:
+                    self._write(new, tokenizer)
+            except UserError:
+                lock.unlink()
+                for empty in made:
+                    with suppress(OSError):
+                        empty.rmdir()
+                raise
+
     def _write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        settings, corpus = self.settings, self.read_corpus()
+        settings = self.settings
+        corpus = self.read_corpus()
         masker = Masker(
             tokenizer.mask_token_id,
             len(tokenizer),
@@ -231,38 +240,53 @@ class KDDataModule(ResumableDataModule):
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[list[int], int]]:
         """The token ids of each row, and where its second sentence begins."""
-        texts, make = corpus.texts, self._pair_maker(corpus)
+        texts = corpus.texts
+        make = self._pair_maker(corpus)
+
+        def encode(rows: list[int], *columns: list[str]) -> dict[int, tuple[list[int], int]]:
+            if not rows:
+                return {}
+            encoded = tokenizer(
+                *columns,
+                truncation="longest_first",
+                max_length=self.settings.max_length,
+                verbose=False,
+            )
+            found = {}
+            for number, row in enumerate(rows):
+                ids = encoded["input_ids"][number]
+                sentences = encoded.sequence_ids(number)
+                found[row] = ids, sentences.index(1) if 1 in sentences else len(ids)
+            return found
+
         starts = range(0, len(texts), ROWS_AT_A_TIME)
-        for start in track(
+        progress = track(
             starts, "tokens", transient=True, disable=len(starts) < 2, show_speed=False
-        ):
+        )
+        for start in progress:
             places = range(start, min(start + ROWS_AT_A_TIME, len(texts)))
             pairs = {i: pair for i in places if (pair := make(i))}
-            rows: dict[int, tuple[list[int], int]] = {}
-            for some in ([i for i in places if i not in pairs], list(pairs)):
-                if some:  # tokenizers cannot do nothing
-                    columns = zip(*(pairs.get(i) or (texts[i],) for i in some), strict=True)
-                    encoded = tokenizer(
-                        *map(list, columns),
-                        truncation="longest_first",
-                        max_length=self.settings.max_length,
-                        verbose=False,
-                    )
-                    for number, i in enumerate(some):
-                        ids = encoded["input_ids"][number]
-                        sentences = encoded.sequence_ids(number) if i in pairs else []
-                        rows[i] = ids, sentences.index(1) if 1 in sentences else len(ids)
+            singles = [i for i in places if i not in pairs]
+            first = [pair[0] for pair in pairs.values()]
+            second = [pair[1] for pair in pairs.values()]
+            rows = encode(singles, [texts[i] for i in singles])
+            rows |= encode(list(pairs), first, second)
             yield from (rows[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Sample id -> sentence pair. No text gets into another split: a row is paired with rows of its own part."""
-        settings, texts = self.settings, corpus.texts
+        """Sample id -> sentence pair, or None.
+
+        No text gets into another split: a row is paired with rows of its own part.
+        """
+        settings = self.settings
+        texts = corpus.texts
         mini = self._ids("mini", corpus.num_train)
         rest = np.setdiff1d(np.arange(corpus.num_train), mini)
         parts = (mini, rest, np.arange(corpus.num_train, len(texts)))
         part_of, place_of = np.empty((2, len(texts)), dtype=np.int64)
         for number, part in enumerate(parts):
-            part_of[part], place_of[part] = number, np.arange(len(part))
+            part_of[part] = number
+            place_of[part] = np.arange(len(part))
 
         def make(sample_id: int) -> tuple[str, str] | None:
             part = parts[part_of[sample_id]]
@@ -275,19 +299,17 @@ class KDDataModule(ResumableDataModule):
         return make
 
     def select(self, split: Split) -> "KDDataModule":
-        """The same rows and masks with another split of the training rows; nothing is read or tokenised again."""
+        """The same rows and masks with another split of the training rows."""
         other = copy.copy(self)
         other.split = split
         return other
 
     def train_ids(self) -> IntArray:
-        """Sample ids of the training rows of this split. Those of ``mini`` are a seeded draw from those of ``full``."""
-        assert self.rows is not None, "call setup() first"
+        """Sample ids of this split; those of ``mini`` are a seeded draw from those of ``full``."""
         return self._ids(self.split, self.rows.num_train)
 
     def draw_order(self) -> IntArray:
         """Sample ids of all training rows in the order in which a share of them is drawn."""
-        assert self.rows is not None, "call setup() first"
         return self._order(self.rows.num_train)
 
     def _order(self, num_rows: int) -> IntArray:
@@ -299,12 +321,10 @@ class KDDataModule(ResumableDataModule):
 
     def held_out_ids(self) -> IntArray:
         """Sample ids of the held-out rows, in no split."""
-        assert self.rows is not None, "call setup() first"
         return np.arange(self.rows.num_train, len(self.rows))
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
         """Batches of these rows, this process's share of them."""
-        assert self.rows is not None, "call setup() first"
         settings = self.settings
         sampler = LengthGroupedBatches(
             self.rows.padded_lengths,
@@ -316,12 +336,11 @@ class KDDataModule(ResumableDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             num_ranks=self.trainer.world_size if self.trainer else 1,
         )
-        # batch_size=None: the sampler gives whole batches, and the rows are gathered in one go.
         return ResumableLoader(
             self.rows,
-            batch_size=None,
+            batch_size=None,  # the sampler gives whole batches, and rows are gathered in one go
             sampler=sampler,
-            generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
+            generator=torch.Generator(),  # dropout's generator does not seed the workers
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
             worker_init_fn=outlive_signals,

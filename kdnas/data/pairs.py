@@ -1,7 +1,7 @@
-"""Sentence pairs made of paragraphs, in the shapes that pair tasks have and paragraphs never do.
+"""Sentence pairs made of paragraphs, in the shapes of pair tasks.
 
-Only pairs exercise a teacher's attention from one sentence to the other: a student that is distilled on single rows
-alone never sees it at work, and what it had of it from its teacher wears away.
+Only pairs use a teacher's attention from one sentence to the other. A student that is distilled on
+single rows never sees it, and loses what it took over from its teacher.
 """
 
 import re
@@ -16,16 +16,16 @@ _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]]))\s+""")
 def make_pair(text: str, other: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """A sentence pair out of a paragraph.
 
-    35 % are two neighbouring pieces of the paragraph, 30 % pieces of two unrelated rows, and the others a sentence and
-    a corrupted copy of it, in random order. Every piece has a random length.
+    35 % are two neighbouring pieces of the paragraph, 30 % pieces of two unrelated rows, and the
+    others a sentence and a corrupted copy of it, in random order. Every piece has a random length.
 
     Args:
         text: the paragraph.
         other: an unrelated row.
-        rng: the pair depends on the texts and on its state alone.
+        rng: the pair depends only on the texts and on its state.
 
     Returns:
-        The two sentences; None where the text has fewer than ``MIN_WORDS`` words.
+        The two sentences, or None where the text has fewer than ``MIN_WORDS`` words.
     """
     words = text.split()
     if len(words) < MIN_WORDS:
@@ -58,16 +58,15 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
 def _neighbours(
     words: list[str], sentences: list[list[str]], rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """The words on both sides of a sentence end; in a paragraph of one sentence, of any word."""
+    """The words on both sides of a sentence's end, or of any word where there is one sentence."""
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))
-    return words[cut - _length(words[:cut], rng) : cut], words[
-        cut : cut + _length(words[cut:], rng)
-    ]
+    before, after = words[:cut], words[cut:]
+    return before[-_length(before, rng) :], after[: _length(after, rng)]
 
 
 def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) -> list[str]:
-    """A copy with words dropped, words replaced by any of ``words``, and half the time turned at a random word."""
+    """A copy with words dropped, replaced by any of ``words``, and half the time rotated."""
     drops = rng.random(len(sentence)) < rng.uniform(0, 0.5)
     copy = [word for word, drop in zip(sentence, drops, strict=True) if not drop] or sentence[:1]
     replaces = rng.random(len(copy)) < rng.uniform(0, 0.3)

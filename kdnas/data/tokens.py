@@ -1,8 +1,8 @@
-"""Rows of token ids in a folder: made once of a text, read row by row, shared by every worker and rank.
+"""Rows of token ids in a folder: made once of a text, shared by every worker and rank.
 
-A folder appears whole. It holds, for all rows one after the other, ``lengths.bin`` and ``second_starts.bin`` (int64),
-the masked token ids of each variant, ``variant00.bin``, ... (int32), and ``about.<hash of what is in it>.json``, which
-has the hash of all these.
+A folder appears whole. For all rows, one after the other, it holds ``lengths.bin`` and
+``second_starts.bin`` (int64), and the masked token ids of each variant, ``variant00.bin``, ...
+(int32). ``about.<hash of its content>.json`` has the hash of all these.
 """
 
 import hashlib
@@ -33,9 +33,12 @@ def padded(lengths: IntArray, max_length: int) -> IntArray:
 class Batch(TypedDict):
     """B rows of similar length, padded to T tokens.
 
-    ``input_ids`` (B, T), masked; ``attention_mask`` (B, T), 1 on real tokens; ``token_type_ids`` (B, T), 1 from a
-    second sentence's first token to the row's end, as BERT has it; ``sample_ids`` (B,); ``variant`` (), the number of
-    the rows' masks. N, the number of real tokens, is ``attention_mask.sum()``.
+    Args:
+        input_ids: (B, T), masked.
+        attention_mask: (B, T), 1 on real tokens; its sum N is the number of real tokens.
+        token_type_ids: (B, T), 1 from a second sentence's first token to the row's end.
+        sample_ids: (B,), the rows' numbers in the corpus.
+        variant: (), the number of the rows' masks.
     """
 
     input_ids: Tensor
@@ -55,17 +58,11 @@ def write_rows(
     num_variants: int = 1,
     masked_share: float = 1.0,
 ) -> None:
-    """Mask rows and write them, one by one.
+    """Mask rows and write them into an empty folder, one by one.
 
-    Args:
-        folder: is there, and empty.
-        rows: token ids of each, special tokens included, and where in it the second sentence begins: its length where
-            there is none.
-        masker: makes the masks.
-        num_train: so many of the rows, the first ones, are to learn from.
-        dropped: rows of the text that are left out, by reason.
-        num_variants: how many masks a row has.
-        masked_share: share of the rows that is masked at all.
+    ``rows`` are token ids, special tokens included, and where the second sentence begins: the row's
+    length where there is none. The first ``num_train`` of them are to learn from. ``masked_share``
+    is the share of the rows that is masked at all.
     """
     lengths, second_starts = array("q"), array("q")
     with ExitStack() as stack:
@@ -100,7 +97,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """What is in the file whose name is its content's; None where there is none."""
+    """What is in the file that is named by the hash of its content, if there is one."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             return dict(json.loads(content))
@@ -124,28 +121,17 @@ def _sha256(folder: Path) -> str:
 
 
 class TokenRows(Dataset[Batch]):
-    """The rows of a folder; a batch is asked for as (variant, sample ids).
+    """The rows that ``write_rows`` wrote; the index of a batch is (variant, sample ids).
 
-    Args:
-        folder: of ``write_rows``.
-        pad_token_id: id of the padding token.
-        max_length: no batch is padded to more.
-        pad_to_max_length: each is padded to as much.
-
-    Attributes:
-        sha256: hash of every input that a model will see: text, tokenizer, cut, pairs, masks and order are in it.
+    ``sha256`` is the hash of all that a model will see: text, tokenizer, cut, pairs, masks, order.
     """
 
     def __init__(
         self, folder: Path, pad_token_id: int, max_length: int, pad_to_max_length: bool = False
     ) -> None:
-        self._made_with = (
-            folder,
-            pad_token_id,
-            max_length,
-            pad_to_max_length,
-        )  # what a copy is made with
-        self.folder, self.pad_token_id = folder, pad_token_id
+        self._made_with = (folder, pad_token_id, max_length, pad_to_max_length)
+        self.folder = folder
+        self.pad_token_id = pad_token_id
         about = _read_about(folder)
         assert about is not None, "is_whole() says so"
         self.num_train: int = about["num_train"]
@@ -161,7 +147,7 @@ class TokenRows(Dataset[Batch]):
         self._files = [KeptFile(_variant(folder, variant)) for variant in range(self.num_variants)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenRows, self._made_with  # open files go to no other process
+        return TokenRows, self._made_with  # open files cannot go to another process
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -169,10 +155,9 @@ class TokenRows(Dataset[Batch]):
     def masked(self, variant: int, sample_id: int) -> IntArray:
         """The masked token ids of a row."""
         size = np.dtype(np.int32).itemsize
-        start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
-        return np.frombuffer(
-            self._files[variant].piece(size * start, size * length), dtype=np.int32
-        )
+        start = size * int(self._starts[sample_id])
+        piece = self._files[variant].piece(start, size * int(self.lengths[sample_id]))
+        return np.frombuffer(piece, dtype=np.int32)
 
     def __getitem__(self, index: tuple[int, IntArray]) -> Batch:
         variant, sample_ids = index

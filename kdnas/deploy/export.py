@@ -1,9 +1,10 @@
-"""The student as others use it: a Hugging Face folder with ONNX and int8 beside it, checked against each other."""
+"""The student as others use it: a Hugging Face folder with ONNX and int8, checked."""
 
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from kdnas.system.errors import ParityError, UserError, first_line
 from kdnas.system.files import file_sha256, new_folder, write_text
 from kdnas.system.manifest import write_manifest
 
-# Attention scores of a batch, a GB of them in float32: longer rows are not compared.
+# Attention scores of a batch, a GB in float32: longer rows are not compared.
 MOST_SCORES = 2**28
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -60,70 +61,70 @@ def export_student(
     tolerance: float = 1e-4,
     min_seconds: float = 0.1,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder with ONNX, int8, ``predict.py``, model card and manifest, all or nothing.
+    """Write a Hugging Face folder with ONNX, int8, ``predict.py``, model card and manifest.
 
-    The graphs take the tokenizer's ``model_input_names``, of any batch size and length, and give ``logits``
-    (a classifier) or ``last_hidden_state`` (an encoder; its pooler, if any, is left out).
+    The graphs take the tokenizer's ``model_input_names``, of any batch size and length. They give
+    ``logits`` (a classifier) or ``last_hidden_state`` (an encoder, without its pooler).
 
     Args:
-        source: a Hugging Face folder with tokenizer: a sequence classifier if its config says so, else an encoder.
-        folder: appears whole, when all checks have passed. One that is there is replaced then.
+        source: a Hugging Face folder with tokenizer: a sequence classifier if its config says so,
+            else an encoder.
+        folder: appears whole, and replaces an older one, when all checks have passed.
         card: for the model card, see ``model_card``.
-        make_rows: from the tokenizer the rows that the int8 graph is chosen and scored on; random words by default.
+        make_rows: makes from the tokenizer the rows that the int8 graph is chosen and scored on;
+            random words by default.
         length: where texts are cut, in tokens; as many as the model takes by default.
         sentences: make it a folder for sentence-transformers, with this teacher's pooling.
         tolerance: largest difference of an output between torch and onnxruntime.
-        min_seconds: of each measurement of latency.
+        min_seconds: time of each measurement of latency.
 
     Returns:
-        ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``, ``opset``, ``int8``
-        (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, for one thread, ``torch_ms``,
-        ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see ``add_sentence_files``) where that is asked for.
+        ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``,
+        ``opset``, ``int8`` (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length``
+        and, for one thread, ``torch_ms``, ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see
+        ``add_sentence_files``) where that is asked for.
 
     Raises:
-        UserError: the source has no model or no tokenizer that loads whole, or the length is beyond its positions.
+        UserError: the source has no model or no tokenizer that loads whole, or the length is beyond
+            its positions.
         ParityError: an output differs by more than the tolerance.
     """
     model, tokenizer = load_student(source)
     if length is not None:
-        if not 2 <= length <= max_length(model.config):
+        longest = max_length(model.config)
+        if not 2 <= length <= longest:
             raise UserError(
-                f"length is {length}: the student {str(source)!r} takes from 2 to {max_length(model.config)} tokens."
+                f"length is {length}: the student {str(source)!r} takes from 2 to {longest} tokens."
             )
         tokenizer.model_max_length = length
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.copyfile(Path(__file__).with_name("predict.py"), temporary / "predict.py")
-        compared = add_sentence_files(temporary, model, tokenizer, sentences) if sentences else None
+        report: dict[str, Any] = {"opset": OPSET}
+        if sentences:
+            report["sentences"] = add_sentence_files(temporary, model, tokenizer, sentences)
+
         exact, int8 = temporary / ONNX, temporary / INT8
-        write_onnx(model, exact, tokenizer.model_input_names)
-        difference = _check_parity(model, tokenizer, exact, tolerance)
         names, longest = tokenizer.model_input_names, tokenizer.model_max_length
-        rows = (
-            make_rows(tokenizer)
-            if make_rows
-            else random_rows(model.config, names, min(longest, 128))
-        )
-        chosen = write_best_int8(exact, int8, rows)
+        write_onnx(model, exact, names)
+        report["max_abs_difference"] = _check_parity(model, tokenizer, exact, tolerance)
+        words = random_rows(model.config, names, min(longest, 128))
+        rows = make_rows(tokenizer) if make_rows else words
+        report["int8"] = write_best_int8(exact, int8, rows)
         _check_predict(tokenizer, temporary)
-        report: dict[str, Any] = {
-            "max_abs_difference": difference,
-            "onnx_megabytes": exact.stat().st_size / 1e6,
-            "int8_megabytes": int8.stat().st_size / 1e6,
-            "safetensors_megabytes": (temporary / "model.safetensors").stat().st_size / 1e6,
-            "opset": OPSET,
-            "int8": chosen,
-            "latency": _latency(model, exact, int8, longest, min_seconds),
-            **({"sentences": compared} if compared else {}),
-        }
+
+        weights = temporary / "model.safetensors"
+        for name, path in (("onnx", exact), ("int8", int8), ("safetensors", weights)):
+            report[f"{name}_megabytes"] = path.stat().st_size / 1e6
+        report["latency"] = _latency(model, exact, int8, longest, min_seconds)
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
         write_manifest(temporary, {"checks": report, "source_sha256": source_sha256(source)})
     return report
 
 
 def source_sha256(source: Path) -> str | None:
-    """Of a student's weights where they are in one file of safetensors, else None."""
+    """The hash of a student's weights, or None where they are not in one file of safetensors."""
     weights = source / "model.safetensors"
     return file_sha256(weights) if weights.is_file() else None
 
@@ -141,50 +142,47 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
 
     Raises:
-        UserError: the folder has no model or no tokenizer that loads whole, or a head of another kind.
+        UserError: the folder has no model or tokenizer that loads whole, or a head of another kind.
     """
-    here: dict[str, Any] = {
-        "trust_remote_code": False,
-        "local_files_only": True,
-    }  # a lost folder is no hub's name
+    here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         if not os.path.isdir(source):
             raise FileNotFoundError("there is no such folder")
         config = AutoConfig.from_pretrained(source, **here)
-        lost = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
-        if lost:
-            raise ValueError(
-                f"the head of {lost[0]} would be lost: give an encoder, or a classifier of sequences"
-            )
-        if has_classifier(config) and config.problem_type == "multi_label_classification":
-            raise ValueError("it gives several labels at once: give a classifier of one")
-        factory = AutoModelForSequenceClassification if has_classifier(config) else AutoModel
-        model, info = factory.from_pretrained(
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **here,
-            **({} if has_classifier(config) else family_of(config).build),
-        )
+        for name in config.architectures or ():
+            if name.endswith(OTHER_HEADS):
+                raise ValueError(
+                    f"the head of {name} would be lost: "
+                    "give an encoder, or a classifier of sequences"
+                )
+        options: Any = dict(dtype=torch.float32, output_loading_info=True, **here)
+        if has_classifier(config):
+            if config.problem_type == "multi_label_classification":
+                raise ValueError("it gives several labels at once: give a classifier of one")
+            factory: Any = AutoModelForSequenceClassification
+        else:
+            factory = AutoModel
+            options |= family_of(config).build
+        model, info = factory.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
-    if info["missing_keys"]:
+    if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"Cannot export {str(source)!r}: its weights lack {sorted(info['missing_keys'])[0]!r} "
-            f"(and {len(info['missing_keys']) - 1} more)."
+            f"Cannot export {str(source)!r}: its weights lack {missing[0]!r} "
+            f"(and {len(missing) - 1} more)."
         )
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # transformers makes up an empty one where there is none
+    # Where there is no tokenizer, transformers makes an empty one.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
     if has_classifier(config):
-        name_classes(model.config, class_names(config))  # who reads the folder counts from 0
+        name_classes(model.config, class_names(config))  # some count from 1, readers from 0
     match_marks(tokenizer, config)
     unknown = set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}
     if unknown:
         raise UserError(
-            f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, which no encoder here reads."
+            f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, "
+            "which no encoder here reads."
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
@@ -202,11 +200,12 @@ def _parity_lengths(longest: int) -> list[int]:
 def _check_parity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
 ) -> float:
-    """The largest difference between torch and onnxruntime over batches short, long and padded (real tokens only).
+    """The largest difference between torch and onnxruntime on real tokens.
 
-    Up to the longest rows that are read, or whose attention fits into memory.
+    Rows are short, long and padded, up to the longest whose attention fits into memory.
     """
-    output, session = output_name(model), open_session(path)
+    output = output_name(model)
+    session = open_session(path)
     worst = 0.0
     heads = arch_of(model.config).num_attention_heads
     longest = min(tokenizer.model_max_length, math.isqrt(MOST_SCORES // heads))
@@ -223,22 +222,19 @@ def _check_parity(
             largest = difference.max().item()
             if not largest <= tolerance:  # NaN too
                 raise ParityError(
-                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} at batch x length {size} x "
-                    f"{length}; {tolerance:g} is allowed."
+                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} "
+                    f"at batch x length {size} x {length}; {tolerance:g} is allowed."
                 )
             worst = max(worst, largest)
     return worst
 
 
 def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """``predict.py`` must read texts as transformers does."""
+    """Refuse a ``predict.py`` that reads texts in another way than transformers."""
     from kdnas.deploy.predict import Predictor
 
-    texts = [
-        "A text.",
-        " ".join(["A long text."] * tokenizer.model_max_length),
-        "another, shorter text",
-    ]
+    long = " ".join(["A long text."] * tokenizer.model_max_length)
+    texts = ["A text.", long, "another, shorter text"]
     expected = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
     for name, found in Predictor(folder).encode(texts).items():
         if found.shape != expected[name].shape or (found != expected[name]).any():
@@ -250,23 +246,20 @@ def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def _latency(
     model: PreTrainedModel, exact: Path, int8: Path, longest: int, min_seconds: float
 ) -> list[dict[str, float]]:
+    short, long = min(16, longest), min(128, longest)
     rows = []
-    for batch, length in dict.fromkeys(
-        [(1, min(16, longest)), (1, min(128, longest)), (8, min(128, longest))]
-    ):
-        settings = LatencySettings(
-            "onnxruntime", batch_size=batch, length=length, min_seconds=min_seconds
-        )
-        onnx, in_int8 = measure_latency([exact, int8], settings)
-        plain = LatencySettings(batch_size=batch, length=length, min_seconds=min_seconds)
-        (torch_,) = measure_latency([model], plain)
+    for batch, length in dict.fromkeys([(1, short), (1, long), (8, long)]):
+        in_torch = LatencySettings(batch_size=batch, length=length, min_seconds=min_seconds)
+        in_onnx = replace(in_torch, backend="onnxruntime")
+        of_exact, of_int8 = measure_latency([exact, int8], in_onnx)
+        (of_model,) = measure_latency([model], in_torch)
         rows.append(
             {
                 "batch": batch,
                 "length": length,
-                "torch_ms": torch_.median_ms,
-                "onnx_ms": onnx.median_ms,
-                "int8_ms": in_int8.median_ms,
+                "torch_ms": of_model.median_ms,
+                "onnx_ms": of_exact.median_ms,
+                "int8_ms": of_int8.median_ms,
             }
         )
     return rows

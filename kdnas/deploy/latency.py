@@ -1,7 +1,6 @@
 """Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
 
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -37,19 +36,20 @@ class LatencySettings:
     """How latency is measured.
 
     Args:
-        backend: what runs the model: ``torch`` (float32), ``torch-bf16`` (bfloat16 weights), ``onnxruntime``,
-            ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda`` (torch on the first GPU, in float32; its
-            products in TF32, as all of the command line's on a GPU).
-        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on the CPU.
+        backend: what runs the model: ``torch`` (float32), ``torch-bf16`` (bfloat16 weights),
+            ``onnxruntime``, ``onnxruntime-int8`` (the graphs that an export holds) or ``cuda``
+            (torch on the first GPU in float32, with products in TF32).
+        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on
+            the CPU.
         batch_size: rows a batch.
         length: tokens a row, with the two that the tokenizer adds.
-        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of one length: 32
-            batches of a random sample at most, each padded to its longest row.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of
+            one length: 32 batches of a random sample at most, each padded to its longest row.
         num_threads: CPU threads.
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such device.
+        UserError: a value is out of range, the backend is unknown, or torch sees no such device.
     """
 
     backend: str = "torch"
@@ -65,10 +65,6 @@ class LatencySettings:
             raise UserError(
                 f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
             )
-        if self.backend in ON_ONNX and importlib.util.find_spec("onnxruntime") is None:
-            raise UserError(
-                f"backend {self.backend} of latency needs onnxruntime: pip install 'kdnas'."
-            )
         if self.backend == "cuda" and self.device == "cpu":
             object.__setattr__(self, "device", "cuda")
         devices = _devices()
@@ -82,11 +78,7 @@ class LatencySettings:
             )
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not least <= value < 1 << 31
-            ):
+            if type(value) is not int or not least <= value < 1 << 31:
                 raise UserError(
                     f"{name} of latency is {value!r}: give a whole number of at least {least}."
                 )
@@ -96,11 +88,7 @@ class LatencySettings:
             )
 
     def batches(self) -> list[list[int]]:
-        """The lengths of the rows of each batch that is timed.
-
-        Raises:
-            UserError: ``lengths`` is no file of whole numbers above 0.
-        """
+        """The lengths of the rows of each batch that is timed."""
         if self.lengths is None:
             return [[self.length] * self.batch_size]
         rows = _read_lengths(self.lengths)
@@ -110,8 +98,10 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """What tells a file of lengths from another of its name; nothing where there is none."""
-        return {"latency.lengths_sha256": file_sha256(Path(self.lengths))} if self.lengths else {}
+        """The hash of the file of lengths, if there is one."""
+        if not self.lengths:
+            return {}
+        return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}
 
 
 @dataclass(frozen=True)
@@ -120,9 +110,10 @@ class Latency:
 
     Args:
         median_ms: median, in milliseconds.
-        iqr_ms: interquartile range, in milliseconds; the mean of those of batches, where they differ in length.
+        iqr_ms: interquartile range, in milliseconds; where batches differ in length, the mean of
+            their ranges.
         num_runs: forward passes that were timed, each by itself.
-        p95_ms: what 95 % of the passes stay below, in milliseconds.
+        p95_ms: 95th percentile, in milliseconds.
         tokens_per_second: real tokens, without padding.
         sequences_per_second: rows.
     """
@@ -130,21 +121,19 @@ class Latency:
     median_ms: float
     iqr_ms: float
     num_runs: int
-    p95_ms: float = math.nan  # as the next two, where the number is from a record
+    p95_ms: float = math.nan  # unknown, as the next two, where the number is from a record
     tokens_per_second: float = math.nan
     sequences_per_second: float = math.nan
 
 
 def measured_by(how: Mapping[str, Any]) -> str:
-    """How latency was measured: ``torch on cpu, batch 1 x 128, 1 thread``.
-
-    Args:
-        how: fields of ``LatencySettings``, as a config has them; what is left out is the default.
-    """
+    """The fields of ``LatencySettings`` in words: ``torch on cpu, batch 1 x 128, 1 thread``."""
     how = {**asdict(LatencySettings()), **how}
-    length, num_threads = "workload" if how["lengths"] else how["length"], how["num_threads"]
-    shape = f"batch {'of at most ' if how['lengths'] else ''}{how['batch_size']} x {length}"
-    return f"{how['backend']} on {how['device']}, {shape}, {num_threads} thread{'s' * (num_threads > 1)}"
+    shape = f"batch {how['batch_size']} x {how['length']}"
+    if how["lengths"]:
+        shape = f"batch of at most {how['batch_size']} x workload"
+    num_threads = "1 thread" if how["num_threads"] == 1 else f"{how['num_threads']} threads"
+    return f"{how['backend']} on {how['device']}, {shape}, {num_threads}"
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
@@ -173,15 +162,15 @@ class ArchLatency:
 
 
 def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
-    """Time the forward pass of each model, all in turn, so that a drifting machine cancels in their ratio.
+    """Time the forward pass of each model, all in turn, so that a drift of the machine cancels.
 
-    Eval mode, autocast off, inference mode, a real attention mask. Each round gives every model its share of
-    ``min_seconds``, led by an untimed pass; the first round is a warm-up and is dropped. On a GPU, time is that between
-    two events on its stream.
+    Eval mode, autocast off, inference mode, a real attention mask. Each round gives every model its
+    share of ``min_seconds``, after an untimed pass; the first round is a warm-up and is dropped.
+    On a GPU, time is that between two events on its stream.
 
     Args:
-        models: models with a Hugging Face ``config``, or ONNX files that lie beside their ``config.json``; for a
-            backend of onnxruntime, models are written as ONNX first. They come back as they came in.
+        models: models with a Hugging Face ``config``, or ONNX files beside their ``config.json``.
+            For a backend of onnxruntime, models are written as ONNX first. They are not changed.
         settings: backend, device, batch, threads and time.
 
     Returns:
@@ -196,28 +185,29 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     for config in configs:
         check_length(config, settings)
     lengths = settings.batches()
+    device = torch.device(settings.device)
     share = settings.min_seconds / _NUM_ROUNDS
-    seconds = partial(_seconds, torch.device(settings.device))
-    rounds: list[list[list[float]]] = []
+    times: list[list[float]] = [[] for _ in models]
     with threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
-        passes = [
+        turns = [
             [partial(run, _batch(config, rows, settings)) for rows in lengths]
             for run, config in zip(runs, configs, strict=True)
         ]
-        for turn in passes:
-            _timed(turn, seconds, share)
-        while (
-            len(rounds) < _FEWEST_ROUNDS
-            or min(map(_total, zip(*rounds, strict=True))) < settings.min_seconds
-        ):
-            rounds.append([_timed(turn, seconds, share) for turn in passes])
-    return [_summary(sum(turns, []), lengths) for turns in zip(*rounds, strict=True)]
+        for turn in turns:
+            _timed(turn, device, share)
+
+        num_rounds = 0
+        while num_rounds < _FEWEST_ROUNDS or min(map(sum, times)) < settings.min_seconds:
+            for turn, its_times in zip(turns, times, strict=True):
+                its_times += _timed(turn, device, share)
+            num_rounds += 1
+    return [_summary(its_times, lengths) for its_times in times]
 
 
 class LatencyMeter:
     """Latency of architectures beside one teacher; measured once each, and remembered.
 
-    What is measured is encoder and classification head, with random weights: latency does not depend on them.
+    Encoder and classification head have random weights: latency does not depend on them.
 
     Args:
         teacher_config: the teacher's config.
@@ -234,15 +224,11 @@ class LatencyMeter:
         self._known: dict[StudentArch, ArchLatency] = {}
 
     def remember(self, arch: StudentArch, value: ArchLatency) -> None:
-        """Answer with this value from now on: a number from a record, or from a latency table."""
+        """Use this value, from a record, instead of a measurement."""
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """The latency of an architecture: the remembered one, or else measured now.
-
-        Raises:
-            CandidateFailed: a median that is no positive number.
-        """
+        """The latency of an architecture, remembered or measured now."""
         if arch not in self._known:
             model = _build(student_config(self.teacher_config, arch))
             student, teacher = measure_latency([model, self._teacher], self.settings)
@@ -275,11 +261,8 @@ def _devices() -> list[str]:
 
 def _read_lengths(name: str) -> list[int]:
     try:
-        values = [
-            json.loads(line)
-            for line in Path(name).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(
             f"lengths of latency: cannot read {name!r}: {first_line(error)}."
@@ -287,27 +270,25 @@ def _read_lengths(name: str) -> list[int]:
     rows: list[Any] = [
         value.get("length") if isinstance(value, dict) else value for value in values
     ]
-    wrong = [row for row in rows if isinstance(row, bool) or not isinstance(row, int) or row < 1]
+    wrong = [row for row in rows if type(row) is not int or row < 1]
     if wrong or not rows:
         found = f"has {wrong[0]!r}" if wrong else "is empty"
         raise UserError(
-            f'lengths of latency: {name!r} {found}: give a whole number above 0, or {{"length": 17}}, a line.'
+            f"lengths of latency: {name!r} {found}: "
+            'give a whole number above 0, or {"length": 17}, a line.'
         )
     return rows
 
 
 def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    """Refuse rows that a model cannot read.
-
-    Raises:
-        UserError: a row is longer than the model's positions.
-    """
-    longest, asked = max_length(config), max(map(max, settings.batches()))
+    """Refuse rows that are longer than a model can read."""
+    longest = max_length(config)
+    asked = max(map(max, settings.batches()))
     if asked > longest:
         where = f" in {settings.lengths!r}" if settings.lengths else ""
         raise UserError(
-            f"length of latency is {asked}{where}, but this {config.model_type} takes {longest} tokens at most: "
-            "give a smaller length."
+            f"length of latency is {asked}{where}, but this {config.model_type} takes {longest} "
+            "tokens at most: give a smaller length."
         )
 
 
@@ -328,7 +309,7 @@ def _batch(
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """With so many of torch's threads."""
+    """Have torch use so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -342,22 +323,20 @@ def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[list[Callable[[dict[str, Any]], Any]]]:
     """One function of a batch for each model, as the backend runs it."""
+    device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
-    with (
-        _deployed(modules, settings.device),
-        torch.autocast(torch.device(settings.device).type, enabled=False),
-    ):
+    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
+    with _deployed(modules, device), no_autocast:
         if settings.backend in ON_ONNX:
-            with temporary_folder() as name:
+            with temporary_folder() as folder:
                 yield [
-                    _session(model, Path(name) / str(place), settings)
+                    _session(model, Path(folder) / str(place), settings)
                     for place, model in enumerate(models)
                 ]
-        elif settings.backend == "torch-bf16":
-            copies = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
-            yield [partial(_call, model) for model in copies]
-        else:
-            yield [partial(_call, model) for model in modules]
+            return
+        if settings.backend == "torch-bf16":
+            modules = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
+        yield [partial(_call, model) for model in modules]
 
 
 def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -367,44 +346,44 @@ def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
 def _session(
     model: Any, folder: Path, settings: LatencySettings
 ) -> Callable[[dict[str, Any]], Any]:
-    path = (
-        model
-        if isinstance(model, Path)
-        else write_deployed(model, folder, settings.backend == "onnxruntime-int8")
-    )
-    session = open_session(path, settings.num_threads)
+    if not isinstance(model, Path):
+        model = write_deployed(model, folder, settings.backend == "onnxruntime-int8")
+    session = open_session(model, settings.num_threads)
     names = [node.name for node in session.get_inputs()]
     return lambda batch: session.run(None, {name: batch[name] for name in names})
 
 
 @contextmanager
 def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Models in eval mode on the device; afterwards each in the modes and on the device that it came in."""
+    """Models in eval mode on the device; afterwards as they were."""
     # Not under inference_mode: parameters that are moved there could never be trained again.
-    before = [
-        (
-            model,
-            next(model.parameters()).device,
-            [(module, module.training) for module in model.modules()],
-        )
-        for model in models
-    ]
+    homes = [next(model.parameters()).device for model in models]
+    modes = [(part, part.training) for model in models for part in model.modules()]
     try:
         for model in models:
             model.to(device).eval()
         yield
     finally:
-        for model, home, modes in before:
+        for model, home in zip(models, homes, strict=True):
             model.to(home)
-            for module, training in modes:
-                module.training = training
+        for part, training in modes:
+            part.training = training
 
 
-def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """The time of one pass."""
+def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
+    """Seconds of each pass of one model's turn: every batch equally often, after an untimed one."""
+    turn[0]()
+    times: list[float] = []
+    while sum(times) < share:
+        times += [_seconds(run, device) for run in turn]
+    return times
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         with torch.cuda.device(device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
             run()
@@ -418,26 +397,20 @@ def _seconds(device: torch.device, run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _timed(
-    turn: Sequence[Callable[[], Any]], seconds: Callable[[Callable[[], Any]], float], share: float
-) -> list[float]:
-    """Seconds of each pass of one model's turn: every batch equally often, the first one once before, untimed."""
-    turn[0]()
-    times: list[float] = []
-    while sum(times) < share:
-        times += [seconds(run) for run in turn]
-    return times
-
-
-def _total(turns: Sequence[list[float]]) -> float:
-    return sum(map(sum, turns))
-
-
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
-    """Quantiles over all passes, the interquartile range within a batch; rates from the median of each batch."""
+    """Quantiles over all passes, except the interquartile range: that is within a batch.
+
+    Rates are from the median of each batch.
+    """
     seconds = np.array(times).reshape(-1, len(lengths))
     median, most = np.percentile(1000 * seconds, (50, 95)).tolist()
     low, high = np.percentile(1000 * seconds, (25, 75), axis=0).mean(1).tolist()
     cycle = float(np.median(seconds, 0).sum())
-    num_tokens, num_rows = sum(map(sum, lengths)), sum(map(len, lengths))
-    return Latency(median, high - low, len(times), most, num_tokens / cycle, num_rows / cycle)
+    return Latency(
+        median_ms=median,
+        iqr_ms=high - low,
+        num_runs=len(times),
+        p95_ms=most,
+        tokens_per_second=sum(map(sum, lengths)) / cycle,
+        sequences_per_second=sum(map(len, lengths)) / cycle,
+    )

@@ -32,16 +32,10 @@ def output_name(model: PreTrainedModel) -> str:
 def random_batch(
     config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Rows of random ids of the whole vocabulary, the same at each call, padded to the longest.
+    """Rows of random ids, (rows, longest), padded and the same at each call.
 
-    Args:
-        config: of the model that reads them.
-        lengths: real tokens of each row.
-        names: the inputs that are wanted; ``token_type_ids`` marks the second half of a row where the family has marks.
-        seed: of the ids.
-
-    Returns:
-        Each of shape (rows, longest).
+    ``lengths`` are the real tokens of each row, ``names`` the inputs that are wanted. Where the
+    family has token types, they mark the second half of a row.
     """
     pad_id = config.pad_token_id or 0
     shape = (len(lengths), max(lengths))
@@ -58,16 +52,11 @@ def random_batch(
 
 
 def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = INPUTS) -> None:
-    """Write the graph of a model in eval mode on the CPU, for every batch size and length, as one file.
+    """Write the graph of a model in eval mode on the CPU, for every batch size and length.
 
-    Attention is written in its plain form: the fused kernel's has twelve nodes more a layer, and onnxruntime takes 10 %
-    longer for them. What is normalised after an addition is written as a Sum: onnxruntime fuses an Add with the norm
-    into SkipLayerNormalization, which takes more than three times as long as both.
-
-    Args:
-        model: a classifier or an encoder; it is not changed.
-        path: the file.
-        input_names: of the graph, the tokenizer's ``model_input_names``.
+    Attention is written in its plain form: the fused kernel has twelve more nodes a layer, which
+    take onnxruntime 10 % longer. An addition before a norm is written as a Sum: onnxruntime fuses
+    an Add and the norm into SkipLayerNormalization, which takes three times as long as both.
     """
     axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
     batch = random_batch(model.config, [8, 5], input_names)
@@ -87,27 +76,21 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
             )
         assert program is not None
         for node in program.model.graph:
-            node.metadata_props.clear()  # paths of this machine, and more bytes than a small student
-            before = (
-                node.inputs[0].producer()
-                if node.op_type == "LayerNormalization" and node.inputs[0]
-                else None
-            )
-            if before is not None and before.op_type == "Add":
-                before.op_type = "Sum"
+            node.metadata_props.clear()  # paths of this machine, larger than a small student
+            if node.op_type == "LayerNormalization" and node.inputs[0]:
+                before = node.inputs[0].producer()
+                if before is not None and before.op_type == "Add":
+                    before.op_type = "Sum"
         program.save(path, external_data=False)
     finally:
         model.set_attn_implementation(attention)
 
 
 def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = None) -> None:
-    """Write a graph with its matrices and embedding tables in 8 bits, matrices with one scale a column.
+    """Write a graph with matrices and embedding tables in 8 bits, one scale a matrix column.
 
-    Args:
-        source: the float32 graph.
-        target: the file.
-        calibration: batches whose ranges the activations' scales are taken from (static); None: from each batch as it
-            comes (dynamic).
+    Batches of ``calibration`` give the scales of activations (static). Without any, each batch
+    gives its own (dynamic).
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -116,16 +99,15 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
         quantize_static,
     )
 
-    # Its logger, the root one, recommends a preparation of its own that changes nothing here.
+    options: dict[str, Any] = {
+        "op_types_to_quantize": ["MatMul", "Gather"],
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+    }
+    # The quantiser logs to the root logger, and recommends a preparation that changes nothing.
     with _told_if_full(source, target), _quiet("root"):
         if calibration is None:
-            quantize_dynamic(
-                source,
-                target,
-                op_types_to_quantize=["MatMul", "Gather"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-            )
+            quantize_dynamic(source, target, **options)
             return
         feeds = iter(calibration)
 
@@ -137,18 +119,17 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
             source,
             target,
             Reader(),
-            op_types_to_quantize=["MatMul", "Gather"],
-            per_channel=True,
             activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},  # attention's own products stay as they are
+            **options,
         )
 
 
 def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
-    """Write the graph beside its config, and give the file to measure."""
+    """Write the graph beside its config, and return the file to measure."""
     model.config.save_pretrained(folder)
-    write_onnx(model, folder / ONNX, (*INPUTS, *["token_type_ids"] * marks_pairs(model.config)))
+    marks = ["token_type_ids"] if marks_pairs(model.config) else []
+    write_onnx(model, folder / ONNX, [*INPUTS, *marks])
     if not int8:
         return folder / ONNX
     write_int8(folder / ONNX, folder / INT8)
@@ -160,7 +141,8 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -172,7 +154,7 @@ def config_beside(path: Path) -> PreTrainedConfig:
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """Native code writes a copy of the graph, and does not say where a full disk has cut it: its reader fails."""
+    """Where native code fails on a graph that a full disk has cut, raise the disk's error."""
     try:
         yield
     except OSError:
@@ -187,7 +169,7 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Exporter and quantiser warn and log about their own internals, nothing that a user could act on."""
+    """Silence what exporter and quantiser say about their own internals."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)

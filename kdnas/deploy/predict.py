@@ -1,10 +1,11 @@
-"""Predict with the ONNX graph of this folder; onnxruntime, tokenizers and numpy are all that it needs.
+"""Predict with the ONNX graph of this folder: needs onnxruntime, tokenizers and numpy only.
 
     python predict.py "A text." "Another text."
     python predict.py --pair "The first sentence." "The second sentence."
     python predict.py --int8 "A text."
 
-One line of JSON a text: a label with its probability, a number (a regression), or a vector (an encoder).
+One line of JSON a text: a label with its probability (a classifier), a number (a regression), or a
+vector (an encoder).
 """
 
 import json
@@ -22,7 +23,7 @@ class Predictor:
     """A tokenizer and a graph.
 
     Args:
-        folder: of the export; the one that this file lies in by default.
+        folder: the export; by default the folder of this file.
         int8: take ``model.int8.onnx``, not ``model.onnx``.
         num_threads: CPU threads; 0: as many as cores.
     """
@@ -36,12 +37,14 @@ class Predictor:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(int(settings["model_max_length"]))
         pad_token = settings["pad_token"]
-        pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+        if isinstance(pad_token, dict):
+            pad_token = pad_token["content"]
         self.tokenizer.enable_padding(
             pad_id=self.tokenizer.token_to_id(pad_token), pad_token=pad_token
         )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
         file = folder / ("model.int8.onnx" if int8 else "model.onnx")
         self.session = onnxruntime.InferenceSession(
             str(file), options, providers=["CPUExecutionProvider"]
@@ -54,7 +57,7 @@ class Predictor:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """The graph's inputs, (texts, tokens), of texts or of pairs of texts."""
+        """The graph's inputs, each (texts, tokens), of texts or of pairs of texts."""
         rows = self.tokenizer.encode_batch(list(texts))
         values = {
             "input_ids": [row.ids for row in rows],
@@ -74,12 +77,12 @@ class Predictor:
             return output
         mask = inputs["attention_mask"][:, :, None]
         vectors = output[:, 0] if self.takes_cls else (output * mask).sum(1) / mask.sum(1)
-        return (
-            vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalizes else vectors
-        )
+        if self.normalizes:
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
     def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Any]:
-        """For each text its label and the probability of it, its number, or its vector."""
+        """For each text its label and the label's probability, its number, or its vector."""
         outputs = self(texts)
         if not any("ForSequenceClassification" in name for name in self.config["architectures"]):
             return [row.tolist() for row in outputs]
@@ -87,14 +90,13 @@ class Predictor:
             return [float(row[0]) for row in outputs]
         probabilities = np.exp(outputs - outputs.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
-        names = self.config.get(
-            "id2label", {}
-        )  # transformers saves none where there are two classes without names
-        best = [(int(row.argmax()), float(row.max())) for row in probabilities]
-        return [
-            {"label": names.get(str(i), f"LABEL_{i}"), "probability": probability}
-            for i, probability in best
-        ]
+        names = self.config.get("id2label", {})  # none where two classes have no names
+        predictions = []
+        for row in probabilities:
+            best = int(row.argmax())
+            label = names.get(str(best), f"LABEL_{best}")
+            predictions.append({"label": label, "probability": float(row[best])})
+        return predictions
 
 
 def _read(path: Path) -> Any:
@@ -103,10 +105,8 @@ def _read(path: Path) -> Any:
 
 def main(args: Sequence[str]) -> int:
     """The command line, as above."""
-    flags, texts = (
-        [arg for arg in args if arg.startswith("--")],
-        [arg for arg in args if not arg.startswith("--")],
-    )
+    flags = [arg for arg in args if arg.startswith("--")]
+    texts = [arg for arg in args if not arg.startswith("--")]
     is_pair = "--pair" in flags
     if not set(flags) <= {"--int8", "--pair"} or not texts or (is_pair and len(texts) != 2):
         print(__doc__, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The int8 graph: which rows it is chosen on, which rows it is reported on, and what it loses."""
+"""The int8 graph: the rows it is chosen on, the rows it is reported on, and what it loses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ class Rows:
     """Rows for the int8 graph, as batches; no row is in both lists.
 
     Args:
-        choose: to calibrate and to choose on: training rows.
-        report: to report on: validation or held-out rows.
-        name: of the rows, for people.
-        task: how outputs are scored; then every batch has ``labels``.
+        choose: training rows, to calibrate and to choose on.
+        report: validation or held-out rows, to report on.
+        name: name of the rows for people.
+        task: how outputs are scored; every batch then has ``labels``.
     """
 
     choose: list[Feed] = field(repr=False)
@@ -42,13 +42,13 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """A sample of the training rows to choose on; the validation rows, or 2,000 of them, to report on.
+    """256 training rows to choose on, and at most 2,000 validation rows to report on.
 
     Args:
-        task: whose.
-        tokenizer: the student's.
+        task: the task that has the rows.
+        tokenizer: the student's tokenizer.
         length: longer rows are cut.
-        is_scored: whether the student is a classifier of the task; an encoder's states alone are compared.
+        is_scored: whether the student is a classifier of the task; else only states are compared.
     """
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
@@ -69,26 +69,18 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """A sample of the training texts to choose on, and of the held-out texts to report on."""
+    """256 training texts to choose on, and at most 256 held-out texts to report on."""
 
     def batches(texts: Sequence[str]) -> list[Feed]:
         chosen = sorted(_sample(texts, NUM_TO_CHOOSE_ON), key=len)
-        options: Any = {
-            "padding": True,
-            "truncation": True,
-            "max_length": length,
-            "return_tensors": "np",
-        }
+        options: Any = dict(padding=True, truncation=True, max_length=length, return_tensors="np")
         return [
             dict(tokenizer(chosen[i : i + BATCH_SIZE], **options))
             for i in range(0, len(chosen), BATCH_SIZE)
         ]
 
-    return Rows(
-        batches(train),
-        batches(held_out),
-        f"{min(len(held_out), NUM_TO_CHOOSE_ON):,} held-out texts",
-    )
+    name = f"{min(len(held_out), NUM_TO_CHOOSE_ON):,} held-out texts"
+    return Rows(batches(train), batches(held_out), name)
 
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
@@ -107,7 +99,7 @@ def _sample(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
-    """What a graph gives for each batch; of an encoder's states, those of real tokens."""
+    """A graph's output for each batch: logits, or an encoder's states of real tokens."""
     session = open_session(path)
     names = [node.name for node in session.get_inputs()]
     found = []
@@ -121,67 +113,62 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
     """The task's score: the mean of its metrics."""
     metrics = make_metrics(task)
     for output, batch in zip(found, batches, strict=True):
-        predicted = torch.from_numpy(output)
-        metrics.update(
-            predicted.squeeze(-1) if task.num_labels == 1 else predicted.argmax(-1),
-            torch.from_numpy(batch["labels"]),
-        )
+        logits = torch.from_numpy(output)
+        predicted = logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(-1)
+        metrics.update(predicted, torch.from_numpy(batch["labels"]))
     values = [float(value) for value in metrics.compute().values()]
     return sum(values) / len(values)
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """Of all logits as one vector; of an encoder, the mean over tokens."""
+    """The cosine of all logits as one vector; of an encoder, the mean over tokens."""
     a, b = (np.concatenate(list(parts)).astype(np.float64) for parts in (first, second))
     if a.shape[1] < 32:  # logits: the angle between two of them says little
         a, b = a.reshape(1, -1), b.reshape(1, -1)
-    return float(
-        (
-            (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).clip(1e-12)
-        ).mean()
-    )
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / norms.clip(1e-12)).mean())
 
 
 def compare(
     exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
 ) -> dict[str, float]:
-    """``cosine`` of the two graphs' outputs and, of a task, ``score`` of both."""
-    found, expected = outputs(int8, batches), outputs(exact, batches)
+    """``cosine`` of the two graphs' outputs and, for a task, ``score`` and ``int8_score``."""
+    found = outputs(int8, batches)
+    expected = outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}
     if task is not None:
-        result |= {
-            "score": score(task, expected, batches),
-            "int8_score": score(task, found, batches),
-        }
+        result["score"] = score(task, expected, batches)
+        result["int8_score"] = score(task, found, batches)
     return result
 
 
 def lost(result: Mapping[str, Any]) -> float:
-    """The share of the score that int8 loses or, without one, of the cosine."""
+    """The share of the score that int8 loses; where there is no score, of the cosine."""
     if "score" not in result:
         return 1 - result["cosine"]
     return (result["score"] - result["int8_score"]) / max(abs(result["score"]), 1e-9)
 
 
 def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
-    """Write the int8 graph: scales of activations taken as they come; calibrated ones where that loses more than 1 %.
+    """Write the int8 graph with dynamic scales, or static ones where those lose more than 1 %.
 
-    The choice is made on ``rows.choose``; of the two the one that loses less is kept.
+    Of the two, the one that loses less on ``rows.choose`` is kept.
 
     Args:
         source: the float32 graph.
         target: the file.
-        rows: to choose and to report on.
+        rows: the rows to choose and to report on.
 
     Returns:
-        ``method`` (dynamic or static), ``rows``, and on the reported rows ``cosine`` to the float32 graph and, of a
-        task, ``score`` of the float32 graph and ``int8_score``.
+        ``method`` (dynamic or static), ``rows``, and on the reported rows ``cosine`` to the float32
+        graph and, for a task, ``score`` of the float32 graph and ``int8_score``.
 
     Raises:
-        ParityError: the outputs have little to do with each other.
+        ParityError: the outputs of the graphs are too different.
     """
     write_int8(source, target)
-    method, loses = "dynamic", lost(compare(source, target, rows.choose, rows.task))
+    method = "dynamic"
+    loses = lost(compare(source, target, rows.choose, rows.task))
     if not loses <= MOST_LOST:
         static = target.with_name(f"static.{target.name}")
         names = [node.name for node in open_session(source).get_inputs()]
@@ -194,7 +181,7 @@ def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
     if not result["cosine"] >= LEAST_COSINE:  # NaN too
         output = open_session(source).get_outputs()[0].name
         raise ParityError(
-            f"{output} of {target.name} has a cosine of {result['cosine']:.3f} to those of {source.name} on "
-            f"{rows.name}; {LEAST_COSINE} is needed."
+            f"{output} of {target.name} has a cosine of {result['cosine']:.3f} "
+            f"to those of {source.name} on {rows.name}; {LEAST_COSINE} is needed."
         )
     return {"method": method, "rows": rows.name, **result}

@@ -1,4 +1,4 @@
-"""An export that sentence-transformers loads: the teacher's pooling, checked and compared with the teacher."""
+"""An export that sentence-transformers loads, compared with the teacher."""
 
 import importlib.util
 import logging
@@ -20,32 +20,20 @@ from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask
 
 MOST_TEXTS = 1_000
-_PREFIX = "sentence_transformers.models."
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """What a student is made a sentence encoder with, and compared on.
+    """How a student becomes a sentence encoder, and what it is compared on."""
 
-    Args:
-        teacher: whose pooling is taken.
-        train: texts on which a linear map from the student's vectors to the teacher's is fitted, to compare them.
-        held_out: other texts, on which the cosine is reported.
-        task: pairs with a number (STS-B), to rank by the cosine of their vectors; None: not done.
-    """
-
-    teacher: Teacher
-    train: Sequence[str]
-    held_out: Sequence[str]
-    task: LoadedTask | None = None
+    teacher: Teacher  # its pooling is taken
+    train: Sequence[str]  # for the linear map from the student's vectors to the teacher's
+    held_out: Sequence[str]  # for the cosine between them
+    task: LoadedTask | None = None  # pairs with a number (STS-B), for Spearman of their cosine
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Refuse before anything is computed.
-
-    Raises:
-        UserError: sentence-transformers is not installed, or the task has no pairs with a number.
-    """
+    """Refuse a missing sentence-transformers, or a task without pairs with a number."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             "sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'."
@@ -59,45 +47,37 @@ def check_sentences(task: LoadedTask | None) -> None:
 def add_sentence_files(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sentences
 ) -> dict[str, Any]:
-    """Make of an exported encoder a folder that ``SentenceTransformer(folder)`` loads, and compare it.
+    """Make an exported encoder a folder that ``SentenceTransformer(folder)`` loads, and compare it.
 
-    Args:
-        folder: with ``config.json``, weights and tokenizer; it gets ``modules.json`` and what belongs to it.
-        model: the encoder.
-        tokenizer: its tokenizer; its ``model_max_length`` is where texts are cut.
-        sentences: teacher and texts.
+    The folder gets ``modules.json`` and its files, with the teacher's pooling.
 
     Returns:
-        ``pooling`` (mean or cls), ``normalized``, ``cosine`` (mean over held-out texts, between the teacher's vectors
-        and a linear map of the student's, fitted on other texts) and, of a task, ``spearman`` and ``teacher_spearman``.
-
-    Raises:
-        UserError: the student is no encoder, or the teacher pools in another way.
-        ParityError: sentence-transformers gives other vectors than the encoder.
+        ``pooling`` (mean or cls), ``normalized``, ``cosine`` (mean over held-out texts, between the
+        teacher's vectors and a linear map of the student's, fitted on other texts) and, for a task,
+        ``task``, ``spearman`` and ``teacher_spearman``.
     """
     from sentence_transformers import SentenceTransformer
 
     if "ForSequenceClassification" in type(model).__name__:
         raise UserError(
-            f"The student is a {type(model).__name__}: sentence-transformers takes an encoder, as in full_kd/encoder."
+            f"The student is a {type(model).__name__}: "
+            "sentence-transformers takes an encoder, as in full_kd/encoder."
         )
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    source = sentences.teacher.source
     try:
-        teacher = SentenceTransformer(
-            sentences.teacher.source, device="cpu", trust_remote_code=False
-        )
-    except (
-        ValueError,
-        ImportError,
-    ) as error:  # modules.json names a class that is not sentence-transformers' own
+        teacher = SentenceTransformer(source, device="cpu", trust_remote_code=False)
+    except (ValueError, ImportError) as error:  # modules.json names a class of somebody else
         raise UserError(
-            f"The teacher {sentences.teacher.name!r} is no sentence encoder that can be read ({first_line(error)})."
+            f"The teacher {sentences.teacher.name!r} is no sentence encoder that can be read "
+            f"({first_line(error)})."
         ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):
         raise UserError(
-            f"The teacher {sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported."
+            f"The teacher {sentences.teacher.name!r} pools by {pooling!r}: "
+            "mean and cls can be exported."
         )
     normalized = "Normalize" in kinds
     _write_modules(
@@ -121,7 +101,7 @@ def add_sentence_files(
 
 
 def spearman(encoder: Any, task: LoadedTask) -> float:
-    """Spearman's rank correlation of the cosine of two sentences' vectors with the label, on the validation rows."""
+    """Spearman's correlation of the label with the cosine of two sentences, on validation rows."""
     first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
     metrics = make_metrics(task.task)
     metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))
@@ -129,23 +109,27 @@ def spearman(encoder: Any, task: LoadedTask) -> float:
 
 
 def _write_modules(folder: Path, width: int, length: int, pooling: str, normalized: bool) -> None:
-    kinds = [
-        ("", "Transformer"),
-        ("1_Pooling", "Pooling"),
-        *[("2_Normalize", "Normalize")] * normalized,
-    ]
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if normalized:
+        kinds.append(("2_Normalize", "Normalize"))
     modules = [
-        {"idx": place, "name": str(place), "path": path, "type": f"{_PREFIX}{kind}"}
+        {
+            "idx": place,
+            "name": str(place),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
         for place, (path, kind) in enumerate(kinds)
     ]
     write_json(folder / "modules.json", modules)
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
-    )
-    modes = {
-        f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens")
+    transformer = {"max_seq_length": length, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", transformer)
+    pooling_config = {
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
     }
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
+    write_json(folder / "1_Pooling" / "config.json", pooling_config)
 
 
 def _check_vectors(
@@ -171,6 +155,5 @@ def _check_vectors(
 
 
 def _vectors(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
-    return torch.from_numpy(
-        np.asarray(encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True))
-    )
+    vectors = encoder.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
+    return torch.from_numpy(np.asarray(vectors))

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a student beside its losses: rate, speed, and in words what it is."""
+"""The curves of a student beside its losses: learning rate and speed."""
 
 import time
 from typing import Any
@@ -9,15 +9,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class StudentCurves(pl.Callback):
-    """Logs the peak learning rate and the tokens a second of each step that is logged, and the student as text.
+    """Logs the peak learning rate, the tokens a second and, once, the student as text.
 
-    Tokens are real ones, of all devices; the time is that between two logged steps, without validation.
+    Tokens are real ones of all devices; the time is that between two logged steps, without
+    validation.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("student", pl_module.describe())  # type: ignore[operator]
+                text: Any = pl_module.describe  # the modules of this package have it
+                logger.experiment.add_text("student", text())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -25,16 +27,16 @@ class StudentCurves(pl.Callback):
         pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
     def on_train_start(self, *args: Any) -> None:
-        self._restart()  # a fit that goes on within an epoch does not start one
+        self._restart()  # a fit that is resumed within an epoch does not start one
 
     def on_train_epoch_start(self, *args: Any) -> None:
         self._restart()
 
+    def on_validation_end(self, *args: Any) -> None:
+        self._restart()
+
     def _restart(self) -> None:
         self._begun, self._num_tokens = time.perf_counter(), 0
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
 
     def on_train_batch_end(
         self,

@@ -1,4 +1,4 @@
-"""Pure functions. Shapes: N real tokens (padding is gone before), H the teacher's width."""
+"""Losses and linear maps, as pure functions. Shapes: N real tokens, H the teacher's width."""
 
 import math
 from typing import Any
@@ -12,64 +12,54 @@ from kdnas.system.errors import UserError
 
 
 def within_half(states: Tensor) -> Tensor:
-    """The same states, which float16 can hold: beyond its range they would be infinite without a word.
+    """The same states, checked: beyond float16's range they would silently become infinite.
 
     Raises:
-        UserError: it cannot, or one is not a number.
+        UserError: float16 cannot hold one, or one is not a number.
     """
-    most, largest = torch.finfo(torch.float16).max, max(map(abs, map(float, states.aminmax())))
+    most, largest = torch.finfo(torch.float16).max, max(abs(float(x)) for x in states.aminmax())
     if math.isnan(largest):
         raise UserError("The teacher's hidden states are not numbers (NaN): take another teacher.")
     if largest > most:
         raise UserError(
-            f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, ends at {most:,.0f}: "
-            "take another teacher."
+            f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, "
+            f"ends at {most:,.0f}: take another teacher."
         )
     return states
 
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Sum over tokens of the mean over dimensions of the squared error, in float32.
+    """Sum over tokens of the mean over dimensions of the squared error, a float32 scalar.
 
-    Divided by N it is the mean squared error; kept as a sum it adds up over batches of different sizes.
-
-    Args:
-        predicted_NH: shape (N, H).
-        target_NH: shape (N, H).
-
-    Returns:
-        A scalar.
+    Divided by N it is the mean squared error. A sum adds up over batches of different sizes.
 
     Raises:
-        ValueError: the shapes differ (they would broadcast silently).
+        ValueError: the shapes differ.
     """
-    if predicted_NH.shape != target_NH.shape:
-        raise ValueError(
-            f"The shapes {tuple(predicted_NH.shape)} and {tuple(target_NH.shape)} differ."
-        )
+    _refuse_other_shapes(predicted_NH, target_NH)
     return (predicted_NH.float() - target_NH.float()).square().mean(-1).sum()
 
 
-def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); exactly 0 where m is padding.
+def _refuse_other_shapes(one: Tensor, other: Tensor) -> None:
+    if one.shape != other.shape:  # they would broadcast silently
+        raise ValueError(f"The shapes {tuple(one.shape)} and {tuple(other.shape)} differ.")
 
-    Args:
-        query_BATD: shape (B, A, T, D).
-        key_BATD: the same.
-        mask_BT: True on real tokens.
-    """
+
+def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
+    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); 0 at padding m."""
     return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of scores(n, m)``; exactly 0 where m is padding."""
+    """``softmax over real tokens m of scores(n, m)``; 0 at padding m."""
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
     """Sum over real tokens of the mean over heads of KL(teacher's attention || student's).
 
-    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the student's S.
+    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the
+    student's S.
 
     Args:
         map_BATT: the student's, shape (B, A, T, T), 0 where the second token is padding.
@@ -77,23 +67,22 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar. In training computed in the maps' precision: in bfloat16 a token's has an error of some 4e-4.
-        Without a gradient, as on held-out rows, computed in float32.
+        A float32 scalar. In training it is computed in the maps' precision (in bfloat16 the error
+            is about
+        4e-4 a token); without a gradient, as on held-out rows, in float32.
 
     Raises:
-        ValueError: the shapes differ (they would broadcast silently).
+        ValueError: the shapes differ.
     """
-    if map_BATT.shape != teacher_map_BATT.shape:
-        raise ValueError(
-            f"The shapes {tuple(map_BATT.shape)} and {tuple(teacher_map_BATT.shape)} differ."
-        )
+    _refuse_other_shapes(map_BATT, teacher_map_BATT)
     if not map_BATT.requires_grad:
         map_BATT, teacher_map_BATT = map_BATT.float(), teacher_map_BATT.float()
-    return _Divergence.apply(map_BATT, teacher_map_BATT.detach(), mask_BT) / map_BATT.shape[1]  # type: ignore[no-untyped-call]
+    divergence: Any = _Divergence.apply
+    return divergence(map_BATT, teacher_map_BATT.detach(), mask_BT) / map_BATT.shape[1]
 
 
 class _Divergence(torch.autograd.Function):
-    """Few passes over large maps, in their own precision: four times as fast as autograd's, which is float32's."""
+    """Few passes over large maps, in their precision: four times as fast as autograd."""
 
     LEAST = 1e-30  # in place of 0, which has no logarithm
 
@@ -102,10 +91,9 @@ class _Divergence(torch.autograd.Function):
         ours = ours.clamp_min(_Divergence.LEAST)
         weights = theirs * mask_BT[:, None, :, None].to(theirs.dtype)
         ctx.save_for_backward(ours, weights)
-        # The ratio before the logarithm: rounded to bfloat16, the difference of two logarithms is worth less.
-        return (
-            (theirs.clamp_min(_Divergence.LEAST) / ours).log_().mul_(weights).sum(-1).float().sum()
-        )
+        # Not the difference of two logarithms, which bfloat16 would round more coarsely.
+        ratio = theirs.clamp_min(_Divergence.LEAST) / ours
+        return ratio.log_().mul_(weights).sum(-1).float().sum()
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
@@ -114,21 +102,23 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """How much of what context adds the student knows: ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``.
+    """The share of what context adds that the student knows.
 
-    0: no more than a look-up table of words. 1: equal to the teacher. Negative: less than the table.
+    ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``. 0: no more than a look-up table of words. 1:
+    equal to the teacher. Negative: less than the table.
 
     Args:
-        mse: of the student, on one layer of the teacher.
-        mse_context_free: of the best linear map from the teacher's own embedding output to that layer.
-        mse_teacher: of that layer itself, where what measures leaves an error of it.
+        mse: error of the student on one layer of the teacher.
+        mse_context_free: error of the best linear map from the teacher's embedding output to that
+            layer.
+        mse_teacher: error of that layer itself, not 0 if it is measured by a shrunk map.
     """
     span = mse_context_free - mse_teacher
     return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
 
 
 def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> Tensor:
-    """The linear map with a constant that predicts targets from inputs best.
+    """The linear map, with a constant, that best predicts targets from inputs.
 
     ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W|^2``; the constant is not shrunk.
 
@@ -140,7 +130,8 @@ def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> 
     Returns:
         W, shape (D + 1, H), in float64; the last row is the constant.
     """
-    # Products of centred float32 numbers are exact enough for a shrunk solution, and ten times faster than float64's.
+    # Products of centred float32 numbers are exact enough, and ten times faster than those of
+    # float64.
     inputs, targets = inputs_ND.float(), targets_NH.float()
     mean_input, mean_target = inputs.mean(0), targets.mean(0)
     centred = inputs - mean_input

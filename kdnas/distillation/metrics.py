@@ -1,4 +1,4 @@
-"""What is measured of a student on held-out rows, as sums that add up over batches and ranks."""
+"""Metrics of a student on held-out rows, as sums that add up over batches and ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-# A loss that ends higher than it was by this share: there was too little text for so many epochs.
+# Too little text for so many epochs: the loss ends higher than its best by more than this share.
 TOO_LONG = 0.01
+# Shrinkage of the tokens' probe. The student's errors and the teacher's are compared, so both use
+# it.
+TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """For each term of the loss the sum of its errors and over how many things it is."""
+    """For each term of the loss the sum of its errors, and their number."""
 
     full_state_update = False
 
@@ -31,27 +34,24 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """The mean error of each term, 0 where there was nothing to compare, and over how many things: (2, terms)."""
+        """Each term's mean error (0 where there was nothing to compare) and count, (2, terms)."""
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
-# Of the probe of tokens' states, the student's and the teacher's: with another one their errors could not be compared.
-TOKEN_STRENGTH = 1e-2
-
-
 class RidgeProbe(Metric):
-    """How well the best linear map from a student's states predicts the teacher's: fitted on half, held against half.
+    """How well the best linear map from a student's states predicts the teacher's.
 
-    The first batch is cut in two, so that one is enough; the others go to the two halves in turn. Only sums of products
-    are kept, no states: with X of shape (n, D + 1), its last column 1, and Y of shape (n, H),
-    ``W = argmin |X W - Y|^2 + strength * mean diagonal * |W|^2`` on the first half and
-    ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the second.
+    It is fitted on one half of the batches and measured on the other; the first batch is cut in
+    two, so one is enough. Only sums of products are kept, no states: with X of shape (n, D + 1),
+    its last column 1, and Y of shape (n, H), ``W = argmin |X W - Y|^2 + strength * mean diagonal *
+    |W|^2`` on the first half and ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the
+    second.
 
     Args:
-        num_inputs: D, width of the student.
-        num_targets: H, width of the teacher.
-        strength: of the shrinkage.
-        sync_on_compute: torchmetrics's: whether the sums of all ranks are added.
+        num_inputs: D, the student's width.
+        num_targets: H, the teacher's width.
+        strength: weight of the shrinkage.
+        sync_on_compute: whether the sums of all ranks are added, as in torchmetrics.
     """
 
     full_state_update = False
@@ -68,21 +68,19 @@ class RidgeProbe(Metric):
         self.xx: Tensor
         self.xy: Tensor
         self.yy: Tensor
-        self.add_state(
-            "xx",
-            torch.zeros(2, num_inputs + 1, num_inputs + 1, dtype=torch.float64),
-            dist_reduce_fx="sum",
-        )
-        self.add_state(
-            "xy",
-            torch.zeros(2, num_inputs + 1, num_targets, dtype=torch.float64),
-            dist_reduce_fx="sum",
-        )
-        self.add_state("yy", torch.zeros(2, num_targets, dtype=torch.float64), dist_reduce_fx="sum")
+        num_columns = num_inputs + 1
+        shapes = {
+            "xx": (num_columns, num_columns),
+            "xy": (num_columns, num_targets),
+            "yy": (num_targets,),
+        }
+        for name, shape in shapes.items():
+            zeros = torch.zeros(2, *shape, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
         self.num_batches = 0
 
     def update(self, inputs_ND: Tensor, targets_NH: Tensor) -> None:
-        """Add a batch: of the first, half is for the fit; of the others, every second one."""
+        """Add a batch."""
         middle = len(inputs_ND) // 2
         halves = [(self.num_batches % 2, slice(None))]
         if self.num_batches == 0:
@@ -90,9 +88,8 @@ class RidgeProbe(Metric):
         self.num_batches += 1
         # Copies: Trainer.validate leaves inference tensors, which a fit may not change.
         self.xx, self.xy, self.yy = self.xx.clone(), self.xy.clone(), self.yy.clone()
-        with torch.autocast(
-            inputs_ND.device.type, enabled=False
-        ):  # a fit may be in bfloat16, these sums not
+        # A fit may be in bfloat16; these sums are not.
+        with torch.autocast(inputs_ND.device.type, enabled=False):
             for half, rows in halves:
                 inputs, targets = inputs_ND[rows].float(), targets_NH[rows].float()
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], -1)
@@ -106,23 +103,23 @@ class RidgeProbe(Metric):
         self.num_batches = 0
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the map, and the variance of the targets, both on the second half; means over H."""
+        """Mean squared error of the map, and variance of the targets, on the second half."""
         gram = self.xx[0].clone()
         count = self.xx[1, -1, -1].clamp_min(1)
         ridge = self.strength * gram.diagonal()[:-1].mean().clamp_min(1e-9)
         gram.diagonal()[:-1] += ridge
         gram[-1, -1] += 1e-9
         weight = torch.linalg.solve(gram, self.xy[0])
-        error = (
-            self.yy[1] - 2 * (weight * self.xy[1]).sum(0) + (weight * (self.xx[1] @ weight)).sum(0)
-        )
+        explained = 2 * (weight * self.xy[1]).sum(0)
+        error = self.yy[1] - explained + (weight * (self.xx[1] @ weight)).sum(0)
         variance = self.yy[1] / count - (self.xy[1, -1] / count).square()
         return error.mean() / count, variance.mean()
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:
-    """Of a student's epochs, a remark where the held-out loss was lower before the last one; else nothing."""
+    """A remark where the held-out loss was lower before the last epoch; else nothing."""
     best = min(history, key=lambda row: row["loss"])
     if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:
         return ""
-    return f" (the loss was {best['loss']:.3f} after epoch {best['epoch'] + 1}: give fewer epochs, or more text)"
+    was = f"{best['loss']:.3f} after epoch {best['epoch'] + 1}"
+    return f" (the loss was {was}: give fewer epochs, or more text)"

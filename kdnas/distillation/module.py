@@ -45,7 +45,8 @@ from kdnas.training.trainer import ClipFusedGradients
 
 # Enough for least squares in a narrow student's width; some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
-# Batches of ever other lengths leave holes in the heap, which grows by hundreds of megabytes (LOG.md).
+# Batches of changing lengths leave holes in the heap, which grows by hundreds of megabytes
+# (LOG.md).
 TRIM_STEPS = 25
 
 
@@ -63,13 +64,17 @@ class Recipe:
         objective: what the student is asked to know of its teacher.
         start: the student's first weights.
         learning_rate: AdamW's peak rate of new parameters.
-        copied_learning_rate: the same of parameters that hold the teacher's values; a high one destroys them.
-        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW takes them too.
-        copied_matrix_learning_rate: the same of matrices that hold the teacher's values.
+        copied_learning_rate: the same for parameters that hold the teacher's values, which a high
+            rate would destroy.
+        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW
+            takes them too.
+        copied_matrix_learning_rate: the same for matrices that hold the teacher's values.
         weight_decay: on matrices only.
-        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the rest.
+        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
+            rest.
         constant_rate: no warm-up and no decay (the original).
-        dropout: train the student with its dropout (a student that small underfits; off by default).
+        dropout: train the student with its dropout (a student that small underfits; off by
+            default).
 
     Raises:
         UserError: a value is out of its range.
@@ -87,14 +92,10 @@ class Recipe:
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        rates = (
-            "learning_rate",
-            "copied_learning_rate",
-            "matrix_learning_rate",
-            "copied_matrix_learning_rate",
-        )
-        for name in rates:
-            rate = getattr(self, name)
+        rates = {
+            name: value for name, value in vars(self).items() if name.endswith("learning_rate")
+        }
+        for name, rate in rates.items():
             if rate is not None and not 0 < rate < math.inf:
                 raise UserError(f"{name} is {rate}: give a rate above 0, such as 1e-3.")
         if not 0 <= self.weight_decay < math.inf:
@@ -108,21 +109,21 @@ class Recipe:
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """The rows of the data's split that students start on; always the same, on every rank."""
+    """The rows of the data's split that students start on; the same on every rank."""
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
 
 
 class HiddenStateDistillModule(ClipFusedGradients):
-    """A student learns what the recipe's objective asks of its teacher's hidden states, under masked inputs.
+    """A student learns its teacher's hidden states under masked inputs, as the recipe asks.
 
-    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the variance of the teacher
-    layer where the term is scaled, else 1. The held-out loss, of which a reward is made, is the weighted mean of the
-    terms that compare students: attention maps do not, for each student is asked for those of its own layers. Where no
-    term does, all count. So training and held-out loss are not the same sum.
+    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the
+    variance of the teacher layer where the term is scaled, else 1. The held-out loss, from which a
+    reward is made, is the weighted mean of only those terms by which students can be compared
+    (``Term.compares``); of all terms where there are none.
 
-    The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. It is ``self.states``, a call from
-    batch to states, opened in ``setup`` from the data module; a search sets it, and ``self.calibration``, the rows that
-    students start on, once for all candidates.
+    The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. ``setup`` opens
+    ``self.states``, which maps a batch to the teacher's states. A search sets ``self.states``, and
+    the rows that students start on, ``self.calibration``, once for all candidates.
 
     Args:
         teacher: a folder, a hub name or ``quickstart``.
@@ -141,42 +142,42 @@ class HiddenStateDistillModule(ClipFusedGradients):
         super().__init__()
         self._teacher = find_teacher(teacher) if isinstance(teacher, str) else teacher
         self.arch, self.recipe, self._states_settings = arch, recipe, states
-        config = self._teacher.config
-        self.last_layer = config.num_hidden_layers - 1
-        self.target_layers = needed_layers(
-            recipe.objective, [arch.num_hidden_layers], config.num_hidden_layers
-        )
+        config, objective = self._teacher.config, recipe.objective
+        num_layers, widths = config.num_hidden_layers, (arch.hidden_size, config.hidden_size)
+        self.last_layer = num_layers - 1
+        self.target_layers = needed_layers(objective, [arch.num_hidden_layers], num_layers)
+
         self.student = build_student(config, arch)
         recipe.start.check(self.student.config, config)
-        self.criterion = recipe.objective.criterion(self.student, self._teacher.model)
+        self.criterion = objective.criterion(self.student, self._teacher.model)
         self.terms = self.criterion.terms
+
         self.states: TeacherStates | None = None
         self.calibration: CalibrationRows | None = None
         self.started: Started | None = None
         self.optimizer_tensors: dict[
             str, Tensor
-        ] = {}  # of the fit that this one goes on from, if any
+        ] = {}  # from an earlier fit that this one continues
+
         self.val_errors = TermErrors(len(self.terms))
-        self.token_probe = RidgeProbe(arch.hidden_size, config.hidden_size, TOKEN_STRENGTH)
-        self.sentence_probe = RidgeProbe(
-            arch.hidden_size, config.hidden_size, strength=0.03
-        )  # there are fewer rows
+        self.token_probe = RidgeProbe(*widths, strength=TOKEN_STRENGTH)
+        self.sentence_probe = RidgeProbe(*widths, strength=0.03)  # there are fewer rows
         self.history: list[dict[str, float]] = []
 
     def describe(self) -> str:
         """The student beside its teacher, and what it is asked, as Markdown."""
         teacher, student = arch_of(self._teacher.config).to_dict(), self.arch.to_dict()
-        teacher["parameters"], student["parameters"] = (
-            f"{num_parameters(model):,}" for model in (self._teacher.model, self.student)
-        )
+        teacher["parameters"] = f"{num_parameters(self._teacher.model):,}"
+        student["parameters"] = f"{num_parameters(self.student):,}"
         rows = "".join(
             f"| {name} | {teacher[name]} | {value} |\n" for name, value in student.items()
         )
         terms = "".join(f"- {term.name}, weight {term.weight:g}\n" for term in self.terms)
+        num_tensors = len(list(self.student.parameters()))
         num_copied = len(self.started.copied) if self.started else 0
         return (
             f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
-            f"Of its {len(list(self.student.parameters()))} tensors {num_copied} learn at the rates of copies. "
+            f"Of its {num_tensors} tensors {num_copied} learn at the rates of copies. "
             f"It learns:\n\n{terms}"
         )
 
@@ -191,41 +192,41 @@ class HiddenStateDistillModule(ClipFusedGradients):
             raise UserError(
                 "HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=."
             )
-        if data.tokenizer != self._teacher.name:
-            refuse_other_inputs(find_teacher(data.tokenizer), self._teacher)
+        if data.teacher != self._teacher.name:
+            refuse_other_inputs(find_teacher(data.teacher), self._teacher)
+        device = self.trainer.strategy.root_device
         if self.states is None:
-            device = str(self.trainer.strategy.root_device)
             self.states = open_states(
-                self._teacher, data, self.target_layers, self._states_settings, device
+                self._teacher, data, self.target_layers, self._states_settings, str(device)
             )
         if stage == "fit":
             self.begin(data)
-            if self.trainer.strategy.root_device.type == "cpu":
-                # The fused kernel's backward pass takes twice as long there; and this one gives the maps.
+            if device.type == "cpu":
+                # The fused kernel's backward pass takes twice as long, and gives no maps.
                 self.student.set_attn_implementation("eager")
-            self.student.train()  # Lightning warns of a fit that begins in eval mode; on_train_start decides
-        self._teacher.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+            # Lightning warns of a fit that begins in eval mode; on_train_start decides.
+            self.student.train()
+        self._teacher.model.to(device)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Start the student from the teacher, and the criterion from both, on a sample of the training rows; once."""
+        """Start the student from the teacher, and the criterion from both; once."""
         if self.started is not None:
             return
-        release_memory()  # what the reading of text left
+        release_memory()  # what reading the text has left
         rows = self.calibration or calibration_rows(data)
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
         self.started = self.recipe.start(self.student, teacher, rows)
+
         with autocast("cpu"):
-            views = [self.views(batch) for batch in rows]
-        self.criterion.fit(
-            self.started, [student for student, _ in views], [teacher for _, teacher in views]
-        )
-        del views
+            students, teachers = zip(*map(self.views, rows), strict=True)
+        self.criterion.fit(self.started, students, teachers)
+        del students, teachers
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Write the student as transformers does, with its teacher's tokenizer; its config says which teacher."""
+        """Save the student and its teacher's tokenizer; its config names the teacher."""
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -236,38 +237,32 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def views(self, batch: Batch) -> tuple[View, View]:
         """The student's and the teacher's states on a batch."""
         assert self.states is not None, "setup() sets it"
-        eager = self.student.config._attn_implementation == "eager"
-        output = encode(
-            self.student, batch, maps=eager and not self.student.training
-        )  # dropout falls on maps too
+        # In training the maps would have dropout.
+        is_eager = self.student.config._attn_implementation == "eager"
+        output = encode(self.student, batch, maps=is_eager and not self.student.training)
         padded = dict(enumerate(output.hidden_states or (), -1))
         student = View(self.student, batch, padded, maps=output.attentions)
-        return student, View(
-            self._teacher.model, batch, real=self.states(batch, self.target_layers)
-        )
+
+        real = self.states(batch, self.target_layers)
+        return student, View(self._teacher.model, batch, real=real)
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
-        """For each term of the loss the sum of its errors, and over how many things it is; shapes (terms,)."""
-        errors = self.criterion(student, teacher)
-        sums = torch.stack([error for error, _ in errors])
-        return sums, torch.tensor(
-            [count for _, count in errors], dtype=sums.dtype, device=sums.device
-        )
+        """For each term the sum of its errors and their number; shapes (terms,)."""
+        errors, counts = zip(*self.criterion(student, teacher), strict=True)
+        sums = torch.stack(errors)
+        return sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, counts = self(*self.views(batch))
-        num_ranks = (
-            distributed.get_world_size()
-            if distributed.is_available() and distributed.is_initialized()
-            else 1
-        )
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        num_ranks = distributed.get_world_size() if is_distributed else 1
         if num_ranks > 1:
-            # DDP takes the mean of the ranks' gradients: with this, that of all their rows. One may have no pairs.
+            # DDP takes the mean over ranks, and one rank may have no pairs: so divide by all
+            # counts.
             distributed.all_reduce(counts)
         loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
-        self.log(
-            "train/loss", loss, prog_bar=True, sync_dist=True
-        )  # one rank's alone is no loss of anything
+        # sync_dist: otherwise each rank logs only its own share.
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -290,57 +285,52 @@ class HiddenStateDistillModule(ClipFusedGradients):
             )
         if not counts.any():
             raise UserError(
-                "The held-out rows give the objective nothing to compare: give more text, or longer rows."
+                "The held-out rows give the objective nothing to compare: "
+                "give more text, or longer rows."
             )
-        weights = self._weights("held_out_variance").cpu()
-        compares = torch.tensor([term.compares for term in self.terms]) & (
-            counts > 0
-        )  # a text may give no pairs
-        if compares.any():
-            total = sum(
-                term.weight
-                for term, is_one in zip(self.terms, compares.tolist(), strict=True)
-                if is_one
-            )
-            weights = weights * compares / total
-        loss = float((means * weights).sum())
-        token_mse = float(self.token_probe.compute()[0])
-        sentence_mse, sentence_variance = (float(value) for value in self.sentence_probe.compute())
-        assert self.states is not None, "setup() sets it"
-        ends = self.states.ends
-        metrics = {
-            "val/loss": loss,
-            "val/contextual_share": contextual_share(token_mse, ends.context_free, ends.teacher),
-            "val/sentence_r2": 1 - sentence_mse / sentence_variance
-            if sentence_variance > 0
-            else 0.0,
-        }
-        for term, mean in zip(self.terms, means.tolist(), strict=True):
-            metrics[f"terms/{term.name}"] = mean
-        for layer in sorted({term.layer for term in self.terms if term.layer is not None}):
-            # Several student layers may learn from one of the teacher's: what is logged is what the best of them knows.
-            mse = min(
-                mean
-                for term, mean in zip(self.terms, means.tolist(), strict=True)
-                if term.layer == layer
-            )
-            stats = self.stats(layer)
-            metrics |= {
-                f"teacher_layer_{layer}/raw_mse": mse,
-                f"teacher_layer_{layer}/r2": 1 - mse / stats.held_out_variance,
-                f"teacher_layer_{layer}/contextual_share": contextual_share(
-                    mse, stats.held_out_mse_context_free
-                ),
-            }
+        metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
             metric.reset()
-        self.log_dict(metrics)
-        self.log("val_loss", loss, prog_bar=True, logger=False)
         if not self.trainer.sanity_checking:
-            shown = {
-                name: metrics[f"val/{name}"] for name in ("loss", "contextual_share", "sentence_r2")
-            }
-            self.history.append({"epoch": self.current_epoch} | shown)
+            self.history.append({"epoch": self.current_epoch, **metrics})
+
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()})
+        self.log("val_loss", metrics["loss"], prog_bar=True, logger=False)
+        self.log_dict(self._term_metrics(means.tolist()))
+
+    def _held_out_loss(self, means: Tensor, counts: Tensor) -> float:
+        weights = self._weights("held_out_variance").cpu()
+        # Some texts give no pairs, and so no count.
+        compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)
+        if compares.any():
+            pairs = zip(self.terms, compares.tolist(), strict=True)
+            weights = weights * compares / sum(term.weight for term, is_one in pairs if is_one)
+        return float((means * weights).sum())
+
+    def _probe_metrics(self) -> dict[str, float]:
+        assert self.states is not None, "setup() sets it"
+        ends = self.states.ends
+        token_mse, _ = self.token_probe.compute()
+        share = contextual_share(float(token_mse), ends.context_free, ends.teacher)
+        mse, variance = (float(value) for value in self.sentence_probe.compute())
+        r2 = 1 - mse / variance if variance > 0 else 0.0
+        return {"contextual_share": share, "sentence_r2": r2}
+
+    def _term_metrics(self, means: list[float]) -> dict[str, float]:
+        """The error of each term, and for each teacher layer that of the best student layer."""
+        metrics = {}
+        best: dict[int, float] = {}
+        for term, mean in zip(self.terms, means, strict=True):
+            metrics[f"terms/{term.name}"] = mean
+            if term.layer is not None:
+                best[term.layer] = min(mean, best.get(term.layer, mean))
+        for layer, mse in sorted(best.items()):
+            stats, name = self.stats(layer), f"teacher_layer_{layer}"
+            share = contextual_share(mse, stats.held_out_mse_context_free)
+            metrics[f"{name}/raw_mse"] = mse
+            metrics[f"{name}/r2"] = 1 - mse / stats.held_out_variance
+            metrics[f"{name}/contextual_share"] = share
+        return metrics
 
     def stats(self, layer: int) -> LayerStats:
         """Variance and context-free error of a teacher layer."""
@@ -348,14 +338,13 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Of the terms' mean errors in the loss; where a term is scaled, over its layer's variance. Shape (terms,)."""
-        scales = [
-            getattr(self.stats(term.layer), scale)
+        """The terms' weights in the loss, (terms,); ``scale`` is a field of LayerStats."""
+        weights = [
+            term.weight / getattr(self.stats(term.layer), scale)
             if term.scaled and term.layer is not None
-            else 1.0
+            else term.weight
             for term in self.terms
         ]
-        weights = [term.weight / scale for term, scale in zip(self.terms, scales, strict=True)]
         return torch.tensor(weights, device=self.device)
 
     def configure_optimizers(self) -> Any:
@@ -366,41 +355,36 @@ class HiddenStateDistillModule(ClipFusedGradients):
         for name, parameter in self.named_parameters():
             is_copied = name.removeprefix("student.") in copied
             if recipe.matrix_learning_rate is not None and is_layer_matrix(name, parameter):
-                rate = (
-                    recipe.copied_matrix_learning_rate if is_copied else recipe.matrix_learning_rate
-                )
-                muon.setdefault(rate, []).append(parameter)
+                rates = (recipe.matrix_learning_rate, recipe.copied_matrix_learning_rate)
+                muon.setdefault(rates[is_copied], []).append(parameter)
             else:
-                rate = recipe.copied_learning_rate if is_copied else recipe.learning_rate
-                adamw.setdefault(
-                    (rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []
-                ).append(parameter)
-        optimizer = MuonAdamW(
-            [{"params": p, "lr": rate} for rate, p in muon.items()],
-            [
-                {"params": p, "lr": rate, "weight_decay": decay}
-                for (rate, decay), p in adamw.items()
-            ],
-            recipe.weight_decay,
-        )
-        # A checkpoint of this fit is loaded afterwards, over it.
+                rates = (recipe.learning_rate, recipe.copied_learning_rate)
+                decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+                adamw.setdefault((rates[is_copied], decay), []).append(parameter)
+        muon_groups = [{"params": p, "lr": rate} for rate, p in muon.items()]
+        adamw_groups = [
+            {"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()
+        ]
+        optimizer = MuonAdamW(muon_groups, adamw_groups, recipe.weight_decay)
+        # A checkpoint of this fit overwrites these tensors later.
         optimizer.load_tensors(self, self.optimizer_tensors)
         self.optimizer_tensors = {}
         if recipe.constant_rate:
             return optimizer
+
         if self.trainer.estimated_stepping_batches == math.inf:
             raise UserError(
-                "The training has no last step, at which the rate is 0: give trainer.max_epochs or trainer.max_steps, "
-                "or recipe.constant_rate."
+                "The training has no last step, at which the rate is 0: give trainer.max_epochs or "
+                "trainer.max_steps, or recipe.constant_rate."
             )
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         num_warmup = max(1, round(recipe.warmup_share * num_steps))
-        schedule = LambdaLR(
-            optimizer,
-            lambda step: min(
-                (step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup)
-            ),
-        )
+
+        def factor(step: int) -> float:
+            rising, falling = (step + 1) / num_warmup, num_steps - step
+            return min(rising, falling / max(1, num_steps - num_warmup))
+
+        schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -408,15 +392,17 @@ class HiddenStateDistillModule(ClipFusedGradients):
         checkpoint["copied"] = sorted(self.started.copied) if self.started is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = (self.state_dict(), checkpoint["state_dict"])
         ours, theirs = (
             {name: getattr(value, "shape", None) for name, value in state.items()}
-            for state in (self.state_dict(), checkpoint["state_dict"])
+            for state in states
         )
         differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if differing or "history" not in checkpoint:
             what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
             raise UserError(
-                f"The checkpoint is of another student or objective{what}. Give that, or another one."
+                f"The checkpoint is of another student or objective{what}. "
+                "Give that, or another one."
             )
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:  # a loaded student must not be started again

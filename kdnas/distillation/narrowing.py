@@ -1,13 +1,13 @@
 """A smaller student made from its teacher's layers, map by map, by least squares.
 
-Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of teacher and student.
+Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of
+teacher and student.
 """
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from kdnas.training.precision import autocast
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Give a narrower student the teacher's embedding output in another basis, as far as a layer norm lets it.
+    """Give a student the teacher's embedding output in another basis.
 
-    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go into the tables;
-    what is left of gamma is how much smaller the projected vector is than the centred one. Tables of a width of their
-    own stay as they are, and the map behind them is projected. A student as wide as its teacher gets all of them as
-    they are.
+    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go
+    into the tables; what is left of gamma is how much smaller the projected vector is than the
+    centred one. Tables of a width of their own stay as they are, and the map behind them is
+    projected. A student as wide as its teacher gets all of them as they are.
 
     Args:
         student: changed in place.
@@ -49,7 +49,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         mapping.weight.copy_(basis_TS.T @ source.weight)
         mapping.bias.copy_(basis_TS.T @ source.bias)
         return
-    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the tables.
+    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the
+    # tables.
     fold, shift = (
         (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
     )
@@ -67,42 +68,49 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
 
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
-    """The names of the tables that ``start_embeddings`` always leaves as the teacher has them: those of an own width.
+    """The names of the tables that always remain the teacher's: those of a width of their own.
 
     Others may be its copies too, but what follows them is not, so they learn as new ones (LOG.md).
     """
     if embedding_mapping(student) is None:
         return frozenset()
-    return frozenset(f"embeddings.{name}" for name, _ in student.embeddings.named_parameters())  # type: ignore[union-attr]
+    embeddings: Any = student.embeddings
+    return frozenset(f"embeddings.{name}" for name, _ in embeddings.named_parameters())
 
 
 def narrow(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
 ) -> tuple[tuple[int, ...], ...]:
-    """Give a narrower student the teacher's layers in a smaller basis, map by map, by least squares.
+    """Give a student the teacher's layers in a smaller basis, map by map, by least squares.
 
-    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it over the layers that
-    count, turned so that every column is free of the mean that a layer norm takes away. The student's stream shall be
-    ``B^T x``. For each student layer, in order, from its own stream z: queries, keys and values are the ridge
-    regression of the kept teacher heads' on z; the output maps are that of ``sigma B^T norm(x) - z``, where sigma is
-    the scale that the teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
-    teacher layers are left out, the second output map aims at the input of the next source layer, so it does their
-    work too as far as a linear map can.
+    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it
+    over the layers that count, turned so that every column is free of the mean that a layer norm
+    takes away. The student's stream shall be ``B^T x``. For each student layer, in order, from its
+    own stream z: queries, keys and values are the ridge regression of the kept teacher heads' on z;
+    the output maps are that of ``sigma B^T norm(x) - z``, where sigma is the scale that the
+    teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
+    teacher layers are left out, the second output map aims at the input of the next source layer,
+    so it does their work too as far as a linear map can.
 
-    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept heads and neurons
-    are copied: least squares only add to each map what the copies lack. What did nothing can be left out without loss.
+    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept
+    heads and neurons are copied: least squares only add to each map what the copies lack. What did
+    nothing can be left out without loss.
 
     Args:
         student: post-norm, with layers of its own; changed in place.
         teacher: of the same family.
-        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a little better (LOG.md).
+        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a
+            little better (LOG.md).
 
     Returns:
         For each student layer, the teacher's heads that its heads were made from.
 
-    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in ``LOG.md``.
+    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in
+        ``LOG.md``.
     """
-    return _Narrowing(student, teacher, rows).run()
+    is_as_wide = student.config.hidden_size == teacher.config.hidden_size
+    steps = _SameWidth if is_as_wide else _Narrowing
+    return steps(student, teacher, rows).run()
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ class TeacherStream:
 
     Args:
         states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
-        scales: how large the stream is before each layer's last norm, which divides by that, (N, 1).
+        scales: how large the stream is before each layer's last norm, which divides by that, (N,
+            1).
     """
 
     states: dict[int, Tensor]
@@ -119,7 +128,7 @@ class TeacherStream:
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64; computed once."""
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64."""
         if layer not in self._covariances:
             covariance = torch.cov(self.states[layer].float().T).double()
             self._covariances[layer] = covariance / covariance.trace()
@@ -155,14 +164,14 @@ class TeacherStream:
 
 
 class CalibrationRows(list[Batch]):
-    """Rows to calibrate on, that remember what a teacher gave on them: a search's students share both."""
+    """Rows to calibrate on, with a teacher's stream on them, which all students share."""
 
     def __init__(self, rows: Iterable[Batch]) -> None:
         super().__init__(rows)
         self._last: tuple[PreTrainedModel, TeacherStream] | None = None
 
     def stream(self, teacher: PreTrainedModel) -> TeacherStream:
-        """The teacher's, computed when it is first asked for; its weights must not change afterwards."""
+        """The teacher's stream, computed once; its weights must not change afterwards."""
         if self._last is None or self._last[0] is not teacher:
             self._last = teacher, TeacherStream.of(teacher, self)
         return self._last[1]
@@ -182,131 +191,142 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
     return flat[0], flat[1]
 
 
+class _LayerRun(NamedTuple):
+    """What the parts of a teacher layer give on the calibration rows, flat (N, ...)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    before_attention_norm: Tensor
+    attention: Tensor
+    intermediate: Tensor  # before the activation
+    activity: Tensor  # of each neuron: root of the mean square, (I,)
+
+
 class _Narrowing:
-    """The calibration rows' streams, flat (N, H), and the steps of ``narrow``."""
+    """The steps of ``narrow`` for a student that is narrower than its teacher."""
+
+    adds = False  # whether least squares add to what a map has, or replace it
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> None:
         self.student, self.teacher, self.rows = student, teacher, rows
-        self.names = family_of(teacher.config).names
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
-        self.is_as_wide = self.ours.hidden_size == self.theirs.hidden_size
         self.masks = [batch["attention_mask"].bool() for batch in rows]
+
+        family = family_of(teacher.config)
+        self.names = family.names
+        self.layers, self.sources = family.layers(student), family.layers(teacher)
+
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
-        stream = shared.stream(teacher)
-        self.stream, self.output_scale, self.covariance = (
-            stream.states,
-            stream.scales,
-            stream.covariance,
-        )
+        self.stream = shared.stream(teacher)
+        self._last_run: tuple[int, _LayerRun] | None = None
 
     def run(self) -> tuple[tuple[int, ...], ...]:
-        family = family_of(self.teacher.config)
-        ours, theirs = family.layers(self.student), family.layers(self.teacher)
-        sources = kept_layers(len(ours), len(theirs))
-        ends = [source - 1 for source in sources[1:]] + [len(theirs) - 1]
+        sources = kept_layers(len(self.layers), len(self.sources))
+        ends = [source - 1 for source in sources[1:]] + [len(self.sources) - 1]
         self.basis = self._basis([-1, *ends])
-        start_embeddings(self.student, self.teacher, self.basis)
-        before, z = _embedded(self.student, self.rows)
-        if embedding_mapping(self.student) is None and not self.is_as_wide:
-            z = self._fit_norm(embedding_norm(self.student), before, self.stream[-1] @ self.basis)
+
+        z = self._embeddings()
         kept = []
-        for layer, source, end in zip(ours, sources, ends, strict=True):
-            z, heads = self._layer(layer, theirs, source, end, z)
-            kept.append(heads)
+        for layer, source, end in zip(self.layers, sources, ends, strict=True):
+            z, heads = self._layer(layer, source, end, z)
+            kept.append(tuple(heads))
         return tuple(kept)
 
     def _basis(self, layers: list[int]) -> Tensor:
-        """Principal components (H_t, H_s) of the stream after these layers, each layer counted alike."""
+        """Principal components (H_t, H_s) of the stream after these layers, each counted alike."""
         width = self.ours.hidden_size
-        if self.is_as_wide:
-            return torch.eye(width, device=self.stream[-1].device)
-        total = torch.stack([self.covariance(layer) for layer in layers]).sum(0)
+        total = torch.stack([self.stream.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
-        # The student's norms take the mean over dimensions away: the components live beside it, one fewer than H_s.
+
+        # The student's norms remove the mean over dimensions. So the components are turned to be
+        # orthogonal to it, and there is one fewer than H_s.
         turn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
         turn[:, 0] = 1.0
         beside_mean = torch.linalg.qr(turn)[0][:, 1:]
         return components @ beside_mean.to(components.device).T
 
+    def _embeddings(self) -> Tensor:
+        """Make the student's embeddings; their output, (N, H_s)."""
+        start_embeddings(self.student, self.teacher, self.basis)
+        before, z = _embedded(self.student, self.rows)
+        if embedding_mapping(self.student) is not None:
+            return z
+        target = self.stream.states[-1] @ self.basis
+        return _fit_norm(embedding_norm(self.student), before, target)
+
     def _layer(
-        self, layer: nn.Module, theirs: list[nn.Module], source: int, end: int, z: Tensor
-    ) -> tuple[Tensor, tuple[int, ...]]:
+        self, layer: nn.Module, source: int, end: int, z: Tensor
+    ) -> tuple[Tensor, list[int]]:
         """Make one student layer; its stream after it, and the teacher's heads that it has."""
-        names, ours = self.names, self.ours
-        part = layer.get_submodule
-        run = self._teacher_layer(theirs[source], self.stream[source - 1].float())
-        heads = self._important_heads(theirs[source], run["value"])
-        out: Any = theirs[source].get_submodule(names.output)
-        importance = run["activity"] * (out.weight.T @ self.basis).norm(dim=1)
-        neurons = importance.topk(ours.intermediate_size).indices.sort().values
-        queries, keys, values = self._cut(theirs[source], run, heads)
-        for parameter in part(names.key).parameters():
-            parameter.zero_()  # of a head larger than the teacher's, what is left over must not change the scores
-        if self.is_as_wide:
-            self._copy(layer, theirs[source], heads, neurons)
-        fit = partial(fit_linear, adds=self.is_as_wide)
-        query = fit(part(names.query), z, queries, ours.num_attention_heads)
-        key = fit(part(names.key), z, keys, ours.num_attention_heads)
-        value = fit(part(names.value), z, values, ours.num_attention_heads)
-        context = self._attend(query, key, value, ours.num_attention_heads)
-        norm, before = (
-            theirs[source].get_submodule(names.attention_norm),
-            run["before_attention_norm"],
-        )
-        target, wanted = self._wanted(
-            norm, run["attention"], before, before.std(-1, correction=0, keepdim=True)
-        )
-        z = z + fit(part(names.attention_output), context, wanted - z)
-        z = self._fit_norm(part(names.attention_norm), z, target)
-        inner = fit(part(names.intermediate), z, run["intermediate"][:, neurons])
-        if end != source and self.is_as_wide:
-            del run, before, target, wanted
-            run = self._teacher_layer(theirs[end], self.stream[end - 1].float())
-        norm, before = theirs[end].get_submodule(names.output_norm), run["before_output_norm"]
-        target, wanted = self._wanted(
-            norm, self.stream[end].float(), before, self.output_scale[end]
-        )
-        del run
-        z = z + fit(part(names.output), ACT2FN[ours.hidden_act](inner), wanted - z)
-        return self._fit_norm(part(names.output_norm), z, target), tuple(heads)
+        names, part = self.names, layer.get_submodule
+        heads, neurons = self._important_heads(source), self._important_neurons(source)
+        self._prepare(layer, source, heads, neurons)
 
-    def _copy(self, layer: Any, source: Any, heads: list[int], neurons: Tensor) -> None:
-        """Copy what is kept of a teacher layer of the same width; the norms are fitted."""
-        names, width = self.names, self.ours.hidden_size
-        ours, theirs = (
-            width // self.ours.num_attention_heads,
-            width // self.theirs.num_attention_heads,
-        )
-        to: Any
-        of: Any
-        places = torch.arange(width).view(-1, ours)[:, :theirs].flatten()
-        kept = torch.arange(width).view(-1, theirs)[heads].flatten()
-        same_scores = (ours / theirs) ** 0.25  # attention divides by the root of a head's size
+        z = self._attention(layer, source, heads, z)
 
-        for name, to, of, factor in (
-            (names.query, places, kept, same_scores),
-            (names.key, places, kept, same_scores),
-            (names.value, places, kept, 1.0),
-            (names.intermediate, slice(None), neurons, 1.0),
-        ):
-            target, origin = layer.get_submodule(name), source.get_submodule(name)
-            target.weight[to] = origin.weight[of] * factor
-            target.bias[to] = origin.bias[of] * factor
-        for name, to, of in (
-            (names.attention_output, places, kept),
-            (names.output, slice(None), neurons),
-        ):
-            target, origin = layer.get_submodule(name), source.get_submodule(name)
-            target.weight.zero_()
-            target.weight[:, to] = origin.weight[:, of]
-            target.bias.copy_(origin.bias)
+        inner = self._fit(part(names.intermediate), z, self._run(source).intermediate[:, neurons])
+        target, wanted = self._output_goal(end)
+        self._last_run = None  # large, and not needed any more
+        activated = ACT2FN[self.ours.hidden_act](inner)
+        z = z + self._fit(part(names.output), activated, wanted - z)
+        return _fit_norm(part(names.output_norm), z, target), heads
 
-    def _teacher_layer(self, layer: nn.Module, x: Tensor) -> dict[str, Any]:
-        """What the parts of a teacher layer give for the stream x, flat; most in float32."""
-        names = self.names
-        part = layer.get_submodule
+    def _attention(self, layer: nn.Module, source: int, heads: list[int], z: Tensor) -> Tensor:
+        """Make the attention of a student layer; the stream after its norm."""
+        names, part = self.names, layer.get_submodule
+        num_heads = self.ours.num_attention_heads
+        queries, keys, values = self._cut(source, heads)
+        query = self._fit(part(names.query), z, queries, num_heads)
+        key = self._fit(part(names.key), z, keys, num_heads)
+        value = self._fit(part(names.value), z, values, num_heads)
+
+        context = self._attend(query, key, value, num_heads)
+        target, wanted = self._attention_goal(source)
+        z = z + self._fit(part(names.attention_output), context, wanted - z)
+        return _fit_norm(part(names.attention_norm), z, target)
+
+    def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
+        """Of a head larger than the teacher's, what is left over must not change the scores."""
+        for parameter in layer.get_submodule(self.names.key).parameters():
+            parameter.zero_()
+
+    def _fit(self, linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1) -> Tensor:
+        return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
+
+    def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
+        """What the student's attention norm should give, and what should go into it."""
+        run = self._run(source)
+        scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
+        return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
+
+    def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
+        """The same of the norm that ends the student's layer."""
+        after = self.stream.states[end].float()
+        norm = self._part(end, self.names.output_norm)
+        return self._goal(norm, after, self.stream.scales[end])
+
+    def _goal(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        target = after @ self.basis
+        direction = (target - norm.bias @ self.basis) / norm.weight.abs().mean()
+        direction -= direction.mean(-1, keepdim=True)
+        return target, scale * direction
+
+    def _part(self, source: int, name: str) -> Any:
+        return self.sources[source].get_submodule(name)
+
+    def _run(self, source: int) -> _LayerRun:
+        """A teacher layer on its own input; the last one is kept."""
+        if self._last_run is None or self._last_run[0] != source:
+            self._last_run = None  # free it first
+            self._last_run = source, self._teacher_layer(source)
+        return self._last_run[1]
+
+    def _teacher_layer(self, source: int) -> _LayerRun:
+        names, part = self.names, self.sources[source].get_submodule
+        x = self.stream.states[source - 1].float()
         with autocast(x.device.type):
             query, key, value = (
                 part(name)(x).float() for name in (names.query, names.key, names.value)
@@ -316,63 +336,46 @@ class _Narrowing:
             attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention)
             activated = ACT2FN[self.theirs.hidden_act](intermediate)
-            before_output = (
-                attention + part(names.output)(activated).float() if self.is_as_wide else None
-            )
-        return {
-            "query": query,
-            "key": key,
-            "value": value,
-            "before_attention_norm": before_norm,
-            "attention": attention,
-            "before_output_norm": before_output,
-            "intermediate": intermediate,
-            "activity": activated.float().square().mean(0).sqrt(),
-        }
+        activity = activated.float().square().mean(0).sqrt()
+        return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
         """Attention within each row, over real tokens; everything flat, (N, A * D)."""
+        sizes = [int(mask.sum()) for mask in self.masks]
         contexts = []
-        start = 0
-        for mask in self.masks:
-            stop = start + int(mask.sum())
-
-            def heads(
-                flat: Tensor, mask: Tensor = mask, start: int = start, stop: int = stop
-            ) -> Tensor:
-                padded = flat.new_zeros(*mask.shape, flat.shape[-1])
-                padded[mask] = flat[start:stop]
-                return padded.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
+        rows = (x.split(sizes) for x in (query, key, value))
+        for mask, *flat in zip(self.masks, *rows, strict=True):
+            q, k, v = (_padded(x, mask).unflatten(-1, (num_heads, -1)) for x in flat)
             context = F.scaled_dot_product_attention(
-                heads(query), heads(key), heads(value), attn_mask=mask[:, None, None]
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None]
             )
             contexts.append(context.transpose(1, 2).flatten(2)[mask])
-            start = stop
         return torch.cat(contexts).float()
 
-    def _important_heads(self, source: nn.Module, value: Tensor) -> list[int]:
-        """The heads whose values move the stream most, as many as the student has, in their order."""
-        out: Any = source.get_submodule(self.names.attention_output)
-        per_head = self.theirs.num_attention_heads
+    def _important_heads(self, source: int) -> list[int]:
+        """The heads whose values move the stream most, in ascending order."""
+        num_heads = self.theirs.num_attention_heads
+        values = self._run(source).value.chunk(num_heads, -1)
+        weights = self._part(source, self.names.attention_output).weight.chunk(num_heads, -1)
         moved = [
-            (weight @ torch.cov(values.T) * weight).sum()  # the variance of values @ weight.T
-            for values, weight in zip(
-                value.chunk(per_head, -1), out.weight.chunk(per_head, -1), strict=True
-            )
+            (weight @ torch.cov(value.T) * weight).sum()  # the variance of value @ weight.T
+            for value, weight in zip(values, weights, strict=True)
         ]
-        chosen = torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist()
-        return sorted(chosen)
+        return sorted(torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist())
 
-    def _cut(
-        self, source: nn.Module, run: dict[str, Tensor], heads: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the kept heads, each in as many dimensions as a student's head has."""
+    def _important_neurons(self, source: int) -> Tensor:
+        out = self._part(source, self.names.output)
+        importance = self._run(source).activity * (out.weight.T @ self.basis).norm(dim=1)
+        return importance.topk(self.ours.intermediate_size).indices.sort().values
+
+    def _cut(self, source: int, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the kept heads, in as many dimensions as a student's head."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
-        out: Any = source.get_submodule(self.names.attention_output)
-        query, key, value = (run[name].chunk(num_theirs, -1) for name in ("query", "key", "value"))
-        weights = out.weight.chunk(num_theirs, -1)
+        run = self._run(source)
+        query, key, value = (x.chunk(num_theirs, -1) for x in (run.query, run.key, run.value))
+        weights = self._part(source, self.names.attention_output).weight.chunk(num_theirs, -1)
+
         cut: list[tuple[Tensor, Tensor, Tensor]] = []
         for head in heads:
             # Attention divides by the root of a head's size: the scores stay as they are.
@@ -383,27 +386,79 @@ class _Narrowing:
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
 
-    def _wanted(
-        self, norm: Any, after: Tensor, before: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What a student's norm should give, and what should go into it, for what a teacher's gives and gets."""
-        if self.is_as_wide:
-            return after, before
-        target = after @ self.basis
-        direction = (target - norm.bias @ self.basis) / norm.weight.abs().mean()
-        direction -= direction.mean(-1, keepdim=True)
-        return target, scale * direction
 
-    def _fit_norm(self, norm: Any, before: Tensor, target: Tensor) -> Tensor:
-        """Scale and shift of a layer norm by least squares; what it then gives."""
-        normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
-        mean, target_mean = normed.mean(0), target.mean(0)
-        centred = normed - mean
-        norm.weight.copy_(
-            (centred * (target - target_mean)).mean(0) / centred.square().mean(0).clamp_min(1e-6)
-        )
-        norm.bias.copy_(target_mean - norm.weight * mean)
-        return normed * norm.weight + norm.bias
+class _SameWidth(_Narrowing):
+    """The same for a student as wide as its teacher: copies, and what they lack is added."""
+
+    adds = True
+
+    def _basis(self, layers: list[int]) -> Tensor:
+        return torch.eye(self.ours.hidden_size, device=self.stream.states[-1].device)
+
+    def _embeddings(self) -> Tensor:
+        start_embeddings(self.student, self.teacher, self.basis)
+        return _embedded(self.student, self.rows)[1]
+
+    def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
+        """Copy the kept heads and neurons; the norms are fitted."""
+        super()._prepare(layer, source, heads, neurons)
+        names, width = self.names, self.ours.hidden_size
+        our_size = width // self.ours.num_attention_heads
+        their_size = width // self.theirs.num_attention_heads
+        places = torch.arange(width).view(-1, our_size)[:, :their_size].flatten()
+        kept = torch.arange(width).view(-1, their_size)[heads].flatten()
+        same_scores = (our_size / their_size) ** 0.25  # attention divides by sqrt(head size)
+
+        to: Any
+        of: Any
+        for name, to, of, factor in (
+            (names.query, places, kept, same_scores),
+            (names.key, places, kept, same_scores),
+            (names.value, places, kept, 1.0),
+            (names.intermediate, slice(None), neurons, 1.0),
+        ):
+            target: Any = layer.get_submodule(name)
+            origin = self._part(source, name)
+            target.weight[to] = origin.weight[of] * factor
+            target.bias[to] = origin.bias[of] * factor
+
+        for name, to, of in (
+            (names.attention_output, places, kept),
+            (names.output, slice(None), neurons),
+        ):
+            target, origin = layer.get_submodule(name), self._part(source, name)
+            target.weight.zero_()
+            target.weight[:, to] = origin.weight[:, of]
+            target.bias.copy_(origin.bias)
+
+    def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
+        run = self._run(source)
+        return run.attention, run.before_attention_norm
+
+    def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
+        run = self._run(end)
+        with autocast(run.attention.device.type):
+            activated = ACT2FN[self.theirs.hidden_act](run.intermediate)
+            moved = self._part(end, self.names.output)(activated).float()
+        return self.stream.states[end].float(), run.attention + moved
+
+
+def _padded(flat: Tensor, mask: Tensor) -> Tensor:
+    """(N, D) of real tokens as (B, T, D), with 0 elsewhere."""
+    padded = flat.new_zeros(*mask.shape, flat.shape[-1])
+    padded[mask] = flat
+    return padded
+
+
+def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
+    """Scale and shift of a layer norm by least squares; what it then gives."""
+    normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
+    mean, target_mean = normed.mean(0), target.mean(0)
+    centred = normed - mean
+    variance = centred.square().mean(0).clamp_min(1e-6)
+    norm.weight.copy_((centred * (target - target_mean)).mean(0) / variance)
+    norm.bias.copy_(target_mean - norm.weight * mean)
+    return normed * norm.weight + norm.bias
 
 
 @torch.no_grad()
@@ -415,9 +470,10 @@ def fit_linear(
     strength: float = 3e-2,
     adds: bool = False,
 ) -> Tensor:
-    """Make a linear map (of each head's first outputs, where it has more) the ridge regression; what it then gives.
+    """Set a linear map to the ridge regression, and return its output.
 
-    With ``adds`` the regression is of what the map as it is lacks, and is added to it.
+    Of a head with more outputs than targets only the first ones are set. With ``adds`` the map
+    stays, and the regression of what it lacks is added.
     """
     outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
@@ -431,10 +487,7 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``left'`` and ``right'`` of at most ``rank`` columns with ``left' right'^T`` closest to ``left right^T``.
-
-    Where there are no more columns than that, they stay as they are.
-    """
+    """Factors of at most ``rank`` columns whose product is closest to ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)

@@ -1,8 +1,8 @@
 """What a student is asked to know of its teacher: terms of the loss, and weighted sums of them.
 
-An objective is a frozen part of the recipe. It makes a criterion: the module that holds what is trained beside the
-student (projections) and gives the errors of a batch.
-Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
+An objective is a frozen part of the recipe. It makes a criterion: the module that gives the errors
+of a batch, and holds what is trained beside the student (projections). Shapes: B rows, T padded
+tokens, N real tokens, H a width, A heads.
 """
 
 import math
@@ -27,14 +27,14 @@ from kdnas.system.errors import UserError
 
 
 class View:
-    """One model's states on a batch, padded (B, T, H) or of the real tokens alone (N, H); layer -1 is the embedding.
+    """One model's states on a batch; layer -1 is the embedding.
 
     Args:
-        model: whose states.
-        batch: of what.
-        padded: layer -> states (B, T, H).
-        real: layer -> states (N, H).
-        maps: of all heads of each layer, (B, A, T, T), where the model gave them.
+        model: the model that gave the states.
+        batch: the batch that it saw.
+        padded: layer -> states of all tokens, (B, T, H).
+        real: layer -> states of the real tokens alone, (N, H).
+        maps: attention maps of each layer, (B, A, T, T), where the model gave them.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class View:
 
     @property
     def family(self) -> Family:
-        """The row of the table for the model."""
+        """What kdnas knows of the model's family."""
         return family_of(self.model.config)
 
     def real(self, layer: int) -> Tensor:
@@ -71,38 +71,31 @@ class View:
         return self._padded[layer]
 
     def _input(self, layer: int) -> Tensor:
-        """What the queries, keys and values of a layer are made of, computed once."""
+        """What the queries, keys and values of a layer are computed from."""
         if layer not in self._inputs:
             states = self.padded(layer - 1)
             if self.family.norm_first:
-                states = self.family.layers(self.model)[layer].get_submodule(
-                    self.family.names.attention_norm
-                )(
-                    states.to(
-                        self.model.dtype
-                    )  # stored ones are float16, which GPUs do not mix with float32
-                )
+                module = self.family.layers(self.model)[layer]
+                norm = module.get_submodule(self.family.names.attention_norm)
+                # Stored states are float16, which GPUs do not mix with float32.
+                states = norm(states.to(self.model.dtype))
             self._inputs[layer] = states.to(matmul_dtype(self.model))
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
-        """Queries, keys or values of a layer, cut into heads, of which only the chosen: (B, A, T, H / num_heads)."""
-        weight, bias = (
-            None if parameter is None else parameter.unflatten(0, (num_heads, -1))
-            for parameter in attention_part(
-                self.family, self.family.layers(self.model)[layer], part
-            )
-        )
-        assert weight is not None
+        """Queries, keys or values of the chosen heads of a layer, (B, A, T, H / num_heads)."""
+        module = self.family.layers(self.model)[layer]
+        weight, bias = attention_part(self.family, module, part)
         if chosen is not None:
-            weight, bias = weight[chosen], None if bias is None else bias[chosen]
-        flat_BTH = F.linear(
-            self._input(layer), weight.flatten(0, 1), None if bias is None else bias.flatten()
-        )
-        return flat_BTH.unflatten(-1, (len(weight), -1)).transpose(1, 2)
+            weight = weight.unflatten(0, (num_heads, -1))[chosen].flatten(0, 1)
+            if bias is not None:
+                bias = bias.unflatten(0, (num_heads, -1))[chosen].flatten()
+            num_heads = len(chosen)
+        flat_BTH = F.linear(self._input(layer), weight, bias)
+        return flat_BTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
-        """Where the chosen heads of a layer, or all, look: (B, A, T, T)."""
+        """Attention maps of the chosen heads of a layer, or of all: (B, A, T, T)."""
         if self._maps is not None and chosen is None:
             return self._maps[layer]
         num_heads = self.model.config.num_attention_heads
@@ -126,13 +119,14 @@ class Term:
     """One number that a criterion gives.
 
     Args:
-        name: for the logs.
+        name: its name in the logs.
         weight: its share in the loss, relative to the other terms.
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
-        compares: one student's error can be held against another's. Not where it is asked of the layers that the
-            student happens to have, for some are easier than others. (Hidden states of mapped layers count, as in the
-            original, though LastLayer and LearnedMapping alone ask the same of every student.)
+        compares: whether students can be ranked by it. Not where it depends on which layers a
+            student has, for some are easier than others. (Hidden states of mapped layers count, as
+            in the original, though only LastLayer and LearnedMapping ask the same of every
+            student.)
     """
 
     name: str
@@ -143,16 +137,16 @@ class Term:
 
 
 class Criterion(nn.Module):
-    """Errors of a batch, one for each of ``terms``; what is trained beside the student is its parameters."""
+    """Errors of a batch, one for each of ``terms``; its parameters are trained with the student."""
 
     terms: list[Term]
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """For each term the sum of its errors, and over how many things (tokens, rows) it is."""
+        """For each term the sum of its errors, and their number (of tokens or rows)."""
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        """Set the first values from the started student's states on some rows; by default nothing."""
+        """Set the first values from the states of the started student; by default nothing."""
 
 
 class Objective(ABC):
@@ -170,7 +164,7 @@ class Objective(ABC):
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """The teacher layers that students of these depths need, ascending; the last always, for it is what is measured.
+    """The teacher layers that students of these depths need, ascending; the last is always one.
 
     Raises:
         UserError: the objective asks for a layer that is not there.
@@ -187,20 +181,24 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error between projected student states and teacher states, on real tokens; the original's.
+    """The original's: mean squared error between projected student states and teacher states.
 
-    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i and one of its teacher
-    layers j, and real tokens n. Each student layer has its own linear projection H_s -> k * H_t, for its k teacher
-    layers together.
+    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
+    and one of its teacher layers j, and real tokens n. Each student layer has its own linear
+    projection H_s -> k * H_t, for its k teacher layers together.
 
     Args:
         mapping: which teacher layers each student layer learns from.
-        shared_projection: one projection for all student layers (the original's code) instead of one each.
-        normalize: divide each layer's error by that layer's variance, so that no layer owns the loss by its scale.
-        fit_projections: begin with the best linear map for the started student, not with a random one.
+        shared_projection: one projection for all student layers (the original's code) instead of
+            one each.
+        normalize: divide each layer's error by its variance, so that no layer dominates by its
+            scale.
+        fit_projections: begin with the best linear map for the started student, not with a random
+            one.
 
     Raises:
-        UserError: a shared projection for layers that learn from different numbers of teacher layers.
+        UserError: a shared projection for layers that learn from different numbers of teacher
+            layers.
     """
 
     def __init__(
@@ -214,11 +212,7 @@ class HiddenStates(Objective):
         self.normalize, self.fit_projections = normalize, fit_projections
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        return {
-            layer
-            for layers in self.mapping(num_student_layers, num_teacher_layers)
-            for layer in layers
-        }
+        return set().union(*self.mapping(num_student_layers, num_teacher_layers))
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
         return _HiddenStates(self, student, teacher)
@@ -230,33 +224,29 @@ class _HiddenStates(Criterion):
     ) -> None:
         super().__init__()
         self.objective = objective
-        pairs = objective.mapping(
-            student.config.num_hidden_layers, teacher.config.num_hidden_layers
-        )
-        self.layers = [(i, layers) for i, layers in enumerate(pairs) if layers]
+        ours, theirs = student.config, teacher.config
+        mapped = objective.mapping(ours.num_hidden_layers, theirs.num_hidden_layers)
+        self.layers = [(i, layers) for i, layers in enumerate(mapped) if layers]
         flat = [(i, layer) for i, layers in self.layers for layer in layers]
         self.terms = [
             Term(f"student_{i}_teacher_{layer}", 1 / len(flat), layer, objective.normalize)
             for i, layer in flat
         ]
-        counts = {len(layers) for _, layers in self.layers}
-        if objective.shared_projection and len(counts) > 1:
+        counts = [len(layers) for _, layers in self.layers]
+        if objective.shared_projection and len(set(counts)) > 1:
             raise UserError(
-                f"shared_projection needs as many teacher layers for each student layer, not {counts}."
+                "shared_projection needs as many teacher layers for each student layer, "
+                f"not {set(counts)}."
             )
         self.projections = nn.ModuleList(
-            nn.Linear(student.config.hidden_size, len(layers) * teacher.config.hidden_size)
-            for _, layers in self.layers[: 1 if objective.shared_projection else None]
-        )
-
-    def _projections(self) -> list[nn.Module]:
-        return list(self.projections) * (
-            len(self.layers) if self.objective.shared_projection else 1
+            nn.Linear(ours.hidden_size, count * theirs.hidden_size)
+            for count in (counts[:1] if objective.shared_projection else counts)
         )
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         errors = []
-        for projection, (i, layers) in zip(self._projections(), self.layers, strict=True):
+        for position, (i, layers) in enumerate(self.layers):
+            projection = self.projections[0 if self.objective.shared_projection else position]
             predicted = projection(student.real(i))
             for part, layer in zip(predicted.chunk(len(layers), dim=-1), layers, strict=True):
                 errors.append((squared_error(part, teacher.real(layer)), len(part)))
@@ -275,11 +265,12 @@ class _HiddenStates(Criterion):
 
 
 class LearnedMapping(Objective):
-    """Squared errors on every teacher layer, each taught to a learned mixture of the student's layers.
+    """Squared errors on every teacher layer, each taught to a mixture of the student's layers.
 
-    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and student layers i, with
-    ``p_j = softmax(a_j)`` trained beside the student: over its layers, not the teacher's, so that no layer of the
-    teacher can be left out for an easier one. All students are asked for the same.
+    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and
+    student layers i. ``p_j = softmax(a_j)`` is trained with the student. It is over the student's
+    layers, so no teacher layer can be left out for an easier one, and all students are asked the
+    same.
 
     Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
     """
@@ -294,35 +285,30 @@ class LearnedMapping(Objective):
 class _LearnedMapping(Criterion):
     def __init__(self, ours: PreTrainedConfig, theirs: PreTrainedConfig) -> None:
         super().__init__()
-        num_ours, self.num_theirs = ours.num_hidden_layers, theirs.num_hidden_layers
+        num_ours, num_theirs = ours.num_hidden_layers, theirs.num_hidden_layers
         self.terms = [
-            Term(f"teacher_{j}", 1 / self.num_theirs, j, scaled=True)
-            for j in range(self.num_theirs)
+            Term(f"teacher_{j}", 1 / num_theirs, j, scaled=True) for j in range(num_theirs)
         ]
         self.projections = nn.ModuleList(
-            nn.Linear(ours.hidden_size, self.num_theirs * theirs.hidden_size)
-            for _ in range(num_ours)
+            nn.Linear(ours.hidden_size, num_theirs * theirs.hidden_size) for _ in range(num_ours)
         )
-        self.logits = nn.Parameter(torch.zeros(num_ours, self.num_theirs))
+        self.logits = nn.Parameter(torch.zeros(num_ours, num_theirs))
 
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        targets = [teacher.real(j) for j in range(self.num_theirs)]
-        predicted = [
-            projection(student.real(i)).chunk(len(targets), -1)
-            for i, projection in enumerate(self.projections)
-        ]
-        errors = torch.stack(
-            [torch.stack(list(map(squared_error, parts, targets))) for parts in predicted]
-        )
-        return [(error, len(targets[0])) for error in (self.logits.softmax(0) * errors).sum(0)]
+        targets = [teacher.real(j) for j in range(len(self.terms))]
+        errors = []
+        for i, projection in enumerate(self.projections):
+            predicted = projection(student.real(i)).chunk(len(targets), -1)
+            errors.append(torch.stack(list(map(squared_error, predicted, targets))))
+        mixed = (self.logits.softmax(0) * torch.stack(errors)).sum(0)
+        return [(error, len(targets[0])) for error in mixed]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
         inputs = [
             torch.cat([view.real(i) for view in students]) for i in range(len(self.projections))
         ]
-        for j in range(
-            self.num_theirs
-        ):  # one after the other: all layers of a wide teacher are gigabytes
+        # One after the other: all layers of a wide teacher are gigabytes.
+        for j in range(len(self.terms)):
             target = torch.cat([view.real(j) for view in teachers])
             rows = slice(j * target.shape[-1], (j + 1) * target.shape[-1])
             for projection, states in zip(self.projections, inputs, strict=True):
@@ -335,8 +321,8 @@ class WeightedSum(Objective):
     """Several objectives; the loss is the mean of theirs, weighted.
 
     Args:
-        objectives: the terms.
-        weights: one each, relative to each other.
+        objectives: the objectives.
+        weights: one each, above 0, relative to each other.
 
     Raises:
         UserError: there is none, the numbers differ, or a weight is not above 0.
@@ -345,7 +331,8 @@ class WeightedSum(Objective):
     def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
         if not objectives or len(objectives) != len(weights):
             raise UserError(
-                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: give one each."
+                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: "
+                "give one each."
             )
         for weight in weights:
             if not 0 < weight < math.inf:
@@ -353,9 +340,8 @@ class WeightedSum(Objective):
         self.objectives, self.weights = objectives, weights
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        return set().union(
-            *(o.teacher_layers(num_student_layers, num_teacher_layers) for o in self.objectives)
-        )
+        each = (o.teacher_layers(num_student_layers, num_teacher_layers) for o in self.objectives)
+        return set().union(*each)
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
         return _WeightedSum([o.criterion(student, teacher) for o in self.objectives], self.weights)
@@ -370,8 +356,9 @@ class _WeightedSum(Criterion):
             for criterion, weight in zip(criteria, weights, strict=True)
             for term in criterion.terms
         ]
+        # Two objectives of one kind have terms of one name.
         names = [term.name for term in self.terms]
-        self.terms = [  # two parts of one kind have terms of one name
+        self.terms = [
             replace(term, name=f"{term.name}_{i}") if names.count(term.name) > 1 else term
             for i, term in enumerate(self.terms)
         ]

@@ -1,4 +1,4 @@
-"""Objectives on whole rows: [CLS], the mean state, how alike rows are, and how the two sentences of a pair compare."""
+"""Objectives on whole rows: [CLS], the mean state, the likeness of rows, and pairs."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from kdnas.system.errors import UserError
 
 
 class SentenceState(Objective):
-    """Squared error of one vector a row: the last layer's [CLS] state, or the mean over real tokens, projected.
+    """Squared error of one projected vector a row, divided by the variance of the teacher's vector.
 
-    Divided by the variance of the teacher's vector.
+    The vector is the last layer's [CLS] state, or the mean of its states over real tokens.
 
     Args:
         pooling: ``cls`` (the first token) or ``mean``.
@@ -58,24 +58,22 @@ class _SentenceState(Criterion):
         return [(squared_error(predicted, self._vector(teacher)) / self.variance, len(predicted))]
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        inputs = torch.cat([self._vector(view) for view in students])
         targets = torch.cat([self._vector(view) for view in teachers])
         self.variance.copy_(targets.var(0, correction=0).mean().clamp_min(1e-6))
-        fit_linear(
-            self.projection,
-            torch.cat([self._vector(view) for view in students]),
-            targets,
-            strength=1e-3,
-        )
+        fit_linear(self.projection, inputs, targets, strength=1e-3)
 
 
 class SentenceSimilarity(Objective):
-    """How alike the rows of a batch are to the student, against how alike they are to the teacher.
+    """How alike the rows of a batch are, for the student as for the teacher.
 
-    With s and t the means of the last states over real tokens, the error of row i is the mean over the other rows j of
-    ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. No projection stands
-    between: what is searched with the teacher's vectors by cosine can be searched with the student's own. The one
-    objective whose errors depend on which rows share a batch. After Passalis and Tefas 2018, who match the cosines of
-    a batch as probabilities.
+    With s and t the means of the last states over real tokens, the error of row i is the mean over
+    the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the
+    teacher's cosines. There is no projection, so the student's own vectors can be searched by
+    cosine, as the teacher's can. It is the one objective whose errors depend on which rows share a
+    batch.
+
+    Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -95,7 +93,7 @@ class _SentenceSimilarity(Criterion):
 
     @staticmethod
     def cosines(view: View) -> Tensor:
-        """Of each row with each other row, (B, B - 1)."""
+        """Cosines of each row with each other row, (B, B - 1)."""
         vectors_BH = F.normalize(view.pooled(view.mask_BT))
         others = ~torch.eye(len(vectors_BH), dtype=torch.bool, device=vectors_BH.device)
         with torch.autocast(vectors_BH.device.type, enabled=False):
@@ -114,13 +112,14 @@ class _SentenceSimilarity(Criterion):
 
 
 class PairComparison(Objective):
-    """Tells from a pair's [CLS] how its two sentences compare in the teacher's eyes.
+    """Predicts from a pair's [CLS] how its two sentences compare for the teacher.
 
-    With u and v the means of the teacher's last states over the first and the second sentence, a small head on the
-    student's last [CLS] state predicts ``|u - v|`` (each dimension standardised) and ``cos(u, v)`` (standardised); the
-    error is the mean of both mean squared errors. It needs rows that are pairs (``data.pair_share``). It exercises what
-    fine-tuning on pairs asks of [CLS], from text without labels. It trusts that the teacher's mean states carry
-    meaning, which holds best for sentence encoders.
+    With u and v the means of the teacher's last states over the first and the second sentence, a
+    small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
+    and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
+    rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
+    asks of [CLS]. It works best for teachers whose mean states carry meaning, such as sentence
+    encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -147,7 +146,7 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Which rows are pairs, (B,), and of those ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        """Which rows are pairs, (B,), and their ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
         paired = second.any(1)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]

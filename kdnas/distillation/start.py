@@ -1,4 +1,4 @@
-"""A student started from its teacher: embeddings by PCA, layers copied, or narrowed by least squares."""
+"""The first weights of a student: its teacher's, projected, copied or narrowed."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from kdnas.system.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Embedded together: all words of a large vocabulary take gigabytes in float64.
+# All words of a large vocabulary together would take gigabytes in float64.
 WORDS_AT_ONCE = 8192
 
 
@@ -29,8 +29,10 @@ class Started:
     """What a start did to a student.
 
     Args:
-        copied: names of the student's parameters that hold the teacher's values and learn at the rates of copies.
-        heads: for each student layer, the teacher's heads that its own heads were made from; None: unrelated.
+        copied: names of the student's parameters that hold the teacher's values, which have lower
+            rates.
+        heads: for each student layer, the teacher's heads from which its own were made; None:
+            unrelated.
     """
 
     copied: frozenset[str] = frozenset()
@@ -41,23 +43,13 @@ class Start(ABC):
     """A rule that gives a new student its first weights."""
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
-        """Refuse, before anything is computed, a student that it cannot start; by default none.
-
-        Raises:
-            UserError: what does not fit.
-        """
+        """Raise a UserError for a student that it cannot start; by default never."""
 
     @abstractmethod
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Change the student's weights in place; the teacher is not changed.
-
-        Args:
-            student: any weights.
-            teacher: of the same family.
-            rows: a sample of the training rows, to calibrate on.
-        """
+        """Set a student's weights from its teacher; ``rows`` are training rows to calibrate on."""
 
 
 class RandomStart(Start):
@@ -70,9 +62,10 @@ class RandomStart(Start):
 
 
 class FromEmbeddings(Start):
-    """The embedding tables alone, projected on the first H_s principal components; layers stay random.
+    """The embedding tables alone, projected on H_s principal components; layers stay random.
 
-    The components are those of the teacher's embedding output over its vocabulary. Tables as wide are copied.
+    The components are those of the teacher's embedding output over its vocabulary. Where the widths
+    are equal, tables are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -92,86 +85,62 @@ class FromEmbeddings(Start):
 class FromTeacher(Start):
     """Embeddings and layers of the teacher: copied and corrected, or narrowed.
 
-    The student's layers are made from the teacher's first ones and its last (``kept_layers``).
+    The student's layers are made from the teacher's first ones and its last (``kept_layers``). A
+    student of the teacher's shape is a copy of it.
 
-    Of the teacher's shape, the student is its teacher.
+    Other students are made by ``narrow``: the hidden stream is projected on its principal
+    components, the heads and neurons that move it most are kept, and every linear map is fitted by
+    least squares to what the teacher's part gives on ``rows``, from the narrowed stream itself. So
+    each part repairs what the ones before it lost. A student as wide as its teacher keeps the
+    stream and copies of those heads and neurons, and least squares add what they lack, and what the
+    left-out layers did.
 
-    Else (``narrow``): the hidden stream is projected on its principal components, the heads and neurons that move it
-    most are kept, and every linear map is the least-squares answer to what the teacher's part gives on ``rows``,
-    computed from the narrowed stream itself, so that each part repairs what the ones before it lost. As wide as its
-    teacher, the student keeps the stream and copies of those heads and neurons, and least squares add what they lack;
-    also to the layer of one that is only shallower that does the work of the layers left out behind it.
-
-    Where the family's layers cannot be narrowed (``narrows`` in ``FAMILIES``), a narrower student gets the
-    embeddings, and the log says so. One of the teacher's width is copied all the same, a worse start: of the neurons
-    it has those with the largest weights (norm of the weights in times norm of the weights out), and fewer heads cut
-    the maps anew.
+    Where the family's layers cannot be narrowed (``narrows`` in ``FAMILIES``), a narrower student
+    gets only the embeddings, and the log says so. One of the teacher's width is copied, a worse
+    start: it has the neurons with the largest weights (norm of the weights in times norm of the
+    weights out), and fewer heads cut the maps anew.
 
     Raises:
         UserError: the student is larger than its teacher in one of its sizes.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-        _check_sizes(
-            student,
-            teacher,
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_hidden_layers",
-        )
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        _check_sizes(student, teacher, *sizes)
 
     @torch.no_grad()
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
         self.check(student.config, teacher.config)
-        ours, theirs, narrows = (
-            arch_of(student.config),
-            arch_of(teacher.config),
-            family_of(student.config).narrows,
-        )
+        ours, theirs = arch_of(student.config), arch_of(teacher.config)
+        narrows, kind = family_of(student.config).narrows, student.config.model_type
         if ours == theirs or (ours.hidden_size == theirs.hidden_size and not narrows):
             rest = ("num_attention_heads", "intermediate_size")
             if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
-                log.info(
-                    "The layers of a %s are copied and cut, a worse start.",
-                    student.config.model_type,
-                )
+                log.info("The layers of a %s are copied and cut, a worse start.", kind)
             return self._copy(student, teacher)
         if not narrows:
-            log.info(
-                "A narrower %s starts from its teacher's embeddings alone.",
-                student.config.model_type,
-            )
+            log.info("A narrower %s starts from its teacher's embeddings alone.", kind)
             return FromEmbeddings()(student, teacher, rows)
         return Started(copied_tables(student), narrow(student, teacher, rows))
 
     def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
         family = family_of(teacher.config)
-        student_layers, teacher_layers = family.layers(student), family.layers(teacher)
-        inside_layers = {
-            id(parameter) for layer in student_layers for parameter in layer.parameters()
-        }
-        heads = tuple(
-            spread(student.config.num_attention_heads, teacher.config.num_attention_heads)
-        )
-        teacher_parameters = dict(teacher.named_parameters())
-        for name, parameter in student.named_parameters():
-            if id(parameter) not in inside_layers:
-                source = teacher_parameters[name]
+        layers, sources = family.layers(student), family.layers(teacher)
+        ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+        num_heads = (student.config.num_attention_heads, teacher.config.num_attention_heads)
+        heads = tuple(spread(*num_heads))
+
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        for name, parameter in ours.items():
+            if id(parameter) not in in_layers:
+                source = theirs[name]
                 # MPNet's table of distances has a column a head.
                 parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
-        for layer, number in zip(
-            student_layers, kept_layers(len(student_layers), len(teacher_layers)), strict=True
-        ):
-            _copy_layer(
-                layer, teacher_layers[number], family.names.intermediate, family.names.output
-            )
-        return Started(
-            frozenset(name for name, _ in student.named_parameters()),
-            (heads,) * len(student_layers),
-        )
+        for layer, number in zip(layers, kept_layers(len(layers), len(sources)), strict=True):
+            _copy_layer(layer, sources[number], family.names.intermediate, family.names.output)
+        return Started(frozenset(ours), (heads,) * len(layers))
 
 
 def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: str) -> None:
@@ -180,47 +149,40 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
             raise UserError(
-                f"{name} is {size}: no student starts from its teacher above the teacher's {largest}."
+                f"{name} is {size}: no student starts from its teacher "
+                f"above the teacher's {largest}."
             )
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     """The first principal components of the teacher's embedding output over its vocabulary.
 
-    Args:
-        teacher: any family.
-        width: number of components, H_s.
-
-    Returns:
-        Orthonormal columns, shape (H_t, H_s), float32.
+    They are orthonormal columns, shape (H_t, width), float32.
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
     for word_ids in words.split(WORDS_AT_ONCE):
-        states = embed(
-            teacher, {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)}
-        )[:, 0].double()
+        inputs = {"input_ids": word_ids, "token_type_ids": torch.zeros_like(word_ids)}
+        states = embed(teacher, inputs)[:, 0].double()
         sums, products = sums + states.sum(0), products + states.T @ states
     mean = sums / len(words)
-    _, vectors = torch.linalg.eigh(
-        products / len(words) - mean.outer(mean)
-    )  # eigenvalues in ascending order
+    covariance = products / len(words) - mean.outer(mean)
+    _, vectors = torch.linalg.eigh(covariance)  # eigenvalues in ascending order
     return vectors[:, -width:].flip(-1).float()
 
 
 def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: str) -> None:
-    """Copy a layer; of a wider feed-forward part keep the neurons that matter most."""
+    """Copy a layer; of a wider feed-forward part keep the most important neurons."""
     wide_in: Any = source.get_submodule(intermediate)
     wide_out: Any = source.get_submodule(output)
     narrow_in: Any = layer.get_submodule(intermediate)
-    halves = (
-        len(wide_in.weight) // wide_out.weight.shape[1]
-    )  # 2: the neurons, and the gates of all of them
-    importance = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2)) * wide_out.weight.norm(
-        dim=0
-    )
+    # Gated layers have two halves: the neurons, and their gates.
+    halves = len(wide_in.weight) // wide_out.weight.shape[1]
+    norm_in = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2))
+    importance = norm_in * wide_out.weight.norm(dim=0)
     kept = importance.topk(len(narrow_in.weight) // halves).indices.sort().values
     rows = torch.cat([kept + half * len(importance) for half in range(halves)])
+
     state = dict(source.state_dict())
     state[f"{intermediate}.weight"] = wide_in.weight[rows]
     if wide_in.bias is not None:

@@ -1,4 +1,4 @@
-"""The teacher behind one call: its hidden states from the cache, or live where the cache would not fit."""
+"""The teacher's hidden states, from the cache, or live where it would be too large."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from kdnas.training.precision import autocast, autocast_dtype
 
 log = logging.getLogger(__name__)
 
-# A CPU's caches hold the activations of so many: up to 10 % faster than 4,096, with short rows (LOG.md).
+# On a CPU up to 10 % faster than 4,096 for short rows: its caches hold the activations (LOG.md).
 CPU_BATCH_TOKENS = 2048
 # Enough for a map of 769 x 768 numbers; a few seconds of a 6-layer teacher on two cores.
 STATS_TOKENS = 30_000
@@ -34,13 +34,13 @@ STATS_TOKENS = 30_000
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What the errors on one teacher layer are measured against; means over tokens and dimensions.
+    """What the errors on one teacher layer are compared with; means over tokens and dimensions.
 
     Args:
-        variance: of the layer's states on training rows.
+        variance: variance of the layer's states on training rows.
         held_out_variance: the same on held-out rows.
-        held_out_mse_context_free: error, on held-out rows, of the best linear map from the teacher's embedding output
-            (layer 0 of ``hidden_states``) to this layer, fitted on training rows.
+        held_out_mse_context_free: error, on held-out rows, of the best linear map from the
+            teacher's embedding output to this layer, fitted on training rows.
     """
 
     variance: float
@@ -50,11 +50,11 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """Errors on the teacher's last layer that a probe of all held-out rows makes: where a student's share is 0 and 1.
+    """Errors of a probe on the teacher's last layer, where a student's contextual share is 0 and 1.
 
     Args:
-        context_free: of the teacher's embedding output.
-        teacher: of that layer itself, which is not 0: a probe shrinks its map.
+        context_free: error of the teacher's embedding output.
+        teacher: error of the layer itself; not 0, for a probe shrinks its map.
     """
 
     context_free: float
@@ -66,10 +66,11 @@ class StatesSettings:
     """Where the teacher's states are kept.
 
     Args:
-        folder: the states of all teachers and texts, one folder each; safe to delete. By default
+        folder: holds one folder for each teacher and text; safe to delete. By default
             ``teacher_states`` in the folder of all runs.
         max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
-        precision: of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4 of the states' variance.
+        precision: precision of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4
+            of the states' variance.
     """
 
     folder: str | None = None
@@ -84,18 +85,14 @@ class StatesSettings:
 
 
 class LiveTeacher:
-    """Runs the teacher for every batch.
-
-    Args:
-        model: the teacher's encoder, frozen, in eval mode.
-    """
+    """Runs the teacher's encoder, which is frozen and in eval mode, for every batch."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """States of a batch's real tokens: for each of the layers a tensor (N, H), on the batch's device."""
+        """States of a batch's real tokens: for each layer a tensor (N, H), on its device."""
         device = batch["input_ids"].device
         with autocast(device.type):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -104,39 +101,25 @@ class LiveTeacher:
         return [states[layer + 1].flatten(0, 1)[real] for layer in layers]
 
 
-StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache, a LiveTeacher
+StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or a LiveTeacher
 
 
+@dataclass(eq=False)
 class TeacherStates:
-    """What a student learns from, wherever it comes from.
+    """What a student learns from: the states of some layers, stored or live, and their figures."""
 
-    Args:
-        source: gives, for a batch, the states (N, H) of each layer.
-        layers: the teacher layers that it gives.
-        hidden_size: H.
-        stats: of each layer.
-        ends: of the contextual share.
-    """
-
-    def __init__(
-        self,
-        source: StateSource,
-        layers: Sequence[int],
-        hidden_size: int,
-        stats: dict[int, LayerStats],
-        ends: ShareEnds,
-    ) -> None:
-        self.source, self.layers, self.hidden_size = source, list(layers), hidden_size
-        self.stats, self.ends = stats, ends
+    source: StateSource
+    layers: list[int]
+    hidden_size: int
+    stats: dict[int, LayerStats]
+    ends: ShareEnds
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Teacher layer -> states (N, H) of the batch's real tokens, on the batch's device; all layers by default."""
+        """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
         device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
-        return {
-            layer: states.to(device)
-            for layer, states in zip(layers, self.source(batch, layers), strict=True)
-        }
+        states = [state.to(device) for state in self.source(batch, layers)]
+        return dict(zip(layers, states, strict=True))
 
 
 def state_cache(
@@ -146,7 +129,7 @@ def state_cache(
     settings: StatesSettings,
     device: str = "cpu",
 ) -> StateCache:
-    """The cache of these layers' states for all rows of the data, built or not; arguments as of ``open_states``."""
+    """The cache of these layers' states, built or not; arguments are those of ``open_states``."""
     assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
@@ -165,80 +148,78 @@ def open_states(
     settings: StatesSettings = StatesSettings(),
     device: str = "cpu",
 ) -> TeacherStates:
-    """The states of these layers for the rows of the data's split and the held-out ones, computed now if not there.
+    """The states for the data's split and the held-out rows; what is missing is computed.
 
     Args:
-        teacher: whose states.
-        data: set up; the rows and masks.
+        teacher: the teacher.
+        data: rows and masks, after ``setup``.
         layers: teacher layers, from 0; -1 is the embedding output.
-        settings: where, and how much of the disk.
+        settings: where they are kept, and how much of the disk they may take.
         device: where the teacher runs while the cache is built.
 
     Raises:
         UserError: the disk has too little room for a cache within the budget.
     """
-    live, cache = LiveTeacher(teacher.model), state_cache(teacher, data, layers, settings, device)
-    wanted, folder = cache.layers, cache.folder
+    cache = state_cache(teacher, data, layers, settings, device)
+    source = _build(cache, teacher, data, settings, device)
+
+    # The file's name tells on which rows it was measured, and in which batches.
+    num_rows, batch_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
+    file = cache.folder / f"measured_{num_rows}_{batch_tokens}.json"
+    measured = _read_measured(file)
+    if measured is None:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.folder / "lock"):
+            measured = _read_measured(file, has_lock=True)  # another process may have done it
+            if measured is None:
+                measured = measure(teacher.model, source, cache.layers, data, device)
+                _write_measured(file, *measured)
+    return TeacherStates(source, cache.layers, teacher.config.hidden_size, *measured)
+
+
+def _build(
+    cache: StateCache, teacher: Teacher, data: KDDataModule, settings: StatesSettings, device: str
+) -> StateSource:
+    """The cache with the needed rows; the live teacher where they would exceed the budget."""
+    live = LiveTeacher(teacher.model)
     row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
-    size = cache.num_bytes(row_ids)
-    source: StateSource = live
-    if size > settings.max_gb * 1e9:
+    gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
+    if gb > settings.max_gb:
         log.info(
             "The teacher runs live: its states would take %.1f GB, the budget is %.1f GB.",
-            size / 1e9,
+            gb,
             settings.max_gb,
         )
-    else:
-        source = cache
-        missing = cache.num_missing_bytes(row_ids)
-        new = (
-            f"{missing / 1e9:.2f} GB of them are computed now"
-            if missing
-            else "all of them are there"
-        )
-        if (
-            missing
-            and not folder.exists()
-            and folder.parent.exists()
-            and any(folder.parent.glob("*/lock"))
-        ):
-            new += " (what lies beside it is of another teacher, text or setting, and is not used)"
-        log.info("Teacher states: %.2f GB in %s, %s", size / 1e9, folder, new)
-        batch_tokens = (
-            data.settings.batch_tokens
-            if device != "cpu"
-            else min(data.settings.batch_tokens, CPU_BATCH_TOKENS)
-        )
-        cache.build(lambda batch: live(_to(batch, device), wanted), batch_tokens, row_ids)
-    num_rows, settings_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
-    measured_file = (
-        folder / f"measured_{num_rows}_{settings_tokens}.json"
-    )  # on what, and in which batches
-    measured_file.parent.mkdir(parents=True, exist_ok=True)
-    measured = _read_measured(measured_file)
-    if measured is None:
-        with FileLock(folder / "lock"):
-            measured = _read_measured(
-                measured_file, alone=True
-            )  # another process may have measured meanwhile
-            if measured is None:
-                stats, ends = measured = measure(teacher.model, source, wanted, data, device)
-                plain = {
-                    "layers": {str(layer): asdict(found) for layer, found in stats.items()},
-                    "ends": asdict(ends),
-                }
-                write_json(measured_file, plain | {"sha256": _sha256(plain)})
-    return TeacherStates(source, wanted, teacher.config.hidden_size, *measured)
+        return live
+
+    found = (
+        f"{missing_gb:.2f} GB of them are computed now" if missing_gb else "all of them are there"
+    )
+    if missing_gb and not cache.folder.exists() and any(cache.folder.parent.glob("*/lock")):
+        found += " (what lies beside it is of another teacher, text or setting, and is not used)"
+    log.info("Teacher states: %.2f GB in %s, %s", gb, cache.folder, found)
+
+    batch_tokens = data.settings.batch_tokens
+    if device == "cpu":
+        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
+    cache.build(lambda batch: live(_to(batch, device), cache.layers), batch_tokens, row_ids)
+    return cache
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -> None:
+    layers = {str(layer): asdict(values) for layer, values in stats.items()}
+    plain = {"layers": layers, "ends": asdict(ends)}
+    write_json(path, plain | {"sha256": _sha256(plain)})
+
+
 def _read_measured(
-    path: Path, alone: bool = False
+    path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """What was measured before; None where it was not, or is damaged, which one that is ``alone`` says."""
+    """What was measured before; None where there is nothing, or it is damaged."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(found):
@@ -248,13 +229,14 @@ def _read_measured(
         return None
     except (UserError, KeyError, TypeError, AttributeError):
         pass
-    if alone:
+    if has_lock:  # said once
         log.warning("%s is damaged; it is measured anew.", path)
     return None
 
 
 def _to(batch: Batch, device: str) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[return-value, attr-defined]
+    tensors = cast(dict[str, Tensor], batch)
+    return cast(Batch, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def measure(
@@ -264,31 +246,25 @@ def measure(
     data: KDDataModule,
     device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
-    """What a student's errors are held against; the same for every split and rank.
+    """What a student's errors are compared with; the same for every split and rank.
 
-    Args:
-        model: the teacher's encoder.
-        source: gives its states.
-        layers: of the teacher, ascending; the last of them is the one of the contextual share.
-        data: set up.
-        device: where the model runs.
+    ``layers`` are ascending; the contextual share is measured on the last.
     """
     model.to(device)  # type: ignore[arg-type]
-    return _stats(model, source, layers, data, device), _ends(
-        model, source, layers[-1], data, device
-    )
+    stats = _stats(model, source, layers, data, device)
+    return stats, _ends(model, source, layers[-1], data, device)
 
 
 @torch.no_grad()
 def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
-    """By the probe that a student is measured by, on the same batches in the same order."""
+    """By the probe that measures students, on the same batches in the same order."""
     assert data.rows is not None
     width = model.config.hidden_size
-    # One rank measures while the others wait: there is nobody to add sums with.
+    # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
-        RidgeProbe(width, width, TOKEN_STRENGTH, False).to(device) for _ in range(2)
+        RidgeProbe(width, width, TOKEN_STRENGTH, sync_on_compute=False).to(device) for _ in range(2)
     )
     for index in _batches(data, data.held_out_ids()):
         batch = _to(data.rows[index], device)
@@ -306,27 +282,23 @@ def _stats(
     data: KDDataModule,
     device: str,
 ) -> dict[int, LayerStats]:
-    """Variance of each layer, and the error of the best context-free predictor of it.
+    """Variance of each layer, and the error of its best context-free predictor.
 
-    Uses about ``STATS_TOKENS`` real tokens of training rows to fit, and as many held-out ones to measure.
+    The predictor is fitted on about ``STATS_TOKENS`` tokens of the search's training rows, whatever
+    the split, and measured on as many of held-out rows.
     """
     embedded, states = [], []
-    for ids in (
-        data.select("mini").train_ids(),
-        data.held_out_ids(),
-    ):  # the same ones for every split
+    for ids in (data.select("mini").train_ids(), data.held_out_ids()):
         batches = [_to(batch, device) for batch in sample_batches(data, ids, STATS_TOKENS)]
-        embedded.append(
-            torch.cat(
-                [embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]
-            )
-        )
-        # Kept in half precision, and one layer after the other below: a wide teacher's are gigabytes otherwise.
+        words = [embed(model, batch)[batch["attention_mask"].bool()].cpu() for batch in batches]
+        embedded.append(torch.cat(words))
+        # Half precision, and one layer at a time below: a wide teacher's states are gigabytes.
         sampled = [
             [within_half(state).half().cpu() for state in source(batch, layers)]
             for batch in batches
         ]
         states.append([torch.cat(parts) for parts in zip(*sampled, strict=True)])
+
     stats = {}
     for layer, *halves in zip(layers, *states, strict=True):
         train, held_out = (half.float() for half in halves)
@@ -341,7 +313,7 @@ def _stats(
 
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
-    """Batches of about so many real tokens out of these rows; always the same, on every rank."""
+    """Batches of about so many real tokens from these rows; the same on every rank."""
     assert data.rows is not None
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
@@ -349,7 +321,7 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """As the loader's of held-out rows, but that is this rank's alone."""
+    """As the loader of held-out rows has them, but all on this rank."""
     assert data.rows is not None
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False

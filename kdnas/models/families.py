@@ -1,11 +1,11 @@
-"""The families of encoders: one row each, with what differs from BERT and nothing else (docs/families.md).
+"""The families of encoders: for each a row with what differs from BERT (docs/families.md).
 
 Shapes: B rows, T tokens, A heads, D dimensions a head.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from transformers.activations import ACT2FN
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from kdnas.models.arch import StudentArch, kept_layers
-from kdnas.models.checkpoint_files import TITLES, refuse_family
 from kdnas.system.errors import UserError, nearest
 
 
@@ -23,8 +22,8 @@ from kdnas.system.errors import UserError, nearest
 class LayerNames:
     """Names, within a layer, of its linear maps and layer norms.
 
-    Queries, keys and values of one name are the thirds of one map, in this order. An intermediate map with twice as
-    many outputs as ``output`` has inputs is gated: the second half are the gates.
+    Queries, keys and values of one name are the thirds of one map, in this order. An intermediate
+    map with twice as many outputs as ``output`` has inputs is gated: the second half are the gates.
     """
 
     query: str = "attention.self.query"
@@ -42,21 +41,25 @@ class Family:
     """What differs between one family of encoders and BERT.
 
     Args:
+        title: what people call it.
         layers: the transformer layers of a model, in order (ALBERT repeats shared ones).
-        names: of the parts of a layer.
-        fields: field of ``StudentArch`` -> its name in the config, where that is another.
-        follows: what else of the config must change with a student's shape, for the teacher's config and the shape.
+        names: names of the parts of a layer.
+        fields: field of ``StudentArch`` -> its name in the config, where it has another.
+        follows: from the teacher's config and a student's shape, the other fields of the config
+            that must change.
         max_length: how many tokens a model of a config can read.
-        build: what ``AutoModel`` is told, to leave out the pooler (unused, it breaks DDP) where there is one.
-        mapping: the linear map from the width of the embedding tables to the hidden size, where there may be one.
-        scores: of attention, (B, A, T, T) before the softmax, from a model, a layer's number, queries and keys
-            (B, A, T, D); None: their product over the root of D.
+        build: arguments for ``AutoModel`` that leave out the pooler (unused, it breaks DDP).
+        mapping: name of the linear map from the width of the embedding tables to the hidden size.
+        scores: attention scores before the softmax, (B, A, T, T), from a model, a layer's number,
+            queries and keys (B, A, T, D). None: their product over the root of D.
         own_mask: the model takes no mask but (B, T).
         norm_first: a layer's norms are before its parts, not behind them.
-        even_heads: the dimensions of a head must be an even number (rotary positions come in pairs).
-        narrows: a narrower student's layers can be made from the teacher's; else it begins with the embeddings alone.
+        even_heads: a head needs an even number of dimensions (rotary positions come in pairs).
+        narrows: a narrower student's layers can be made from the teacher's; else it begins with the
+            embeddings only.
     """
 
+    title: str
     layers: Callable[[Any], list[nn.Module]] = lambda model: list(model.encoder.layer)
     names: LayerNames = LayerNames()
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class Family:
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
-    """``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T): one of so many parts whose sum are the scores."""
+    """``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T): one of the parts whose sum is the score."""
     return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
 
 
@@ -82,12 +85,13 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """With a number for each distance and head, the same in all layers."""
-    return dot_scores(query, key) + model.encoder.compute_position_bias(query[:, 0]).to(query.dtype)
+    """A number for each distance and head is added, the same in all layers."""
+    bias = model.encoder.compute_position_bias(query[:, 0])
+    return dot_scores(query, key) + bias.to(query.dtype)
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """With queries times relative positions and relative positions times keys."""
+    """Products of queries and keys with relative positions are added."""
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -103,24 +107,20 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
     """Rotated by position, and in most layers only within a window."""
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
-    scores = dot_scores(
-        *apply_rotary_pos_emb(
-            query, key, *model.rotary_emb(query, places[None], module.attention_type)
-        )
-    )
+    cos, sin = model.rotary_emb(query, places[None], module.attention_type)
+    scores = dot_scores(*apply_rotary_pos_emb(query, key, cos, sin))
     window = module.attn.sliding_window
     if window is None:
         return scores
-    return scores.masked_fill(
-        (places[:, None] - places).abs() >= window, torch.finfo(scores.dtype).min
-    )
+    is_outside = (places[:, None] - places).abs() >= window
+    return scores.masked_fill(is_outside, torch.finfo(scores.dtype).min)
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
     """The tables keep their width, unless it is the hidden size."""
-    return (
-        {"embedding_size": arch.hidden_size} if config.embedding_size == config.hidden_size else {}
-    )
+    if config.embedding_size == config.hidden_size:
+        return {"embedding_size": arch.hidden_size}
+    return {}
 
 
 def _deberta_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
@@ -136,19 +136,20 @@ def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
     return {"layer_types": (types * arch.num_hidden_layers)[: arch.num_hidden_layers]}
 
 
-_BERT = Family()
-# Positions are counted from the padding id, which is 1 in all published checkpoints: positions minus 2.
+# Positions are counted from the padding id, which is 1 in all published checkpoints.
 _ROBERTA = Family(
-    max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1
+    title="RoBERTa",
+    max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
 )
 
 # model_type of config.json -> row
 FAMILIES: Mapping[str, Family] = {
-    "bert": _BERT,
+    "bert": Family(title="BERT"),
     "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, title="XLM-RoBERTa"),
+    "camembert": replace(_ROBERTA, title="CamemBERT"),
     "albert": Family(
+        title="ALBERT",
         layers=_albert_layers,
         names=LayerNames(
             query="attention.query",
@@ -163,8 +164,9 @@ FAMILIES: Mapping[str, Family] = {
         mapping="encoder.embedding_hidden_mapping_in",
         narrows=False,  # one shared layer cannot follow several of the teacher's at once
     ),
-    "electra": Family(follows=_own_width, build={}, mapping="embeddings_project"),
+    "electra": Family(title="ELECTRA", follows=_own_width, build={}, mapping="embeddings_project"),
     "distilbert": Family(
+        title="DistilBERT",
         layers=lambda model: list(model.transformer.layer),
         names=LayerNames(
             query="attention.q_lin",
@@ -186,6 +188,7 @@ FAMILIES: Mapping[str, Family] = {
         build={},
     ),
     "mpnet": Family(
+        title="MPNet",
         names=LayerNames(
             query="attention.attn.q",
             key="attention.attn.k",
@@ -193,13 +196,12 @@ FAMILIES: Mapping[str, Family] = {
             attention_output="attention.attn.o",
             attention_norm="attention.LayerNorm",
         ),
-        max_length=lambda config: (
-            config.max_position_embeddings - 2
-        ),  # its code takes 1 for the padding id
+        max_length=lambda config: config.max_position_embeddings - 2,  # the padding id is 1
         scores=_mpnet_scores,
         narrows=False,  # all layers share the heads' numbers for distances
     ),
     "deberta-v2": Family(
+        title="DeBERTa-v2/v3",
         names=LayerNames(
             query="attention.self.query_proj",
             key="attention.self.key_proj",
@@ -212,6 +214,7 @@ FAMILIES: Mapping[str, Family] = {
         narrows=False,  # all layers share the table of relative positions
     ),
     "modernbert": Family(
+        title="ModernBERT",
         layers=lambda model: list(model.layers),
         names=LayerNames(
             query="attn.Wqkv",
@@ -230,28 +233,29 @@ FAMILIES: Mapping[str, Family] = {
         own_mask=True,
         norm_first=True,
         even_heads=True,
-        narrows=False,  # norms before the parts, gates and rotated heads: `narrow` knows none of them
+        narrows=False,  # `narrow` knows no norms before the parts, no gates and no rotated heads
     ),
 }
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of ``FAMILIES`` for a config.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The row of ``FAMILIES`` for a config."""
     return find_family(config.model_type)
 
 
 def find_family(model_type: Any) -> Family:
-    """The row of ``FAMILIES`` for the ``model_type`` of a config.json.
-
-    Raises:
-        UserError: there is none.
-    """
-    refuse_family(model_type)
+    """The row of ``FAMILIES`` for the ``model_type`` of a config.json; a UserError without one."""
+    if str(model_type) not in FAMILIES:
+        raise UserError(
+            f"A teacher of the family {model_type!r} is not supported: "
+            f"take an encoder ({titles()})."
+        )
     return FAMILIES[model_type]
+
+
+def titles() -> str:
+    """What people call the families, for a message."""
+    return ", ".join(family.title for family in FAMILIES.values())
 
 
 def max_length(config: PreTrainedConfig) -> int:
@@ -276,55 +280,46 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
     """Give a classifier's classes names, in the order of its outputs."""
-    config.id2label, config.label2id = (
-        dict(enumerate(names)),
-        {name: label for label, name in enumerate(names)},
-    )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
 
 
 def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Make a tokenizer give ``token_type_ids`` where the model tells sentences by them, as ALBERT's does not of itself.
+    """Make a tokenizer give ``token_type_ids`` if and only if the model has a use for them.
 
-    And nowhere else: other models have no use for them, or refuse them.
+    ALBERT's tokenizer gives none although its model has; other models refuse them.
     """
-    names = [
-        name
-        for name in tokenizer.model_input_names
-        if name != "token_type_ids" or marks_pairs(config)
-    ]
-    names += ["token_type_ids"] * (marks_pairs(config) and "token_type_ids" not in names)
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = (
-        names  # the latter is what is saved
-    )
+    names = list(tokenizer.model_input_names)
+    if not marks_pairs(config):
+        names = [name for name in names if name != "token_type_ids"]
+    elif "token_type_ids" not in names:
+        names.append("token_type_ids")
+    tokenizer.model_input_names = names
+    tokenizer.init_kwargs["model_input_names"] = names  # this is what is saved
 
 
 def arch_of(config: PreTrainedConfig) -> StudentArch:
     """The shape that a config asks for, whatever its family calls the fields."""
     names = family_of(config).fields
-    return StudentArch(
-        **{f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)}
-    )
+    values = {f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)}
+    return StudentArch(**values)
 
 
 def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
-    """Refuse heads of an odd size where the family's must be even.
-
-    Raises:
-        UserError: they are.
-    """
+    """Refuse heads of an odd size where the family needs an even one."""
     family = family_of(config)
     if family.even_heads and width // num_heads % 2:
         raise UserError(
-            f"hidden_size {width} and num_attention_heads {num_heads} make heads of {width // num_heads}: "
-            f"those of {TITLES[config.model_type]} must be even."
+            f"hidden_size {width} and num_attention_heads {num_heads} make heads of "
+            f"{width // num_heads}: those of {family.title} must be even."
         )
 
 
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
-    """The teacher's config with a student's five fields: vocabulary, positions, padding id and eps stay the teacher's.
+    """The teacher's config with a student's five fields, and those that follow from them.
 
-    Raises:
-        UserError: the activation is unknown to transformers, or heads are odd where the family's must be even.
+    Vocabulary, positions, padding id and eps stay the teacher's. An activation that transformers
+    does not know is refused.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:
@@ -333,11 +328,10 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
         )
     check_heads(teacher_config, arch.hidden_size, arch.num_attention_heads)
     config = copy.deepcopy(teacher_config)
-    config.architectures, config.problem_type, config.num_labels = (
-        None,
-        None,
-        2,
-    )  # a fine-tuned teacher's are its own
+    # Those of a fine-tuned teacher are not the student's.
+    config.architectures = None
+    config.problem_type = None
+    config.num_labels = 2
     values = {family.fields.get(name, name): value for name, value in arch.to_dict().items()}
     for name, value in (values | family.follows(teacher_config, arch)).items():
         setattr(config, name, value)
@@ -351,6 +345,5 @@ def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor,
     if names.query != names.key:
         return linear.weight, linear.bias
     third = ("query", "key", "value").index(part)
-    return linear.weight.chunk(3)[third], None if linear.bias is None else linear.bias.chunk(3)[
-        third
-    ]
+    bias = None if linear.bias is None else linear.bias.chunk(3)[third]
+    return linear.weight.chunk(3)[third], bias

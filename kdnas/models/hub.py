@@ -1,4 +1,4 @@
-"""The Hugging Face hub where it does not answer: that is no mistake of the user's."""
+"""A Hugging Face hub that does not answer, which is no mistake of the user's."""
 
 import errno
 import socket
@@ -12,33 +12,26 @@ _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOW
 
 
 class HubAway(OSError):
-    """The hub cannot be reached, or is out of order: the same command may do later (exit code 3)."""
+    """The hub cannot be reached: the same command may work later (exit code 3)."""
 
 
 def looked_in() -> str:
-    """Where what it has is looked for, in words."""
-    return (
-        "in the hub's cache (HF_HUB_OFFLINE is set)"
-        if huggingface_hub.is_offline_mode()
-        else "on the hub"
-    )
+    """The place where a name is looked for, in words."""
+    if huggingface_hub.is_offline_mode():
+        return "in the hub's cache (HF_HUB_OFFLINE is set)"
+    return "on the hub"
 
 
 def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:
-    """Tell a hub that is away from one that has not got what it was asked for.
+    """Raise ``HubAway`` if a request's error means that the hub did not answer.
 
-    Args:
-        error: what asking for it raised.
-        purpose: what it was asked for, in words.
-        remedy: what can be done now.
-
-    Raises:
-        HubAway: it gave no answer, or that it is out of order; not where ``HF_HUB_OFFLINE`` keeps it from being asked.
+    ``purpose`` says in words what was asked for, ``remedy`` what can be done now.
     """
-    # The HTTP client's own errors are no OSErrors, but have one behind them.
+    # The HTTP client's own errors are no OSErrors, but are caused by one.
     if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, causes(error))):
         raise HubAway(
-            f"The Hugging Face hub cannot be reached for {purpose} ({first_line(error)}): {remedy}, or try again later"
+            f"The Hugging Face hub cannot be reached for {purpose} ({first_line(error)}): "
+            f"{remedy}, or try again later"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""The controllers: LSTMs that predict the reward of what was not trained from what was. No Optuna here.
+"""The controllers: LSTMs that predict the rewards of points from those of others. No Optuna.
 
-A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features, T trained points, P
-points of a pool, M members, B sequences, S tokens, H hidden units.
+A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features,
+T trained points, P points of a pool, M members, B sequences, S tokens, H hidden units.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ State = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ModelRanking(Generic[Arch]):
-    """Who leads in an episode.
+    """The leading candidates in an episode.
 
     Args:
         episode: its number, from 0.
         global_best: the best of all so far, with its reward; None before the first.
         episode_best: the best of this episode so far; None at its beginning.
-        previous_best: the best of the episode before it; None in the first.
+        previous_best: the best of the episode before; None in the first.
     """
 
     episode: int
@@ -40,23 +40,15 @@ class ModelRanking(Generic[Arch]):
 
         Args:
             trained: distinct candidates with their rewards (higher is better), in their order.
-            num_candidates: an episode.
-            episode: whose ranking, when it has ended; None: that which the next candidate belongs to.
+            num_candidates: candidates an episode.
+            episode: the ranking at its end; None: at this point of the next candidate's episode.
         """
         if episode is None:
             episode = len(trained) // num_candidates
         start = episode * num_candidates
         trained = trained[: start + num_candidates]
-
-        def best(part: Sequence[tuple[Arch, float]]) -> tuple[Arch, float] | None:
-            return max(part, key=lambda pair: pair[1], default=None)
-
-        return cls(
-            episode,
-            best(trained),
-            best(trained[start:]),
-            best(trained[max(0, start - num_candidates) : start]),
-        )
+        parts = (trained, trained[start:], trained[max(0, start - num_candidates) : start])
+        return cls(episode, *(max(part, key=lambda pair: pair[1], default=None) for part in parts))
 
     def __str__(self) -> str:
         leaders = (
@@ -69,14 +61,14 @@ class ModelRanking(Generic[Arch]):
 
 
 def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
-    """Share of an episode's picks that explore: ``1 - episode / (num_episodes - 1)``, and 0 after the last.
+    """Share of an episode's picks that explore: ``1 - episode / (num_episodes - 1)``, at least 0.
 
-    It is 1 in the first episode and exactly 0 in the last; a single episode is the last.
+    It is 1 in the first episode and 0 in the last; a single episode is the last.
 
     Args:
-        num_trained: distinct candidates that were trained.
-        num_candidates: an episode.
-        num_episodes: after which only what was learned decides.
+        num_trained: number of distinct trained candidates.
+        num_candidates: candidates an episode.
+        num_episodes: number of episodes.
     """
     left = num_episodes - 1 - num_trained // num_candidates
     return max(0, left) / (num_episodes - 1) if num_episodes > 1 else 0.0
@@ -85,7 +77,7 @@ def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) 
 def describe(values: Sequence[Any]) -> Tensor:
     """Features of each choice of a parameter, (choices, features), float32.
 
-    Numbers above 0: the place of the logarithm between those of the least (-1) and the greatest (1). Else one-hot.
+    For numbers above 0 their logarithms, scaled to reach from -1 to 1; otherwise one-hot vectors.
     """
     are_sizes = all(
         isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -98,7 +90,7 @@ def describe(values: Sequence[Any]) -> Tensor:
 
 
 def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
-    """The features of points, (..., C), of choice indices (..., F), by each parameter's table of ``describe``."""
+    """The features (..., C) of points (..., F), by each parameter's table of ``describe``."""
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
 
 
@@ -109,17 +101,18 @@ def likely_feasible(
     pool_PF: Tensor,
     least: float = 0.2,
 ) -> Tensor:
-    """Which points of a pool are not sure to break a constraint, (P,) bool: at least one.
+    """Which points of a pool may keep the constraints, (P,) bool; always at least one.
 
-    Logistic regression on the features with a penalty of 0.05 times the squared weights, by Newton's method. A refusal
-    costs no training, but a good point that is never tried is lost: so only what is unlikely is left out.
+    Logistic regression on the features with a penalty of 0.05 times the squared weights, by
+    Newton's method. A refusal costs no training, but a good point that is never tried is lost. So
+    only unlikely points are left out.
 
     Args:
         choices: the values of each parameter.
-        known_KF: choice indices of what was judged.
-        feasible_K: whether it kept the constraints.
-        pool_PF: choice indices.
-        least: probability that a point needs, or as much as the likeliest has.
+        known_KF: choice indices of points that were judged.
+        feasible_K: whether they kept the constraints.
+        pool_PF: choice indices of the pool.
+        least: the probability that a point needs, or that of the likeliest point if it is lower.
     """
     tables = [describe(values) for values in choices]
     known_KC, pool_PC = (
@@ -130,9 +123,8 @@ def likely_feasible(
     for _ in range(20):
         predicted_K = (known_KC @ weights_C).sigmoid()
         slope_C = known_KC.T @ (predicted_K - feasible_K.double()) + 0.1 * weights_C
-        curve_CC = known_KC.T @ (
-            known_KC * (predicted_K * (1 - predicted_K))[:, None]
-        ) + 0.1 * torch.eye(len(slope_C))
+        spread_K1 = (predicted_K * (1 - predicted_K))[:, None]
+        curve_CC = known_KC.T @ (known_KC * spread_K1) + 0.1 * torch.eye(len(slope_C))
         weights_C = weights_C - torch.linalg.solve(curve_CC, slope_C)
     likely_P = (pool_PC @ weights_C).sigmoid()
     return likely_P >= likely_P.max().clamp(max=least)
@@ -140,12 +132,12 @@ def likely_feasible(
 
 @dataclass(frozen=True)
 class History:
-    """What was trained, in its order.
+    """The trained points, in their order.
 
     Args:
         points_TF: choice indices, int64.
         rewards_T: their rewards, float32; higher is better.
-        num_candidates: an episode.
+        num_candidates: candidates an episode.
     """
 
     points_TF: Tensor
@@ -156,22 +148,21 @@ class History:
         return len(self.rewards_T)
 
     def tokens(self, episode: int) -> list[int]:
-        """The sequence of an episode, as indices of trained points.
+        """The sequence of an episode, as indices of trained points; -1 stands for none.
 
-        The best before the episode, the best of the episode before it (-1 where there is none), and its candidates.
+        They are the best before the episode, the best of the episode before, and the episode's
+        candidates.
         """
         start = episode * self.num_candidates
-        ranking = ModelRanking.of(
-            list(enumerate(self.rewards_T[:start].tolist())), self.num_candidates
-        )
-        leaders = [
-            -1 if best is None else best[0] for best in (ranking.global_best, ranking.previous_best)
-        ]
-        return [*leaders, *range(start, min(start + self.num_candidates, len(self)))]
+        earlier = list(enumerate(self.rewards_T[:start].tolist()))
+        ranking = ModelRanking.of(earlier, self.num_candidates)
+        leaders = (ranking.global_best, ranking.previous_best)
+        candidates = range(start, min(start + self.num_candidates, len(self)))
+        return [*(best[0] if best else -1 for best in leaders), *candidates]
 
 
 class Controller(nn.Module):
-    """Predicts rewards of points, and picks one of a pool. It is made anew for each pick: all it knows is the history.
+    """Predicts rewards, and picks a point of a pool. It is made anew for each pick.
 
     torch's global generator is left as it is.
     """
@@ -182,9 +173,9 @@ class Controller(nn.Module):
         """The pool's index of the point to train next.
 
         Args:
-            history: what was trained.
-            pool_PF: choice indices of what may be picked.
-            generator: of every draw.
+            history: the trained points.
+            pool_PF: choice indices of the points that may be picked.
+            generator: source of all random draws.
             exploration: probability of a pick that explores.
         """
         explores = torch.rand((), generator=generator).item() < exploration
@@ -195,26 +186,27 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from the history (two points at least), and score the pool, shape (P,); the highest is picked."""
+        """Learn from at least two points, and score the pool, (P,); the highest score is picked."""
         raise NotImplementedError
 
 
 class RewardLSTM(Controller):
-    """The original's: one LSTM over embedded choices, trained by squared error; it explores by uniform draws.
+    """The original's: one LSTM over embedded choices; it explores by uniform draws.
 
-    It reads the best so far, the best of the episode before, and the episode's candidates, each with the reward of the
-    token before it, and predicts the reward of each. It learns after an episode: from all that are finished.
+    It reads the best so far, the best of the episode before, and the episode's candidates, each
+    with the reward of the token before, and predicts the reward of each. It learns from
+    finished episodes only, by squared error.
 
     Args:
         choices: the values of each parameter.
-        generator: of its first weights.
-        embedding_size: of each choice.
-        hidden_size: of the LSTM.
+        generator: source of its first weights.
+        embedding_size: size of each choice's embedding.
+        hidden_size: size of the LSTM.
         num_updates: steps of Adam.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
 
-    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge Transfer in
-        Language Models"; the sizes, the number of steps and the rate are ours.
+    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
+        Transfer in Language Models"; the sizes, the number of steps and the rate are ours.
     """
 
     def __init__(
@@ -242,10 +234,8 @@ class RewardLSTM(Controller):
     ) -> tuple[Tensor, State]:
         """The reward of each token's point, (B, S), and the state after the last.
 
-        Args:
-            points_BSF: choice indices, 1 for the first choice.
-            before_BS: the reward of the token before each.
-            state: of the LSTM before the first token.
+        Choice indices count from 1; 0 stands for none. ``before_BS`` is the reward of the token
+        before each.
         """
         embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
         hidden_BSH, state = self.lstm(torch.cat([*embedded, before_BS[..., None]], -1), state)
@@ -256,51 +246,54 @@ class RewardLSTM(Controller):
     ) -> Tensor:
         if explores:
             return torch.rand(len(pool_PF), generator=generator)
-        # The last row, which -1 finds, is "none yet".
+        # The last row, which -1 finds, stands for none.
         points_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
         rewards_T = functional.pad(history.rewards_T, (0, 1))
         now = len(history) // history.num_candidates
         if now:
             finished_BS = torch.tensor([history.tokens(episode) for episode in range(now)])
-            before_BS = functional.pad(rewards_T[finished_BS[:, :-1]], (1, 0))
-            optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
-            for _ in range(self.num_updates):
-                predicted_BS, _ = self(points_TF[finished_BS], before_BS)
-                loss = (predicted_BS - rewards_T[finished_BS])[:, 2:].square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            self._learn(points_TF[finished_BS], rewards_T[finished_BS])
+
         with torch.no_grad():
             context_S = torch.tensor(history.tokens(now))
             before_S = functional.pad(rewards_T[context_S], (1, 0))
-            _, (hidden, cell) = self(points_TF[context_S][None], before_S[None, :-1])
-            state = (
-                hidden.expand(-1, len(pool_PF), -1).contiguous(),
-                cell.expand(-1, len(pool_PF), -1).contiguous(),
-            )
-            return self((pool_PF + 1)[:, None], before_S[-1:].expand(len(pool_PF), 1), state)[0][
-                :, 0
-            ]
+            _, states = self(points_TF[context_S][None], before_S[None, :-1])
+            hidden, cell = (state.expand(-1, len(pool_PF), -1).contiguous() for state in states)
+            before_P1 = before_S[-1:].expand(len(pool_PF), 1)
+            predicted_P1, _ = self((pool_PF + 1)[:, None], before_P1, (hidden, cell))
+            return predicted_P1[:, 0]
+
+    def _learn(self, points_BSF: Tensor, rewards_BS: Tensor) -> None:
+        before_BS = functional.pad(rewards_BS[:, :-1], (1, 0))
+        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+        for _ in range(self.num_updates):
+            predicted_BS, _ = self(points_BSF, before_BS)
+            loss = (predicted_BS - rewards_BS)[:, 2:].square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 class EnsembleLSTM(Controller):
-    """Ours: small LSTMs beside a linear model, that disagree where little is known.
+    """Ours: linear models with small LSTMs, which disagree where little is known.
 
-    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and their products; h is
-    the state of the member's LSTM after the same tokens as the original's and the point itself. Members differ in their
-    first weights and in how much each trained point counts (exponential draws, the Bayesian bootstrap). Training runs
-    over random sequences of all trained points, so that each teaches in many places. The mean decides; a pick that
-    explores believes one member, drawn at random (Thompson sampling).
+    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and
+    their products; h is the state of the member's LSTM after the same tokens as the original's and
+    the point itself. Members differ in their first weights and in the weight of each trained point
+    (exponential draws, the Bayesian bootstrap). They train on random sequences of all trained
+    points, so that each point is learned in many places. The mean decides; a pick that explores
+    trusts one member, drawn at random (Thompson sampling).
 
     Args:
         choices: the values of each parameter.
-        generator: of its first weights.
-        num_members: LSTMs.
-        hidden_size: of each.
+        generator: source of its first weights.
+        num_members: number of LSTMs.
+        hidden_size: size of each.
         num_updates: steps of Adam.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
 
-    Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior draws.
+    Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior
+        draws.
     """
 
     NUM_SEQUENCES = 8
@@ -321,9 +314,8 @@ class EnsembleLSTM(Controller):
         self.num_updates, self.learning_rate = num_updates, learning_rate
         self.tables = [describe(values) for values in choices]
         self.one_hots = [torch.eye(len(values)) for values in choices]
-        num_features, num_choices = (
-            sum(t.shape[1] for t in tables) for tables in (self.tables, self.one_hots)
-        )
+        num_features = sum(table.shape[1] for table in self.tables)
+        num_choices = sum(map(len, choices))
         self.pairs = torch.triu_indices(num_features, num_features)
 
         def drawn(fan_in: int) -> nn.Parameter:
@@ -333,37 +325,32 @@ class EnsembleLSTM(Controller):
         self.from_token, self.from_state = drawn(num_features + 1), drawn(hidden_size)
         self.bias = nn.Parameter(torch.zeros(num_members, 1, 4 * hidden_size))
         self.v = nn.Parameter(torch.zeros(num_members, hidden_size, 1))
-        self.w = nn.Parameter(
-            torch.zeros(num_members, 1 + num_choices + num_features + self.pairs.shape[1], 1)
-        )
+        size_of_phi = 1 + num_choices + num_features + self.pairs.shape[1]
+        self.w = nn.Parameter(torch.zeros(num_members, size_of_phi, 1))
 
     def forward(
         self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """The standardised reward of each token's point, (M, B, S), and the LSTMs' state after the last.
+        """The standardised reward of each token's point, (M, B, S), and the state after the last.
 
-        Args:
-            points_MBSF: choice indices.
-            before_MBS: the standardised reward of the token before each.
-            state: before the first token.
+        ``before_MBS`` is the standardised reward of the token before each.
         """
-        size, features_MBSC = before_MBS.shape, featurise(self.tables, points_MBSF)
+        size = before_MBS.shape
         # Flat in sequences and tokens: one matrix product a member.
-        features_MNC, before_MN1 = features_MBSC.flatten(1, 2), before_MBS.flatten(1)[..., None]
+        features_MNC = featurise(self.tables, points_MBSF).flatten(1, 2)
+        before_MN1 = before_MBS.flatten(1)[..., None]
         products_MND = features_MNC[..., self.pairs[0]] * features_MNC[..., self.pairs[1]]
         one_hot_MND = featurise(self.one_hots, points_MBSF).flatten(1, 2)
-        phi_MND = torch.cat(
-            [torch.ones_like(before_MN1), one_hot_MND, features_MNC, products_MND], -1
-        )
-        gates_MNG = torch.baddbmm(
-            self.bias, torch.cat([features_MNC, before_MN1], -1), self.from_token
-        )
+        ones_MN1 = torch.ones_like(before_MN1)
+        phi_MND = torch.cat([ones_MN1, one_hot_MND, features_MNC, products_MND], -1)
+
+        tokens_MND = torch.cat([features_MNC, before_MN1], -1)
+        gates_MNG = torch.baddbmm(self.bias, tokens_MND, self.from_token)
         hidden_MBH, cell_MBH = state or (torch.zeros(*size[:2], self.v.shape[1]),) * 2
         hidden = []
         for gates_MBG in gates_MNG.unflatten(1, size[1:]).unbind(2):
-            enter, keep, leave, new = torch.baddbmm(gates_MBG, hidden_MBH, self.from_state).chunk(
-                4, -1
-            )
+            gates_MBG = torch.baddbmm(gates_MBG, hidden_MBH, self.from_state)
+            enter, keep, leave, new = gates_MBG.chunk(4, -1)
             cell_MBH = (keep + 1).sigmoid() * cell_MBH + enter.sigmoid() * new.tanh()
             hidden_MBH = leave.sigmoid() * cell_MBH.tanh()
             hidden.append(hidden_MBH)
@@ -373,22 +360,20 @@ class EnsembleLSTM(Controller):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        rewards_T = (
-            history.rewards_T - history.rewards_T.mean()
-        ) / history.rewards_T.std().clamp_min(1e-9)
+        std = history.rewards_T.std().clamp_min(1e-9)
+        rewards_T = (history.rewards_T - history.rewards_T.mean()) / std
         self._learn(history.points_TF, rewards_T, generator)
+
         num_members, size = len(self.w), (len(self.w), len(pool_PF))
-        tokens = [
-            token for token in history.tokens(len(history) // history.num_candidates) if token >= 0
-        ]
+        now = len(history) // history.num_candidates
+        tokens = [token for token in history.tokens(now) if token >= 0]
         before_S = functional.pad(rewards_T[tokens], (1, 0))
         with torch.no_grad():
             context_M1SF = history.points_TF[tokens].expand(num_members, 1, -1, -1)
             _, (hidden, cell) = self(context_M1SF, before_S[:-1].expand(num_members, 1, -1))
             state = (hidden.expand(*size, -1), cell.expand(*size, -1))
-            predicted_MP1, _ = self(
-                pool_PF[:, None].expand(*size, 1, -1), before_S[-1].expand(*size, 1), state
-            )
+            pool_MP1F = pool_PF[:, None].expand(*size, 1, -1)
+            predicted_MP1, _ = self(pool_MP1F, before_S[-1].expand(*size, 1), state)
         if explores:
             return predicted_MP1[int(torch.randint(num_members, (), generator=generator)), :, 0]
         return predicted_MP1.mean(0)[:, 0]
@@ -399,13 +384,11 @@ class EnsembleLSTM(Controller):
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
         num_tokens = min(self.MAX_TOKENS, len(rewards_T))
         for _ in range(self.num_updates):
-            tokens_MBS = (
-                torch.rand(size, generator=generator).topk(num_tokens, largest=False).indices
-            )
+            draws = torch.rand(size, generator=generator)
+            tokens_MBS = draws.topk(num_tokens, largest=False).indices
             rewards_MBS = rewards_T[tokens_MBS]
-            predicted_MBS, _ = self(
-                points_TF[tokens_MBS], functional.pad(rewards_MBS[..., :-1], (1, 0))
-            )
+            before_MBS = functional.pad(rewards_MBS[..., :-1], (1, 0))
+            predicted_MBS, _ = self(points_TF[tokens_MBS], before_MBS)
             weights_MBS = counts_MT[:, None].expand(size).gather(2, tokens_MBS)
             # Summed over members: each learns by itself.
             error = (weights_MBS * (predicted_MBS - rewards_MBS).square()).mean((1, 2)).sum()

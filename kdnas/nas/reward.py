@@ -14,11 +14,13 @@ def reward(
 ) -> float:
     """``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
 
-    A lower loss or a lower latency never lowers it. Where ``loss > 1`` the first factor is negative and the bare
-    formula would prefer the slower model, so the second factor is inverted there.
+    A lower loss or a lower latency never lowers it. Where ``loss > 1`` the first factor is
+    negative, and the bare formula would prefer the slower model. So the second factor is inverted
+    there.
 
-    ``beta`` is a factor common to all candidates (``beta ** -alpha``): it cannot change a ranking. ``alpha`` trades: at
-    -0.06, half the latency is worth 4.2 % of ``1 - loss``.
+    ``beta`` is a factor common to all candidates (``beta ** -alpha``) and cannot change a ranking.
+    ``alpha`` weighs latency against loss: at -0.06, half the latency is worth 4.2 % of ``1 -
+    loss``.
 
     Args:
         loss: held-out error of the student; 0 is perfect.
@@ -33,16 +35,18 @@ def reward(
     Raises:
         UserError: a value is out of its range or not finite.
 
-    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge Transfer in
-        Language Models"; the form is MnasNet's (Tan et al. 2019, equation 2). The original's code has beta = 0.6 ** 6.
+    Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
+        Transfer in Language Models"; the form is MnasNet's (Tan et al. 2019, equation 2). The
+        original's code has beta = 0.6 ** 6.
     """
     if not math.isfinite(loss):
         raise UserError(f"loss is {loss}: a reward needs a finite one.")
-    for name, value in (
-        ("latency_student", latency_student),
-        ("latency_teacher", latency_teacher),
-        ("beta", beta),
-    ):
+    positive = {
+        "latency_student": latency_student,
+        "latency_teacher": latency_teacher,
+        "beta": beta,
+    }
+    for name, value in positive.items():
         if not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0.")
     if not -math.inf < alpha <= 0:

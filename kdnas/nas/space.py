@@ -1,6 +1,7 @@
 """The search space, derived from the teacher's config alone."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,43 +31,39 @@ class SearchSpace:
     def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
         """Students no larger than the teacher in any dimension.
 
-        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8 eighths of the teacher's
-        that all head counts divide with at least 16 a head (an even number where positions are rotations). Heads:
-        divisors of the teacher's heads down to a quarter. Intermediate: a quarter, a half and all of the teacher's.
-        Activation: the teacher's, and ReLU.
+        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8
+        eighths of the teacher's that all head counts divide with at least 16 a head (an even number
+        for rotary positions). Heads: divisors of the teacher's heads down to a quarter.
+        Intermediate: a quarter, a half and all of the teacher's. Activation: the teacher's, and
+        ReLU.
 
         Raises:
             UserError: the teacher is too narrow for a head of 16.
         """
         teacher = arch_of(config)
         width, heads = teacher.hidden_size, teacher.num_attention_heads
-        even = 2 if family_of(config).even_heads else 1
-        divisors = [
-            h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE
-        ]
-        if not divisors:
+        if width < MIN_HEAD_SIZE:
             raise UserError(
                 f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}."
             )
+        divisors = [
+            h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE
+        ]
         most_heads = divisors[-1]
+        unit = most_heads * (2 if family_of(config).even_heads else 1)
         depths = [*range(1, 7), 8, 10, 12, *range(16, teacher.num_hidden_layers + 1, 4)]
         widths = [width * eighths // 8 for eighths in (2, 3, 4, 6, 8) if width * eighths % 8 == 0]
+        inner = {max(1, teacher.intermediate_size // part) for part in (4, 2, 1)}
         return cls(
             {
-                "num_hidden_layers": [
-                    depth for depth in depths if depth <= teacher.num_hidden_layers
-                ],
+                "num_hidden_layers": [d for d in depths if d <= teacher.num_hidden_layers],
                 "num_attention_heads": [
                     h for h in divisors if most_heads % h == 0 and 4 * h >= most_heads
                 ],
                 "hidden_size": [
-                    w
-                    for w in widths
-                    if w % (most_heads * even) == 0 and w // most_heads >= MIN_HEAD_SIZE
+                    w for w in widths if w % unit == 0 and w // most_heads >= MIN_HEAD_SIZE
                 ],
-                "intermediate_size": sorted(
-                    {max(1, teacher.intermediate_size // part) for part in (4, 2, 1)}
-                ),
+                "intermediate_size": sorted(inner),
                 "hidden_act": list(dict.fromkeys([teacher.hidden_act, "relu"])),
             }
         )
@@ -74,21 +71,20 @@ class SearchSpace:
     def replaced(
         self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig
     ) -> "SearchSpace":
-        """The space with other values for some fields: narrower, or wider.
+        """The space with other values for some fields.
 
         Args:
             choices: field of ``StudentArch`` -> its values; None: as they are.
-            config: of the teacher.
+            config: the teacher's config.
 
         Raises:
-            UserError: a field has no value, a value is larger than the teacher's or no positive number, a width is not
-                divided by a number of heads (or the family refuses the heads), or an activation is unknown.
+            UserError: a field has no value, a size is below 1 or above the teacher's, a number of
+                heads does not divide a width (or the family refuses it), or an activation is
+                unknown.
         """
         teacher = arch_of(config)
-        chosen = {
-            **self.choices,
-            **{name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None},
-        }
+        others = {name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}
+        chosen = {**self.choices, **others}
         for name, values in chosen.items():
             if not values:
                 raise UserError(f"space.{name} is empty, so there is no student: give it a value.")
@@ -96,29 +92,26 @@ class SearchSpace:
                 continue
             for value in values:
                 if not 1 <= value <= getattr(teacher, name):
+                    most = getattr(teacher, name)
                     raise UserError(
-                        f"space.{name} has {value}: a student has from 1 to its teacher's {getattr(teacher, name)}."
+                        f"space.{name} has {value}: a student has from 1 to its teacher's {most}."
                     )
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
                 raise UserError(
-                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, which does not divide it: "
-                    "give widths that every number of heads divides."
+                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, "
+                    "which does not divide it: give widths that every number of heads divides."
                 )
             check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:
             if activation not in ACT2FN:
-                raise UserError(
-                    f"space.hidden_act has {activation!r}, which is unknown.{nearest(activation, ACT2FN)}"
-                )
+                hint = nearest(activation, ACT2FN)
+                raise UserError(f"space.hidden_act has {activation!r}, which is unknown.{hint}")
         return SearchSpace(chosen)
 
     def __len__(self) -> int:
         """The number of students."""
-        size = 1
-        for values in self.choices.values():
-            size *= len(values)
-        return size
+        return math.prod(map(len, self.choices.values()))
 
     def __iter__(self) -> Iterator[StudentArch]:
         """Every student, the smallest first."""
@@ -127,15 +120,11 @@ class SearchSpace:
 
     def suggest(self, trial: optuna.Trial) -> StudentArch:
         """The student that a trial proposes; each field is suggested once, under its own name."""
-        return StudentArch(
-            **{
-                name: trial.suggest_categorical(name, values)
-                for name, values in self.choices.items()
-            }
-        )
+        suggest = trial.suggest_categorical
+        return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def smallest(self) -> StudentArch:
-        """The fastest student: the least of every size, and ReLU, the cheapest activation, where there is one."""
+        """The fastest student: the least of every size, and ReLU if it is a choice."""
         activations = self.choices["hidden_act"]
         return self._extreme(min, "relu" if "relu" in activations else activations[0])
 

@@ -1,4 +1,4 @@
-"""Pictures of a search: one drawing, as SVG within a page, with hover, and as an image for TensorBoard."""
+"""Pictures of a search, as SVG with hover for a page, and as images for TensorBoard."""
 
 import io
 import re
@@ -18,12 +18,13 @@ from kdnas.nas.trials import front, is_twin
 from kdnas.report.tables import as_text
 
 Draw = Callable[[Axes], None]
+Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row an epoch, colour
 
-# Mid-tones that can be read on white and on black; INK becomes the colour of the page's text.
+# Mid-tones, readable on white and on black; INK becomes the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
 COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
-# Of more candidates than this only those on the front, and the best of a run, get a mark and a tip of their own: nobody
-# could read more, and each costs milliseconds, whenever the front moves.
+# Of more candidates than this only the best and those on the front get a mark and a tip of their
+# own: nobody could read more, and each costs milliseconds whenever the front changes.
 MOST_NAMED = 100
 STYLE = {
     "svg.fonttype": "none",
@@ -47,7 +48,7 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """A drawing in the page's colours. A part whose gid is ``tip:...`` gets that text as its tool tip."""
+    """A drawing in the page's colours; the gid ``tip:...`` of a part is its tool tip."""
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -63,7 +64,7 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
     """Loss against latency of every candidate, with the front; None where nothing was measured.
 
     Args:
-        frame: of ``trials_frame``.
+        frame: the trials, of ``trials_frame``.
         best: number of the best trial, if there is one.
         budget: maps ``speedup`` (at least) or ``latency_ms`` (at most) to its limit.
     """
@@ -74,27 +75,24 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
         _front(axes, frame, INK)
-        named, cloud = _named(
-            trained, trained.index[trained["number"] == best].union(front(frame, "latency_ms"))
-        )
+        kept = trained.index[trained["number"] == best].union(front(frame, "latency_ms"))
+        named, cloud = _named(trained, kept)
         axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=GREY)
         for row in named.to_dict("records"):
-            is_best = row["number"] == best
-            look = (
-                dict(marker="*", markersize=13, color=ORANGE)
-                if is_best
-                else dict(marker="o", color=GREY)
-            )
-            axes.plot(row["latency_ms"], row["loss"], **look, gid=f"tip:{_tip(row)}", zorder=3)
-            place = (row["latency_ms"], row["loss"])
+            place, tip = (row["latency_ms"], row["loss"]), f"tip:{_tip(row)}"
+            look: dict[str, Any] = dict(marker="o", color=GREY)
+            if row["number"] == best:
+                look = dict(marker="*", markersize=13, color=ORANGE)
+            axes.plot(*place, **look, gid=tip, zorder=3)
             axes.annotate(row["number"], place, (5, 5), textcoords="offset points", fontsize=8)
-        foot: dict[str, Any] = dict(
-            marker="x", linestyle="", color=GREY, transform=axes.get_xaxis_transform()
-        )
+
+        at_foot = axes.get_xaxis_transform()
+        foot: dict[str, Any] = dict(marker="x", linestyle="", color=GREY, transform=at_foot)
         named, cloud = _named(measured.drop(trained.index), measured.index[:0])
         axes.plot(cloud["latency_ms"], [0.03] * len(cloud), **foot)
         for row in named.to_dict("records"):
             axes.plot(row["latency_ms"], 0.03, **foot, gid=f"tip:{_tip(row)}")
+
         if budget.get("latency_ms"):
             axes.axvline(budget["latency_ms"], color=ORANGE, linestyle="--", linewidth=1)
         if budget.get("speedup"):
@@ -104,7 +102,7 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
 
 
 def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
-    """The candidates and the fronts of several searches over each other, by the runs' names."""
+    """The candidates and the fronts of several searches in one picture, by the runs' names."""
 
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
@@ -114,53 +112,35 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
             named, cloud = _named(trained, front(frame, "latency_ms"))
             axes.plot(cloud["latency_ms"], cloud["loss"], "o", color=colour, alpha=0.3)
             for row in named.to_dict("records"):
-                axes.plot(
-                    row["latency_ms"],
-                    row["loss"],
-                    "o",
-                    color=colour,
-                    gid=f"tip:{name}, {_tip(row)}",
-                )
+                tip = f"tip:{name}, {_tip(row)}"
+                axes.plot(row["latency_ms"], row["loss"], "o", color=colour, gid=tip)
 
     return draw
 
 
 def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
-    """The best reward by the number of trained candidates.
-
-    Args:
-        rewards: of each run's candidates, in their order.
-    """
+    """The best reward by the number of trained candidates, a line for each run."""
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="trained candidates", ylabel="best reward")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for (name, values), colour in zip(rewards.items(), cycle(COLOURS), strict=False):
-            best = list(accumulate(values, max))
-            tip = f"tip:{name}: {as_text(max(values, default=None), '.4f')} after {len(values)} candidates"
-            axes.step(
-                range(1, len(best) + 1), best, where="post", color=colour, linewidth=2, gid=tip
-            )
-            axes.plot(range(1, len(best) + 1), best, "o", markersize=4, color=colour, gid=tip)
+            best, counts = list(accumulate(values, max)), range(1, len(values) + 1)
+            highest = as_text(max(values, default=None), ".4f")
+            tip = f"tip:{name}: {highest} after {len(values)} candidates"
+            axes.step(counts, best, where="post", color=colour, linewidth=2, gid=tip)
+            axes.plot(counts, best, "o", markersize=4, color=colour, gid=tip)
 
     return draw
 
 
-def curves(
-    ylabel: str, name: str, histories: Iterable[tuple[str, Sequence[Mapping[str, Any]], str]]
-) -> Draw:
-    """Values by epoch.
-
-    Args:
-        ylabel: what they are.
-        name: the key of a row's value.
-        histories: for each line its name, its rows and its colour; those in grey are thin.
-    """
+def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
+    """Values by epoch, under the key ``name`` of each row; lines in grey are thin."""
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for label, history, colour in histories:
+        for label, history, colour in lines:
             epochs = [row["epoch"] + 1 for row in history]
             values = np.array([row[name] for row in history], dtype=float)
             tip = f"tip:{label}: {', '.join(as_text(value, '.3f') for value in values)}"
@@ -172,10 +152,10 @@ def curves(
 
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Those that get a mark and a tip of their own, and the others: where there are very many, only ``kept`` do."""
-    named = (
-        candidates if len(candidates) <= MOST_NAMED else candidates.loc[candidates.index.isin(kept)]
-    )
+    """Those that get a mark of their own, and the others; of very many, only ``kept`` get one."""
+    named = candidates
+    if len(candidates) > MOST_NAMED:
+        named = candidates.loc[candidates.index.isin(kept)]
     return named, candidates.drop(named.index)
 
 
@@ -192,7 +172,7 @@ def _front(axes: Axes, frame: pd.DataFrame, colour: str) -> None:
 
 
 def _tip(row: Mapping[str, Any]) -> str:
-    """What a candidate is, on hover."""
+    """The text of a candidate on hover."""
     shape = f"{row['num_hidden_layers']} x {row['hidden_size']}, {row['num_attention_heads']} heads"
     found = [
         as_text(row["latency_ms"], ".2f", " ms"),
@@ -201,6 +181,5 @@ def _tip(row: Mapping[str, Any]) -> str:
         f"contextual share {as_text(row['contextual_share'], '.3f')}",
         f"reward {as_text(row['reward'], '.4f')}",
     ]
-    return f"trial {row['number']}: {shape}, " + ", ".join(
-        part for part in found if not part.endswith("-")
-    )
+    known = [part for part in found if not part.endswith("-")]
+    return f"trial {row['number']}: {shape}, " + ", ".join(known)

@@ -18,16 +18,15 @@ def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
 
 
 def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str] = ()) -> Table:
-    """Rows for the terminal: headings on several lines, and no borders, so it fits 80 columns.
+    """Rows for the terminal: to fit 80 columns, headings on several lines and no borders.
 
     Args:
-        title: above the table.
-        rows: from heading to text, the same headings in the same order.
-        words: headings of columns that are no numbers, and stand left.
+        title: the line above the table.
+        rows: from heading to text, with the same headings in the same order.
+        words: headings of columns of words, which are aligned left.
     """
-    table = Table(
-        title=Text(title), box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    narrow: dict[str, Any] = dict(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=Text(title), box=SIMPLE_HEAD, **narrow)
     for heading in rows[0] if rows else ():
         label = Text(heading.replace(" ", "\n"))
         table.add_column(label, justify="left" if heading in words else "right", overflow="fold")
@@ -37,20 +36,21 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """The best student, and those on the Pareto fronts of loss and latency, and of loss and parameters."""
+    """The best student, and those on the fronts of loss and latency, or parameters."""
     frame = trials_frame(study)
     best = best_trial(study)
-    shown = frame[frame["front"].notna() | (frame["number"] == (best.number if best else -1))]
+    number = best.number if best else -1
+    shown = frame[frame["front"].notna() | (frame["number"] == number)]
     rows = [
         {
-            "": "*" if best is not None and row["number"] == best.number else "",
+            "": "*" if row["number"] == number else "",
             "trial": str(row["number"]),
             "loss": as_text(row["loss"], ".4f"),
             "latency (ms)": as_text(row["latency_ms"], ".2f"),
             "speed-up": as_text(row["speedup"], ".1f", "x"),
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "reward": as_text(row["reward"], ".4f"),
-            # The best may be on none: each worker measures its own teacher, so rewards need not follow latencies.
+            # The best may be on no front: rewards depend on each worker's measure of the teacher.
             "front of": "" if pd.isna(row["front"]) else row["front"],
         }
         for row in shown.sort_values("latency_ms").to_dict("records")

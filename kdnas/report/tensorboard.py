@@ -1,4 +1,4 @@
-"""A search's own progress in TensorBoard, beside the curves of its trials."""
+"""A search's progress in TensorBoard, beside the curves of its trials."""
 
 import math
 from collections.abc import Callable
@@ -16,24 +16,26 @@ from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 
 
 class SearchBoard:
-    """Writes a search's progress into a folder of event files; a context, called with the study after each trial.
+    """Writes a search's progress as event files: a context manager, called after each trial.
 
-    ``search/reward`` and ``search/best_reward`` by trained candidates, each at the time when it ended,
-    ``search/exploration_ratio`` of a sampler that has one, and the picture ``search/pareto`` whenever its front moves.
+    It writes ``search/reward`` and ``search/best_reward`` by trained candidates, each at the time
+    when it ended, ``search/exploration_ratio`` of a sampler that has one, and the picture
+    ``search/pareto`` whenever the front changes.
 
-    What is written follows from the study: first what it knows already, in place of older files. So a search that goes
-    on has one curve.
+    All is written from the study, in place of older files, so a resumed search has one curve.
 
     Args:
-        folder: for the event files.
-        exploration: the share of picks that explore, of the number of trained candidates; None: there is none.
+        folder: where the event files go.
+        exploration: maps the number of trained candidates to the share of picks that explore; None:
+            no curve.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
         self.folder, self.exploration = folder, exploration
         self._writer: SummaryWriter | None = None
-        self._written: set[StudentArch] = set()  # two workers may have been at the same one
-        self._best, self._front = -math.inf, ""
+        self._written: set[StudentArch] = set()  # two workers may have trained the same one
+        self._best = -math.inf
+        self._front: list[int] | None = None
 
     def __enter__(self) -> "SearchBoard":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,35 +50,32 @@ class SearchBoard:
             self._writer.close()
 
     def __call__(self, study: Study) -> None:
-        """Write what the study has that was not written."""
+        """Write what is new in the study."""
         if self._writer is None:
             return
+        # With those that a pruner ended.
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
-        for trial in sorted(
-            trained(study), key=lambda trial: (trial.datetime_complete, trial.number)
-        ):
+        for trial in sorted(trained(study), key=lambda one: (one.datetime_complete, one.number)):
             arch, time = arch_of(trial), trial.datetime_complete
             if arch in self._written:
                 continue
             self._written.add(arch)
-            self._best = max(self._best, trial.value or 0.0)
-            values = {"reward": trial.value or 0.0, "best_reward": self._best}
+            step, reward = len(self._written), trial.value or 0.0
+            self._best = max(self._best, reward)
+            values = {"reward": reward, "best_reward": self._best}
             if self.exploration:
-                num_tried = sum(
-                    end <= (time or datetime.max) for end in ends
-                )  # with those that a pruner ended
+                num_tried = sum(end <= (time or datetime.max) for end in ends)
                 values["exploration_ratio"] = self.exploration(num_tried)
             for name, value in values.items():
-                self._writer.add_scalar(
-                    f"search/{name}", value, len(self._written), time and time.timestamp()
-                )
+                self._writer.add_scalar(f"search/{name}", value, step, time and time.timestamp())
+        self._draw_front(self._writer, study)
+        self._writer.flush()
+
+    def _draw_front(self, writer: SummaryWriter, study: Study) -> None:
         frame, best = trials_frame(study), best_trial(study)
         draw = pareto(frame, best.number if best else None, study.user_attrs.get("budget") or {})
-        front = str(frame.loc[frame["front"].notna(), "number"].tolist())
+        front = frame.loc[frame["front"].notna(), "number"].tolist()
         if draw and front != self._front:
             self._front = front
-            self._writer.add_figure(
-                "search/pareto", as_figure(draw), len(self._written), close=False
-            )
+            writer.add_figure("search/pareto", as_figure(draw), len(self._written), close=False)
             release_memory()  # a figure refers to itself
-        self._writer.flush()

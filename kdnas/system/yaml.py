@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from kdnas.system.errors import UserError, first_line
+from kdnas.system.errors import UserError
 
 # A config of ours has 100 lines. A few aliases of aliases would make gigabytes of it.
 MOST_CHARACTERS = 1 << 18
@@ -77,7 +77,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         check_yaml(text)
         values = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, *NO_VALUE) as error:
-        raise UserError(f"Cannot read {str(path)!r}: {first_line(error)}.") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"Cannot read {str(path)!r}: {said.rstrip('.')}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds no mapping: it must map names to values.")
     return values

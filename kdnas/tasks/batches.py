@@ -14,15 +14,9 @@ from kdnas.tasks.tasks import LoadedTask
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order in which rows of similar length share a batch; another one each epoch.
+    """An order in which rows of similar length share a batch; another one each epoch."""
 
-    Args:
-        lengths: length of every row, in tokens.
-        batch_size: rows a batch.
-        seed: of the order, with the epoch.
-    """
-
-    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix rows.
+    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix.
     BATCHES_A_PIECE = 50
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -44,23 +38,24 @@ class LengthGroupedSampler(Sampler[int]):
         rows = np.concatenate(
             [piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces]
         )
-        # The last batch, where it is not full, stays last: in between it would shift all later ones.
+        # A batch that is not full stays last: elsewhere it would shift the later ones.
         full = len(rows) - len(rows) % self.batch_size
         batches = generator.permutation(rows[:full].reshape(-1, self.batch_size))
         yield from [*batches.flatten().tolist(), *rows[full:].tolist()]
 
 
 class GLUEDataModule(ResumableDataModule):
-    """Batches of a task, padded to their longest row: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
+    """Batches of a task: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
 
-    Training rows come grouped by length, in another order each epoch; validation rows come sorted by length.
+    They are padded to their longest row. Training rows are grouped by length, in another order each
+    epoch; validation rows are sorted by length.
 
     Args:
         task: the task with its rows.
-        tokenizer: the classifier's.
+        tokenizer: the classifier's tokenizer.
         batch_size: rows a batch.
-        max_length: longer rows are cut, in tokens; with the special tokens.
-        seed: of the order of the training rows.
+        max_length: longer rows are cut to so many tokens, with the special ones.
+        seed: decides the order of the training rows.
     """
 
     def __init__(
@@ -78,14 +73,13 @@ class GLUEDataModule(ResumableDataModule):
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise all rows, once."""
         if not self.rows:
             splits = {"train": self.task.train, **self.task.validations}
             self.rows = {split: self._tokenise(columns) for split, columns in splits.items()}
 
     def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
         texts = [columns[name] for name in self.task.task.columns]
-        # Which is the second sentence is told in any case: a teacher may have a mark for it where the student has none.
+        # With token types even if the student ignores them: its teacher may not.
         encoded = self.tokenizer(
             *texts, truncation=True, max_length=self.max_length, return_token_type_ids=True
         )
@@ -93,19 +87,16 @@ class GLUEDataModule(ResumableDataModule):
         return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Rows of similar length together, shuffled by seed and epoch."""
         rows = self.rows["train"]
         lengths = [len(row["input_ids"]) for row in rows]
-        return self.resumable(
-            self._loader(rows, LengthGroupedSampler(lengths, self.batch_size, self.seed))
-        )
+        sampler = LengthGroupedSampler(lengths, self.batch_size, self.seed)
+        return self.resumable(self._loader(rows, sampler))
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
-        """Rows sorted by length, for each split that is scored."""
+        """One for each split that is scored."""
         splits = [self.rows[split] for split in self.task.task.validations]
-        return [
-            self._loader(sorted(rows, key=lambda row: len(row["input_ids"]))) for rows in splits
-        ]
+        by_length = [sorted(rows, key=lambda row: len(row["input_ids"])) for rows in splits]
+        return [self._loader(rows) for rows in by_length]
 
     def _loader(self, rows: Any, sampler: Sampler[int] | None = None) -> ResumableLoader:
         return ResumableLoader(
@@ -113,5 +104,5 @@ class GLUEDataModule(ResumableDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=DataCollatorWithPadding(self.tokenizer),
-            generator=torch.Generator(),  # the workers' seeds are not drawn from what dropout draws from
+            generator=torch.Generator(),  # the workers' seeds must not change dropout's draws
         )

@@ -1,4 +1,4 @@
-"""Rows of labelled tasks: read from parquet, csv and tsv, and parted."""
+"""Rows of labelled tasks: reading parquet, csv and tsv files, and splitting rows."""
 
 import hashlib
 from collections import Counter
@@ -18,18 +18,14 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
 def find_file(folder: Path, *splits: str) -> Path:
-    """The file of a split in a folder: ``<split>.parquet``, ``.csv`` or ``.tsv``; the first name that is there.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The ``.parquet``, ``.csv`` or ``.tsv`` file of the first split that has one."""
     paths = [folder / f"{split}{suffix}" for split in splits for suffix in SUFFIXES]
     for path in paths:
         if path.is_file():
             return path
     raise UserError(
-        f"The task's file {str(paths[0])!r} is missing: a task has train.parquet and {splits[0]}.parquet, "
-        "or csv or tsv files of these names."
+        f"The task's file {str(paths[0])!r} is missing: a task has train.parquet and "
+        f"{splits[0]}.parquet, or csv or tsv files of these names."
     )
 
 
@@ -39,18 +35,20 @@ def read_table(
     """Read a file of rows.
 
     Args:
-        path: a parquet file; a csv file, where a field in double quotes may hold commas and newlines and an empty one
-            is null; or a tsv file as GLUE's own are: no quotes, a tab always ends a field.
+        path: a parquet file; a csv file, where a field in double quotes may hold commas and
+            newlines and an empty one is null; or a tsv file as GLUE's own are: no quotes, a tab
+            always ends a field.
         text_columns: read as text, whatever they look like.
         header: names of the columns of a tsv file whose first row has none of ``text_columns``.
 
     Raises:
-        UserError: the suffix is another one, or the file cannot be read so.
+        UserError: the file has another suffix, or cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
+        kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{str(path)!r} has the suffix {suffix!r}: give a {', '.join(SUFFIXES)} file, or a folder."
+            f"{str(path)!r} has the suffix {suffix!r}: give a {kinds} file, or a folder."
         )
     try:
         if suffix == ".parquet":
@@ -60,24 +58,21 @@ def read_table(
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline().rstrip("\r\n").split("\t")
         has_header = is_csv or not header or bool(set(text_columns) & set(first))
-        return pacsv.read_csv(
-            path,
-            pacsv.ReadOptions(
-                column_names=None if has_header else list(header), block_size=1 << 26
-            ),
-            pacsv.ParseOptions(
-                delimiter="," if is_csv else "\t",
-                quote_char='"' if is_csv else False,
-                newlines_in_values=is_csv,
-            ),
-            pacsv.ConvertOptions(
-                column_types=dict.fromkeys(text_columns, pa.string()),
-                null_values=[""],
-                strings_can_be_null=is_csv,
-                true_values=[],
-                false_values=[],
-            ),
+        names = None if has_header else list(header)
+        reading = pacsv.ReadOptions(column_names=names, block_size=1 << 26)
+        parsing = pacsv.ParseOptions(
+            delimiter="," if is_csv else "\t",
+            quote_char='"' if is_csv else False,
+            newlines_in_values=is_csv,
         )
+        converting = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(text_columns, pa.string()),
+            null_values=[""],
+            strings_can_be_null=is_csv,
+            true_values=[],
+            false_values=[],
+        )
+        return pacsv.read_csv(path, reading, parsing, converting)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(
             f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)})."
@@ -85,17 +80,17 @@ def read_table(
 
 
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
-    """Part rows in two: those that train, and about ``share`` of them for measuring; rows of one text stay together.
+    """Split rows into training rows and about ``share`` held out; equal texts stay together.
 
-    Which texts are held out depends on the texts alone: those whose hashes are smallest.
+    The texts with the smallest hashes are held out, so the split depends on the texts alone.
 
     Args:
-        columns: at least two distinct texts.
-        text_columns: what makes a text.
-        share: of the distinct texts; at least one is held out, and one is not.
+        columns: rows with at least two distinct texts.
+        text_columns: the columns that make a text.
+        share: share of the distinct texts; at least one is held out, and one is not.
 
     Raises:
-        UserError: there is one text only.
+        UserError: there is only one text.
     """
     texts = list(zip(*(columns[name] for name in text_columns), strict=True))
     order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
@@ -114,7 +109,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """The numbers of at most so many rows, drawn at random (always the same), of each label as many as there are."""
+    """At most so many row numbers, drawn at random (always the same), evenly over the labels."""
     seen: Counter[Any] = Counter()
     turns = []
     for row in np.random.default_rng(0).permutation(len(labels)).tolist():

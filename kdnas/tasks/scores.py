@@ -1,4 +1,4 @@
-"""The metrics of labelled tasks: torchmetrics, with scikit-learn's and scipy's values where those are undefined."""
+"""The metrics of labelled tasks: torchmetrics, but 0.0 where a metric is undefined."""
 
 from collections.abc import Callable, Mapping
 
@@ -23,9 +23,10 @@ class _F1(BinaryF1Score):
 
 
 class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation, 0.0 where it is undefined, as scikit-learn has it.
+    """Matthews' correlation, 0.0 where it is undefined, as in scikit-learn.
 
-    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and three of the other.
+    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and
+    three of the other.
     """
 
     def compute(self) -> Tensor:
@@ -35,9 +36,9 @@ class _Matthews(BinaryMatthewsCorrCoef):
 
 
 class _Pearson(Metric):
-    """Pearson's r in float64 as scipy has it, 0.0 where it is undefined.
+    """Pearson's r in float64 as in scipy, 0.0 where it is undefined.
 
-    torchmetrics accumulates in float32, and gives NaN for predictions that vary little, not only for constant ones.
+    torchmetrics accumulates in float32 and gives NaN also for predictions that vary little.
     """
 
     full_state_update = False
@@ -54,10 +55,8 @@ class _Pearson(Metric):
         self.targets.append(targets)
 
     def compute(self) -> Tensor:
-        pair = [
-            self._values(dim_zero_cat(values).cpu().double())
-            for values in (self.preds, self.targets)
-        ]
+        states = (self.preds, self.targets)
+        pair = [self._values(dim_zero_cat(values).cpu().double()) for values in states]
         if any(values.min() == values.max() for values in pair):
             return torch.tensor(0.0)
         return torch.corrcoef(torch.stack(pair))[0, 1]
@@ -74,8 +73,8 @@ class _Spearman(_Pearson):
         return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
 
 
-# Predictions and targets are class ids, or numbers in a regression. Micro accuracy: the share of right answers.
 METRICS: Mapping[str, Callable[[Task], Metric]] = {
+    # Micro: the share of right answers.
     "accuracy": lambda task: MulticlassAccuracy(task.num_labels, average="micro"),
     "f1": lambda task: _F1(task.positive),
     "matthews": lambda task: _Matthews(),
@@ -85,14 +84,9 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """The metrics of a task, by name.
+    """The metrics of a task, by name; 0.0 where undefined, as the correlation of constants.
 
-    Args:
-        task: the task.
-
-    Returns:
-        A collection to be updated with predictions (N,) and targets (N,): class ids, or numbers in a regression.
-        Where a metric is undefined (a correlation with constant predictions), it is 0.0.
+    Predictions (N,) and targets (N,) are class ids, or numbers in a regression.
     """
     return MetricCollection(
         {name: METRICS[name](task) for name in task.metrics}, compute_groups=False

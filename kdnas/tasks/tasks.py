@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +31,12 @@ class Task:
         name: GLUE's name on the hub, or the name of the file or folder.
         columns: the one or two text columns; the target is always ``label``.
         num_labels: number of classes; 1 is a regression.
-        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are scored.
+        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are
+            scored.
         label_names: names of the classes, where they have any.
         validations: the splits that are scored.
-        positive: the class that F1 is of.
-        original: where GLUE's own tsv files call a column otherwise, what they call it.
+        positive: the class for F1.
+        original: the names of columns in GLUE's own tsv files, where they differ.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Task:
     original: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
-# Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform", table 1; columns and names of nyu-mll/glue.
+# Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform", table 1; columns and
+# names are those of nyu-mll/glue.
 _TABLE = (
     Task("cola", ("sentence",), metrics=("matthews",), label_names=("unacceptable", "acceptable")),
     Task("sst2", ("sentence",), label_names=("negative", "positive")),
@@ -86,41 +88,29 @@ _TABLE = (
     Task("wnli", ("sentence1", "sentence2"), label_names=("not_entailment", "entailment")),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TABLE}
-# The one tsv file of GLUE's own without a first row of names.
+# The only tsv file of GLUE's own without a header.
 _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
-    """For each class of a task its place among a classifier's, by its name in whatever spelling.
-
-    Returns:
-        None where one of them has no name there.
-    """
+    """For each class of a task its place among a classifier's, by name; None if one is missing."""
 
     def plain(name: str) -> str:
         return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT is not_entailment
 
-    for spell in (str, plain):  # Spam and spam are two where both are there
+    for spell in (str, plain):  # exact names first, for there may be Spam and spam
         ours, theirs = ([spell(name) for name in side] for side in (task.label_names, names))
-        if (
-            ours
-            and set(ours) <= set(theirs)
-            and all(len(set(side)) == len(side) for side in (ours, theirs))
-        ):
+        are_unique = all(len(set(side)) == len(side) for side in (ours, theirs))
+        if ours and set(ours) <= set(theirs) and are_unique:
             return [theirs.index(name) for name in ours]
     return None
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Say that classes are taken by their order, where they have names on both sides, and these are unrelated."""
+    """Warn that classes are matched by their order though both sides have names."""
     if task.label_names and not all(name.startswith("LABEL_") for name in names):
-        log.warning(
-            "The classes of %r are called %s: they are taken for %s of %r, in this order.",
-            source,
-            ", ".join(names),
-            ", ".join(task.label_names),
-            task.name,
-        )
+        said = "The classes of %r are called %s: they are taken for %s of %r, in this order."
+        log.warning(said, source, ", ".join(names), ", ".join(task.label_names), task.name)
 
 
 @dataclass(frozen=True)
@@ -144,32 +134,30 @@ class LoadedTask:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all rows in their order, the same for every place that they are loaded from."""
-        return hashlib.sha256(
-            json.dumps([self.train, *self.validations.values()]).encode()
-        ).hexdigest()
+        """Hash of all rows in their order, wherever they are loaded from."""
+        rows = json.dumps([self.train, *self.validations.values()])
+        return hashlib.sha256(rows.encode()).hexdigest()
 
     def for_classifier(self, config: Any, source: str) -> "LoadedTask":
-        """The same rows, their labels numbered as a classifier numbers its classes.
-
-        Args:
-            config: the classifier's.
-            source: its name.
+        """The same rows, their labels numbered as the classifier ``source`` numbers its classes.
 
         Raises:
-            UserError: it has another number of classes, and not these among them.
+            UserError: the classifier has another number of classes, and these are not among them.
         """
         names = class_names(config)
         order = class_order(self.task, names)
-        if order is None and config.num_labels != self.task.num_labels:
-            raise UserError(
-                f"The student {source!r} has {config.num_labels} outputs, and {self.task.name!r} needs "
-                f"{self.task.num_labels}: give the task that it was trained on."
-            )
         if order is None:
+            if config.num_labels != self.task.num_labels:
+                raise UserError(
+                    f"The student {source!r} has {config.num_labels} outputs, and "
+                    f"{self.task.name!r} needs {self.task.num_labels}: give the task that it was "
+                    "trained on."
+                )
             warn_of_names(self.task, names, source)
-        if order is None or order == list(range(len(names))):
             return self
+        if order == list(range(len(names))):
+            return self
+
         task = replace(
             self.task,
             num_labels=len(names),
@@ -183,26 +171,24 @@ class LoadedTask:
         return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
-        """The training rows alone, a share of them held out to be scored: to choose settings on.
+        """The training rows alone, with a share held out for scores, to choose settings on.
 
         Raises:
-            UserError: there are too few rows, or a class is among the held-out rows only.
+            UserError: there are too few rows, or a class is only among the held-out rows.
         """
         train, held_out = part(self.train, self.task.columns, share)
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
             raise UserError(
-                f"The label {min(lost)} of {self.task.name!r} has too few training rows to hold any out."
+                f"The label {min(lost)} of {self.task.name!r} has too few training rows "
+                "to hold any out."
             )
-        return LoadedTask(
-            replace(self.task, validations=("validation",)), train, {"validation": held_out}
-        )
+        task = replace(self.task, validations=("validation",))
+        return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write a folder that ``load_task`` reads, with at most so many rows of each split: of each label as many.
+        """Write ``<folder>/<name of the task>``, which ``load_task`` reads.
 
-        Args:
-            folder: takes the folder of the task, which has its name.
-            most: rows of a split; more training rows where there are more classes.
+        It has at most so many rows of a split (or one a class), spread evenly over the labels.
         """
         place = folder / self.task.name
         place.mkdir(parents=True)
@@ -220,38 +206,36 @@ def load_task(source: str) -> LoadedTask:
 
     Args:
         source: a folder with ``train`` and ``validation`` (or ``dev``) as parquet, csv or tsv files
-            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``, which is loaded from
-            the hub. A folder of such a name (``stsb`` or ``STS-B``) has GLUE's columns, as on the hub or in GLUE's own
-            tsv files. Any other has ``sentence``, ``text``, or ``sentence1`` and ``sentence2``, and ``label``: see
-            ``load_labelled``.
+            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``,
+            which is loaded from the hub. A folder with such a name (``stsb`` or ``STS-B``) has
+            GLUE's columns, as on the hub or in GLUE's own tsv files. Any other has ``sentence``,
+            ``text``, or ``sentence1`` and ``sentence2``, and ``label``: see ``load_labelled``.
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: it is neither; the hub has not got it; a file or a column is missing, cannot be read, or is empty;
-            a text is no string; a label is no whole number (a regression: no finite number), is outside 0 to n-1 or
-            leaves a gap there, or is in the validation rows only.
+        UserError: there is no such task; a file or column is missing, unreadable or empty; or a
+            text or a label is not what the task needs.
     """
     if not os.path.isdir(source):  # Path("") would be the current folder
         if os.path.isfile(source):
             suffix = Path(source).suffix
             raise UserError(
-                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, columns text and label, "
-                f"and others as validation{suffix}; `kdnas glue --data` takes one file and splits it."
+                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, "
+                f"columns text and label, and others as validation{suffix}; `kdnas glue --data` "
+                "takes one file and splits it."
             )
         if source not in TASKS:
-            raise UserError(
-                f"The task {source!r} is no folder, and no task of GLUE.{nearest(source, TASKS, True)}"
-            )
+            hint = nearest(source, TASKS, True)
+            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{hint}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
+
     folder = Path(source).resolve()
     task = TASKS.get(folder.name.lower().replace("-", ""))
     if task is None:
         columns = _text_columns(folder.name, read_table(find_file(folder, "train")))
         return load_labelled(source, columns, "label")
-    files = [find_file(folder, "train")]
-    files += [
-        find_file(folder, split, split.replace("validation", "dev")) for split in task.validations
-    ]
+    splits = [(split, split.replace("validation", "dev")) for split in task.validations]
+    files = [find_file(folder, "train"), *(find_file(folder, *names) for names in splits)]
     texts = [*task.columns, *(task.original.get(name, name) for name in task.columns)]
     header = _COLA_HEADER if task.name == "cola" else ()
     train, *validations = (read_table(file, texts, header) for file in files)
@@ -263,69 +247,73 @@ def load_labelled(
 ) -> LoadedTask:
     """Load any labelled text as a task.
 
-    Labels that are fractional numbers make a regression, scored as STS-B is; whole numbers and text make a
-    classification, scored by its accuracy, with the classes that the training rows have.
+    Labels that are fractional numbers make a regression, scored like STS-B. Whole numbers and text
+    make a classification, scored by its accuracy, with the classes of the training rows.
 
     Args:
-        data: a parquet, csv or tsv file, a share of whose rows is held out and scored (equal texts stay on one side),
-            or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
+        data: a parquet, csv or tsv file, of which a share is held out and scored (equal texts stay
+            together), or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
         text_columns: the one column of text, or the two of pairs.
         label_column: the column of labels.
         held_out: share of the rows of a single file.
 
     Raises:
-        UserError: there is no such file or column; a split is empty; a text is no string; a label is neither text nor a
-            finite number, or no training row has it; or there is one class only.
+        UserError: there is no such file or column; a split is empty; a text is no string; a label
+            is neither text nor a finite number, or no training row has it; or there is only one
+            class.
     """
     if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
-            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the label column "
-            f"{label_column!r}: give one text column, or two of pairs, beside it."
+            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the "
+            f"label column {label_column!r}: give one text column, or two of pairs, beside it."
         )
     path = Path(data)
     if not path.exists():
         raise UserError(
-            f"The data {data!r} does not exist: give a file, or a folder with train and validation files."
+            f"The data {data!r} does not exist: give a file, or a folder with train and "
+            "validation files."
         )
-    files = (
-        [find_file(path, "train"), find_file(path, "validation", "dev")]
-        if path.is_dir()
-        else [path]
-    )
+    if path.is_dir():
+        name = path.resolve().name
+        files = [find_file(path, "train"), find_file(path, "validation", "dev")]
+    else:
+        name = path.stem.strip(".") or "data"  # the name of a folder
+        files = [path]
     tables = [read_table(file, text_columns) for file in files]
+
     columns = ("sentence",) if len(text_columns) == 1 else ("sentence1", "sentence2")
-    name = (
-        path.resolve().name if path.is_dir() else path.stem.strip(".") or "data"
-    )  # folders are called so
-    task = Task(name, columns, num_labels=0)
     names = dict(zip((*columns, "label"), (*text_columns, label_column), strict=True))
-    if label_column in tables[0].column_names and pa.types.is_floating(
-        tables[0].column(label_column).type
-    ):
+    task = Task(name, columns, num_labels=0)
+    there = tables[0].column_names
+    if label_column in there and pa.types.is_floating(tables[0].column(label_column).type):
         task = replace(task, num_labels=1, metrics=TASKS["stsb"].metrics)
+
     if len(tables) == 1:
         rows = _columns(task, tables[0], names, f"rows of {data!r}")
         train, validation = part(rows, columns, held_out)
     else:
-        train, validation = (
-            _columns(task, table, names, f"{split} rows of {data!r}")
-            for split, table in zip(("training", "validation"), tables, strict=True)
-        )
+        train = _columns(task, tables[0], names, f"training rows of {data!r}")
+        validation = _columns(task, tables[1], names, f"validation rows of {data!r}")
     if task.num_labels != 1:
-        classes = sorted(set(train["label"]), key=lambda label: (isinstance(label, str), label))
-        if len(classes) < 2:
-            raise UserError(
-                f"All training rows of {data!r} have the label {classes[0]!r}: give two classes or more."
-            )
-        _refuse_unseen(train, validation, data)
-        ids = {label: number for number, label in enumerate(classes)}
-        for rows in (train, validation):
-            rows["label"] = [ids[label] for label in rows["label"]]
-        plain = classes == list(range(len(classes)))
-        task = replace(
-            task, num_labels=len(ids), label_names=() if plain else tuple(map(str, classes))
-        )
+        task = _number_classes(task, train, validation, data)
     return LoadedTask(task, train, {"validation": validation})
+
+
+def _number_classes(task: Task, train: Columns, validation: Columns, source: str) -> Task:
+    """Number the labels in place; the task with its classes."""
+    classes = sorted(set(train["label"]), key=lambda label: (isinstance(label, str), label))
+    if len(classes) < 2:
+        raise UserError(
+            f"All training rows of {source!r} have the label {classes[0]!r}: "
+            "give two classes or more."
+        )
+    _refuse_unseen(train, validation, source)
+    ids = {label: number for number, label in enumerate(classes)}
+    for rows in (train, validation):
+        rows["label"] = [ids[label] for label in rows["label"]]
+    is_numbered = classes == list(range(len(classes)))
+    label_names = () if is_numbered else tuple(map(str, classes))
+    return replace(task, num_labels=len(ids), label_names=label_names)
 
 
 def _loaded(
@@ -334,16 +322,17 @@ def _loaded(
     """One of GLUE's tasks from its tables."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
-        theirs = {name: task.original.get(name, name) for name in (*task.columns, "label")}
-        is_original = theirs["label"] in table.column_names
-        names = theirs if is_original else {name: name for name in theirs}
+        names = {name: name for name in (*task.columns, "label")}
+        if task.original.get("label", "label") in table.column_names:  # GLUE's own file
+            names |= task.original
         split = "training" if where == "train" else where
         splits.append(_columns(task, table, names, f"{split} rows of {source!r}"))
     if task.num_labels != 1:
         seen = sorted(set(splits[0]["label"]))
         if seen != list(range(task.num_labels)):
+            shown = ", ".join(map(str, seen[:10]))
             raise UserError(
-                f"The training rows of {source!r} have the labels {', '.join(map(str, seen[:10]))}: "
+                f"The training rows of {source!r} have the labels {shown}: "
                 f"every label from 0 to {task.num_labels - 1} must occur, and no other."
             )
         for columns in splits[1:]:
@@ -353,20 +342,17 @@ def _loaded(
 
 def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
     for columns in (("sentence",), ("text",), ("sentence1", "sentence2")):
-        if set(columns) <= set(train.column_names):
-            others = [
-                f.name
-                for f in train.schema
-                if pa.types.is_string(f.type) and f.name not in (*columns, "label")
-            ]
-            if others:
-                log.warning(
-                    "The task %r is read from %s; %s left out: `kdnas glue --data` takes any columns.",
-                    name,
-                    " and ".join(columns),
-                    f"{', '.join(map(repr, others))} {'is' if len(others) == 1 else 'are'}",
-                )
-            return columns
+        if not set(columns) <= set(train.column_names):
+            continue
+        texts = [column.name for column in train.schema if pa.types.is_string(column.type)]
+        others = [repr(text) for text in texts if text not in (*columns, "label")]
+        if others:
+            said = (
+                "The task %r is read from %s; %s left out: `kdnas glue --data` takes any columns."
+            )
+            left = f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}"
+            log.warning(said, name, " and ".join(columns), left)
+        return columns
     raise UserError(
         f"The task {name!r} has no text column: it has {', '.join(train.column_names)}; "
         "name it sentence, text, or sentence1 and sentence2."
@@ -382,11 +368,8 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
             HfApi().dataset_info("nyu-mll/glue", timeout=4)  # fails at once without a network
         splits = load_dataset("nyu-mll/glue", task.name).with_format("arrow")
     except Exception as error:  # a hub that fails raises anything
-        refuse_away(
-            error,
-            f"the task {task.name!r}",
-            "give a folder, or HF_HUB_OFFLINE=1 for one in the cache",
-        )
+        instead = "give a folder, or HF_HUB_OFFLINE=1 for one in the cache"
+        refuse_away(error, f"the task {task.name!r}", instead)
         raise UserError(
             f"The task {task.name!r} was not found {looked_in()}: {first_line(error)}; "
             "give a folder with train.parquet and validation.parquet."
@@ -395,42 +378,42 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
 
 
 def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
-    """The columns of a table under our names (``names``: ours -> the table's), every value checked."""
+    """The columns of a table, checked; ``names`` maps our names to the table's."""
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:
-        raise UserError(
-            f"The {where} lack the column {missing[0]!r}: they have {', '.join(table.column_names)}."
-        )
+        there = ", ".join(table.column_names)
+        raise UserError(f"The {where} lack the column {missing[0]!r}: they have {there}.")
     if not table.num_rows:
         raise UserError(f"There are no {where}: give at least one.")
     columns: Columns = {ours: table.column(theirs).to_pylist() for ours, theirs in names.items()}
     for name in task.columns:
-        _check(
-            columns[name], lambda text: isinstance(text, str), where, f"in {names[name]!r}", "text"
-        )
-    labels = columns["label"]
+        are_texts = [isinstance(text, str) for text in columns[name]]
+        _check(columns[name], are_texts, where, f"in {names[name]!r}", "text")
+
     if task.label_names:  # GLUE's own files name the classes
-        ids = {name: number for number, name in enumerate(task.label_names)}
-        labels = columns["label"] = [
-            ids.get(label, label) if isinstance(label, str) else label for label in labels
+        ids: dict[Any, int] = {name: number for number, name in enumerate(task.label_names)}
+        columns["label"] = [
+            ids[label] if isinstance(label, str) and label in ids else label
+            for label in columns["label"]
         ]
-    kinds: tuple[type, ...] = {0: (int, str), 1: (int, float)}.get(task.num_labels, (int,))
-    wanted = {0: "text or a whole number", 1: "a finite number"}.get(
-        task.num_labels, "a whole number"
-    )
-
-    def is_label(label: Any) -> bool:
-        number = isinstance(label, kinds) and not isinstance(label, bool)
-        return number and (isinstance(label, str) or math.isfinite(label))
-
-    _check(labels, is_label, where, "as its label", wanted)
+    kinds: tuple[type, ...]
+    kinds, wanted = (int,), "a whole number"
+    if task.num_labels == 0:
+        kinds, wanted = (int, str), "text or a whole number"
+    elif task.num_labels == 1:
+        kinds, wanted = (int, float), "a finite number"
+    are_labels = [
+        isinstance(label, kinds)
+        and not isinstance(label, bool)
+        and (isinstance(label, str) or math.isfinite(label))
+        for label in columns["label"]
+    ]
+    _check(columns["label"], are_labels, where, "as its label", wanted)
     return columns
 
 
-def _check(
-    values: list[Any], is_good: Callable[[Any], bool], where: str, column: str, wanted: str
-) -> None:
-    bad = [row for row, value in enumerate(values) if not is_good(value)]
+def _check(values: list[Any], are_good: list[bool], where: str, column: str, wanted: str) -> None:
+    bad = [row for row, is_good in enumerate(are_good) if not is_good]
     if bad:
         more = f", and so have {len(bad) - 1:,} more" if len(bad) > 1 else ""
         raise UserError(
@@ -443,6 +426,6 @@ def _refuse_unseen(train: Columns, validation: Columns, source: str) -> None:
     unknown = sorted(set(validation["label"]) - set(train["label"]), key=str)
     if unknown:
         raise UserError(
-            f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training row has: "
-            "give some, or leave it out."
+            f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training "
+            "row has: give some, or leave it out."
         )

@@ -1,4 +1,4 @@
-"""What a machine multiplies faster, bfloat16 or float32: measured, for the name of a processor does not tell."""
+"""Whether a machine multiplies faster in bfloat16 or float32: measured once."""
 
 import logging
 import os
@@ -18,16 +18,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def bf16_is_faster(device_type: str) -> bool:
-    """Whether a linear layer takes less time in bfloat16 than in float32: measured once, for child processes too.
+    """Whether a linear layer takes less time in bfloat16 than in float32.
 
-    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; one whose AMX is hidden from its
-    virtual machine is half as fast (LOG.md). On other devices it is taken for granted.
+    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; a Xeon whose
+    AMX is hidden from its virtual machine is half as fast (LOG.md). Other devices are always taken
+    to be faster.
 
-    What was found is in the environment, for ranks and workers must agree: states computed in another precision are
-    other states. There it can be given, too.
+    The answer is measured once and kept in the environment, so that ranks and workers agree: states
+    computed in another precision are other states. It can also be given there.
 
     Raises:
-        UserError: what is given there is neither.
+        UserError: the environment has another value.
     """
     if device_type != "cpu":
         return True
@@ -40,26 +41,26 @@ def bf16_is_faster(device_type: str) -> bool:
 
 
 def keep(begun_in: str | None) -> str:
-    """Compute as what is gone on with was begun, whatever this machine is faster in.
+    """Continue in the precision in which the work was begun, even if the other is faster here.
 
     Args:
         begun_in: ``bfloat16`` or ``float32``; None: nothing is begun yet.
 
     Returns:
-        What matmuls on a CPU are computed in from now on.
+        The precision of matmuls on a CPU from now on.
     """
     if begun_in is not None:
-        if (given := os.environ.get(VARIABLE, begun_in)) != begun_in:
-            log.warning(
-                "This was begun with matmuls in %s, not in %s, and goes on so.", begun_in, given
-            )
+        given = os.environ.get(VARIABLE, begun_in)
+        if given != begun_in:
+            said = "This was begun with matmuls in %s, not in %s, and goes on so."
+            log.warning(said, begun_in, given)
         os.environ[VARIABLE] = begun_in
     return "bfloat16" if bf16_is_faster("cpu") else "float32"
 
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """What is kept within holds for nothing that the same process does later."""
+    """Undo ``keep`` at the end, for what the same process does later."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -71,7 +72,7 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """The least of several rounds, in turn: what other work on the machine adds is no property of either."""
+    """The least time of several rounds, so that other work on the machine does not count."""
     with torch.random.fork_rng(devices=[]):
         given = {
             dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)]
@@ -88,23 +89,22 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str) -> torch.autocast:
-    """Matmuls in bfloat16 where that is faster; elsewhere nothing is changed."""
+    """Matmuls in bfloat16 where that is faster."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16_is_faster(device_type))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:
-    """In what matmuls are computed under ``autocast``."""
+    """The precision of matmuls under ``autocast``."""
     return torch.bfloat16 if bf16_is_faster(device_type) else torch.float32
 
 
 def trainer_precision(accelerator: str) -> str:
     """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
-    on_cpu = accelerator == "cpu" or (
-        accelerator == "auto" and not torch.accelerator.is_available()
-    )
-    return "bf16-mixed" if bf16_is_faster("cpu" if on_cpu else "other") else "32-true"
+    if accelerator == "auto" and not torch.accelerator.is_available():
+        accelerator = "cpu"
+    return "bf16-mixed" if bf16_is_faster(accelerator) else "32-true"
 
 
 def gpu_name() -> str | None:
-    """Of the GPU that is used where none is chosen; None: there is none."""
+    """The name of the default GPU; None: there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,5 +1,6 @@
 """Help pages and completions: shown without torch, and never older than the parsers."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,33 +8,66 @@ import sys
 from pathlib import Path
 
 import pytest
+from jsonargparse import capture_parser
 
 import kdnas
-from kdnas.cli.help import EXAMPLES, page
+from kdnas.cli.help import page, summary
 from kdnas.cli.main import COMMANDS, main
 
-FOLDER = Path(kdnas.__file__).parent / "cli" / "pages"
+CLI = Path(kdnas.__file__).parent / "cli"
+
+
+EVERYWHERE = """\
+with every command:
+  --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
+                        and --dry-run are still printed
+  --log-level LEVEL     debug, info (as it is), warning or error
+"""
+
+
+def made() -> dict[str, str]:
+    """The pages and the list of options, as the parsers are now."""
+    texts, lines = {}, []
+    for command in COMMANDS:
+        if command == "completion":
+            continue
+        summary, examples, _ = page(command).split("\n\n", 2)
+        parser = capture_parser(COMMANDS[command], [])
+        parser.usage = argparse.SUPPRESS
+        shown = "\n".join(line.rstrip() for line in parser.format_help().strip().splitlines())
+        texts[f"pages/{command}.txt"] = "\n\n".join([summary, examples, shown, EVERYWHERE])
+
+        actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        options = {"--quiet", "--log-level"}.union(*(action.option_strings for action in actions))
+        if command == "export":
+            options.add("--as")  # the parser knows it as --format
+        options = {option for option in options if option.startswith("--")}
+        lines.append(" ".join([command, *sorted(options)]))
+    return texts | {"options.txt": "\n".join(lines) + "\n"}
 
 
 def test_pages_are_what_the_parsers_say() -> None:
     # In a process of its own: parsers list the subclasses that are imported.
-    code = "import json; from kdnas.cli.main import COMMANDS; from kdnas.cli.help import EXAMPLES, render"
-    code += "; print(json.dumps({name: render(name, COMMANDS[name]) for name in EXAMPLES}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    made = json.loads(done.stdout.splitlines()[-1])
-    for command, text in made.items():
+    code = "import json; from tests.cli.test_help import made; print(json.dumps(made()))"
+    env = os.environ | {"COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    for name, text in json.loads(done.stdout.splitlines()[-1]).items():
         if os.environ.get("WRITE_PAGES"):
-            (FOLDER / f"{command}.txt").write_text(text, encoding="utf-8")
-        assert page(command) == text, (
-            "make the pages anew: WRITE_PAGES=1 pytest tests/test_pages.py"
+            (CLI / name).write_text(text, encoding="utf-8")
+        assert (CLI / name).read_text(encoding="utf-8") == text, (
+            "make the pages anew: WRITE_PAGES=1 pytest tests/cli/test_help.py"
         )
 
 
-def test_every_command_but_completion_has_a_page() -> None:
-    assert len(EXAMPLES) == 10
-    assert (
-        {path.stem for path in FOLDER.iterdir()} == set(EXAMPLES) == set(COMMANDS) - {"completion"}
-    )
+def test_every_command_has_a_page_that_begins_with_its_summary() -> None:
+    assert {path.stem for path in (CLI / "pages").iterdir()} == set(COMMANDS)
+    assert len(COMMANDS) == 11
+    for command in COMMANDS:
+        first, examples, *_ = page(command).split("\n\n")
+        assert first == f"kdnas {command}: {summary(command)}"
+        assert f"kdnas {command} " in examples
 
 
 def test_help_and_completion_do_not_import_torch() -> None:

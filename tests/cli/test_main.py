@@ -1,6 +1,5 @@
 """The command line: what it teaches, and the one line that bad input gets."""
 
-import dataclasses
 import errno
 import io
 import json
@@ -21,13 +20,10 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
 import kdnas.commands.run
-from kdnas.cli.help import EXAMPLES
 from kdnas.cli.main import COMMANDS, main
-from kdnas.commands.config import SearchConfig
 from kdnas.data.datamodule import Batch
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
-from kdnas.models.checkpoint_files import refuse_early
 from kdnas.models.encoders import find_teacher
 from kdnas.nas.storage import read_study
 from kdnas.nas.trials import in_words
@@ -234,6 +230,7 @@ def test_a_config_that_is_here_comes_before_the_one_that_is_shipped(
         (["--model", "x", "--model=y", "--seeds=3", "--config=a.yaml"], ["a"], 3),
         (["--config=a.yaml", "--model", "x", "y", "--seeds=3", "--config=b.yaml"], ["b"], 2),
         (["--config=b.yaml", "--seeds=3", "--model", "x", "--model", "y"], ["x", "y"], 3),
+        (["--model=x", "--config=b.yaml", "--model", "y", "1"], ["y", "1"], 2),
     ],
 )
 def test_what_comes_later_wins(
@@ -309,10 +306,7 @@ def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
 
 def test_missing_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text" in refused(["run", "--teacher=quickstart"], capsys)
-    assert (
-        refused(["fit", "--data.text=x"], capsys)
-        == "kdnas: model.teacher is not given: give text.\n"
-    )
+    assert "model.teacher" in refused(["fit", "--data.text=x"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -329,92 +323,6 @@ def test_misspelt_yaml_key_names_the_nearest(
     path = tmp_path / "config.yaml"
     path.write_text(f"text: y\n{key}\n")
     assert f"Did you mean {nearest!r}?" in refused(["run", "--config", str(path)], capsys)
-
-
-@pytest.mark.parametrize(
-    ("command", "misspelt", "right"),
-    [("fit", "--trainr=1", "trainer"), ("export", "--ass", "as"), ("run", "--tsk", "task")],
-)
-def test_a_misspelt_option_is_refused_before_torch_is_imported(
-    command: str, misspelt: str, right: str
-) -> None:
-    code = f"import sys; from kdnas.cli.main import main; main({[command, misspelt]}); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert (
-        f"There is no option {misspelt.partition('=')[0]!r}. Did you mean {right!r}?" in done.stderr
-    )
-
-
-NAMED = {
-    "separate": ["--teacher", "TEACHER"],
-    "joined": ["--teacher=TEACHER"],
-    "last": ["--teacher=quickstart", "--teacher=TEACHER"],
-    "yaml": ["--config", "named.yaml"],
-    "yaml last": ["--teacher=quickstart", "--config=named.yaml"],
-    "behind yaml": ["--config=quickstart.yaml", "--teacher=TEACHER"],
-    "yaml without one": ["--teacher=TEACHER", "--config=other.yaml"],
-}
-
-
-@pytest.mark.parametrize("given", NAMED)
-def test_a_teacher_whose_files_are_not_there_is_refused_before_torch_is_imported(
-    given: str, tmp_path: Path
-) -> None:
-    for name, teacher in {"named": "/no/such", "quickstart": "quickstart"}.items():
-        (tmp_path / f"{name}.yaml").write_text(f"teacher: {teacher}\n")
-    (tmp_path / "other.yaml").write_text("name: mine\n")
-    args = ["search", "--text=x.txt", *(arg.replace("TEACHER", "/no/such") for arg in NAMED[given])]
-    code = f"import sys; from kdnas.cli.main import main; assert main({args}) == 2; sys.exit('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stderr.startswith("kdnas: The teacher '/no/such' does not exist: give")
-        and done.stderr.count("\n") == 1
-    )
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--teacher=/no/such", "--teacher=quickstart"],
-        ["--teacher=/no/such", "--teach=quickstart"],
-        ["--teacher=/no/such", "--conf=named.yaml"],
-        ["--teacher=/no/such", "--config=none.yaml"],
-        ["--teacher=/no/such", "--config=" + 300 * "x"],
-        ["--teacher=/no/such", "--config=nested.yaml"],
-        ["--teacher=/no/such", "--config=broken.yaml"],
-        ["--teacher=/no/such", "--teacher"],
-        ["--teacher=/no/such", "--teacher", "--text=x"],
-        ["--teacher=/no/such", "--print_config"],
-        ["--teacher=/no/such", "--he"],
-        ["--teacher=/no/such", "-h"],
-        ["--teacher=/no/such", "--name=done"],
-        ["--teacher=~"],
-        ["--teacher=quickstart"],
-        ["--text=x.txt"],
-    ],
-)
-def test_what_only_the_parser_or_a_finished_run_can_tell_is_left_to_them(
-    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in {
-        "named": "teacher: quickstart",
-        "nested": "config: named.yaml",
-        "broken": "a: !!bool b",
-    }.items():
-        Path(f"{name}.yaml").write_text(text)
-    Path("lightning_logs/done").mkdir(parents=True)
-    Path("lightning_logs/done/manifest.json").write_text("{}")
-    refuse_early(args)
-    with pytest.raises(UserError, match="'/no/such' does not exist"):
-        refuse_early(["--teacher=/no/such"])
-    default = {field.name: field.default for field in dataclasses.fields(SearchConfig)}
-    Path("lightning_logs/done").rename(Path(str(default["root"]), str(default["name"])))
-    refuse_early(["--teacher=/no/such"])
 
 
 @pytest.mark.parametrize("max_gb", [1, 0])
@@ -447,7 +355,7 @@ def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[
     error = refused(
         ["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys
     )
-    assert "learnin_rate" in error and "Did you mean 'model.recipe.learning_rate'?" in error
+    assert "learnin_rate" in error and "Did you mean 'learning_rate'?" in error
 
 
 def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line(
@@ -517,29 +425,11 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--root=/proc/kdnas", "Cannot write to '/proc/kdnas/kdnas'"),
         ("--states.folder=/proc/states", "Cannot write to '/proc/states'"),
         (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
-        ("--data.max_length=long", "kdnas: data.max_length is 'long': give a whole number."),
-        ("--search.budget.speedup=fast", "search.budget.speedup is 'fast': give a number."),
-        ("--recipe.dropout=maybe", "recipe.dropout is 'maybe': give true or false."),
-        ("--space.hidden_size=[a]", "space.hidden_size is \"['a']\": give a list of whole numbers"),
-        ("--states.precision=int4", "states.precision is 'int4': give one of float16, int8."),
-        ("--recipe.objective=Hiden", "recipe.objective is 'Hiden': give the path of a class"),
-        ("--search=3", "search is '3': give its keys, as in --search.KEY VALUE"),
-        ("--data.max_lenght=9", "Did you mean 'data.max_length'?"),
-        ("--task=stsb", "There is no option '--task'. It is an option of `kdnas run`."),
+        ("--data.max_lenght=9", "Did you mean 'max_length'?"),
+        ("--dta.max_length=9", "Choose from: candidate_timeout, config, data, "),
+        ("--task=stsb", "--task=stsb. It is an option of `kdnas run`."),
         ("--full_kd.num_epochs=3", "--full_kd.num_epochs=3. It is an option of `kdnas run`."),
-        (
-            '--recipe.objective={"class_path": "kdnas.distillation.objectives.HiddenStates", "init_args": {"mappping": 1}}',
-            "Option 'mappping' is not accepted. Did you mean 'mapping'?",
-        ),
-        ("--recipe.start=Evn", "recipe.start"),
-        (
-            "--recipe.start=my_kd.Quiet",
-            "kdnas: recipe.start is 'my_kd.Quiet', which is not there (No module named 'my_kd'",
-        ),
-        (
-            "--recipe.start=kdnas.distillation.start.Evn",
-            "'kdnas.distillation.start' has no attribute 'Evn'): give a class of a file",
-        ),
+        ("--recipe.start=my_kd.Quiet", "No module named 'my_kd'"),
     ],
 )
 def test_bad_value_gets_one_line_and_makes_nothing(
@@ -549,6 +439,46 @@ def test_bad_value_gets_one_line_and_makes_nothing(
     assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
     if option.startswith(("--trainer.devices", "--trainer.strategy")):
         assert "DDP in `kdnas fit`" in refused(["run", *search[1:], option], capsys)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "data.max_length=long",
+        "search.budget.speedup=fast",
+        "recipe.dropout=maybe",
+        "space.hidden_size=[a]",
+        "states.precision=int4",
+        "recipe.objective=Hiden",
+        "recipe.objective.mappping=1",
+        "recipe.start=kdnas.distillation.start.Evn",
+        "search=3",
+    ],
+)
+@pytest.mark.parametrize("way", ["option", "yaml"])
+def test_a_value_that_the_parser_refuses_is_told_with_its_key_and_where_it_is_explained(
+    way: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, value = option.partition("=")
+    given = f"--{option}"
+    if way == "yaml":
+        path = tmp_path / "mine.yaml"
+        *groups, last = name.split(".")
+        text = "".join(f"{' ' * i}{group}:\n" for i, group in enumerate(groups))
+        path.write_text(f"{text}{' ' * len(groups)}{last}: {value}\n")
+        given = f"--config={path}"
+    error = refused(["search", *KNOWN, given], capsys)
+    key, told = name.removesuffix(".mappping"), "mappping" if "mappping" in name else value
+    assert key in error and told.strip("[]") in error
+    assert "`kdnas search --help` explains" in error or "give its keys" in error
+
+
+def test_a_long_message_of_the_parser_is_cut_but_keeps_the_key_and_the_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "glue.yaml").write_text("model: [x]\ntask: [rte]\ngrid: 17\n")
+    error = refused(["glue", f"--config={tmp_path / 'glue.yaml'}"], capsys)
+    assert len(error) < 500 and "grid" in error and "value: 17" in error and " ... " in error
 
 
 def test_force_new_takes_the_next_free_name_and_keeps_it_after_a_crash(
@@ -1340,13 +1270,14 @@ MISSPELT = {
 }
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", MISSPELT)
 def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
     command: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert MISSPELT.keys() == COMMANDS.keys() - {"completion"}
     monkeypatch.chdir(tmp_path)
     wrong, right = MISSPELT[command]
     command = (

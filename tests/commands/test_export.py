@@ -58,6 +58,10 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list:
     return calls
 
 
+def export(student: Path, *options: str) -> int:
+    return main(["export", f"--student={student}", *options])
+
+
 def task_folder(path: Path) -> Path:
     path.mkdir()
     rows = make_rows(40)
@@ -74,7 +78,7 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
 ) -> None:
     task = task_folder(tmp_path / "colours")
     options = [f"--task={task}", f"--teacher={tiny_teacher}", "--license=mit"]
-    assert main(["export", f"--student={student}", *options]) == 0
+    assert export(student, *options) == 0
     shown = capsys.readouterr().out
     folder = tmp_path / "student-export"
     checks = json.loads((folder / "manifest.json").read_text())["checks"]
@@ -96,7 +100,7 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.hidden_size == 32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kdnas.commands.export, "export_student", None)
-        assert main(["export", f"--student={student}"]) == 2
+        assert export(student) == 2
     assert (
         f"The folder {str(folder)!r} exists: give another --output, or --force"
         in capsys.readouterr().err
@@ -109,7 +113,7 @@ def test_an_export_that_a_killed_process_had_set_aside_is_there_again(
     aside = tmp_path / f".deployed.{this_host()}-{2**22 + 1}.abcdefgh_set_aside"
     aside.mkdir()
     (aside / "model.onnx").touch()
-    assert main(["export", f"--student={student}", f"--output={tmp_path / 'deployed'}"]) == 2
+    assert export(student, f"--output={tmp_path / 'deployed'}") == 2
     assert "deployed' is there, and no earlier export" in capsys.readouterr().err
     assert (tmp_path / "deployed" / "model.onnx").exists() and not aside.exists()
 
@@ -118,10 +122,7 @@ def test_labelled_rows_may_be_a_table_of_ones_own(student: Path, tmp_path: Path,
     rows = [f"{make_rows(60, seed=5)[i]},{('good', 'bad')[i % 2]}" for i in range(60)]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,verdict", *rows]))
     columns = ["--text-column=review", "--label-column=verdict"]
-    assert (
-        main(["export", f"--student={student}", f"--data={tmp_path / 'reviews.csv'}", *columns])
-        == 0
-    )
+    assert export(student, f"--data={tmp_path / 'reviews.csv'}", *columns) == 0
     rows_of = exported[0][2]["make_rows"](AutoTokenizer.from_pretrained(student))
     assert rows_of.name == "6 validation rows of reviews"
 
@@ -130,9 +131,9 @@ def test_rows_without_labels_may_have_a_column_of_another_name(
     student: Path, tmp_path: Path, exported, capsys
 ) -> None:
     pq.write_table(pa.table({"body": make_rows(60)}), tmp_path / "rows.parquet")
-    export = ["export", f"--student={student}", f"--text={tmp_path / 'rows.parquet'}"]
-    assert main(export) == 2 and "has no column 'text'" in capsys.readouterr().err
-    assert main([*export, "--text-column=body"]) == 0
+    command = ["export", f"--student={student}", f"--text={tmp_path / 'rows.parquet'}"]
+    assert main(command) == 2 and "has no column 'text'" in capsys.readouterr().err
+    assert main([*command, "--text-column=body"]) == 0
     assert len(exported) == 1 and exported[0][2]["make_rows"] is not None
 
 
@@ -148,7 +149,7 @@ def test_the_default_folder_is_beside_the_student_however_it_is_named(
 def test_it_is_said_where_int8_is_slower(
     student: Path, exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", f"--student={student}"]) == 0
+    assert export(student) == 0
     shown = capsys.readouterr().out
     assert "On this machine int8 is slower than float32 at 1 x 16: both are kept" in shown
     assert "score 0.490 (float32 0.500)" in shown
@@ -159,12 +160,12 @@ def test_an_existing_folder_is_replaced_with_force_alone(
 ) -> None:
     output = tmp_path / "output"
     output.mkdir()
-    assert main(["export", f"--student={student}", f"--output={output}"]) == 0, "it is empty"
+    assert export(student, f"--output={output}") == 0, "it is empty"
     (output / "manifest.json").write_text('{"checks": {}}')
-    assert main(["export", f"--student={student}", f"--output={output}"]) == 2
+    assert export(student, f"--output={output}") == 2
     assert [call[:2] for call in exported] == [(student, output)]
-    assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 0
-    assert main(["export", f"--student={student}", f"--output={student}", "--force"]) == 2
+    assert export(student, f"--output={output}", "--force") == 0
+    assert export(student, f"--output={student}", "--force") == 2
     assert len(exported) == 2
 
 
@@ -174,7 +175,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(
     (tmp_path / "disk").mkdir()
     link = tmp_path / "output"
     link.symlink_to(tmp_path / "disk")
-    assert main(["export", f"--student={student}", f"--output={link}"]) == 0
+    assert export(student, f"--output={link}") == 0
     assert exported[0][1] == tmp_path / "disk" and link.is_symlink()
 
 
@@ -185,7 +186,7 @@ def test_force_replaces_nothing_but_an_export(
     write_manifest(run, {"name": "mine"})
     (tmp_path / "file").write_text("mine")
     for output in (run, tmp_path / "logs", tmp_path / "file"):
-        assert main(["export", f"--student={student}", f"--output={output}", "--force"]) == 2
+        assert export(student, f"--output={output}", "--force") == 2
         shown = capsys.readouterr().err
         assert f"{str(output)!r} is there, and no earlier export: give another --output." in shown
     assert exported == []
@@ -237,7 +238,7 @@ def test_rows_are_scored_where_the_student_has_their_classes(
         )
         model.config.id2label = dict(enumerate(names))
         model.save_pretrained(student)
-        assert main(["export", f"--student={student}", *data]) == 0
+        assert export(student, *data) == 0
         rows = exported[-1][2]["make_rows"](tokenizer)
         assert rows.task.num_labels == len(names)
         return [int(label) for batch in rows.report for label in batch["labels"]]
@@ -248,15 +249,13 @@ def test_rows_are_scored_where_the_student_has_their_classes(
     assert labels("GOOD", "Bad") == [1 - label for label in plain]
     assert labels("awful", "bad", "fair", "good") == [1 + 2 * label for label in plain]
     capsys.readouterr()
-    assert (
-        main(["export", f"--student={student}", f"--task={task_folder(tmp_path / 'colours')}"]) == 2
-    )
+    assert export(student, f"--task={task_folder(tmp_path / 'colours')}") == 2
     assert (
         "has 4 outputs, and 'colours' needs 2: give the task that it was trained on"
         in capsys.readouterr().err
     )
     save_teacher(student)  # an encoder
-    assert main(["export", f"--student={student}", *data]) == 0
+    assert export(student, *data) == 0
     rows = exported[-1][2]["make_rows"](tokenizer)
     assert rows.task is None and rows.name == "6 validation rows of reviews"
 
@@ -271,8 +270,8 @@ def test_texts_of_a_run_are_split_as_it_split_them(
     run = save_run(tmp_path / "logs", student, "someone/bert")
     config = json.loads((run / "config.yaml").read_text()) | {"task": None}
     (run / "config.yaml").write_text(json.dumps(config))
-    export = ["export", "--run=mine", f"--root={tmp_path / 'logs'}"]
-    assert main(export) == main([*export, "--text=/other/rows.txt"]) == 0
+    command = ["export", "--run=mine", f"--root={tmp_path / 'logs'}"]
+    assert main(command) == main([*command, "--text=/other/rows.txt"]) == 0
     how = {"seed": 7, "column": "body", "held_out_fraction": 0.25}
     assert asked == [("/somewhere/rows.txt", how), ("/other/rows.txt", {})]
 
@@ -294,7 +293,7 @@ def test_a_text_that_a_folder_is_compared_on_is_not_what_it_was_distilled_on(
     student: Path, tmp_path: Path, exported
 ) -> None:
     write_text(tmp_path / "sample.txt", "\n".join(make_rows(40)))
-    assert main(["export", f"--student={student}", f"--text={tmp_path / 'sample.txt'}"]) == 0
+    assert export(student, f"--text={tmp_path / 'sample.txt'}") == 0
     assert exported[0][2]["card"] == {"name": "student", "teacher": "not stated", "sections": {}}
 
 
@@ -353,9 +352,9 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     write_manifest(run, {"name": "mine"})
     monkeypatch.setattr(kdnas.commands.export, "export_student", fake)
     monkeypatch.chdir(tmp_path)
-    export = ["export", "--run=mine", "--root=logs"]
+    command = ["export", "--run=mine", "--root=logs"]
     for options in (["--force"], [f"--output={run / 'again'}"], ["--output=outside"]):
-        assert main([*export, *options]) == 0
+        assert main([*command, *options]) == 0
         assert main(["verify", str(run)]) == 0
     (tmp_path / "manifest.json").write_text("[]")  # another program's
     shutil.copytree(student, run / "mine")
@@ -369,7 +368,7 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     (run / "best_student.yaml").write_text(
         "changed"
     )  # by somebody else: no export makes that right
-    assert main([*export, "--force"]) == 0
+    assert main([*command, "--force"]) == 0
     capsys.readouterr()
     assert main(["verify", str(run)]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -450,7 +449,7 @@ def test_a_folder_without_weights_is_refused(
     student: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (student / "model.safetensors").unlink()
-    assert main(["export", f"--student={student}"]) == 2
+    assert export(student) == 2
     assert f"Cannot export {str(student)!r}" in capsys.readouterr().err
     assert main(["export", "--student=/nowhere"]) == 2
     assert "Cannot export '/nowhere': there is no such folder" in capsys.readouterr().err
@@ -460,13 +459,13 @@ def test_a_student_of_another_teacher_is_refused(
     student: Path, tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_teacher(tmp_path / "other", "roberta")
-    assert main(["export", f"--student={student}", f"--teacher={other}"]) == 2
+    assert export(student, f"--teacher={other}") == 2
     assert f"(bert) is not of the teacher {str(other)!r} (roberta)" in capsys.readouterr().err
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
-    assert main(["export", f"--student={student}", f"--teacher={shorter}"]) == 2
+    assert export(student, f"--teacher={shorter}") == 2
     assert f"does not read as {str(shorter)!r} does: it takes" in capsys.readouterr().err
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
-    assert main(["export", f"--student={student}", f"--teacher={smaller}"]) == 2
+    assert export(student, f"--teacher={smaller}") == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err
     twin, own = (
         save_teacher(tmp_path / "twin", initializer_range=0.1),
@@ -475,13 +474,13 @@ def test_a_student_of_another_teacher_is_refused(
     config = json.loads((student / "config.json").read_text())
     config["teacher_sha256"] = find_teacher(str(own)).sha256()
     (student / "config.json").write_text(json.dumps(config))
-    assert main(["export", f"--student={student}", f"--teacher={twin}"]) == 2
+    assert export(student, f"--teacher={twin}") == 2
     assert (
         f"learned from other weights (sha256 {config['teacher_sha256'][:8]})"
         in capsys.readouterr().err
     )
     assert exported == []
-    assert main(["export", f"--student={student}", f"--teacher={own}"]) == 0
+    assert export(student, f"--teacher={own}") == 0
 
 
 @pytest.mark.parametrize(
@@ -507,7 +506,7 @@ def test_what_is_no_mistake_of_the_user_ends_with_one_line_too(
         raise error
 
     monkeypatch.setattr(kdnas.commands.export, "export_student", fail)
-    assert main(["export", f"--student={student}"]) == code
+    assert export(student) == code
     assert re.sub(r"[\d,]+ bytes", "N bytes", capsys.readouterr().err) == line
 
 
@@ -517,7 +516,7 @@ def test_sigterm_ends_an_export_with_one_line(student, monkeypatch, capsys):
         "export_student",
         lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM),
     )
-    assert main(["export", f"--student={student}"]) == 143
+    assert export(student) == 143
     assert capsys.readouterr().err == "kdnas: interrupted.\n"
 
 
@@ -538,13 +537,13 @@ def test_a_folder_is_pushed_where_a_repository_is_named(
             return "https://hub/me/small"
 
     monkeypatch.setattr(kdnas.commands.export, "HfApi", Hub)
-    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 0
+    assert export(student, "--hub-repo=me/small") == 0
     folder = Path(f"{student}-export")
     created = ("me/small", {"private": True, "exist_ok": True}, 1)
     assert calls == ["whoami", created, ("me/small", folder)]
     assert "Pushed: https://hub/me/small" in capsys.readouterr().out
     monkeypatch.setattr(Hub, "upload_folder", lambda *args, **options: [][0])
-    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    assert export(student, "--hub-repo=me/small") == 2
     error = capsys.readouterr().err
     assert (
         "Cannot push to 'me/small': list index out of range" in error
@@ -573,9 +572,7 @@ def test_a_run_whose_export_cannot_be_pushed_is_verified_all_the_same(
     monkeypatch.setattr(kdnas.commands.export, "check_hub", lambda repo: None)
     monkeypatch.setattr(kdnas.commands.export, "_check_output", lambda *args: None)
     output = tmp_path / "mine" / "student"
-    assert (
-        main(["export", f"--student={student}", f"--output={output}", "--hub-repo=me/small"]) == 130
-    )
+    assert export(student, f"--output={output}", "--hub-repo=me/small") == 130
     assert main(["verify", str(tmp_path / "mine")]) == 0, capsys.readouterr()
 
 
@@ -587,7 +584,7 @@ def test_without_a_login_nothing_is_exported(
             raise ValueError("no token")
 
     monkeypatch.setattr(kdnas.commands.export, "HfApi", Hub)
-    assert main(["export", f"--student={student}", "--hub-repo=me/small"]) == 2
+    assert export(student, "--hub-repo=me/small") == 2
     assert (
         "Cannot push to 'me/small': no token. Log in by `hf auth login`." in capsys.readouterr().err
     )

@@ -1,22 +1,24 @@
-"""What a dry run extends from a few rows and a few steps."""
+"""What a dry run scales from a few rows and a few steps."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
 from kdnas.commands import plan
 from kdnas.commands.config import RunConfig, SearchSettings
-from kdnas.commands.inputs import Found, look
-from kdnas.commands.rates import Rates
+from kdnas.commands.inputs import look
+from kdnas.commands.plan import Looks, Rates, Sample
 from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ArchLatency, Latency, LatencySettings
-from kdnas.distillation.teacher_states import StatesSettings, state_cache
+from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, state_cache
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import build_student, find_teacher, num_parameters
+from kdnas.models.encoders import find_teacher
 from kdnas.nas.candidate import Budget
 from kdnas.nas.space import SearchSpace
 from tests.conftest import make_rows
@@ -26,15 +28,47 @@ def test_a_fit_takes_its_start_and_each_epoch_what_it_trains_and_scores() -> Non
     assert Rates(start=1, train=2, score=3).seconds(num_epochs=2, num_train=10, num_scored=5) == 71
 
 
-def test_what_a_few_students_weigh_tells_the_weight_of_all(any_teacher: Path) -> None:
-    config = find_teacher(str(any_teacher)).config
-    archs = list(SearchSpace.from_teacher(config))
-    sizes = {arch: float(num_parameters(build_student(config, arch))) for arch in archs}
-    some = np.random.default_rng(0).permutation(len(archs))[:12]
-    known = {archs[place]: sizes[archs[place]] for place in some}
-    others = [arch for arch in archs if arch not in known]
-    assert len(others) > 12
-    assert plan.extend(known, others) == pytest.approx([sizes[arch] for arch in others], rel=0.02)
+def test_start_training_and_scoring_are_told_apart() -> None:
+    def one_epoch(timer: Timer) -> None:
+        time.sleep(0.1)
+        timer.on_train_start(None, None)  # type: ignore[arg-type]
+        time.sleep(0.2)
+        timer.on_validation_start(None, None)  # type: ignore[arg-type]
+        time.sleep(0.3)
+        timer.on_validation_end(None, None)  # type: ignore[arg-type]
+        timer.on_train_end(None, None)  # type: ignore[arg-type]
+
+    rates = plan._rates(one_epoch, num_train=2, num_scored=10)
+    assert rates == pytest.approx((0.1, 0.1, 0.03), rel=0.3)
+
+
+def an_arch(width: int) -> StudentArch:
+    return StudentArch(1, 1, width, width)
+
+
+def a_look(milliseconds: float, num_parameters: int = 1) -> ArchLatency:
+    return ArchLatency(Latency(milliseconds, 0.0, 0), Latency(100.0, 0.0, 0), num_parameters)
+
+
+def test_students_between_those_that_are_measured_take_as_long_as_their_latency_says() -> None:
+    latencies = {an_arch(width): a_look(width) for width in (1, 2, 3, 4, 7)}
+    looks = Looks(latencies, share=1.0, seconds=2.0)
+    assert looks.chosen() == [an_arch(1), an_arch(3), an_arch(7)]
+    known = dict(zip(looks.chosen(), (10.0, 30.0, 110.0), strict=True))
+    config = SimpleNamespace(search=SearchSettings(n_trials=5), workers=2, time_budget=None)
+    sample = SimpleNamespace(
+        config=config,
+        found=SimpleNamespace(space=range(9), device="cpu"),
+        candidate_seconds=lambda rates: rates,
+        stage=lambda name, seconds, *other: (name, seconds),
+    )
+    name, seconds = plan._search(sample, looks, known)  # type: ignore[arg-type, misc]
+    mean = np.mean([10, 20, 30, 50, 110])
+    assert (name, seconds) == ("5 candidates", pytest.approx(5 * mean / 2 + 5 * 2.0))
+
+    few = looks._replace(share=1 / 3)
+    name, seconds = plan._search(sample, few, known)  # type: ignore[arg-type, misc]
+    assert (name, seconds) == ("3 candidates", pytest.approx(3 * mean / 2 + 9 * 2.0))
 
 
 def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
@@ -45,58 +79,42 @@ def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
     assert captions[1] == f"{captions[0]} Of the GPU a worker takes 1.3 GB at least."
 
 
-def test_the_budget_is_held_against_students_that_were_not_looked_at(
-    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = find_teacher(str(tiny_teacher)).config
-    space = SearchSpace.from_teacher(config)
+def test_the_budget_is_held_against_students_from_all_over_the_space(tiny_teacher: Path) -> None:
+    space = SearchSpace.from_teacher(find_teacher(str(tiny_teacher)).config)
 
-    class Meter:  # as long as the student has parameters
-        looked = 0
+    def size(arch: StudentArch) -> int:
+        return arch.num_hidden_layers * arch.hidden_size**2
 
-        def measure(self, arch: StudentArch) -> ArchLatency:
-            self.looked += 1
-            size = arch.num_hidden_layers * arch.hidden_size**2
-            return ArchLatency(Latency(size / 1000, 0.0, 0), Latency(100.0, 0.0, 0), size)
+    def looks(most: int) -> Looks:
+        settings = SearchSettings(budget=Budget(num_parameters=most))
+        meter = SimpleNamespace(measure=lambda arch: a_look(size(arch), size(arch)))
+        config = SimpleNamespace(seed=0, search=settings)
+        return plan._looks(SimpleNamespace(space=space, meter=meter, config=config))  # type: ignore[arg-type]
 
-    meter = Meter()
-    largest = max(arch.num_hidden_layers * arch.hidden_size**2 for arch in space)
-    settings = SearchSettings(budget=Budget(num_parameters=largest // 3))
-    found = SimpleNamespace(
-        space=space, meter=meter, config=SimpleNamespace(seed=0, search=settings)
-    )
-    monkeypatch.setattr(plan, "SECONDS_OF_LOOKS", 0)
-    latencies, refused_share = plan._latencies(found)
-    within = [
-        arch for arch in space if arch.num_hidden_layers * arch.hidden_size**2 <= largest // 3
-    ]
-    assert meter.looked == plan.FEWEST_LOOKS < len(within) < len(space)
-    assert len(latencies) == pytest.approx(len(within), rel=0.2)
-    assert refused_share == pytest.approx(1 - len(within) / len(space), rel=0.2)
+    half = sorted(map(size, space))[len(space) // 2]
+    found = looks(most=half)
+    sizes = [size(arch) for arch in found.within]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 1 and max(sizes) <= half
+    assert found.share == len(sizes) / plan.NUM_LOOKS == pytest.approx(0.5, abs=0.3)
+    nobody = looks(most=1)
+    assert (list(nobody.within), nobody.share) == ([space.smallest()], 0.0)
 
 
-def test_what_a_large_text_needs_is_extended_from_a_few_rows(
+def test_what_a_large_text_needs_is_scaled_from_a_few_rows(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Paced:  # trains nothing
-        num_bytes = 1_000
+    rates = Rates(start=1, train=1e-3, score=1e-3)  # nothing is trained
 
-        def __init__(
-            self, found: Found, latencies: dict[StudentArch, float], *args: object
-        ) -> None:
-            self.measured = list(latencies)
+    def paced(
+        sample: Sample, archs: list[StudentArch], states: TeacherStates
+    ) -> dict[StudentArch, Rates]:
+        return dict.fromkeys(archs, rates)
 
-        def rates(self, latency: float) -> Rates:
-            return Rates(start=1, train=1e-3, score=1e-3)
-
-    monkeypatch.setattr(plan, "Distillation", Paced)
-    monkeypatch.setattr(
-        plan, "distillation_rates", lambda *args: (Rates(start=1, train=1e-3, score=1e-3), 1_000)
-    )
+    monkeypatch.setattr(plan, "_distillation", paced)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_rows(3000, seed=4)))
     monkeypatch.setattr(plan, "MOST_TOKENS", 2_000)
-    monkeypatch.setattr(plan, "MOST_LOOKS", 3)
+    monkeypatch.setattr(plan, "NUM_LOOKS", 3)
     config = RunConfig(
         teacher=str(tiny_teacher),
         text=str(text),

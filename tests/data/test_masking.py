@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from kdnas.data.masking import Draw, Masker, row_generator
-from kdnas.system.errors import UserError
 
 MASK, SPECIAL = 4, [1, 2, 3, 4]
 ROWS = np.random.default_rng(0).integers(
@@ -98,9 +97,3 @@ def test_a_row_is_not_changed_in_place():
 
 def test_probability_0_changes_nothing():
     assert (masked(probability=0.0) == ROWS).all()
-
-
-@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
-def test_a_probability_out_of_range_is_refused(probability):
-    with pytest.raises(UserError, match=rf"mask_probability is {probability}: "):
-        Masker(MASK, 1000, SPECIAL, probability)

@@ -1,4 +1,4 @@
-"""Some rows of a source: from all over it, and never all of a large one."""
+"""Rows of a source: all, or some, and what tells sources apart."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdnas.data import readers
-from kdnas.data.readers import all_rows, some_rows, text_sha256
+from kdnas.data.readers import some_rows, text_sha256
 from kdnas.system.errors import UserError
 
 NUMBERS = list(range(400))
@@ -31,85 +31,54 @@ def numbers_of(rows: list[tuple[str | None, str | None]]) -> list[int]:
     return [int(text.split()[1]) for text, _ in rows]
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MOST_ROWS", 40)
-    monkeypatch.setattr(readers, "PLACES", 4)
-
-
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt", ".csv"])
-def test_a_large_file_gives_rows_of_four_places(suffix: str, small: None, tmp_path: Path) -> None:
-    rows, num_rows = some_rows(str(write(tmp_path / f"rows{suffix}")), "text")
-    found = numbers_of(rows)
-    assert num_rows == pytest.approx(400, abs=2) and len(set(found)) == 40
-    quarters = {number // 100 for number in found}
-    assert quarters == ({0} if suffix == ".csv" else {0, 1, 2, 3})
+def test_some_rows_are_the_first_of_a_shuffle(suffix: str, tmp_path: Path) -> None:
+    path = str(write(tmp_path / f"rows{suffix}"))
+    shuffled, _ = some_rows(path, "text", 1_000)
+    assert sorted(numbers_of(shuffled)) == NUMBERS != numbers_of(shuffled)
+    few, num_rows = some_rows(path, "text", 40)
+    assert len(set(few)) == 40 and num_rows == 400
+    assert {number // 100 for number in numbers_of(few)} == {0, 1, 2, 3}
+    assert few == some_rows(path, "text", 40)[0]
 
 
-@pytest.mark.parametrize(("num_groups", "expected"), [(1, {0}), (2, {0, 2})])
-def test_no_row_of_a_parquet_of_few_groups_is_read_twice(
-    num_groups, expected, small: None, tmp_path: Path
-) -> None:
-    path = tmp_path / "rows.parquet"
-    pq.write_table(
-        pa.table({"text": [f"row {number}" for number in NUMBERS]}),
-        path,
-        row_group_size=400 // num_groups,
-    )
-    rows, num_rows = some_rows(str(path), "text")
-    found = numbers_of(rows)
-    assert num_rows == 400 and len(found) == len(set(found)) == 40
-    assert {number // 100 for number in found} == expected
+def test_rows_of_a_folder_are_shuffled_together(tmp_path: Path) -> None:
+    for number in range(9):
+        write(tmp_path / f"{number}.txt", [1000 * number + row for row in range(100)])
+    rows, num_rows = some_rows(str(tmp_path), "text", 100)
+    assert {number // 1000 for number in numbers_of(rows)} == set(range(9))
+    assert num_rows == 900
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_rows_of_several_lines_are_counted_once(suffix, small: None, tmp_path: Path) -> None:
+def test_rows_of_several_lines_are_counted_once(suffix: str, tmp_path: Path) -> None:
     rows = "".join(f'"row {number}{chr(10) * (suffix == ".csv") * 9}"\n' for number in NUMBERS)
-    path = write(tmp_path / f"rows{suffix}")
+    path = tmp_path / f"rows{suffix}"
     path.write_text("text\n" + rows)
-    assert some_rows(str(path), "text")[1] == pytest.approx(400, abs=2)
+    assert some_rows(str(path), "text", 40)[1] == 400
 
 
-def test_a_small_source_is_read_whole(tmp_path: Path) -> None:
-    path = str(write(tmp_path / "rows.jsonl"))
-    assert some_rows(path, "text") == (list(all_rows(path, "text")), 400)
-    assert some_rows(str(write(tmp_path / "none.txt", [])), "text")[1] <= 1
+def test_a_source_may_have_fewer_rows_than_are_asked_for(tmp_path: Path) -> None:
+    assert some_rows(str(write(tmp_path / "none.txt", [])), "text", 40)[1] <= 1
+    rows, num_rows = some_rows(str(write(tmp_path / "few.jsonl", [1, 2, 3])), "text", 40)
+    assert sorted(numbers_of(rows)) == [1, 2, 3] and num_rows == 3
 
 
-def test_a_large_folder_gives_rows_of_its_files(small: None, tmp_path: Path) -> None:
-    for number in range(9):
-        write(tmp_path / f"{number}.txt", [1000 * number + row for row in range(100)])
-    rows, num_rows = some_rows(str(tmp_path), "text")
-    assert {number // 1000 for number in numbers_of(rows)} == {0, 3, 6}
-    assert num_rows == pytest.approx(900, rel=0.2) and len(rows) == 39
-
-
-def test_few_bytes_are_read_of_long_rows(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "rows.txt"
-    path.write_text("".join(f"{number} " * 500 + "\n" for number in range(100, 130)))
-    monkeypatch.setattr(readers, "MOST_BYTES", 16_000)
-    rows, num_rows = some_rows(str(path), "text")
-    assert num_rows == 30 and {int(text[:3]) // 10 for text, _ in rows} == {10, 11, 12}
-    assert sum(len(text) for text, _ in rows) < 30_000
-
-
-def test_a_hub_data_set_is_drawn_from_evenly(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = datasets.Dataset.from_dict({"text": [f"row {number}" for number in NUMBERS]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: whole)
-    rows, num_rows = some_rows("some-one/some.data", "text")
-    assert num_rows == 400 and numbers_of(rows) == list(range(0, 400, 10))
+    rows, num_rows = some_rows("some-one/some.data", "text", 40)
+    assert num_rows == 400 and {number // 100 for number in numbers_of(rows)} == {0, 1, 2, 3}
 
 
-def test_a_wrong_row_is_told_with_its_place(small: None, tmp_path: Path) -> None:
+def test_a_wrong_row_is_told_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_bytes(b"fine\n" * 240 + b"bad \xff\n" * 100 + b"fine\n" * 60)
-    with pytest.raises(UserError, match=r"rows.txt from 75% on' is not UTF-8 in row 1"):
-        some_rows(str(path), "text")
+    with pytest.raises(UserError, match=r"rows.txt' is not UTF-8 in row 241"):
+        some_rows(str(path), "text", 40)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(UserError, match="cut.parquet' cannot be read at row 1"):
-        some_rows(str(tmp_path / "cut.parquet"), "text")
+        some_rows(str(tmp_path / "cut.parquet"), "text", 40)
 
 
 def test_a_source_s_hash_is_that_of_its_files_and_formats(tmp_path: Path) -> None:

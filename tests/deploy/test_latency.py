@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -447,15 +446,6 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
         LatencyMeter(
             AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file))
         )
-
-
-def test_a_backend_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError,
-        match="backend onnxruntime-int8 of latency needs onnxruntime: pip install 'kdnas'",
-    ):
-        LatencySettings("onnxruntime-int8")
 
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):

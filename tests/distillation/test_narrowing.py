@@ -14,7 +14,7 @@ from kdnas.distillation.losses import attention_divergence, ridge_map
 from kdnas.distillation.narrowing import (
     CalibrationRows,
     _best_factors,
-    _Narrowing,
+    _fit_norm,
     fit_linear,
     narrow,
 )
@@ -399,7 +399,7 @@ def test_the_scale_and_shift_of_a_norm_are_those_of_a_line_through_each_dimensio
     before, target = (torch.randn(50, 6, generator=generator) for _ in range(2))
     target += 3 * before
     norm = nn.LayerNorm(6)
-    given = _Narrowing._fit_norm(None, norm, before, target)
+    given = _fit_norm(norm, before, target)
     normed = nn.LayerNorm(6)(before)
     for i in range(6):
         line = np.polyfit(normed[:, i].double(), target[:, i].double(), 1)

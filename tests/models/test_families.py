@@ -37,7 +37,6 @@ from kdnas.distillation.module import DEFAULT_OBJECTIVE, HiddenStateDistillModul
 from kdnas.distillation.objectives import WeightedSum
 from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start, Started
 from kdnas.distillation.teacher_states import StatesSettings
-from kdnas.models import checkpoint_files as teacher_files
 from kdnas.models.arch import StudentArch, kept_layers
 from kdnas.models.encoders import (
     FAMILIES,
@@ -53,7 +52,7 @@ from kdnas.models.encoders import (
     state_sha256,
     student_config,
 )
-from kdnas.models.families import arch_of, family_of
+from kdnas.models.families import arch_of, family_of, titles
 from kdnas.nas.space import SearchSpace
 from kdnas.system.errors import UserError
 from tests.conftest import (
@@ -87,10 +86,7 @@ NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilber
 def test_there_are_ten_rows_and_a_tiny_teacher_of_each():
     assert list(FAMILIES) == list(dict.fromkeys([*FAMILIES, *CONFIGS, *MORE_CONFIGS]))
     assert len(FAMILIES) == len(CONFIGS) + len(MORE_CONFIGS) == 10
-    assert (
-        list(teacher_files.TITLES) == list(FAMILIES)
-        and ", ".join(teacher_files.TITLES.values()) == TITLES
-    )
+    assert titles() == TITLES
     assert {name for name, family in FAMILIES.items() if family.narrows} == NARROWED
 
 

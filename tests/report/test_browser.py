@@ -10,8 +10,8 @@ import pytest
 
 from kdnas.cli.main import main
 from kdnas.report.page import write_report
+from tests.commands.test_report import search
 from tests.report.test_page import every_kind, whole
-from tests.report.test_report_job import search
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -142,7 +142,8 @@ def test_a_config_that_is_no_text_is_refused(tmp_path, capsys):
     (tmp_path / "a.yaml").write_bytes(bytes(range(256)))
     for command in ("search", "fit"):
         assert main([command, "--config", str(tmp_path / "a.yaml")]) == 2
-        assert "The config is not UTF-8 (invalid start byte at byte 128)" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "a.yaml': 'utf-8' codec can't decode byte 0x80 in position 128" in error
 
 
 KEYS = [
@@ -217,7 +218,7 @@ def test_any_config_is_read_or_refused_in_one_line_that_names_what_is_wrong(cont
             }
         except (yaml.YAMLError, *NO_VALUE):
             keys = set()
-        assert any(name in told for name in {"config", "teacher", "text", *keys})
+        assert any(name in told for name in {"config", "any.yaml", "teacher", "text", *keys})
 
 
 def every_key(value: Any) -> Iterator[Any]:
@@ -243,13 +244,13 @@ def test_whatever_is_plain_passes(value):
 def test_a_key_without_a_name_is_told(content, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "a.yaml")]) == 2
-    assert capsys.readouterr().err.startswith("kdnas: A key of the config is no name (")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "key" in error.lower()
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "text"])
 def test_a_config_that_maps_nothing_is_told_what_it_must_be(content, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "config.yaml")]) == 2
-    assert capsys.readouterr().err.startswith(
-        f"kdnas: A config is {content!r}: it must map names to values"
-    )
+    told = f"{str(tmp_path / 'config.yaml')!r} holds no mapping: it must map names to values."
+    assert capsys.readouterr().err == f"kdnas: {told}\n"

@@ -68,7 +68,7 @@ def test_it_is_measured_once_without_a_trace_in_what_is_drawn_next(monkeypatch):
 def test_child_processes_take_what_their_parent_found(bf16_wins):
     """Two ranks that measured for themselves on busy cores once found different ones, and stored the states twice."""
     bf16_is_faster("cpu")
-    code = "from kdnas import precision; precision._seconds = None; print(precision.trainer_precision('cpu'))"
+    code = "from kdnas.training import precision; precision._seconds = None; print(precision.trainer_precision('cpu'))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
