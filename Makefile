@@ -4,7 +4,7 @@ ENV := .venv/.complete
 
 # Every stage of a run, and each library's part in it, in a few minutes.
 LOWEST := $(patsubst %,tests/%.py,test_api report/test_page nas/test_sampler tasks/test_scores \
-	commands/test_smoke system/test_jobs)
+	commands/test_smoke system/test_engine)
 
 .PHONY: help install quickstart test lint bench faults docs lowest audit
 .DEFAULT_GOAL := help

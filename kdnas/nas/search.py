@@ -24,7 +24,8 @@ from kdnas.nas.record import Record
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.trials import FrozenTrial, Outcome, Study, best_of
 from kdnas.nas.weights import save_weights
-from kdnas.system.jobs import Engine, Job, Reporter
+from kdnas.system.engine import Engine
+from kdnas.system.jobs import Job, Reporter
 from kdnas.training.progress import ProgressFile, StopWhenAsked
 from kdnas.training.trainer import fit, make_trainer
 

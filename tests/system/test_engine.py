@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdnas.system import jobs
+from kdnas.system import engine as engine_module
+from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.files import is_alive
-from kdnas.system.jobs import Engine, Job, Reporter, Stopped, num_threads, progress_of, warm_up
+from kdnas.system.jobs import Job, Reporter, Stopped, progress_of
+from kdnas.system.pool import num_threads, warm_up
+from kdnas.system.signals import TERMINATIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,7 +238,7 @@ def test_a_job_that_is_asked_to_stop_has_no_result_and_goes_on_in_the_next_start
     with Engine(num_slots) as engine:
         engine.start(job)
         until(lambda: num_begun(job.folder))
-    assert time.monotonic() < begun + jobs.STOP_SECONDS
+    assert time.monotonic() < begun + engine_module.STOP_SECONDS
     assert not job.is_done and (job.folder / "stop").exists()
     (tmp_path / "go").touch()
     with Engine() as engine:
@@ -342,7 +345,7 @@ def test_what_a_job_prints_goes_to_its_log(process, tmp_path, capfd):
 
 
 def test_a_job_that_does_not_hear_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(engine_module, "STOP_SECONDS", 0.3)
     job = Job(tmp_path / "a", "a job", hang, (tmp_path / "a",))
     with Engine(1) as engine:
         engine.start(job)
@@ -369,7 +372,7 @@ def test_slots_share_the_cores_and_have_a_gpu_each(tmp_path, monkeypatch):
 
 def parent(folder: Path) -> None:
     """A parent that hears all signals and goes on; run in a process group of its own."""
-    for number in (signal.SIGINT, *jobs.TERMINATIONS):
+    for number in (signal.SIGINT, *TERMINATIONS):
         signal.signal(number, lambda number, frame: print(number, flush=True))
     todo = [
         Job(folder / "a", "a", wait_for, (folder / "go", folder / "a")),
