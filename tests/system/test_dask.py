@@ -10,7 +10,7 @@ import pytest
 from kdnas.commands.engine import open_engine
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.jobs import Job
-from tests.system.test_jobs import double, fail, num_begun, until, wait_for
+from tests.system.test_engine import double, fail, num_begun, until, wait_for
 
 
 @pytest.fixture(scope="module")
