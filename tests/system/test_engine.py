@@ -383,7 +383,7 @@ def parent(folder: Path) -> None:
 
 
 def test_a_signal_to_the_group_ends_no_job_and_the_death_of_the_parent_ends_all(tmp_path):
-    code = f"from pathlib import Path; from tests.system import test_jobs; test_jobs.parent(Path({str(tmp_path)!r}))"
+    code = f"from pathlib import Path; from tests.system import test_engine; test_engine.parent(Path({str(tmp_path)!r}))"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
