@@ -1,15 +1,18 @@
 """From teacher to student in a script."""
 
-import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from kdnas import api
 from kdnas.data.datamodule import DataSettings
@@ -20,7 +23,7 @@ from kdnas.distillation.teacher_states import StatesSettings
 from kdnas.models.arch import StudentArch
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, this_host
-from kdnas.training import trainer as training
+from kdnas.training.checkpoints import KeepLast
 from kdnas.training.trainer import TrainerSettings
 from tests.conftest import write_table
 
@@ -74,64 +77,51 @@ def test_a_stopped_distillation_goes_on(
     states, recipe = StatesSettings(str(tmp_path / "states")), Recipe(objective=OfNumbers())
     options = dict(num_epochs=2, data=data, states=states, recipe=recipe, root=str(tmp_path))
     student = api.distill(str(tiny_teacher), str(text_file), arch, **options)
-    assert (
-        student.config._attn_implementation == "sdpa" and not student.training
-    )  # it learned with another one
+    # It learned with another implementation of attention.
+    assert student.config._attn_implementation == "sdpa" and not student.training
     whole = student.state_dict()
 
-    keep = training.KeepLast.on_train_epoch_end
+    def distill(**changed: object) -> PreTrainedModel:
+        asked = options | {"name": "stopped"} | changed
+        return api.distill(str(tiny_teacher), str(text_file), arch, **asked)
 
-    def stop(self, trainer, pl_module):
+    keep = KeepLast.on_train_epoch_end
+
+    def stop(self: KeepLast, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not self.reporter.is_asked_to_stop:
+            time.sleep(0.01)
         keep(self, trainer, pl_module)
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.KeepLast, "on_train_epoch_end", stop)
-        api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
+        patch.setattr(KeepLast, "on_train_epoch_end", stop)
+        distill()
     last = tmp_path / "stopped" / "last.ckpt"
-    other = options | {
-        "name": "stopped",
-        "recipe": replace(recipe, learning_rate=1e-2),
-        "num_epochs": 3,
-    }
-    with pytest.raises(UserError) as refused:
-        api.distill(str(tiny_teacher), str(text_file), arch, **other)
+    faster = replace(recipe, learning_rate=1e-2)
+    of_a_set = "{7} (builtins.set) cannot be written as YAML: keep numbers, text"
     for changed, told in (
+        (
+            {"recipe": faster, "num_epochs": 3},
+            f"The distillation in {str(last)!r} was made with other settings (num_epochs: 2 there, "
+            "3 now; recipe.learning_rate: 0.0015 there, 0.01 now): go back to them, or delete",
+        ),
         (
             {"trainer": TrainerSettings(gradient_clip_val=0.5)},
             "gradient_clip_val: 1.0 there, 0.5 now",
         ),
         ({"states": replace(states, precision="int8")}, "states: 'float16' there, 'int8' now"),
-        (
-            {"recipe": Recipe(objective=OfASet())},
-            r"{7} (builtins.set) cannot be written as YAML: keep numbers, text",
-        ),
+        ({"recipe": Recipe(objective=OfASet())}, of_a_set),
     ):
         with pytest.raises(UserError, match=re.escape(told)):
-            api.distill(
-                str(tiny_teacher), str(text_file), arch, name="stopped", **options | changed
-            )
-    with (
-        Run(tmp_path, "stopped").alone("wait"),
-        pytest.raises(
-            UserError, match="'stopped' is being made by process [0-9]+ of .*: wait for it, or"
-        ),
-    ):
-        api.distill(str(tiny_teacher), str(text_file), arch, name="stopped", **options)
-    told = "num_epochs: 2 there, 3 now; recipe.learning_rate: 0.0015 there, 0.01 now"
-    assert f"{str(last)!r} is of a distillation with other settings ({told}): go back" in str(
-        refused.value
-    )
-    made_with = json.loads(last.with_name("made_with.json").read_text())
-    for name in ("gradient_clip_val", "states"):  # which an earlier version did not write down
-        del made_with[name]
-    last.with_name("made_with.json").write_text(json.dumps(made_with))
+            distill(**changed)
+    told = "'stopped' is being made by process [0-9]+ of .*: wait for it, or"
+    with Run(tmp_path, "stopped").alone("wait"), pytest.raises(UserError, match=told):
+        distill()
+
     half = last.with_name(f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh")  # as a kill leaves it
     half.touch()
-    found = api.distill(
-        str(tiny_teacher), str(text_file), arch, name="stopped", **options
-    ).state_dict()
-    assert not half.exists()
+    found = distill().state_dict()
+    assert not half.exists() and not last.exists()
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 

@@ -26,6 +26,7 @@ NEEDED = {"run": {"teacher", "text"}, "search": {"teacher", "text"}, "space": {"
 NEEDED |= {"glue": {"model"}, "latency": {"model"}, "fit": {"config"}, "validate": {"config"}}
 # The same run, in seconds.
 TINY = {
+    "workers": 0,
     "data.max_length": 24,
     "data.batch_tokens": 256,
     "search.n_trials": 1,
@@ -41,6 +42,7 @@ TINY = {
 # Of what others do with a run: the options that make it quick.
 QUICKLY = {
     "glue": [
+        "--workers=0",
         "--finetune.num_epochs=1",
         "--latency.length=16",
         "--latency.min_seconds=0.01",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdnas.commands.config import as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
@@ -96,5 +96,5 @@ def distill(
         job.result_file.unlink(missing_ok=True)
         engine.run([job], JobBars(progress))
         last.unlink(missing_ok=True)
-    model: PreTrainedModel = AutoModel.from_pretrained(run.folder / "encoder")
-    return model
+    student = find_teacher(str(run.folder / "encoder")).load()  # without pooler, as it was trained
+    return student.requires_grad_(True)

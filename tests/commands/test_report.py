@@ -9,7 +9,7 @@ import yaml
 from optuna.trial import TrialState
 
 from kdnas.cli.main import main
-from kdnas.system.files import Run, write_text
+from kdnas.system.files import Run, write_json, write_text
 from kdnas.system.manifest import write_manifest
 from tests.report.test_page import CONFIG, Page, add, svgs, trained, whole
 
@@ -31,7 +31,7 @@ def search(
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{run.study_db}", direction="maximize"
     )
-    study.set_user_attr("identity", IDENTITY | (identity or {}))
+    write_json(run.made_with, IDENTITY | (identity or {}))
     for layers, loss in enumerate(losses, 1):
         add(study, TrialState.COMPLETE, 1 - loss, **trained(layers, layers + 0.5, loss, 1 - loss))
     return run

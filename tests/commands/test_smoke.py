@@ -29,6 +29,7 @@ def command(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
         "root": tmp_path / "logs",
         "data.max_length": 24,
         "data.batch_tokens": 256,
+        "workers": 0,
         "search.n_trials": 20,
         "search.num_epochs": 9,
         "search.budget.speedup": 1.01,
