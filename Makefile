@@ -3,7 +3,7 @@ ARGS ?=
 ENV := .venv/.complete
 
 # Every stage of a run, and each library's part in it, in a few minutes.
-LOWEST := $(patsubst %,tests/test_%.py,api report sampler scores smoke storage)
+LOWEST := tests/test_api.py $(patsubst %,tests/%.py,commands/test_report commands/test_smoke nas/test_sampler nas/test_search tasks/test_scores)
 
 .PHONY: help install quickstart test lint bench faults docs lowest audit
 .DEFAULT_GOAL := help
