@@ -153,7 +153,11 @@ class Bench:
     def __init__(self, folder: Path, quick: bool, seed: int) -> None:
         self.folder, self.quick, self.random = folder, quick, random.Random(seed)
         self.canary, self.logs, self.states = folder / "CANARY", folder / "logs", folder / "states"
-        self.teacher, self.text, self.task = folder / "teacher", folder / "a.txt", folder / "task"
+        self.teacher, self.text, self.task = (
+            folder / "teacher",
+            folder / "rows.txt",
+            folder / "task",
+        )
         self.home, self.told, self.temporary = folder / "home", folder / "told", folder / "tmp"
         self.num_trials = 4 if quick else 12
         self.storages: dict[str, str] = {}  # URLs of studies that are not in their run's folder

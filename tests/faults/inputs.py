@@ -82,7 +82,7 @@ def yaml(bench: Bench, row: Row) -> None:
         "unknown": ("teachr: x", "Did you mean 'teacher'?"),
         "bomb": ("\n".join(bomb), "aliases"),
         "50 MB": ("#" * 50_000_000, "characters"),
-        "no mapping": ("- 1\n- 2", "config"),
+        "no mapping": ("- 1\n- 2", "holds no mapping"),
         "NaN": ("search: {alpha: .nan}", "alpha"),
         "NaN in a range": ("space: {hidden_size: [16, .nan]}", "hidden_size"),
         "beyond the teacher": ("space: {num_hidden_layers: [3]}", "num_hidden_layers"),
@@ -194,7 +194,7 @@ def left_out(bench: Bench, row: Row) -> None:
         error = bench.succeed(row, path.name, bench.search(name, f"--text={path}"))
         path.unlink()
         row.tried += 1
-        for words in ("200 duplicate rows are left out", "1 empty rows are left out"):
+        for words in ("200 duplicate rows are left out", "1 empty"):
             row.fault("undetected", f"{path.name}: {error}", words not in error)
         row.fault("unequal", path.name, bench.story(name) != bench.story(bench.reference))
 
@@ -220,7 +220,7 @@ def huge_row(bench: Bench, row: Row) -> None:
 @fault("F30", "several devices, DDP, or torchrun, asked of a search")
 def ddp(bench: Bench, row: Row) -> None:
     for option in ("--trainer.devices=2", "--trainer.strategy=ddp"):
-        bench.refuse(row, option, bench.search(bench.new_name(), option), "kdnas fit")
+        bench.refuse(row, option, bench.search(bench.new_name(), option), option)
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "1"}):
         bench.refuse(row, "torchrun", bench.search(bench.new_name()), "WORLD_SIZE is 2")
 
