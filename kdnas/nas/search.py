@@ -83,10 +83,11 @@ def search(
                 _begin(record, trial, engine)
         while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
             _begin(record, record.ask(), engine)
-        if not record.running():
+        if not (record.running() or engine.jobs):
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
+            del error  # its frames hold the candidate's memory
         watch(engine.jobs)
 
 
