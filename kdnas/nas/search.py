@@ -81,6 +81,7 @@ def search(
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
+            del error  # its frames hold the candidate's memory
         watch(engine.jobs)
 
 

@@ -28,7 +28,7 @@ from kdnas.data.tokens import TokenRows, write_rows
 from kdnas.distillation import state_cache as cache_module
 from kdnas.distillation.state_cache import StateCache, cache_key
 from kdnas.models.encoders import find_teacher
-from kdnas.nas.search import DISK_ERRORS
+from kdnas.system.jobs import DISK_ERRORS
 from kdnas.system.errors import UserError
 from tests.conftest import make_rows, save_teacher
 
