@@ -16,8 +16,9 @@ from kdnas.nas.search import search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import open_study
 from kdnas.nas.trials import Outcome, results_in
+from kdnas.system.engine import Engine
 from kdnas.system.files import Run
-from kdnas.system.jobs import Engine, Job
+from kdnas.system.jobs import Job
 
 # What a candidate ends as; it may report to the pruner in its folder first, or raise.
 End = Callable[[StudentArch, Path], Outcome]

@@ -22,15 +22,17 @@ from kdnas.distillation.start import RandomStart, Start, Started
 from kdnas.distillation.teacher_states import StatesSettings, open_states
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, find_teacher, num_parameters, student_config
+from kdnas.nas.bench import Bench
 from kdnas.nas.budget import Budget
 from kdnas.nas.callbacks import HoldStill
 from kdnas.nas.reward import reward
-from kdnas.nas.search import Bench, evaluate
+from kdnas.nas.search import evaluate
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.trials import Outcome
+from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.files import file_sha256, read_json
-from kdnas.system.jobs import Engine, Job, Stopped, progress_of
+from kdnas.system.jobs import Job, Stopped, progress_of
 from kdnas.training.trainer import TrainerSettings
 from tests.nas.fakes import Fake
 

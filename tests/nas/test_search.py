@@ -18,8 +18,9 @@ from optuna.storages import InMemoryStorage
 from kdnas.models.arch import StudentArch
 from kdnas.nas.record import MOST_FAILURES
 from kdnas.nas.trials import Outcome, failed, trained, tried
+from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError
-from kdnas.system.jobs import Engine, Job, Reporter
+from kdnas.system.jobs import Job, Reporter
 from tests.nas.fakes import (
     ONE,
     OTHER,

@@ -19,8 +19,9 @@ from kdnas.nas import study as store
 from kdnas.nas.search import search
 from kdnas.nas.study import check_reachable, open_study, patiently, read_study, without_password
 from kdnas.nas.trials import Outcome, results_in, trained, tried
+from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, StoreAway, UserError
-from kdnas.system.jobs import Engine, Reporter
+from kdnas.system.jobs import Reporter
 from tests.nas.fakes import ONE, OTHER, SPACE, TWO, Fake, end_well, outcome, refuse
 
 PRUNED = StudentArch(1, 2, 48, 64)
