@@ -3,9 +3,10 @@ ARGS ?=
 ENV := .venv/.complete
 
 # Every stage of a run, and each library's part in it, in a few minutes.
-LOWEST := $(patsubst %,tests/test_%.py,api report sampler scores smoke storage)
+LOWEST := $(patsubst %,tests/%.py,test_api report/test_page nas/test_sampler tasks/test_scores \
+	commands/test_smoke system/test_engine)
 
-.PHONY: help install quickstart test lint bench docs lowest audit
+.PHONY: help install quickstart test lint bench faults docs lowest audit
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -25,7 +26,10 @@ lint: $(ENV) ## Style, format and types
 	@.venv/bin/mypy
 
 bench: $(ENV) ## Every benchmark in benchmarks/
-	@set -e; for file in $(sort $(filter-out benchmarks/common.py benchmarks/faults_checks.py,$(wildcard benchmarks/*.py))); do .venv/bin/python $$file $(ARGS); done
+	@set -e; for file in $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))); do .venv/bin/python $$file $(ARGS); done
+
+faults: $(ENV) ## Faults made on purpose, the quick ones; ARGS="--whole" makes all, ARGS="--only F04" some of them
+	@.venv/bin/python -m tests.faults $(ARGS)
 
 lowest: $(ENV) ## A part of the test suite with the lowest versions that setup.cfg admits, in .venv-lowest
 	@.venv/bin/uv venv -q --clear --python .venv/bin/python .venv-lowest

@@ -46,8 +46,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
 import deploy
-import faults
-import faults_checks
 import fidelity
 import glue
 import latency
@@ -485,32 +483,6 @@ def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher,
 
         assert seconds(dataclasses.replace(model, make=make), task, tmp_path / "run") > 0
     assert len(seen[0]) == 40 and sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
-
-
-def test_faults_are_counted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(faults.logging, "disable", lambda level: None)  # for the tests that follow
-    faults.main(["--quick", "--only=F18,F19", f"--json={tmp_path / 'a.json'}"])
-    rows = {row["id"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
-    assert set(rows) == {"F18", "F19"}
-    assert (rows["F18"]["tried"], rows["F19"]["tried"]) == (13, 12)
-    figures = ("lost", "duplicated", "executed", "undetected", "zombies", "unequal")
-    assert [rows[name][figure] for name in ("F18", "F19") for figure in figures] == 12 * [0]
-    assert "%2e%2e" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        faults.main(["--only=F99"])
-    assert "no such fault: F99" in capsys.readouterr().err
-
-
-def test_a_fault_that_goes_unnoticed_is_counted(tmp_path, monkeypatch):
-    bench, row = faults.Bench(tmp_path, quick=True, seed=0), faults.Row("F00", "")
-    monkeypatch.setattr(faults_checks, "kdnas", lambda args: bench.canary.touch() or 0)
-    bench.refuse(row, "nothing said", ["search"], "")
-    assert (row.tried, row.executed) == (1, 1) and row.undetected == 2 and row.is_bad()
-
-
-def test_at_least_ten_faults_are_quick():
-    assert sum(quick for _, quick, _ in faults.FAULTS.values()) >= 10
-    assert len(faults.FAULTS) == 38
 
 
 def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():

@@ -24,7 +24,8 @@ from kdnas.nas.record import Record
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.trials import FrozenTrial, Outcome, Study, best_of
 from kdnas.nas.weights import save_weights
-from kdnas.system.jobs import Engine, Job, Reporter
+from kdnas.system.engine import Engine
+from kdnas.system.jobs import Job, Reporter
 from kdnas.training.progress import ProgressFile, StopWhenAsked
 from kdnas.training.trainer import fit, make_trainer
 
@@ -76,10 +77,11 @@ def search(
                 _begin(record, trial, engine)
         while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
             _begin(record, record.ask(), engine)
-        if not record.running():
+        if not (record.running() or engine.jobs):
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
+            del error  # its frames hold the candidate's memory
         watch(engine.jobs)
 
 

@@ -268,13 +268,13 @@ def evaluate_glue(
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
-    keep_finetune_settings(folder, task, settings, trainer_settings)
-    if (folder / "result.json").is_file():
-        return dict(read_json(folder / "result.json"))
     if settings.max_length > max_length(classifier.config):
         raise UserError(
             f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
         )
+    keep_finetune_settings(folder, task, settings, trainer_settings)
+    if (folder / "result.json").is_file():
+        return dict(read_json(folder / "result.json"))
     start = time.perf_counter()
     names = task.task.label_names or [
         f"LABEL_{label}" for label in range(task.task.num_labels)

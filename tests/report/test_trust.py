@@ -3,7 +3,7 @@
 import pytest
 from optuna.trial import TrialState
 
-from kdnas.nas.candidate import Budget
+from kdnas.nas.budget import Budget
 from kdnas.nas.trials import trials_frame
 from kdnas.report.trust import checks
 from tests.report.test_page import add, make_results, make_study, measured, trained
