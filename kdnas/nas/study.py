@@ -257,7 +257,11 @@ def check_reachable(url: str) -> None:
     """
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() != "sqlite":
+        if parsed.get_backend_name() == "sqlite":
+            folder = Path((parsed.database or "").removeprefix("file:")).parent
+            if not folder.is_dir():
+                raise ValueError(f"there is no folder {str(folder)!r}")
+        else:
             engine = create_engine(parsed, **_engine_options(url))
             engine.connect().close()
             engine.dispose()

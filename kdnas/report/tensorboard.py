@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kdnas.models.arch import StudentArch
 from kdnas.nas.trials import Study, arch_of, best_trial, trained, trials_frame, tried
 from kdnas.report.pictures import as_figure, pareto
+from kdnas.system.files import placed
 from kdnas.training.memory import release_memory
 from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 
@@ -42,7 +43,8 @@ class SearchBoard:
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
         without_tensorflow()
-        self._writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
+        with placed(self.folder):
+            self._writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
         return self
 
     def __exit__(self, *exception: Any) -> None:

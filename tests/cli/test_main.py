@@ -12,26 +12,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from kdnas.nas.storage import read_study
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoModel, BertConfig, BertModel
 
 import kdnas
-import kdnas.commands.run
 from kdnas.cli.main import COMMANDS, main
-from kdnas.data.datamodule import Batch
+from kdnas.commands import jobs
+from kdnas.commands.config import SearchConfig
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import find_teacher
+from kdnas.nas.study import read_study
 from kdnas.nas.trials import in_words
-from kdnas.system.errors import UserError
-from kdnas.system.files import this_host
+from kdnas.system.errors import CandidateFailed, ParityError, UserError
 from kdnas.system.manifest import verify
 from kdnas.system.signals import HungUp, Terminated
-from kdnas.training.trainer import WholeFiles
 from tests.conftest import make_rows, save_teacher, write_task
 
 KNOWN = ["--teacher=quickstart", "--text=b"]  # which the parser takes
@@ -47,13 +45,14 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def search(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """A small search; what comes later on the command line wins."""
+    """A small search in this process; what comes later on the command line wins."""
     return [
         "search",
         f"--teacher={tiny_teacher}",
         f"--text={text_file}",
         f"--root={tmp_path / 'logs'}",
         f"--states.folder={tmp_path / 'states'}",
+        "--workers=0",
         "--data.max_length=24",
         "--latency.length=16",
         "--latency.min_seconds=0.01",
@@ -97,6 +96,8 @@ def test_the_best_of_a_search_that_was_prolonged_and_stopped_after_its_last_cand
 
 
 # ``kdnas`` on a machine on which a forward pass always takes as many milliseconds as the model has layers times width.
+# ``kdnas`` on a machine on which a forward pass always takes as many milliseconds as the model has
+# layers times width.
 BY_THE_TABLE = """
 import sys
 from kdnas.cli import main as cli
@@ -106,7 +107,8 @@ def search(args):
 
     def measure(models, settings):
         shapes = [model.config for model in models]
-        return [latency.Latency(shape.num_hidden_layers * shape.hidden_size / 10, 0.01, 9) for shape in shapes]
+        products = [shape.num_hidden_layers * shape.hidden_size for shape in shapes]
+        return [latency.Latency(product / 10, 0.01, 9) for product in products]
 
     latency.measure_latency = measure
     known(args)
@@ -123,38 +125,34 @@ def test_a_search_that_is_killed_again_and_again_is_the_unbroken_one_where_laten
     def start(name: str) -> subprocess.Popen[bytes]:
         options = [f"--name={name}", "--search.n_trials=7", "--search.budget.speedup=2", "--quiet"]
         program = [sys.executable, "-c", BY_THE_TABLE, *search, *options]
-        return subprocess.Popen(
-            program, start_new_session=True, env=os.environ | {"KDNAS_CPU_MATMULS": "float32"}
-        )
+        return subprocess.Popen(program, env=os.environ | {"KDNAS_CPU_MATMULS": "float32"})
 
     def trials(name: str) -> list[FrozenTrial]:
         with suppress(UserError):
-            return read_study(tmp_path / "logs" / name / "study.db", name).get_trials(
-                deepcopy=False
-            )
+            study = read_study(tmp_path / "logs" / name / "study.db", name)
+            return study.get_trials(deepcopy=False)
         return []
 
+    def is_running(number: int) -> bool:
+        """Whether this trial or a later one is trained now."""
+        folder = tmp_path / "logs" / "broken"
+        running = [t.number for t in trials("broken")[number:] if t.state == TrialState.RUNNING]
+        return any((folder / f"trial_{found:04d}/progress.json").exists() for found in running)
+
     assert start("unbroken").wait() == 0
-
-    def is_there(number: int) -> bool:
-        """Whether a candidate runs that was not killed before: twice is too often."""
-        running = [t.user_attrs for t in trials("broken")[number:] if t.state == TrialState.RUNNING]
-        return any("arch" in attrs and "retry_of" not in attrs for attrs in running)
-
     for number in (1, 4):
         process = start("broken")
-        while not is_there(number):
+        while not is_running(number):
             assert process.poll() is None
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.02)
+        process.kill()
         process.wait()
     assert start("broken").wait() == 0
     unbroken, broken = (
-        [(t.params, t.value, in_words(t)) for t in trials(name) if t.state != TrialState.FAIL]
+        [(t.number, t.params, t.value, in_words(t)) for t in trials(name)]
         for name in ("unbroken", "broken")
     )
     assert broken == unbroken and {"refused", "finished"} <= {word for *_, word in unbroken}
-    assert len(trials("broken")) > len(trials("unbroken")), "at least one was killed within"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,13 +349,6 @@ def test_a_line_that_cannot_be_written_changes_no_exit_code(
     assert main(["searh"]) == 2
 
 
-def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(
-        ["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys
-    )
-    assert "learnin_rate" in error and "Did you mean 'learning_rate'?" in error
-
-
 def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line(
     search: list[str],
     tmp_path: Path,
@@ -400,7 +391,8 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
             "does not take",
         ),
         ("--pruner=medium", "There is no pruner 'medium'"),
-        ("--workers=0", "workers is 0"),
+        ("--workers=-1", "workers is -1"),
+        ("--candidate_timeout=5", "candidate_timeout ends a process of this machine"),
         ("--time-budget=0", "time_budget is 0"),
         (
             "--space.hidden_size=[128]",
@@ -414,8 +406,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ),
         ("--latency.length=4000", "length of latency is 4000"),
         ("--latency.device=tpu", "'tpu'"),
-        ("--trainer.devices=2", "devices is 2"),
-        ("--trainer.strategy=ddp", "strategy is 'ddp'"),
+        ("--trainer.devices=2", "--trainer.devices"),
         ("--trainer.accelerator=tpu-9", "accelerator is 'tpu-9'"),
         ("--teacher=/nowhere/at/all", "'/nowhere/at/all' does not exist"),
         ("--teacher=nobody/nothing", "'nobody/nothing' was not found"),
@@ -437,8 +428,6 @@ def test_bad_value_gets_one_line_and_makes_nothing(
 ) -> None:
     assert message in refused([*search, option], capsys)
     assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
-    if option.startswith(("--trainer.devices", "--trainer.strategy")):
-        assert "DDP in `kdnas fit`" in refused(["run", *search[1:], option], capsys)
 
 
 @pytest.mark.parametrize(
@@ -481,24 +470,26 @@ def test_a_long_message_of_the_parser_is_cut_but_keeps_the_key_and_the_value(
     assert len(error) < 500 and "grid" in error and "value: 17" in error and " ... " in error
 
 
-def test_force_new_takes_the_next_free_name_and_keeps_it_after_a_crash(
-    search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_force_new_takes_the_next_free_name(
+    search: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from kdnas.commands import run as pipeline
-    from kdnas.system import supervisor
-
     names: list[str] = []
-    monkeypatch.setattr(pipeline, "search", lambda config, console: names.append(config.name))
-    for taken in ([], ["kdnas"], ["kdnas-2"]):
-        for name in taken:
-            (tmp_path / "logs" / name).mkdir(parents=True)
-        assert main([*search, "--force-new"]) == 0
-    for name in ("kdnas-3", "kdnas-4"):  # its own, and one that another has begun since
-        (tmp_path / "logs" / name).mkdir()
-    monkeypatch.setitem(supervisor.EARLIER.deaths, 77, "SIGSEGV")
-    assert main([*search, "--force-new"]) == 0
-    assert main(search) == 0
-    assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas-3", "kdnas"]
+
+    def stopped(config: SearchConfig, console: object) -> None:
+        names.append(config.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdnas.commands.run.search", stopped)
+    for taken in ("kdnas", "kdnas-2", "kdnas-3"):
+        assert main([*search, "--force-new"]) == 130
+        told = f"the same command goes on from here, with --name {taken} for --force-new."
+        assert told in capsys.readouterr().err
+        (tmp_path / "logs" / taken).mkdir(parents=True)
+    assert main(search) == 130
+    assert names == ["kdnas", "kdnas-2", "kdnas-3", "kdnas"]
 
 
 @pytest.mark.parametrize("look", ["--dry-run", "--smoke"])
@@ -578,22 +569,6 @@ def test_bad_teachers_get_one_line(
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
-    tmp_path: Path, tiny_teacher: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "fit.yaml"
-    config.write_text(
-        FIT.format(
-            devices=2, strategy="fsdp", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    by_class = "--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"
-    for options, name in (([], "fsdp"), ([by_class], "FSDPStrategy")):
-        error = refused(["fit", "--config", str(config), *options], capsys)
-        assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
-    assert list(tmp_path.iterdir()) == [config]
-
-
 def test_disk_that_is_too_small_is_refused(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -604,268 +579,6 @@ def test_disk_that_is_too_small_is_refused(
     )
     assert main(search) == 2
     assert "12 are free" in capsys.readouterr().err.splitlines()[-1]
-
-
-FIT = """
-trainer:
-  max_epochs: 2
-  accelerator: cpu
-  precision: 32-true
-  devices: {devices}
-  strategy: {strategy}
-  num_sanity_val_steps: 0
-  enable_progress_bar: false
-  default_root_dir: {folder}
-model:
-  teacher: {teacher}
-  arch: {{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 64, intermediate_size: 64, hidden_act: gelu}}
-  states: {{folder: {folder}/states}}
-  recipe: {{objective: {{class_path: kdnas.distillation.objectives.HiddenStates}}}}
-data:
-  text: {text}
-  folder: {folder}/tokens
-  settings: {{max_length: 24, batch_tokens: 256}}
-"""
-
-
-SEEN = """
-import lightning.pytorch as pl
-
-
-class Seen(pl.Callback):
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        with open(f"{self.folder}/{trainer.current_epoch}-{trainer.global_rank}.txt", "a") as file:
-            print(*batch["sample_ids"].tolist(), file=file)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "accelerator",
-    [
-        "cpu",
-        pytest.param(
-            "gpu",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-            ],
-        ),
-    ],
-)
-def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
-    accelerator: str,
-    tiny_teacher: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from kdnas.distillation.module import HiddenStateDistillModule, Recipe
-    from kdnas.models.arch import StudentArch
-
-    (tmp_path / "seen.py").write_text(SEEN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "kept").mkdir()
-
-    def command(name: str, devices: int, strategy: str) -> list[str]:
-        folder = tmp_path / name
-        folder.mkdir()
-        config = folder / "fit.yaml"
-        options = dict(
-            devices=devices, strategy=strategy, folder=folder, teacher=tiny_teacher, text=text_file
-        )
-        lines = FIT.format(**options).splitlines()
-        config.write_text(
-            "\n".join(line for line in lines if "recipe" not in line)
-        )  # the default one
-        kept = [
-            f"--model.states.folder={tmp_path}/kept/states",
-            f"--data.folder={tmp_path}/kept/tokens",
-        ]
-        callback = ["--trainer.callbacks=seen.Seen", f"--trainer.callbacks.folder={folder}"]
-        return [
-            "fit",
-            "--config",
-            str(config),
-            f"--trainer.accelerator={accelerator}",
-            *kept,
-            *callback,
-        ]
-
-    def result(name: str) -> HiddenStateDistillModule:
-        (checkpoint,) = (tmp_path / name / "lightning_logs").rglob("*.ckpt")
-        return HiddenStateDistillModule.load_from_checkpoint(
-            checkpoint, teacher=str(tiny_teacher), arch=StudentArch(2, 2, 64, 64), recipe=Recipe()
-        )
-
-    def seen(name: str, epoch: int, rank: int) -> list[list[int]]:
-        lines = (tmp_path / name / f"{epoch}-{rank}.txt").read_text().splitlines()
-        return [[int(number) for number in line.split()] for line in lines]
-
-    paths = os.pathsep.join([str(tmp_path), str(Path(kdnas.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-m", "kdnas", *command("two", 2, "ddp")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr
-    for kept in ("states", "tokens"):
-        assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, (
-            "both share one"
-        )
-    batches: list[Batch] = []
-
-    def both_ranks(self: HiddenStateDistillModule, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """The loss of two batches together, at the second of them; accumulated over two it is halved."""
-        batches.append(batch)
-        if batch_idx % 2 == 0:
-            return 0 * next(self.parameters()).sum()
-        sums, counts = map(sum, zip(*(self(*self.views(one)) for one in batches), strict=True))
-        batches.clear()
-        return 2 * (sums / counts * self._weights("variance")).sum()
-
-    monkeypatch.setattr(HiddenStateDistillModule, "training_step", both_ranks)
-    assert main([*command("one", 1, "auto"), "--trainer.accumulate_grad_batches=2"]) == 0
-    for epoch in range(2):
-        ranks, alone = [seen("two", epoch, rank) for rank in range(2)], seen("one", epoch, 0)
-        assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == alone
-        assert sorted(sum(alone, [])) == list(range(len(sum(alone, [])))), "each row once"
-    two, one = result("two"), result("one")
-    assert [row["epoch"] for row in two.history] == [0, 1]
-    assert two.history[1]["loss"] < two.history[0]["loss"]
-    for ours, theirs in zip(two.history, one.history, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-
-
-def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
-    tiny_teacher: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    saved_by, save = [], WholeFiles.save_checkpoint
-
-    def watch(self, checkpoint, path, storage_options=None):
-        saved_by.append(Path(path).name)
-        save(self, checkpoint, path, storage_options)
-
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", watch)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = tmp_path / "fit.yaml"
-    config.write_text(
-        FIT.format(
-            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    assert main(["fit", "--config", str(config)]) == 0
-    (events,) = (tmp_path / "lightning_logs").rglob("events.out.tfevents.*")
-    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    for layer in (0, 2, 3):  # last: 2, 3; skip: 0, 2
-        assert f"teacher_layer_{layer}/contextual_share" in tags
-        assert f"teacher_layer_{layer}/r2" in tags
-    assert {"val/loss", "val/contextual_share", "val/sentence_r2"} <= set(tags)
-    saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
-    assert saved["model"]["arch"]["hidden_size"] == 64
-    (encoder,) = (tmp_path / "lightning_logs").rglob("encoder")
-    assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
-    assert (
-        find_teacher(str(encoder)).tokenizer.get_vocab()
-        == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
-    )
-    assert main(["verify", str(encoder.parent)]) == 0
-    (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
-    assert checkpoint.name in saved_by
-    capsys.readouterr()
-    assert main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
-    shown = re.search(r"val/loss\D+([\d.]+)", capsys.readouterr().out)
-    loss = EventAccumulator(str(events)).Reload().Scalars("val/loss")[-1].value
-    assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
-
-
-def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_replaces_nothing(
-    tiny_teacher: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    config = tmp_path / "fit.yaml"
-    config.write_text(
-        FIT.format(
-            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=link")  # docs/scale.md: true
-    fit = [
-        "fit",
-        "--config",
-        str(config),
-        *(f"--trainer.callbacks{part}" for part in kept),
-        "--ckpt_path=last",
-    ]
-    checkpoints = tmp_path / "lightning_logs" / "version_4711" / "checkpoints"
-    assert main(fit) == 0
-    made = {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
-    (saved,) = tmp_path.rglob("config.yaml")
-    assert saved.parent.name == "version_4711"
-    before = saved.read_bytes()
-    assert main(fit) == 0  # from its last step, so no step is made again
-    assert made == {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
-    checkpoint = saved.parent / "checkpoints" / "last.ckpt"
-    assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
-    assert main(["validate", *fit[1:], "--ckpt_path", str(checkpoint)]) == 0
-    assert main(["verify", str(saved.parent)]) == 0  # with the curves of both
-    assert saved.read_bytes() == before
-    student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
-    error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
-    assert (
-        "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
-    )
-    assert (
-        saved.parent / "encoder" / "model.safetensors"
-    ).read_bytes() == student and saved.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("logger", "is_own"), [("false", False), ("TensorBoardLogger", False), ("CSVLogger", True)]
-)
-def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_programs_theirs(
-    logger: str, is_own: bool, tiny_teacher: Path, text_file: Path, tmp_path: Path
-) -> None:
-    config = tmp_path / "fit.yaml"
-    config.write_text(
-        FIT.format(
-            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
-    options = [f"--trainer.logger={logger}"]
-    if logger != "false":
-        options.append(f"--trainer.logger.save_dir={tmp_path}")
-    if logger == "TensorBoardLogger":
-        options += ["--trainer.logger.name=", "--trainer.logger.version="]
-    if logger == "CSVLogger":
-        options.append("--trainer.logger.version=7")
-    assert main(["fit", "--config", str(config), *options]) == 0
-    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
-    (encoder,) = tmp_path.rglob("encoder")
-    assert (encoder.parent != tmp_path) is is_own
-    if is_own:
-        assert main(["verify", str(encoder.parent)]) == 0
-        (checkpoint,) = tmp_path.rglob("*.ckpt")
-        assert (
-            main(["validate", "--config", str(config), *options, "--ckpt_path", str(checkpoint)])
-            == 0
-        )
-        assert main(["verify", str(encoder.parent)]) == 0, "with the figures of the validation"
 
 
 @pytest.mark.parametrize(
@@ -888,117 +601,32 @@ def test_a_seed_that_another_option_sets_is_refused(
     assert message in refused(args, capsys)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
-def test_options_of_the_lightning_cli_take_dashes_as_completion_offers_them(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--seed-everything=7", "--ckpt-path=best", "--print-config"])
-    assert end.value.code in (None, 0)
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["seed_everything"], shown["ckpt_path"]) == (7, "best")
-
-
-STOPS = """
-import lightning.pytorch as pl
-
-
-class Stops(pl.Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 3:
-            raise KeyboardInterrupt
-"""
-
-
-def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
-    tiny_teacher: Path,
-    text_file: Path,
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("mend it"), 2),
+        (CandidateFailed("no luck"), 1),
+        (ParityError("other numbers"), 1),
+        (MemoryError("none left"), 1),
+        (OSError(errno.EIO, "Input/output error"), 3),
+        (KeyboardInterrupt(), 130),
+        (Terminated(), 143),
+        (HungUp(), 129),
+    ],
+)
+def test_every_way_to_end_has_its_exit_code_and_one_line(
+    error: BaseException,
+    code: int,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    (tmp_path / "stops.py").write_text(STOPS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    config = tmp_path / "fit.yaml"
-    config.write_text(
-        FIT.format(
-            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    kept = (
-        "+=ModelCheckpoint",
-        ".every_n_train_steps=2",
-        ".save_last=true",
-    )  # as docs/scale.md has it
-    every_second = [f"--trainer.callbacks{part}" for part in kept]
-    assert (
-        main(["fit", "--config", str(config), *every_second, "--trainer.callbacks+=stops.Stops"])
-        == 130
-    )
-    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-    half = Path(checkpoint).with_name(
-        f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh"
-    )  # as a kill leaves it
-    half.touch()
-    assert main(["fit", "--config", str(config), "--ckpt_path", checkpoint]) == 0
-    assert not half.exists()
-    steps = {
-        torch.load(path, weights_only=True)["global_step"]
-        for path in tmp_path.rglob("epoch=*.ckpt")
-    }
-    assert max(steps) > 3
-
-
-class Payload:
-    """Writes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("command", ["fit", "validate"])
-def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
-    command: str,
-    tiny_teacher: Path,
-    text_file: Path,
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, checkpoint = tmp_path / "fit.yaml", tmp_path / "evil.ckpt"
-    config.write_text(
-        FIT.format(
-            devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
-        )
-    )
-    torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)
-    error = refused([command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys)
-    assert "evil.ckpt' is damaged or holds more than tensors" in error
-    # Settings in a checkpoint are not ours: Lightning would import the class, and store where they say.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    Path("evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
-    objective = {
-        "recipe": {"objective": {"class_path": "evil.X"}},
-        "states": {"folder": str(tmp_path / "theirs")},
-    }
-    theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
-    for found, words in (
-        (theirs, "The checkpoint is of another student or objective: "),
-        ({"state_dict": {}}, "is no checkpoint of a fit"),
-    ):
-        torch.save(found, checkpoint)
-        assert words in refused(
-            [command, "--config", str(config), "--ckpt_path", str(checkpoint)], capsys
-        )
-    assert "evil" not in sys.modules and not (tmp_path / "theirs").exists()
-    error = refused([command, "--config", str(config), "--ckpt_path=memory://evil.ckpt"], capsys)
-    assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
-    assert not (tmp_path / "ran").exists()
+    def fail(args: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "space", fail)
+    assert main(["space"]) == code
+    told = capsys.readouterr().err
+    assert told.startswith("kdnas: ") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(("stop", "code"), [(HungUp, 129), (Terminated, 3)])
@@ -1017,6 +645,49 @@ def test_a_closed_terminal_cannot_be_written_to_but_a_disk_that_fails_while_it_e
     monkeypatch.setitem(COMMANDS, "space", unwind)
     assert main(["space"]) == code
     assert ("Input/output error" in capsys.readouterr().err) is (code == 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "workers", "code"),
+    [
+        (signal.SIGTERM, False, 0, 143),
+        (signal.SIGINT, True, 1, 130),
+        pytest.param(signal.SIGINT, False, 0, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, 1, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, True, 1, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, 1, 129, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_stops_a_search_in_one_line_and_its_trial_goes_on_under_its_number(
+    number: signal.Signals,
+    to_group: bool,
+    workers: int,
+    code: int,
+    search: list[str],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "logs" / "kdnas"
+    endless = [*search, "--search.num_epochs=100000", f"--workers={workers}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdnas", *endless],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(run.glob("trial_0000/events*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert error.endswith("\nkdnas: interrupted; the same command goes on from here.\n")
+    assert "Traceback" not in error
+    assert bool(children) is (workers > 0) and psutil.wait_procs(children, timeout=10)[1] == []
+    (trial,) = read_study(run / "study.db", "kdnas").trials
+    assert trial.state == TrialState.RUNNING and not (run / "trial_0000/result.json").exists()
 
 
 def test_disk_that_fills_up_ends_with_one_line_and_goes_on(
@@ -1050,19 +721,6 @@ def test_a_database_that_cannot_be_reached_gets_one_line_without_its_password(
     assert "postgres" not in url or not (tmp_path / "logs").exists()
 
 
-def test_another_machine_s_settings_of_training_are_refused_by_the_study(
-    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shared = f"--storage=sqlite:///{tmp_path}/shared.db"
-    assert main([*search, shared]) == 0
-    capsys.readouterr()
-    other = [*search, shared, f"--root={tmp_path / 'other'}"]
-    assert main([*other, "--trainer.precision=32-true", "--trainer.gradient_clip_val=0.5"]) == 2
-    told = "trainer.precision: the default there, '32-true' now; trainer.gradient_clip_val: the default there, 0.5 now"
-    assert told in capsys.readouterr().err
-    assert main(other) == 0
-
-
 def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     search: list[str],
     tmp_path: Path,
@@ -1070,29 +728,24 @@ def test_a_finished_search_again_changes_nothing_and_a_reason_is_shown_as_it_is(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail_first(self, trial, arch):
-        if trial.number == 0:
+    def fail_first(config, number, arch):
+        if number == 0:
             raise RuntimeError("[enforce fail at x] [/y]")
-        return evaluate(self, trial, arch)
+        return train(config, number, arch)
 
-    evaluate = kdnas.commands.run.Evaluator.__call__
-    monkeypatch.setattr(kdnas.commands.run.Evaluator, "__call__", fail_first)
+    train = jobs.train_candidate
+    monkeypatch.setattr(jobs, "train_candidate", fail_first)
     assert main(search) == 0
     shown = capsys.readouterr()
     assert "failed, RuntimeError: [enforce fail at x] [/y]" in shown.out
     assert "enforce fail" not in shown.err + caplog.text  # once is enough
     assert main([*search, "--name=quiet", "--quiet"]) == 0
-    assert (
-        capsys.readouterr().out == ""
-        and caplog.text.count("failed, RuntimeError: [enforce fail at x] [/y]") == 1
-    )
+    assert capsys.readouterr().out == ""
+    assert caplog.text.count("failed, RuntimeError: [enforce fail at x] [/y]") == 1
 
     def files() -> dict[Path, int]:
-        return {
-            path: path.stat().st_mtime_ns
-            for path in (tmp_path / "logs").rglob("*")
-            if path.suffix != ".lock"
-        }
+        found = (tmp_path / "logs").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in found if path.suffix != ".lock"}
 
     before = files()
     assert main(search) == 0
@@ -1142,25 +795,19 @@ def test_what_is_no_terminal_gets_plain_lines_one_a_trial(search: list[str]) -> 
     assert len(re.findall(r"(?m)^trial +\d+  ", done.stdout)) == 2
 
 
-def test_a_worker_says_once_what_a_candidate_failed_of(
-    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_candidates_fail_of_is_said_once_each(
+    search: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [
         "--recipe.learning_rate=1e38",
         "--recipe.copied_learning_rate=1e38",
         "--data.batch_tokens=64",
     ]
-    assert main([*search, *options, "--candidate-timeout=5"]) == 1
-    shown = capsys.readouterr()
-    (log,) = (tmp_path / "logs" / "kdnas").glob("worker_*_0.log")
-    told = log.read_text()
-    assert "Traceback" not in told and "because of the following error" not in told
-    for text in (shown.out, told):
-        assert (
-            len(re.findall(r"(?m)^trial +\d+  .*: failed, the .* is (?:nan|inf)", text))
-            == 5
-            == text.count("failed,")
-        )
+    assert main([*search, *options]) == 1
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    failures = re.findall(r"(?m)^trial +\d+  .*: failed, the .* is (?:nan|inf)", shown.out)
+    assert len(failures) == 5 == shown.out.count("failed,")
     assert "Every candidate failed" in shown.err
 
 
@@ -1236,9 +883,8 @@ def test_dashes_and_underscores_are_the_same_in_options(
 def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kdnas.nas.candidate import Budget
-
     from kdnas.distillation.state_cache import StateCache
+    from kdnas.nas.budget import Budget
 
     assert main([*search, "--search.budget.speedup=0.01"]) == 0
     monkeypatch.setattr(

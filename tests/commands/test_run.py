@@ -6,14 +6,19 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import optuna
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,18 +34,18 @@ from kdnas.cli.main import main
 from kdnas.cli.parser import read_config
 from kdnas.commands import run as pipeline
 from kdnas.commands.config import RunConfig, SearchSettings, as_plain
-from kdnas.commands.inputs import Job
+from kdnas.commands.export import is_exported
 from kdnas.deploy.onnx import open_session
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
 from kdnas.models.layers import Even
-from kdnas.nas.record import trained
+from kdnas.nas.trials import trained
 from kdnas.system.errors import CandidateFailed, UserError
-from kdnas.system.files import Run, this_host
+from kdnas.system.files import Run, is_alive
 from kdnas.system.yaml import flat
-from kdnas.training.trainer import fit
+from kdnas.tasks.finetune import GLUEModule
 from tests.conftest import WORDS, make_rows, save_teacher
 
 ARTEFACTS = (
@@ -69,13 +74,14 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command_in(
     tiny_teacher: Path, text_file: Path, task_folder: Path
 ) -> Callable[[Path], list[str]]:
-    """``kdnas run`` on the quickstart's YAML, shrunk, in a folder."""
+    """``kdnas run`` on the quickstart's YAML, shrunk, in a folder, and all in this process."""
     options = {
         "config": "configs/quickstart.yaml",
         "teacher": tiny_teacher,
         "text": text_file,
         "task": task_folder,
         "name": "tiny",
+        "workers": 0,
         "data.max_length": 24,
         "data.batch_tokens": 256,
         "search.n_trials": 2,
@@ -97,6 +103,18 @@ def command_in(
 
 def interrupt(*args: object, **options: object) -> None:
     raise KeyboardInterrupt
+
+
+def of_search(command: list[str], *options: str) -> list[str]:
+    """The search of a run, without what only a run takes."""
+    of_run = ("--config", "--task", "--full_kd", "--finetune")
+    return ["search", *(one for one in command[1:] if not one.startswith(of_run)), *options]
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -193,6 +211,20 @@ def test_export_is_a_plain_folder_without_teacher_or_projections(
     assert done.stdout.split()[-1] == str(best.hidden_size)
 
 
+def test_an_export_of_another_model_is_made_anew(
+    finished: list[str], finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, "tiny")
+    shutil.copytree(finished_run, run.folder)
+    run.manifest.unlink()
+    manifest = json.loads((run.student / "manifest.json").read_text())
+    (run.student / "manifest.json").write_text(json.dumps(manifest | {"source_sha256": "another"}))
+    assert main([*finished, f"--root={tmp_path}"]) == 0
+    told = "is of another model than the run has now; it is made anew"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert is_exported(run) and main(["verify", str(run.folder)]) == 0
+
+
 def test_without_a_task_the_encoder_is_exported(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "--task=null"]) == 0
     run = tmp_path / "logs" / "tiny"
@@ -203,35 +235,29 @@ def test_without_a_task_the_encoder_is_exported(command: list[str], tmp_path: Pa
     assert run.joinpath("report.html").exists()
 
 
-def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
+def test_what_a_stage_has_done_before_ctrl_c_is_not_done_again(
     command: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "logs" / "tiny"
-
-    def trials() -> list[tuple[int, float | None, dict[str, object]]]:
-        study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{run}/study.db")
-        return [(t.number, t.value, t.params) for t in study.trials]
-
-    known: list[tuple[int, float | None, dict[str, object]]] = []
-    # What is called last in each stage, in the order of the stages; all that comes before it is done for good.
+    # What is called last in each stage, in the order of the stages.
     for last_call in (
         "StudentArch.to_yaml",
-        "write_json",
-        "evaluate_glue",
-        "measure_latency",
-        "export_run",
-        "write_report",
+        "too_long",
+        "measure_rows",
+        "say",
+        "write_manifest",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"kdnas.commands.run.{last_call}", interrupt)
             assert main(command) == 130
         assert "the same command goes on from here" in capsys.readouterr().err
-        assert not (run / "report.html").exists()
-        assert trials()[: len(known)] == known
-        known = trials()
+        assert not (run / "manifest.json").exists()
+    results = {path: path.stat().st_mtime_ns for path in run.rglob("result.json")}
+    assert len(results) >= 2 + 1 + 3 + 1
+
     assert main(command) == 0
     shown = capsys.readouterr().out
     for done in (
@@ -241,47 +267,66 @@ def test_after_ctrl_c_in_each_stage_the_same_command_goes_on(
         "Export: done",
     ):
         assert done in shown
-    assert trials() == known
-    assert (run / "report.html").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("result.json")} == results
     assert not list(run.rglob(".*")), "nothing temporary is left"
 
 
-def interrupt_second_epoch(patch: pytest.MonkeyPatch) -> None:
-    """Of full KD: a candidate has one."""
-    whole = HiddenStateDistillModule.training_step
+def stop_in_second_epoch(
+    patch: pytest.MonkeyPatch, module: type[pl.LightningModule], run: Path
+) -> None:
+    """Send Ctrl-C in the second epoch of a fit of two, which a candidate has not."""
+    whole = module.training_step
 
-    def step(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
+    def step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.trainer.max_epochs == 2 and self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return whole(self, batch, batch_idx)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGINT)
+            deadline = time.monotonic() + 30
+            while not list(run.rglob("stop")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return whole(self, batch, batch_idx)
 
-    patch.setattr(HiddenStateDistillModule, "training_step", step)
+    patch.setattr(module, "training_step", step)
 
 
-def test_full_kd_goes_on_after_the_epoch_that_was_kept(
+def epochs_of(patch: pytest.MonkeyPatch, module: type[pl.LightningModule]) -> list[int]:
+    """The epoch of each step from now on."""
+    whole, epochs = module.training_step, []
+
+    def step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        epochs.append(self.current_epoch)
+        return whole(self, batch, batch_idx)
+
+    patch.setattr(module, "training_step", step)
+    return epochs
+
+
+def test_full_kd_and_fine_tuning_go_on_in_the_epoch_in_which_they_were_stopped(
     command: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = HiddenStateDistillModule.training_step
-    command.append("--task=null")
-    interrupt_second_epoch(monkeypatch)
-    assert main(command) == 130
-    steps: list[int] = []
-
-    def count(self: HiddenStateDistillModule, batch: object, batch_idx: int) -> torch.Tensor:
-        steps.append(self.current_epoch)
-        return whole(self, batch, batch_idx)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HiddenStateDistillModule, "training_step", count)
-    monkeypatch.setattr(pipeline, "export_run", interrupt)
-    assert main(command) == 130
-    assert "going on where it was stopped" in capsys.readouterr().out
+    run = tmp_path / "logs" / "tiny"
+    with monkeypatch.context() as patch:
+        stop_in_second_epoch(patch, HiddenStateDistillModule, run)
+        assert main(command) == 130
+    assert (run / "full_kd/last.ckpt").exists() and not (run / "full_kd/result.json").exists()
+    with monkeypatch.context() as patch:
+        steps = epochs_of(patch, HiddenStateDistillModule)
+        stop_in_second_epoch(patch, GLUEModule, run)
+        assert main(command) == 130
+    assert "Full KD: going on where it was stopped" in capsys.readouterr().out
     assert set(steps) == {1}, "epoch 0 is not done again"
-    result = json.loads((tmp_path / "logs/tiny/full_kd/result.json").read_text())
+    result = json.loads((run / "full_kd/result.json").read_text())
     assert [row["epoch"] for row in result["history"]] == [0, 1]
-    assert not (tmp_path / "logs/tiny/full_kd/last.ckpt").exists()
+    assert not (run / "full_kd/last.ckpt").exists()
+    assert (run / "glue/teacher/last.ckpt").exists()
+
+    steps = epochs_of(monkeypatch, GLUEModule)
+    monkeypatch.setattr(pipeline, "measure_rows", interrupt)
+    assert main(command) == 130
+    assert [epoch for epoch, _ in groupby(steps)] == [1, 0, 1, 0, 1], "of three models"
+    assert not list(run.rglob("last.ckpt"))
 
 
 @pytest.mark.slow
@@ -292,14 +337,13 @@ def test_what_was_searched_or_stopped_and_then_reported_is_not_finished(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, root = tmp_path / "logs" / "tiny", f"--root={tmp_path / 'logs'}"
-    others = ("--config", "--task", "--full", "--fine")
-    search = ["search", *(option for option in command[1:] if not option.startswith(others))]
+    search = of_search(command)
     command.append("--task=null")
     assert main(search) == 0
     assert main(["verify", str(run)]) == 0
     assert main(["report", root, "--run=tiny"]) == 0
     with monkeypatch.context() as patch:
-        interrupt_second_epoch(patch)
+        stop_in_second_epoch(patch, HiddenStateDistillModule, run)
         assert main(command) == 130
     assert main(["report", root, "--run=tiny"]) == 0
     assert main(search) == 0
@@ -321,13 +365,13 @@ def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    run = tmp_path / "logs" / "tiny"
     command += ["--trainer.accelerator=gpu", "--latency.backend=cuda"]
     with monkeypatch.context() as patch:
-        interrupt_second_epoch(patch)
+        stop_in_second_epoch(patch, HiddenStateDistillModule, run)
         assert main(command) == 130
     assert main(command) == 0
     assert "Full KD: going on where it was stopped" in capsys.readouterr().out
-    run = tmp_path / "logs" / "tiny"
     assert [name for name in ARTEFACTS if not (run / name).exists()] == []
     assert json.loads((run / "manifest.json").read_text())["gpu"]
 
@@ -345,47 +389,38 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     mark, run = tmp_path / "ran", tmp_path / "logs/tiny"
+    command.append("--task=null")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_full_kd", lambda *args: [][0])
-        with pytest.raises(IndexError):
-            main([*command, "--task=null"])
+        patch.setattr(pipeline, "full_kd_stage", interrupt)
+        assert main(command) == 130
     (run / "full_kd").mkdir()
+    payload = {"state_dict": Payload(mark)}
+    of_another = {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
     for save, message in (
-        (lambda path: torch.save({"state_dict": Payload(mark)}, path), "holds more than tensors"),
-        (
-            lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload(mark)}, 2)),
-            "holds more than tensors",
-        ),
+        (lambda path: torch.save(payload, path), "holds more than tensors"),
+        (lambda path: path.write_bytes(pickle.dumps(payload, 2)), "holds more than tensors"),
         (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
-        (lambda path: torch.save({"a": 1}, path), "is no checkpoint of a fit"),
         (lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint of a fit"),
-        (
-            lambda path: torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, path),
-            "was written by another version of kdnas",
-        ),
+        (lambda path: torch.save(of_another, path), "was written by another version of kdnas"),
     ):
         save(run / "full_kd/last.ckpt")
-        assert main([*command, "--task=null"]) == 2
+        assert main(command) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert message in error and "full_kd/last.ckpt' " in error and not mark.exists()
     (run / "full_kd/last.ckpt").unlink()
-    for weights in run.glob("trial_*/weights.safetensors"):
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
-    assert main([*command, "--task=null"]) == 2
-    assert "weights.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
-    for name in ("weights", "optimizer"):  # the weights are whole again
-        for path in run.glob(f"trial_*/{name}.safetensors"):
-            content = bytearray(path.read_bytes())
-            content[-1] ^= 1
-            path.write_bytes(content)
-    assert main([*command, "--task=null"]) == 2
-    assert "optimizer.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
+
+    for name in ("weights", "optimizer"):
+        kept = list(run.glob(f"trial_*/{name}.safetensors"))
+        for path in kept:
+            flip_last_byte(path)
+        assert main(command) == 2
+        assert f"{name}.safetensors' is damaged (its sha256 was" in capsys.readouterr().err
+        for path in kept:
+            flip_last_byte(path)
     for path in run.glob("trial_*/optimizer.safetensors"):
         path.unlink()
-    monkeypatch.setattr(pipeline, "fit_resumable", interrupt)
-    assert main([*command, "--task=null"]) == 130
+    monkeypatch.setattr("kdnas.commands.jobs.distill_best", interrupt)
+    assert main(command) == 130
     told = re.findall(
         "Full KD: beginning without (.*), which is not there", capsys.readouterr().out
     )
@@ -408,20 +443,16 @@ def test_full_kd_goes_on_from_the_best_candidates_weights(
     begins_with: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
 
-    def watch(trainer, module, data, **options):
-        if getattr(data, "split", None) == "full":
-            for kept, tensors in (
-                (begins_with, module.state_dict()),
-                (moments, module.optimizer_tensors),
-            ):
-                kept.update({name: tensor.clone() for name, tensor in tensors.items()})
-        fit(trainer, module, data, **options)
+    def watch(trainer, folder, num_epochs, module, data):
+        for kept, tensors in (
+            (begins_with, module.state_dict()),
+            (moments, module.optimizer_tensors),
+        ):
+            kept.update({name: tensor.clone() for name, tensor in tensors.items()})
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdnas.training.trainer.fit", watch)
-    monkeypatch.setattr(
-        pipeline, "export_run", interrupt
-    )  # it takes seconds, and is another's test
-    assert main([*command, "--task=null", "--search.n_trials=4", "--full_kd.num_epochs=1"]) == 130
+    monkeypatch.setattr("kdnas.distillation.full_kd.fit_resumable", watch)
+    assert main([*command, "--task=null", "--search.n_trials=4"]) == 130
     run = tmp_path / "logs" / "tiny"
     kept = sorted(path.parent.name for path in run.glob("trial_*/weights.safetensors"))
     assert len(kept) == 3
@@ -456,14 +487,7 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kdnas.deploy.latency.MOST_SPREAD", -1.0)
-    search = [
-        "search",
-        *(
-            option
-            for option in command[1:]
-            if not option.startswith(("--config", "--task", "--full", "--fine"))
-        ),
-    ]
+    search, run = of_search(command), tmp_path / "logs" / "tiny"
     assert main(search) == 0
     busy = "The machine is busy: the teacher's latency beside trial 0 spread by more than a tenth"
     assert [busy in message for message in caplog.messages].count(True) == 1
@@ -478,8 +502,34 @@ def test_a_search_can_be_prolonged_and_says_once_that_the_machine_is_busy(
     assert main([*search, "--search.n_trials=3"]) == 0, "what has begun is past a glance"
     assert "The machine is busy" not in caplog.text
     assert "going on after 2 of 3" in capsys.readouterr().out
-    trials = pd.read_csv(tmp_path / "logs" / "tiny" / "trials.csv")
+    trials = pd.read_csv(run / "trials.csv")
     assert (trials.state == "COMPLETE").sum() >= 3
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "overwritten"])
+def test_a_search_whose_database_is_lost_goes_on_from_its_results(
+    damage: str,
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    search, run = of_search(command, "--search.n_trials=1"), tmp_path / "logs" / "tiny"
+    assert main(search) == 0
+    database, before = run / "study.db", pd.read_csv(run / "trials.csv")
+    if damage == "deleted":
+        database.unlink()
+    elif damage == "cut":
+        os.truncate(database, database.stat().st_size // 2)
+    else:
+        database.write_text("no database")
+    capsys.readouterr()
+    assert main([*search, "--search.n_trials=2"]) == 0
+    assert "made again from the results of" in caplog.text
+    assert (run / "study.db.replaced").exists() is (damage != "deleted")
+    assert "going on after 1 of 2" in capsys.readouterr().out
+    after = pd.read_csv(run / "trials.csv")
+    assert after.reward[: len(before)].tolist() == before.reward.tolist()
 
 
 @pytest.mark.parametrize(
@@ -510,10 +560,7 @@ def test_another_config_under_the_same_name_is_refused(
 def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
     command: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    search = [
-        "search",
-        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
-    ]
+    search = of_search(command)
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "bfloat16")
     assert main(search) == 0
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "float32")
@@ -530,36 +577,13 @@ def test_other_lengths_in_the_same_file_are_another_study(
 ) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("7\n12\n")
-    monkeypatch.setattr(pipeline, "_search", interrupt)
+    monkeypatch.setattr(pipeline, "search_stage", interrupt)
     own = [*command, f"--latency.lengths={lengths}"]
     assert main(own) == main(own) == 130
     lengths.write_text("7\n16\n")
     capsys.readouterr()
     assert main(own) == 2
     assert "other settings (latency.lengths_sha256: " in capsys.readouterr().err
-
-
-def test_a_search_that_helps_leaves_the_student_that_another_process_distils(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop, run, theirs = (
-        pipeline.search_loop,
-        tmp_path / "logs" / "tiny",
-        StudentArch(1, 1, 16, 16, "relu"),
-    )
-
-    def others_are_faster(*args: object) -> object:
-        best = loop(*args)
-        (run / "full_kd").mkdir()
-        theirs.to_yaml(run / "best_student.yaml")
-        return best
-
-    monkeypatch.setattr(pipeline, "search_loop", others_are_faster)
-    of_run = ("--config", "--task", "--full_kd", "--finetune")
-    assert (
-        main(["search", *(option for option in command[1:] if not option.startswith(of_run))]) == 0
-    )
-    assert StudentArch.from_yaml(run / "best_student.yaml") == theirs
 
 
 def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
@@ -574,31 +598,9 @@ def test_a_disk_that_fails_where_the_board_begins_is_told_with_its_folder(
     monkeypatch.setattr("kdnas.report.tensorboard.SummaryWriter", fail)
     assert main(command) == 3
     assert (
-        f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny'}'"
+        f"kdnas: [Errno 5] Input/output error: '{tmp_path / 'logs' / 'tiny' / 'search'}'"
         in capsys.readouterr().err
     )
-
-
-def test_a_student_is_fixed_while_the_teacher_s_states_are_stored_and_free_where_they_were_not(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states, full_kd = Job.states, tmp_path / "logs" / "tiny" / "full_kd"
-    found: list[bool] = []
-    ends: list[BaseException] = [KeyboardInterrupt(), UserError("no room")]
-
-    def stop_at_full(job: Job, split: str) -> object:
-        if split == "mini":
-            return states(job, split)
-        found.append(full_kd.is_dir())  # by which a helping search knows
-        raise ends.pop(0)
-
-    monkeypatch.setattr(Job, "states", stop_at_full)
-    assert main(command) == 130
-    assert full_kd.exists(), "a search whose time is over is not begun again"
-    assert main(command) == 2
-    assert found == [True, True] and not full_kd.exists()
-    monkeypatch.undo()
-    assert main([*command, "--full_kd.num_epochs=2"]) == 0
 
 
 def test_another_teacher_or_text_under_the_same_path_is_refused(
@@ -611,7 +613,7 @@ def test_another_teacher_or_text_under_the_same_path_is_refused(
     text = tmp_path / "text.txt"
     text.write_text("\n".join(make_rows(120, seed=5)))
     own = [*command, f"--teacher={teacher}", f"--text={text}", "--task=null"]
-    monkeypatch.setattr(pipeline, "_full_kd", interrupt)
+    monkeypatch.setattr(pipeline, "search_stage", interrupt)
     assert main(own) == 130
 
     model = AutoModel.from_pretrained(teacher)
@@ -646,14 +648,20 @@ def test_a_config_is_plain_yaml_that_gives_it_back(tmp_path: Path) -> None:
 
 
 def test_candidates_that_all_fail_end_with_one_line(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(self: object, trial: object, arch: object) -> float:
+    def fail(*args: object) -> None:
         raise CandidateFailed("no luck 17")
 
-    monkeypatch.setattr(pipeline.Evaluator, "__call__", fail)
-    assert main(command) == 1
+    monkeypatch.setattr("kdnas.commands.jobs.train_candidate", fail)
+    assert main([*command, "--search.n_trials=20"]) == 1
     assert "no luck 17" in capsys.readouterr().err.splitlines()[-1]
+    trials = pd.read_csv(tmp_path / "logs/tiny/trials.csv")
+    assert len(trials) == 5, "more would fail alike"
+    assert not (tmp_path / "logs/tiny/best_student.yaml").exists()
 
 
 def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_is_none(
@@ -668,13 +676,14 @@ def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_i
     (folder / "run.lock").write_text("process 77 of here, since noon")  # its process may be dead
     with FileLock(folder / "run.lock"):
         before = snapshot(folder)
-        assert main(command) == 2
+        for one in (command, of_search(command)):
+            assert main(one) == 2
+            assert (
+                "'tiny' is being made by process 77 of here, since noon: wait for it"
+                in capsys.readouterr().err
+            )
         assert snapshot(folder) == before
-    assert (
-        "'tiny' is being made by process 77 of here, since noon: wait for it"
-        in capsys.readouterr().err
-    )
-    monkeypatch.setattr(pipeline, "_search", interrupt)
+    monkeypatch.setattr(pipeline, "search_stage", interrupt)
     assert main(command) == 130
     assert (folder / "run.lock").read_text().startswith(f"process {os.getpid()} of ")
 
@@ -690,12 +699,12 @@ def test_rows_of_a_task_that_changed_are_noticed(
     shutil.copytree(task_folder, task)
     own = [*command, f"--task={task}"]
     with monkeypatch.context() as patch:
-        patch.setattr("kdnas.commands.run.measure_latency", lambda *args: [][0])
-        with pytest.raises(IndexError):
-            main(own)
+        patch.setattr(pipeline, "measure_rows", interrupt)
+        assert main(own) == 130
     shutil.copy(task / "train.parquet", task / "validation.parquet")
     assert main(own) == 2
-    assert "The rows of 'first_word' are not those" in capsys.readouterr().err
+    told = r"/glue/teacher' was made with other settings \(task_sha256: '\w+' there, '\w+' now\)"
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_what_changes_no_result_may_change_before_its_stage(
@@ -704,46 +713,29 @@ def test_what_changes_no_result_may_change_before_its_stage(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    run = tmp_path / "logs" / "tiny"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_full_kd", interrupt)
+        patch.setattr(pipeline, "full_kd_stage", interrupt)
         assert main(command) == 130
     changed = [*command, "--states.max_gb=0", "--full_kd.num_epochs=1", "--task=null"]
     assert main(changed) == 0
-    saved = yaml.safe_load((tmp_path / "logs/tiny/config.yaml").read_text())
-    assert (saved["states"]["max_gb"], saved["full_kd"]["num_epochs"], saved["task"]) == (
-        0,
-        1,
-        None,
-    )
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    now = (saved["states"]["max_gb"], saved["full_kd"]["num_epochs"], saved["task"])
+    assert now == (0, 1, None)
     capsys.readouterr()
     assert main([*changed, "--full_kd.num_epochs=2"]) == 2
     assert "full_kd.num_epochs: 1 there, 2 now" in capsys.readouterr().err
     assert main([*changed, "--space.hidden_size=[32]"]) == 2  # another space
     assert re.search(r"space\.hidden_size: .* there, \[32\] now", capsys.readouterr().err)
-    (run := tmp_path / "logs/tiny").joinpath("student").rename(
-        tmp_path / "student"
-    )  # fine-tuning does not end
+
+    (run / "student").rename(tmp_path / "student")  # as if fine-tuning had not ended
     (run / "glue").mkdir()
     assert main([*changed, "--finetune.learning_rate=1e-5"]) == 2
-    assert (
-        f"go back to them, delete '{run}/glue', and fine-tuning begins anew"
-        in capsys.readouterr().err
-    )
+    told = f"go back to them, or delete '{run}/glue', and fine-tuning begins anew"
+    assert told in capsys.readouterr().err
     (run / "glue").rmdir()
-    assert main([*changed, "--finetune.learning_rate=1e-5"]) == 0
-    search = [
-        option
-        for option in command
-        if not option.startswith(("--config", "--task", "--full", "--fine"))
-    ]
-    longer = [
-        "search",
-        *search[1:],
-        "--search.n_trials=3",
-        "--data.pair_share=0.5",
-        "--data.masked_share=0.5",
-    ]
-    assert main(longer) == 2
+    (tmp_path / "student").rename(run / "student")
+    assert main(of_search(command, "--search.n_trials=3")) == 2
     assert "distils its best student already" in capsys.readouterr().err
 
 
@@ -755,35 +747,7 @@ def test_an_impossible_length_of_the_task_is_refused_at_the_start(
     assert not (tmp_path / "logs").exists()
 
 
-def test_what_every_worker_refuses_ends_the_search_without_a_best_student(
-    command: list[str],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def lose_the_text(*args: object) -> str:
-        text.unlink()
-        return run_workers(*args)
-
-    text = Path(shutil.copy(text_file, tmp_path))
-    search = [
-        "search",
-        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
-    ]
-    search.append(f"--text={text}")
-    assert main([*search, "--search.n_trials=1"]) == 0
-    run_workers = pipeline.run_workers
-    monkeypatch.setattr(pipeline, "run_workers", lose_the_text)
-    (tmp_path / "logs/tiny/best_student.yaml").unlink()
-    assert main([*search, "--search.n_trials=2", "--candidate_timeout=60"]) == 2
-    assert str(text) in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "logs/tiny/best_student.yaml").exists()
-
-
-@pytest.mark.parametrize("option", ["--workers=2", "--candidate_timeout=5"])
 def test_a_gpu_that_a_worker_will_not_see_is_refused_at_the_start(
-    option: str,
     command: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -792,32 +756,10 @@ def test_a_gpu_that_a_worker_will_not_see_is_refused_at_the_start(
     monkeypatch.setattr(
         "kdnas.deploy.latency._devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"]
     )
-    assert main([*command, "--latency.device=cuda:1", option]) == 2
-    assert (
-        "latency.device is 'cuda:1', but a worker process sees one GPU only"
-        in capsys.readouterr().err
-    )
+    assert main([*command, "--latency.device=cuda:1", "--workers=1"]) == 2
+    told = "latency.device is 'cuda:1', but each worker sees one GPU only: give 'cuda'"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
-
-
-def test_sigterm_ends_a_candidate_and_the_same_command_goes_on(
-    command: list[str], tmp_path: Path
-) -> None:
-    search = [
-        "search",
-        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
-    ]
-    endless = [sys.executable, "-m", "kdnas", *search, "--search.num_epochs=100000"]
-    worker = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("logs/tiny/trial_0000/events*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    worker.terminate()
-    _, error = worker.communicate(timeout=60)
-    assert worker.returncode == 143, error
-    assert error.splitlines()[-1] == "kdnas: interrupted; the same command goes on from here."
-    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
 
 
 @pytest.mark.slow
@@ -831,14 +773,10 @@ def test_a_search_measures_by_the_backend_that_is_asked_for(
         return open_session(path, num_threads)
 
     monkeypatch.setattr("kdnas.deploy.latency.open_session", watch)
-    search = [
-        "search",
-        *(o for o in command[1:] if not o.startswith(("--config", "--task", "--full", "--fine"))),
-    ]
-    assert main([*search, "--latency.backend=onnxruntime-int8", "--search.n_trials=1"]) == 0
+    options = ["--latency.backend=onnxruntime-int8", "--search.n_trials=1"]
+    assert main(of_search(command, *options)) == 0
     assert opened == ["model.int8.onnx"] * len(opened) and len(opened) >= 2, "student and teacher"
-    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/logs/tiny/study.db")
-    assert all(trial.user_attrs["latency_ms"] > 0 for trial in trained(study))
+    assert (pd.read_csv(tmp_path / "logs/tiny/trials.csv").latency_ms > 0).any()
 
 
 @pytest.mark.slow
@@ -872,7 +810,7 @@ def test_quickstart_on_its_real_teacher_and_text(
 
 
 def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None:
-    """What TensorBoard is shown of a search of two epochs by two workers: its own progress once, and every trial's."""
+    """What TensorBoard is shown of a search of two epochs: its progress, and every trial's."""
 
     def events(folder: Path) -> EventAccumulator:
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
@@ -881,91 +819,160 @@ def _check_curves(run: Path, candidates: list[optuna.trial.FrozenTrial]) -> None
     progress = events(run / "search")
     best = [event.value for event in progress.Scalars("search/best_reward")]
     assert [event.step for event in progress.Scalars("search/reward")] == [1, 2, 3, 4]
-    assert best == sorted(best) and best[-1] == pytest.approx(
-        max(trial.value for trial in candidates)
-    )
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(max(trial.value for trial in candidates))
     assert [event.value for event in progress.Scalars("search/exploration_ratio")] == [1, 0, 0, 0]
     assert progress.Images("search/pareto")
     for trial in candidates:
         shown = events(run / f"trial_{trial.number:04d}")
         depth = trial.user_attrs["arch"]["num_hidden_layers"]
-        assert (
-            f"| num_hidden_layers | 4 | {depth} |"
-            in shown.Tensors("student/text_summary")[0].tensor_proto.string_val[0].decode()
+        summary = shown.Tensors("student/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert f"| num_hidden_layers | 4 | {depth} |" in summary
+        wanted = (
+            "train/loss train/learning_rate train/grad_norm train/tokens_per_second val/loss "
+            "val/contextual_share teacher_layer_3/r2 hp/reward hp/loss hp/latency_ms"
         )
-        scalars = shown.Tags()["scalars"]
-        wanted = "train/loss train/learning_rate train/grad_norm train/tokens_per_second val/loss val/contextual_share "
-        wanted += "teacher_layer_3/r2 hp/reward hp/loss hp/latency_ms"
-        assert set(wanted.split()) <= set(scalars)
+        assert set(wanted.split()) <= set(shown.Tags()["scalars"])
         steps = [event.step for event in shown.Scalars("train/loss")]
         for name in ("learning_rate", "grad_norm", "tokens_per_second"):
             found = shown.Scalars(f"train/{name}")
-            assert [event.step for event in found] == steps and all(
-                event.value > 0 for event in found
-            )
+            assert [event.step for event in found] == steps
+            assert all(event.value > 0 for event in found)
 
 
-def test_of_episodes_that_end_between_two_looks_each_is_ranked(command, monkeypatch, capsys):
-    whole = pipeline.search_loop
-
-    def look_once(evaluate, space, study, n_trials, callbacks, *others):
-        best = whole(evaluate, space, study, n_trials, [], *others)
-        for trial in study.get_trials():
-            for show in callbacks:
-                show(study, trial)
-        return best
-
-    monkeypatch.setattr(pipeline, "search_loop", look_once)
-    options = [
-        option
-        for option in command[1:]
-        if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
-    ]
-    sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
-    assert main(["search", *options, f"--sampler={sampler}", "--search.n_trials=4"]) == 0
-    assert re.findall(r"episode (\d): best so far", capsys.readouterr().out) == ["1", "2"]
-
-
-def test_two_workers_search_one_study_with_the_controller(command, tmp_path, capsys, monkeypatch):
-    """Through the command line: totals, the episodes' leaders, logs; and run again, nothing is done."""
-    options = [
-        option
-        for option in command[1:]
-        if not option.startswith(("--task", "--full_kd", "--finetune", "--config"))
-    ]
-    sampler = '{"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2, "num_episodes": 2}}'
-    search = ["search", *options, f"--sampler={sampler}", "--workers=2", "--search.n_trials=4"]
-    half = (
-        tmp_path
-        / "logs"
-        / "tiny"
-        / "trial_0001"
-        / f".student.safetensors.{this_host()}-{2**22 + 1}.abcdefgh"
-    )
-
-    def run_and_leave(*args: object) -> str | None:
-        refusal = pipeline_run_workers(*args)
-        half.touch()  # as a worker that is killed leaves it
-        return refusal
-
-    pipeline_run_workers = pipeline.run_workers
-    monkeypatch.setattr(pipeline, "run_workers", run_and_leave)
-    assert main(search) == 0
-    assert not half.exists()
-    shown = " ".join(capsys.readouterr().out.split())
-    for episode in (1, 2):  # as each ends
-        assert re.search(
-            rf"episode {episode}: best so far [^;]*; best of this episode [^;]*", shown
-        ), shown
-    assert shown.count("best of the one before") == 1 and "Pareto fronts" in shown
+def test_a_search_with_the_controller_shows_its_episodes_and_its_curves(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = {
+        "class_path": "kdnas.nas.sampler.LSTMSampler",
+        "init_args": {"num_candidates": 2, "num_episodes": 2},
+    }
+    search = of_search(command, f"--sampler={json.dumps(sampler)}", "--search.n_trials=4")
     run = tmp_path / "logs" / "tiny"
+    assert main(search) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for episode in (1, 2):
+        told = rf"episode {episode}: best so far [^;]*; best of this episode [^;]*"
+        assert re.search(told, shown), shown
+    assert shown.count("best of the one before") == 1 and "Pareto fronts" in shown
     study = optuna.load_study(storage=f"sqlite:///{run}/study.db", study_name="tiny")
     assert len(trained(study)) == 4
-    assert (
-        len({trial.user_attrs["pid"] for trial in study.trials if trial.state.is_finished()}) == 2
-    )
-    assert len(pd.read_csv(run / "trials.csv")) >= 4
-    assert all(path.exists() for path in map(Run(run.parent, run.name).worker_log, (0, 1)))
+    assert len(pd.read_csv(run / "trials.csv")) == len(study.trials)
     _check_curves(run, trained(study))
     assert main(search) == 0
     assert "4 candidates are done" in capsys.readouterr().out
+
+
+# What ``$FAULT`` says: students begin as always; the process hangs; it dies, where one layer deep.
+STARTS = """
+import os
+import signal
+import time
+from pathlib import Path
+
+from kdnas.distillation.start import FromTeacher
+
+
+class Faulty(FromTeacher):
+    def __call__(self, student, teacher, rows):
+        fault, is_shallow = os.environ["FAULT"], student.config.num_hidden_layers == 1
+        if fault == "hangs" or (fault == "dies" and is_shallow):
+            with Path(os.environ["FAULT_LOG"]).open("a") as file:
+                print(os.getpid(), file=file)
+            if fault == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return super().__call__(student, teacher, rows)
+"""
+# Of two students: of one layer, and of two.
+TWO_STUDENTS = [
+    "--space.num_hidden_layers=[1,2]",
+    "--space.num_attention_heads=[2]",
+    "--space.hidden_size=[32]",
+    "--space.intermediate_size=[64]",
+    "--space.hidden_act=[gelu]",
+]
+
+
+@pytest.fixture
+def fault_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Takes the number of each process that a fault met; its class is ``faulty_starts.Faulty``."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "faulty_starts.py").write_text(STARTS)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("FAULT_LOG", str(tmp_path / "faults.txt"))
+    return tmp_path / "faults.txt"
+
+
+def test_two_processes_do_every_stage_and_a_candidate_that_kills_its_own_fails_alone(
+    command: list[str],
+    fault_log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("FAULT", "dies")
+    command += [*TWO_STUDENTS, "--workers=2", "--recipe.start=faulty_starts.Faulty"]
+    assert main(command) == 0
+    run = tmp_path / "logs" / "tiny"
+    assert [name for name in ARTEFACTS if not (run / name).exists()] == []
+    assert StudentArch.from_yaml(run / "best_student.yaml").num_hidden_layers == 2
+    trials = pd.read_csv(run / "trials.csv").set_index("num_hidden_layers")
+    died = "its process died (SIGKILL, perhaps out of memory)"
+    assert trials.reason[1] == f"{died}, twice" and trials.state[2] == "COMPLETE"
+    assert len(set(fault_log.read_text().split())) == 2, "it was tried once more, in another"
+    assert f"{died}; it is tried again." in caplog.text
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert main(["verify", str(run)]) == 0
+
+
+def test_a_candidate_that_hangs_is_ended_after_its_time(
+    command: list[str],
+    fault_log: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FAULT", "hangs")
+    options = ["--space.num_hidden_layers=[1]", "--recipe.start=faulty_starts.Faulty"]
+    options += ["--workers=1", "--candidate_timeout=0.2"]
+    assert main(of_search(command, *TWO_STUDENTS, *options)) == 1
+    told = "Every candidate failed; the last one: it took longer than 0.2 minutes."
+    assert told in capsys.readouterr().err
+    (hung,) = map(int, fault_log.read_text().split())
+    assert not is_alive(hung)
+
+
+@pytest.mark.slow
+def test_a_killed_parent_leaves_no_process_and_loses_nothing(
+    command: list[str],
+    fault_log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "logs" / "tiny"
+    search = of_search(command, *TWO_STUDENTS, "--recipe.start=faulty_starts.Faulty")
+    monkeypatch.setenv("FAULT", "none")
+    assert main([*search, "--search.n_trials=1"]) == 0
+    done = run / "trial_0000" / "result.json"
+    known = done.read_bytes()
+
+    paths = os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "FAULT": "hangs"}
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "kdnas", *search, "--workers=2"], env=environment
+    )
+    deadline = time.monotonic() + 240
+    while not fault_log.exists():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    assert children and psutil.wait_procs(children, timeout=20)[1] == []
+
+    assert main(search) == 0
+    assert done.read_bytes() == known
+    trials = pd.read_csv(run / "trials.csv")
+    assert trials.number.tolist() == [0, 1] and (trials.state == "COMPLETE").all()

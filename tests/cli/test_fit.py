@@ -1,0 +1,397 @@
+"""``kdnas fit`` and ``kdnas validate``: Lightning's command line on our module and data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel
+
+import kdnas
+from kdnas.cli.main import main
+from kdnas.data.datamodule import Batch
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import find_teacher
+from kdnas.system.files import this_host
+from kdnas.training.checkpoints import WholeFiles
+from tests.cli.test_main import refused
+
+FIT = """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  precision: 32-true
+  devices: {devices}
+  strategy: {strategy}
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  default_root_dir: {folder}
+model:
+  teacher: {teacher}
+  arch: {{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 64, intermediate_size: 64, hidden_act: gelu}}
+  states: {{folder: {folder}/states}}
+  recipe: {{objective: {{class_path: kdnas.distillation.objectives.HiddenStates}}}}
+data:
+  text: {text}
+  folder: {folder}/tokens
+  settings: {{max_length: 24, batch_tokens: 256}}
+"""
+
+
+@pytest.fixture
+def fit_config(tiny_teacher: Path, text_file: Path, tmp_path: Path) -> Path:
+    """A small fit in one process."""
+    path = tmp_path / "fit.yaml"
+    options = dict(
+        devices=1, strategy="auto", folder=tmp_path, teacher=tiny_teacher, text=text_file
+    )
+    path.write_text(FIT.format(**options))
+    return path
+
+
+def test_misspelt_option_of_fit_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(
+        ["fit", "--config", "configs/fit.yaml", "--model.recipe.learnin_rate=1"], capsys
+    )
+    assert "learnin_rate" in error and "Did you mean 'learning_rate'?" in error
+
+
+def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
+    fit_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "--config", str(fit_config), "--trainer.devices=2", "--trainer.strategy"]
+    by_class = "lightning.pytorch.strategies.FSDPStrategy"
+    for strategy, name in (("fsdp", "fsdp"), (by_class, "FSDPStrategy")):
+        error = refused([*fit, strategy], capsys)
+        assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
+    assert list(tmp_path.iterdir()) == [fit_config]
+
+
+SEEN = """
+import lightning.pytorch as pl
+
+
+class Seen(pl.Callback):
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with open(f"{self.folder}/{trainer.current_epoch}-{trainer.global_rank}.txt", "a") as file:
+            print(*batch["sample_ids"].tolist(), file=file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        "cpu",
+        pytest.param(
+            "gpu",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            ],
+        ),
+    ],
+)
+def test_fit_on_two_processes_is_that_of_one_with_the_same_batches(
+    accelerator: str,
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+
+    (tmp_path / "seen.py").write_text(SEEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "kept").mkdir()
+
+    def command(name: str, devices: int, strategy: str) -> list[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = folder / "fit.yaml"
+        options = dict(
+            devices=devices, strategy=strategy, folder=folder, teacher=tiny_teacher, text=text_file
+        )
+        lines = FIT.format(**options).splitlines()
+        config.write_text(
+            "\n".join(line for line in lines if "recipe" not in line)
+        )  # the default one
+        kept = [
+            f"--model.states.folder={tmp_path}/kept/states",
+            f"--data.folder={tmp_path}/kept/tokens",
+        ]
+        callback = ["--trainer.callbacks=seen.Seen", f"--trainer.callbacks.folder={folder}"]
+        return [
+            "fit",
+            "--config",
+            str(config),
+            f"--trainer.accelerator={accelerator}",
+            *kept,
+            *callback,
+        ]
+
+    def result(name: str) -> HiddenStateDistillModule:
+        (checkpoint,) = (tmp_path / name / "lightning_logs").rglob("*.ckpt")
+        return HiddenStateDistillModule.load_from_checkpoint(
+            checkpoint, teacher=str(tiny_teacher), arch=StudentArch(2, 2, 64, 64), recipe=Recipe()
+        )
+
+    def seen(name: str, epoch: int, rank: int) -> list[list[int]]:
+        lines = (tmp_path / name / f"{epoch}-{rank}.txt").read_text().splitlines()
+        return [[int(number) for number in line.split()] for line in lines]
+
+    paths = os.pathsep.join([str(tmp_path), str(Path(kdnas.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "kdnas", *command("two", 2, "ddp")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+    for kept in ("states", "tokens"):
+        assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, (
+            "both share one"
+        )
+    batches: list[Batch] = []
+
+    def both_ranks(self: HiddenStateDistillModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The loss of two batches together, at the second of them; accumulated over two it is halved."""
+        batches.append(batch)
+        if batch_idx % 2 == 0:
+            return 0 * next(self.parameters()).sum()
+        sums, counts = map(sum, zip(*(self(*self.views(one)) for one in batches), strict=True))
+        batches.clear()
+        return 2 * (sums / counts * self._weights("variance")).sum()
+
+    monkeypatch.setattr(HiddenStateDistillModule, "training_step", both_ranks)
+    assert main([*command("one", 1, "auto"), "--trainer.accumulate_grad_batches=2"]) == 0
+    for epoch in range(2):
+        ranks, alone = [seen("two", epoch, rank) for rank in range(2)], seen("one", epoch, 0)
+        assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == alone
+        assert sorted(sum(alone, [])) == list(range(len(sum(alone, [])))), "each row once"
+    two, one = result("two"), result("one")
+    assert [row["epoch"] for row in two.history] == [0, 1]
+    assert two.history[1]["loss"] < two.history[0]["loss"]
+    for ours, theirs in zip(two.history, one.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
+    fit_config: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved_by, save = [], WholeFiles.save_checkpoint
+
+    def watch(self, checkpoint, path, storage_options=None):
+        saved_by.append(Path(path).name)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", watch)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["fit", "--config", str(fit_config)]) == 0
+    (events,) = (tmp_path / "lightning_logs").rglob("events.out.tfevents.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    for layer in (0, 2, 3):  # last: 2, 3; skip: 0, 2
+        assert f"teacher_layer_{layer}/contextual_share" in tags
+        assert f"teacher_layer_{layer}/r2" in tags
+    assert {"val/loss", "val/contextual_share", "val/sentence_r2"} <= set(tags)
+    saved = yaml.safe_load(next((tmp_path / "lightning_logs").rglob("config.yaml")).read_text())
+    assert saved["model"]["arch"]["hidden_size"] == 64
+    (encoder,) = (tmp_path / "lightning_logs").rglob("encoder")
+    assert AutoModel.from_pretrained(encoder).config.hidden_size == 64
+    assert (
+        find_teacher(str(encoder)).tokenizer.get_vocab()
+        == find_teacher(str(tiny_teacher)).tokenizer.get_vocab()
+    )
+    assert main(["verify", str(encoder.parent)]) == 0
+    (checkpoint,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
+    assert checkpoint.name in saved_by
+    capsys.readouterr()
+    assert main(["validate", "--config", str(fit_config), "--ckpt_path", str(checkpoint)]) == 0
+    shown = re.search(r"val/loss\D+([\d.]+)", capsys.readouterr().out)
+    loss = EventAccumulator(str(events)).Reload().Scalars("val/loss")[-1].value
+    assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_replaces_nothing(
+    fit_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    kept = ("+=ModelCheckpoint", ".every_n_train_steps=2", ".save_last=link")  # docs/scale.md: true
+    fit = [
+        "fit",
+        "--config",
+        str(fit_config),
+        *(f"--trainer.callbacks{part}" for part in kept),
+        "--ckpt_path=last",
+    ]
+    checkpoints = tmp_path / "lightning_logs" / "version_4711" / "checkpoints"
+    assert main(fit) == 0
+    made = {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
+    (saved,) = tmp_path.rglob("config.yaml")
+    assert saved.parent.name == "version_4711"
+    before = saved.read_bytes()
+    assert main(fit) == 0  # from its last step, so no step is made again
+    assert made == {path.name: path.stat().st_mtime_ns for path in checkpoints.glob("epoch*")}
+    checkpoint = saved.parent / "checkpoints" / "last.ckpt"
+    assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["validate", *fit[1:], "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["verify", str(saved.parent)]) == 0  # with the curves of both
+    assert saved.read_bytes() == before
+    student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
+    error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
+    assert (
+        "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
+    )
+    assert (
+        saved.parent / "encoder" / "model.safetensors"
+    ).read_bytes() == student and saved.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("logger", "is_own"), [("false", False), ("TensorBoardLogger", False), ("CSVLogger", True)]
+)
+def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_programs_theirs(
+    logger: str, is_own: bool, fit_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    options = [f"--trainer.logger={logger}"]
+    if logger != "false":
+        options.append(f"--trainer.logger.save_dir={tmp_path}")
+    if logger == "TensorBoardLogger":
+        options += ["--trainer.logger.name=", "--trainer.logger.version="]
+    if logger == "CSVLogger":
+        options.append("--trainer.logger.version=7")
+    assert main(["fit", "--config", str(fit_config), *options]) == 0
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+    (encoder,) = tmp_path.rglob("encoder")
+    assert (encoder.parent != tmp_path) is is_own
+    if is_own:
+        assert main(["verify", str(encoder.parent)]) == 0
+        (checkpoint,) = tmp_path.rglob("*.ckpt")
+        assert (
+            main(
+                ["validate", "--config", str(fit_config), *options, "--ckpt_path", str(checkpoint)]
+            )
+            == 0
+        )
+        assert main(["verify", str(encoder.parent)]) == 0, "with the figures of the validation"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_options_of_the_lightning_cli_take_dashes_as_completion_offers_them(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--seed-everything=7", "--ckpt-path=best", "--print-config"])
+    assert end.value.code in (None, 0)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["seed_everything"], shown["ckpt_path"]) == (7, "best")
+
+
+STOPS = """
+import lightning.pytorch as pl
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+"""
+
+
+def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
+    fit_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kept = (
+        "+=ModelCheckpoint",
+        ".every_n_train_steps=2",
+        ".save_last=true",
+    )  # as docs/scale.md has it
+    every_second = [f"--trainer.callbacks{part}" for part in kept]
+    assert (
+        main(
+            ["fit", "--config", str(fit_config), *every_second, "--trainer.callbacks+=stops.Stops"]
+        )
+        == 130
+    )
+    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    half = Path(checkpoint).with_name(
+        f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh"
+    )  # as a kill leaves it
+    half.touch()
+    assert main(["fit", "--config", str(fit_config), "--ckpt_path", checkpoint]) == 0
+    assert not half.exists()
+    steps = {
+        torch.load(path, weights_only=True)["global_step"]
+        for path in tmp_path.rglob("epoch=*.ckpt")
+    }
+    assert max(steps) > 3
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
+    command: str,
+    fit_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Payload(tmp_path / "ran")}, checkpoint)
+    error = refused([command, "--config", str(fit_config), "--ckpt_path", str(checkpoint)], capsys)
+    assert "evil.ckpt' is damaged or holds more than tensors" in error
+    # Settings in a checkpoint are not ours: Lightning would import the class, and store where they say.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    objective = {
+        "recipe": {"objective": {"class_path": "evil.X"}},
+        "states": {"folder": str(tmp_path / "theirs")},
+    }
+    theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
+    for found, words in (
+        (theirs, "The checkpoint is of another student or objective: "),
+        ({"state_dict": {}}, "is no checkpoint of a fit"),
+    ):
+        torch.save(found, checkpoint)
+        assert words in refused(
+            [command, "--config", str(fit_config), "--ckpt_path", str(checkpoint)], capsys
+        )
+    assert "evil" not in sys.modules and not (tmp_path / "theirs").exists()
+    error = refused(
+        [command, "--config", str(fit_config), "--ckpt_path=memory://evil.ckpt"], capsys
+    )
+    assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
+    assert not (tmp_path / "ran").exists()
