@@ -28,8 +28,8 @@ from kdnas.data.tokens import TokenRows, write_rows
 from kdnas.distillation import state_cache as cache_module
 from kdnas.distillation.state_cache import StateCache, cache_key
 from kdnas.models.encoders import find_teacher
-from kdnas.system.jobs import DISK_ERRORS
 from kdnas.system.errors import UserError
+from kdnas.system.jobs import DISK_ERRORS
 from tests.conftest import make_rows, save_teacher
 
 LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
