@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kdnas.nas.candidate import Budget
 from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from kdnas.deploy.latency import ArchLatency, Latency, LatencySettings
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, state_cache
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
+from kdnas.nas.candidate import Budget
 from kdnas.nas.space import SearchSpace
 from tests.conftest import make_rows
 
