@@ -3,7 +3,8 @@ ARGS ?=
 ENV := .venv/.complete
 
 # Every stage of a run, and each library's part in it, in a few minutes.
-LOWEST := tests/test_api.py $(patsubst %,tests/%.py,commands/test_report commands/test_smoke nas/test_sampler nas/test_search tasks/test_scores)
+LOWEST := $(patsubst %,tests/%.py,test_api report/test_page nas/test_sampler tasks/test_scores \
+	commands/test_smoke system/test_engine)
 
 .PHONY: help install quickstart test lint bench faults docs lowest audit
 .DEFAULT_GOAL := help

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Needed, though not imported by name: Lightning's logger, torch's exporter, onnxruntime's int8, Optuna's sampler gp.
 NOT_IMPORTED = {"tensorboard", "onnxscript", "onnx", "scipy"}
 # Imported where an option asks for it; the message names the extra.
-OPTIONAL = {"sentence-transformers"}
+OPTIONAL = {"distributed", "sentence-transformers"}
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -93,8 +93,13 @@ def test_the_console_command_is_a_function():
 
 def test_every_third_party_import_is_declared_and_every_dependency_is_used():
     used = third_party((ROOT / "kdnas").rglob("*.py")) - OPTIONAL | NOT_IMPORTED
-    assert set(setup_cfg()["options.extras_require"]) >= OPTIONAL
     assert used == {canonicalize_name(requirement.name) for requirement in install_requires()}
+
+
+def test_what_an_option_needs_is_in_an_extra_of_the_users():
+    extras = setup_cfg()["options.extras_require"]
+    users = "\n".join(extras[name] for name in extras if name != "dev")
+    assert {canonicalize_name(r.name) for r in requirements(users)} >= OPTIONAL
 
 
 def test_every_third_party_import_of_the_tests_is_declared():
@@ -167,7 +172,7 @@ def test_every_extra_is_named_where_it_is_needed_and_no_other():
         for extra in re.findall(r"kdnas\[([\w-]+)\]", file.read_text(encoding="utf-8"))
     }
     assert named == set(setup_cfg()["options.extras_require"]) - {"dev"}
-    assert len(named) == 4
+    assert len(named) == 5
 
 
 def test_files_that_are_not_python_are_shipped():

@@ -15,9 +15,10 @@ from kdnas.distillation.objectives import needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, open_states
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
+from kdnas.system.engine import Engine
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, sweep
-from kdnas.system.jobs import Engine, Job
+from kdnas.system.jobs import Job
 from kdnas.system.settings import keep_settings
 from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import flat

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from kdnas.system.engine import Engine
 from kdnas.system.errors import UserError, first_line
-from kdnas.system.jobs import Engine, warm_up
+from kdnas.system.pool import warm_up
 
 
 def open_engine(workers: int, executor: str | None = None) -> Engine:

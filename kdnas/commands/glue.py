@@ -32,9 +32,10 @@ from kdnas.models.encoders import (
     state_sha256,
 )
 from kdnas.report.tables import text_table
+from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError, nearest
 from kdnas.system.files import Run, read_json, short_names, sweep, write_json, write_text
-from kdnas.system.jobs import Engine, Job
+from kdnas.system.jobs import Job
 from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue, keep_finetune_settings

@@ -30,14 +30,14 @@ from kdnas.models.encoders import (
     max_length,
     num_parameters,
 )
+from kdnas.nas.bench import Bench
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import Bench
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import check_reachable, open_study, patiently, without_password
 from kdnas.nas.trials import Study, best_of, is_complete, results_in
+from kdnas.system.engine import Engine
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import Run, check_writable, read_json, sweep, write_json, write_text
-from kdnas.system.jobs import Engine
 from kdnas.system.settings import keep_settings, refuse_difference
 from kdnas.system.yaml import flat, read_yaml
 from kdnas.tasks.tasks import LoadedTask, load_task

@@ -1,27 +1,53 @@
-"""What the engine's processes do: each function is a job, of plain data, that gives plain data."""
+"""The jobs of a run: each a function of plain data that gives plain data, and how it is asked for."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 
 from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.export import export_run, rows_of_task, rows_of_texts
+from kdnas.commands.glue import TaskSource, fine_tuning
 from kdnas.commands.inputs import inputs_of
 from kdnas.distillation.full_kd import distill_student
 from kdnas.models.arch import StudentArch
 from kdnas.nas.search import evaluate
 from kdnas.nas.weights import OPTIMIZER, WEIGHTS
+from kdnas.system.files import Run
+from kdnas.system.jobs import Job
+from kdnas.tasks.finetune import FinetuneSettings
+from kdnas.tasks.tasks import load_task
+
+
+def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
+    """Mini-KD of one shape, for the trial of this number."""
+    minutes = config.candidate_timeout
+    return Job(
+        folder=Run(config.root, config.name).trial(number),
+        title=f"trial {number}: {arch}",
+        call=train_candidate,
+        args=(config, number, arch),
+        timeout=None if minutes is None else 60 * minutes,
+    )
 
 
 def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dict[str, Any]:
-    """Mini-KD of one shape; gives an ``Outcome``."""
+    """Give an ``Outcome``."""
     inputs = inputs_of(config)
     return evaluate(inputs.bench, arch, inputs.run.trial(number)).to_dict()
 
 
-def distill_best(config: RunConfig, arch: StudentArch, kept: dict[str, Path]) -> dict[str, Any]:
+def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
     """Full KD of the best student, from what its candidate has kept."""
+    folder = Run(config.root, config.name).full_kd
+    return Job(folder, "full KD", distill_best, (config, arch, dict(kept)))
+
+
+def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
+    """Give what ``distill_student`` gives."""
     inputs = inputs_of(config)
     tensors = {name: load_file(path) for name, path in kept.items()}
     return distill_student(
@@ -39,8 +65,27 @@ def distill_best(config: RunConfig, arch: StudentArch, kept: dict[str, Path]) ->
     )
 
 
+def finetune_job(
+    config: RunConfig,
+    role: str,
+    encoder: str | PreTrainedConfig,
+    tokenizer: str,
+    task: str,
+    settings: FinetuneSettings,
+) -> Job:
+    """Fine-tuning of the teacher, the student, or a random start of its shape; see ``fine_tuning``."""
+    folder, source = Run(config.root, config.name).glue / role, TaskSource(partial(load_task, task))
+    args = (encoder, tokenizer, source, settings, config.trainer, folder)
+    return Job(folder, f"fine-tuning, {role}", fine_tuning, args)
+
+
+def export_job(config: RunConfig) -> Job:
+    """The run's student, as a folder to deploy."""
+    return Job(Run(config.root, config.name).folder / "export", "export", export_best, (config,))
+
+
 def export_best(config: RunConfig) -> dict[str, Any]:
-    """The run's student, as a folder to deploy; gives what was checked."""
+    """Give what was checked."""
     inputs = inputs_of(config)
     if inputs.task:
         rows = rows_of_task(inputs.task, config.finetune.max_length)

@@ -126,6 +126,11 @@ class Sample:
         return cls(config, sizes, load_inputs(small, Console(quiet=True)), folder)
 
     @property
+    def num_slots(self) -> int:
+        """Candidates at a time."""
+        return max(1, self.config.workers)
+
+    @property
     def rows(self) -> TokenRows:
         """The few rows."""
         assert self.found.data.rows is not None
@@ -148,10 +153,10 @@ class Sample:
         train, held_out = self.few_tokens
         return self.scale * train, self.scale * held_out
 
-    def stage(self, name: str, seconds: float, disk_bytes: float = 0, workers: int = 1) -> Stage:
+    def stage(self, name: str, seconds: float, disk_bytes: float = 0, copies: int = 1) -> Stage:
         """A stage of the whole, with this process's memory until now and that of the other rows."""
         memory = peak_memory() + (self.scale - 1) * ROW_BYTES * len(self.rows)
-        return Stage(name, seconds, disk_bytes, workers * memory)
+        return Stage(name, seconds, disk_bytes, copies * memory)
 
     def candidate_seconds(self, rates: Rates) -> float:
         """Of a candidate's mini-KD."""
@@ -165,7 +170,7 @@ class Looks(NamedTuple):
 
     within: dict[StudentArch, ArchLatency]  # the budget, the fastest first; one at least
     share: float  # of all students that the budget allows
-    seconds: float  # that a load_inputs takes
+    seconds: float  # that a look takes
 
     def chosen(self) -> list[StudentArch]:
         """The fastest, a median one and the slowest; fewer where they are the same."""
@@ -188,7 +193,7 @@ def plan(config: SearchConfig) -> Plan:
         reading = _reading(sample)
         states, before, after = _teacher(sample)
         looks = _looks(sample.found)
-        with threads(max(1, torch.get_num_threads() // config.workers)):
+        with threads(max(1, torch.get_num_threads() // sample.num_slots)):
             rates = _distillation(sample, looks.chosen(), states)
         stages = [reading, before, _search(sample, looks, rates)]
         if isinstance(config, RunConfig):
@@ -262,11 +267,7 @@ def _looks(found: Inputs) -> Looks:
     looks = {archs[place]: found.meter.measure(archs[place]) for place in order[:NUM_LOOKS]}
     seconds = (time.perf_counter() - begin) / len(looks)
 
-    within = {
-        arch: load_inputs
-        for arch, load_inputs in looks.items()
-        if budget.violation(load_inputs)[0] <= 0
-    }
+    within = {arch: latency for arch, latency in looks.items() if budget.violation(latency)[0] <= 0}
     share = len(within) / len(looks)
     if not within:
         smallest = found.space.smallest()
@@ -281,12 +282,12 @@ def _search(sample: Sample, looks: Looks, rates: Mapping[StudentArch, Rates]) ->
     num_looks = min(num_archs, num_trials / max(looks.share, 1 / num_archs))
 
     # The longer a student's forward pass, the longer its step: most lie between those measured.
-    times = {arch: load_inputs.student.median_ms for arch, load_inputs in looks.within.items()}
+    times = {arch: latency.student.median_ms for arch, latency in looks.within.items()}
     measured = [sample.candidate_seconds(one) for one in rates.values()]
     known = [times[arch] for arch in rates]
     candidate = float(np.interp(list(times.values()), known, measured).mean())
 
-    num_parallel = config.workers
+    num_parallel = sample.num_slots
     if sample.found.device == "cuda":
         num_parallel = min(num_parallel, torch.cuda.device_count())
     # While one measures latency, the others hold still.
@@ -294,9 +295,9 @@ def _search(sample: Sample, looks: Looks, rates: Mapping[StudentArch, Rates]) ->
     if config.time_budget is not None:
         seconds = min(seconds, 60 * config.time_budget + candidate)
     # The best three are kept: weights, and twice as much that the optimizer knows of them.
-    largest = max(4 * load_inputs.num_parameters for load_inputs in looks.within.values())
+    largest = max(4 * latency.num_parameters for latency in looks.within.values())
     kept = min(3, num_trials) * 3 * largest
-    return sample.stage(f"{num_trials} candidates", seconds, kept, config.workers)
+    return sample.stage(f"{num_trials} candidates", seconds, kept, sample.num_slots)
 
 
 def _later(

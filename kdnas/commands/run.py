@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from transformers import PreTrainedConfig
 
 from kdnas.commands.config import RunConfig, SearchConfig, as_plain
 from kdnas.commands.engine import open_engine
 from kdnas.commands.export import is_exported, say
-from kdnas.commands.glue import TaskSource, fine_tuning, measure_rows
+from kdnas.commands.glue import measure_rows
 from kdnas.commands.inputs import (
     RunContext,
     forget_inputs,
@@ -27,7 +28,7 @@ from kdnas.commands.inputs import (
     refuse_other_config,
     task_path,
 )
-from kdnas.commands.jobs import distill_best, export_best, train_candidate
+from kdnas.commands.jobs import candidate_job, export_job, finetune_job, full_kd_job
 from kdnas.distillation.metrics import too_long
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import student_config
@@ -53,12 +54,10 @@ from kdnas.report.tables import front_table
 from kdnas.report.tensorboard import SearchBoard
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, file_sha256, read_json, write_json, write_text
-from kdnas.system.jobs import Job
 from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals, notice_signals
 from kdnas.system.yaml import read_yaml
 from kdnas.tasks.finetune import keep_finetune_settings
-from kdnas.tasks.tasks import load_task
 from kdnas.training.precision import gpu_name, own_precision
 from kdnas.training.progress import JobBars
 
@@ -192,14 +191,7 @@ def search_stage(context: RunContext) -> StudentArch:
             f"Search: going on after {num_done} of {settings.n_trials} candidates."
         )
     context.inputs.states("mini")  # before the live display: building them shows its own bar
-
-    limit = None if config.candidate_timeout is None else 60 * config.candidate_timeout
     end = math.inf if config.time_budget is None else time.monotonic() + 60 * config.time_budget
-
-    def make_job(number: int, arch: StudentArch) -> Job:
-        args = (config, number, arch)
-        return Job(run.trial(number), f"trial {number}: {arch}", train_candidate, args, limit)
-
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
     with context.progress() as progress, SearchBoard(run.folder / "search", exploration) as board:
@@ -211,17 +203,15 @@ def search_stage(context: RunContext) -> StudentArch:
                 display.study,
                 context.inputs.space,
                 context.engine,
-                make_job,
+                partial(candidate_job, config),
                 settings.n_trials,
                 display.show,
                 JobBars(progress),
                 end - time.monotonic(),
             )
 
-        try:
-            best = patiently(attempt, context.storage)
-        finally:
-            display.write_down()
+        best = patiently(attempt, context.storage)
+        display.write_down()
     arch_of(best).to_yaml(run.best_student)
     return arch_of(best)
 
@@ -294,7 +284,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
             console.print("Full KD: going on where it was stopped.")
         context.inputs.states("full")
         kept = _kept_files(context, arch) if config.full_kd.from_candidate else {}
-        job = Job(run.full_kd, "full KD", distill_best, (config, arch, kept))
+        job = full_kd_job(config, arch, kept)
         with context.progress() as progress:
             (result,) = context.engine.run([job], JobBars(progress))
         console.print(
@@ -332,21 +322,19 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
     if (folder / "results.json").exists():
         context.console.print("Fine-tuning: done.")
         return
-    source = TaskSource(partial(load_task, task_source))
-    settings, trainer = replace(config.finetune, seed=config.seed), config.trainer
-    makers: dict[str, Any] = {
+    settings = replace(config.finetune, seed=config.seed)
+    encoders: dict[str, str | PreTrainedConfig] = {
         "teacher": teacher.source,
         "student": str(context.run.full_kd / "encoder"),
         "random": student_config(teacher.config, arch),
     }
     jobs = []
-    for role, encoder in makers.items():
-        keep_finetune_settings(folder / role, task, settings, trainer)
-        args = (encoder, teacher.source, source, settings, trainer, folder / role)
-        jobs.append(Job(folder / role, f"fine-tuning, {role}", fine_tuning, args))
+    for role, encoder in encoders.items():
+        keep_finetune_settings(folder / role, task, settings, config.trainer)
+        jobs.append(finetune_job(config, role, encoder, teacher.source, task_source, settings))
     with context.progress() as progress:
         results = context.engine.run(jobs, JobBars(progress))
-    rows = dict(zip(makers, results, strict=True))
+    rows = dict(zip(encoders, results, strict=True))
     for role, row in rows.items():
         (folder / role / "last.ckpt").unlink(missing_ok=True)
         context.console.print(f"Fine-tuning: {role} {row['score']:.3f} on {task.task.name}.")
@@ -372,7 +360,7 @@ def export_stage(context: RunContext, config: RunConfig) -> None:
             f"Export: {run.student} is of another model than the run has now; it is made anew.",
             soft_wrap=True,
         )
-    job = Job(run.folder / "export", "export", export_best, (config,))
+    job = export_job(config)
     job.result_file.unlink(missing_ok=True)
     with context.progress() as progress:
         (report,) = context.engine.run([job], JobBars(progress))

@@ -55,11 +55,11 @@ def seed_of(*parts: object) -> int:
 
 
 class PerTrialSeed(BaseSampler):
-    """Any Optuna sampler, made anew for each trial with a seed from (seed, turn of the trial).
+    """Any Optuna sampler, made anew for each trial with a seed from (seed, number of the trial).
 
-    A seeded sampler proposes the same again after a resume and in a second worker, since the state of its generator is
-    not in the study. Turns are unique, but for a trial that is tried again, so these seeds are too, and a resumed study
-    proposes what the unbroken one would have proposed.
+    A seeded sampler proposes the same again after a resume, since the state of its generator is not
+    in the study. With a seed for each trial, a resumed study proposes what the unbroken one would
+    have proposed.
 
     Args:
         make: makes a sampler of a seed; what it learns must come from the study (TPE, random, GP do).
@@ -92,9 +92,9 @@ class PerTrialSeed(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        return self._of(study, trial).sample_independent(
-            study, trial, param_name, param_distribution
-        )
+        # Each parameter by its own seed: a search may be killed between two of a trial's.
+        sampler = self._make(seed_of(self._seed, trial.number, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._of(study, trial).before_trial(study, trial)

@@ -3,23 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import optuna
 import torch
-from filelock import ReadWriteLock
 from optuna.trial import TrialState
 
-from kdnas.data.datamodule import KDDataModule
-from kdnas.deploy.latency import LatencyMeter
-from kdnas.distillation.module import HiddenStateDistillModule, Recipe, calibration_rows
-from kdnas.distillation.narrowing import CalibrationRows
-from kdnas.distillation.teacher_states import TeacherStates
+from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import Teacher
-from kdnas.nas.budget import Budget, latency_attrs
+from kdnas.nas.bench import Bench
+from kdnas.nas.budget import latency_attrs
 from kdnas.nas.callbacks import (
     FailOnNonFiniteLoss,
     HoldStill,
@@ -31,9 +24,10 @@ from kdnas.nas.record import Record
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.trials import FrozenTrial, Outcome, Study, best_of
 from kdnas.nas.weights import save_weights
-from kdnas.system.jobs import Engine, Job, Reporter
+from kdnas.system.engine import Engine
+from kdnas.system.jobs import Job, Reporter
 from kdnas.training.progress import ProgressFile, StopWhenAsked
-from kdnas.training.trainer import TrainerSettings, fit, make_trainer
+from kdnas.training.trainer import fit, make_trainer
 
 MakeJob = Callable[[int, StudentArch], Job]
 
@@ -83,7 +77,7 @@ def search(
                 _begin(record, trial, engine)
         while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
             _begin(record, record.ask(), engine)
-        if not record.running():
+        if not (record.running() or engine.jobs):
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
@@ -98,46 +92,6 @@ def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
     else:
         record.queue_unseen(trial)
         record.repeat(trial, twin)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all candidates share.
-
-    Args:
-        teacher: whose students they are.
-        states: the teacher's states.
-        data: the rows; a candidate sees its ``mini`` split.
-        recipe: how to distil.
-        meter: measures latency.
-        budget: hard limits.
-        trainer: the Trainer's settings.
-        num_epochs: of the mini-KD.
-        alpha: of the reward.
-        beta: of the reward.
-        seed: every candidate starts from the same, whatever was trained before it.
-        is_pruned: whether a pruner is asked after each epoch.
-        stillness: held for writing by whoever measures latency, for reading by all who train.
-    """
-
-    teacher: Teacher
-    states: TeacherStates
-    data: KDDataModule
-    recipe: Recipe
-    meter: LatencyMeter
-    budget: Budget
-    trainer: TrainerSettings
-    num_epochs: int
-    alpha: float
-    beta: float
-    seed: int
-    is_pruned: bool
-    stillness: ReadWriteLock
-
-    @cached_property
-    def calibration(self) -> CalibrationRows:
-        """The rows that students start on."""
-        return calibration_rows(self.data.select("mini"))
 
 
 def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:

@@ -3,9 +3,10 @@
 import datetime
 import logging
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from kdnas.system.errors import StoreAway, UserError, first_line
 log = logging.getLogger(__name__)
 
 # What a database that is locked, away or damaged makes of Optuna's calls.
-STORE_ERRORS = (SQLAlchemyError, StorageInternalError)
+STORE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.OperationalError)
 # A server that restarts is back in seconds, one that is moved in minutes.
 PATIENCE_SECONDS = 600.0
 DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY")
@@ -95,23 +96,19 @@ def open_study(
         "direction": "maximize",
         "load_if_exists": True,
     }
-    try:
-        study = optuna.create_study(storage=_connect(storage), **options)
-        if _holds(study, results):
-            return study
-        why = "does not hold all results"
-        if not isinstance(storage, Path):
-            with suppress(KeyError):
-                optuna.delete_study(study_name=name, storage=study._storage)
-    except (*STORE_ERRORS, RuntimeError, ImportError, ValueError) as error:
-        if not (isinstance(storage, Path) and _is_damage(error)):
-            raise
-        why = f"is damaged ({first_line(_cause(error))})"
-    if isinstance(storage, Path):
-        for path in storage.parent.glob(f"{storage.name}-*"):  # SQLite's journal
-            path.unlink()
-        if storage.exists():
-            storage.replace(storage.with_name(f"{storage.name}.replaced"))
+    why = "was not there"
+    if not isinstance(storage, Path) or storage.exists():
+        try:
+            _check_whole(storage)
+            study = optuna.create_study(storage=_connect(storage), **options)
+            if _holds(study, results):
+                return study
+            why = "did not hold all results"
+        except (*STORE_ERRORS, sqlite3.Error, RuntimeError, ValueError) as error:
+            if not (isinstance(storage, Path) and _is_damage(error)):
+                raise
+            why = f"was damaged ({first_line(_cause(error))})"
+    _set_aside(storage, name)
     study = optuna.create_study(storage=_connect(storage), **options)
     for number in range(max(results, default=-1) + 1):
         study.add_trial(_as_trial(results.get(number), space))
@@ -119,6 +116,31 @@ def open_study(
         shown = without_password(str(storage))
         log.warning("%s %s: made again from the results of %d trials.", shown, why, len(results))
     return study
+
+
+def _check_whole(storage: str | Path) -> None:
+    """Read all of an SQLite file: Optuna would read a part, and find out later.
+
+    Raises:
+        DatabaseError: the file is damaged.
+    """
+    if isinstance(storage, Path):
+        with closing(sqlite3.connect(storage)) as connection:
+            found = connection.execute("PRAGMA quick_check").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+
+
+def _set_aside(storage: str | Path, name: str) -> None:
+    """Make room for a study; an SQLite file is kept as ``study.db.replaced``."""
+    if not isinstance(storage, Path):
+        with suppress(KeyError):
+            optuna.delete_study(study_name=name, storage=_connect(storage))
+        return
+    for path in storage.parent.glob(f"{storage.name}-*"):  # SQLite's journal
+        path.unlink()
+    if storage.exists():
+        storage.replace(storage.with_name(f"{storage.name}.replaced"))
 
 
 def _connect(storage: str | Path) -> RDBStorage:
@@ -144,16 +166,21 @@ def _cause(error: BaseException) -> BaseException:
 def _is_damage(error: BaseException) -> bool:
     """Whether waiting does not mend it: the file is no database of Optuna's, or not whole."""
     cause = _cause(error)
-    name = getattr(getattr(cause, "orig", None), "sqlite_errorname", "")
+    name = _sqlite_name(cause)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", *DISK)):
         return False
-    return isinstance(cause, DatabaseError | RuntimeError | ValueError | KeyError | AssertionError)
+    damaged = (DatabaseError, sqlite3.DatabaseError, RuntimeError, ValueError)
+    return isinstance(cause, damaged)
+
+
+def _sqlite_name(cause: BaseException) -> str:
+    """SQLite's name of an error; empty where it is not SQLite's."""
+    return getattr(getattr(cause, "orig", cause), "sqlite_errorname", "")
 
 
 def _is_of_disk(error: BaseException) -> bool:
     """Whether the disk below a database is full, broken or read-only: no waiting mends that."""
-    name = getattr(getattr(_cause(error), "orig", None), "sqlite_errorname", "")
-    return name.startswith(DISK)
+    return _sqlite_name(_cause(error)).startswith(DISK)
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
@@ -174,16 +201,18 @@ def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
     """A finished trial; one that was never finished keeps its number, and says nothing."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
+    reports = {int(step): value for step, value in outcome.reports.items()}
+    last = reports[max(reports)] if reports and outcome.state == "PRUNED" else None
     trial = create_trial(
         state=TrialState[outcome.state],
-        value=outcome.value if outcome.state == "COMPLETE" else None,
+        value=outcome.value if outcome.state == "COMPLETE" else last,  # as Optuna's ``tell`` has it
         params=outcome.params,
         distributions={
             name: CategoricalDistribution(tuple(space.choices[name])) for name in outcome.params
         },
         user_attrs=outcome.attrs,
         constraints=outcome.constraints,
-        intermediate_values={int(step): value for step, value in outcome.reports.items()},
+        intermediate_values=reports,
     )
     trial.datetime_start = datetime.datetime.fromtimestamp(outcome.started)
     trial.datetime_complete = datetime.datetime.fromtimestamp(outcome.ended)

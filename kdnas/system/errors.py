@@ -29,10 +29,11 @@ class CandidateFailed(RuntimeError):
 
 def reason_of(error: Exception) -> str:
     """Why a candidate fails that has raised this."""
-    reason = (
-        str(error) if isinstance(error, CandidateFailed) else f"{type(error).__name__}: {error}"
-    )
-    return f"out of memory: {first_line(error)}" if is_memory(error) else reason
+    if isinstance(error, CandidateFailed):
+        return str(error)
+    if is_memory(error):
+        return f"out of memory: {first_line(error)}"
+    return f"{type(error).__name__}: {error}"
 
 
 def is_memory(error: Exception) -> bool:

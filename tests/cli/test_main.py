@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kdnas.nas.storage import read_study
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoModel, BertConfig, BertModel
 
@@ -25,7 +26,6 @@ from kdnas.data.datamodule import Batch
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
-from kdnas.nas.storage import read_study
 from kdnas.nas.trials import in_words
 from kdnas.system.errors import UserError
 from kdnas.system.files import this_host
@@ -1236,8 +1236,9 @@ def test_dashes_and_underscores_are_the_same_in_options(
 def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kdnas.distillation.state_cache import StateCache
     from kdnas.nas.candidate import Budget
+
+    from kdnas.distillation.state_cache import StateCache
 
     assert main([*search, "--search.budget.speedup=0.01"]) == 0
     monkeypatch.setattr(

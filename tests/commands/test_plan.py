@@ -12,14 +12,14 @@ from rich.console import Console
 
 from kdnas.commands import plan
 from kdnas.commands.config import RunConfig, SearchSettings
-from kdnas.commands.inputs import look
+from kdnas.commands.inputs import load_inputs
 from kdnas.commands.plan import Looks, Rates, Sample
 from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ArchLatency, Latency, LatencySettings
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, state_cache
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
-from kdnas.nas.candidate import Budget
+from kdnas.nas.budget import Budget
 from kdnas.nas.space import SearchSpace
 from tests.conftest import make_rows
 
@@ -55,9 +55,10 @@ def test_students_between_those_that_are_measured_take_as_long_as_their_latency_
     looks = Looks(latencies, share=1.0, seconds=2.0)
     assert looks.chosen() == [an_arch(1), an_arch(3), an_arch(7)]
     known = dict(zip(looks.chosen(), (10.0, 30.0, 110.0), strict=True))
-    config = SimpleNamespace(search=SearchSettings(n_trials=5), workers=2, time_budget=None)
+    config = SimpleNamespace(search=SearchSettings(n_trials=5), time_budget=None)
     sample = SimpleNamespace(
         config=config,
+        num_slots=2,
         found=SimpleNamespace(space=range(9), device="cpu"),
         candidate_seconds=lambda rates: rates,
         stage=lambda name, seconds, *other: (name, seconds),
@@ -124,7 +125,7 @@ def test_what_a_large_text_needs_is_scaled_from_a_few_rows(
     )
     planned = plan.plan(config)
     assert "of 3,000 rows" in planned.measured_on and not planned.measured_on.startswith("3,000")
-    found = look(replace(config, root=str(tmp_path / "whole")), Console(quiet=True))
+    found = load_inputs(replace(config, root=str(tmp_path / "whole")), Console(quiet=True))
     states = state_cache(found.teacher, found.data, found.target_layers, found.states_settings)
     by_name = {stage.name: stage for stage in planned.stages}
     stored = [by_name[name].disk_bytes for name in ("teacher states", "teacher states, other rows")]

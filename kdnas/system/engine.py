@@ -1,0 +1,189 @@
+"""The one engine: it runs jobs in slots, and gives each back when its result is there."""
+
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kdnas.system.errors import CandidateFailed
+from kdnas.system.files import read_json
+from kdnas.system.jobs import LOOK_SECONDS, Job, is_disk_failure, run_job, tidy
+from kdnas.system.pool import make_pool, run_in_process
+from kdnas.system.signals import notice_signals
+
+log = logging.getLogger("kdnas")
+
+# Seconds that a job has for its end, after which it is killed: of the ten that a signal gives.
+STOP_SECONDS = 5.0
+# What executors raise where the process of a job has died: pebble's, the standard one's, Dask's.
+DEATHS = ("ProcessExpired", "BrokenProcessPool", "KilledWorker")
+
+
+class JobDied(RuntimeError):
+    """The process of a job has died."""
+
+
+class Engine:
+    """Runs jobs in slots, and gives each back when its result is there.
+
+    With ``num_slots`` 0 a job runs in a thread of this process, one at a time: for a debugger, a
+    notebook, a test. Else each slot is a process with its share of the cores and one GPU. One that
+    dies is replaced, and its job is tried once more. ``executor`` takes the place of these
+    processes: anything with ``submit``, such as Dask's, on a folder that its workers share.
+
+    Args:
+        num_slots: jobs at a time.
+        executor: where jobs run instead, ``num_slots`` at a time.
+        close: called when the engine is done with it.
+    """
+
+    def __init__(
+        self,
+        num_slots: int = 0,
+        executor: Executor | None = None,
+        close: Callable[[], object] | None = None,
+    ) -> None:
+        self.num_slots, self.executor, self._close = max(1, num_slots), executor, close
+        self._in_processes = num_slots > 0 and executor is None
+        self._pool: Any = None
+        self._running: dict[Future[Any], Job] = {}
+        self._died: set[Path] = set()  # folders of jobs whose first process died
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stop()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What runs now."""
+        return list(self._running.values())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free."""
+        return len(self._running) < self.num_slots
+
+    def start(self, job: Job) -> None:
+        """Begin a job; one that was stopped before goes on from what it has kept."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        tidy(job)
+        self._running[self._submit(job)] = job
+
+    def _submit(self, job: Job) -> "Future[Any]":
+        if self._in_processes:
+            self._drop_broken_pool()
+            self._pool = self._pool or make_pool(self.num_slots)
+            args = (job, log.getEffectiveLevel())
+            return self._pool.schedule(run_in_process, args=args, timeout=job.timeout)
+        if self.executor is not None:
+            return self.executor.submit(run_job, job)
+        self._pool = self._pool or ThreadPoolExecutor(1, "job")
+        return self._pool.submit(run_job, job)
+
+    def wait(self) -> list[tuple[Job, BaseException | None]]:
+        """Look for a moment, and give the jobs that have ended, each with what it died of.
+
+        Raises:
+            OSError: the disk or the network has failed.
+            CandidateFailed: processes die before they begin a job.
+        """
+        notice_signals()
+        done, _ = wait_for_futures(self._running, LOOK_SECONDS, FIRST_COMPLETED)
+        ended = []
+        for future in done:
+            job, error = self._running.pop(future), future.exception()
+            if type(error).__name__ in DEATHS:
+                error = JobDied(_death(error))
+            if isinstance(error, JobDied) and job.folder not in self._died:
+                log.warning("%s: %s; it is tried again.", job.title, error)
+                self._died.add(job.folder)
+                self._running[self._submit(job)] = job
+                continue
+            if isinstance(error, JobDied):
+                error = CandidateFailed(f"{error}, twice")
+            elif isinstance(error, TimeoutError):
+                error = CandidateFailed(f"it took longer than {(job.timeout or 0) / 60:g} minutes")
+            if error is not None and is_disk_failure(error):
+                raise error
+            if error is None:
+                tidy(job)
+            ended.append((job, error))
+        return ended
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        watch: Callable[[Sequence[Job]], object] = lambda jobs: None,
+        ended: Callable[[Job], object] = lambda job: None,
+        failed: Callable[[Job, BaseException], object] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Do what of some jobs is not done, as many at a time as there are slots.
+
+        Args:
+            jobs: in the order in which they are begun.
+            watch: called with what runs, after each look.
+            ended: called with each job whose result is there, also from an earlier start.
+            failed: called with a job that failed, and what of: it writes a result. By default the
+                first failure is raised.
+
+        Returns:
+            The result of each.
+
+        Raises:
+            Exception: what a job failed of.
+        """
+        waiting = []
+        for job in jobs:
+            if job.is_done:
+                ended(job)
+            else:
+                waiting.append(job)
+        while waiting or self._running:
+            while waiting and self.has_room:
+                self.start(waiting.pop(0))
+            for job, error in self.wait():
+                if error is not None and failed is None:
+                    raise error
+                if error is not None and failed is not None:
+                    failed(job, error)
+                ended(job)
+            watch(self.jobs)
+        return [dict(read_json(job.result_file)) for job in jobs]
+
+    def stop(self) -> None:
+        """End what runs: each job is asked to, and killed after ``STOP_SECONDS``."""
+        try:
+            for job in self._running.values():
+                with suppress(OSError):
+                    (job.folder / "stop").touch()
+            wait_for_futures(self._running, STOP_SECONDS)
+        finally:
+            self._running.clear()
+            if self._in_processes and self._pool is not None:
+                self._pool.stop()
+                self._pool.join()
+            elif self._pool is not None:
+                self._pool.shutdown()
+            self._pool = None
+            if self._close is not None:
+                self._close()
+
+    def _drop_broken_pool(self) -> None:
+        """A process that dies between two jobs breaks its pool."""
+        if self._pool is not None and not self._pool.active:
+            self._pool.stop()
+            self._pool = None
+
+
+def _death(error: BaseException | None) -> str:
+    code = getattr(error, "exitcode", None)
+    if code is None or code >= 0:
+        return f"its process died ({f'exit code {code}' if code is not None else error})"
+    memory = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+    return f"its process died ({signal.Signals(-code).name}{memory})"

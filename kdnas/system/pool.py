@@ -1,0 +1,143 @@
+"""The processes that jobs run in on this machine: forked from one that has imported everything."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pebble import ProcessPool
+
+from kdnas.system.files import this_host
+from kdnas.system.jobs import Job, run_job
+from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_tracker
+
+log = logging.getLogger("kdnas")
+
+_at_work: list[Path] = []  # the folder of the job that this process is at
+
+
+def warm_up(module: str | None = None) -> None:
+    """Start the process that the pool's are forked from; with a module, it imports that first.
+
+    It hears no signals, and neither do those that it forks: a terminal's or a scheduler's go to a
+    whole group, and this process alone decides what they mean.
+    """
+    start_resource_tracker()  # which the fork server would start, and so unblock SIGTERM
+    known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)
+    try:
+        if module is not None:
+            forkserver.set_forkserver_preload([module])
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, known)
+
+
+def make_pool(num_slots: int) -> Any:
+    """A pool whose processes have each a share of the cores, and one of the GPUs."""
+    warm_up()
+    initargs = (num_slots, dict(os.environ), num_threads(num_slots))
+    context = multiprocessing.get_context("forkserver")
+    return ProcessPool(num_slots, initializer=_begin, initargs=initargs, context=context)
+
+
+def num_threads(num_slots: int) -> int:
+    """A slot's share of the cores that this process may use, and of the threads it is allowed."""
+    import torch
+
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, min(cores, torch.get_num_threads()) // num_slots)
+
+
+def _begin(num_slots: int, environment: dict[str, str], threads: int) -> None:
+    """Prepare a process of the pool: it ends with its parent, and has one slot's devices."""
+    import torch
+
+    die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _end_unless_at_work)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATIONS)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.update(environment, OMP_NUM_THREADS=str(threads))
+    torch.set_num_threads(threads)
+    gc.freeze()  # imports made half a million objects that stay
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = devices or [str(place) for place in range(torch.cuda.device_count())]
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[_take_slot(num_slots) % len(devices)]
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+
+
+def _end_with_parent() -> None:
+    """The kernel looks only at the fork server, which lives as long as one of its processes does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _take_slot(num_slots: int) -> int:
+    """The first slot that no living process of this pool has; it is ours until we end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    for slot in range(num_slots):
+        name = f"kdnas.{this_host()}-{parent.pid}.slot{slot}"  # swept when the parent is no more
+        lock = FileLock(Path(tempfile.gettempdir()) / name)
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
+            _taken.append(lock)
+            return slot
+    return 0
+
+
+_taken: list[FileLock] = []
+
+
+def _end_unless_at_work(number: int, frame: Any) -> None:
+    """SIGTERM of a whole group is not for us; that of the pool comes when we are asked to stop."""
+    if not _at_work or (_at_work[0] / "stop").exists():
+        os._exit(0)
+
+
+def run_in_process(job: Job, level: int) -> None:
+    """``run_job``, with what it prints in a file."""
+    log.setLevel(level)
+    _at_work[:] = [job.folder]
+    try:
+        with _output_into(job.folder / "job.log"):
+            run_job(job)
+    finally:
+        _at_work.clear()
+
+
+@contextmanager
+def _output_into(path: Path) -> Iterator[None]:
+    """Have a file take what this process prints, also what native code does."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    with path.open("a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        try:
+            yield
+        finally:
+            for output in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    output.flush()
+            for stream, known in zip((1, 2), kept, strict=True):
+                os.dup2(known, stream)
+                os.close(known)
+    with suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
