@@ -77,6 +77,11 @@ def results_in(folder: Path) -> dict[int, Outcome]:
     return {int(path.parent.name[6:]): Outcome(**read_json(path)) for path in paths}
 
 
+def num_begun(folder: Path) -> int:
+    """How many trials of a run were begun, whether they have ended or not."""
+    return 1 + max((int(path.name[6:]) for path in folder.glob("trial_*")), default=-1)
+
+
 def arch_of(trial: FrozenTrial) -> StudentArch:
     """The shape that a trial is about."""
     return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
