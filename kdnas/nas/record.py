@@ -20,7 +20,7 @@ from kdnas.nas.trials import (
     unseen,
 )
 from kdnas.system.errors import reason_of
-from kdnas.system.files import read_json, write_json
+from kdnas.system.files import write_json
 from kdnas.system.jobs import Job, Stopped, progress_of
 
 # So many failures before the first success are no bad luck: the search stops and says why.
@@ -93,7 +93,7 @@ class Record:
     def repeat(self, trial: FrozenTrial, twin: FrozenTrial) -> None:
         """End a trial as its twin ended; while that runs, there is nothing to say."""
         if twin.state.is_finished():
-            outcome = Outcome(**read_json(self.job(twin).result_file))
+            outcome = Outcome.read(self.job(twin).result_file)
         else:
             outcome = Outcome(twin.params, TrialState.FAIL.name)
         attrs = outcome.attrs | {"arch": twin.params, "twin_of": twin.number}
@@ -123,7 +123,7 @@ class Record:
     def outcome(self, trial: FrozenTrial) -> Outcome | None:
         """How a trial ended; None where it has not."""
         job = self.job(trial)
-        return Outcome(**read_json(job.result_file)) if job.is_done else None
+        return Outcome.read(job.result_file) if job.is_done else None
 
     def tell(self, frozen: FrozenTrial, outcome: Outcome) -> FrozenTrial:
         """Tell the study how a trial ended."""

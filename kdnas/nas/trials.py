@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from kdnas.deploy.latency import is_unsteady
 from kdnas.models.arch import StudentArch
 from kdnas.nas.space import SearchSpace
-from kdnas.system.errors import CandidateFailed, UserError
+from kdnas.system.errors import CandidateFailed, UserError, first_line
 from kdnas.system.files import read_json
 
 ARCH = [field.name for field in fields(StudentArch)]
@@ -66,6 +66,21 @@ class Outcome:
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 
+    @classmethod
+    def read(cls, path: Path) -> "Outcome":
+        """What a ``result.json`` holds.
+
+        Raises:
+            UserError: it is damaged, or no trial's.
+        """
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise UserError(
+                f"{str(path)!r} is no result of a trial ({first_line(error)}): delete it, and the "
+                "candidate is trained again."
+            ) from error
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
         return asdict(self)
@@ -74,7 +89,7 @@ class Outcome:
 def results_in(folder: Path) -> dict[int, Outcome]:
     """The outcome of every trial of a run that has ended, by its number."""
     paths = sorted(folder.glob("trial_*/result.json"))
-    return {int(path.parent.name[6:]): Outcome(**read_json(path)) for path in paths}
+    return {int(path.parent.name[6:]): Outcome.read(path) for path in paths}
 
 
 def num_begun(folder: Path) -> int:

@@ -3,7 +3,14 @@
 import logging
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    TimeoutError,
+)
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
 from pathlib import Path
@@ -91,30 +98,26 @@ class Engine:
 
         Raises:
             OSError: the disk or the network has failed.
-            CandidateFailed: processes die before they begin a job.
         """
         notice_signals()
         done, _ = wait_for_futures(self._running, LOOK_SECONDS, FIRST_COMPLETED)
         ended = []
         for future in done:
-            job, error = self._running.pop(future), future.exception()
-            if type(error).__name__ in DEATHS:
-                error = JobDied(_death(error))
+            job, error = self._running.pop(future), self._error_of(future)
             if isinstance(error, JobDied) and job.folder not in self._died:
                 log.warning("%s: %s; it is tried again.", job.title, error)
                 self._died.add(job.folder)
                 self._running[self._submit(job)] = job
-                continue
-            if isinstance(error, JobDied):
-                error = CandidateFailed(f"{error}, twice")
-            elif isinstance(error, TimeoutError):
-                error = CandidateFailed(f"it took longer than {(job.timeout or 0) / 60:g} minutes")
-            if error is not None and is_disk_failure(error):
-                raise error
-            if error is None:
-                tidy(job)
-            ended.append((job, error))
+            else:
+                ended.append((job, _verdict(job, error)))
         return ended
+
+    def _error_of(self, future: "Future[Any]") -> BaseException | None:
+        try:
+            error = future.exception()
+        except CancelledError:  # we cancel nothing: it is Dask's, whose scheduler has gone
+            raise OSError("the executor has lost its jobs: its scheduler is gone") from None
+        return JobDied(_death(error)) if type(error).__name__ in DEATHS else error
 
     def run(
         self,
@@ -179,6 +182,19 @@ class Engine:
         if self._pool is not None and not self._pool.active:
             self._pool.stop()
             self._pool = None
+
+
+def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
+    """What a job has failed of; an error of the disk is not its fault, and is raised."""
+    if error is None:
+        tidy(job)
+    elif is_disk_failure(error):
+        raise error
+    elif isinstance(error, JobDied):
+        return CandidateFailed(f"{error}, twice")
+    elif isinstance(error, TimeoutError):
+        return CandidateFailed(f"it took longer than {(job.timeout or 0) / 60:g} minutes")
+    return error
 
 
 def _death(error: BaseException | None) -> str:

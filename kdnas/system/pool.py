@@ -45,7 +45,8 @@ def warm_up(module: str | None = None) -> None:
 def make_pool(num_slots: int) -> Any:
     """A pool whose processes have each a share of the cores, and one of the GPUs."""
     warm_up()
-    initargs = (num_slots, dict(os.environ), num_threads(num_slots))
+    method = multiprocessing.get_start_method()
+    initargs = (num_slots, dict(os.environ), num_threads(num_slots), method)
     context = multiprocessing.get_context("forkserver")
     return ProcessPool(num_slots, initializer=_begin, initargs=initargs, context=context)
 
@@ -60,7 +61,7 @@ def num_threads(num_slots: int) -> int:
     return max(1, min(cores, torch.get_num_threads()) // num_slots)
 
 
-def _begin(num_slots: int, environment: dict[str, str], threads: int) -> None:
+def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:
     """Prepare a process of the pool: it ends with its parent, and has one slot's devices."""
     import torch
 
@@ -72,6 +73,8 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(environment, OMP_NUM_THREADS=str(threads))
     torch.set_num_threads(threads)
+    # Its own, the fork server's, would import everything in each process that makes batches.
+    multiprocessing.set_start_method(start_method, force=True)
     gc.freeze()  # imports made half a million objects that stay
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = devices or [str(place) for place in range(torch.cuda.device_count())]

@@ -154,7 +154,7 @@ def test_a_database_that_says_other_than_the_results_is_made_again(fake, what, c
     else:
         path.write_text(path.read_text().replace('"value": ', '"value": 7'))
     after = fake.trials[number]
-    assert "does not hold all results" in caplog.text
+    assert "did not hold all results" in caplog.text
     if what == "result":
         assert after.state.name == "FAIL" and after.params == {}, "it says nothing"
         fake.search(3)
