@@ -71,7 +71,8 @@ def distill(
 ) -> PreTrainedModel:
     """Distil one student on all rows, as the full KD of ``kdnas run`` does; after Ctrl-C the same call goes on.
 
-    A call of the same name with other settings is refused then, until ``last.ckpt`` in its folder is deleted.
+    A call of the same name with other settings is refused then, until ``last.ckpt`` in its folder
+    is deleted.
 
     Args:
         teacher: a folder, a hub name, or ``quickstart``.
@@ -87,7 +88,8 @@ def distill(
         seed: of the weights that are not the teacher's.
 
     Returns:
-        The student, a plain transformers model in eval mode on the CPU; ``save_pretrained`` keeps it.
+        The student, a plain transformers model in eval mode on the CPU; ``save_pretrained`` keeps
+        it.
 
     Raises:
         UserError: anything that the user can mend, before anything is trained.

@@ -53,9 +53,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command and options; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where training failed, memory ran out or an export did not
-        compute what its model does; 3 where disk, network or hub failed; 130 after Ctrl-C, 143 after SIGTERM, 129 after
-        SIGHUP.
+        The exit code: 0; 2 where the user can mend it; 1 where training failed, memory ran out or
+        an export did not compute what its model does; 3 where disk, network or hub failed; 130
+        after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)

@@ -44,8 +44,10 @@ class SearchSettings:
         n_trials: distinct candidates to train in all; those that the pruner ends count.
         num_epochs: of each candidate's mini-KD.
         budget: hard limits that a student must keep.
-        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the latency 4 %.
-        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a ranking.
+        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the
+            latency 4 %.
+        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a
+            ranking.
 
     Raises:
         UserError: a value is out of its range.
@@ -70,8 +72,8 @@ class FullKDSettings:
 
     Args:
         num_epochs: passes over the rows.
-        from_candidate: go on from the weights and the optimizer's state of the search's candidate; else begin again
-            from the teacher.
+        from_candidate: go on from the weights and the optimizer's state of the search's candidate;
+            else begin again from the teacher.
     """
 
     num_epochs: int = 4
@@ -87,15 +89,16 @@ class SearchConfig:
     """What ``kdnas search`` is asked for.
 
     Args:
-        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from the package index).
-        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart`` (prose of the
-            installed packages).
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from
+            the package index).
+        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart``
+            (prose of the installed packages).
         name: of the run; the same name again goes on where it was stopped.
         root: the folder of all runs.
-        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or any Optuna sampler by class
-            path, with its init_args.
-        pruner: what ends candidates early, by their held-out loss after each epoch: none, median, hyperband, or any
-            Optuna pruner by class path, with its init_args.
+        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or any
+            Optuna sampler by class path, with its init_args.
+        pruner: what ends candidates early, by their held-out loss after each epoch: none, median,
+            hyperband, or any Optuna pruner by class path, with its init_args.
         workers: processes that train candidates at the same time on this machine, each with its
             share of the cores and one GPU; 0: candidates train in this process, one at a time.
             Latency is measured while the others hold still.
@@ -105,7 +108,8 @@ class SearchConfig:
             run's folder by default.
         candidate_timeout: minutes that a candidate may take; one that hangs is ended. None: no
             limit.
-        time_budget: minutes of wall clock for the search; no candidate is begun later. None: no limit.
+        time_budget: minutes of wall clock for the search; no candidate is begun later. None: no
+            limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
         data: how text becomes batches; its seed is ``seed``.
@@ -174,8 +178,9 @@ class RunConfig(SearchConfig):
     """What ``kdnas run`` is asked for: a search, and what follows it.
 
     Args:
-        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in GLUE's layout, a
-            GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the encoder is exported.
+        task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in
+            GLUE's layout, a GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the
+            encoder is exported.
         full_kd: the last distillation.
         finetune: how teacher and student are fine-tuned; its seed is ``seed``.
     """
@@ -190,13 +195,14 @@ class LatencyConfig:
     """What ``kdnas latency`` is asked for; of lists, every combination is measured.
 
     Args:
-        model: a teacher or a student, in any number: folders, names on the hub, or ``quickstart``. The first is what
-            others are compared with: the teacher. Of an exported folder the ONNX files are measured as they are; else
-            the shape alone counts, with a classification head.
+        model: a teacher or a student, in any number: folders, names on the hub, or ``quickstart``.
+            The first is what others are compared with: the teacher. Of an exported folder the ONNX
+            files are measured as they are; else the shape alone counts, with a classification head.
         backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
         batch: rows a batch.
         length: tokens a row.
-        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of ``length``.
+        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of
+            ``length``.
         threads: CPU threads.
         device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...
         min_seconds: time to spend on each measurement, at least.
@@ -245,7 +251,8 @@ class Grid:
     Args:
         batch_sizes: rows a step.
         learning_rates: AdamW's peaks.
-        held_out: share of the training rows that a combination is scored on; those that are reported stay unseen.
+        held_out: share of the training rows that a combination is scored on; those that are
+            reported stay unseen.
 
     Raises:
         UserError: a list is empty, or the share leaves nothing.
@@ -272,29 +279,36 @@ class GlueConfig:
     """What ``kdnas glue`` is asked for: models to fine-tune on labelled tasks, in turn and with the same settings.
 
     Args:
-        model: a teacher or a student, in any number, ``--model`` once for each: folders or hub names of encoders, or
-            ``quickstart``. The first is what others are compared with: the teacher.
-        task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from folders below
-            ``data``; or folders in GLUE's layout; once for each.
-        data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv or tsv file (a tenth
-            of it is held out and scored), or a folder with train and validation files.
+        model: a teacher or a student, in any number, ``--model`` once for each: folders or hub
+            names of encoders, or ``quickstart``. The first is what others are compared with: the
+            teacher.
+        task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from
+            folders below ``data``; or folders in GLUE's layout; once for each.
+        data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv
+            or tsv file (a tenth of it is held out and scored), or a folder with train and
+            validation files.
         text_column: of your own text; twice for pairs.
-        label_column: of your own text. Whole numbers and text are classes, fractional numbers a regression.
-        distill_from: a classifier fine-tuned on the task: all models but the first (or the only one) are trained with
-            its help too, in rows of their own.
-        name: of the comparison; the same name again goes on, with more models, tasks or seeds if asked for.
+        label_column: of your own text. Whole numbers and text are classes, fractional numbers a
+            regression.
+        distill_from: a classifier fine-tuned on the task: all models but the first (or the only
+            one) are trained with its help too, in rows of their own.
+        name: of the comparison; the same name again goes on, with more models, tasks or seeds if
+            asked for.
         root: the folder of all runs.
-        seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and standard deviation.
+        seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and
+            standard deviation.
         workers: processes that fine-tune at the same time, each with its share of the cores and one
             GPU; 0: this process does, one model at a time.
-        grid: choose batch size and learning rate for each model and task first; ``--grid`` alone takes the defaults.
+        grid: choose batch size and learning rate for each model and task first; ``--grid`` alone
+            takes the defaults.
         finetune: how models are fine-tuned; its seed is each of ``seeds``.
         distill: what the teacher's help is.
         latency: how latency is measured.
         trainer: device and precision.
 
     Raises:
-        UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its own.
+        UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its
+            own.
     """
 
     model: list[str]
@@ -340,19 +354,24 @@ class ExportConfig:
 
     Args:
         run: name of a finished run, whose student it is.
-        student: instead of a run, the folder of any encoder or classifier with its tokenizer: what ``glue`` and
-            ``latency`` call a model.
+        student: instead of a run, the folder of any encoder or classifier with its tokenizer: what
+            ``glue`` and ``latency`` call a model.
         root: the folder of all runs.
-        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its teacher's pooling, compared
-            with the teacher on texts and, with ``--task stsb``, by Spearman (``--as`` is the same).
-        output: the folder to write; by default ``student/`` of the run, or the student's with ``-export``.
-        teacher: of ``student``: folder, hub name or ``quickstart``, for the card; it is checked that the student can be
-            its. A run knows its own.
-        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run, its own by default.
-        data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv file, or a folder.
+        format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its
+            teacher's pooling, compared with the teacher on texts and, with ``--task stsb``, by
+            Spearman (``--as`` is the same).
+        output: the folder to write; by default ``student/`` of the run, or the student's with
+            ``-export``.
+        teacher: of ``student``: folder, hub name or ``quickstart``, for the card; it is checked
+            that the student can be its. A run knows its own.
+        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run,
+            its own by default.
+        data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv
+            file, or a folder.
         text_column: of ``data``, twice for pairs; else of ``text``.
         label_column: of ``data``.
-        text: rows without labels for the same, where there is no task; of a run, its own by default.
+        text: rows without labels for the same, where there is no task; of a run, its own by
+            default.
         length: where texts are cut, in tokens; as many as the student takes by default.
         license: for the card, by the hub's identifier, such as apache-2.0.
         hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
@@ -393,8 +412,10 @@ class ReportConfig:
     Args:
         run: names of runs, finished or not; once for each.
         root: the folder of all runs.
-        output: the page; by default ``report.html`` of the run or, of several, ``comparison.html`` in the root.
-        storage: SQLAlchemy URL of the studies' database, where the run's own config hides its password.
+        output: the page; by default ``report.html`` of the run or, of several, ``comparison.html``
+            in the root.
+        storage: SQLAlchemy URL of the studies' database, where the run's own config hides its
+            password.
 
     Raises:
         UserError: no run, or one is given twice.

@@ -34,7 +34,7 @@ from kdnas.nas.bench import Bench
 from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import check_reachable, open_study, patiently, without_password
-from kdnas.nas.trials import Study, best_of, is_complete, results_in
+from kdnas.nas.trials import Study, best_of, is_complete, num_begun, results_in
 from kdnas.system.engine import Engine
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import Run, check_writable, read_json, sweep, write_json, write_text
@@ -138,7 +138,15 @@ class RunContext:
         config = self.config
         sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
         results = results_in(self.run.folder)
-        study = open_study(self.storage, self.run.name, self.inputs.space, results, sampler, pruner)
+        study = open_study(
+            self.storage,
+            self.run.name,
+            self.inputs.space,
+            results,
+            sampler,
+            pruner,
+            num_begun(self.run.folder),
+        )
         budget = as_plain(config.search.budget)
         if study.user_attrs.get("budget") != budget:  # for the report
             study.set_user_attr("budget", budget)

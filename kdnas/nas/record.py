@@ -103,7 +103,9 @@ class Record:
         """Write down what a candidate failed of; one that was stopped has not ended."""
         if error is None or isinstance(error, Stopped) or job.is_done:
             return
-        trial = next(trial for trial in self.running() if self.job(trial) == job)
+        trial = next((trial for trial in self.running() if self.job(trial) == job), None)
+        if trial is None:  # its database was damaged meanwhile, and made again without it
+            return
         reason = reason_of(error) if isinstance(error, Exception) else str(error)
         attrs = progress_of(job.folder).get("attrs", {})
         attrs |= {"arch": self.arch(trial).to_dict(), "failed": reason}

@@ -62,7 +62,8 @@ class PerTrialSeed(BaseSampler):
     have proposed.
 
     Args:
-        make: makes a sampler of a seed; what it learns must come from the study (TPE, random, GP do).
+        make: makes a sampler of a seed; what it learns must come from the study (TPE, random, GP
+            do).
         seed: of the study.
     """
 
@@ -109,20 +110,21 @@ class PerTrialSeed(BaseSampler):
 class LSTMSampler(BaseSampler):
     """Proposes what an LSTM controller, trained on the study's own trials, expects most of.
 
-    Candidates come in episodes. The share of an episode's picks that explore falls from 1 to exactly 0 in the last one,
-    and stays there. A point that the study knows, in whatever state, is not proposed while there is another. A trial
-    that broke a constraint teaches what else would.
+    Candidates come in episodes. The share of an episode's picks that explore falls from 1 to
+    exactly 0 in the last one, and stays there. A point that the study knows, in whatever state, is
+    not proposed while there is another. A trial that broke a constraint teaches what else would.
 
-    All that it knows is in the study, and every draw is one of (seed, trial number): a resumed study proposes what
-    the unbroken one would have proposed, and workers share what they learn. Of parameters that are not categorical, are
-    not in every trial, or change their choices, each is drawn by itself, uniformly.
+    All that it knows is in the study, and every draw is one of (seed, trial number): a resumed
+    study proposes what the unbroken one would have proposed, and workers share what they learn. Of
+    parameters that are not categorical, are not in every trial, or change their choices, each is
+    drawn by itself, uniformly.
 
     Args:
         seed: of all draws.
         num_candidates: trained candidates an episode.
         num_episodes: after which nothing explores.
-        controller: makes the predictor of the choices and a generator: ``EnsembleLSTM``, or ``RewardLSTM`` for the
-            original's.
+        controller: makes the predictor of the choices and a generator: ``EnsembleLSTM``, or
+            ``RewardLSTM`` for the original's.
 
     Raises:
         UserError: a number is below 1.
@@ -150,8 +152,9 @@ class LSTMSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """The categorical parameters that are in every trial with the same choices.
 
-        As Optuna's intersection, but of pruned trials too: where the first ones were all refused for the budget, they
-        must not be drawn again. Before any has ended, those that run or failed tell the space.
+        As Optuna's intersection, but of pruned trials too: where the first ones were all refused
+        for the budget, they must not be drawn again. Before any has ended, those that run or failed
+        tell the space.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -199,7 +202,8 @@ class LSTMSampler(BaseSampler):
     ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
         """What the study knows: every point, which of those with constraints kept them, and what feasible ones earn.
 
-        And how many were tried: those that a pruner ended count, though they have no reward to learn from.
+        And how many were tried: those that a pruner ended count, though they have no reward to
+        learn from.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()

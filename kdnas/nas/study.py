@@ -73,6 +73,7 @@ def open_study(
     results: Mapping[int, Outcome],
     sampler: BaseSampler,
     pruner: BasePruner | None = None,
+    num_begun: int = 0,
 ) -> Study:
     """Open a study, or make it, so that it holds every result that there is.
 
@@ -84,6 +85,8 @@ def open_study(
             hold them, as after its file was damaged or deleted.
         sampler: proposes.
         pruner: ends candidates early; none by default.
+        num_begun: how many trials were begun: in a study that is made again, none gets the number
+            of one that may still run.
 
     Raises:
         UserError: the database cannot be used.
@@ -110,7 +113,7 @@ def open_study(
             why = f"was damaged ({first_line(_cause(error))})"
     _set_aside(storage, name)
     study = optuna.create_study(storage=_connect(storage), **options)
-    for number in range(max(results, default=-1) + 1):
+    for number in range(max(num_begun, 1 + max(results, default=-1))):
         study.add_trial(_as_trial(results.get(number), space))
     if results:
         shown = without_password(str(storage))

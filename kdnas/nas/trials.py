@@ -77,6 +77,11 @@ def results_in(folder: Path) -> dict[int, Outcome]:
     return {int(path.parent.name[6:]): Outcome(**read_json(path)) for path in paths}
 
 
+def num_begun(folder: Path) -> int:
+    """How many trials of a run were begun, whether they have ended or not."""
+    return 1 + max((int(path.name[6:]) for path in folder.glob("trial_*")), default=-1)
+
+
 def arch_of(trial: FrozenTrial) -> StudentArch:
     """The shape that a trial is about."""
     return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
@@ -224,13 +229,14 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     """Every trial of a study in one row, for ``trials.csv``.
 
     Args:
-        study: its trials may have finished, been refused or failed, or still run: what is not known stays empty.
-            Those that only wait in the queue are left out.
+        study: its trials may have finished, been refused or failed, or still run: what is not known
+            stays empty. Those that only wait in the queue are left out.
 
     Returns:
-        Columns ``number, state``, the five fields of the shape, ``loss, contextual_share, sentence_r2,
-        latency_ms, latency_iqr_ms, speedup, num_parameters, reward, front, seconds, reason``. ``front`` names what the
-        student is on the Pareto front of, beside the loss: ``latency``, ``parameters``, both, or nothing.
+        Columns ``number, state``, the five fields of the shape, ``loss, contextual_share,
+        sentence_r2, latency_ms, latency_iqr_ms, speedup, num_parameters, reward, front, seconds,
+        reason``. ``front`` names what the student is on the Pareto front of, beside the loss:
+        ``latency``, ``parameters``, both, or nothing.
     """
     rows = []
     for trial in begun(study):

@@ -15,8 +15,8 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2).
 
     Args:
-        message: the line; what others have named (a column, a file) is shown in it as Python would write it where it is
-            not to be printed.
+        message: the line; what others have named (a column, a file) is shown in it as Python would
+            write it where it is not to be printed.
     """
 
     def __init__(self, message: str) -> None:

@@ -32,9 +32,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 class Run:
     """The folder ``<root>/<name>/`` of one study.
 
-    A stage is done when its last file is there: ``best_student.yaml`` (search), ``full_kd/result.json``,
-    ``glue/results.json``, the folder ``student/`` (export) and ``report.html``. Each appears whole or not at all, and
-    the whole run is done when they are there, and ``manifest.json`` beside them.
+    A stage is done when its last file is there: ``best_student.yaml`` (search),
+    ``full_kd/result.json``, ``glue/results.json``, the folder ``student/`` (export) and
+    ``report.html``. Each appears whole or not at all, and the whole run is done when they are
+    there, and ``manifest.json`` beside them.
 
     Args:
         root: the folder of all runs, normally ``lightning_logs``.
@@ -83,7 +84,8 @@ class Run:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.
 
         Raises:
-            UserError: the folder is a link out of the root, or takes no new file, or the nearest parent does not.
+            UserError: the folder is a link out of the root, or takes no new file, or the nearest
+                parent does not.
         """
         if os.path.islink(self.folder):
             raise UserError(

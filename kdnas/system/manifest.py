@@ -97,8 +97,9 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     """Hold a folder against its manifest; what lies outside is never looked at.
 
     Returns:
-        How many files the manifest has, and in a line each what is not as it says: files that are missing, changed,
-        links, or not in it; their names as Python writes them, for anybody may have chosen them.
+        How many files the manifest has, and in a line each what is not as it says: files that are
+        missing, changed, links, or not in it; their names as Python writes them, for anybody may
+        have chosen them.
 
     Raises:
         UserError: there is no manifest, or it is none.

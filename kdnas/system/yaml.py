@@ -21,7 +21,8 @@ def check_yaml(text: str) -> None:
     """Refuse YAML that loads, but not as whoever reads it would think; no object is made.
 
     Raises:
-        yaml.YAMLError: a key is given twice, a value contains itself or a NUL, which no name of a file can have, or all
+        yaml.YAMLError: a key is given twice, a value contains itself or a NUL, which no name of a
+        file can have, or all
             is too large once its aliases are written out.
     """
     if len(text) > MOST_CHARACTERS:

@@ -33,7 +33,8 @@ class FinetuneSettings:
         learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line.
         batch_size: rows a step.
         max_length: longer rows are cut, in tokens; with the special tokens.
-        warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and below 1.
+        warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and
+            below 1.
         weight_decay: AdamW's, on matrices only (no bias, no layer norm).
         seed: of dropout and of the order of the rows.
 
@@ -81,11 +82,13 @@ def classify(
 class GLUEModule(ClipFusedGradients):
     """A classifier in training: cross entropy, or mean squared error where the task is a regression.
 
-    Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, their mean.
-    MNLI has loss and metric twice, ``..._matched`` and ``..._mismatched``.
+    Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and
+    ``val/score``, their mean. MNLI has loss and metric twice, ``..._matched`` and
+    ``..._mismatched``.
 
     Args:
-        classifier: transformers' model for sequence classification with ``task.num_labels`` outputs.
+        classifier: transformers' model for sequence classification with ``task.num_labels``
+            outputs.
         task: what is predicted and how it is scored.
         settings: how it is trained.
     """
@@ -242,29 +245,31 @@ def evaluate_glue(
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
-    The score is the one after the last epoch. The best epoch's would be tuned on the rows that it is reported for.
+    The score is the one after the last epoch. The best epoch's would be tuned on the rows that it
+    is reported for.
 
     Args:
         classifier: its weights are trained in place; it comes back in eval mode, on the CPU.
         tokenizer: the classifier's.
         task: the task with its rows.
         settings: how it is trained.
-        folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last, ``result.json``.
-            Where that is there already, nothing is trained and it is returned; from ``last.ckpt`` it goes on.
+        folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last,
+            ``result.json``. Where that is there already, nothing is trained and it is returned;
+            from ``last.ckpt`` it goes on.
         trainer_settings: device and precision.
         callbacks: more of Lightning's callbacks, such as a progress bar.
         make_module: what trains the classifier; ``GLUEModule`` by default.
         keep_model: write ``model/``.
 
     Returns:
-        ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for correlations),
-        ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds`` (since the last start), ``history``
-        (epoch from 0, score), ``settings``, ``precision`` and ``gradient_clip_val`` as asked for, and ``trained_in``,
-        what ``auto`` stood for.
+        ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for
+        correlations), ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``
+        (since the last start), ``history`` (epoch from 0, score), ``settings``, ``precision`` and
+        ``gradient_clip_val`` as asked for, and ``trained_in``, what ``auto`` stood for.
 
     Raises:
-        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is another task's, or was
-            begun with other settings.
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is
+            another task's, or was begun with other settings.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -276,10 +281,8 @@ def evaluate_glue(
     if (folder / "result.json").is_file():
         return dict(read_json(folder / "result.json"))
     start = time.perf_counter()
-    names = task.task.label_names or [
-        f"LABEL_{label}" for label in range(task.task.num_labels)
-    ]  # not the teacher's
-    name_classes(classifier.config, names)
+    unnamed = [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
+    name_classes(classifier.config, task.task.label_names or unnamed)
     attention = classifier.config._attn_implementation
     history = _History()
     data = GLUEDataModule(
@@ -302,16 +305,8 @@ def evaluate_glue(
         with new_folder(folder / "model") as model:
             classifier.save_pretrained(model)
             tokenizer.save_pretrained(model)
-    metrics = [f"{name}{suffix}" for suffix in module.suffixes for name in task.task.metrics]
-    result = {
-        "task": task.task.name,
-        "task_sha256": task.sha256,
-        "score": history.rows[-1]["score"],
-        "metrics": {name: history.last[f"val/{name}"] for name in metrics},
-        "num_parameters": num_parameters(classifier),
-        "megabytes": sum(p.numel() * p.element_size() for p in classifier.parameters()) / 1e6,
+    result = _result(module, task, history) | {
         "seconds": time.perf_counter() - start,
-        "history": history.rows,
         "settings": asdict(settings),
         "precision": trainer_settings.precision,
         "gradient_clip_val": trainer_settings.gradient_clip_val,
@@ -320,3 +315,17 @@ def evaluate_glue(
     write_json(folder / "result.json", result)
     (folder / "last.ckpt").unlink()
     return result
+
+
+def _result(module: GLUEModule, task: LoadedTask, history: _History) -> dict[str, Any]:
+    metrics = [f"{name}{suffix}" for suffix in module.suffixes for name in task.task.metrics]
+    parameters = module.classifier.parameters()
+    return {
+        "task": task.task.name,
+        "task_sha256": task.sha256,
+        "score": history.rows[-1]["score"],
+        "metrics": {name: history.last[f"val/{name}"] for name in metrics},
+        "num_parameters": num_parameters(module.classifier),
+        "megabytes": sum(p.numel() * p.element_size() for p in parameters) / 1e6,
+        "history": history.rows,
+    }

@@ -28,9 +28,12 @@ class TaskDistillSettings:
     The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``.
 
     Args:
-        temperature: that both distributions over the classes are softened by; a regression has none.
-        soft_weight: share of the teacher's answers in what is learned beside the hidden states, 0 to 1.
-        hidden_weight: weight of the error of the last layer's hidden states, as a share of their variance.
+        temperature: that both distributions over the classes are softened by; a regression has
+            none.
+        soft_weight: share of the teacher's answers in what is learned beside the hidden states, 0
+            to 1.
+        hidden_weight: weight of the error of the last layer's hidden states, as a share of their
+            variance.
 
     Raises:
         UserError: a value is out of its range.
@@ -55,7 +58,8 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
     """How far answers are from the teacher's: ``T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))``.
 
     Args:
-        outputs: logits s, shape (B, C); or predictions of a regression, (B,), whose mean squared error it then is.
+        outputs: logits s, shape (B, C); or predictions of a regression, (B,), whose mean squared
+            error it then is.
         teacher_outputs: the teacher's t, the same shape.
         temperature: T; the factor keeps the size of the gradients.
 
@@ -198,7 +202,8 @@ def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedMo
         students: the encoders that shall learn from it; they must read text as the teacher does.
 
     Raises:
-        UserError: there is none, it has no trained head for this task, or it reads text in another way.
+        UserError: there is none, it has no trained head for this task, or it reads text in another
+            way.
     """
     found = find_teacher(source)
     if not has_classifier(found.config):

@@ -18,7 +18,8 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     """What is in a checkpoint that can be gone on from; nothing in it is run.
 
     Raises:
-        UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of Lightning.
+        UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of
+            Lightning.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)

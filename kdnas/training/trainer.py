@@ -32,7 +32,8 @@ class TrainerSettings:
 
     Args:
         accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
-        precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16, else 32-true.
+        precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16,
+            else 32-true.
         gradient_clip_val: largest norm of the gradient; 0: any.
 
     Raises:

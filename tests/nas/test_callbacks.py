@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
-from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from kdnas.nas.callbacks import (
 )
 from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
+from kdnas.system.jobs import Reporter, Stopped, progress_of
 from kdnas.training.trainer import TrainerSettings, make_trainer
 
 ARCH = StudentArch(
@@ -112,52 +112,43 @@ def test_a_finite_loss_however_large_ends_nothing(tmp_path):
     assert module.global_step == STEPS
 
 
-def test_the_held_out_score_of_each_epoch_is_reported(tmp_path):
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
-    fit(tmp_path, Tiny([0.75, 0.5, 1.25]), PruneByHeldOutLoss(study.ask()), sanity=1)
-    assert study.trials[0].intermediate_values == {0: 0.25, 1: 0.5, 2: -0.25}
+def test_without_a_pruner_nothing_is_reported(tmp_path):
+    callback = PruneByHeldOutLoss(None)
+    fit(tmp_path, Tiny([0.75, 0.5]), callback, sanity=1)
+    assert callback.reports == {}
+
+
+def answered(folder: Path, *answers: str) -> PruneByHeldOutLoss:
+    """The callback, whose questions are answered already."""
+    for answer in answers:
+        (folder / answer).touch()
+    return PruneByHeldOutLoss(Reporter(folder))
+
+
+def test_the_held_out_score_of_each_epoch_is_reported_and_the_last_is_not_asked_about(tmp_path):
+    callback, module = answered(tmp_path, "go_on_0", "go_on_1"), Tiny([0.75, 0.5, 1.25])
+    fit(tmp_path, module, callback, sanity=1)
+    assert callback.reports == {"0": 0.25, "1": 0.5, "2": -0.25}
+    assert progress_of(tmp_path) == {"reports": {"0": 0.25, "1": 0.5}}
+    assert module.global_step == 3 * STEPS
 
 
 def test_the_fit_ends_where_the_pruner_says_so(tmp_path):
-    study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3)
-    )
-    module = Tiny([0.5, 0.75, 0.1])
+    callback, module = answered(tmp_path, "go_on_0", "prune_1"), Tiny([0.5, 0.75, 0.1])
     with pytest.raises(optuna.TrialPruned, match=r"^held-out loss 0\.7500 after epoch 2 of 3$"):
-        fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
+        fit(tmp_path, module, callback)
     assert module.global_step == 2 * STEPS
-    assert study.trials[0].user_attrs == {
-        "stopped_early": "held-out loss 0.7500 after epoch 2 of 3"
-    }
 
 
-def test_what_is_trained_to_its_end_is_never_pruned(tmp_path):
-    study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3)
-    )
-    module = Tiny([0.5, 0.75])
-    fit(tmp_path, module, PruneByHeldOutLoss(study.ask()))
-    assert module.global_step == 2 * STEPS and study.trials[0].intermediate_values == {
-        0: 0.5,
-        1: 0.25,
-    }
+def test_a_candidate_that_waits_for_the_pruner_can_be_stopped(tmp_path):
+    with pytest.raises(Stopped):
+        fit(tmp_path, Tiny([0.5, 0.75]), answered(tmp_path, "stop"))
 
 
-def test_the_median_pruner_sees_a_higher_score_as_better(tmp_path):
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
-    study = optuna.create_study(direction="maximize", pruner=pruner)
-
-    def objective(trial: optuna.Trial) -> float:
-        module = Tiny(
-            [0.4, 0.3] if trial.number < 2 else [0.9, 0.1] if trial.number == 2 else [0.2, 0.2]
-        )
-        fit(tmp_path, module, PruneByHeldOutLoss(trial))
-        return 1 - module.history[-1]["loss"]
-
-    study.optimize(objective, n_trials=4)
-    complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
-    assert [trial.state for trial in study.trials] == [complete, complete, pruned, complete]
-    assert study.trials[2].intermediate_values == {0: pytest.approx(0.1)}
+def test_a_loss_that_is_no_number_is_not_the_pruners(tmp_path):
+    callback = answered(tmp_path)
+    fit(tmp_path, Tiny([math.inf, 0.5]), callback)
+    assert progress_of(tmp_path) == {} and callback.reports["1"] == 0.5
 
 
 def test_the_latency_is_the_one_that_the_meter_remembers(tmp_path, meter):

@@ -304,3 +304,10 @@ def test_a_database_lies_where_its_path_says(tmp_path, name):
     open_study(path, "run", SPACE, {}, optuna.samplers.RandomSampler())
     assert [found.name for found in tmp_path.iterdir()] == [name]
     assert read_study(path, "run").trials == []
+
+
+def test_a_study_that_is_made_again_gives_no_number_twice(tmp_path):
+    path, sampler = tmp_path / "study.db", optuna.samplers.RandomSampler()
+    study = open_study(path, "run", SPACE, {}, sampler, num_begun=3)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3
+    assert study.ask().number == 3

@@ -257,7 +257,7 @@ def test_every_trial_is_there_with_its_numbers_best_first(html):
         "failed",
         "the training loss is inf at step 7",
     ]
-    assert row_of(html, 5)[1:5] == ["interrupted", "5 x 64, 2 heads, 96 relu", "-", "-"]
+    assert row_of(html, 5)[1:5] == ["failed", "5 x 64, 2 heads, 96 relu", "-", "-"]
     assert re.findall(r'<tr(?: class="\w+")?><td>(\d+)</td>', html) == [
         "1",
         "4",
@@ -267,7 +267,7 @@ def test_every_trial_is_there_with_its_numbers_best_first(html):
         "5",
     ]
     assert re.findall(r'<tr class="best"><td>(\d+)</td>', html) == ["1"]
-    assert "2 finished, 1 repeated, 1 refused, 1 failed, 1 interrupted." in Page(html).text
+    assert "2 finished, 1 repeated, 1 refused, 2 failed." in Page(html).text
 
 
 def test_the_headline_is_computed_from_the_final_figures(html):
@@ -564,11 +564,10 @@ def test_a_study_without_a_scored_candidate_is_reported_too(run):
     add(study, TrialState.PRUNED, **measured(3, 6.0, refused="too slow"), twin_of=0)
     add(study, TrialState.PRUNED, **measured(2, 4.0))
     add(study, TrialState.FAIL, failed="no memory", **measured(1, 2.0))
-    add(study, TrialState.FAIL, failed="interrupted; tried again", **measured(1, 2.0))
     html = write_report(run, study).read_text()
     text = Page(html).text
     assert "None of 3 candidates could be scored." in text
-    assert "1 refused, 1 repeated, 1 stopped early, 1 failed, 1 interrupted." in text
+    assert "1 refused, 1 repeated, 1 stopped early, 1 failed." in text
     assert "Learning curves" not in text
     assert len(svgs(html)) == 1
     assert re.search(r"\b(nan|none|null)\b", text.replace("None of 3", ""), re.IGNORECASE) is None

@@ -71,15 +71,3 @@ def test_a_candidate_at_which_two_workers_were_is_one_point(tmp_path):
         study.tell(0, 0.5)
         board(study)
     assert scalars(tmp_path, "reward") == [(1, 0.5)]
-
-
-def test_of_two_searches_in_one_folder_the_first_writes(tmp_path):
-    study = make_study()
-    add(study, 1, 2.0, 0.5, minutes=1)
-    with SearchBoard(tmp_path) as first, SearchBoard(tmp_path) as second:
-        second(study)
-        first(study)
-    assert scalars(tmp_path, "reward") == [(1, 0.5)]
-    assert (
-        "search/exploration_ratio" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
-    )

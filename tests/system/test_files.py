@@ -25,7 +25,6 @@ from kdnas.system.files import (
     new_file,
     new_folder,
     placed,
-    process_start,
     read_json,
     sweep,
     temporary_folder,
@@ -102,20 +101,29 @@ def test_the_artefacts_have_their_promised_names():
     assert [run.trial(number).name for number in (7, 12345)] == ["trial_0007", "trial_12345"]
 
 
-def test_machines_that_share_a_run_share_neither_logs_nor_the_lock_of_each_step(
-    tmp_path, monkeypatch
-):
-    run, logs = Run(tmp_path, "a"), set()
-    for node in ("one", "two"):
-        monkeypatch.setattr("platform.node", lambda node=node: node)
-        logs |= {run.worker_log(0).name, run.worker_log(1).name}
-    assert logs == {"worker_one_0.log", "worker_one_1.log", "worker_two_0.log", "worker_two_1.log"}
+def test_the_lock_of_each_step_is_on_this_machines_own_disk_and_one_users(tmp_path, monkeypatch):
+    run = Run(tmp_path, "a")
     assert run.stillness.parent == Path(tempfile.gettempdir())
     monkeypatch.chdir(tmp_path)
     assert Run(".", "a").stillness == run.stillness != Run(".", "b").stillness
     mine = run.stillness
     monkeypatch.setattr("os.getuid", lambda: 12345)
     assert run.stillness != mine, "another user's cannot be opened"
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path):
+    code = "import sys; from kdnas.system.files import Run\n"
+    code += "with Run(sys.argv[1], 'a').alone('wait'): print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        message = f"^The run 'a' is being made by process {other.pid} of .*: wait.$"
+        with pytest.raises(UserError, match=message), Run(tmp_path, "a").alone("wait"):
+            pass
+        with Run(tmp_path, "b").alone("wait"):
+            other.kill()
+    with Run(tmp_path, "a").alone("wait"):
+        pass
 
 
 def test_a_folder_that_is_a_file_is_refused_with_its_name(tmp_path):
@@ -220,11 +228,8 @@ def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["student"]
 
 
-@pytest.mark.parametrize("on_linux", [True, False])
-def test_whichever_call_fails_old_or_new_is_there_whole(on_linux, tmp_path, monkeypatch):
+def test_whichever_call_fails_old_or_new_is_there_whole(tmp_path, monkeypatch):
     """Every call that reaches the disk fails once, the first, the second, ..., until nothing fails any more."""
-    if not on_linux:
-        monkeypatch.setattr("kdnas.system.files.ctypes.CDLL", lambda name: None)
     write_text(tmp_path / "file", "old")
     with new_folder(tmp_path / "folder") as folder:
         (folder / "a").write_text("old")
@@ -271,13 +276,13 @@ def test_what_a_killed_process_has_left_is_swept_and_what_a_live_one_writes_is_n
         assert sorted(tmp_path.rglob(".*")) == sorted([alive, tmp_path / ".gitignore"])
 
 
-def test_a_kill_between_the_renames_of_a_file_system_without_exchange_gives_the_old_folder_back(
+def test_a_kill_between_the_renames_gives_the_old_folder_back(
     tmp_path,
 ):
-    kill = "import ctypes, os; from pathlib import Path; from kdnas.system.files import *\n"
+    kill = "import os; from pathlib import Path; from kdnas.system.files import *\n"
     kill += "replace, left = os.replace, [int(os.sys.argv[2])]\n"
     kill += "def until(*paths):\n    left[0] -= 1\n    replace(*paths) if left[0] >= 0 else os.kill(os.getpid(), 9)\n"
-    kill += "ctypes.CDLL, os.replace = lambda name: None, until\n"
+    kill += "os.replace = until\n"
     kill += "with new_folder(Path(os.sys.argv[1])) as new:\n    (new / 'new').touch()"
     target = tmp_path / "student"
     for num_renames, code, kept in ((0, -9, "old"), (1, -9, "old"), (2, -9, "new"), (3, 0, "new")):
@@ -350,11 +355,11 @@ def test_an_error_that_is_raised_again_by_what_it_caused_has_an_end():
 
 def test_a_process_that_has_ended_is_not_alive_though_nobody_has_looked():
     process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
-    begun = process_start(process.pid)
-    assert is_alive(process.pid, begun) and not is_alive(process.pid, "another time")
+    assert is_alive(os.getpid())
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not is_alive(process.pid, begun)
+    assert not is_alive(process.pid)
     process.wait()
+    assert not is_alive(process.pid)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
