@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from quality import LEARNING_RATES, MOST_TRAIN_ROWS, distil, some_rows
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -38,7 +37,7 @@ from kdnas.models.encoders import find_teacher, load_classifier
 from kdnas.system.files import write_json
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
 from kdnas.tasks.tasks import LoadedTask, load_task
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings
 
 TASKS = ("sst2", "stsb")
@@ -74,7 +73,7 @@ def deployed(folder: Path) -> dict[str, tuple[Any, LatencySettings, Path]]:
     }
 
 
-def finetuned(role: str, source: str, task: LoadedTask, folder: Path, progress: Progress) -> Path:
+def finetuned(role: str, source: str, task: LoadedTask, folder: Path) -> Path:
     """A classifier of the task, in a folder; made unless it is there."""
     torch.manual_seed(0)
     rate = LEARNING_RATES["teacher" if role == "teacher" else SHAPE]
@@ -86,7 +85,7 @@ def finetuned(role: str, source: str, task: LoadedTask, folder: Path, progress: 
         FinetuneSettings(3, rate, 32, 128, 0.06, weight_decay=0.01, seed=0),
         folder=folder,
         trainer_settings=TrainerSettings(),
-        callbacks=[FitProgress(progress, name)],
+        callbacks=[EpochLines(name, print)],
     )
     return folder / "model"
 
@@ -114,7 +113,7 @@ def measure(task: LoadedTask, exports: dict[str, Path], num_rounds: int) -> list
     rows = []
     for role, variants in runs.items():
         model, tokenizer = load_student(exports[role])
-        batches = rows_of_task(task)(tokenizer).report
+        batches = rows_of_task(task, 128)(tokenizer).report
         for variant, (what, _, file) in variants.items():
             if variant.startswith("torch"):
                 dtype = torch.bfloat16 if variant.endswith("bf16") else torch.float32
@@ -174,26 +173,23 @@ def main(args: Sequence[str] | None = None) -> None:
     ]
     rows: list[dict[str, Any]] = []
     export_seconds: dict[str, float] = {}
-    with Progress(console=Console()) as progress:
-        student = arguments.student
-        if student is None:
-            text = cut_text(arguments.text, arguments.folder, most=200 if arguments.quick else None)
-            distil(
-                SHAPE, "fit", arguments.epochs, text, arguments.folder / "student", "full", progress
-            )
-            student = str(arguments.folder / "student" / "encoder")
-        sources = {"teacher": find_teacher(TEACHER).source, "student": student}
-        for task in tasks:
-            exports = {}
-            for role, source in sources.items():
-                place = arguments.folder / f"{role}-{task.task.name}"
-                model = finetuned(role, source, task, place, progress)
-                exports[role] = place / "export"
-                card = {"name": f"{role}-{task.task.name}", "teacher": TEACHER, "sections": {}}
-                begin = perf_counter()
-                export_student(model, exports[role], card=card, make_rows=rows_of_task(task))
-                export_seconds[role] = max(export_seconds.get(role, 0), perf_counter() - begin)
-            rows += measure(task, exports, 1 if arguments.quick else NUM_ROUNDS)
+    student = arguments.student
+    if student is None:
+        text = cut_text(arguments.text, arguments.folder, most=200 if arguments.quick else None)
+        distil(SHAPE, "fit", arguments.epochs, text, arguments.folder / "student", "full", 0)
+        student = str(arguments.folder / "student" / "encoder")
+    sources = {"teacher": find_teacher(TEACHER).source, "student": student}
+    for task in tasks:
+        exports = {}
+        for role, source in sources.items():
+            place = arguments.folder / f"{role}-{task.task.name}"
+            model = finetuned(role, source, task, place)
+            exports[role] = place / "export"
+            card = {"name": f"{role}-{task.task.name}", "teacher": TEACHER, "sections": {}}
+            begin = perf_counter()
+            export_student(model, exports[role], card=card, make_rows=rows_of_task(task, 128))
+            export_seconds[role] = max(export_seconds.get(role, 0), perf_counter() - begin)
+        rows += measure(task, exports, 1 if arguments.quick else NUM_ROUNDS)
     table = Table("task", "model", "variant", "MB", "ms", "speed-up", "score")
     for row in rows:
         cells = [

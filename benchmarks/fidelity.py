@@ -37,7 +37,6 @@ import torch
 from filelock import FileLock
 from quality import some_rows
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
@@ -53,7 +52,7 @@ from kdnas.models.layers import LastAndSkip
 from kdnas.system.files import new_file, new_folder, read_json, write_json
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
 from kdnas.tasks.tasks import LoadedTask, load_task
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 TABLE = ROOT / "benchmarks" / "data" / "fidelity.json.gz"
@@ -200,7 +199,6 @@ def distil(
     data: KDDataModule,
     num_epochs: int,
     folder: Path,
-    progress: Progress,
 ) -> dict[str, Any]:
     """Distil a student and score it, unless that is done; its scores and seconds, those of its start included."""
     if (folder / "result.json").exists():
@@ -216,7 +214,7 @@ def distil(
         accelerator="cpu", precision=read_config("fit").trainer["precision"] or "auto"
     )
     fit(
-        make_trainer(settings, folder, num_epochs, [FitProgress(progress, folder.name)]),
+        make_trainer(settings, folder, num_epochs, [EpochLines(folder.name, print)]),
         module,
         data,
     )
@@ -245,7 +243,6 @@ class Bench:
         short: share of the rows and epochs of each short one.
         tasks: loaded, of which those students are fine-tuned on whose number says so.
         folder: where runs are kept.
-        progress: a live display.
     """
 
     data: KDDataModule
@@ -254,7 +251,6 @@ class Bench:
     short: list[tuple[float, int]]
     tasks: list[LoadedTask]
     folder: Path
-    progress: Progress
 
     def __call__(self, number: int, arch: StudentArch, is_finetuned: bool) -> dict[str, Any]:
         """Everything of one student: its scores after each distillation, and after fine-tuning."""
@@ -263,9 +259,7 @@ class Bench:
         begun = cache(partial(begin, arch, part_of(self.data, settings[0][0]), self.states))
         for share, epochs in settings:
             name = f"{round(100 * share)}-{epochs}"
-            found[name] = distil(
-                begun, part_of(self.data, share), epochs, folder / name, self.progress
-            )
+            found[name] = distil(begun, part_of(self.data, share), epochs, folder / name)
         scores = (
             [self._finetune(folder / name, task, number) for task in self.tasks]
             if is_finetuned
@@ -285,7 +279,7 @@ class Bench:
             task,
             FinetuneSettings(3, 2e-4, 32, 128, 0.06, weight_decay=0.01),
             folder=folder / task.task.name,
-            callbacks=[FitProgress(self.progress, f"{task.task.name}, student {number}")],
+            callbacks=[EpochLines(f"{task.task.name}, student {number}", print)],
         )
         return float(result["score"])
 
@@ -370,26 +364,23 @@ def make(chosen: Any) -> None:
     ]
     finetuned = np.linspace(0, len(archs) - 1, chosen.finetuned).round().astype(int).tolist()
     part, num_parts = chosen.part
-    with Progress(console=Console(), transient=True) as progress:
-        short = SHORT[-2:-1] if chosen.quick else SHORT
-        bench = Bench(data, states, chosen.epochs, short, tasks, chosen.folder, progress)
-        for number in range(part, len(archs), num_parts):
-            path = chosen.folder / str(number) / "student.json"
-            if str(number) not in known["students"] and not path.exists():
-                write_json(path, bench(number, archs[number], number in finetuned))
-            with FileLock(chosen.folder / "table.lock"):  # of all parts that are at it
-                finished = {
-                    p.parent.name: read_json(p) for p in chosen.folder.glob("*/student.json")
-                }
-                students = dict(
-                    sorted((finished | known["students"]).items(), key=lambda pair: int(pair[0]))
-                )
-                with new_file(chosen.table) as file:
-                    file.write(
-                        gzip.compress(
-                            json.dumps({"about": about, "students": students}).encode(), mtime=0
-                        )
+    short = SHORT[-2:-1] if chosen.quick else SHORT
+    bench = Bench(data, states, chosen.epochs, short, tasks, chosen.folder)
+    for number in range(part, len(archs), num_parts):
+        path = chosen.folder / str(number) / "student.json"
+        if str(number) not in known["students"] and not path.exists():
+            write_json(path, bench(number, archs[number], number in finetuned))
+        with FileLock(chosen.folder / "table.lock"):  # of all parts that are at it
+            finished = {p.parent.name: read_json(p) for p in chosen.folder.glob("*/student.json")}
+            students = dict(
+                sorted((finished | known["students"]).items(), key=lambda pair: int(pair[0]))
+            )
+            with new_file(chosen.table) as file:
+                file.write(
+                    gzip.compress(
+                        json.dumps({"about": about, "students": students}).encode(), mtime=0
                     )
+                )
 
 
 def agreement(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from common import TEACHER, machine, options, quieten  # isort: skip (before tor
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fidelity import spread_archs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -132,7 +131,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments.quick:
         backends, num_students, arguments.seconds = ("torch", "onnxruntime-int8"), 1, 0.3
     teacher = find_teacher(TEACHER)
-    archs = spread_archs(SearchSpace.from_teacher(teacher.config), num_students)
+    space = sorted(
+        SearchSpace.from_teacher(teacher.config), key=lambda arch: tuple(arch.to_dict().values())
+    )
+    archs = [space[i] for i in np.linspace(0, len(space) - 1, num_students).astype(int)]
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as name:
         exported = export(teacher.config, teacher.tokenizer, Path(name) / "teacher")

@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--quick] [--json PATH] [--text PATH]
 
-A search with configs/search.yaml's settings, random proposals and one worker; clocks around the product's own
+A search with configs/search.yaml's settings and random proposals, in this process; clocks around the product's own
 functions. ``training`` is Lightning's fit loop, held-out loss included. ``Trainer and process`` is all the rest of a
-candidate: making the module and the Trainer, loaders, loggers, weights on the disk, the study. Target: below 10 % of
+candidate: making the module and the Trainer, loaders, loggers, weights on the disk. Target: below 10 % of
 training.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -24,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kdnas import search
+from kdnas.commands import jobs
 from kdnas.deploy.latency import LatencyMeter
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.models.arch import StudentArch
-from kdnas.nas.candidate import Evaluator
+from kdnas.nas.trials import Outcome
 from kdnas.system.files import write_json
 
 PARTS = {
@@ -56,17 +58,18 @@ class Clocks:
 
         return timed
 
-    def candidate(self, evaluate: Callable[..., float]) -> Callable[..., float]:
+    def candidate(self, evaluate: Callable[..., Outcome]) -> Callable[..., Outcome]:
         """The evaluation of a candidate, timed; a row is written when it is trained."""
 
-        def timed(evaluator: Evaluator, trial: Any, arch: StudentArch) -> float:
+        def timed(bench: Any, arch: StudentArch, folder: Path) -> Outcome:
             self.seconds.clear()
             begin = time.perf_counter()
-            reward = evaluate(evaluator, trial, arch)
+            outcome = evaluate(bench, arch, folder)
             whole = time.perf_counter() - begin
-            rest = {"Trainer and process": whole - sum(self.seconds.values())}
-            self.rows.append({"arch": str(arch), "whole": whole} | self.seconds | rest)
-            return reward
+            if outcome.state == "COMPLETE":
+                rest = {"Trainer and process": whole - sum(self.seconds.values())}
+                self.rows.append({"arch": str(arch), "whole": whole} | self.seconds | rest)
+            return outcome
 
         return timed
 
@@ -87,9 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
             patches.enter_context(
                 patch.object(owner, method, clocks.part(name, getattr(owner, method)))
             )
-        patches.enter_context(
-            patch.object(Evaluator, "__call__", clocks.candidate(Evaluator.__call__))
-        )
+        patches.enter_context(patch.object(jobs, "evaluate", clocks.candidate(jobs.evaluate)))
         search(
             TEACHER, chosen.text or "quickstart", speedup=4.0, n_trials=chosen.candidates, sampler="random",
             name="search", root=str(root),

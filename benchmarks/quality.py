@@ -22,7 +22,6 @@ from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_co
 import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from kdnas.data.datamodule import KDDataModule
@@ -34,7 +33,7 @@ from kdnas.models.encoders import build_classifier, find_teacher, load_classifie
 from kdnas.system.files import new_folder, read_json, write_json
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
 from kdnas.tasks.tasks import LoadedTask, load_task
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
@@ -56,7 +55,6 @@ def distil(
     folder: Path,
     split: str,
     seed: int,
-    progress: Progress,
 ) -> None:
     """Distil a student into ``folder``, unless it is there."""
     if (folder / "result.json").exists():
@@ -77,9 +75,7 @@ def distil(
         precision=config.trainer["precision"] or "auto",
         gradient_clip_val=config.trainer.get("gradient_clip_val", 0.0),
     )
-    trainer = make_trainer(
-        trainer_settings, folder, num_epochs, [FitProgress(progress, folder.name)]
-    )
+    trainer = make_trainer(trainer_settings, folder, num_epochs, [EpochLines(folder.name, print)])
     fit(trainer, module, data)
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
@@ -146,40 +142,39 @@ def main(args: Sequence[str] | None = None) -> None:
         ]
     if arguments.quick:
         jobs = [job for job in jobs if job[0] in ("teacher", "4x192-random", "4x192-ours-1")]
-    with Progress(console=Console()) as progress:
-        for name, shape, recipe, epochs in jobs:
-            if not name.startswith(tuple(arguments.only)):
-                continue
-            folder = arguments.folder / name
-            if recipe:
-                split = "mini" if recipe == "original" else "full"
-                kd_seed = 0 if recipe == "original" else arguments.kd_seed
-                distil(shape, recipe, epochs, text, folder, split, kd_seed, progress)
-            for seed in range(arguments.seeds):
-                for task in tasks:
-                    torch.manual_seed(seed)
-                    num_labels = task.task.num_labels
-                    if shape == "teacher":
-                        classifier = load_classifier(teacher.source, num_labels)
-                    elif recipe:
-                        classifier = load_classifier(folder / "encoder", num_labels)
-                    else:
-                        classifier = build_classifier(
-                            student_config(teacher.config, SHAPES[shape]), num_labels
-                        )
-                    settings = FinetuneSettings(
-                        3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed
+    for name, shape, recipe, epochs in jobs:
+        if not name.startswith(tuple(arguments.only)):
+            continue
+        folder = arguments.folder / name
+        if recipe:
+            split = "mini" if recipe == "original" else "full"
+            kd_seed = 0 if recipe == "original" else arguments.kd_seed
+            distil(shape, recipe, epochs, text, folder, split, kd_seed)
+        for seed in range(arguments.seeds):
+            for task in tasks:
+                torch.manual_seed(seed)
+                num_labels = task.task.num_labels
+                if shape == "teacher":
+                    classifier = load_classifier(teacher.source, num_labels)
+                elif recipe:
+                    classifier = load_classifier(folder / "encoder", num_labels)
+                else:
+                    classifier = build_classifier(
+                        student_config(teacher.config, SHAPES[shape]), num_labels
                     )
-                    target = folder / f"{task.task.name}-{seed}"
-                    evaluate_glue(
-                        classifier,
-                        teacher.tokenizer,
-                        task,
-                        settings,
-                        folder=target,
-                        trainer_settings=TrainerSettings(),
-                        callbacks=[FitProgress(progress, f"{name} {task.task.name} {seed}")],
-                    )
+                settings = FinetuneSettings(
+                    3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed
+                )
+                target = folder / f"{task.task.name}-{seed}"
+                evaluate_glue(
+                    classifier,
+                    teacher.tokenizer,
+                    task,
+                    settings,
+                    folder=target,
+                    trainer_settings=TrainerSettings(),
+                    callbacks=[EpochLines(f"{name} {task.task.name} {seed}", print)],
+                )
     show(
         arguments.folder,
         [job[0] for job in jobs],

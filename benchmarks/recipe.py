@@ -27,7 +27,6 @@ import common
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -44,7 +43,7 @@ from kdnas.distillation.teacher_states import (
 from kdnas.models.encoders import encode, find_teacher
 from kdnas.models.layers import LastAndSkip
 from kdnas.system.files import write_json
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 Curve = list[tuple[float, float]]  # seconds, error
@@ -180,12 +179,9 @@ def train(
     name: str,
 ) -> None:
     """One fit of the product's own, watched."""
-    with Progress(transient=True) as progress:
-        trainer = make_trainer(
-            trainer_settings, folder, num_epochs, [watch, FitProgress(progress, name)]
-        )
-        trainer.limit_val_batches = 0  # the watch measures
-        fit(trainer, module, data)
+    trainer = make_trainer(trainer_settings, folder, num_epochs, [watch, EpochLines(name, print)])
+    trainer.limit_val_batches = 0  # the watch measures
+    fit(trainer, module, data)
 
 
 def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:

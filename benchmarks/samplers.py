@@ -1,6 +1,6 @@
 """How many candidates each sampler needs: replays of a search over a table of trained students.
 
-``--make`` trains every architecture of a small space once, by the search's own Evaluator, into ``--table``; it goes on
+``--make`` trains every architecture of a small space once, by the search's own ``evaluate``, into ``--table``; it goes on
 where it was stopped. Without it, the product's own search loop runs on the table, once for each sampler and seed: the
 evaluations until the best reward so far is within 1 % of the table's best, regret by evaluations, and wall seconds a
 proposal. Without a budget the best of the table is the teacher's own shape, a corner that is easily found; so the same
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import OUTPUT, ROOT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
@@ -42,12 +43,14 @@ from kdnas.distillation.objectives import needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, open_states
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
-from kdnas.nas.candidate import Budget, Evaluator
-from kdnas.nas.record import tried
+from kdnas.nas.bench import Bench
+from kdnas.nas.budget import Budget
 from kdnas.nas.sampler import make_pruner, make_sampler
-from kdnas.nas.search import search
+from kdnas.nas.search import evaluate, search
 from kdnas.nas.space import SearchSpace
+from kdnas.nas.trials import Outcome, tried
 from kdnas.system.files import read_json, write_json
+from kdnas.system.jobs import Engine, Job
 from kdnas.training.trainer import TrainerSettings
 
 TABLE = ROOT / "benchmarks" / "data" / "samplers.json.gz"
@@ -82,7 +85,7 @@ def make(chosen: Any, console: Console) -> None:
     layers = needed_layers(config.recipe.objective, depths, teacher.config.num_hidden_layers)
     states = open_states(teacher, data, layers, StatesSettings(str(folder / "states")))
     defaults = SearchSettings()
-    evaluator = Evaluator(
+    bench = Bench(
         teacher=teacher,
         states=states,
         data=data,
@@ -94,18 +97,18 @@ def make(chosen: Any, console: Console) -> None:
         alpha=defaults.alpha,
         beta=defaults.beta,
         seed=0,
-        folder=lambda number: folder / f"part_{part}" / f"trial_{number:04d}",
+        is_pruned=False,
         stillness=ReadWriteLock(folder / "stillness.lock"),
     )
     archs = list(SPACE)
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
     order = np.random.default_rng(0).permutation(len(archs)).tolist()
     for number in track(order[part::num_parts], "students", console=console):
         path = folder / f"{number}.json"
         if not path.exists():
-            trial = study.ask()
-            reward = evaluator(trial, archs[number])
-            attrs = trial.user_attrs
+            place = folder / f"part_{part}" / f"student_{number:04d}"
+            place.mkdir(parents=True, exist_ok=True)
+            outcome = evaluate(bench, archs[number], place)
+            attrs = outcome.attrs
             names = (
                 "loss",
                 "contextual_share",
@@ -116,7 +119,7 @@ def make(chosen: Any, console: Console) -> None:
             )
             row = {name: attrs[name] for name in (*names, "seconds")}
             row["losses"] = [epoch["loss"] for epoch in attrs["history"]]
-            write_json(path, {"arch": archs[number].to_dict(), "reward": reward} | row)
+            write_json(path, {"arch": archs[number].to_dict(), "reward": outcome.value} | row)
     paths = [folder / f"{number}.json" for number in range(len(archs))]
     if not all(path.exists() for path in paths):
         console.print("The other parts are not done yet.")
@@ -146,6 +149,24 @@ class Known:
     speedup: float = 1.0
 
 
+class AtOnce(Engine):
+    """Does a job when it is begun, and has room for one between two looks of a search."""
+
+    is_free = True
+
+    @property
+    def has_room(self) -> bool:
+        return self.is_free
+
+    def start(self, job: Job) -> None:
+        write_json(job.result_file, job.call(*job.args))
+        self.is_free = False
+
+    def wait(self) -> list[tuple[Job, BaseException | None]]:
+        self.is_free = True
+        return []
+
+
 def replay(
     table: dict[StudentArch, Known],
     space: SearchSpace,
@@ -173,26 +194,32 @@ def replay(
     )
     trained = 0.0
 
-    def evaluate(trial: optuna.Trial, arch: StudentArch) -> float:
+    def look_up(number: int, arch: StudentArch) -> dict[str, Any]:
         nonlocal trained
-        violation = speedup / table[arch].speedup - 1
-        trial.set_constraint("budget", violation)
+        trial = optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+        known, params = table[arch], arch.to_dict()
+        violation = speedup / known.speedup - 1
+        limits = {"budget": violation}
         if violation > 0:
-            raise optuna.TrialPruned
-        factor = table[arch].reward / (1 - table[arch].losses[-1]) if by == "reward" else 1.0
-        losses = table[arch].losses
-        for epoch, loss in enumerate(losses):
-            trained += table[arch].seconds / len(losses)
+            attrs = {"refused": "too slow"}
+            return Outcome(params, "PRUNED", attrs=attrs, constraints=limits).to_dict()
+        factor = known.reward / (1 - known.losses[-1]) if by == "reward" else 1.0
+        for epoch, loss in enumerate(known.losses):
+            trained += known.seconds / len(known.losses)
             trial.report((1 - loss) * factor, epoch)
-            if (
-                epoch + 1 < len(losses) and trial.should_prune()
-            ):  # as the product: what is paid for is kept
-                raise optuna.TrialPruned
-        return table[arch].reward
+            # As the product: what is paid for is kept.
+            if epoch + 1 < len(known.losses) and trial.should_prune():
+                return Outcome(params, "PRUNED", constraints=limits).to_dict()
+        return Outcome(params, "COMPLETE", known.reward, constraints=limits).to_dict()
 
-    begin = time.perf_counter()
-    search(evaluate, space, study, min(most, len(space)))
-    seconds = (time.perf_counter() - begin) / len(study.trials)
+    with TemporaryDirectory() as name:
+
+        def make_job(number: int, arch: StudentArch) -> Job:
+            return Job(Path(name) / str(number), str(arch), look_up, (number, arch))
+
+        begin = time.perf_counter()
+        search(study, space, AtOnce(), make_job, min(most, len(space)))
+        seconds = (time.perf_counter() - begin) / len(study.trials)
     best = max(known.reward for known in table.values() if known.speedup >= speedup)
     values = [
         trial.values[0] if trial.state == TrialState.COMPLETE else -math.inf

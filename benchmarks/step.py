@@ -30,7 +30,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.profilers import Profiler
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
@@ -53,7 +52,7 @@ from kdnas.models.encoders import Teacher, build_student, encode, find_teacher
 from kdnas.models.layers import LastAndSkip
 from kdnas.system.files import write_json
 from kdnas.training.precision import autocast, bf16_is_faster
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 ARCHS = (StudentArch(4, 6, 192, 768), StudentArch(3, 12, 384, 1536))
@@ -222,7 +221,6 @@ def measure_ours(
     num_steps: int,
     peak: float,
     folder: Path,
-    progress: Progress,
     device: str,
     compiled: bool,
 ) -> dict[str, Any]:
@@ -237,7 +235,6 @@ def measure_ours(
         num_steps: to measure.
         peak: FLOP/s.
         folder: for the Trainer's files.
-        progress: where the bar goes.
         device: where the student is.
         compiled: it, by torch.compile.
     """
@@ -254,7 +251,7 @@ def measure_ours(
     teacher.model.to("cpu")  # type: ignore[arg-type]
     per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())
     num_epochs = -(-(WARM_UP + num_steps) // len(batches))
-    progressing = FitProgress(progress, f"ours, {arch.num_hidden_layers} x {arch.hidden_size}")
+    progressing = EpochLines(f"ours, {arch.num_hidden_layers} x {arch.hidden_size}", print)
     if compiled:
         module.student.compile(dynamic=True)
     settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
@@ -362,7 +359,6 @@ def transformers_step(teacher: Teacher, arch: StudentArch, device: str) -> Calla
 def measure(
     text: str | None,
     quick: bool,
-    progress: Progress,
     folder: Path,
     device: str,
     compiled: bool,
@@ -407,38 +403,33 @@ def measure(
         teacher, data, layers, StatesSettings(str(folder / "states"), max_gb=float("inf"))
     )
     students: list[dict[str, Any]] = []
-    with progress:
-        task = progress.add_task("others' steps", total=2 * len(archs))
-        for arch in archs:
-            result: dict[str, Any] = {"arch": arch.to_dict(), "ours": {}}
-            for name, objective in objectives.items():
-                result["ours"][name] = measure_ours(
-                    teacher,
-                    arch,
-                    objective,
-                    data,
-                    states,
-                    num_steps,
-                    peak * 1e9,
-                    folder / "fit",
-                    progress,
-                    device,
-                    compiled,
-                )
-            batches = [on(device, batch) for batch in data.train_dataloader()]
-            result["transformers"] = time_steps(
-                transformers_step(teacher, arch, device), batches, num_steps
+    for arch in archs:
+        result: dict[str, Any] = {"arch": arch.to_dict(), "ours": {}}
+        for name, objective in objectives.items():
+            result["ours"][name] = measure_ours(
+                teacher,
+                arch,
+                objective,
+                data,
+                states,
+                num_steps,
+                peak * 1e9,
+                folder / "fit",
+                device,
+                compiled,
             )
-            progress.advance(task)
-            rows = [on(device, batch) for batch in original.train_dataloader()]
-            result["original"] = time_steps(original_step(teacher, arch, device), rows, num_steps)
-            progress.advance(task)
-            for name in ("transformers", "original"):
-                for ours in result["ours"].values():
-                    ours[f"tokens_over_{name}"] = (
-                        ours["tokens_per_second"] / result[name]["tokens_per_second"]
-                    )
-            students.append(result)
+        batches = [on(device, batch) for batch in data.train_dataloader()]
+        result["transformers"] = time_steps(
+            transformers_step(teacher, arch, device), batches, num_steps
+        )
+        rows = [on(device, batch) for batch in original.train_dataloader()]
+        result["original"] = time_steps(original_step(teacher, arch, device), rows, num_steps)
+        for name in ("transformers", "original"):
+            for ours in result["ours"].values():
+                ours[f"tokens_over_{name}"] = (
+                    ours["tokens_per_second"] / result[name]["tokens_per_second"]
+                )
+        students.append(result)
     asked = {"quick": quick, "device": device, "compiled": compiled}
     return {
         "machine": common.machine(),
@@ -504,12 +495,10 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console()
     common.OUTPUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
-        progress = Progress(console=console, transient=True)
         device = "cpu" if chosen.accelerator == "cpu" else "cuda"
         results = measure(
             chosen.text,
             chosen.quick,
-            progress,
             Path(folder),
             device,
             chosen.compile,

@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 import torch
 from quality import SHAPES, some_rows
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ from kdnas.models.layers import Even, LastAndSkip, LastLayer
 from kdnas.system.files import new_file, new_folder, read_json, write_json
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
 from kdnas.tasks.tasks import LoadedTask, load_task
-from kdnas.training.progress import FitProgress
+from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
 ARCH = SHAPES["4x192"]
@@ -394,14 +393,13 @@ def distil(
     tasks: Sequence[LoadedTask],
     num_epochs: int,
     folder: Path,
-    progress: Progress,
 ) -> None:
     """Distil a variant into its place, unless it is there."""
     variant, target = VARIANTS[name], place_of(folder, name, seed)
     if (target / "result.json").exists():
         return
     if variant.goes_on:
-        distil("fit", seed, text, tasks, num_epochs, folder, progress)
+        distil("fit", seed, text, tasks, num_epochs, folder)
     begun = place_of(folder, "fit", seed)
     config, teacher = read_config("fit"), find_teacher(TEACHER)
     text = variant.rows(text, tasks, folder) if variant.rows else text
@@ -425,9 +423,7 @@ def distil(
         first = num_epochs // 2
         wider = student(BETWEEN, recipe)
         fit(
-            make_trainer(
-                settings, target / "wider", first, [FitProgress(progress, f"{name}, wider")]
-            ),
+            make_trainer(settings, target / "wider", first, [EpochLines(f"{name}, wider", print)]),
             wider,
             data,
         )
@@ -439,7 +435,7 @@ def distil(
     if OPTIMIZER in variant.goes_on:
         module.optimizer_tensors = load_file(begun / OPTIMIZER)
     trainer = make_trainer(
-        settings, target, num_epochs, [FitProgress(progress, name), *variant.callbacks()]
+        settings, target, num_epochs, [EpochLines(name, print), *variant.callbacks()]
     )
     fit(trainer, module, data)
     seconds = time.process_time() - begin
@@ -452,7 +448,7 @@ def distil(
     write_json(target / "result.json", {"cpu_seconds": seconds, "history": module.history})
 
 
-def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress: Progress) -> None:
+def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int) -> None:
     """Fine-tune the student in ``folder`` on each task, several times."""
     tokenizer = find_teacher(TEACHER).tokenizer
     for task in tasks:
@@ -468,7 +464,7 @@ def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, progress
                 ),
                 folder=folder / f"{task.task.name}-{seed}",
                 trainer_settings=TrainerSettings(),
-                callbacks=[FitProgress(progress, f"{folder.name} {task.task.name} {seed}")],
+                callbacks=[EpochLines(f"{folder.name} {task.task.name} {seed}", print)],
                 keep_model=False,
             )
 
@@ -554,10 +550,9 @@ def main(args: Sequence[str] | None = None) -> None:
     ]
     if arguments.quick:
         tasks = [some_rows(task, 600) for task in tasks]
-    with Progress(console=Console()) as progress:
-        for seed, name in product(arguments.kd_seeds, names):
-            distil(name, seed, text, tasks, arguments.epochs, arguments.folder, progress)
-            finetune(place_of(arguments.folder, name, seed), tasks, arguments.seeds, progress)
+    for seed, name in product(arguments.kd_seeds, names):
+        distil(name, seed, text, tasks, arguments.epochs, arguments.folder)
+        finetune(place_of(arguments.folder, name, seed), tasks, arguments.seeds)
     show(arguments.folder, arguments.kd_seeds, [task.task.name for task in tasks], arguments.json)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import optuna
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +17,6 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdnas.commands.config import as_plain
-from kdnas.commands.glue import contender
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
@@ -33,9 +31,10 @@ from kdnas.distillation.teacher_states import (
     open_states,
 )
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import build_student, find_teacher
+from kdnas.models.encoders import build_student, find_teacher, load_classifier
 from kdnas.models.families import arch_of
 from kdnas.models.layers import LastAndSkip
+from kdnas.nas.trials import Outcome
 from kdnas.system.files import write_json
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.tasks import load_task
@@ -447,32 +446,17 @@ def test_the_summary_of_a_deployment_is_the_worse_of_the_tasks():
     assert found == {"int8_speedup": 16.0, "int8_points_lost": pytest.approx(1.0)}
 
 
-def test_a_random_student_has_a_models_shape_and_another_start_for_each_seed(tiny_teacher):
-    model = contender(str(tiny_teacher), "tiny", FinetuneSettings(max_length=32))
-    (random,) = glue.random_starts([model, model])
-    torch.manual_seed(1)
-    first, second = random.make(3), random.make(3)
-    for classifier in (first, second):
-        assert (classifier.config.num_hidden_layers, classifier.config.hidden_size) == (4, 64)
-        assert classifier.config.num_labels == 3
-    weights = [
-        classifier.bert.embeddings.word_embeddings.weight
-        for classifier in (first, second, model.make(3))
-    ]
-    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert random.key != model.key and random.name == "random, 4 x 64"
-
-
-def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher, tmp_path):
+def test_both_trainers_take_the_same_rows_the_same_number_of_times(
+    tiny_teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(glue, "TEACHER", str(tiny_teacher))
     task = load_task(str(write_task(tmp_path / "rte", ("sentence1", "sentence2"), num_rows=20)))
-    model = contender(
-        str(tiny_teacher), "tiny", FinetuneSettings(num_epochs=2, batch_size=8, max_length=32)
-    )
+    settings = FinetuneSettings(num_epochs=2, batch_size=8, max_length=32)
     seen: list[list[list[int]]] = [[], [], []]
     for rows, seconds in zip(seen, glue.SIDES.values(), strict=True):
 
         def make(num_labels, rows=rows):
-            classifier = model.make(num_labels)
+            classifier = load_classifier(tiny_teacher, num_labels)
             classifier.register_forward_pre_hook(
                 lambda _, args, given: rows.extend(
                     [token for token in row if token != 3] for row in given["input_ids"].tolist()
@@ -481,7 +465,7 @@ def test_both_trainers_take_the_same_rows_the_same_number_of_times(tiny_teacher,
             )
             return classifier
 
-        assert seconds(dataclasses.replace(model, make=make), task, tmp_path / "run") > 0
+        assert seconds(make, task, settings, tmp_path / "run") > 0
     assert len(seen[0]) == 40 and sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
 
 
@@ -489,17 +473,16 @@ def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():
     clocks = overhead.Clocks()
     part = clocks.part("training", lambda: time.sleep(0.02))
 
-    def evaluate(evaluator, trial, arch):
-        if trial == "refused":
-            raise optuna.TrialPruned
+    def evaluate(bench, arch, folder):
+        if folder.name == "refused":
+            return Outcome({}, "PRUNED")
         part()
         time.sleep(0.01)
-        return 0.5
+        return Outcome({}, "COMPLETE", 0.5)
 
     timed = clocks.candidate(evaluate)
-    with pytest.raises(optuna.TrialPruned):
-        timed(None, "refused", ARCH)
-    assert timed(None, "trained", ARCH) == 0.5
+    assert timed(None, ARCH, Path("refused")).state == "PRUNED"
+    assert timed(None, ARCH, Path("trained")).value == 0.5
     (row,) = clocks.rows
     assert row["training"] >= 0.02 and row["Trainer and process"] >= 0.01
     assert row["whole"] == pytest.approx(row["training"] + row["Trainer and process"])
