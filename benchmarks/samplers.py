@@ -49,8 +49,9 @@ from kdnas.nas.sampler import make_pruner, make_sampler
 from kdnas.nas.search import evaluate, search
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.trials import Outcome, tried
+from kdnas.system.engine import Engine
 from kdnas.system.files import read_json, write_json
-from kdnas.system.jobs import Engine, Job
+from kdnas.system.jobs import Job
 from kdnas.training.trainer import TrainerSettings
 
 TABLE = ROOT / "benchmarks" / "data" / "samplers.json.gz"
