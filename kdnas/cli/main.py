@@ -76,10 +76,6 @@ def main(args: Sequence[str] | None = None) -> int:
         if is_process:
             # Class paths may name files of this folder, as with `python -m`; installed ones first.
             sys.path.append("")
-        if is_process and args[0] in ("run", "search", "glue"):
-            from kdnas.system.pool import warm_up
-
-            warm_up("kdnas.commands.run")  # beside this process, which imports the same now
         return _exit_code(args)
     except UserError as error:
         tell(str(error))

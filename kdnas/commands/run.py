@@ -152,13 +152,11 @@ def _opened(
 ) -> Iterator[RunContext]:
     """A run with its inputs and its engine, and nobody else's meanwhile."""
     try:
-        with _timed(seconds, "reading"):
-            inputs = load_inputs(config, console)
-        with (
-            inputs.run.alone("wait for it, or give another name"),
-            open_engine(config.workers, config.executor) as engine,
-        ):
-            yield open_run(inputs, engine, console)
+        with open_engine(config.workers, config.executor) as engine:
+            with _timed(seconds, "reading"):
+                inputs = load_inputs(config, console)
+            with inputs.run.alone("wait for it, or give another name"):
+                yield open_run(inputs, engine, console)
     finally:
         forget_inputs()
 

@@ -106,7 +106,10 @@ def open_study(
             study = optuna.create_study(storage=_connect(storage), **options)
             if _holds(study, results):
                 return study
+            _refuse_other(study, results, storage)
             why = "did not hold all results"
+        except UserError:
+            raise
         except (*STORE_ERRORS, sqlite3.Error, RuntimeError, ValueError) as error:
             if not (isinstance(storage, Path) and _is_damage(error)):
                 raise
@@ -198,6 +201,21 @@ def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
         trial.state.is_finished() and trial.params and trial.number not in results
         for trial in trials.values()
     )
+
+
+def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | Path) -> None:
+    """Never delete what others have put into a database under this name.
+
+    Raises:
+        UserError: its finished trials are not those of this run.
+    """
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    ours = all(trial.number in results or not trial.params for trial in finished)
+    if not isinstance(storage, Path) and not ours:
+        raise UserError(
+            f"The database {without_password(storage)!r} holds another study "
+            f"{study.study_name!r}: give another --name or --storage."
+        )
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
