@@ -71,7 +71,7 @@ def third_party(files: Iterable[Path]) -> set[str]:
                 names.add((node.module or "").partition(".")[0])
     distributions = importlib.metadata.packages_distributions()
     ours = (file.stem for place in ("benchmarks", "tests") for file in ROOT.glob(f"{place}/*.py"))
-    names -= {*sys.stdlib_module_names, "kdnas", "tests", *ours}
+    names -= {*sys.stdlib_module_names, "benchmarks", "kdnas", "tests", *ours}
     return {canonicalize_name(distributions[name][0]) for name in names}
 
 
