@@ -70,6 +70,7 @@ class PerTrialSeed(BaseSampler):
     def __init__(self, make: Callable[[int], BaseSampler], seed: int = 0) -> None:
         self._make, self._seed = make, seed
         self._samplers: dict[int, BaseSampler] = {}
+        self._num_drawn: dict[int, int] = {}
 
     def _of(self, study: Study, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._samplers:
@@ -93,8 +94,11 @@ class PerTrialSeed(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        # Each parameter by its own seed: a search may be killed between two of a trial's.
-        sampler = self._make(seed_of(self._seed, trial.number, param_name))
+        sampler = self._of(study, trial)
+        # Where a search was killed between two of a trial's, those before are drawn again.
+        for name in list(trial.params)[self._num_drawn.get(trial.number, 0) :]:
+            sampler.sample_independent(study, trial, name, trial.distributions[name])
+        self._num_drawn[trial.number] = len(trial.params) + 1
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -105,6 +109,7 @@ class PerTrialSeed(BaseSampler):
     ) -> None:
         self._of(study, trial).after_trial(study, trial, state, values)
         self._samplers.pop(trial.number, None)
+        self._num_drawn.pop(trial.number, None)
 
 
 class LSTMSampler(BaseSampler):

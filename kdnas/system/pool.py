@@ -30,14 +30,16 @@ def warm_up(module: str | None = None) -> None:
     """Start the process that the pool's are forked from; with a module, it imports that first.
 
     It hears no signals, and neither do those that it forks: a terminal's or a scheduler's go to a
-    whole group, and this process alone decides what they mean.
+    whole group, and this process alone decides what they mean. What it prints is lost: a process
+    that it forks for one that has just ended would tell a traceback.
     """
     start_resource_tracker()  # which the fork server would start, and so unblock SIGTERM
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)
     try:
         if module is not None:
             forkserver.set_forkserver_preload([module])
-        forkserver.ensure_running()
+        with _output_into(Path(os.devnull)):
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
@@ -128,6 +130,8 @@ def run_in_process(job: Job, level: int) -> None:
 @contextmanager
 def _output_into(path: Path) -> Iterator[None]:
     """Have a file take what this process prints, also what native code does."""
+    for output in (sys.stdout, sys.stderr):
+        output.flush()
     kept = [os.dup(stream) for stream in (1, 2)]
     with path.open("a", encoding="utf-8") as file:
         for stream in (1, 2):
@@ -142,5 +146,5 @@ def _output_into(path: Path) -> Iterator[None]:
                 os.dup2(known, stream)
                 os.close(known)
     with suppress(OSError):
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             path.unlink()

