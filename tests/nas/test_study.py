@@ -170,15 +170,17 @@ def test_a_study_on_a_server_is_made_again_there_and_others_of_it_are_left_alone
     )
     expected = [facts(trial) for trial in fake.trials]
     assert len(expected) == len(results_in(fake.run.folder)) > 0
-    optuna.load_study(storage=url, study_name="run").add_trial(
-        optuna.trial.create_trial(
-            params=ONE.to_dict(),
-            distributions=fake.trials[0].distributions,
-            value=1.0,
-        )
-    )
+    optuna.delete_study(storage=url, study_name="run")
     assert [facts(trial) for trial in fake.trials] == expected
     assert len(optuna.load_study(storage=url, study_name="another").trials) == 1
+
+    distributions = fake.trials[0].distributions
+    of_others = optuna.trial.create_trial(
+        params=ONE.to_dict(), distributions=distributions, value=1.0
+    )
+    optuna.load_study(storage=url, study_name="run").add_trial(of_others)
+    with pytest.raises(UserError, match="server.db' holds another study 'run'"):
+        fake.open()
 
 
 # Waiting
