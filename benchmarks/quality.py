@@ -2,7 +2,7 @@
 
 Five tasks (CoLA, SST-2, MRPC, STS-B, RTE) in a folder in GLUE's layout; every model is fine-tuned on each by
 ``evaluate_glue``. Students of two shapes: from a random start without distillation, by the original's recipe
-(configs/original.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths.
+(configs/original_fit.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths.
 ``--seeds`` are those of fine-tuning; ``--kd-seed`` draws the rows of our distillation, their pairs, masks and order
 anew. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes
 can share the work. Learning rates were chosen on rows split off from training rows, never on those that are reported.
@@ -67,7 +67,8 @@ def distil(
     data = KDDataModule(TEACHER, text, settings, split=split)  # type: ignore[arg-type]
     data.setup()
     # Of all students of a search, not of one: whichever run comes first stores them, and the others find them.
-    states = StatesSettings(str(OUTPUT / "teacher_states"), 0 if recipe_name == "original" else 40)
+    is_original = recipe_name == "original_fit"
+    states = StatesSettings(str(OUTPUT / "teacher_states"), 0 if is_original else 40)
     module.states = open_states(teacher, data, module.target_layers, states)
     states_seconds = time.process_time() - begin
     started, cpu_started = time.monotonic(), time.process_time()
@@ -135,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
     jobs: list[tuple[str, str, str, int]] = [("teacher", "teacher", "", 0)]
     for shape in SHAPES:
         jobs.append((f"{shape}-random", shape, "", 0))
-        jobs.append((f"{shape}-original", shape, "original", 4))
+        jobs.append((f"{shape}-original", shape, "original_fit", 4))
         anew = f"-seed-{arguments.kd_seed}" if arguments.kd_seed else ""
         jobs += [
             (f"{shape}-ours-{epochs}{anew}", shape, "fit", epochs) for epochs in arguments.epochs
@@ -147,8 +148,8 @@ def main(args: Sequence[str] | None = None) -> None:
             continue
         folder = arguments.folder / name
         if recipe:
-            split = "mini" if recipe == "original" else "full"
-            kd_seed = 0 if recipe == "original" else arguments.kd_seed
+            split = "mini" if recipe == "original_fit" else "full"
+            kd_seed = 0 if recipe == "original_fit" else arguments.kd_seed
             distil(shape, recipe, epochs, text, folder, split, kd_seed)
         for seed in range(arguments.seeds):
             for task in tasks:

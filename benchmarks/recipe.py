@@ -4,7 +4,7 @@
                                  [--learning-rate RATE] [--matrix-learning-rate RATE]
 
 Both train the same student (4 layers x 192) on the same 30 % of a text's rows, cut at 50 tokens. The original's recipe
-is configs/original.yaml, with the teacher in float32 too. Ours is the default Recipe with the original's own objective,
+is configs/original_fit.yaml, with the teacher in float32 too. Ours is the default Recipe with the original's own objective,
 in bf16, on stored teacher states, 4,096 tokens a batch.
 
 The error of both is the original's objective: on the same held-out rows with the same masks, the mean squared error of
@@ -186,7 +186,7 @@ def train(
 
 def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures; see the module."""
-    config = common.read_config("original")
+    config = common.read_config("original_fit")
     num_epochs = int(config.trainer["max_epochs"])
     text = common.cut_text(
         chosen.text, folder, share=SHARE, most=QUICK_ROWS if chosen.quick else None

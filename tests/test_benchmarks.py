@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdnas.commands.config import as_plain
+from kdnas.cli.parser import read_config
+from kdnas.commands.config import RunConfig, as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
@@ -96,7 +97,7 @@ def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
 
 
 def test_original_config_is_what_the_original_did():
-    config = common.read_config("original")
+    config = common.read_config("original_fit")
     assert config.recipe.objective.shared_projection and not config.recipe.objective.normalize
     assert (config.recipe.learning_rate, config.recipe.constant_rate, config.recipe.dropout) == (
         1e-4,
@@ -110,6 +111,12 @@ def test_original_config_is_what_the_original_did():
     )
     assert (config.trainer["precision"], config.trainer["max_epochs"]) == ("32-true", 4)
     assert (config.arch.num_hidden_layers, config.arch.hidden_size) == (4, 192)
+    whole, _ = read_config(RunConfig, "run", ["--config=configs/original.yaml"])
+    assert as_plain(whole.recipe) == as_plain(config.recipe)
+    assert whole.data == config.data and whole.states.max_gb == config.states.max_gb
+    assert whole.trainer.precision == "32-true" and whole.trainer.gradient_clip_val == 0
+    assert (whole.search.num_epochs, whole.search.loss, whole.search.beta) == (4, "train", 0.6**6)
+    assert whole.latency.when == "after_fit" and not whole.full_kd.from_candidate
 
 
 def test_cut_text_keeps_the_sides_apart_and_draws_the_same_rows(text_file, tmp_path):

@@ -52,16 +52,25 @@ def read_config(
     parser.add_class_arguments(config_class)
     if "recipe" in hints:
         parser.set_defaults(default_objects())
+    later = _only_of_run(config_class)  # in YAML these may stand for a search too
+    for name in later:
+        parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+    for arg in args:
+        if arg.startswith("--") and _first_name(arg) in later:
+            raise UserError(f"{arg.partition('=')[0]} is an option of `kdnas run`.")
 
     args = _one_value_each(normalize(args), hints)
     parsed = parse(parser, args)
+    if "full_kd" in hints and parsed.full_kd is None:
+        parsed.full_kd = Namespace(num_epochs=0, from_candidate=True)  # type: ignore[no-untyped-call]
     _refuse_null(config_class, parsed)
     try:
         options = vars(parser.instantiate(parsed))
     except ValueError as error:  # the parser wraps what an optional part of the config raises
         raise next((e for e in causes(error) if isinstance(e, UserError)), error) from None
 
-    options.pop("config")
+    for name in ("config", *later):
+        options.pop(name)
     set_flags = {name: options.pop(name) for name in flags}
     return config_class(**options), set_flags
 
@@ -163,8 +172,6 @@ def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
     for name in _names(args):
         if any(value.startswith(name) or name.startswith(f"{value}.") for value in values):
             continue  # short for one, or a setting of a class, which the parser alone knows
-        if parser.prog == "kdnas search" and name.partition(".")[0] in _only_of_run():
-            return " It is an option of `kdnas run`."
         group, _, last = name.rpartition(".")
         if group not in groups:
             group, last = "", name
@@ -173,12 +180,18 @@ def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
     return f" `{parser.prog} --help` explains the options."
 
 
-def _only_of_run() -> set[str]:
+def _only_of_run(config_class: type[Any]) -> list[str]:
+    """What a run's config has beyond a search's; nothing for another class."""
     from kdnas.commands.config import RunConfig, SearchConfig
 
-    return {field.name for field in fields(RunConfig)}.difference(
-        field.name for field in fields(SearchConfig)
-    )
+    if not issubclass(config_class, SearchConfig):
+        return []
+    known = {field.name for field in fields(config_class)}
+    return [field.name for field in fields(RunConfig) if field.name not in known]
+
+
+def _first_name(arg: str) -> str:
+    return arg[2:].partition("=")[0].partition(".")[0]
 
 
 def _names(args: Sequence[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ON_ONNX, LatencySettings
@@ -48,6 +48,8 @@ class SearchSettings:
             latency 4 %.
         beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a
             ranking.
+        loss: of the reward: ``held_out``, after the last epoch; or ``train``, the mean of the last
+            epoch's training losses (the original).
 
     Raises:
         UserError: a value is out of its range.
@@ -58,6 +60,7 @@ class SearchSettings:
     budget: Budget = field(default_factory=Budget)
     alpha: float = -0.06
     beta: float = 0.6
+    loss: Literal["held_out", "train"] = "held_out"
 
     def __post_init__(self) -> None:
         for name in ("n_trials", "num_epochs"):
@@ -67,11 +70,24 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class SearchLatencySettings(LatencySettings):
+    """How the latency of candidates is measured, and when.
+
+    Args:
+        when: ``before_fit``, or ``after_fit``, in a callback; null: before where there is a budget,
+            for a student beyond it must cost nothing.
+    """
+
+    when: Literal["before_fit", "after_fit"] | None = None
+
+
+@dataclass(frozen=True)
 class FullKDSettings:
     """The last distillation, of the best student on all training rows.
 
     Args:
-        num_epochs: passes over the rows.
+        num_epochs: passes over the rows; 0, as ``full_kd: null``: none, and the candidate's own
+            weights are fine-tuned and exported.
         from_candidate: go on from the weights and the optimizer's state of the search's candidate;
             else begin again from the teacher.
     """
@@ -80,8 +96,8 @@ class FullKDSettings:
     from_candidate: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_epochs < 1:
-            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 1.")
+        if self.num_epochs < 0:
+            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 0 (0: none).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +155,16 @@ class SearchConfig:
     data: DataSettings = field(default_factory=DataSettings)
     recipe: Recipe = field(default_factory=Recipe)
     search: SearchSettings = field(default_factory=SearchSettings)
-    latency: LatencySettings = field(default_factory=LatencySettings)
+    latency: SearchLatencySettings = field(default_factory=SearchLatencySettings)
     states: StatesSettings = field(default_factory=StatesSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
+        if self.latency.when == "after_fit" and self.measures_first:
+            raise UserError(
+                "latency.when is after_fit, but with a budget latency is measured before: leave one "
+                "of them out."
+            )
         for name in ("data", "finetune"):  # a run's; a search has none
             if (part := getattr(self, name, None)) and part.seed not in (
                 type(part).seed,
@@ -160,6 +181,12 @@ class SearchConfig:
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
                 raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
+
+    @property
+    def measures_first(self) -> bool:
+        """Whether latency is measured before a candidate is trained, or after."""
+        has_budget = any(limit is not None for limit in vars(self.search.budget).values())
+        return has_budget or self.latency.when == "before_fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +208,14 @@ class RunConfig(SearchConfig):
         task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in
             GLUE's layout, a GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the
             encoder is exported.
+        trial: the number of another candidate of this finished search, to take to the end: full KD,
+            fine-tuning, export and report become the run ``<name>-trial-<number>``.
         full_kd: the last distillation.
         finetune: how teacher and student are fine-tuned; its seed is ``seed``.
     """
 
     task: str | None = None
+    trial: int | None = None
     full_kd: FullKDSettings = field(default_factory=FullKDSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 

@@ -31,7 +31,8 @@ from kdnas.models.encoders import (
     num_parameters,
 )
 from kdnas.nas.bench import Bench
-from kdnas.nas.sampler import make_pruner, make_sampler
+from kdnas.nas.controller import NUM_CANDIDATES
+from kdnas.nas.sampler import lstm_of, make_pruner, make_sampler
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import check_reachable, open_study, patiently, without_password
 from kdnas.nas.trials import Study, best_of, is_complete, num_begun, results_in
@@ -94,9 +95,11 @@ class Inputs:
             data=self.data,
             recipe=self.config.recipe,
             meter=self.meter,
+            measures_first=self.config.measures_first,
             budget=search.budget,
             trainer=self.config.trainer,
             num_epochs=search.num_epochs,
+            loss=search.loss,
             alpha=search.alpha,
             beta=search.beta,
             seed=self.config.seed,
@@ -147,9 +150,14 @@ class RunContext:
             pruner,
             num_begun(self.run.folder),
         )
-        budget = as_plain(config.search.budget)
-        if study.user_attrs.get("budget") != budget:  # for the report
-            study.set_user_attr("budget", budget)
+        lstm = lstm_of(config.sampler)
+        for_report = {
+            "budget": as_plain(config.search.budget),
+            "num_candidates": lstm.num_candidates if lstm else NUM_CANDIDATES,
+        }
+        for name, value in for_report.items():
+            if study.user_attrs.get(name) != value:
+                study.set_user_attr(name, value)
         return study
 
     def progress(self) -> Progress:
@@ -180,7 +188,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
-        free.append("full_kd.")
+        free.append("full_kd")
     if not run.glue.exists() and not run.student.exists():  # what is exported stays
         free += ["finetune.", "task"]
     shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}

@@ -12,10 +12,13 @@ from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.export import export_run, rows_of_task, rows_of_texts
 from kdnas.commands.glue import TaskSource, fine_tuning
 from kdnas.commands.inputs import inputs_of
+from kdnas.data.datamodule import Split
 from kdnas.distillation.full_kd import distill_student
 from kdnas.models.arch import StudentArch
 from kdnas.nas.search import evaluate
+from kdnas.nas.trials import Outcome
 from kdnas.nas.weights import OPTIMIZER, WEIGHTS
+from kdnas.system.errors import UserError
 from kdnas.system.files import Run
 from kdnas.system.jobs import Job
 from kdnas.tasks.finetune import FinetuneSettings
@@ -41,28 +44,36 @@ def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dic
 
 
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
-    """Full KD of the best student, from what its candidate has kept."""
+    """Full KD of the best student, or of the search's candidate as it is."""
     folder = Run(config.root, config.name).full_kd
     return Job(folder, "full KD", distill_best, (config, arch, dict(kept)))
 
 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
     """Give what ``distill_student`` gives."""
-    inputs = inputs_of(config)
+    inputs, num_epochs = inputs_of(config), config.full_kd.num_epochs
+    split: Split = "full" if num_epochs else "mini"
     tensors = {name: load_file(path) for name, path in kept.items()}
-    return distill_student(
+    if not num_epochs and WEIGHTS not in tensors:
+        raise UserError("full_kd is null, but the candidate's weights are not there: give it.")
+    found = distill_student(
         inputs.teacher,
         arch,
         config.recipe,
-        inputs.data.select("full"),
-        inputs.states("full"),
+        inputs.data.select(split),
+        inputs.states(split),
         config.trainer,
-        num_epochs=config.full_kd.num_epochs,
+        num_epochs=num_epochs,
         folder=inputs.run.full_kd,
         seed=config.seed,
         weights=tensors.get(WEIGHTS),
         optimizer=tensors.get(OPTIMIZER),
     )
+    if not num_epochs:
+        attrs = Outcome.read(kept[WEIGHTS].with_name("result.json")).attrs
+        names = ("loss", "contextual_share", "sentence_r2", "history")
+        found |= {name: attrs[name] for name in names}
+    return found
 
 
 def finetune_job(

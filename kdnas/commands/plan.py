@@ -251,6 +251,8 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Stage, list[Stage]]:
     first = sample.stage("teacher states", of_search * computing, of_search * num_bytes)
     if not isinstance(config, RunConfig):
         return states, first, []
+    if not config.full_kd.num_epochs:
+        return states, first, []
     if num_bytes > most_bytes:
         seconds = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
         return states, first, [sample.stage("teacher, live in full KD", seconds)]
@@ -306,9 +308,11 @@ def _later(
     """What follows a search, whose best student is nearly as slow as the budget allows."""
     best = list(rates)[-1]
     student_bytes = 4 * looks.within[best].num_parameters
-    full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens)
-    # Weights, and a checkpoint while it lasts.
-    stages = [sample.stage("full KD", full, 4 * student_bytes)]
+    stages = []
+    if config.full_kd.num_epochs:
+        full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens)
+        # Weights, and a checkpoint while it lasts.
+        stages.append(sample.stage("full KD", full, 4 * student_bytes))
     task = sample.found.task
     if task is not None:
         base, num_labels = sample.found.teacher, task.task.num_labels

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedConfig
 
-from kdnas.commands.config import RunConfig, SearchConfig, as_plain
+from kdnas.commands.config import RunConfig, SearchConfig, SpaceSettings, as_plain
 from kdnas.commands.engine import open_engine
 from kdnas.commands.export import is_exported, say
 from kdnas.commands.glue import measure_rows
@@ -32,12 +33,14 @@ from kdnas.commands.jobs import candidate_job, export_job, finetune_job, full_kd
 from kdnas.distillation.metrics import too_long
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import student_config
+from kdnas.nas.budget import Budget
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import lstm_of
 from kdnas.nas.search import search as search_loop
 from kdnas.nas.study import patiently, without_password
 from kdnas.nas.trials import (
     FrozenTrial,
+    Outcome,
     Study,
     arch_of,
     has_spread,
@@ -49,7 +52,7 @@ from kdnas.nas.trials import (
     tried,
 )
 from kdnas.nas.weights import KEPT, drop_weights
-from kdnas.report.page import result_table, write_report
+from kdnas.report.page import agreement, result_table, write_report
 from kdnas.report.tables import front_table
 from kdnas.report.tensorboard import SearchBoard
 from kdnas.system.errors import UserError
@@ -104,6 +107,8 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         UserError: anything that the user can mend, before anything is trained.
     """
     console = console or Console(markup=False)
+    if config.trial is not None:
+        config = of_trial(config, config.trial)
     run = Run(config.root, config.name)
     if run.manifest.exists() and is_finished(run, as_plain(config)):
         refuse_other_config(run, config)
@@ -114,9 +119,46 @@ def run(config: RunConfig, console: Console | None = None) -> None:
         console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
+    else:
+        quality = agreement(read_json(run.full_kd / "result.json"))
+        console.print(f"Without a task: {quality}.", highlight=False, soft_wrap=True)
     where = f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}"
     console.print(*where, sep="\n", soft_wrap=True)
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+
+
+def of_trial(config: RunConfig, number: int) -> RunConfig:
+    """A run whose search is one candidate of another search, and done.
+
+    Args:
+        config: of the other.
+        number: of the candidate's trial.
+
+    Raises:
+        UserError: that search has trained no such candidate.
+    """
+    source = Run(config.root, config.name).trial(number)
+    file = source / "result.json"
+    outcome = Outcome.read(file) if file.exists() else None
+    if outcome is None or outcome.state != "COMPLETE" or "twin_of" in outcome.attrs:
+        raise UserError(
+            f"trial is {number}, but {config.name!r} has no candidate of this number that was "
+            "trained to its end: its trials.csv lists them."
+        )
+    run = Run(config.root, f"{config.name}-trial-{number}")
+    if not run.best_student.exists():
+        run.trial(0).mkdir(parents=True, exist_ok=True)
+        for name in (*KEPT, file.name):
+            if (source / name).exists():
+                shutil.copyfile(source / name, run.trial(0) / name)
+        StudentArch.from_dict(outcome.params).to_yaml(run.best_student)
+    return replace(
+        config,
+        name=run.name,
+        trial=None,
+        space=SpaceSettings(**{name: [value] for name, value in outcome.params.items()}),
+        search=replace(config.search, n_trials=1, budget=Budget()),
+    )
 
 
 @own_precision()
@@ -193,7 +235,7 @@ def search_stage(context: RunContext) -> StudentArch:
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
     with context.progress() as progress, SearchBoard(run.folder / "search", exploration) as board:
-        display = SearchDisplay(context, board, progress, lstm.num_candidates if lstm else 0)
+        display = SearchDisplay(context, board, progress)
 
         def attempt() -> FrozenTrial:
             display.study = context.open_study()
@@ -221,13 +263,10 @@ class SearchDisplay:
         context: of the run.
         board: TensorBoard's.
         progress: the live display.
-        episode: candidates an episode of the sampler's; 0: it has none.
     """
 
-    def __init__(
-        self, context: RunContext, board: SearchBoard, progress: Progress, episode: int
-    ) -> None:
-        self.context, self.board, self.progress, self.episode = context, board, progress, episode
+    def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
+        self.context, self.board, self.progress = context, board, progress
         self.study: Study | None = None
         self._bar = progress.add_task("search", total=context.config.search.n_trials)
         self._told_busy = False
@@ -252,12 +291,13 @@ class SearchDisplay:
         self.write_down()
 
     def _show_leaders(self) -> None:
-        """Who leads, at the end of each of the sampler's episodes."""
+        """Who leads, at the end of each episode."""
         assert self.study is not None
+        size = self.study.user_attrs["num_candidates"]
         rewards = [(arch_of(trial), trial.value or 0.0) for trial in trained(self.study)]
         is_new, self._num_trained = len(rewards) != self._num_trained, len(rewards)
-        if self.episode and rewards and is_new and len(rewards) % self.episode == 0:
-            ranking = ModelRanking.of(rewards, self.episode, len(rewards) // self.episode - 1)
+        if rewards and is_new and len(rewards) % size == 0:
+            ranking = ModelRanking.of(rewards, size, len(rewards) // size - 1)
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
@@ -280,13 +320,15 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
     else:
         if last.exists():
             console.print("Full KD: going on where it was stopped.")
-        context.inputs.states("full")
-        kept = _kept_files(context, arch) if config.full_kd.from_candidate else {}
+        context.inputs.states("full" if config.full_kd.num_epochs else "mini")
+        goes_on = config.full_kd.from_candidate or not config.full_kd.num_epochs
+        kept = _kept_files(context, arch) if goes_on else {}
         job = full_kd_job(config, arch, kept)
         with context.progress() as progress:
             (result,) = context.engine.run([job], JobBars(progress))
+        stage = "Full KD" if config.full_kd.num_epochs else "No full KD, the candidate as it is"
         console.print(
-            f"Full KD: loss {result['loss']:.3f}, contextual share "
+            f"{stage}: loss {result['loss']:.3f}, contextual share "
             f"{result['contextual_share']:.2f}{too_long(result['history'])}."
         )
     last.unlink(missing_ok=True)

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from kdnas.data.datamodule import KDDataModule
+from kdnas.distillation.metrics import sentence_agreement
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
-from kdnas.distillation.teacher_states import TeacherStates
+from kdnas.distillation.teacher_states import TeacherStates, sample_batches
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import Teacher, num_parameters
 from kdnas.system.files import new_folder
+from kdnas.training.precision import autocast
 from kdnas.training.trainer import TrainerSettings, fit_resumable
+
+# Of held-out rows: some hundreds, and a second.
+QUALITY_TOKENS = 20_000
 
 
 def distill_student(
@@ -39,7 +44,7 @@ def distill_student(
         data: set up; the rows of its split are learned from.
         states: the teacher's, of these rows.
         trainer: device and precision.
-        num_epochs: passes over the rows.
+        num_epochs: passes over the rows; 0: the student stays as its weights are.
         folder: takes TensorBoard's logs, ``last.ckpt`` while it lasts, and ``encoder/``.
         seed: of the weights that are not the teacher's.
         weights: of a candidate, to go on from; None: begin from the teacher.
@@ -47,7 +52,8 @@ def distill_student(
 
     Returns:
         What ``result.json`` holds: ``arch``, ``num_parameters``, ``loss``, ``contextual_share``,
-        ``sentence_r2``, ``seconds``, ``num_rows``, ``num_epochs``, and ``history``, a row an epoch.
+        ``sentence_r2``, ``seconds``, ``num_rows``, ``num_epochs``, ``history``, a row an epoch; and
+        the figures of ``sentence_agreement``, on held-out rows.
     """
     started = time.monotonic()
     with torch.random.fork_rng():
@@ -58,16 +64,32 @@ def distill_student(
             module.begin(data)
             module.load_state_dict(weights)
             module.optimizer_tensors = optimizer or {}
-        fit_resumable(trainer, folder, num_epochs, module, data)
+        if num_epochs:
+            fit_resumable(trainer, folder, num_epochs, module, data)
     with new_folder(folder / "encoder") as encoder:
         module.save_student(encoder)
-    last = {name: module.history[-1][name] for name in ("loss", "contextual_share", "sentence_r2")}
+    names = ("loss", "contextual_share", "sentence_r2")
+    last = {name: module.history[-1][name] for name in names} if module.history else {}
     return {
         "arch": arch.to_dict(),
         "num_parameters": num_parameters(module.student),
         **last,
+        **_quality(module, data),
         "seconds": time.monotonic() - started,
         "num_rows": len(data.train_ids()),
         "num_epochs": num_epochs,
         "history": module.history,
     }
+
+
+@torch.no_grad()
+def _quality(module: HiddenStateDistillModule, data: KDDataModule) -> dict[str, float]:
+    module.student.eval()
+    rows = sample_batches(data, data.held_out_ids(), QUALITY_TOKENS)
+    with autocast("cpu"):
+        students, teachers = zip(*map(module.views, rows), strict=True)
+        vectors = (
+            torch.cat([view.pooled(view.mask_BT) for view in views]).float()
+            for views in (students, teachers)
+        )
+        return sentence_agreement(*vectors)

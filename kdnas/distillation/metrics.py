@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
+from torchmetrics.functional import spearman_corrcoef
+
+from kdnas.distillation.losses import ridge_map
 
 # Too little text for so many epochs: the loss ends higher than its best by more than this share.
 TOO_LONG = 0.01
@@ -114,6 +118,33 @@ class RidgeProbe(Metric):
         error = self.yy[1] - explained + (weight * (self.xx[1] @ weight)).sum(0)
         variance = self.yy[1] / count - (self.xy[1, -1] / count).square()
         return error.mean() / count, variance.mean()
+
+
+def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, float]:
+    """How well a student's sentence vectors stand for its teacher's, without a task.
+
+    Args:
+        student_NS: of rows that it did not learn from, shape (N, S); two at least.
+        teacher_NH: the teacher's of the same rows, shape (N, H).
+
+    Returns:
+        ``vector_cosine``, the mean cosine between the teacher's vectors and a linear map of the
+        student's, which is fitted on one half of the rows and measured on the other; and
+        ``similarity_order``, Spearman's correlation, over pairs of rows, of the cosine between the
+        student's two vectors with that between the teacher's: 1 where both put all pairs in the
+        same order, as STS tasks ask for.
+    """
+    middle = len(student_NS) // 2
+    weights = ridge_map(student_NS[:middle], teacher_NH[:middle], strength=1e-2).float()
+    mapped = student_NS[middle:] @ weights[:-1] + weights[-1]
+    pairs = torch.triu_indices(len(student_NS), len(student_NS), 1)
+    similarities = [
+        (unit @ unit.T)[pairs[0], pairs[1]] for unit in map(normalize, (student_NS, teacher_NH))
+    ]
+    return {
+        "vector_cosine": float(cosine_similarity(mapped, teacher_NH[middle:]).mean()),
+        "similarity_order": float(spearman_corrcoef(*similarities)),
+    }
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:

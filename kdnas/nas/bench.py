@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from filelock import ReadWriteLock
 
@@ -25,9 +26,11 @@ class Bench:
         data: the rows; a candidate sees its ``mini`` split.
         recipe: how to distil.
         meter: measures latency.
+        measures_first: whether latency is measured before the fit, or after.
         budget: hard limits.
         trainer: the Trainer's settings.
         num_epochs: of the mini-KD.
+        loss: of the reward: ``held_out`` or ``train``.
         alpha: of the reward.
         beta: of the reward.
         seed: every candidate starts from the same, whatever was trained before it.
@@ -40,9 +43,11 @@ class Bench:
     data: KDDataModule
     recipe: Recipe
     meter: LatencyMeter
+    measures_first: bool
     budget: Budget
     trainer: TrainerSettings
     num_epochs: int
+    loss: Literal["held_out", "train"]
     alpha: float
     beta: float
     seed: int

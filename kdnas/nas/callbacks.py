@@ -1,7 +1,9 @@
 """What happens around a candidate's fit: refuse, prune, hold still, measure, reward."""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import optuna
@@ -15,8 +17,22 @@ from kdnas.system.errors import CandidateFailed
 from kdnas.system.jobs import Reporter
 
 
-class FailOnNonFiniteLoss(pl.Callback):
-    """Ends a fit whose loss is NaN or infinite: no later step can mend it."""
+class TrainingLoss(pl.Callback):
+    """The mean training loss of the last epoch; one that is NaN or infinite ends the fit.
+
+    No later step can mend that.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+
+    @property
+    def mean(self) -> float:
+        """Over the batches of the last epoch."""
+        return math.fsum(self._losses) / len(self._losses)
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self._losses.clear()
 
     def on_train_batch_end(
         self,
@@ -29,6 +45,7 @@ class FailOnNonFiniteLoss(pl.Callback):
         loss = float(outputs["loss"])
         if not math.isfinite(loss):
             raise CandidateFailed(f"the training loss is {loss} at step {trainer.global_step}")
+        self._losses.append(loss)
 
 
 class PruneByHeldOutLoss(pl.Callback):
@@ -82,6 +99,14 @@ class HoldStill(pl.Callback):
         self.lock.release()
         self.lock.acquire_read()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this one measures, the others hold still."""
+        self.lock.release()
+        with self.lock.write_lock():
+            yield
+        self.lock.acquire_read()
+
     def on_train_batch_end(self, *args: Any) -> None:
         self._give_way()
 
@@ -92,32 +117,44 @@ class HoldStill(pl.Callback):
 class LatencyAfterFit(pl.Callback):
     """Measures the student beside its teacher after the fit.
 
-    The meter remembers what it measured before the fit, for the budget.
+    The meter remembers what it measured before the fit, for a budget.
 
     Args:
         meter: measures, on its own device.
+        still: the callback by which others hold still meanwhile.
     """
 
-    def __init__(self, meter: LatencyMeter) -> None:
-        self.meter = meter
+    def __init__(self, meter: LatencyMeter, still: HoldStill) -> None:
+        self.meter, self.still = meter, still
         self.latency: ArchLatency | None = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, HiddenStateDistillModule)
-        self.latency = self.meter.measure(pl_module.arch)
+        with self.still.alone():
+            self.latency = self.meter.measure(pl_module.arch)
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from held-out loss and latency, and logs them to TensorBoard's HPARAMS.
+    """Computes the reward from loss and latency, and logs them to TensorBoard's HPARAMS.
 
     Args:
+        loss: ``held_out``, of the last epoch; or ``train``, its mean training loss.
+        training: the callback that has the latter.
         latency: the callback before this one.
         alpha: of the reward.
         beta: of the reward.
     """
 
-    def __init__(self, latency: LatencyAfterFit, alpha: float, beta: float) -> None:
-        self.latency, self.alpha, self.beta = latency, alpha, beta
+    def __init__(
+        self,
+        loss: Literal["held_out", "train"],
+        training: TrainingLoss,
+        latency: LatencyAfterFit,
+        alpha: float,
+        beta: float,
+    ) -> None:
+        self.loss, self.training, self.latency = loss, training, latency
+        self.alpha, self.beta = alpha, beta
         self.reward = math.nan
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,7 +163,8 @@ class RewardAfterFit(pl.Callback):
         assert measured is not None
         student, teacher = measured.student.median_ms, measured.teacher.median_ms
         last = pl_module.history[-1]
-        self.reward = reward(last["loss"], student, teacher, self.alpha, self.beta)
+        loss = last["loss"] if self.loss == "held_out" else self.training.mean
+        self.reward = reward(loss, student, teacher, self.alpha, self.beta)
         if isinstance(trainer.logger, TensorBoardLogger):
             metrics = {
                 "hp/reward": self.reward,

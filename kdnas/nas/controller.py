@@ -4,6 +4,7 @@ A point of the space is the index of one choice of each parameter. Shapes: F par
 T trained points, P points of a pool, M members, B sequences, S tokens, H hidden units.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Arch = TypeVar("Arch")
+# An episode's, where the sampler does not say so.
+NUM_CANDIDATES = 5
 State = tuple[Tensor, Tensor]
 
 
@@ -147,30 +150,45 @@ class History:
     def __len__(self) -> int:
         return len(self.rewards_T)
 
-    def tokens(self, episode: int) -> list[int]:
-        """The sequence of an episode, as indices of trained points; -1 stands for none.
-
-        They are the best before the episode, the best of the episode before, and the episode's
-        candidates.
-        """
+    def _leaders(self, episode: int) -> list[int]:
         start = episode * self.num_candidates
         earlier = list(enumerate(self.rewards_T[:start].tolist()))
         ranking = ModelRanking.of(earlier, self.num_candidates)
         leaders = (ranking.global_best, ranking.previous_best)
-        candidates = range(start, min(start + self.num_candidates, len(self)))
-        return [*(best[0] if best else -1 for best in leaders), *candidates]
+        return [best[0] if best else -1 for best in leaders]
+
+    def candidates(self, episode: int) -> list[int]:
+        """The candidates of an episode so far, as indices of trained points."""
+        start = episode * self.num_candidates
+        return list(range(start, min(start + self.num_candidates, len(self))))
+
+    def tokens(self, episode: int) -> list[int]:
+        """The leaders before an episode, and its candidates: what ``EnsembleLSTM`` reads.
+
+        The leaders are the best before the episode and the best of the episode before. All are
+        indices of trained points; -1 stands for none.
+        """
+        return [*self._leaders(episode), *self.candidates(episode)]
+
+    def ranked(self, episode: int) -> list[int]:
+        """The leaders before an episode, and the candidates of the one before: what ``RewardLSTM`` reads.
+
+        As many in the first episode, of which each is -1: none.
+        """
+        previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
+        return [*self._leaders(episode), *previous]
 
 
 class Controller(nn.Module):
-    """Predicts rewards, and picks a point of a pool. It is made anew for each pick.
+    """Predicts rewards, and picks a point of a pool.
 
     torch's global generator is left as it is.
     """
 
     def propose(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float
-    ) -> int:
-        """The pool's index of the point to train next.
+    ) -> tuple[int, float | None]:
+        """The pool's index of the point to train next, and its predicted reward; None where it explores.
 
         Args:
             history: the trained points.
@@ -180,29 +198,35 @@ class Controller(nn.Module):
         """
         explores = torch.rand((), generator=generator).item() < exploration
         if len(history) < 2:  # no difference to learn from
-            return int(torch.randint(len(pool_PF), (), generator=generator))
-        return int(self.scores(history, pool_PF, generator, explores).argmax())
+            return int(torch.randint(len(pool_PF), (), generator=generator)), None
+        scores_P = self.scores(history, pool_PF, generator, explores)
+        picked = int(scores_P.argmax())
+        return picked, None if explores else float(scores_P[picked])
 
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from at least two points, and score the pool, (P,); the highest score is picked."""
+        """Learn from at least two points, and score the pool, (P,): predicted rewards, unless it explores."""
         raise NotImplementedError
 
 
 class RewardLSTM(Controller):
-    """The original's: one LSTM over embedded choices; it explores by uniform draws.
+    """The original's: one LSTM, kept through the search, over embedded choices.
 
-    It reads the best so far, the best of the episode before, and the episode's candidates, each
-    with the reward of the token before, and predicts the reward of each. It learns from
-    finished episodes only, by squared error.
+    It reads the best of all, the best of the previous episode, and all candidates of the previous
+    episode, each with its reward; then a candidate, whose reward it predicts. After each episode it
+    learns, by squared error, from the candidates of all episodes. A pick that explores is a uniform
+    draw.
+
+    Nothing of it is stored: in a search that goes on it begins with the same weights again, and
+    learns after each episode in turn.
 
     Args:
         choices: the values of each parameter.
         generator: source of its first weights.
         embedding_size: size of each choice's embedding.
         hidden_size: size of the LSTM.
-        num_updates: steps of Adam.
+        num_updates: steps of Adam after an episode.
         learning_rate: learning rate of Adam.
 
     Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
@@ -228,50 +252,63 @@ class RewardLSTM(Controller):
             )
             self.lstm = nn.LSTM(len(choices) * embedding_size + 1, hidden_size, batch_first=True)
             self.head = nn.Linear(hidden_size, 1)
+        self._first = copy.deepcopy(self.state_dict())
+        self._begin()
 
-    def forward(
-        self, points_BSF: Tensor, before_BS: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """The reward of each token's point, (B, S), and the state after the last.
+    def _begin(self) -> None:
+        self.load_state_dict(self._first)
+        self._optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+        self._learned: list[float] = []  # the rewards of the episodes that it has learned from
 
-        Choice indices count from 1; 0 stands for none. ``before_BS`` is the reward of the token
-        before each.
+    def forward(self, points_BSF: Tensor, rewards_BS: Tensor) -> Tensor:
+        """The reward of each sequence's last point, (B,).
+
+        Choice indices count from 1; 0 stands for none. ``rewards_BS`` are the rewards of the
+        points, 0 for the last.
         """
         embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
-        hidden_BSH, state = self.lstm(torch.cat([*embedded, before_BS[..., None]], -1), state)
-        return self.head(hidden_BSH)[..., 0], state
+        hidden_BSH, _ = self.lstm(torch.cat([*embedded, rewards_BS[..., None]], -1))
+        return self.head(hidden_BSH[:, -1])[:, 0]
 
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
         if explores:
             return torch.rand(len(pool_PF), generator=generator)
-        # The last row, which -1 finds, stands for none.
-        points_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
-        rewards_T = functional.pad(history.rewards_T, (0, 1))
+        if history.rewards_T[: len(self._learned)].tolist() != self._learned:
+            self._begin()  # of another search, or workers have ended in another order
         now = len(history) // history.num_candidates
-        if now:
-            finished_BS = torch.tensor([history.tokens(episode) for episode in range(now)])
-            self._learn(points_TF[finished_BS], rewards_T[finished_BS])
-
+        for episode in range(len(self._learned) // history.num_candidates, now):
+            self._learn(history, episode + 1)
         with torch.no_grad():
-            context_S = torch.tensor(history.tokens(now))
-            before_S = functional.pad(rewards_T[context_S], (1, 0))
-            _, states = self(points_TF[context_S][None], before_S[None, :-1])
-            hidden, cell = (state.expand(-1, len(pool_PF), -1).contiguous() for state in states)
-            before_P1 = before_S[-1:].expand(len(pool_PF), 1)
-            predicted_P1, _ = self((pool_PF + 1)[:, None], before_P1, (hidden, cell))
-            return predicted_P1[:, 0]
+            return self(*self.sequences(history, now, pool_PF))
 
-    def _learn(self, points_BSF: Tensor, rewards_BS: Tensor) -> None:
-        before_BS = functional.pad(rewards_BS[:, :-1], (1, 0))
-        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+    @staticmethod
+    def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read before a point of an episode, and the point: the arguments of ``forward``."""
+        # The last row, which -1 finds, stands for none.
+        known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
+        rewards_T = functional.pad(history.rewards_T, (0, 1))
+        before_S = torch.tensor(history.ranked(episode))
+        before_BSF = known_TF[before_S].expand(len(points_BF), -1, -1)
+        rewards_BS = rewards_T[before_S].expand(len(points_BF), -1)
+        points_BSF = torch.cat([before_BSF, points_BF[:, None] + 1], 1)
+        return points_BSF, functional.pad(rewards_BS, (0, 1))
+
+    def _learn(self, history: History, num_episodes: int) -> None:
+        """Learn from every candidate of the first episodes."""
+        episodes = [
+            self.sequences(history, episode, history.points_TF[history.candidates(episode)])
+            for episode in range(num_episodes)
+        ]
+        points_BSF, rewards_BS = map(torch.cat, zip(*episodes, strict=True))
         for _ in range(self.num_updates):
-            predicted_BS, _ = self(points_BSF, before_BS)
-            loss = (predicted_BS - rewards_BS)[:, 2:].square().mean()
-            optimizer.zero_grad()
+            predicted_B = self(points_BSF, rewards_BS)
+            loss = (predicted_B - history.rewards_T[: len(predicted_B)]).square().mean()
+            self._optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            self._optimizer.step()
+        self._learned = history.rewards_T[: len(predicted_B)].tolist()
 
 
 class EnsembleLSTM(Controller):
@@ -374,6 +411,7 @@ class EnsembleLSTM(Controller):
             state = (hidden.expand(*size, -1), cell.expand(*size, -1))
             pool_MP1F = pool_PF[:, None].expand(*size, 1, -1)
             predicted_MP1, _ = self(pool_MP1F, before_S[-1].expand(*size, 1), state)
+        predicted_MP1 = predicted_MP1 * std + history.rewards_T.mean()
         if explores:
             return predicted_MP1[int(torch.randint(num_members, (), generator=generator)), :, 0]
         return predicted_MP1.mean(0)[:, 0]

@@ -55,6 +55,9 @@ class Record:
         trial = self.study.ask()
         self._trials[trial.number] = trial
         self.space.suggest(trial)
+        predicted = getattr(self.study.sampler, "predictions", {}).get(trial.number)
+        if predicted is not None:
+            trial.set_user_attr("predicted_reward", predicted)
         return self._frozen(trial.number)
 
     def _frozen(self, number: int) -> FrozenTrial:

@@ -122,7 +122,8 @@ class LSTMSampler(BaseSampler):
     All that it knows is in the study, and every draw is one of (seed, trial number): a resumed
     study proposes what the unbroken one would have proposed, and workers share what they learn. Of
     parameters that are not categorical, are not in every trial, or change their choices, each is
-    drawn by itself, uniformly.
+    drawn by itself, uniformly. ``predictions`` has the reward that was expected of a trial, by its
+    number, where it was picked for that.
 
     Args:
         seed: of all draws.
@@ -147,6 +148,7 @@ class LSTMSampler(BaseSampler):
                 raise UserError(f"{name} is {value}: give at least 1.")
         self._seed, self._controller = seed, controller
         self.num_candidates, self._num_episodes = num_candidates, num_episodes
+        self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
         """The share of picks that explore, after so many candidates, whether a pruner ended them or not."""
@@ -195,11 +197,14 @@ class LSTMSampler(BaseSampler):
         trained_TF = torch.tensor(list(rewards), dtype=torch.int64).view(-1, len(choices))
         history = History(trained_TF, torch.tensor(list(rewards.values())), self.num_candidates)
         controller = self._controller(choices, generator)
-        picked = pool_PF[
-            controller.propose(history, pool_PF, generator, self.exploration(num_tried))
-        ].tolist()
+        picked, predicted = controller.propose(
+            history, pool_PF, generator, self.exploration(num_tried)
+        )
+        if predicted is not None:
+            self.predictions[trial.number] = predicted
+        point = pool_PF[picked].tolist()
         return {
-            name: values[index] for name, values, index in zip(space, choices, picked, strict=True)
+            name: values[index] for name, values, index in zip(space, choices, point, strict=True)
         }
 
     def _recall(
@@ -275,7 +280,7 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the controller of the original KD-NAS, ``RewardLSTM``.
+    """``LSTMSampler`` with the controller of the original KD-NAS, ``RewardLSTM``, kept through the search.
 
     Args:
         seed: of all draws.
@@ -284,7 +289,13 @@ class OriginalLSTMSampler(LSTMSampler):
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
-        super().__init__(seed, num_candidates, num_episodes, RewardLSTM)
+        of: dict[str, RewardLSTM] = {}
+
+        def kept(choices: Sequence[Sequence[Any]], _: torch.Generator) -> RewardLSTM:
+            generator = torch.Generator().manual_seed(seed_of(seed))
+            return of.setdefault(repr(choices), RewardLSTM(choices, generator))
+
+        super().__init__(seed, num_candidates, num_episodes, kept)
 
 
 def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
@@ -299,8 +310,9 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
     def make(trial_seed: int) -> BaseSampler:
         return _make(found, arguments, "sampler", trial_seed)
 
-    make(seed)  # what is wrong shows now, not at the first trial
-    return PerTrialSeed(make, seed)
+    sampler = make(seed)  # what is wrong shows now, not at the first trial
+    # An LSTM draws by the trial's number already.
+    return sampler if isinstance(sampler, LSTMSampler) else PerTrialSeed(make, seed)
 
 
 def lstm_of(spec: Spec) -> LSTMSampler | None:

@@ -14,11 +14,11 @@ from kdnas.models.arch import StudentArch
 from kdnas.nas.bench import Bench
 from kdnas.nas.budget import latency_attrs
 from kdnas.nas.callbacks import (
-    FailOnNonFiniteLoss,
     HoldStill,
     LatencyAfterFit,
     PruneByHeldOutLoss,
     RewardAfterFit,
+    TrainingLoss,
 )
 from kdnas.nas.record import Record
 from kdnas.nas.space import SearchSpace
@@ -98,11 +98,13 @@ def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
 def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
     """Refuse a shape that breaks the budget; else train, measure and reward it."""
     started, reporter = time.time(), Reporter(folder)
-    with bench.stillness.write_lock():
-        measured = bench.meter.measure(arch)
-    attrs = {"arch": arch.to_dict(), **latency_attrs(measured)}
+    attrs, violation, reason = {"arch": arch.to_dict()}, 0.0, ""
+    if bench.measures_first:
+        with bench.stillness.write_lock():
+            measured = bench.meter.measure(arch)
+        attrs |= latency_attrs(measured)
+        violation, reason = bench.budget.violation(measured)
     reporter.tell(at_once=True, attrs=attrs)
-    violation, reason = bench.budget.violation(measured)
     pruning = PruneByHeldOutLoss(reporter if bench.is_pruned else None)
 
     def ended(state: TrialState, value: float | None = None, **more: object) -> Outcome:
@@ -114,11 +116,11 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
 
     if violation > 0:
         return ended(TrialState.PRUNED, refused=reason)
-    latency = LatencyAfterFit(bench.meter)
-    reward = RewardAfterFit(latency, bench.alpha, bench.beta)
-    still = HoldStill(bench.stillness)
+    training, still = TrainingLoss(), HoldStill(bench.stillness)
+    latency = LatencyAfterFit(bench.meter, still)
+    reward = RewardAfterFit(bench.loss, training, latency, bench.alpha, bench.beta)
     told = [ProgressFile(reporter), StopWhenAsked(reporter)]
-    callbacks = [FailOnNonFiniteLoss(), pruning, still, latency, reward, *told]
+    callbacks = [training, pruning, still, latency, reward, *told]
     with still, torch.random.fork_rng():
         torch.manual_seed(bench.seed)
         module = HiddenStateDistillModule(bench.teacher, arch, bench.recipe)
@@ -129,6 +131,8 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
         except optuna.TrialPruned as pruned:
             return ended(TrialState.PRUNED, stopped_early=str(pruned))
     last = {name: module.history[-1][name] for name in ("loss", "contextual_share", "sentence_r2")}
+    assert latency.latency is not None
+    last |= {"train_loss": training.mean, **latency_attrs(latency.latency)}
     kept = save_weights(module, trainer, folder)
     found = {"history": module.history, "reward": reward.reward, **last, **kept}
     return ended(TrialState.COMPLETE, reward.reward, **found)

@@ -16,12 +16,14 @@ from optuna.trial import TrialState
 
 from kdnas.deploy.latency import is_unsteady
 from kdnas.models.arch import StudentArch
+from kdnas.nas.controller import NUM_CANDIDATES
 from kdnas.nas.space import SearchSpace
 from kdnas.system.errors import CandidateFailed, UserError, first_line
 from kdnas.system.files import read_json
 
 ARCH = [field.name for field in fields(StudentArch)]
 MEASURED = ["loss", "contextual_share", "sentence_r2", "latency_ms", "latency_iqr_ms", "speedup"]
+RANKED = ["predicted_reward", "episode", "best_so_far", "episode_best", "previous_best"]
 COLUMNS = [
     "number",
     "state",
@@ -29,6 +31,7 @@ COLUMNS = [
     *MEASURED,
     "num_parameters",
     "reward",
+    *RANKED,
     "front",
     "seconds",
     "reason",
@@ -249,18 +252,29 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
 
     Returns:
         Columns ``number, state``, the five fields of the shape, ``loss, contextual_share,
-        sentence_r2, latency_ms, latency_iqr_ms, speedup, num_parameters, reward, front, seconds,
-        reason``. ``front`` names what the student is on the Pareto front of, beside the loss:
-        ``latency``, ``parameters``, both, or nothing.
+        sentence_r2, latency_ms, latency_iqr_ms, speedup, num_parameters, reward, predicted_reward,
+        episode, best_so_far, episode_best, previous_best, front, seconds, reason``.
+        ``predicted_reward`` is what an LSTM controller expected of a student that it picked. An
+        episode is as many trained candidates as the study's attribute ``num_candidates`` says; of
+        it there are the best rewards so far: of all, of this episode, and of the one before.
+        ``front`` names what the student is on the Pareto front of, beside the loss: ``latency``,
+        ``parameters``, both, or nothing.
     """
     rows = []
     for trial in begun(study):
         attrs = trial.user_attrs
         found = {"number": trial.number, "state": trial.state.name, "reason": reason_in(attrs)}
         rows.append(attrs | trial.params | attrs.get("arch", {}) | found)
-    whole = dict.fromkeys((*ARCH[:4], "num_parameters"), "Int64")
-    real = dict.fromkeys((*MEASURED, "reward", "seconds"), "float64")
+    whole = dict.fromkeys((*ARCH[:4], "num_parameters", "episode"), "Int64")
+    real = dict.fromkeys((*MEASURED, "reward", "seconds", RANKED[0], *RANKED[2:]), "float64")
     frame = pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)
+    rewards = frame.loc[_is_trained(frame), "reward"]
+    episode = np.arange(len(rewards)) // study.user_attrs.get("num_candidates", NUM_CANDIDATES)
+    by_episode = rewards.groupby(episode)
+    frame.loc[rewards.index, "episode"] = episode + 1
+    frame.loc[rewards.index, "best_so_far"] = rewards.cummax()
+    frame.loc[rewards.index, "episode_best"] = by_episode.cummax()
+    frame.loc[rewards.index, "previous_best"] = by_episode.max().shift().reindex(episode).to_numpy()
     fronts = {"latency": front(frame, "latency_ms"), "parameters": front(frame, "num_parameters")}
     frame["front"] = [
         " and ".join(name for name, front in fronts.items() if i in front) or None
@@ -276,11 +290,13 @@ def front(frame: pd.DataFrame, size: str) -> pd.Index:
         frame: of ``trials_frame``.
         size: the column of the other measure.
     """
-    is_trained = (
-        (frame["state"] == "COMPLETE") & np.isfinite(frame["loss"]) & frame["reward"].notna()
-    )
-    trained = frame[is_trained & ~is_twin(frame)].sort_values([size, "loss"])
+    trained = frame[_is_trained(frame)].sort_values([size, "loss"])
     return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
+
+
+def _is_trained(frame: pd.DataFrame) -> pd.Series:
+    is_complete = (frame["state"] == "COMPLETE") & ~is_twin(frame)
+    return is_complete & np.isfinite(frame["loss"]) & frame["reward"].notna()
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:

@@ -21,7 +21,18 @@ from kdnas.deploy.latency import LatencySettings, is_unsteady, measured_by
 from kdnas.models.arch import StudentArch
 from kdnas.nas.budget import Budget
 from kdnas.nas.trials import ARCH, FrozenTrial, Study, begun, best_trial, in_words, trials_frame
-from kdnas.report.pictures import BLUE, GREY, INK, MOST_NAMED, ORANGE, Line, as_svg, curves, pareto
+from kdnas.report.pictures import (
+    BLUE,
+    GREY,
+    INK,
+    MOST_NAMED,
+    ORANGE,
+    Line,
+    as_svg,
+    curves,
+    pareto,
+    predictions,
+)
 from kdnas.report.tables import as_text, text_table
 from kdnas.report.trust import checks
 from kdnas.system.files import Run, read_json, write_text
@@ -61,6 +72,15 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
     table = text_table(title, result_rows(results), words=["model"])
     table.caption = f"Latency: {measured_by(how)}. {caution(results)}".rstrip()
     return table
+
+
+def agreement(full_kd: Mapping[str, Any]) -> str:
+    """What a student without a task is worth, from ``full_kd/result.json``."""
+    return (
+        f"on held-out rows its sentence vectors have a mean cosine of "
+        f"{full_kd['vector_cosine']:.3f} to its teacher's, and put pairs of rows in the teacher's "
+        f"order of similarity (Spearman {full_kd['similarity_order']:.3f})"
+    )
 
 
 def caution(results: Mapping[str, Any]) -> str:
@@ -147,7 +167,8 @@ def write_report(
         for trial in trials
         if trial.user_attrs.get("history") and "twin_of" not in trial.user_attrs
     }
-    draw_pareto = pareto(frame, number, budget)
+    draw_pareto, draw_predictions = pareto(frame, number, budget), predictions(frame)
+    leaders = _leaders(frame)
 
     frame = frame.assign(state=[in_words(trial) for trial in trials])
     frame = frame.sort_values(["reward", "number"], ascending=[False, True])
@@ -155,7 +176,7 @@ def write_report(
     lines = [
         (f"trial {trial}", histories[trial], ORANGE if trial == number else GREY) for trial in shown
     ]
-    if full_kd:
+    if full_kd and full_kd["num_epochs"]:
         lines.append(("full KD", full_kd["history"], BLUE))
     states = frame["state"].value_counts(sort=False)
 
@@ -174,8 +195,11 @@ def write_report(
         results=results,
         result_rows=results and result_rows(results),
         caution=results and caution(results),
+        agreement=agreement(full_kd) if full_kd and not results else None,
         measured_by=measured_by(config.get("latency", {})),
         pareto=draw_pareto and as_svg("Loss against latency of every candidate", draw_pareto),
+        leaders=leaders,
+        predictions=draw_predictions and as_svg("Predicted and true rewards", draw_predictions),
         errors=_by_epoch("loss", "held-out loss", lines),
         shares=_by_epoch("contextual_share", "contextual share", lines),
         scores=results and _scores(results),
@@ -209,6 +233,27 @@ def _student(best: FrozenTrial, full_kd: Any, results: Any) -> dict[str, Any]:
     """The student's figures, each from the last stage that has it."""
     last = results["models"]["student"] if results else {}
     return best.user_attrs | (full_kd or {}) | last
+
+
+def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """The model ranking at the end of each episode: trials with their rewards."""
+    trained = frame.dropna(subset=["episode"])
+
+    def best(rows: pd.DataFrame) -> str:
+        if rows.empty:
+            return "-"
+        row = rows.loc[rows["reward"].idxmax()]
+        return f"trial {row['number']}: {row['reward']:.4f}"
+
+    return [
+        {
+            "episode": str(episode),
+            "best so far": best(trained[trained["episode"] <= episode]),
+            "best of this episode": best(trained[trained["episode"] == episode]),
+            "best of the one before": best(trained[trained["episode"] == episode - 1]),
+        }
+        for episode in trained["episode"].unique()
+    ]
 
 
 def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:

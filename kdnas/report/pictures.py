@@ -134,6 +134,23 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
     return draw
 
 
+def predictions(frame: pd.DataFrame) -> Draw | None:
+    """The reward that an LSTM controller predicted of each candidate, and the true one; None without any."""
+    known = frame[frame["predicted_reward"].notna() & frame["reward"].notna() & ~is_twin(frame)]
+    ends = known[["predicted_reward", "reward"]].stack().agg(["min", "max"])
+
+    def draw(axes: Axes) -> None:
+        axes.set(xlabel="predicted reward", ylabel="reward")
+        axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--")
+        for row in known.to_dict("records"):
+            place, predicted = (row["predicted_reward"], row["reward"]), row["predicted_reward"]
+            tip = f"tip:{_tip(row)}, predicted {as_text(predicted, '.4f')}"
+            axes.plot(*place, "o", color=BLUE, gid=tip)
+            axes.annotate(row["number"], place, (5, 5), textcoords="offset points", fontsize=8)
+
+    return draw if len(known) else None
+
+
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
     """Values by epoch, under the key ``name`` of each row; lines in grey are thin."""
 

@@ -1,6 +1,5 @@
 """A search's progress in TensorBoard, beside the curves of its trials."""
 
-import math
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from kdnas.models.arch import StudentArch
+from kdnas.nas.controller import NUM_CANDIDATES, ModelRanking
 from kdnas.nas.trials import Study, arch_of, best_trial, trained, trials_frame, tried
-from kdnas.report.pictures import as_figure, pareto
+from kdnas.report.pictures import Draw, as_figure, pareto, predictions
 from kdnas.system.files import placed
 from kdnas.training.memory import release_memory
 from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
@@ -19,9 +19,12 @@ from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 class SearchBoard:
     """Writes a search's progress as event files: a context manager, called after each trial.
 
-    It writes ``search/reward`` and ``search/best_reward`` by trained candidates, each at the time
-    when it ended, ``search/exploration_ratio`` of a sampler that has one, and the picture
-    ``search/pareto`` whenever the front changes.
+    By trained candidates, each at the time when it ended, it writes ``search/reward``,
+    ``search/loss`` and ``search/latency_ms``; the best rewards so far, of all
+    (``search/best_reward``), of the episode (``search/episode_best``) and of the one before
+    (``search/previous_best``); and ``search/exploration_ratio`` of a sampler that has one. The
+    picture ``search/pareto`` is written whenever the front changes, and ``search/predictions`` at
+    the end of an episode of a sampler that predicts.
 
     All is written from the study, in place of older files, so a resumed search has one curve.
 
@@ -34,8 +37,7 @@ class SearchBoard:
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
         self.folder, self.exploration = folder, exploration
         self._writer: SummaryWriter | None = None
-        self._written: set[StudentArch] = set()  # two workers may have trained the same one
-        self._best = -math.inf
+        self._rewards: dict[StudentArch, float] = {}  # two workers may have trained the same one
         self._front: list[int] | None = None
 
     def __enter__(self) -> "SearchBoard":
@@ -56,28 +58,43 @@ class SearchBoard:
         if self._writer is None:
             return
         # With those that a pruner ended.
+        size = study.user_attrs.get("num_candidates", NUM_CANDIDATES)
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
         for trial in sorted(trained(study), key=lambda one: (one.datetime_complete, one.number)):
             arch, time = arch_of(trial), trial.datetime_complete
-            if arch in self._written:
+            if arch in self._rewards:
                 continue
-            self._written.add(arch)
-            step, reward = len(self._written), trial.value or 0.0
-            self._best = max(self._best, reward)
-            values = {"reward": reward, "best_reward": self._best}
+            self._rewards[arch] = trial.value or 0.0
+            step = len(self._rewards)
+            ranking = ModelRanking.of(list(self._rewards.items()), size, (step - 1) // size)
+            leaders = {
+                "best_reward": ranking.global_best,
+                "episode_best": ranking.episode_best,
+                "previous_best": ranking.previous_best,
+            }
+            values = {name: best[1] for name, best in leaders.items() if best}
+            values["reward"] = self._rewards[arch]
+            values |= {name: trial.user_attrs[name] for name in ("loss", "latency_ms")}
             if self.exploration:
                 num_tried = sum(end <= (time or datetime.max) for end in ends)
                 values["exploration_ratio"] = self.exploration(num_tried)
             for name, value in values.items():
                 self._writer.add_scalar(f"search/{name}", value, step, time and time.timestamp())
-        self._draw_front(self._writer, study)
+            if step % size == 0:
+                self._draw("predictions", predictions(trials_frame(study)))
+        self._draw_front(study)
         self._writer.flush()
 
-    def _draw_front(self, writer: SummaryWriter, study: Study) -> None:
+    def _draw(self, name: str, draw: Draw | None) -> None:
+        if draw and self._writer:
+            figure = as_figure(draw)
+            self._writer.add_figure(f"search/{name}", figure, len(self._rewards), close=False)
+            release_memory()  # a figure refers to itself
+
+    def _draw_front(self, study: Study) -> None:
         frame, best = trials_frame(study), best_trial(study)
         draw = pareto(frame, best.number if best else None, study.user_attrs.get("budget") or {})
         front = frame.loc[frame["front"].notna(), "number"].tolist()
-        if draw and front != self._front:
+        if front != self._front:
             self._front = front
-            writer.add_figure("search/pareto", as_figure(draw), len(self._written), close=False)
-            release_memory()  # a figure refers to itself
+            self._draw("pareto", draw)

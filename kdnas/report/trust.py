@@ -103,7 +103,7 @@ def _context(row: pd.Series, full_kd: Mapping[str, Any] | None) -> Check | None:
     if pd.isna(share):
         return None
     words = f"Of what context adds in the teacher's last layer it knows {share:.1%}"
-    if full_kd:
+    if full_kd and full_kd["num_epochs"]:
         words += f"; loss {row['loss']:.4f} in the search, {full_kd['loss']:.4f} after full KD"
     return Check("More than a table of words?", words + ".", bool(share > 0))
 

@@ -185,7 +185,8 @@ def test_every_config_is_parsed_from_any_folder(
         "search": "search",
         "glue": "glue",
         "fit": "fit",
-        "original": "fit",
+        "original": "run",
+        "original_fit": "fit",
     }
     assert {path.stem for path in Path("configs").glob("*")} == set(commands)
     monkeypatch.chdir(tmp_path)
@@ -418,8 +419,10 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
         ("--data.max_lenght=9", "Did you mean 'max_length'?"),
         ("--dta.max_length=9", "Choose from: candidate_timeout, config, data, "),
-        ("--task=stsb", "--task=stsb. It is an option of `kdnas run`."),
-        ("--full_kd.num_epochs=3", "--full_kd.num_epochs=3. It is an option of `kdnas run`."),
+        ("--task=stsb", "--task is an option of `kdnas run`."),
+        ("--full_kd.num_epochs=3", "--full_kd.num_epochs is an option of `kdnas run`."),
+        ("--search.loss=mean", "search.loss"),
+        ("--latency.when=never", "latency.when"),
         ("--recipe.start=my_kd.Quiet", "No module named 'my_kd'"),
     ],
 )

@@ -41,6 +41,7 @@ from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
 from kdnas.models.layers import Even
+from kdnas.nas.reward import reward
 from kdnas.nas.trials import trained
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.files import Run, is_alive
@@ -861,6 +862,112 @@ def test_a_search_with_the_controller_shows_its_episodes_and_its_curves(
     _check_curves(run, trained(study))
     assert main(search) == 0
     assert "4 candidates are done" in capsys.readouterr().out
+
+
+def of_original(command: list[str]) -> list[str]:
+    """configs/original.yaml, with the teacher, the rows and the small sizes of a command."""
+    sampler = {
+        "class_path": "kdnas.nas.sampler.OriginalLSTMSampler",
+        "init_args": {"num_candidates": 2, "num_episodes": 2},
+    }
+    options = {
+        "config": "configs/original.yaml",
+        "sampler": json.dumps(sampler),
+        "search.n_trials": 4,
+        "search.num_epochs": 1,
+        "full_kd.num_epochs": 1,
+    }
+    kept = [one for one in command if not one.startswith(("--config", "--search", "--full_kd"))]
+    return [kept[0], *(f"--{name}={value}" for name, value in options.items()), *kept[1:]]
+
+
+def test_the_original_whole(command: list[str], tmp_path: Path) -> None:
+    assert main(of_original(command)) == 0
+    run = tmp_path / "logs" / "tiny"
+    for name in ("report.html", "student/model.onnx", "glue/results.json", "full_kd/encoder"):
+        assert (run / name).exists(), name
+    assert "Model ranking" in (run / "report.html").read_text()
+    found = trained(optuna.load_study(storage=f"sqlite:///{run}/study.db", study_name="tiny"))
+    for trial in found:
+        attrs = trial.user_attrs
+        latencies = attrs["latency_ms"], attrs["teacher_latency_ms"]
+        expected = reward(attrs["train_loss"], *latencies, -0.06, 0.6**6)
+        assert trial.value == pytest.approx(expected)
+    assert ["predicted_reward" in trial.user_attrs for trial in found] == [False] * 2 + [True] * 2
+    frame = pd.read_csv(run / "trials.csv")
+    assert frame["episode"].tolist() == [1, 1, 2, 2]
+    assert frame["predicted_reward"].notna().tolist() == [False] * 2 + [True] * 2
+    # Full KD began anew, with the random start that all have.
+    result = json.loads((run / "full_kd" / "result.json").read_text())
+    assert result["num_epochs"] == 1
+
+
+def test_a_search_takes_the_yaml_of_a_run_and_stops_after_the_search(
+    command: list[str], tmp_path: Path
+) -> None:
+    search = [one for one in of_original(command) if not one.startswith(("--task", "--finetune"))]
+    search = [one for one in search if not one.startswith("--full_kd")]
+    assert main(["search", *search[1:], "--name=searched"]) == 0
+    run = tmp_path / "logs" / "searched"
+    assert (run / "best_student.yaml").exists() and not (run / "full_kd").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text()).keys().isdisjoint({"task", "full_kd"})
+
+
+def test_the_originals_recipe_for_one_student(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {
+        "config": "configs/original_fit.yaml",
+        "model.teacher": tiny_teacher,
+        "model.arch.num_hidden_layers": 2,
+        "model.arch.num_attention_heads": 2,
+        "model.arch.hidden_size": 32,
+        "data.text": text_file,
+        "data.settings.max_length": 24,
+        "trainer.max_epochs": 1,
+        "trainer.default_root_dir": tmp_path,
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert list(tmp_path.glob("lightning_logs/version_0/encoder/model.safetensors"))
+
+
+def test_without_full_kd_the_candidates_own_weights_are_fine_tuned_and_exported(
+    command: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "none.yaml").write_text("full_kd: null\n")
+    command = [one for one in command if not one.startswith("--full_kd")]
+    assert main([*command, f"--config={tmp_path / 'none.yaml'}"]) == 0
+    run = tmp_path / "logs" / "tiny"
+    result = json.loads((run / "full_kd" / "result.json").read_text())
+    study = optuna.load_study(storage=f"sqlite:///{run}/study.db", study_name="tiny")
+    best = study.best_trial
+    assert result["num_epochs"] == 0 and result["loss"] == best.user_attrs["loss"]
+    kept = load_file(run / f"trial_{best.number:04d}" / "weights.safetensors")
+    for name, tensor in load_file(run / "full_kd" / "encoder" / "model.safetensors").items():
+        assert torch.equal(tensor, kept[f"student.{name}"])
+    assert (run / "student" / "model.onnx").exists() and (run / "report.html").exists()
+
+
+def test_another_candidate_of_a_finished_search_is_taken_to_the_end(
+    finished: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_csv(finished_run / "trials.csv")
+    other = frame[frame["state"] == "COMPLETE"].sort_values("reward").iloc[0]
+    before = snapshot(finished_run)
+    assert main([*finished, f"--trial={other['number']}"]) == 0
+    run = finished_run.with_name(f"tiny-trial-{other['number']}")
+    result = json.loads((run / "full_kd" / "result.json").read_text())
+    assert result["arch"]["num_hidden_layers"] == other["num_hidden_layers"]
+    assert result["arch"]["hidden_size"] == other["hidden_size"]
+    assert (run / "student" / "model.onnx").exists() and (run / "report.html").exists()
+    assert len(pd.read_csv(finished_run / "trials.csv")) == len(frame)
+    assert snapshot(finished_run) == before
+    capsys.readouterr()
+    assert main([*finished, f"--trial={other['number']}"]) == 0
+    assert "is finished; nothing is done again" in capsys.readouterr().out
+    assert "--trial NUMBER" in (finished_run / "report.html").read_text()
+    assert main([*finished, "--trial=99"]) == 2
+    assert "trial is 99" in capsys.readouterr().err
 
 
 # What ``$FAULT`` says: students begin as always; the process hangs; it dies, where one layer deep.

@@ -1,12 +1,14 @@
 """Each callback around a fit of a module that does next to nothing."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
+from filelock import ReadWriteLock, Timeout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ from kdnas.deploy.latency import ArchLatency, Latency, LatencyMeter, LatencySett
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.models.arch import StudentArch
 from kdnas.nas.callbacks import (
-    FailOnNonFiniteLoss,
+    HoldStill,
     LatencyAfterFit,
     PruneByHeldOutLoss,
     RewardAfterFit,
+    TrainingLoss,
 )
 from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
@@ -79,7 +82,9 @@ def fit(
     if not logs:
         trainer.loggers = []
     rows = DataLoader(range(STEPS))
-    trainer.fit(module, rows, rows)
+    still = next((one for one in callbacks if isinstance(one, HoldStill)), nullcontext())
+    with still:
+        trainer.fit(module, rows, rows)
 
 
 @pytest.fixture
@@ -101,14 +106,14 @@ def remembered(
 def test_a_loss_that_is_not_finite_ends_the_fit_at_its_step(tmp_path, loss):
     module = Tiny([0.5, 0.5], {5: loss})
     with pytest.raises(CandidateFailed, match=f"the training loss is {loss} at step 6"):
-        fit(tmp_path, module, FailOnNonFiniteLoss())
+        fit(tmp_path, module, TrainingLoss())
     assert module.global_step == 6
     assert len(module.history) == 1
 
 
 def test_a_finite_loss_however_large_ends_nothing(tmp_path):
     module = Tiny([0.5], {1: 1e30, 2: -1e30})
-    fit(tmp_path, module, FailOnNonFiniteLoss())
+    fit(tmp_path, module, TrainingLoss())
     assert module.global_step == STEPS
 
 
@@ -151,30 +156,54 @@ def test_a_loss_that_is_no_number_is_not_the_pruners(tmp_path):
     assert progress_of(tmp_path) == {} and callback.reports["1"] == 0.5
 
 
-def test_the_latency_is_the_one_that_the_meter_remembers(tmp_path, meter):
-    value = remembered(meter)
-    callback = LatencyAfterFit(meter)
-    assert callback.latency is None
-    fit(tmp_path, Tiny([0.5]), callback)
-    assert callback.latency is value
+def rewarding(
+    folder: Path, meter: LatencyMeter, loss: str = "held_out", alpha: float = -0.06
+) -> list[pl.Callback]:
+    """The callbacks of a candidate that end with its reward."""
+    training, still = TrainingLoss(), HoldStill(ReadWriteLock(folder / "stillness.lock"))
+    latency = LatencyAfterFit(meter, still)
+    return [training, still, latency, RewardAfterFit(loss, training, latency, alpha, beta=0.6)]
+
+
+def test_the_latency_is_measured_after_the_fit_while_the_others_hold_still(
+    tmp_path, meter, monkeypatch
+):
+    lock = ReadWriteLock(tmp_path / "stillness.lock")
+    other = ReadWriteLock(tmp_path / "stillness.lock", is_singleton=False)
+    value, measured = remembered(meter), []
+
+    def measure(arch: StudentArch) -> ArchLatency:
+        with pytest.raises(Timeout):
+            other.acquire_read(timeout=0)
+        measured.append(module.global_step)
+        return value
+
+    monkeypatch.setattr(meter, "measure", measure)
+    module, still = Tiny([0.5]), HoldStill(lock)
+    callback = LatencyAfterFit(meter, still)
+    fit(tmp_path, module, still, callback)
+    assert callback.latency is value and measured == [STEPS]
 
 
 def test_the_reward_is_that_of_the_last_epoch_and_the_latency(tmp_path, meter):
     remembered(meter, 2.0, 10.0)
-    latency = LatencyAfterFit(meter)
-    rewarded = RewardAfterFit(latency, alpha=-0.5, beta=0.3)
+    *others, rewarded = rewarding(tmp_path, meter, alpha=-0.5)
     assert math.isnan(rewarded.reward)
-    fit(tmp_path, Tiny([0.9, 0.2]), latency, rewarded)
-    assert (
-        rewarded.reward == reward(0.2, 2.0, 10.0, -0.5, 0.3) == pytest.approx(0.8 * (2 / 3) ** -0.5)
-    )
+    fit(tmp_path, Tiny([0.9, 0.2]), *others, rewarded)
+    assert rewarded.reward == reward(0.2, 2.0, 10.0, -0.5) == pytest.approx(0.8 * 3**0.5)
+
+
+def test_the_rewards_loss_may_be_the_last_epochs_mean_training_loss(tmp_path, meter):
+    remembered(meter, 2.0, 10.0)
+    *others, rewarded = rewarding(tmp_path, meter, "train")
+    fit(tmp_path, Tiny([0.9, 0.2], {4: 0.1, 5: 0.3}), *others, rewarded)
+    assert rewarded.reward == pytest.approx(reward((0.1 + 0.3 + 0.5 + 0.5) / 4, 2.0, 10.0))
 
 
 def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_path, meter):
     remembered(meter, 2.0, 10.0)
-    latency = LatencyAfterFit(meter)
-    rewarded = RewardAfterFit(latency, alpha=-0.06, beta=0.6)
-    fit(tmp_path, Tiny([0.5]), latency, rewarded)
+    *others, rewarded = rewarding(tmp_path, meter)
+    fit(tmp_path, Tiny([0.5]), *others, rewarded)
     assert len(list((tmp_path / "trial_0000").glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(tmp_path / "trial_0000"))
     events.Reload()
@@ -201,7 +230,6 @@ def test_the_event_file_holds_the_arch_the_reward_and_what_it_is_made_of(tmp_pat
 
 def test_the_reward_is_computed_without_a_logger_too(tmp_path, meter):
     remembered(meter)
-    latency = LatencyAfterFit(meter)
-    rewarded = RewardAfterFit(latency, alpha=-0.06, beta=0.6)
-    fit(tmp_path, Tiny([0.5]), latency, rewarded, logs=False)
+    *others, rewarded = rewarding(tmp_path, meter)
+    fit(tmp_path, Tiny([0.5]), *others, rewarded, logs=False)
     assert rewarded.reward == reward(0.5, 2.0, 10.0)

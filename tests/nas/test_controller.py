@@ -47,7 +47,7 @@ def pick(
     make: type[Controller], history: History, exploration: float, seed: int = 0, pool=POINTS
 ) -> int:
     draws = generator(seed)
-    return make(CHOICES, draws).propose(history, pool, draws, exploration)
+    return make(CHOICES, draws).propose(history, pool, draws, exploration)[0]
 
 
 # The episodes
@@ -200,10 +200,9 @@ def test_equal_rewards_give_finite_scores(make):
 def test_one_parameter_with_one_choice_is_enough(make):
     draws = generator()
     history = History(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([0.1, 0.2]), 2)
-    assert (
-        make([["gelu"]], draws).propose(history, torch.zeros(1, 1, dtype=torch.int64), draws, 0)
-        == 0
-    )
+    pool = torch.zeros(1, 1, dtype=torch.int64)
+    picked, predicted = make([["gelu"]], draws).propose(history, pool, draws, 0)
+    assert picked == 0 and 0 < predicted < 0.3
 
 
 def test_a_controller_must_say_how_it_scores():
@@ -222,24 +221,57 @@ def test_the_original_explores_uniformly():
     assert counts.min() > 30 and len(counts) == 4
 
 
-def test_the_original_learns_from_finished_episodes_only():
-    """The running episode's rewards reach it as tokens, not as targets."""
-    draws = generator()
-    controller = RewardLSTM(CHOICES, draws)
-    before = [weights.clone() for weights in controller.parameters()]
-    controller.scores(history_of(4), POINTS, draws, False)
-    assert all(torch.equal(a, b) for a, b in zip(before, controller.parameters(), strict=True))
-    controller.scores(history_of(5), POINTS, draws, False)
-    assert not torch.equal(before[0], next(controller.parameters()))
+def test_what_the_original_reads_by_hand():
+    """The best of all, the best of the previous episode, all candidates of it; then the candidate."""
+    rewards = torch.tensor([0.3, 0.5, 0.1, 0.4, 0.2, 0.3, 0.6, 0.0])
+    history = History(POINTS[:8], rewards, 3)
+    assert [history.ranked(episode) for episode in range(3)] == [
+        [-1, -1, -1, -1, -1],
+        [1, 1, 0, 1, 2],
+        [1, 3, 3, 4, 5],
+    ]
+    points, read = RewardLSTM.sequences(history, 2, POINTS[100:102])
+    for place, candidate in enumerate(POINTS[100:102]):
+        expected = torch.stack([*POINTS[[1, 3, 3, 4, 5]], candidate]) + 1
+        assert torch.equal(points[place], expected)
+        assert torch.equal(read[place], torch.tensor([0.5, 0.4, 0.4, 0.2, 0.3, 0.0]))
+    none, nothing = RewardLSTM.sequences(history, 0, POINTS[:1])
+    assert not none[0, :-1].any() and not nothing.any()
 
 
-def test_the_originals_prediction_of_a_token_depends_on_what_is_before_it_only():
-    controller = RewardLSTM(CHOICES, generator())
-    points, rewards = POINTS[None, :6] + 1, torch.arange(6.0)[None] / 6
-    whole, _ = controller(points, rewards)
-    start, state = controller(points[:, :4], rewards[:, :4])
-    rest, _ = controller(points[:, 4:], rewards[:, 4:], state)
-    torch.testing.assert_close(torch.cat([start, rest], 1), whole)
+def test_the_original_learns_after_each_episode_and_is_kept():
+    """Within an episode its predictions stand; what it learned is where the next episode begins."""
+    whole = history_of(12)
+
+    def state(num_points: int) -> list[torch.Tensor]:
+        draws = generator()
+        controller = RewardLSTM(CHOICES, draws)
+        history = History(whole.points_TF[:num_points], whole.rewards_T[:num_points], 5)
+        controller.scores(history, POINTS, draws, False)
+        return [weights.clone() for weights in controller.parameters()]
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(map(torch.equal, one, other))
+
+    untrained = [weights.clone() for weights in RewardLSTM(CHOICES, generator()).parameters()]
+    assert same(state(4), untrained) and not same(state(5), untrained)
+    assert same(state(5), state(9)) and not same(state(9), state(10))
+    kept = RewardLSTM(CHOICES, generator())
+    kept._learn(whole, 1)
+    assert same(state(5), list(kept.parameters()))
+    kept.scores(whole, POINTS, generator(), False)
+    assert same(state(10), list(kept.parameters()))
+    kept.scores(history_of(5, seed=1), POINTS, generator(), False)  # of another search
+    kept.scores(whole, POINTS, generator(), False)
+    assert same(state(10), list(kept.parameters()))
+
+
+@pytest.mark.parametrize("make", CONTROLLERS)
+def test_a_prediction_is_in_the_rewards_own_units_and_exploring_makes_none(make):
+    history, draws = history_of(20), generator()
+    picked, predicted = make(CHOICES, draws).propose(history, POINTS, draws, 0)
+    assert abs(predicted - float(reward_of(POINTS[[picked]]))) < 0.1
+    assert make(CHOICES, draws).propose(history, POINTS, draws, 1)[1] is None
 
 
 def test_the_ensembles_cell_is_torchs_lstm_for_each_member():
@@ -281,7 +313,7 @@ def test_the_ensemble_explores_by_one_member_and_decides_by_their_mean():
         return EnsembleLSTM(CHOICES, draws).scores(history, POINTS, draws, explores)
 
     def near(a: torch.Tensor, b: torch.Tensor) -> float:
-        return math.sqrt(float((a - b).square().mean()))
+        return math.sqrt(float((a - b).square().mean())) / float(history.rewards_T.std())
 
     mean, member = scores(False), scores(True)
     assert near(mean, member) > 0.05

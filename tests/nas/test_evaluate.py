@@ -93,9 +93,11 @@ def make(parts: dict[str, object], tmp_path: Path, monkeypatch) -> Callable[...,
             **parts,
             recipe=Recipe(),
             meter=meter,
+            measures_first=True,
             budget=Budget(),
             trainer=TrainerSettings(accelerator="cpu", precision="32-true"),
             num_epochs=1,
+            loss="held_out",
             alpha=-0.06,
             beta=0.6,
             seed=0,
@@ -142,6 +144,7 @@ def test_a_candidate_is_trained_and_everything_about_it_is_told(make, folder):
     assert history[1]["loss"] < history[0]["loss"]
     assert attrs.pop("seconds") > 0
     hashes = {name: attrs.pop(f"{name}_sha256") for name in ("weights", "optimizer")}
+    assert 0 < attrs.pop("train_loss") < 2
     last = {name: history[-1][name] for name in names}
     assert attrs == MEASURED | last | {"reward": found.value}
     assert found.value == reward(last["loss"], 2.0, 10.0)
@@ -180,6 +183,20 @@ def test_the_gate_measures_and_the_fit_uses_the_same_number(make, parts, folder,
     deployed = build_classifier(student_config(bench.teacher.config, ARCH))
     assert found.attrs["num_parameters"] == num_parameters(deployed)
     assert found.value == reward(found.attrs["loss"], 3.0, 12.0)
+
+
+def test_without_a_gate_latency_is_measured_after_the_fit(make, folder, monkeypatch):
+    """Then a candidate that the pruner ends is not measured."""
+    told = []
+    monkeypatch.setattr(kdnas.nas.search, "fit", lambda *args: told.append(progress_of(folder)))
+    bench = make(measures_first=False, loss="train")
+    with pytest.raises(IndexError):  # nothing was trained
+        evaluate(bench, ARCH, folder)
+    assert told == [{"attrs": {"arch": ARCH.to_dict()}}]
+    monkeypatch.undo()
+    found = evaluate(bench, ARCH, folder)
+    assert found.attrs.items() >= MEASURED.items() and found.constraints == {"budget": 0.0}
+    assert found.value == reward(found.attrs["train_loss"], 2.0, 10.0)
 
 
 def test_a_candidate_over_budget_is_refused_before_anything_is_built(make, folder, monkeypatch):

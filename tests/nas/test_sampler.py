@@ -20,12 +20,13 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import TrialState, create_trial
 
-from kdnas.nas.controller import Controller, EnsembleLSTM, RewardLSTM
+from kdnas.nas.controller import Controller
 from kdnas.nas.sampler import (
     POOL_SIZE,
     PRUNERS,
     SAMPLERS,
     LSTMSampler,
+    OriginalLSTMSampler,
     PerTrialSeed,
     lstm_of,
     make_pruner,
@@ -173,7 +174,7 @@ def lstm(seed: int) -> BaseSampler:
 
 
 def original(seed: int) -> BaseSampler:
-    return LSTMSampler(seed=seed, controller=RewardLSTM)
+    return OriginalLSTMSampler(seed=seed)
 
 
 class TestLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
@@ -190,14 +191,6 @@ class TestOriginalLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         return lambda: original(0)
-
-
-class TestAroundLSTM(BasicSamplerTestCase, SingleOnlySamplerTestCase):
-    """As the search has it."""
-
-    @pytest.fixture
-    def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: PerTrialSeed(lstm)
 
 
 CHOICES = {"depth": [1, 2, 3, 4], "width": [32, 48, 64], "act": ["gelu", "relu"]}
@@ -380,7 +373,7 @@ class Spy(Controller):
         self.asked.append((len(history), exploration, len(pool_PF)))
         self.history, self.pool = history, pool_PF
         Spy.last = self
-        return 0
+        return 0, None
 
 
 @pytest.fixture
@@ -463,12 +456,13 @@ def test_a_large_space_is_sampled_the_same_way_for_the_same_trial(spy, monkeypat
     assert pools[0].min() == 0 and pools[0].max() == 9
 
 
-@pytest.mark.parametrize("controller", [EnsembleLSTM, RewardLSTM])
-def test_it_finds_the_best_sooner_than_chance(controller):
+@pytest.mark.parametrize("make", [LSTMSampler, OriginalLSTMSampler])
+def test_it_finds_the_best_sooner_than_chance(make):
     """Chance needs 12.5 of 24 on average."""
     best, needed = max(map(value_of, POINTS)), []
     for seed in range(6):
-        study = study_of(seed, controller=controller, num_candidates=3, num_episodes=3)
+        sampler = make(seed, num_candidates=3, num_episodes=3)
+        study = optuna.create_study(sampler=sampler, direction="maximize")
         study.optimize(
             shaped,
             n_trials=24,

@@ -194,7 +194,13 @@ def whole(root: Path, name: str = "fake") -> Run:
     )
     write_json(
         run.full_kd / "result.json",
-        {name: kd[name] for name in names} | {"num_rows": 90, "num_epochs": 2},
+        {name: kd[name] for name in names}
+        | {
+            "num_rows": 90,
+            "num_epochs": 2,
+            "vector_cosine": 0.9125,
+            "similarity_order": 0.8765,
+        },
     )
     write_json(run.glue / "results.json", make_results())
     return run
@@ -268,6 +274,34 @@ def test_every_trial_is_there_with_its_numbers_best_first(html):
     ]
     assert re.findall(r'<tr class="best"><td>(\d+)</td>', html) == ["1"]
     assert "2 finished, 1 repeated, 1 refused, 2 failed." in Page(html).text
+
+
+def test_the_leaders_of_each_episode_are_told_and_what_a_controller_predicted(tmp_path):
+    study = make_study(num_candidates=2)
+    for place, (reward, predicted) in enumerate(
+        [(0.5, None), (0.6, None), (0.4, 0.45), (0.7, 0.65), (0.55, 0.7)]
+    ):
+        more = {} if predicted is None else {"predicted_reward": predicted}
+        attrs = trained(place + 1, 2.5, 1 - reward, reward) | more
+        add(study, TrialState.COMPLETE, reward, **attrs)
+    frame = trials_frame(study)
+    assert frame["episode"].tolist() == [1, 1, 2, 2, 3]
+    assert frame["best_so_far"].tolist() == [0.5, 0.6, 0.6, 0.7, 0.7]
+    assert frame["episode_best"].tolist() == [0.5, 0.6, 0.4, 0.7, 0.55]
+    assert frame["previous_best"].fillna(0).tolist() == [0, 0, 0.6, 0.6, 0.7]
+    assert frame["predicted_reward"].fillna(0).tolist() == [0, 0, 0.45, 0.65, 0.7]
+    run = Run(tmp_path, "fake")
+    write_text(run.config, yaml.safe_dump(CONFIG))
+    html = write_report(run, study).read_text()
+    rows = [row for row in re.findall(r"<tr.*?</tr>", html) if row.count("trial ") > 1]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    assert cells == [
+        ["1", "trial 1: 0.6000", "trial 1: 0.6000", "-"],
+        ["2", "trial 3: 0.7000", "trial 3: 0.7000", "trial 1: 0.6000"],
+        ["3", "trial 3: 0.7000", "trial 4: 0.5500", "trial 3: 0.7000"],
+    ]
+    assert "predicted 0.6500" in html
+    assert "controller expected" not in write_report(run, every_kind()).read_text()
 
 
 def test_the_headline_is_computed_from_the_final_figures(html):
@@ -547,7 +581,7 @@ def test_without_a_labelled_task_its_sections_are_left_out(tmp_path):
     html = write_report(run, every_kind()).read_text()
     text = Page(html).text
     assert "Teacher beside student" not in text and "ine-tun" not in text
-    assert "explains 82 % of the variance of its teacher's sentence vectors." in text
+    assert "a mean cosine of 0.912 to its teacher's" in text and "(Spearman 0.876)." in text
     assert len(svgs(html)) == 3
 
 
@@ -603,18 +637,19 @@ def test_the_frame_has_one_row_a_trial_and_whole_numbers_stay_whole():
     frame = trials_frame(every_kind())
     assert ",".join(frame) == (
         "number,state,num_hidden_layers,num_attention_heads,hidden_size,intermediate_size,hidden_act,loss,"
-        "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,front,seconds,reason"
+        "contextual_share,sentence_r2,latency_ms,latency_iqr_ms,speedup,num_parameters,reward,predicted_reward,"
+        "episode,best_so_far,episode_best,previous_best,front,seconds,reason"
     )
     lines = frame.to_csv(index=False).splitlines()
-    assert (
-        lines[2]
-        == "1,COMPLETE,2,2,64,96,relu,0.2222,0.125,0.7778,4.0,0.25,5.0,2460000,0.8222,latency and parameters,12.34,"
+    assert lines[2] == (
+        "1,COMPLETE,2,2,64,96,relu,0.2222,0.125,0.7778,4.0,0.25,5.0,2460000,0.8222,"
+        ",1,0.8222,0.8222,,latency and parameters,12.34,"
     )
     assert lines[4].startswith("3,FAIL,4,2,64,96,relu,,,,1.25,") and lines[4].endswith(
         ",the training loss is inf at step 7"
     )
     assert lines[5].endswith(",same shape as trial 1")
-    assert lines[6] == "5,FAIL,5,2,64,96,relu,,,,,,,,,,,"
+    assert lines[6] == "5,FAIL,5,2,64,96,relu,,,,,,,,,,,,,,,,"
     assert len(lines) == 7
     pd.testing.assert_index_equal(trials_frame(make_study()).columns, frame.columns)
 

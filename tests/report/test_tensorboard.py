@@ -28,7 +28,7 @@ def scalars(folder, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_search_that_goes_on_has_one_curve_in_the_order_of_its_results(tmp_path):
-    study = make_study()
+    study = make_study(num_candidates=2)
     add(study, 1, 2.0, 0.5, minutes=2)
     add(study, 2, 3.0, 0.25, minutes=1)  # begun later, ended earlier
     with SearchBoard(tmp_path, lambda num_trained: 1 / num_trained) as board:
@@ -41,6 +41,10 @@ def test_a_search_that_goes_on_has_one_curve_in_the_order_of_its_results(tmp_pat
         board(study)
     assert scalars(tmp_path, "reward") == [(1, 0.75), (2, 0.5), (3, 0.25), (4, 0.875)]
     assert scalars(tmp_path, "best_reward") == [(1, 0.75), (2, 0.75), (3, 0.75), (4, 0.875)]
+    assert scalars(tmp_path, "loss") == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 0.125)]
+    assert scalars(tmp_path, "latency_ms") == [(1, 3), (2, 2), (3, 4), (4, 1)]
+    assert scalars(tmp_path, "episode_best") == [(1, 0.75), (2, 0.75), (3, 0.25), (4, 0.875)]
+    assert scalars(tmp_path, "previous_best") == [(3, 0.75), (4, 0.75)]
     assert scalars(tmp_path, "exploration_ratio") == [(1, 1), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Images("search/pareto")] == [3, 4]
