@@ -25,7 +25,8 @@ from kdnas.system.yaml import read_yaml
 MANIFEST = "manifest.json"
 ASIDE = "_set_aside"  # how a hidden name ends of what is about to be replaced; longer than what is drawn
 # Beside the runs, below their root.
-SHARED = ("tokens", "teacher_states")
+INPUTS = "inputs"  # objects that were given from Python
+SHARED = ("tokens", "teacher_states", INPUTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -57,7 +58,7 @@ class Run:
         self.name = name
         self.root = Path(root)
         self.folder = self.root / name
-        self.tokens, self.states = (self.root / shared for shared in SHARED)
+        self.tokens, self.states, _ = (self.root / shared for shared in SHARED)
         self.config = self.folder / "config.yaml"
         self.made_with = self.folder / "made_with.json"
         self.text = self.folder / "text"
