@@ -232,8 +232,11 @@ def test_the_whole_job_takes_objects_and_is_done_once(
     again = run()
     assert (again.best, again.loss) == (made.best, made.loss) and again.table.equals(made.table)
     assert sorted((tmp_path / "inputs").iterdir()) == inputs
-    with pytest.raises(UserError, match="splits train, test: give train and validation"):
-        run(task={name: task[name] for name in ("train", "test")})
+    told = "splits ['train', 'test']: give a DatasetDict with train and validation"
+    with pytest.raises(UserError, match=re.escape(told)):
+        run(task=DatasetDict(train=task["train"], test=task["test"]))
+    with pytest.raises(UserError, match="task is a Dataset with the splits"):
+        run(task=task["train"])
 
 
 def test_students_are_compared_measured_and_exported(
