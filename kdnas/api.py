@@ -175,8 +175,9 @@ def search(
     """Find the best student within a budget, as ``kdnas search`` does; the same call again goes on.
 
     It trains in this process, unless ``workers`` is given: a candidate that crashes in native code
-    ends it then, which the command's search survives. Objects are written into ``inputs/`` below
-    ``root``, the folder of all runs.
+    ends it then, which the command's search survives. A script that asks for workers is imported by
+    them: put its calls below ``if __name__ == "__main__":``. Objects are written into ``inputs/``
+    below ``root``, the folder of all runs.
 
     Args:
         teacher: a folder, a hub name, ``quickstart``, transformers' ``(model, tokenizer)``, or a

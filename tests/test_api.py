@@ -225,6 +225,10 @@ def test_the_whole_job_takes_objects_and_is_done_once(
     assert student.config.id2label == {0: "no", 1: "yes"}
     assert student.config.num_hidden_layers == made.best.arch.num_hidden_layers
 
+    exported = kdnas.export(run="kdnas", root=tmp_path, output=tmp_path / "deployed")
+    assert exported.folder == tmp_path / "deployed"
+    assert exported.int8.score == pytest.approx(made.table.score["student"])
+
     inputs = sorted((tmp_path / "inputs").iterdir())
     assert [path.name.rpartition("-")[0] for path in inputs] == ["bert-4x64", "task", "text"]
     pair[1](["a", "the model"], padding=True, truncation=True, max_length=8)
