@@ -23,15 +23,16 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
-    """Batches of rows of similar length within a budget of tokens, each rank its own.
+    """Batches of rows of similar length within a budget of tokens, each shared by all ranks.
 
-    Yields (variant, sample ids). It is a DistributedSampler, so that Lightning does not replace it
-    and tells it the epoch.
+    Yields (variant, sample ids). A step has the same rows on any number of ranks. It is a
+    DistributedSampler, so that Lightning does not replace it and tells it the epoch.
 
     Args:
         padded_lengths: what every row of the dataset is padded to, in tokens.
         sample_ids: the rows to go through, each once an epoch over all ranks.
-        batch_tokens: rows times padded length of a batch is at most this.
+        batch_tokens: rows times padded length of a batch is at most this, unless it then has no row
+            for each rank.
         shuffle: another order and another mask each epoch; else sorted by padded length, mask 0.
         num_variants: number of masks a row has.
         seed: the order's seed.
@@ -62,44 +63,45 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         self.epoch = 0
 
     def batches(self) -> list[IntArray]:
-        """The batches of this epoch over all ranks, as many for each rank."""
+        """The batches of this epoch, each with a row for each rank at least.
+
+        Raises:
+            UserError: there are fewer rows than ranks.
+        """
+        if len(self.sample_ids) < self.num_ranks:
+            raise UserError(
+                f"{len(self.sample_ids)} rows cannot be shared by {self.num_ranks} processes: "
+                "use fewer processes."
+            )
         generator = np.random.default_rng([self.seed, self.epoch])
         rows = generator.permutation(self.sample_ids) if self.shuffle else self.sample_ids
         # Only rows of one padded length change places, so every epoch has the same number of
         # batches: Lightning counts them once, and would cut off a longer epoch.
         rows = rows[np.argsort(self.padded_lengths[rows], kind="stable")]
-        batches = []
-        start = 0
+        starts = [0]
         for end, length in enumerate(self.padded_lengths[rows]):
-            if (end - start + 1) * length > self.batch_tokens and end > start:
-                batches.append(rows[start:end])
-                start = end
-        batches.append(rows[start:])
-        # DDP needs as many batches on each rank: halve the largest ones until it is so.
-        while len(batches) % self.num_ranks:
-            batches.sort(key=len)
-            largest = batches.pop()
-            if len(largest) < 2:
-                raise UserError(
-                    f"{len(self.sample_ids)} rows cannot be shared by {self.num_ranks} processes: "
-                    "use fewer processes."
-                )
-            batches += [largest[::2], largest[1::2]]
+            size = end - starts[-1]
+            if (size + 1) * length > self.batch_tokens and size >= self.num_ranks:
+                starts.append(end)
+        starts[-1] = min(starts[-1], len(rows) - self.num_ranks)
+        if len(starts) > 1 and starts[-1] - starts[-2] < self.num_ranks:
+            del starts[-1]
+        batches = np.split(rows, starts[1:])
         if self.shuffle:
             return [batches[i] for i in generator.permutation(len(batches))]
         return batches
 
     def __iter__(self) -> Iterator[tuple[int, IntArray]]:
         variant = self.epoch % self.num_variants if self.shuffle else 0
-        for batch in self.batches()[self.rank :: self.num_ranks]:
-            yield variant, batch
+        for batch in self.batches():
+            yield variant, batch[self.rank :: self.num_ranks]
 
     def __len__(self) -> int:
         return self._num_batches
 
     @cached_property
     def _num_batches(self) -> int:
-        return len(self.batches()) // self.num_ranks  # in every epoch
+        return len(self.batches())  # in every epoch
 
 
 class ResumableLoader(DataLoader[Any]):
