@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any, Literal
 
 from kdnas.data.datamodule import DataSettings
@@ -14,7 +16,7 @@ from kdnas.nas.reward import reward
 from kdnas.system.errors import UserError
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.task_distill import TaskDistillSettings
-from kdnas.training.trainer import TrainerSettings
+from kdnas.training.trainer import TrainerSettings, class_path
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class SearchConfig:
         search: how many candidates, and the budget.
         latency: how latency is measured.
         states: where the teacher's states are kept.
-        trainer: device and precision.
+        trainer: device, precision, logger and callbacks.
 
     Raises:
         UserError: a value is out of its range, or a part has another seed.
@@ -334,7 +336,7 @@ class GlueConfig:
         finetune: how models are fine-tuned; its seed is each of ``seeds``.
         distill: what the teacher's help is.
         latency: how latency is measured.
-        trainer: device and precision.
+        trainer: device, precision, logger and callbacks.
 
     Raises:
         UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its
@@ -471,6 +473,10 @@ def as_plain(value: Any) -> Any:
         return {name: as_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
+    if isinstance(value, type | FunctionType):
+        return class_path(value)
+    if isinstance(value, partial):
+        return {"class_path": class_path(value), "init_args": as_plain(value.keywords)}
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     if not hasattr(value, "__dict__"):
         raise UserError(

@@ -185,6 +185,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     known, asked = flat(read_yaml(run.config)), flat(_plain(config))
     free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
     free += ["sampler", "workers", "executor", "storage", "candidate_timeout", "time_budget"]
+    free += ["trainer.devices", "trainer.logger"]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -237,7 +238,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
         UserError: anything that the user can mend.
     """
     run = check_place(config)
-    config.trainer.check()
+    config.trainer.check(has_ddp=isinstance(config, RunConfig) and config.executor is None)
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)

@@ -21,6 +21,7 @@ from kdnas.nas.weights import OPTIMIZER, WEIGHTS
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run
 from kdnas.system.jobs import Job
+from kdnas.system.pool import share_devices
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.tasks import load_task
 
@@ -46,7 +47,10 @@ def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dic
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
     """Full KD of the best student, or of the search's candidate as it is."""
     folder = Run(config.root, config.name).full_kd
-    return Job(folder, "full KD", distill_best, (config, arch, dict(kept)))
+    args, num_ranks = (config, arch, dict(kept)), config.trainer.devices
+    if num_ranks == 1 or not config.full_kd.num_epochs:
+        return Job(folder, "full KD", distill_best, args)
+    return Job(folder, "full KD", share_devices, (num_ranks, folder, distill_best, args))
 
 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write the few rows into a folder, and load them."""
+        """Write the few rows into a folder, and load them; the user's own logger hears nothing."""
+        config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
         return cls(config, sizes, load_inputs(small, Console(quiet=True)), folder)
@@ -342,7 +343,7 @@ def _finetuning(
             task,
             replace(config.finetune, num_epochs=1),
             folder=sample.folder / name,
-            trainer_settings=config.trainer,
+            trainer_settings=sample.config.trainer,
             callbacks=[timer],
             keep_model=False,
         )

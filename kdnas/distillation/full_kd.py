@@ -43,7 +43,7 @@ def distill_student(
         recipe: how it is distilled.
         data: set up; the rows of its split are learned from.
         states: the teacher's, of these rows.
-        trainer: device and precision.
+        trainer: device, precision, logger and callbacks.
         num_epochs: passes over the rows; 0: the student stays as its weights are.
         folder: takes TensorBoard's logs, ``last.ckpt`` while it lasts, and ``encoder/``.
         seed: of the weights that are not the teacher's.
@@ -66,8 +66,9 @@ def distill_student(
             module.optimizer_tensors = optimizer or {}
         if num_epochs:
             fit_resumable(trainer, folder, num_epochs, module, data)
-    with new_folder(folder / "encoder") as encoder:
-        module.save_student(encoder)
+    if not num_epochs or module.trainer.is_global_zero:
+        with new_folder(folder / "encoder") as encoder:
+            module.save_student(encoder)
     names = ("loss", "contextual_share", "sentence_r2")
     last = {name: module.history[-1][name] for name in names} if module.history else {}
     return {

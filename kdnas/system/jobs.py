@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pebble import ProcessExpired
+
 from kdnas.system.errors import CandidateFailed, UserError, as_raised, is_memory, reason_of
 from kdnas.system.files import write_json
 
@@ -133,7 +135,7 @@ def run_job(job: Job) -> None:
     try:
         write_json(job.result_file, job.call(*job.args))
         return
-    except (Stopped, UserError, CandidateFailed, KeyboardInterrupt):
+    except (Stopped, UserError, CandidateFailed, ProcessExpired, KeyboardInterrupt):
         raise
     except OSError as error:
         plain = as_raised(error)

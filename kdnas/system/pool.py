@@ -8,14 +8,16 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
 from kdnas.system.files import this_host
 from kdnas.system.jobs import Job, run_job
@@ -44,11 +46,14 @@ def warm_up(module: str | None = None) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
 
-def make_pool(num_slots: int) -> Any:
-    """A pool whose processes have each a share of the cores, and one of the GPUs."""
+def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
+    """A pool whose processes have each a share of the cores, and one of the GPUs, or all."""
     warm_up()
     method = multiprocessing.get_start_method()
-    initargs = (num_slots, dict(os.environ), num_threads(num_slots), method)
+    environment = dict(os.environ)
+    if not own_gpu:  # the fork server knows of all, where this process may have one
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    initargs = (num_slots if own_gpu else 0, environment, num_threads(num_slots), method)
     context = multiprocessing.get_context("forkserver")
     return ProcessPool(num_slots, initializer=_begin, initargs=initargs, context=context)
 
@@ -64,7 +69,7 @@ def num_threads(num_slots: int) -> int:
 
 
 def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:
-    """Prepare a process of the pool: it ends with its parent, and has one slot's devices."""
+    """Prepare a process of the pool: it ends with its parent, and has the GPU of a slot, if any."""
     import torch
 
     die_with_parent()
@@ -80,7 +85,7 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
     gc.freeze()  # imports made half a million objects that stay
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = devices or [str(place) for place in range(torch.cuda.device_count())]
-    if len(devices) > 1:
+    if len(devices) > 1 and num_slots:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[_take_slot(num_slots) % len(devices)]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
@@ -119,12 +124,78 @@ def _end_unless_at_work(number: int, frame: Any) -> None:
 def run_in_process(job: Job, level: int) -> None:
     """``run_job``, with what it prints in a file."""
     log.setLevel(level)
-    _at_work[:] = [job.folder]
+    with _at_work_in(job.folder):
+        run_job(job)
+
+
+@contextmanager
+def _at_work_in(folder: Path) -> Iterator[None]:
+    """Outlive a group's SIGTERM, and have a file of the job's folder take what is printed."""
+    _at_work[:] = [folder]
     try:
-        with _output_into(job.folder / "job.log"):
-            run_job(job)
+        with _output_into(folder / "job.log"):
+            yield
     finally:
         _at_work.clear()
+
+
+def share_devices(
+    num_ranks: int, folder: Path, call: Callable[..., dict[str, Any]], args: tuple[Any, ...]
+) -> dict[str, Any]:
+    """What a job's call gives that processes do together, each with a device, by DDP.
+
+    The first that raises or dies ends the others, which would wait for it.
+
+    Args:
+        num_ranks: processes.
+        folder: of the job.
+        call: a module's function, which each of them calls.
+        args: of the call.
+
+    Raises:
+        ProcessExpired: one has died.
+        Exception: what the call has raised.
+    """
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+    }
+    level = log.getEffectiveLevel()
+    warm_up(call.__module__)
+    pool = make_pool(num_ranks, own_gpu=False)
+    try:
+        ranks = [
+            pool.schedule(
+                _run_rank, args=(shared | {"LOCAL_RANK": str(rank)}, folder, level, call, args)
+            )
+            for rank in range(num_ranks)
+        ]
+        wait_for_futures(ranks, return_when=FIRST_EXCEPTION)
+        # That a peer is gone is noticed sooner than that it has died.
+        done, _ = wait_for_futures(ranks, timeout=1)
+        errors = [error for rank in done if (error := rank.exception()) is not None]
+        if errors:
+            raise next((one for one in errors if isinstance(one, ProcessExpired)), errors[0])
+        return dict(ranks[0].result())
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _run_rank(
+    environment: dict[str, str],
+    folder: Path,
+    level: int,
+    call: Callable[..., dict[str, Any]],
+    args: tuple[Any, ...],
+) -> dict[str, Any]:
+    log.setLevel(level)
+    os.environ.update(environment)
+    with _at_work_in(folder):
+        return call(*args)
 
 
 @contextmanager

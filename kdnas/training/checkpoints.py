@@ -94,7 +94,8 @@ class KeepLast(pl.Callback):
         # One before the first validation, which may be long.
         is_first = batch_idx + 2 == trainer.num_training_batches and not self.path.exists()
         is_due = time.monotonic() - self._saved > self.every_seconds
-        if is_first or is_due or self.reporter.is_asked_to_stop:
+        is_now = is_first or is_due or self.reporter.is_asked_to_stop
+        if trainer.strategy.reduce_boolean_decision(is_now, all=False):  # all ranks save together
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, TaskID
@@ -82,10 +83,12 @@ class ProgressFile(pl.Callback):
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
 
+    @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         num_steps, first = int(trainer.estimated_stepping_batches), trainer.global_step
         self.reporter.tell(num_steps=num_steps, first_step=first, num_epochs=trainer.max_epochs)
 
+    @rank_zero_only
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -96,6 +99,7 @@ class ProgressFile(pl.Callback):
     ) -> None:
         self.reporter.tell(step=trainer.global_step, epoch=trainer.current_epoch)
 
+    @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (loss := trainer.callback_metrics.get("val_loss")) is not None:
             self.reporter.tell(val_loss=float(loss))

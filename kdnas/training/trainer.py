@@ -1,20 +1,23 @@
-"""How a Trainer is made and run here: one device, TensorBoard, whole checkpoints."""
+"""How a Trainer is made and run here: its devices, its logger and callbacks, whole checkpoints."""
 
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kdnas.system.errors import UserError, first_line
-from kdnas.system.files import placed
+from kdnas.system.files import placed, temporary_folder
 from kdnas.system.jobs import Reporter
 from kdnas.training.checkpoints import KeepLast, WholeFiles, check_checkpoint
 from kdnas.training.memory import release_memory
@@ -23,49 +26,99 @@ from kdnas.training.progress import ProgressFile
 
 # TensorBoard's own are 120, and so long a writer may not hear of its end.
 FLUSH_SECONDS = 2
-REMEDY = "give --workers for several candidates at a time, or use DDP in `kdnas fit`."
+REMEDY = (
+    "give --workers for several candidates at a time, and --trainer.devices of `kdnas run` for DDP."
+)
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The Trainer of a candidate, of full KD and of fine-tuning; one device each.
+    """The Trainer of a candidate, of full KD and of fine-tuning.
 
     Args:
         accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
         precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16,
             else 32-true.
         gradient_clip_val: largest norm of the gradient; 0: any.
+        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP. A candidate
+            and a fine-tuning take one each.
+        logger: another logger than TensorBoard's, by class path with its init_args. ``{folder}`` in
+            them is the folder of the candidate or the stage.
+        callbacks: more callbacks, in the same way; each Trainer gets its own.
 
     Raises:
-        UserError: a negative norm.
+        UserError: a negative norm, or no device.
     """
 
     accelerator: str = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     gradient_clip_val: float = 1.0
+    devices: int = 1
+    logger: Callable[[], Logger] | None = None
+    callbacks: list[Callable[[], pl.Callback]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.gradient_clip_val >= 0:
             raise UserError(
                 f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping)."
             )
+        if self.devices < 1:
+            raise UserError(f"trainer.devices is {self.devices}: give at least 1.")
 
-    def check(self) -> None:
+    def check(self, has_ddp: bool = False) -> None:
         """Refuse what this machine, or the way the process was started, cannot do.
 
+        Args:
+            has_ddp: several devices can share a fit.
+
         Raises:
-            UserError: there is no such accelerator, or a launcher made this process one of several.
+            UserError: there is no such accelerator, there are fewer devices, a logger or a callback
+                cannot be made, or a launcher made this process one of several.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}"
             )
+        if self.devices > 1 and not has_ddp:
+            raise UserError(
+                f"trainer.devices is {self.devices}: only full KD of `kdnas run` on this machine "
+                "takes several; give 1 here, and --workers for several jobs at a time."
+            )
         try:
             pl.Trainer(
-                accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False
+                accelerator=self.accelerator,
+                devices=self.devices,
+                logger=False,
+                enable_checkpointing=False,
             )
         except Exception as error:  # Lightning's own error, or the device's
             raise UserError(f"accelerator is {self.accelerator!r}: {first_line(error)}.") from error
+        with temporary_folder() as folder:
+            for make in filter(None, (self.logger, *self.callbacks)):
+                try:
+                    _make(make, Path(folder))
+                except Exception as error:  # the class may be the user's own
+                    raise UserError(
+                        f"{class_path(make)} cannot be made: {first_line(error)}."
+                    ) from error
+
+
+def class_path(make: Callable[..., Any]) -> str:
+    """Of what is made: by the class itself, or by a partial, the parser's or one's own."""
+    parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
+    made: Any = next((part for part in parts if isinstance(part, type)), parts[0])
+    return f"{made.__module__}.{made.__qualname__}"
+
+
+def _make(make: Callable[..., Any], folder: Path) -> Any:
+    """A fresh logger or callback for the fit of a folder."""
+    arguments = make.keywords if isinstance(make, partial) else {}
+    in_folder = {
+        name: value.replace("{folder}", str(folder))
+        for name, value in arguments.items()
+        if isinstance(value, str)
+    }
+    return make(**in_folder)
 
 
 def refuse_strategy(name: str) -> None:
@@ -100,41 +153,49 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     resume: bool = False,
 ) -> pl.Trainer:
-    """A Trainer that logs to TensorBoard in ``folder``; checkpoints and progress are callbacks, if any.
+    """A Trainer of one device; checkpoints and progress are callbacks, if any.
+
+    In a process that ``share_devices`` has begun it is one of several, which train by DDP.
 
     Args:
-        settings: device and precision.
-        folder: for the event files.
+        settings: device, precision, logger and callbacks.
+        folder: for event files, and for what loggers and callbacks write.
         num_epochs: passes over the training rows.
-        callbacks: Lightning's.
+        callbacks: ours, which are called after those of the settings.
         resume: the fit goes on from a checkpoint, so its first epochs' curves are kept.
     """
     without_tensorflow()
-    if not resume:
-        for unfinished in folder.glob("events.out.tfevents.*"):
-            unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
     precision: Any = (
         settings.precision
         if settings.precision != "auto"
         else trainer_precision(settings.accelerator)
     )
-    return pl.Trainer(
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    tensorboard = partial(
+        TensorBoardLogger, folder.parent, name="", version=folder.name, flush_secs=FLUSH_SECONDS
+    )
+    own = [_make(make, folder) for make in settings.callbacks]
+    trainer = pl.Trainer(
         accelerator=settings.accelerator,
-        devices=1,
+        devices=num_ranks,
+        strategy="auto" if num_ranks == 1 else "ddp",
         precision=precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,
-        logger=TensorBoardLogger(
-            folder.parent, name="", version=folder.name, flush_secs=FLUSH_SECONDS
-        ),
-        callbacks=list(callbacks),
-        plugins=[WholeFiles()],
-        enable_checkpointing=False,
+        logger=_make(settings.logger or tensorboard, folder),
+        callbacks=[*own, *callbacks],
+        default_root_dir=folder,
+        plugins=[WholeFiles(), LightningEnvironment()],
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in own),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
+    if not resume and trainer.is_global_zero:
+        for unfinished in folder.glob("events.out.tfevents.*"):
+            unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
+    return trainer
 
 
 def fit(

@@ -1083,3 +1083,111 @@ def test_a_killed_parent_leaves_no_process_and_loses_nothing(
     assert done.read_bytes() == known
     trials = pd.read_csv(run / "trials.csv")
     assert trials.number.tolist() == [0, 1] and (trials.state == "COMPLETE").all()
+
+
+COUNTS = """
+import lightning.pytorch as pl
+
+
+class Counts(pl.Callback):
+    def __init__(self, path: str, unit: str) -> None:
+        self.path, self.unit, self.number = path, unit, 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.number += 1
+        with open(self.path, "a") as file:
+            print(self.number, self.unit, file=file)
+"""
+
+
+@pytest.mark.parametrize(("workers", "task"), [(0, []), (1, ["--task=null"])])
+def test_a_logger_and_a_callback_of_one_s_own_are_made_for_each_fit(
+    workers: int,
+    task: list[str],
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "counts.py").write_text(COUNTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yaml_file = tmp_path / "mine.yaml"
+    counts = {
+        "class_path": "counts.Counts",
+        "init_args": {"path": "{folder}/count", "unit": "epoch"},
+    }
+    yaml_file.write_text(yaml.safe_dump({"trainer": {"callbacks": [counts]}}))
+    own = [f"--config={yaml_file}", "--trainer.callbacks+=LearningRateMonitor"]
+    own += ["--trainer.callbacks+=ModelCheckpoint"]
+    own += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir={folder}"]
+    assert main([*command, *own, *task, f"--workers={workers}"]) == 0
+    run = tmp_path / "logs" / "tiny"
+    fits = {"trial_0000": 1, "trial_0001": 1, "full_kd": 2}
+    fits |= {} if task else {"glue/teacher": 2, "glue/random": 2}
+    for name, num_epochs in fits.items():
+        (metrics,) = (run / name / "lightning_logs").glob("version_0/metrics.csv")
+        assert any(column.startswith("lr-") for column in pd.read_csv(metrics).columns)
+        told = (run / name / "count").read_text().splitlines()
+        assert told == [f"{number + 1} epoch" for number in range(num_epochs)]
+        assert len(list((run / name).rglob(f"epoch={num_epochs - 1}-*.ckpt"))) == 1
+        assert not list((run / name).glob("events.out.*"))
+    trainer = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
+    assert trainer["callbacks"][0] == counts
+    assert trainer["logger"]["init_args"]["save_dir"] == "{folder}"
+
+
+KILLS = """
+import multiprocessing
+import os
+import signal
+
+import lightning.pytorch as pl
+
+
+class Kills(pl.Callback):
+    def __init__(self, folder: str, victim: str) -> None:
+        self.folder, self.victim = folder, victim
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        epochs = f"{self.folder}/epochs-{trainer.global_rank}"
+        with open(epochs, "a") as file:
+            print(trainer.current_epoch, os.getpid(), file=file)
+        if trainer.current_epoch == 1 and trainer.global_rank == 1:
+            if len(open(epochs).readlines()) == 2:
+                parent = multiprocessing.parent_process()
+                os.kill(parent.pid if self.victim == "parent" else os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "victim"), [(0, "rank"), (1, "parent")])
+def test_full_kd_on_two_devices_is_that_of_one_though_a_process_is_killed(
+    workers: int,
+    victim: str,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "kills.py").write_text(KILLS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = [*command, "--task=null", "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
+    own += [f"--workers={workers}", "--search.n_trials=1"]
+    assert main(own) == 0
+    assert main([*own, "--trainer.devices=2"]) == 0, "devices may change; it is finished"
+    kills = ["--trainer.callbacks+=kills.Kills", f"--trainer.callbacks.victim={victim}"]
+    kills += ["--trainer.callbacks.folder={folder}", "--trainer.devices=2"]
+    assert main([*own, "--name=two", *kills]) == 0
+    assert "full KD: its process died (SIGKILL" in caplog.text
+
+    folders = [tmp_path / "logs" / name / "full_kd" for name in ("tiny", "two")]
+    for rank in range(2):
+        lines = (folders[1] / f"epochs-{rank}").read_text().splitlines()
+        epochs, pids = zip(*(map(int, line.split()) for line in lines), strict=True)
+        assert epochs == (0, 1, 1), "it goes on in the epoch in which it was killed"
+        assert len(set(pids)) == 2 and not any(map(is_alive, pids))
+    one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    for ours, theirs in zip(one["history"], two["history"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    weights = [load_file(folder / "encoder" / "model.safetensors") for folder in folders]
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).abs().max() < 1e-3, name

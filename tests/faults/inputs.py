@@ -219,8 +219,11 @@ def huge_row(bench: Bench, row: Row) -> None:
 
 @fault("F30", "several devices, DDP, or torchrun, asked of a search")
 def ddp(bench: Bench, row: Row) -> None:
-    for option in ("--trainer.devices=2", "--trainer.strategy=ddp"):
-        bench.refuse(row, option, bench.search(bench.new_name(), option), option)
+    for option, told in (
+        ("--trainer.devices=2", "trainer.devices is 2: only full KD"),
+        ("--trainer.strategy=ddp", "--trainer.strategy=ddp"),
+    ):
+        bench.refuse(row, option, bench.search(bench.new_name(), option), told)
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "1"}):
         bench.refuse(row, "torchrun", bench.search(bench.new_name()), "WORLD_SIZE is 2")
 

@@ -81,7 +81,9 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     TrainerSettings().check()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"^WORLD_SIZE is 4: .* give --workers .* `kdnas fit`"):
+    with pytest.raises(
+        UserError, match=r"^WORLD_SIZE is 4: .* give --workers .* `kdnas run` for DDP"
+    ):
         TrainerSettings().check()
 
 
