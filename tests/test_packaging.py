@@ -169,7 +169,7 @@ def test_every_extra_is_named_where_it_is_needed_and_no_other():
     named = {
         extra
         for file in files
-        for extra in re.findall(r"kdnas\[([\w-]+)\]", file.read_text(encoding="utf-8"))
+        for extra in re.findall(r"pip install '\.\[([\w-]+)\]'", file.read_text(encoding="utf-8"))
     }
     assert named == set(setup_cfg()["options.extras_require"]) - {"dev"}
     assert len(named) == 5

@@ -28,7 +28,7 @@ def open_engine(workers: int, executor: str | None = None) -> Engine:
         from distributed import Client
     except ImportError as error:
         raise UserError(
-            f"executor is {executor!r}, and Dask is not installed: pip install 'kdnas[dask]'."
+            f"executor is {executor!r}, and Dask is not installed: pip install '.[dask]'."
         ) from error
     try:
         client: Any = Client(f"tcp://{address}", timeout="10s")  # type: ignore[no-untyped-call]

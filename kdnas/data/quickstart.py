@@ -21,7 +21,7 @@ from kdnas.system.files import new_folder
 
 QUICKSTART = "quickstart"
 
-# The packages of kdnas[quickstart], and what else each is called in text.
+# The packages of the extra quickstart, and what else each is called in text.
 # Each has at least 1,300 paragraphs of prose.
 PACKAGES = {
     "matplotlib": ("mpl", "plt", "pyplot", "pylab"),
@@ -116,9 +116,7 @@ def _all_rows(rows_per_package: int, names: re.Pattern[str]) -> list[dict[str, s
 def _root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"The package {package!r} is not installed: pip install 'kdnas[quickstart]'."
-        )
+        raise UserError(f"The package {package!r} is not installed: pip install '.[quickstart]'.")
     return Path(spec.submodule_search_locations[0])
 
 

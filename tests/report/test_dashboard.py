@@ -45,7 +45,7 @@ def dashboard(study_db: Path) -> Iterator[str]:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     command = shutil.which("optuna-dashboard", path=str(Path(sys.executable).parent))
-    assert command, "optuna-dashboard is not installed: pip install 'kdnas[dashboard]'"
+    assert command, "optuna-dashboard is not installed: pip install '.[dashboard]'"
     process = subprocess.Popen(
         [command, f"sqlite:///{study_db}", "--port", str(port), "--server", "wsgiref"]
     )
