@@ -59,7 +59,12 @@ def report(config: ReportConfig, console: Console) -> Path:
 
 def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
     if not run.config.is_file():
-        there = sorted(path.parent.name for path in run.root.glob("*/config.yaml"))
+        # A fit has a config too, but no study.
+        there = sorted(
+            path.parent.name
+            for path in run.root.glob("*/config.yaml")
+            if path.with_name("made_with.json").is_file()
+        )
         hint = nearest(run.name, there) if there else " There is none."
         raise UserError(f"There is no run {run.name!r} in {str(run.root)!r}.{hint}")
     config = read_yaml(run.config)

@@ -152,6 +152,11 @@ def spoil(path: str, content: bytes | None):
     [
         (None, ["--run", "don"], r"There is no run 'don' in '.*'. Did you mean 'done'\?"),
         (
+            lambda run: write_text(run.root / "version_0" / "config.yaml", "trainer: {}"),
+            ["--run", "version_1"],
+            r"There is no run 'version_1' in '.*'. Choose from: done\.",
+        ),
+        (
             None,
             ["--run", "done", "done"],
             r"run is \['done', 'done'\]: give one at least, and none twice",
