@@ -53,12 +53,12 @@ def read_config(name: str) -> FitConfig:
     parser = ArgumentParser()
     for key, kind in (("arch", StudentArch), ("recipe", Recipe), ("data", DataSettings)):
         parser.add_argument(f"--{key}", type=kind)
-    model = values["model"]
+    model, data = values["model"], values["data"]
     parsed = parser.parse_object(
         {
             "arch": model["arch"],
             "recipe": model.get("recipe", {}),
-            "data": values["data"].get("settings", {}),
+            "data": {name: data[name] for name in data.keys() - {"text", "split"}},
         }
     )
     found = parser.instantiate(parsed)

@@ -1,15 +1,21 @@
-"""``kdnas fit`` and ``kdnas validate``: the Lightning CLI, and what a fit leaves in its folder."""
+"""``kdnas fit``, ``validate``, ``test``, ``predict``: the Lightning CLI, and what it leaves."""
 
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -20,26 +26,26 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from kdnas.cli.parser import default_objects, normalize, parse, refuse_ambiguous_yaml
-from kdnas.data.datamodule import KDDataModule
+from kdnas.data.datamodule import DataSettings, KDDataModule, Split
 from kdnas.distillation.module import HiddenStateDistillModule
-from kdnas.system.errors import UserError
-from kdnas.system.files import MANIFEST, new_folder, sweep
+from kdnas.system.errors import UserError, first_line
+from kdnas.system.files import MANIFEST, new_file, new_folder, sweep
 from kdnas.system.manifest import renew, write_manifest
 from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import flat, read_yaml
 from kdnas.training.checkpoints import WholeFiles, check_checkpoint
 from kdnas.training.precision import gpu_name, trainer_precision
-from kdnas.training.progress import EpochLines, SayWhatGoesOn
+from kdnas.training.progress import EpochLines, SayWhatGoesOn, WarnOfNoValidation
 from kdnas.training.trainer import FLUSH_SECONDS, refuse_strategy, without_tensorflow
 
 log = logging.getLogger(__name__)
 
 
 def run_lightning(command: str, args: Sequence[str]) -> None:
-    """Fit or validate a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI.
+    """Run a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI.
 
     Args:
-        command: ``fit`` or ``validate``.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
         args: its options.
 
     Raises:
@@ -47,7 +53,33 @@ def run_lightning(command: str, args: Sequence[str]) -> None:
     """
     refuse_ambiguous_yaml()
     with honest_signals():
-        KDCLI(command, args).run()
+        try:
+            KDCLI(command, args).run()
+        except MisconfigurationException as error:
+            raise UserError(f"{first_line(error)}.") from error
+
+
+class FlatData(KDDataModule):
+    """Masked batches for distillation: 30 % of the training rows (``mini``) or all (``full``).
+
+    Args:
+        teacher: its tokenizer is used: a folder, a hub name, or ``quickstart``.
+        text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
+        split: which training rows; the held-out rows are the same for both.
+        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens``
+            in the folder of all runs.
+        settings: how text becomes batches, as in ``data`` of a search.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        text: str,
+        split: Split = "full",
+        folder: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(teacher, text, DataSettings(**settings), split, folder)
 
 
 class KDCLI(LightningCLI):
@@ -57,21 +89,23 @@ class KDCLI(LightningCLI):
         self.command = command
         super().__init__(
             HiddenStateDistillModule,
-            KDDataModule,
+            FlatData,
             SaveConfigOnce,
             trainer_defaults={"enable_progress_bar": False} if _is_quiet() else None,
             parser_kwargs={
                 "prog": f"kdnas {command}",
                 "description": None,
                 "exit_on_error": False,
+                "allow_abbrev": False,
             },
             args=normalize(args),
             run=False,
+            auto_configure_optimizers=False,  # the module's own has a rate for each kind of tensor
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options of the command itself, and defaults that only we know."""
-        skipped: set[str | int] = {*self.subcommands()[self.command]}
+        skipped: set[str | int] = {*self.subcommands()[self.command], "return_predictions"}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
         # The data is read by the teacher's tokenizer.
         parser.link_arguments("model.teacher", "data.teacher")
@@ -81,38 +115,75 @@ class KDCLI(LightningCLI):
         """Parse the options, then refuse what Lightning would take.
 
         Raises:
-            UserError: an option that does not exist, a strategy that cuts the student, or a
-                checkpoint that is not on this disk.
+            UserError: an option that does not exist, a strategy that cuts the student, a value that
+                training cannot have, or a checkpoint that is not on this disk.
         """
         assert isinstance(args, list)
         self.config = parse(parser, args)
         trainer = self.config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         refuse_strategy(strategy.rpartition(".")[2])
+        if trainer.overfit_batches:  # Lightning's own sampler would take the place of ours
+            raise UserError(
+                f"trainer.overfit_batches is {trainer.overfit_batches}: "
+                "give --trainer.limit_train_batches instead."
+            )
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if trainer[name] == 0:
+                raise UserError(f"trainer.{name} is 0: give at least 1.")
         if trainer.precision is None:
             trainer.precision = trainer_precision(trainer.accelerator)
 
-        path = self.config.ckpt_path
+        path, is_fit = self.config.ckpt_path, self.command == "fit"
         if path and os.path.isfile(path):
             check_checkpoint(Path(path))
-        elif path not in (None, "last", "best", "hpc"):  # Lightning would run what is elsewhere
+        elif path is None and not is_fit:
+            raise UserError(
+                "ckpt_path is missing, and the student would be an untrained one: give that of a "
+                "fit, such as --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt."
+            )
+        # Lightning would run what is elsewhere.
+        elif not is_fit or path not in (None, "last"):
             raise UserError(
                 f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk."
             )
 
     def run(self) -> None:
-        """Fit or validate, and complete the folder."""
+        """Run the command, and complete its folder.
+
+        Raises:
+            UserError: several devices are to predict, which would each know a part of the rows.
+        """
+        if self.command == "predict" and self.trainer.world_size > 1:
+            raise UserError(
+                f"trainer.devices is {self.config.trainer.devices!r}: one device predicts; "
+                "give --trainer.devices 1."
+            )
         options = {name: self.config[name] for name in self.arguments}
-        getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
+        run = getattr(self.trainer, self.command)
+        with _removed_if_it_never_starts(self.trainer):
+            found = run(self.model, datamodule=self.datamodule, **options)
         if self.command == "fit":
             self.save_student()
+        elif self.command == "predict":
+            self.save_vectors(found)
         else:
             self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """With checkpoints that are whole or not there, and lines where no bar can move."""
+        """With checkpoints that are whole or not there, and lines where no bar can move.
+
+        Raises:
+            UserError: the Trainer refuses its settings.
+        """
         without_tensorflow()
-        trainer = super().instantiate_trainer(**options)
+        try:
+            trainer = super().instantiate_trainer(**options)
+        except Exception as error:  # Lightning's own error, or the device's
+            raise UserError(
+                f"The Trainer refuses its settings ({first_line(error)}): "
+                f"`kdnas {self.command} --help` explains them."
+            ) from error
         # A user may have asked for another one.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
@@ -121,7 +192,7 @@ class KDCLI(LightningCLI):
                 logger._kwargs.setdefault("flush_secs", FLUSH_SECONDS)
         said = None if _is_quiet() or sys.stdout.isatty() else partial(print, flush=True)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks += [SayWhatGoesOn(), EpochLines("fit", said)]
+        callbacks += [SayWhatGoesOn(), WarnOfNoValidation(), EpochLines("fit", said)]
         return trainer
 
     def save_student(self) -> None:
@@ -137,8 +208,19 @@ class KDCLI(LightningCLI):
                 write_manifest(own, {"name": own.name, "command": sys.argv, "gpu": gpu_name()})
             log.info("The student, with its tokenizer: %s", folder / "encoder")
 
+    def save_vectors(self, batches: list[tuple[list[str], torch.Tensor]]) -> None:
+        """Write the vectors of a prediction beside its config, a row for each text."""
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir, "vectors.parquet")
+        texts = [text for batch, _ in batches for text in batch]
+        vectors = [vector for _, batch in batches for vector in batch.numpy()]
+        table = pa.table({"text": texts, "vector": vectors})
+        with new_file(path) as file:
+            pq.write_table(table, file)
+        renew(path)
+        log.info("The vectors of %s held-out rows: %s", f"{len(table):,}", path)
+
     def renew_curves(self) -> None:
-        """Update the manifest of a finished fit for the curves that a validation has added."""
+        """Update the manifest of a finished fit for the curves that were added to its own."""
         own = own_folder(self.trainer)
         if own is not None and self.trainer.is_global_zero:
             for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
@@ -158,6 +240,22 @@ def own_folder(trainer: pl.Trainer) -> Path | None:
     logger = trainer.logger
     is_own = isinstance(logger, TensorBoardLogger | CSVLogger) and folder != Path(logger.save_dir)
     return folder if is_own else None
+
+
+@contextmanager
+def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
+    """Make the folder of its own, and remove it where it fails before its first step."""
+    own = own_folder(trainer)
+    if own is None or own.exists() or not trainer.is_global_zero:
+        yield
+        return
+    own.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        if trainer.global_step == 0:
+            shutil.rmtree(own)
+        raise
 
 
 class SaveConfigOnce(SaveConfigCallback):

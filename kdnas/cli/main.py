@@ -314,7 +314,7 @@ def _verify(args: Sequence[str]) -> None:
     from kdnas.system.files import MANIFEST, Run, file_sha256
     from kdnas.system.manifest import verify
 
-    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False)
+    parser = ArgumentParser(prog="kdnas verify", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("run", type=str, help="name or folder of a finished run")
     parser.add_argument(
         "--root", default="lightning_logs", help="the folder of all runs (default: %(default)s)"
@@ -382,5 +382,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "verify": _verify,
     "fit": partial(_lightning, "fit"),
     "validate": partial(_lightning, "validate"),
+    "test": partial(_lightning, "test"),
+    "predict": partial(_lightning, "predict"),
     "completion": _completion,
 }

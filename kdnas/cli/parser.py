@@ -45,8 +45,9 @@ def read_config(
     """
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
-    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help=CONFIG_HELP)
+    parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False, allow_abbrev=False)
+    if command != "report":  # which asks for the names of runs, and for nothing that files hold
+        parser.add_argument("--config", action="config", help=CONFIG_HELP)
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
@@ -70,7 +71,7 @@ def read_config(
         raise next((e for e in causes(error) if isinstance(e, UserError)), error) from None
 
     for name in ("config", *later):
-        options.pop(name)
+        options.pop(name, None)
     set_flags = {name: options.pop(name) for name in flags}
     return config_class(**options), set_flags
 
@@ -167,14 +168,17 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
 def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
     """The nearest name for the first one that does not exist, or where the names are explained."""
     options = {action.dest for action in parser._actions if action.help != SUPPRESS}
+    options |= {"quiet", "log_level"}
     groups = parser.groups or {}
     values = options.difference(groups)
     for name in _names(args):
-        if any(value.startswith(name) or name.startswith(f"{value}.") for value in values):
-            continue  # short for one, or a setting of a class, which the parser alone knows
+        if name in options or any(name.startswith(f"{value}.") for value in values):
+            continue  # one that there is, or a setting of a class, which the parser alone knows
+        if name.partition(".")[0] in ("optimizer", "lr_scheduler"):
+            return " It would replace the recipe's optimizer and all its rates: set those instead."
         group, _, last = name.rpartition(".")
-        if group not in groups:
-            group, last = "", name
+        while group and group not in groups:
+            group, _, last = group.rpartition(".")
         parts = [option.rpartition(".") for option in options]
         return nearest(last, {part for known, _, part in parts if known == group})
     return f" `{parser.prog} --help` explains the options."

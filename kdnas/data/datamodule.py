@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import tokenizers
@@ -15,7 +15,7 @@ import torch
 import transformers
 from filelock import FileLock
 from rich.progress import track
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from kdnas.data.corpus import Corpus, load_corpus
@@ -351,3 +351,26 @@ class KDDataModule(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self.loader(self.held_out_ids(), shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[str]:
+        """The held-out rows of text as they are, neither masked nor paired."""
+        settings = self.settings
+        tokenizer = find_teacher(self.teacher).tokenizer
+
+        def encode(texts: list[str]) -> dict[str, Any]:
+            encoded = tokenizer(
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=settings.max_length,
+                return_token_type_ids=True,
+                return_tensors="pt",
+            )
+            return {**encoded, "texts": texts}
+
+        held_out = cast(Dataset[str], self.read_corpus().held_out)
+        batch_size = settings.batch_tokens // settings.max_length
+        return DataLoader(held_out, batch_size=batch_size, collate_fn=encode)

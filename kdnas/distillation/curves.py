@@ -50,5 +50,5 @@ class StudentCurves(pl.Callback):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             per_second = self._num_tokens * trainer.world_size / (time.perf_counter() - self._begun)
-            pl_module.log("train/tokens_per_second", per_second)
+            pl_module.log("train/tokens_per_second", per_second, sync_dist=True)
             self._restart()

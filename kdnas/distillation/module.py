@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -195,7 +195,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if data.teacher != self._teacher.name:
             refuse_other_inputs(find_teacher(data.teacher), self._teacher)
         device = self.trainer.strategy.root_device
-        if self.states is None:
+        if self.states is None and stage != "predict":
             self.states = open_states(
                 self._teacher, data, self.target_layers, self._states_settings, str(device)
             )
@@ -278,6 +278,32 @@ class HiddenStateDistillModule(ClipFusedGradients):
             trim_heap()
 
     def on_validation_epoch_end(self) -> None:
+        metrics, terms = self._held_out_metrics()
+        if not self.trainer.sanity_checking:
+            self.history.append({"epoch": self.current_epoch, **metrics})
+
+        # All ranks have the same figures; without sync_dist Lightning doubts it.
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
+        shown = {"val_loss": metrics["loss"], "contextual_share": metrics["contextual_share"]}
+        self.log_dict(shown, prog_bar=True, logger=False, sync_dist=True)
+        self.log_dict(terms, sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        metrics, terms = self._held_out_metrics()
+        named = {f"test/{name}": value for name, value in (metrics | terms).items()}
+        self.log_dict(named, sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
+        """Texts and their sentence vectors: the means of the last layer's states, (B, H)."""
+        states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
+        view = View(self.student, cast(Batch, batch), states)
+        return batch["texts"], view.pooled(view.mask_BT)
+
+    def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the held-out rows say of the student, and of each term and teacher layer."""
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
@@ -291,12 +317,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
             metric.reset()
-        if not self.trainer.sanity_checking:
-            self.history.append({"epoch": self.current_epoch, **metrics})
-
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()})
-        self.log("val_loss", metrics["loss"], prog_bar=True, logger=False)
-        self.log_dict(self._term_metrics(means.tolist()))
+        return metrics, self._term_metrics(means.tolist())
 
     def _held_out_loss(self, means: Tensor, counts: Tensor) -> float:
         weights = self._weights("held_out_variance").cpu()

@@ -55,9 +55,11 @@ class EpochLines(pl.Callback):
         self._say(trainer, LONGEST, "")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        in_a_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if in_a_fit and (loss := trainer.callback_metrics.get("val_loss")) is not None:
-            self._say(trainer, SHORTEST, f", held-out loss {float(loss):.4f}")
+        known = trainer.callback_metrics
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and "val_loss" in known:
+            loss, share = (float(known[name]) for name in ("val_loss", "contextual_share"))
+            said = f", held-out loss {loss:.4f}, contextual share {share:.3f}"
+            self._say(trainer, SHORTEST, said)
 
     def _say(self, trainer: pl.Trainer, seconds: float, more: str) -> None:
         now, done = time.monotonic(), trainer.global_step
@@ -178,7 +180,21 @@ class SayWhatGoesOn(pl.Callback):
             for path in (callback.best_model_path, callback.last_model_path)
             if path
         }
-        if kept and trainer.is_global_zero:
+        if kept and trainer.is_global_zero and trainer.state.fn == "fit":
             log.warning(
                 "The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime)
+            )
+
+
+class WarnOfNoValidation(pl.Callback):
+    """Warns of a fit that ends before its first validation."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        num_batches = trainer.max_steps * trainer.accumulate_grad_batches
+        if 0 < num_batches < (trainer.val_check_batch or 0) and trainer.is_global_zero:
+            log.warning(
+                "max_steps is %d, and the first validation comes after %s batches: nothing will be "
+                "validated. Give more steps, or a smaller --trainer.val_check_interval.",
+                trainer.max_steps,
+                trainer.val_check_batch,
             )

@@ -1,11 +1,13 @@
 """``kdnas fit`` and ``kdnas validate``: Lightning's command line on our module and data."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -13,6 +15,7 @@ from transformers import AutoModel
 
 import kdnas
 from kdnas.cli.main import main
+from kdnas.data.corpus import load_corpus
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
 from kdnas.system.files import this_host
@@ -37,7 +40,8 @@ model:
 data:
   text: {text}
   folder: {folder}/tokens
-  settings: {{max_length: 24, batch_tokens: 256}}
+  max_length: 24
+  batch_tokens: 256
 """
 
 
@@ -68,6 +72,53 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
         error = refused([*fit, strategy], capsys)
         assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
     assert list(tmp_path.iterdir()) == [fit_config]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--trainer.max_epochs=-3", "You passed in -3)"),
+        ("--trainer.devices=0", "devices='0')` value is not a valid input"),
+        pytest.param(
+            "--trainer.accelerator=gpu",
+            "No supported gpu backend found",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ("--trainer.accelerator=abacus", "invalid accelerator name: `accelerator='abacus'`"),
+        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0: give at least 1"),
+        ("--optimizer=Adam", "It would replace the recipe's optimizer and all its rates"),
+        ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer and all its rates"),
+        ("--data.text=nowhere.txt", "'nowhere.txt'"),
+        ("--trainer.overfit_batches=7", "overfit_batches is 7: give --trainer.limit_train_batches"),
+    ],
+)
+def test_what_a_fit_cannot_take_gets_one_line_and_leaves_no_folder(
+    option: str, words: str, fit_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(["fit", "--config", str(fit_config), option], capsys)
+    assert not list(tmp_path.rglob("version_*"))
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_untrained_student_is_not_measured(
+    command: str, fit_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused([command, "--config", str(fit_config)], capsys)
+    assert "ckpt_path is missing" in error and "give that of a fit" in error
+
+
+def test_the_data_of_a_fit_is_named_as_in_a_search_and_a_fit_that_never_validates_says_so(
+    fit_config: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"words": row} for row in text_file.read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = [f"--data.text={tmp_path / 'rows.jsonl'}", "--data.column=words"]
+    fit = ["fit", "--config", str(fit_config), *text]
+    assert main([*fit, "--trainer.max_steps=1"]) == 0
+    assert "max_steps is 1" in caplog.text and "nothing will be validated" in caplog.text
+    caplog.clear()
+    assert main(fit) == 0
+    assert "nothing will be validated" not in caplog.text
 
 
 SEEN = """
@@ -155,6 +206,7 @@ def test_fit_on_two_processes_is_that_of_one(
         env=os.environ | {"PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
     for kept in ("states", "tokens"):
         assert len([path for path in (tmp_path / "kept" / kept).iterdir() if path.is_dir()]) == 1, (
             "both share one"
@@ -175,6 +227,7 @@ def test_fit_on_two_processes_is_that_of_one(
 def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     fit_config: Path,
     tiny_teacher: Path,
+    text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -211,6 +264,22 @@ def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     shown = re.search(r"val/loss\D+([\d.]+)", capsys.readouterr().out)
     loss = EventAccumulator(str(events)).Reload().Scalars("val/loss")[-1].value
     assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
+
+    assert main(["test", "--config", str(fit_config), "--ckpt_path", str(checkpoint)]) == 0
+    shown = re.search(r"test/loss\D+([\d.]+)", capsys.readouterr().out)
+    assert shown and float(shown[1]) == pytest.approx(loss, rel=1e-4)
+    assert main(["predict", "--config", str(fit_config), "--ckpt_path", str(checkpoint)]) == 0
+    (written,) = tmp_path.rglob("vectors.parquet")
+    found = pq.read_table(written).to_pydict()
+    assert found["text"] == list(load_corpus(str(text_file)).held_out)
+    student = AutoModel.from_pretrained(encoder).eval()
+    for text, vector in zip(found["text"], found["vector"], strict=True):
+        batch = find_teacher(str(encoder)).tokenizer(
+            text, truncation=True, max_length=24, return_tensors="pt"
+        )
+        with torch.no_grad():
+            mean = student(**batch).last_hidden_state[0].mean(0)
+        assert vector == pytest.approx(mean.tolist(), abs=1e-5)
 
 
 def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_replaces_nothing(
@@ -281,7 +350,7 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
         assert main(["verify", str(encoder.parent)]) == 0, "with the figures of the validation"
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_options_of_the_lightning_cli_take_dashes_as_completion_offers_them(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

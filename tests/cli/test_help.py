@@ -63,7 +63,7 @@ def test_pages_are_what_the_parsers_say() -> None:
 
 def test_every_command_has_a_page_that_begins_with_its_summary() -> None:
     assert {path.stem for path in (CLI / "pages").iterdir()} == set(COMMANDS)
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 13
     for command in COMMANDS:
         first, examples, *_ = page(command).split("\n\n")
         assert first == f"kdnas {command}: {summary(command)}"

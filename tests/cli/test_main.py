@@ -158,7 +158,7 @@ def test_a_search_that_is_killed_again_and_again_is_the_unbroken_one_where_laten
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == main(["--quiet", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 13
     assert all(f"kdnas {command}" in shown for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{kdnas.__version__}\n"
@@ -429,7 +429,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--states.folder=/proc/states", "Cannot write to '/proc/states'"),
         (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
         ("--data.max_lenght=9", "Did you mean 'max_length'?"),
-        ("--dta.max_length=9", "Choose from: candidate_timeout, config, data, "),
+        ("--dta.max_length=9", "Did you mean 'data'?"),
         ("--task=stsb", "--task is an option of `kdnas run`."),
         ("--full_kd.num_epochs=3", "--full_kd.num_epochs is an option of `kdnas run`."),
         ("--search.loss=mean", "search.loss"),
@@ -917,6 +917,7 @@ def test_a_dry_run_counts_no_stored_states_and_only_students_within_the_budget(
     assert "1 candidates" in capsys.readouterr().out
 
 
+LIGHTNING = ("fit", "validate", "test", "predict")
 MISSPELT = {
     "run": ("smpler", "sampler"),
     "search": ("teachr", "teacher"),
@@ -926,6 +927,8 @@ MISSPELT = {
     "glue": ("sedes", "seeds"),
     "fit": ("modle", "model"),
     "validate": ("trainr", "trainer"),
+    "test": ("dat", "data"),
+    "predict": ("ckpt_pth", "ckpt_path"),
     "report": ("ouput", "output"),
     "verify": ("rot", "root"),
 }
@@ -941,12 +944,10 @@ def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
     assert MISSPELT.keys() == COMMANDS.keys() - {"completion"}
     monkeypatch.chdir(tmp_path)
     wrong, right = MISSPELT[command]
-    command = (
-        [command, "--config", "configs/fit.yaml"] if command in ("fit", "validate") else [command]
-    )
+    command = [command, "--config", "configs/fit.yaml"] if command in LIGHTNING else [command]
     (tmp_path / "mine.yaml").write_text(f"{wrong}: x\n")
     ways = [[f"--{wrong}", "x"], [f"--{wrong}=x"]] + (
-        [] if command == ["verify"] else [["--config", "mine.yaml"]]
+        [] if command in (["report"], ["verify"]) else [["--config", "mine.yaml"]]
     )
     for way in ways:
         assert main([*command, *way]) == 2
@@ -954,3 +955,27 @@ def test_a_misspelt_option_or_key_of_every_command_names_the_nearest(
         assert shown.out == "" and shown.err.count("\n") == 1, shown.err
         assert wrong in shown.err and f"Did you mean {right!r}?" in shown.err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+ABBREVIATED = {
+    "run": ("--samp", "sampler"),
+    "search": ("--data.col", "column"),
+    "space": ("--teach", "teacher"),
+    "latency": ("--back", "backend"),
+    "export": ("--out", "output"),
+    "glue": ("--seed", "seeds"),
+    "fit": ("--trainer.max_epoch", "max_epochs"),
+    "validate": ("--model.recipe.learning_rat", "learning_rate"),
+    "test": ("--data.colum", "column"),
+    "predict": ("--ckpt", "ckpt_path"),
+    "report": ("--outpu", "output"),
+    "verify": ("--roo", "root"),
+}
+
+
+@pytest.mark.parametrize("command", ABBREVIATED)
+def test_an_abbreviated_option_is_a_typo(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ABBREVIATED.keys() == COMMANDS.keys() - {"completion"}
+    short, whole = ABBREVIATED[command]
+    error = refused([command, short, "3"], capsys)
+    assert short in error and f"Did you mean {whole!r}?" in error

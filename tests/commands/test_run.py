@@ -923,7 +923,7 @@ def test_the_originals_recipe_for_one_student(
         "model.arch.num_attention_heads": 2,
         "model.arch.hidden_size": 32,
         "data.text": text_file,
-        "data.settings.max_length": 24,
+        "data.max_length": 24,
         "trainer.max_epochs": 1,
         "trainer.default_root_dir": tmp_path,
     }

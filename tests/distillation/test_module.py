@@ -884,6 +884,7 @@ def test_the_share_of_the_teacher_s_embedding_output_is_0_and_that_of_the_teache
     fitted = trainer(precision=precision)
     fitted.validate(module, data, verbose=False)
     assert fitted.callback_metrics["val/contextual_share"].item() == share
+    assert fitted.progress_bar_metrics["contextual_share"] == share
 
 
 def test_the_loss_weighs_the_terms_and_scales_those_of_hidden_states_alone(teacher, data, states):
@@ -1026,7 +1027,7 @@ def test_mini_kd_full_kd_and_fit_build_the_same_module(
     fit.append(f"--config={tmp_path / 'fit.yaml'}")
     fit += [
         "--seed_everything=7",
-        "--data.settings.max_length=24",
+        "--data.max_length=24",
         "--trainer.max_epochs=1",
         "--trainer.logger=false",
     ]

@@ -105,7 +105,7 @@ def test_bars_in_a_notebook_leave_stderr_alone(in_notebook):
         (
             30.0,
             [
-                "fit: epoch 1 of 2, step 3, held-out loss 0.5000, 2 min left",
+                "fit: epoch 1 of 2, step 3, held-out loss 0.5000, contextual share 0.250, 2 min left",
                 "fit: epoch 2 of 2, step 6, ",
             ],
         ),
@@ -124,6 +124,7 @@ def test_where_no_bar_moves_long_epochs_get_lines(tmp_path, monkeypatch, seconds
         def on_train_epoch_end(self, trainer, pl_module):
             """As after a validation, which this module has not."""
             trainer.callback_metrics["val_loss"] = torch.tensor(0.5)
+            trainer.callback_metrics["contextual_share"] = torch.tensor(0.25)
             told.on_validation_end(trainer, pl_module)
 
     fit(make_trainer(settings(), tmp_path / "fit", 2, [Clock(), told]), Steep(), Data())
