@@ -49,7 +49,14 @@ from kdnas.distillation.objectives import (
     WeightedSum,
 )
 from kdnas.distillation.sentences import PairComparison, SentenceState
-from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Start, Started
+from kdnas.distillation.start import (
+    FromEmbeddings,
+    FromTeacher,
+    RandomStart,
+    Start,
+    Started,
+    copy_layers,
+)
 from kdnas.distillation.teacher_states import StatesSettings, open_states
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher, load_classifier
@@ -147,7 +154,7 @@ class Copied(Start):
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        return FromTeacher()._copy(student, teacher)
+        return copy_layers(student, teacher)
 
 
 class Residual(Objective):

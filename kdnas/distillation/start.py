@@ -119,28 +119,11 @@ class FromTeacher(Start):
             rest = ("num_attention_heads", "intermediate_size")
             if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
                 log.info("The layers of a %s are copied and cut, a worse start.", kind)
-            return self._copy(student, teacher)
+            return copy_layers(student, teacher)
         if not narrows:
             log.info("A narrower %s starts from its teacher's embeddings alone.", kind)
             return FromEmbeddings()(student, teacher, rows)
         return Started(copied_tables(student), narrow(student, teacher, rows))
-
-    def _copy(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-        family = family_of(teacher.config)
-        layers, sources = family.layers(student), family.layers(teacher)
-        ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-        num_heads = (student.config.num_attention_heads, teacher.config.num_attention_heads)
-        heads = tuple(spread(*num_heads))
-
-        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        for name, parameter in ours.items():
-            if id(parameter) not in in_layers:
-                source = theirs[name]
-                # MPNet's table of distances has a column a head.
-                parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
-        for layer, number in zip(layers, kept_layers(len(layers), len(sources)), strict=True):
-            _copy_layer(layer, sources[number], family.names.intermediate, family.names.output)
-        return Started(frozenset(ours), (heads,) * len(layers))
 
 
 def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: str) -> None:
@@ -169,6 +152,25 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     covariance = products / len(words) - mean.outer(mean)
     _, vectors = torch.linalg.eigh(covariance)  # eigenvalues in ascending order
     return vectors[:, -width:].flip(-1).float()
+
+
+def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
+    """Copy all but the layers, and of these the first ones and the last (``kept_layers``)."""
+    family = family_of(teacher.config)
+    layers, sources = family.layers(student), family.layers(teacher)
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    num_heads = (student.config.num_attention_heads, teacher.config.num_attention_heads)
+    heads = tuple(spread(*num_heads))
+
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for name, parameter in ours.items():
+        if id(parameter) not in in_layers:
+            source = theirs[name]
+            # MPNet's table of distances has a column a head.
+            parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
+    for layer, number in zip(layers, kept_layers(len(layers), len(sources)), strict=True):
+        _copy_layer(layer, sources[number], family.names.intermediate, family.names.output)
+    return Started(frozenset(ours), (heads,) * len(layers))
 
 
 def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: str) -> None:

@@ -1,0 +1,126 @@
+"""Two baselines that a distilled student should beat: no layers at all, and fewer of its teacher's own."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from kdnas.distillation.start import copy_layers
+from kdnas.models.arch import StudentArch
+from kdnas.models.encoders import Teacher, build_classifier, encode, find_teacher, load_classifier
+from kdnas.models.families import student_config
+from kdnas.system.files import new_file
+
+WIDTH = 256  # of a token's vector, unless the teacher is narrower
+TOKENS_AT_ONCE = 1024
+
+
+class StaticForSequenceClassification(nn.Module):
+    """A linear head on the mean of the tokens' vectors, with transformers' interface.
+
+    The mean goes through a layer norm, so that rates for encoders fit. Of a pair, the head sees the
+    mean of each sentence and their product; of one sentence, zeros for the second and the product.
+
+    Args:
+        config: of the teacher, which reads the same tokens.
+        separator: id of the token between two sentences.
+        num_labels: outputs of the head.
+    """
+
+    def __init__(self, config: PreTrainedConfig, separator: int, num_labels: int) -> None:
+        super().__init__()
+        self.config = copy.deepcopy(config)
+        self.config.num_labels = num_labels
+        self.separator = separator
+        self.vectors = nn.Embedding(config.vocab_size, min(WIDTH, config.hidden_size))
+        self.head = nn.Linear(3 * self.vectors.embedding_dim, num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> SequenceClassifierOutput:
+        """As transformers' classifiers; the last two arguments are theirs, and not read."""
+        vectors_BTH = self.vectors(input_ids)
+        ends_BT = input_ids == self.separator
+        is_second_BT = ends_BT.cumsum(1) > 0
+        is_word_BT = attention_mask.bool() & ~ends_BT
+        parts_BPT = torch.stack([is_word_BT & ~is_second_BT, is_word_BT & is_second_BT], 1)
+        sums_BPH = parts_BPT.to(vectors_BTH.dtype) @ vectors_BTH
+        # Of a sum it is the same as of a mean.
+        first_BH, second_BH = F.layer_norm(sums_BPH, sums_BPH.shape[-1:]).unbind(1)
+        features = torch.cat([first_BH, second_BH, first_BH * second_BH], -1)
+        return SequenceClassifierOutput(logits=self.head(features))
+
+    def set_attn_implementation(self, name: str) -> None:
+        """There is no attention."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the weights; the config would be taken for that of a model of the teacher's family."""
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+
+@torch.no_grad()
+def token_vectors(teacher: Teacher) -> Tensor:
+    """A vector for each token of the teacher's vocabulary, shape (V, width).
+
+    It is the teacher's last state of the token by itself, between [CLS] and [SEP], in its principal
+    components, times ``log(1 + rank)``: tokens come in the order of their frequency in most
+    vocabularies. Special tokens have zeros.
+
+    Source: Tulkens & van Dongen 2024, "Model2Vec: Fast State-of-the-Art Static Embeddings".
+    """
+    ranks, tokenizer = torch.arange(teacher.config.vocab_size), teacher.tokenizer
+    pieces = []
+    for ids in ranks.split(TOKENS_AT_ONCE):
+        first, last = (
+            torch.full_like(ids, token)
+            for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        )
+        rows = torch.stack([first, ids, last], 1)
+        batch = {
+            "input_ids": rows,
+            "attention_mask": torch.ones_like(rows),
+            "token_type_ids": torch.zeros_like(rows),
+        }
+        states = encode(teacher.model, batch).hidden_states
+        assert states is not None
+        pieces.append(states[-1][:, 1])
+    vectors = torch.cat(pieces)
+    vectors = vectors - vectors.mean(0)
+    _, components = torch.linalg.eigh(vectors.T @ vectors)  # eigenvalues in ascending order
+    vectors = vectors @ components[:, -WIDTH:] * ranks.log1p()[:, None]
+    vectors[tokenizer.all_special_ids] = 0
+    return vectors
+
+
+def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequenceClassification:
+    """A classifier of the teacher's ``token_vectors``, which are computed once and kept in a file."""
+    teacher = find_teacher(source)
+    if not kept.exists():
+        content = save({"vectors": token_vectors(teacher)})
+        with new_file(kept) as file:
+            file.write(content)
+    separator: Any = teacher.tokenizer.sep_token_id
+    model = StaticForSequenceClassification(teacher.config, separator, num_labels)
+    model.vectors.weight = nn.Parameter(load(kept.read_bytes())["vectors"])
+    return model
+
+
+@torch.no_grad()
+def cut_classifier(source: str, arch: StudentArch, num_labels: int) -> PreTrainedModel:
+    """The teacher's first layers and its last as they are, with its pooler and a new head."""
+    teacher = load_classifier(source, num_labels)
+    cut = build_classifier(student_config(teacher.config, arch), num_labels)
+    encoder: Any = cut.base_model
+    whole: Any = teacher.base_model
+    copy_layers(encoder, whole)
+    return cut
