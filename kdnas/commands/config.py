@@ -202,6 +202,36 @@ class SpaceConfig(SearchConfig):
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What fine-tuning is tried with before, on a part of the training rows: every combination, with the first seed.
+
+    Args:
+        batch_sizes: rows a step.
+        learning_rates: AdamW's peaks.
+        held_out: share of the training rows that a combination is scored on; those that are
+            reported stay unseen.
+
+    Raises:
+        UserError: a list is empty, or the share leaves nothing.
+    """
+
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-4, 5e-5, 3e-5])
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
+        if not 0 < self.held_out < 1:
+            raise UserError(
+                f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1."
+            )
+        for size, rate in itertools.product(self.batch_sizes, self.learning_rates):
+            FinetuneSettings(batch_size=size, learning_rate=rate)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(SearchConfig):
     """What ``kdnas run`` is asked for: a search, and what follows it.
@@ -212,14 +242,22 @@ class RunConfig(SearchConfig):
             encoder is exported.
         trial: the number of another candidate of this finished search, to take to the end: full KD,
             fine-tuning, export and report become the run ``<name>-trial-<number>``.
+        task_distill: fine-tune the student with the help of the teacher that this run has
+            fine-tuned.
         full_kd: the last distillation.
-        finetune: how teacher and student are fine-tuned; its seed is ``seed``.
+        grid: choose batch size and learning rate for each model first; ``--grid={}`` takes the
+            defaults.
+        finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
+        distill: what the teacher's help is.
     """
 
     task: str | None = None
     trial: int | None = None
+    task_distill: bool = False
     full_kd: FullKDSettings = field(default_factory=FullKDSettings)
+    grid: Grid | None = None
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,36 +312,6 @@ class LatencyConfig:
                 self.length[:1] if self.lengths else self.length,
             )
         ]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What fine-tuning is tried with before, on a part of the training rows: every combination, with the first seed.
-
-    Args:
-        batch_sizes: rows a step.
-        learning_rates: AdamW's peaks.
-        held_out: share of the training rows that a combination is scored on; those that are
-            reported stay unseen.
-
-    Raises:
-        UserError: a list is empty, or the share leaves nothing.
-    """
-
-    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-4, 5e-5, 3e-5])
-    held_out: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_sizes", "learning_rates"):
-            if not getattr(self, name):
-                raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
-        if not 0 < self.held_out < 1:
-            raise UserError(
-                f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1."
-            )
-        for size, rate in itertools.product(self.batch_sizes, self.learning_rates):
-            FinetuneSettings(batch_size=size, learning_rate=rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,6 +350,8 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
             f"{task['name']}, {task['metric']}": f"{row['score']:.3f}",
             "its teacher, fine-tuned alike": f"{models['teacher']['score']:.3f}",
             "its shape from a random start": f"{models['random']['score']:.3f}",
+            "its teacher's vectors of single tokens": f"{models['static']['score']:.3f}",
+            "layers cut from its teacher": f"{models['layer_cut']['score']:.3f}",
             "rows that were scored": f"cut at {config['finetune']['max_length']} tokens",
         }
         latency = f"{row['latency_ms']:.2f} ms, {row['speedup']:.1f}x faster than its teacher"

@@ -18,11 +18,10 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import PreTrainedConfig
 
-from kdnas.commands.config import GlueConfig, as_plain
+from kdnas.commands.config import GlueConfig, RunConfig, as_plain
 from kdnas.commands.engine import open_engine
-from kdnas.deploy.latency import LatencySettings, check_length, is_unsteady, measure_latency
+from kdnas.deploy.latency import check_length, is_unsteady, measure_latency
 from kdnas.models.encoders import (
     build_classifier,
     find_teacher,
@@ -78,7 +77,7 @@ class Help:
 
 
 def fine_tuning(
-    encoder: str | PreTrainedConfig,
+    make: Callable[[int], Any],
     tokenizer: str,
     source: TaskSource,
     settings: FinetuneSettings,
@@ -90,7 +89,7 @@ def fine_tuning(
     """The job of one fine-tuning; gives what ``evaluate_glue`` gives.
 
     Args:
-        encoder: where it is; or a config, whose encoder starts at random.
+        make: gives the classifier, of so many outputs.
         tokenizer: whose is read by.
         source: of the labelled rows.
         settings: how it is trained.
@@ -102,8 +101,7 @@ def fine_tuning(
     task = source()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        make = load_classifier if isinstance(encoder, str) else build_classifier
-        classifier = make(encoder, task.task.num_labels)  # type: ignore[arg-type]
+        classifier = make(task.task.num_labels)
     make_module = None
     if help is not None:
         teacher = load_task_teacher(help.source, task.task)
@@ -120,26 +118,6 @@ def fine_tuning(
     )
 
 
-def measure_rows(
-    rows: Mapping[str, dict[str, Any]], folder: Path, num_labels: int, settings: LatencySettings
-) -> None:
-    """Add to each fine-tuned model's row its latency, measured in turn, and what it is beside the first.
-
-    Args:
-        rows: by the model's folder below ``folder``; the first is the teacher's.
-        folder: of the models.
-        num_labels: outputs of each.
-        settings: how latency is measured.
-    """
-    models = [load_classifier(folder / name / "model", num_labels) for name in rows]
-    latencies = measure_latency(models, settings)
-    teacher = next(iter(rows.values()))
-    for row, latency in zip(rows.values(), latencies, strict=True):
-        row["latency_ms"], row["latency_iqr_ms"] = latency.median_ms, latency.iqr_ms
-        row["speedup"] = latencies[0].median_ms / latency.median_ms
-        row["share_kept"] = row["score"] / teacher["score"] if teacher["score"] > 0 else None
-
-
 @dataclass(frozen=True)
 class Contender:
     """A row of the table.
@@ -147,16 +125,18 @@ class Contender:
     Args:
         name: as shown.
         key: of its folder; another for other weights.
-        config: of its encoder.
-        source: where its encoder is.
+        source: where its tokenizer is.
+        make: gives its classifier, of so many outputs; goes through ``pickle``.
+        shape: the same with random weights, to measure latency.
         helpers: for each task's name, the key of its help's folder, and the help.
         plain: the contender that it is without help.
     """
 
     name: str
     key: str
-    config: PreTrainedConfig
     source: str
+    make: Callable[[int], Any]
+    shape: Callable[[int], Any]
     helpers: dict[str, tuple[str, Help]] = dataclasses.field(default_factory=dict)
     plain: "Contender | None" = None
 
@@ -171,20 +151,23 @@ class Contender:
         return helper[1] if helper else None
 
 
-def contender(source: str, name: str, max_tokens: int) -> Contender:
+def contender(source: str, name: str, config: GlueConfig) -> Contender:
     """A pretrained encoder as a row of the table.
 
     Raises:
-        UserError: there is no such encoder, or it takes fewer than ``max_tokens`` tokens.
+        UserError: there is no such encoder, or it takes fewer tokens than ``config`` asks for.
     """
     found = find_teacher(source)
-    if max_tokens > max_length(found.config):
+    if config.finetune.max_length > max_length(found.config):
         raise UserError(
-            f"finetune.max_length is {max_tokens}: the model {source!r} takes at most "
-            f"{max_length(found.config)} tokens."
+            f"finetune.max_length is {config.finetune.max_length}: the model {source!r} takes at "
+            f"most {max_length(found.config)} tokens."
         )
+    check_length(found.config, config.latency)
     key = f"{_safe(Path(source).name)}-{found.sha256()[:8]}"
-    return Contender(name, key, found.config, str(found.source))
+    source = str(found.source)
+    make, shape = partial(load_classifier, source), partial(build_classifier, found.config)
+    return Contender(name, key, source, make, shape)
 
 
 def with_help(
@@ -241,6 +224,7 @@ class Comparison:
         contenders: the first is what the others are compared with.
         tasks: with their rows.
         sources: of the tasks, in the same order.
+        seeds: by the name of their folder.
         config: what was asked for.
         engine: runs the fine-tunings.
         progress: a live display.
@@ -250,7 +234,8 @@ class Comparison:
     contenders: Sequence[Contender]
     tasks: Sequence[LoadedTask]
     sources: Sequence[TaskSource]
-    config: GlueConfig
+    seeds: Mapping[str, int]
+    config: GlueConfig | RunConfig
     engine: Engine
     progress: Progress
 
@@ -266,17 +251,7 @@ class Comparison:
         asked = self._asked()
         if self.results.is_file() and (known := dict(read_json(self.results)))["asked"] == asked:
             return known
-        grid = self._grid_fits() if self.config.grid is not None else []
-        self._do(grid)
-        fits = [
-            self._fit(one, task, source, dataclasses.replace(settings, seed=seed), f"seed_{seed}")
-            for task, source in zip(self.tasks, self.sources, strict=True)
-            for one in self.contenders
-            for settings in [self._settings(one, task, grid)]
-            for seed in range(self.config.seeds)
-        ]
-        self._do(fits)
-        self._write_lines([*grid, *fits])
+        fits = self.fine_tune()
         scores: dict[str, dict[str, list[float]]] = {one.name: {} for one in self.contenders}
         for fit in fits:
             score = read_json(fit.job.result_file)["score"]
@@ -289,17 +264,37 @@ class Comparison:
         write_json(self.results, results)
         return results
 
+    def fine_tune(self) -> list[Fit]:
+        """Do what is missing, the grid first.
+
+        Returns:
+            All fine-tunings but the grid's: task by task, contender by contender.
+        """
+        grid = self._grid_fits() if self.config.grid is not None else []
+        self._do(grid)
+        fits = [
+            self._fit(one, task, source, dataclasses.replace(settings, seed=seed), name)
+            for task, source in zip(self.tasks, self.sources, strict=True)
+            for one in self.contenders
+            for settings in [self._settings(one, task, grid)]
+            for name, seed in self.seeds.items()
+        ]
+        self._do(fits)
+        self._write_lines([*grid, *fits])
+        return fits
+
     @property
     def results(self) -> Path:
         """Where the results go."""
         return self.folder / "results.json"
 
     def _asked(self) -> dict[str, Any]:
-        names = ("grid", "trainer", "latency", "finetune", "seeds")
+        names = ("grid", "trainer", "latency", "finetune")
         return {
             "folders": [one.folder(task) for one in self.contenders for task in self.tasks],
             "names": [one.name for one in self.contenders],
             "rows": [task.sha256 for task in self.tasks],
+            "seeds": len(self.seeds),
             **{name: as_plain(getattr(self.config, name)) for name in names},
             **self.config.latency.content(),
         }
@@ -313,25 +308,24 @@ class Comparison:
         name: str,
     ) -> Fit:
         folder = self.folder / one.folder(task) / name
-        trainer, is_kept = self.config.trainer, name == "seed_0"
+        trainer, is_kept = self.config.trainer, name == next(iter(self.seeds))
         keep_finetune_settings(folder, task, settings, trainer)
-        args = one.source, one.source, source, settings, trainer, folder, one.help(task), is_kept
-        title = f"{task.task.name}, {one.name}, {name.replace('_', ' ')}"
+        args = one.make, one.source, source, settings, trainer, folder, one.help(task), is_kept
+        title = ", ".join(filter(None, [task.task.name, one.name, name.replace("_", " ")]))
         is_of_grid = source.held_out is not None
         return Fit(one, task, settings, Job(folder, title, fine_tuning, args), is_of_grid)
 
     def _grid_fits(self) -> list[Fit]:
         grid = self.config.grid
         assert grid is not None
+        first = dataclasses.replace(self.config.finetune, seed=next(iter(self.seeds.values())))
         found = []
         for task, source in zip(self.tasks, self.sources, strict=True):
             rows = task.for_choosing(grid.held_out)
             source = dataclasses.replace(source, held_out=grid.held_out)
             for one in self._plain():
                 for size, rate in itertools.product(grid.batch_sizes, grid.learning_rates):
-                    settings = dataclasses.replace(
-                        self.config.finetune, batch_size=size, learning_rate=rate
-                    )
+                    settings = dataclasses.replace(first, batch_size=size, learning_rate=rate)
                     found.append(self._fit(one, rows, source, settings, f"grid_{size}_{rate:g}"))
         return found
 
@@ -350,7 +344,7 @@ class Comparison:
         if not done:
             raise CandidateFailed(f"Every point of the grid failed for {plain.name!r} on {name!r}.")
         score, best = max(done, key=lambda pair: float(pair[0]))
-        if one is plain:
+        if one is plain or plain not in self.contenders:
             self._say(
                 f"{name}: {one.name}, chosen on held-out training rows ({score:.3f}): batch "
                 f"{best.settings.batch_size}, learning rate {best.settings.learning_rate:g}"
@@ -380,8 +374,9 @@ class Comparison:
             result = {"score": None, "failed": str(error), "settings": settings}
             write_json(job.result_file, result)
 
-        jobs = [fit.job for fit in fits]
-        self.engine.run(jobs, JobBars(self.progress), ended, failed)
+        for is_helped in (False, True):  # a helper may be among those without help
+            jobs = [fit.job for fit in fits if bool(fit.contender.helpers) == is_helped]
+            self.engine.run(jobs, JobBars(self.progress), ended, failed)
 
     def _write_lines(self, fits: Sequence[Fit]) -> None:
         lines = [json.dumps(fit.line()) + "\n" for fit in fits if fit.job.is_done]
@@ -391,35 +386,45 @@ class Comparison:
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _rows(self, scores: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = {}
+        for name, by_task in scores.items():
+            averages = [statistics.mean(values) for values in zip(*by_task.values(), strict=True)]
+            average, spread = statistics.mean(averages), _spread(averages)
+            rows[name] = {"scores": by_task, "average": average, "spread": spread}
+        self.measure_rows(rows, "average")
+        first = rows[self.contenders[0].name]["average"]
+        for one in self.contenders:
+            if one.plain is not None and one.plain.name in rows:
+                before, after = (rows[each.name]["average"] for each in (one.plain, one))
+                gap = first - before
+                rows[one.name]["gap_closed"] = (after - before) / gap if gap > 0 else None
+        return rows
+
+    def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
+        """Add to each contender's row its size, its latency, and what it is beside the first.
+
+        Args:
+            rows: by the contender's name.
+            score: what share of the first's is kept.
+        """
         num_labels, distinct = self.tasks[0].task.num_labels, self._plain()
         with torch.random.fork_rng():
-            models = [build_classifier(one.config, num_labels) for one in distinct]
+            models = [one.shape(num_labels) for one in distinct]
         latencies = measure_latency(models, self.config.latency)
         measured = {
             one.key: (latency, num_parameters(model))
             for one, model, latency in zip(distinct, models, latencies, strict=True)
         }
-        rows: dict[str, dict[str, Any]] = {}
+        first = rows[self.contenders[0].name]
         for one in self.contenders:
-            by_task = scores[one.name]
-            averages = [statistics.mean(values) for values in zip(*by_task.values(), strict=True)]
-            latency, size = measured[(one.plain or one).key]
-            row = rows[one.name] = {
-                "scores": by_task,
-                "average": statistics.mean(averages),
-                "spread": _spread(averages),
+            row, (latency, size) = rows[one.name], measured[(one.plain or one).key]
+            row |= {
                 "latency_ms": latency.median_ms,
                 "latency_iqr_ms": latency.iqr_ms,
+                "speedup": latencies[0].median_ms / latency.median_ms,
+                "share_kept": row[score] / first[score] if first[score] > 0 else None,
                 "num_parameters": size,
             }
-            first = rows[self.contenders[0].name]
-            row["share_kept"] = row["average"] / first["average"] if first["average"] > 0 else None
-            row["speedup"] = first["latency_ms"] / row["latency_ms"]
-            if one.plain is not None and one.plain.name in rows:
-                before = rows[one.plain.name]["average"]
-                gap = first["average"] - before
-                row["gap_closed"] = (row["average"] - before) / gap if gap > 0 else None
-        return rows
 
 
 def _about(task: LoadedTask) -> dict[str, Any]:
@@ -492,8 +497,10 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         run.manifest.unlink(missing_ok=True)  # until the end again
         sweep(run.folder)
         write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
-        comparison = Comparison(run.folder, contenders, tasks, sources, config, engine, progress)
-        results = comparison.run()
+        seeds = {f"seed_{seed}": seed for seed in range(config.seeds)}
+        results = Comparison(
+            run.folder, contenders, tasks, sources, seeds, config, engine, progress
+        ).run()
         write_manifest(run.folder, {"name": run.name, "command": sys.argv, "gpu": gpu_name()})
     _show(results, run, console)
     return results
@@ -531,11 +538,9 @@ def _load(sources: Sequence[TaskSource], config: GlueConfig) -> list[LoadedTask]
 
 def _contenders(config: GlueConfig, tasks: Sequence[LoadedTask]) -> list[Contender]:
     plain = [
-        contender(source, name, config.finetune.max_length)
+        contender(source, name, config)
         for source, name in zip(config.model, short_names(config.model), strict=True)
     ]
-    for one in plain:
-        check_length(one.config, config.latency)
     if config.distill_from is None:
         return plain
     return plain + with_help(plain[1:] or plain, config.distill_from, tasks, config.distill)

@@ -190,15 +190,19 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         free.append("search.n_trials")
     if not run.full_kd.exists():
         free.append("full_kd")
+    of_stage = ("finetune.", "task", "grid", "distill.")
     if not run.glue.exists() and not run.student.exists():  # what is exported stays
-        free += ["finetune.", "task"]
-    shared = {key for key in known.keys() & asked.keys() if not key.startswith(tuple(free))}
-    differing = [key for key in shared if known[key] != asked[key]]
+        free += of_stage
+    both = known.keys() & asked.keys() | {  # without a grid, there are no keys below it
+        key for key in known.keys() ^ asked.keys() if key.startswith("grid")
+    }
+    shared = {key for key in both if not key.startswith(tuple(free))}
+    differing = [key for key in shared if known.get(key) != asked.get(key)]
     remedy = f"give a new name, such as --name {run.name}-2 (--force-new does)"
-    is_stage_s = all(key.startswith(("finetune.", "task")) for key in differing)
+    is_stage_s = all(key.startswith(of_stage) for key in differing)
     if run.glue.exists() and not run.student.exists() and is_stage_s:
         remedy = f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or {remedy}"
-    ours, theirs = ({key: plain[key] for key in shared} for plain in (known, asked))
+    ours, theirs = ({key: plain.get(key) for key in shared} for plain in (known, asked))
     refuse_difference(ours, theirs, f"The run {run.name!r}", remedy)
 
 
@@ -294,6 +298,8 @@ def _load_rows(
         text = str(path) if text == QUICKSTART else text
     source = task_path(run, task_source)
     task = load_task(source) if source else None
+    if task and isinstance(config, RunConfig) and config.grid:
+        task.for_choosing(config.grid.held_out)
     settings = replace(config.data, seed=config.seed)
     data = KDDataModule(config.teacher, text, settings, folder=str(run.tokens))
     data.setup()

@@ -1,16 +1,13 @@
 """The jobs of a run: each a function of plain data that gives plain data, and how it is asked for."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
 
 from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.export import export_run, rows_of_task, rows_of_texts
-from kdnas.commands.glue import TaskSource, fine_tuning
 from kdnas.commands.inputs import inputs_of
 from kdnas.data.datamodule import Split
 from kdnas.distillation.full_kd import distill_student
@@ -22,8 +19,6 @@ from kdnas.system.errors import UserError
 from kdnas.system.files import Run
 from kdnas.system.jobs import Job
 from kdnas.system.pool import share_devices
-from kdnas.tasks.finetune import FinetuneSettings
-from kdnas.tasks.tasks import load_task
 
 
 def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
@@ -78,20 +73,6 @@ def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path])
         names = ("loss", "contextual_share", "sentence_r2", "history")
         found |= {name: attrs[name] for name in names}
     return found
-
-
-def finetune_job(
-    config: RunConfig,
-    role: str,
-    encoder: str | PreTrainedConfig,
-    tokenizer: str,
-    task: str,
-    settings: FinetuneSettings,
-) -> Job:
-    """Fine-tuning of the teacher, the student, or a random start of its shape; see ``fine_tuning``."""
-    folder, source = Run(config.root, config.name).glue / role, TaskSource(partial(load_task, task))
-    args = (encoder, tokenizer, source, settings, config.trainer, folder)
-    return Job(folder, f"fine-tuning, {role}", fine_tuning, args)
 
 
 def export_job(config: RunConfig) -> Job:

@@ -322,7 +322,8 @@ def _later(
         _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
         stages += [
             _finetuning(sample, config, task, "teacher", teacher),
-            _finetuning(sample, config, task, "student and random start", student, copies=2),
+            # The layer cut is about as fast as the student; the static vectors take nearly nothing.
+            _finetuning(sample, config, task, "student, random, cut", student, copies=3),
         ]
     # Weights and graph in float32, and int8.
     return [*stages, sample.stage("export", EXPORT_SECONDS, 2.25 * student_bytes)]
@@ -352,8 +353,10 @@ def _finetuning(
     rates = _rates(finetune, len(task.train["label"]), num_scored)
     whole = sample.sizes
     seconds = rates.seconds(config.finetune.num_epochs, whole.num_train, whole.num_validation)
+    grid = config.grid
+    num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
     num_bytes = 4 * num_parameters(model)
-    return sample.stage(f"fine-tuning, {name}", copies * seconds, copies * num_bytes)
+    return sample.stage(f"fine-tuning, {name}", copies * num_fits * seconds, copies * num_bytes)
 
 
 def _distillation(

@@ -5,7 +5,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,12 +15,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedConfig
 
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceSettings, as_plain
 from kdnas.commands.engine import open_engine
 from kdnas.commands.export import is_exported, say
-from kdnas.commands.glue import measure_rows
+from kdnas.commands.glue import Comparison, Contender, Help, TaskSource
 from kdnas.commands.inputs import (
     RunContext,
     forget_inputs,
@@ -29,10 +29,12 @@ from kdnas.commands.inputs import (
     refuse_other_config,
     task_path,
 )
-from kdnas.commands.jobs import candidate_job, export_job, finetune_job, full_kd_job
+from kdnas.commands.jobs import candidate_job, export_job, full_kd_job
 from kdnas.distillation.metrics import too_long
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import student_config
+from kdnas.models.encoders import build_classifier, load_classifier
+from kdnas.models.families import arch_of as arch_of_config
+from kdnas.models.families import student_config
 from kdnas.nas.budget import Budget
 from kdnas.nas.controller import ModelRanking
 from kdnas.nas.sampler import lstm_of
@@ -60,11 +62,18 @@ from kdnas.system.files import Run, file_sha256, read_json, write_json, write_te
 from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals, notice_signals
 from kdnas.system.yaml import read_yaml
-from kdnas.tasks.finetune import keep_finetune_settings
+from kdnas.tasks.baselines import (
+    StaticForSequenceClassification,
+    cut_classifier,
+    static_classifier,
+)
+from kdnas.tasks.tasks import LoadedTask, load_task
 from kdnas.training.precision import gpu_name, own_precision
 from kdnas.training.progress import JobBars
 
 log = logging.getLogger("kdnas")
+
+VECTORS = "vectors.safetensors"  # of the static baseline, while its fine-tunings last
 
 
 @own_precision()
@@ -355,30 +364,28 @@ def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
 
 
 def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Fine-tune teacher, student and a random start of the student's shape, all alike."""
-    folder, task, teacher = context.run.glue, context.inputs.task, context.inputs.teacher
-    task_source = task_path(context.run, config.task)
-    assert task is not None and task_source is not None
+    """Fine-tune teacher, student, and what the student should beat, all alike."""
+    folder, task = context.run.glue, context.inputs.task
+    source = task_path(context.run, config.task)
+    assert task is not None and source is not None
     if (folder / "results.json").exists():
         context.console.print("Fine-tuning: done.")
         return
-    settings = replace(config.finetune, seed=config.seed)
-    encoders: dict[str, str | PreTrainedConfig] = {
-        "teacher": teacher.source,
-        "student": str(context.run.full_kd / "encoder"),
-        "random": student_config(teacher.config, arch),
-    }
-    jobs = []
-    for role, encoder in encoders.items():
-        keep_finetune_settings(folder / role, task, settings, config.trainer)
-        jobs.append(finetune_job(config, role, encoder, teacher.source, task_source, settings))
+    sources, seeds = [TaskSource(partial(load_task, source))], {"": config.seed}
     with context.progress() as progress:
-        results = context.engine.run(jobs, JobBars(progress))
-    rows = dict(zip(encoders, results, strict=True))
-    for role, row in rows.items():
-        (folder / role / "last.ckpt").unlink(missing_ok=True)
-        context.console.print(f"Fine-tuning: {role} {row['score']:.3f} on {task.task.name}.")
-    measure_rows(rows, folder, task.task.num_labels, config.latency)
+        comparison = Comparison(
+            folder,
+            _roles(context, config, arch, task.task.name),
+            [task],
+            sources,
+            seeds,
+            config,
+            context.engine,
+            progress,
+        )
+        fits = comparison.fine_tune()
+    rows = {fit.contender.name: dict(read_json(fit.job.result_file)) for fit in fits}
+    comparison.measure_rows(rows, "score")
     about = {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),
@@ -386,7 +393,62 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
         "num_train": len(task.train["label"]),
         "num_validation": len(task.validation["label"]),
     }
+    (folder / "static" / VECTORS).unlink(missing_ok=True)  # they are in its model/ too
     write_json(folder / "results.json", {"task": about, "models": rows})
+
+
+class Role(Contender):
+    """A row of a run's table, which has one task."""
+
+    def folder(self, task: LoadedTask) -> str:
+        """Of its fine-tuning, below the stage's."""
+        return self.key
+
+
+def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str) -> list[Role]:
+    """The rows of the final table, the teacher first."""
+    folder, teacher = context.run.glue, context.inputs.teacher
+    kept = folder / "layer_cut" / "shape.yaml"
+    if not kept.exists():
+        _layer_cut(context, arch).to_yaml(kept)
+    cut = StudentArch.from_yaml(kept)
+    separator: Any = teacher.tokenizer.sep_token_id
+    encoder, vectors = context.run.full_kd / "encoder", folder / "static" / VECTORS
+
+    def role(name: str, make: Callable[[int], Any], shape: Callable[[int], Any]) -> Role:
+        return Role(name, name, teacher.source, make, shape)
+
+    build = partial(build_classifier, teacher.config)
+    build_student = partial(build_classifier, student_config(teacher.config, arch))
+    build_static = partial(StaticForSequenceClassification, teacher.config, separator)
+    build_cut = partial(build_classifier, student_config(teacher.config, cut))
+    roles = [
+        role("teacher", partial(load_classifier, teacher.source), build),
+        role("student", partial(load_classifier, str(encoder)), build_student),
+        role("random", build_student, build_student),
+        role("static", partial(static_classifier, teacher.source, vectors), build_static),
+        role("layer_cut", partial(cut_classifier, teacher.source, cut), build_cut),
+    ]
+    if config.task_distill:
+        help = Help(str(folder / "teacher" / "model"), config.distill)
+        roles[1] = replace(roles[1], helpers={task: ("", help)}, plain=roles[1])
+    return roles
+
+
+def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
+    """The teacher with as many layers as the budget allows; without one, no slower than the student."""
+    whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
+    budget = context.config.search.budget
+    if budget == Budget():
+        budget = Budget(latency_ms=meter.measure(arch).student.median_ms)
+
+    def cut(depth: int) -> StudentArch:
+        return replace(whole, num_hidden_layers=depth)
+
+    def excess(depth: int) -> float:
+        return budget.violation(meter.measure(cut(depth)))[0]
+
+    return cut(max(1, bisect_right(range(1, whole.num_hidden_layers), 0.0, key=excess)))
 
 
 def export_stage(context: RunContext, config: RunConfig) -> None:

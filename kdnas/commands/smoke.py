@@ -161,6 +161,7 @@ def _shrunk(config: RunConfig, folder: Path) -> RunConfig:
         data=replace(small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)),
         search=few_candidates,
         full_kd=replace(config.full_kd, num_epochs=min(config.full_kd.num_epochs, 1)),
+        grid=None,
         finetune=replace(config.finetune, num_epochs=1),
         latency=replace(config.latency, min_seconds=min(config.latency.min_seconds, 0.05)),
     )

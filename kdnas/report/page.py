@@ -23,6 +23,7 @@ from kdnas.nas.budget import Budget
 from kdnas.nas.trials import ARCH, FrozenTrial, Study, begun, best_trial, in_words, trials_frame
 from kdnas.report.pictures import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     MOST_NAMED,
@@ -41,7 +42,21 @@ from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.training.precision import gpu_name
 from kdnas.training.trainer import TrainerSettings
 
-MODELS = {"teacher": "teacher", "student": "best student", "random": "random start"}
+MODELS = {
+    "teacher": "teacher",
+    "student": "best student",
+    "random": "random start",
+    "static": "static vectors",
+    "layer_cut": "layer cut",
+}
+BASELINES = ("static", "layer_cut")
+SCORE_COLOURS = {
+    "teacher": INK,
+    "student": BLUE,
+    "random": GREY,
+    "static": GREEN,
+    "layer_cut": ORANGE,
+}
 PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 
@@ -49,11 +64,10 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The final table, from ``glue/results.json``: one dict a model, from heading to text."""
     metric = results["task"]["metric"]
     rows = []
-    for name, label in MODELS.items():
-        row = results["models"][name]
+    for name, row in results["models"].items():
         rows.append(
             {
-                "model": label,
+                "model": MODELS[name],
                 "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
                 "MB": as_text(row["megabytes"], ".1f"),
                 "latency (ms)": as_text(row["latency_ms"], ".2f"),
@@ -91,6 +105,16 @@ def caution(results: Mapping[str, Any]) -> str:
         said.append(
             "A random start of its shape scores as high, so this task does not tell "
             "what was distilled."
+        )
+    better = [
+        MODELS[name]
+        for name, row in models.items()
+        if name in BASELINES and row["score"] >= models["student"]["score"]
+    ]
+    if better:
+        said.append(
+            f"The student does not beat the {' and the '.join(better)}: this task does not need "
+            "distillation."
         )
     if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
         said.append(
@@ -220,10 +244,9 @@ def _by_epoch(name: str, label: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _scores(results: Mapping[str, Any]) -> Markup:
-    colours = {"teacher": INK, "student": BLUE, "random": GREY}
     lines = [
-        (MODELS[name], results["models"][name]["history"], colour)
-        for name, colour in colours.items()
+        (MODELS[name], row["history"], SCORE_COLOURS[name])
+        for name, row in results["models"].items()
     ]
     draw = curves(results["task"]["metric"], "score", lines)
     return as_svg("Fine-tuning score by epoch", draw)
@@ -288,13 +311,14 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of fine-tuning and latency that are not the defaults of `kdnas glue`."""
+    """The settings of fine-tuning and latency that are not the defaults of `kdnas glue`; the grid's."""
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),
         "trainer": TrainerSettings(),
         "latency": LatencySettings(),
     }
-    return {
+    grid = {f"grid.{name}": value for name, value in (config.get("grid") or {}).items()}
+    return grid | {
         f"{part}.{name}": value
         for part, default in usual.items()
         for name, value in config.get(part, {}).items()

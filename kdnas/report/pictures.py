@@ -22,7 +22,8 @@ Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row an epoch, col
 
 # Mid-tones, readable on white and on black; INK becomes the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
-COLOURS = (BLUE, ORANGE, "#2f9e6b", "#a566c9", "#c4515f", "#8f7f1f")  # of runs
+GREEN = "#2f9e6b"
+COLOURS = (BLUE, ORANGE, GREEN, "#a566c9", "#c4515f", "#8f7f1f")  # of runs
 # Of more candidates than this only the best and those on the front get a mark and a tip of their
 # own: nobody could read more, and each costs milliseconds whenever the front changes.
 MOST_NAMED = 100

@@ -878,7 +878,7 @@ def test_a_dry_run_says_what_a_run_will_need_and_leaves_nothing(
         "teacher states, other rows",
         "full KD",
         "fine-tuning, teacher",
-        "fine-tuning, student and random start",
+        "fine-tuning, student, random, cut",
         "export",
         "in all",
     ]

@@ -215,7 +215,7 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     (run / "config.yaml").write_text(json.dumps(config))
     models = {
         role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0}
-        for role in ("teacher", "student", "random")
+        for role in ("teacher", "student", "random", "static", "layer_cut")
     }
     results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
     (run / "glue" / "results.json").write_text(json.dumps(results))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from kdnas.cli.main import main
 from kdnas.cli.parser import read_config
+from kdnas.commands import glue as comparison
 from kdnas.commands import run as pipeline
 from kdnas.commands.config import RunConfig, SearchSettings, as_plain
 from kdnas.commands.export import is_exported
@@ -39,7 +41,8 @@ from kdnas.deploy.onnx import open_session
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates
 from kdnas.models.arch import StudentArch
-from kdnas.models.encoders import find_teacher
+from kdnas.models.encoders import build_classifier, find_teacher, num_parameters
+from kdnas.models.families import arch_of, student_config
 from kdnas.models.layers import Even
 from kdnas.nas.reward import reward
 from kdnas.nas.trials import trained
@@ -51,7 +54,8 @@ from tests.conftest import WORDS, make_rows, save_teacher
 
 ARTEFACTS = (
     "config.yaml study.db trials.csv best_student.yaml trial_0000 full_kd/result.json full_kd/encoder "
-    "glue/results.json glue/teacher/result.json glue/student/result.json glue/random/result.json student/config.json "
+    "glue/results.json glue/teacher/result.json glue/student/result.json glue/random/result.json "
+    "glue/static/result.json glue/layer_cut/result.json student/config.json "
     "student/model.safetensors student/tokenizer.json student/model.onnx report.html manifest.json"
 ).split()
 
@@ -162,7 +166,9 @@ def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
     assert list((run / "trial_0000").glob("events.out.tfevents.*"))
 
     results = json.loads((run / "glue" / "results.json").read_text())
-    assert set(results["models"]) == {"teacher", "student", "random"}
+    assert list(results["models"]) == ["teacher", "student", "random", "static", "layer_cut"]
+    for row in results["models"].values():
+        assert row["latency_ms"] > 0 and row["megabytes"] > 0 and row["num_parameters"] > 0
     assert (
         results["models"]["student"]["num_parameters"]
         == results["models"]["random"]["num_parameters"]
@@ -247,7 +253,7 @@ def test_what_a_stage_has_done_before_ctrl_c_is_not_done_again(
     for last_call in (
         "StudentArch.to_yaml",
         "too_long",
-        "measure_rows",
+        "Comparison.measure_rows",
         "say",
         "write_manifest",
     ):
@@ -257,7 +263,7 @@ def test_what_a_stage_has_done_before_ctrl_c_is_not_done_again(
         assert "the same command goes on from here" in capsys.readouterr().err
         assert not (run / "manifest.json").exists()
     results = {path: path.stat().st_mtime_ns for path in run.rglob("result.json")}
-    assert len(results) >= 2 + 1 + 3 + 1
+    assert len(results) >= 2 + 1 + 5 + 1
 
     assert main(command) == 0
     shown = capsys.readouterr().out
@@ -324,9 +330,9 @@ def test_full_kd_and_fine_tuning_go_on_in_the_epoch_in_which_they_were_stopped(
     assert (run / "glue/teacher/last.ckpt").exists()
 
     steps = epochs_of(monkeypatch, GLUEModule)
-    monkeypatch.setattr(pipeline, "measure_rows", interrupt)
+    monkeypatch.setattr(pipeline.Comparison, "measure_rows", interrupt)
     assert main(command) == 130
-    assert [epoch for epoch, _ in groupby(steps)] == [1, 0, 1, 0, 1], "of three models"
+    assert [epoch for epoch, _ in groupby(steps)] == [1, *[0, 1] * 4], "of five models"
     assert not list(run.rglob("last.ckpt"))
 
 
@@ -540,6 +546,8 @@ def test_a_search_whose_database_is_lost_goes_on_from_its_results(
         ("--search.alpha=-0.1", "search.alpha"),
         ("--data.max_length=20", "data.max_length"),
         ("--states.precision=int8", "states.precision"),
+        ("--grid.batch_sizes=[8]", "grid.batch_sizes"),
+        ("--distill.temperature=4.0", "distill.temperature"),
     ],
 )
 def test_another_config_under_the_same_name_is_refused(
@@ -689,6 +697,40 @@ def test_a_run_that_another_process_makes_is_refused_and_a_lock_without_holder_i
     assert (folder / "run.lock").read_text().startswith(f"process {os.getpid()} of ")
 
 
+def test_a_run_has_a_grid_and_the_help_of_the_teacher_that_it_has_fine_tuned(
+    command: list[str], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, glue = find_teacher(str(tiny_teacher)), tmp_path / "logs" / "tiny" / "glue"
+    shape = replace(arch_of(teacher.config), num_hidden_layers=2)
+    most = num_parameters(build_classifier(student_config(teacher.config, shape)))
+    whole, helpers = comparison.load_task_teacher, []
+
+    def load(source: str, *others: Any) -> Any:
+        helpers.append(source)
+        return whole(source, *others)
+
+    monkeypatch.setattr(comparison, "load_task_teacher", load)
+    rates = [1e-3, 1e-6]
+    own = [*command, f"--search.budget.num_parameters={most}", "--task_distill=true"]
+    own += ["--grid.batch_sizes=[16]", f"--grid.learning_rates={rates}", "--grid.held_out=0.25"]
+    assert main(own) == 0
+    assert helpers == [str(glue / "teacher" / "model")]
+    for role in ("teacher", "student", "random", "static", "layer_cut"):
+        scores = {
+            rate: json.loads((glue / role / f"grid_16_{rate:g}" / "result.json").read_text())[
+                "score"
+            ]
+            for rate in rates
+        }
+        settings = json.loads((glue / role / "result.json").read_text())["settings"]
+        assert settings["batch_size"] == 16
+        assert scores[settings["learning_rate"]] == max(scores.values())
+    cut = json.loads((glue / "layer_cut" / "model" / "config.json").read_text())
+    assert (cut["num_hidden_layers"], cut["hidden_size"]) == (2, 64), "the most within the budget"
+    report = " ".join((glue.parent / "report.html").read_text().split())
+    assert "The fine-tuned teacher helped the student." in report
+
+
 def test_rows_of_a_task_that_changed_are_noticed(
     command: list[str],
     task_folder: Path,
@@ -700,7 +742,7 @@ def test_rows_of_a_task_that_changed_are_noticed(
     shutil.copytree(task_folder, task)
     own = [*command, f"--task={task}"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure_rows", interrupt)
+        patch.setattr(pipeline.Comparison, "measure_rows", interrupt)
         assert main(own) == 130
     shutil.copy(task / "train.parquet", task / "validation.parquet")
     assert main(own) == 2

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from kdnas.cli.parser import read_config
-from kdnas.commands.config import GlueConfig
+from kdnas.commands.config import GlueConfig, Grid
 from kdnas.deploy.latency import LatencySettings
 from kdnas.nas.trials import line, trials_frame
 from kdnas.report.page import result_rows, result_table, write_report
@@ -131,7 +131,7 @@ def make_results(**student: object) -> dict[str, object]:
             "num_parameters": num_parameters,
             "megabytes": num_parameters * 4e-6,
             "latency_ms": latency_ms,
-            "latency_iqr_ms": 0.25,
+            "latency_iqr_ms": min(0.25, latency_ms / 10),
             "speedup": 20 / latency_ms,
             "share_kept": score / 0.8,
             "seconds": 3.0,
@@ -150,6 +150,8 @@ def make_results(**student: object) -> dict[str, object]:
             "teacher": row(0.8, 11_170_000, 20.0),
             "student": row(0.776, 2_140_000, 4.0) | student,
             "random": row(0.6, 2_140_000, 4.1),
+            "static": row(0.5, 500_000, 0.1),
+            "layer_cut": row(0.7, 5_140_000, 8.0),
         },
     }
 
@@ -312,6 +314,7 @@ def test_the_headline_is_computed_from_the_final_figures(html):
     )
     assert "Its shape: 2 layers x 64 wide, 2 heads, 96 intermediate, relu." in text
     assert "Its accuracy is 0.776, its teacher's 0.800; the same shape, started at random" in text
+    assert "reaches 0.600, the static vectors 0.500, the layer cut 0.700." in text
 
 
 def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_kept(tmp_path):
@@ -348,6 +351,8 @@ def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
     [
         ({"score": 0.6}, "A random start of its shape scores as high"),
         ({"latency_iqr_ms": 0.5}, "the machine was busy"),
+        ({"score": 0.7}, "The student does not beat the layer cut: this task does not need"),
+        ({"score": 0.5}, "The student does not beat the static vectors and the layer cut:"),
     ],
 )
 def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_path, student, said):
@@ -369,6 +374,8 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
         ["teacher", "11.17", "44.7", "20.00", "0.25", "1.0x", "0.800", "100.0"],
         ["best student", "2.14", "8.6", "4.00", "0.25", "5.0x", "0.776", "97.0"],
         ["random start", "2.14", "8.6", "4.10", "0.25", "4.9x", "0.600", "75.0"],
+        ["static vectors", "0.50", "2.0", "0.10", "0.01", "200.0x", "0.500", "62.5"],
+        ["layer cut", "5.14", "20.6", "8.00", "0.25", "2.5x", "0.700", "87.5"],
     ]
     headings = [
         "model",
@@ -380,7 +387,7 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
         "accuracy",
         "share kept (%)",
     ]
-    assert [list(row) for row in rows] == [headings] * 3
+    assert [list(row) for row in rows] == [headings] * 5
     console = Console(file=io.StringIO(), width=80)
     console.print(result_table(make_results(), {}))
     lines = console.file.getvalue().splitlines()
@@ -417,6 +424,7 @@ def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
             "seed": 7,
             "old": 1,
         },
+        "grid": {"batch_sizes": [8, 16], "learning_rates": [1e-4], "held_out": 0.1},
         "trainer": {"accelerator": "cpu", "precision": "auto", "gradient_clip_val": 0.5},
         "latency": {
             "backend": "onnxruntime-int8",
@@ -433,11 +441,12 @@ def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
     ]
     config, _ = read_config(GlueConfig, "glue", shlex.split(unescape(command))[2:])
     assert config.finetune == FinetuneSettings(num_epochs=5, learning_rate=3e-5, max_length=64)
+    assert config.grid == Grid([8, 16], [1e-4])
     assert config.trainer == TrainerSettings(accelerator="cpu", gradient_clip_val=0.5)
     assert config.latency == LatencySettings(**asked["latency"])
     assert (
         (config.seeds, len(config.model)) == (3, 2)
-        and "batch_size" not in command
+        and "finetune.batch_size" not in command
         and "auto" not in command
     )
     assert (
@@ -509,7 +518,7 @@ def test_the_pareto_picture_shows_each_measured_candidate_once(html):
     assert pareto.count("#d9722b") > 0  # the best one
 
 
-def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(html):
+def test_the_curves_show_each_trained_candidate_full_kd_and_the_models(html):
     _, errors, shares, scores = svgs(html)
     for picture in (errors, shares):
         names = ["trial 0", "trial 1", "full KD"]
@@ -519,6 +528,7 @@ def test_the_curves_show_each_trained_candidate_full_kd_and_the_three_models(htm
         assert re.findall(r"<text[^>]*>(\d)</text>", picture) == ["1", "2"]  # epochs count from 1
     assert "<title>trial 1: 0.444, 0.222</title>" in errors
     tips = ["teacher: 0.400, 0.800", "best student: 0.388, 0.776", "random start: 0.300, 0.600"]
+    tips += ["static vectors: 0.250, 0.500", "layer cut: 0.350, 0.700"]
     assert sorted(re.findall(r"<title>(.*?)</title>", scores)) == sorted(tips)
 
 
