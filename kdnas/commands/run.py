@@ -436,7 +436,7 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 
 
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
-    """The teacher with as many layers as the budget allows; without one, no slower than the student."""
+    """As many teacher layers as the budget allows; without one, no slower than the student."""
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget
     if budget == Budget():

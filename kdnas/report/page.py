@@ -311,7 +311,7 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of fine-tuning and latency that are not the defaults of `kdnas glue`; the grid's."""
+    """Settings of fine-tuning and latency that are not those of `kdnas glue`, and the grid."""
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),
         "trainer": TrainerSettings(),

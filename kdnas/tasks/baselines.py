@@ -1,4 +1,4 @@
-"""Two baselines that a distilled student should beat: no layers at all, and fewer of its teacher's own."""
+"""Two baselines that a student should beat: no layers at all, and fewer of its teacher's own."""
 
 import copy
 from pathlib import Path
@@ -18,14 +18,17 @@ from kdnas.models.families import student_config
 from kdnas.system.files import new_file
 
 WIDTH = 256  # of a token's vector, unless the teacher is narrower
+# Vectors as small as an encoder's tables, and means larger than a layer norm's: so rates for
+# encoders move both. On the quickstart's task that is 0.50 instead of 0.27.
+SPREAD, GAIN = 0.02, 10.0
 TOKENS_AT_ONCE = 1024
 
 
 class StaticForSequenceClassification(nn.Module):
     """A linear head on the mean of the tokens' vectors, with transformers' interface.
 
-    The mean goes through a layer norm, so that rates for encoders fit. Of a pair, the head sees the
-    mean of each sentence and their product; of one sentence, zeros for the second and the product.
+    The mean goes through a layer norm. Of a pair, the head sees the mean of each sentence and their
+    product; of one sentence, zeros for the second and the product.
 
     Args:
         config: of the teacher, which reads the same tokens.
@@ -58,13 +61,13 @@ class StaticForSequenceClassification(nn.Module):
         # Of a sum it is the same as of a mean.
         first_BH, second_BH = F.layer_norm(sums_BPH, sums_BPH.shape[-1:]).unbind(1)
         features = torch.cat([first_BH, second_BH, first_BH * second_BH], -1)
-        return SequenceClassifierOutput(logits=self.head(features))
+        return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
     def set_attn_implementation(self, name: str) -> None:
         """There is no attention."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the weights; the config would be taken for that of a model of the teacher's family."""
+        """Write the weights; the config would be taken for that of an encoder."""
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
@@ -99,11 +102,11 @@ def token_vectors(teacher: Teacher) -> Tensor:
     _, components = torch.linalg.eigh(vectors.T @ vectors)  # eigenvalues in ascending order
     vectors = vectors @ components[:, -WIDTH:] * ranks.log1p()[:, None]
     vectors[tokenizer.all_special_ids] = 0
-    return vectors
+    return vectors * SPREAD / vectors.std()
 
 
 def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequenceClassification:
-    """A classifier of the teacher's ``token_vectors``, which are computed once and kept in a file."""
+    """A classifier of the teacher's ``token_vectors``, which are computed once and kept."""
     teacher = find_teacher(source)
     if not kept.exists():
         content = save({"vectors": token_vectors(teacher)})

@@ -39,7 +39,7 @@ def test_a_text_is_the_mean_of_its_words_and_a_pair_both_and_their_product():
             torch.cat([first, second, first * second]),
         ]
     )
-    assert torch.allclose(found, model.head(expected), atol=1e-4)
+    assert torch.allclose(found, model.head(10 * expected), atol=2e-3)
 
 
 def test_a_tokens_vector_is_the_teachers_in_principal_components_by_its_rank(
@@ -57,7 +57,9 @@ def test_a_tokens_vector_is_the_teachers_in_principal_components_by_its_rank(
         [token in teacher.tokenizer.all_special_ids for token in range(len(VOCAB))]
     )
     assert found.shape == (len(VOCAB), 16) and not found[is_special].any() and is_special.sum() == 5
-    assert torch.allclose(found[~is_special].abs(), expected[~is_special].abs().float(), atol=1e-3)
+    expected[is_special] = 0
+    expected = (0.02 * expected / expected.std()).float()
+    assert torch.allclose(found.abs(), expected.abs(), atol=1e-5)
 
 
 def test_vectors_are_computed_once_learn_and_are_measured_by_each_backend(
