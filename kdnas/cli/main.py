@@ -236,7 +236,7 @@ def _run(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(
-        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
+        RunConfig, "run", _with_grid(args), dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
@@ -248,6 +248,11 @@ def _run(args: Sequence[str]) -> None:
         _try(config, args)
     else:
         run(config, _console())
+
+
+def _with_grid(args: Sequence[str]) -> list[str]:
+    """``--grid`` alone takes the defaults."""
+    return ["--grid={}" if arg == "--grid" else arg for arg in args]
 
 
 def _try(config: Any, args: Sequence[str]) -> None:
@@ -303,7 +308,7 @@ def _glue(args: Sequence[str]) -> None:
     from kdnas.commands.glue import glue
 
     _quieten("lightning.pytorch", "lightning.fabric")
-    args = ["--grid={}" if arg == "--grid" else arg for arg in args]
+    args = _with_grid(args)
     glue(read_config(GlueConfig, "glue", args)[0], _console())
 
 

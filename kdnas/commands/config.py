@@ -245,7 +245,7 @@ class RunConfig(SearchConfig):
         task_distill: fine-tune the student with the help of the teacher that this run has
             fine-tuned.
         full_kd: the last distillation.
-        grid: choose batch size and learning rate for each model first; ``--grid={}`` takes the
+        grid: choose batch size and learning rate for each model first; ``--grid`` alone takes the
             defaults.
         finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
         distill: what the teacher's help is.
