@@ -39,7 +39,7 @@ from kdnas.system.manifest import write_manifest
 from kdnas.system.signals import honest_signals
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue, keep_finetune_settings
 from kdnas.tasks.task_distill import TaskDistillModule, TaskDistillSettings, load_task_teacher
-from kdnas.tasks.tasks import TASKS, LoadedTask, load_labelled, load_task
+from kdnas.tasks.tasks import TASKS, LoadedTask, load_labelled, load_task, warn_of_head
 from kdnas.training.precision import gpu_name
 from kdnas.training.progress import JobBars, live_progress
 from kdnas.training.trainer import TrainerSettings
@@ -151,7 +151,9 @@ class Contender:
         return helper[1] if helper else None
 
 
-def contender(source: str, name: str, config: GlueConfig) -> Contender:
+def contender(
+    source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]
+) -> Contender:
     """A pretrained encoder as a row of the table.
 
     Raises:
@@ -164,6 +166,8 @@ def contender(source: str, name: str, config: GlueConfig) -> Contender:
             f"most {max_length(found.config)} tokens."
         )
     check_length(found.config, config.latency)
+    for task in tasks:
+        warn_of_head(task.task, found.config, name)
     key = f"{_safe(Path(source).name)}-{found.sha256()[:8]}"
     source = str(found.source)
     make, shape = partial(load_classifier, source), partial(build_classifier, found.config)
@@ -538,7 +542,7 @@ def _load(sources: Sequence[TaskSource], config: GlueConfig) -> list[LoadedTask]
 
 def _contenders(config: GlueConfig, tasks: Sequence[LoadedTask]) -> list[Contender]:
     plain = [
-        contender(source, name, config)
+        contender(source, name, config, tasks)
         for source, name in zip(config.model, short_names(config.model), strict=True)
     ]
     if config.distill_from is None:

@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import importlib.util
-import json
 import logging
 import re
 import warnings
@@ -147,6 +146,8 @@ def _package_rows(
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
     """As many examples of each label as of the rarest, with the labels' names for ``datasets``."""
+    from datasets import ClassLabel, Features, Value
+
     labels = sorted(PACKAGES)
     by_label = [[text for text, package in examples if package == label] for label in labels]
     rows = [
@@ -154,15 +155,8 @@ def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
         for sentences in zip(*by_label, strict=False)
         for label, sentence in enumerate(sentences)
     ]
-    features = {
-        "sentence": {"dtype": "string", "_type": "Value"},
-        "label": {"names": labels, "_type": "ClassLabel"},
-    }
-    schema = pa.schema(
-        {"sentence": pa.string(), "label": pa.int64()},
-        {"huggingface": json.dumps({"info": {"features": features}})},
-    )
-    return pa.Table.from_pylist(rows, schema)
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=labels)})
+    return pa.Table.from_pylist(rows, features.arrow_schema)
 
 
 # A paragraph with a line that starts like this is no prose: code, doctest, table, list, field,

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdnas.models.families import class_names
+from kdnas.models.families import class_names, has_classifier
 from kdnas.models.hub import looked_in, refuse_away
 from kdnas.system.errors import UserError, first_line, nearest
 from kdnas.tasks.rows import Columns, find_file, in_turn, part, read_table
@@ -113,6 +113,18 @@ def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
         log.warning(said, source, ", ".join(names), ", ".join(task.label_names), task.name)
 
 
+def warn_of_head(task: Task, config: Any, source: str) -> None:
+    """Warn that a checkpoint's head is another task's: fine-tuning begins with a new one, or with it."""
+    if not has_classifier(config):
+        return
+    names = class_names(config)
+    if config.num_labels != task.num_labels:
+        said = "The model %r has a head of another task (outputs: %d; %r needs %d): it is replaced."
+        log.warning(said, source, config.num_labels, task.name, task.num_labels)
+    elif class_order(task, names) != list(range(len(names))):
+        warn_of_names(task, names, source)
+
+
 @dataclass(frozen=True)
 class LoadedTask:
     """A task with its rows.
@@ -190,14 +202,18 @@ class LoadedTask:
 
         It has at most so many rows of a split (or one a class), spread evenly over the labels.
         """
+        from datasets import ClassLabel, Features, Value
+
+        schema = None
+        if names := list(self.task.label_names):
+            texts = dict.fromkeys(self.task.columns, Value("string"))
+            schema = Features(texts | {"label": ClassLabel(names=names)}).arrow_schema
         place = folder / self.task.name
         place.mkdir(parents=True)
         for split, rows in {"train": self.train, **self.validations}.items():
             chosen = in_turn(rows["label"], max(most, self.task.num_labels))
             few = {name: [values[row] for row in chosen] for name, values in rows.items()}
-            if self.task.label_names:
-                few["label"] = [self.task.label_names[label] for label in few["label"]]
-            pq.write_table(pa.table(few), place / f"{split}.parquet")
+            pq.write_table(pa.table(few, schema), place / f"{split}.parquet")
         return place
 
 
@@ -248,7 +264,8 @@ def load_labelled(
     """Load any labelled text as a task.
 
     Labels that are fractional numbers make a regression, scored like STS-B. Whole numbers and text
-    make a classification, scored by its accuracy, with the classes of the training rows.
+    make a classification, scored by its accuracy, with the classes of the training rows. Text and a
+    ``ClassLabel`` of the library ``datasets`` give the classes names.
 
     Args:
         data: a parquet, csv or tsv file, of which a share is held out and scored (equal texts stay
@@ -295,13 +312,29 @@ def load_labelled(
         train = _columns(task, tables[0], names, f"training rows of {data!r}")
         validation = _columns(task, tables[1], names, f"validation rows of {data!r}")
     if task.num_labels != 1:
-        task = _number_classes(task, train, validation, data)
+        task = _number_classes(task, train, validation, data, _class_names(tables[0], label_column))
     return LoadedTask(task, train, {"validation": validation})
 
 
-def _number_classes(task: Task, train: Columns, validation: Columns, source: str) -> Task:
-    """Number the labels in place; the task with its classes."""
-    classes = sorted(set(train["label"]), key=lambda label: (isinstance(label, str), label))
+def _class_names(table: pa.Table, column: str) -> list[str]:
+    """The names of a ``ClassLabel`` of ``datasets``, in order; none of another column."""
+    if b"huggingface" not in (table.schema.metadata or {}):
+        return []
+    from datasets import ClassLabel, Features
+
+    feature = Features.from_arrow_schema(table.schema).get(column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else []
+
+
+def _number_classes(
+    task: Task, train: Columns, validation: Columns, source: str, order: Sequence[str]
+) -> Task:
+    """Number the labels in place, by ``order`` where they are in it; the task with its classes."""
+    place = {name: number for number, name in enumerate(order)}
+    classes = sorted(
+        set(train["label"]),
+        key=lambda label: (isinstance(label, str), place.get(label, len(place)), label),
+    )
     if len(classes) < 2:
         raise UserError(
             f"All training rows of {source!r} have the label {classes[0]!r}: "
@@ -390,6 +423,9 @@ def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) 
         are_texts = [isinstance(text, str) for text in columns[name]]
         _check(columns[name], are_texts, where, f"in {names[name]!r}", "text")
 
+    if task.num_labels == 0 and (class_names := _class_names(table, names["label"])):
+        named = dict(enumerate(class_names))
+        columns["label"] = [named.get(label, label) for label in columns["label"]]
     if task.label_names:  # GLUE's own files name the classes
         ids: dict[Any, int] = {name: number for number, name in enumerate(task.label_names)}
         columns["label"] = [

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kdnas.cli.main import main
 from kdnas.commands import glue as comparison
+from kdnas.models.encoders import load_classifier
+from kdnas.models.families import class_names, name_classes
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.files import Run, short_names, this_host, write_text
 from kdnas.tasks.tasks import TASKS
-from tests.conftest import make_rows, save_teacher, write_table, write_task
+from tests.conftest import make_rows, make_tokenizer, save_teacher, write_table, write_task
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +287,33 @@ def test_any_labelled_text_has_the_same_table(command, tmp_path, capsys, columns
     assert "lack the column 'text'" in refused(
         [*own[: -len(columns)], "--text-column=text"], capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            [f"LABEL_{i}" for i in range(8)],
+            "has a head of another task (outputs: 8; 'rte' needs 2): it is replaced.",
+        ),
+        (["negative", "positive"], "are called negative, positive: they are taken for"),
+        (["entailment", "not_entailment"], ""),
+        (["LABEL_0", "LABEL_1"], ""),
+    ],
+)
+def test_a_classifier_of_another_task_lends_its_encoder_and_that_is_said(
+    command, models, tmp_path, caplog, names, told
+):
+    model = load_classifier(models[1], len(names))
+    name_classes(model.config, names)
+    model.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    own = ["glue", f"--model={tmp_path / 'other'}", *command[4:], "--seeds=1"]
+    assert main(own) == 0
+    messages = [record.getMessage() for record in caplog.records if record.name[:5] == "kdnas"]
+    assert len(messages) == bool(told) and told in "".join(messages)
+    (saved,) = (tmp_path / "logs" / "mine").glob("rte/*/seed_0/model")
+    assert class_names(AutoConfig.from_pretrained(saved)) == ["entailment", "not_entailment"]
 
 
 def test_all_nine_tasks_are_fine_tuned(command, models, tmp_path, capsys):

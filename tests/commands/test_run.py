@@ -16,12 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import optuna
 import pandas as pd
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -62,16 +61,21 @@ ARTEFACTS = (
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Which of three words begins the sentence: a labelled task that is learned in a few steps."""
+    """Which of three words begins the sentence: a labelled task that is learned in a few steps.
+
+    Its classes are called by these words.
+    """
+    features = datasets.Features(
+        sentence=datasets.Value("string"), label=datasets.ClassLabel(names=WORDS[:3])
+    )
     folder = tmp_path_factory.mktemp("task") / "first_word"
     folder.mkdir()
     for split, seed, num_rows in (("train", 1, 96), ("validation", 2, 30)):
         rows = make_rows(num_rows, seed, longest=8)
         labels = [i % 3 for i in range(num_rows)]
         sentences = [f"{WORDS[label]} {row}" for label, row in zip(labels, rows, strict=True)]
-        pq.write_table(
-            pa.table({"sentence": sentences, "label": labels}), folder / f"{split}.parquet"
-        )
+        rows = datasets.Dataset.from_dict({"sentence": sentences, "label": labels}, features)
+        rows.to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -201,7 +205,14 @@ def test_export_is_a_plain_folder_without_teacher_or_projections(
     classifier = AutoModelForSequenceClassification.from_pretrained(run / "student")
     for name, value in best.to_dict().items():
         assert getattr(encoder.config, name) == value
-    assert classifier.config.num_labels == 3
+    assert classifier.config.id2label == dict(enumerate(WORDS[:3]))
+    done = subprocess.run(
+        [sys.executable, run / "student" / "predict.py", "the river"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["label"] in WORDS[:3]
     teacher = yaml.safe_load((run / "config.yaml").read_text())["teacher"]
     assert classifier.config.teacher_sha256 == find_teacher(teacher).sha256()
     with safe_open(run / "student" / "model.safetensors", "pt") as file:

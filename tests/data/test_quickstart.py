@@ -11,6 +11,7 @@ from kdnas.data import quickstart
 from kdnas.data.corpus import load_corpus
 from kdnas.data.quickstart import build_quickstart_text
 from kdnas.system.errors import UserError
+from kdnas.tasks.tasks import load_task
 from tests.conftest import make_rows
 
 PROSE = [row.capitalize() + "." for row in make_rows(1200, seed=3, longest=40) if len(row) >= 60]
@@ -269,6 +270,7 @@ def test_the_task_loads_as_a_glue_task_does(fake_packages, tmp_path):
         sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["zalpha", "zbeta"])
     )
     assert (len(task["train"]), len(task["validation"])) == (116, 16)
+    assert load_task(str(path.parent / "which_package")).task.label_names == ("zalpha", "zbeta")
 
 
 def test_installed_packages_give_english(tmp_path, monkeypatch):

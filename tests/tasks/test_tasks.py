@@ -306,6 +306,27 @@ def test_any_labelled_text_is_a_classification_with_a_tenth_of_its_texts_held_ou
     assert load_labelled(data, ["review"], "stars") == loaded
 
 
+def save_classes(path: Path, names: list[str], labels: list[int]) -> None:
+    """Labelled rows as ``datasets`` writes them."""
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=names)
+    )
+    path.parent.mkdir(exist_ok=True)
+    rows = {"text": make_rows(len(labels)), "label": labels}
+    datasets.Dataset.from_dict(rows, features).to_parquet(path)
+
+
+def test_a_class_label_gives_the_classes_their_names_in_its_own_order(tmp_path):
+    names = ["no", "maybe", "unseen", "yes"]
+    save_classes(tmp_path / "mine" / "train.parquet", names, [0, 1, 3, -1] * 4)
+    save_classes(tmp_path / "mine" / "validation.parquet", names[::-1], [0, 2, 3])
+    loaded = load_task(str(tmp_path / "mine"))
+    assert loaded.task.label_names == ("-1", "no", "maybe", "yes")
+    assert loaded.train["label"] == [1, 2, 3, 0] * 4
+    assert loaded.validation["label"] == [3, 2, 1]
+    assert load_task(str(loaded.save(tmp_path / "few", 4))).task == loaded.task
+
+
 def test_fractional_labels_are_a_regression_and_two_columns_are_pairs(tmp_path):
     data = labelled(tmp_path, labels=(0.5, 2.0, 4.5), reply=make_rows(60, seed=1))
     loaded = load_labelled(data, ["review", "reply"], "stars")
