@@ -341,11 +341,12 @@ def _teacher_words(teacher: str) -> dict[str, str]:
 
 def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
     config, sections = read_yaml(run.config), {}
-    text = config["text"]
+    text, scores = config["text"], {}
     if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
         results = read_json(run.glue / "results.json")
         task, models = results["task"], results["models"]
         row = models["student"]
+        scores = {"task": task["name"], "metrics": row["metrics"]}
         sections["Scores"] = {
             f"{task['name']}, {task['metric']}": f"{row['score']:.3f}",
             "its teacher, fine-tuned alike": f"{models['teacher']['score']:.3f}",
@@ -359,6 +360,7 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
     return {
         "name": run.name,
         **_teacher_words(config["teacher"]),
+        **scores,
         "made": "searched and distilled",
         "text": "prose of installed packages" if text == QUICKSTART else Path(text).name,
         "sections": sections,

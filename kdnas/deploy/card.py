@@ -1,22 +1,29 @@
 """The model card of an export."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdnas.deploy.onnx import output_name
 from kdnas.models.encoders import num_parameters
 from kdnas.models.families import arch_of
+from kdnas.tasks.tasks import TASKS
 
 # How a student was made, and the hub's tags for it.
 _TAGS = {
     "searched and distilled": ["knowledge-distillation", "neural-architecture-search"],
     "distilled": ["knowledge-distillation"],
     "exported": [],
+}
+# The hub's names of metrics, where they are others.
+_HUB_METRICS = {
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
 }
 
 
@@ -34,7 +41,8 @@ def model_card(
         card: ``name``; ``teacher``; ``sections``, which maps a title (``Scores``) to a table's
             rows, ``{name: value}``. Optional are ``base_model``, the teacher's name on the hub,
             ``text``, what it was distilled on, ``made``, how it was made (else as far as its config
-            tells), and ``license``, by the hub's identifier.
+            tells), ``license``, by the hub's identifier, and ``task`` with ``metrics``, the name of
+            the labelled task and what ``evaluate_glue`` measured on it.
         report: what ``export_student`` returns.
     """
     output = output_name(model)
@@ -49,7 +57,10 @@ def model_card(
 
     is_distilled = hasattr(model.config, "teacher_sha256")
     made = card.get("made") or ("distilled" if is_distilled else "exported")
+    results = list(_results(card["task"], card["metrics"])) if "metrics" in card else None
     front = ModelCardData(
+        model_name=card["name"] if results else None,
+        eval_results=results,
         library_name=library,
         pipeline_tag=pipeline_tag,
         tags=[*_TAGS[made], "kdnas", "onnx"],
@@ -83,6 +94,22 @@ def model_card(
         output=output,
         report=report,
     )
+
+
+def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
+    """Metrics as the hub shows them; ``accuracy_matched`` is MNLI's, of ``validation_matched``."""
+    is_glue = task in TASKS
+    for key, value in metrics.items():
+        metric, *part = key.split("_")
+        yield EvalResult(
+            task_type="text-classification",
+            dataset_type="nyu-mll/glue" if is_glue else task,
+            dataset_name=f"GLUE {task}" if is_glue else task,
+            dataset_config=task if is_glue else None,
+            dataset_split="_".join(["validation", *part]),
+            metric_type=_HUB_METRICS.get(metric, metric),
+            metric_value=round(value, 4),
+        )
 
 
 def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:

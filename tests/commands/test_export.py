@@ -214,7 +214,7 @@ def save_run(root: Path, student: Path, teacher: str) -> Path:
     config |= {"data": {"column": "body", "held_out_fraction": 0.25}, "finetune": {"max_length": 9}}
     (run / "config.yaml").write_text(json.dumps(config))
     models = {
-        role: {"score": 0.5, "latency_ms": 2.0, "speedup": 3.0}
+        role: {"score": 0.5, "metrics": {"accuracy": 0.5}, "latency_ms": 2.0, "speedup": 3.0}
         for role in ("teacher", "student", "random", "static", "layer_cut")
     }
     results = {"task": {"name": "colours", "metric": "accuracy"}, "models": models}
@@ -310,6 +310,7 @@ def test_a_run_is_exported_with_its_own_task_and_words(
     assert (card["name"], card["base_model"], card["text"]) == ("mine", "someone/bert", "rows.txt")
     assert card["sections"]["Scores"]["colours, accuracy"] == "0.500"
     assert card["sections"]["Scores"]["rows that were scored"] == "cut at 9 tokens"
+    assert (card["task"], card["metrics"]) == ("colours", {"accuracy": 0.5})
     assert card["made"] == "searched and distilled"
     assert (
         main(

@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 import kdnas.deploy.export
+from kdnas.deploy.card import model_card
 from kdnas.deploy.export import (
     _check_parity,
     _parity_lengths,
@@ -194,6 +196,51 @@ def test_the_torch_model_of_the_export_is_the_source(classifier):
     )
     assert expected.keys() == found.keys()
     assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "expected"),
+    [
+        (
+            "mnli",
+            {"accuracy_matched": 0.81239, "accuracy_mismatched": 0.5},
+            [
+                ("nyu-mll/glue", "mnli", "validation_matched", "accuracy", 0.8124),
+                ("nyu-mll/glue", "mnli", "validation_mismatched", "accuracy", 0.5),
+            ],
+        ),
+        (
+            "stsb",
+            {"pearson": 0.5, "spearman": 0.25},
+            [
+                ("nyu-mll/glue", "stsb", "validation", "pearsonr", 0.5),
+                ("nyu-mll/glue", "stsb", "validation", "spearmanr", 0.25),
+            ],
+        ),
+        (HOSTILE, {"f1": 0.5}, [(HOSTILE, None, "validation", "f1", 0.5)]),
+    ],
+)
+def test_the_hub_finds_the_results_in_the_card(source: Path, task, metrics, expected):
+    model, tokenizer = load_student(source)
+    report = {
+        **dict.fromkeys(("safetensors_megabytes", "int8_megabytes", "max_abs_difference"), 1.0),
+        **{"int8": {"cosine": 1.0, "rows": "rows"}, "latency": [], "opset": 20},
+    }
+    card = CARD | {"task": task, "metrics": metrics}
+    data = ModelCard(model_card(model, tokenizer, card, report)).data
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert (name, results) == (HOSTILE, data.eval_results)
+    assert [
+        (
+            one.dataset_type,
+            one.dataset_config,
+            one.dataset_split,
+            one.metric_type,
+            one.metric_value,
+        )
+        for one in results
+    ] == expected
+    assert {one.task_type for one in results} == {"text-classification"}
 
 
 def test_the_card_is_valid_and_nothing_from_outside_breaks_it(classifier):
