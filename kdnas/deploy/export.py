@@ -40,6 +40,7 @@ from kdnas.models.families import (
     match_marks,
     max_length,
     name_classes,
+    refuse_relative_positions,
 )
 from kdnas.system.errors import ParityError, UserError, first_line
 from kdnas.system.files import file_sha256, new_folder, write_text
@@ -167,6 +168,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
+    refuse_relative_positions(str(source), config)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"Cannot export {str(source)!r}: its weights lack {missing[0]!r} "

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kdnas.models.arch import StudentArch
 from kdnas.models.checkpoint_files import QUICKSTART, check_files, refuse_decoder
 from kdnas.models.families import FAMILIES as FAMILIES
-from kdnas.models.families import family_of, marks_pairs, match_marks
+from kdnas.models.families import family_of, marks_pairs, match_marks, refuse_relative_positions
 from kdnas.models.families import max_length as max_length
 from kdnas.models.families import student_config as student_config
 from kdnas.models.hub import looked_in, refuse_away
@@ -136,14 +136,16 @@ def find_teacher(name: str) -> Teacher:
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: there is no such checkpoint, it is a decoder or of another family, it has no
-            tokenizer or mask token, its tokenizer is another model's, or its weights are cut off.
+        UserError: there is no such checkpoint, it is a decoder, of another family or has relative
+            positions, it has no tokenizer or mask token, its tokenizer is another model's, or its
+            weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     check_files(name, source)
     config = _load_config(name, source)
     family_of(config)
     refuse_decoder(name, config.to_dict())
+    refuse_relative_positions(name, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception

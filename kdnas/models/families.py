@@ -268,6 +268,16 @@ def marks_pairs(config: PreTrainedConfig) -> bool:
     return getattr(config, "type_vocab_size", 0) > 1
 
 
+def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a BERT with relative positions: transformers 5 drops their weights without a word."""
+    kind = getattr(config, "position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise UserError(
+            f"The model {name!r} has the position_embedding_type {kind!r}, which transformers 5 "
+            "does not compute: take one with absolute positions."
+        )
+
+
 def has_classifier(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint of this config has a head for sequences."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())

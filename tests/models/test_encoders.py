@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
+from kdnas.cli.main import main
 from kdnas.models import encoders as models
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import (
@@ -364,6 +365,15 @@ def test_a_decoder_of_a_known_family_is_refused(values, folder):
         f"The teacher {str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, "
         in refused(folder)
     )
+
+
+def test_relative_positions_are_refused_for_their_weights_would_be_dropped(folder, capsys):
+    edit_json(folder / "config.json", position_embedding_type="absolute")
+    find_teacher(str(folder))
+    edit_json(folder / "config.json", position_embedding_type="relative_key")
+    assert "has the position_embedding_type 'relative_key', which" in refused(folder)
+    assert main(["export", f"--student={folder}"]) == 2
+    assert "has the position_embedding_type 'relative_key', which" in capsys.readouterr().err
 
 
 def test_odd_types_in_a_config_are_named_where_they_matter(folder):
