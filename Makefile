@@ -37,17 +37,17 @@ lowest: $(ENV) ## A part of the test suite with the lowest versions that setup.c
 	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal $(or $(ARGS),$(LOWEST))
 
 audit: $(ENV) ## Known vulnerabilities of the locked versions, as the package index lists them
-	@.venv/bin/uv tool run pip-audit --strict --requirement requirements.txt --no-deps --disable-pip $(ARGS)
+	@.venv/bin/uv tool run pip-audit --strict -r requirements.txt -r requirements-dev.txt --no-deps --disable-pip $(ARGS)
 
 docs: $(ENV) ## The documentation as a site, into site/
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
 
 # Written last, so that an interrupted installation is done again.
-$(ENV): requirements.txt setup.cfg pyproject.toml
+$(ENV): requirements.txt requirements-dev.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	@echo "Installing requirements.txt into .venv (once, one to ten minutes, at least 2.4 GB) ..."
+	@echo "Installing requirements-dev.txt into .venv (once, one to ten minutes, at least 2.4 GB) ..."
 	@$(PYTHON) -m venv --clear .venv 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python .venv/bin/python install -qq pip
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -20,10 +20,10 @@ from packaging.version import Version
 import kdnas
 
 ROOT = Path(__file__).parents[1]
-# Needed, though not imported by name: Lightning's logger, torch's exporter, onnxruntime's int8, Optuna's sampler gp.
-NOT_IMPORTED = {"tensorboard", "onnxscript", "onnx", "scipy"}
+# Needed, though not imported by name: Lightning's logger, Optuna's sampler gp.
+NOT_IMPORTED = {"tensorboard", "scipy"}
 # Imported where an option asks for it; the message names the extra.
-OPTIONAL = {"distributed", "sentence-transformers"}
+OPTIONAL = {"distributed", "onnxruntime", "sentence-transformers"}
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -33,9 +33,8 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def requirements(text: str) -> list[Requirement]:
-    return [
-        Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")
-    ]
+    lines = (line for line in text.splitlines() if not line.startswith(("#", "-r ")))
+    return [Requirement(line) for line in lines if line.strip()]
 
 
 def install_requires() -> list[Requirement]:
@@ -52,11 +51,11 @@ def everything_declared() -> list[Requirement]:
     ]
 
 
-def locked() -> dict[str, Version]:
-    lines = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+def locked(*files: str) -> dict[str, Version]:
     return {
         canonicalize_name(line.name): Version(str(line.specifier).removeprefix("=="))
-        for line in lines
+        for file in files
+        for line in requirements((ROOT / file).read_text(encoding="utf-8"))
     }
 
 
@@ -118,9 +117,36 @@ def test_third_party_imports_are_found_in_functions_and_by_distribution(tmp_path
     assert third_party([file]) == {"pyyaml", "scikit-learn"}
 
 
-def test_the_lock_satisfies_every_declared_range():
-    assert unmet(everything_declared(), locked()) == []
-    assert len(everything_declared()) > len(install_requires()) > 10
+def test_the_locks_satisfy_every_declared_range():
+    users = [
+        *install_requires(),
+        *requirements(setup_cfg()["options.extras_require"]["quickstart"]),
+    ]
+    assert unmet(users, locked("requirements.txt")) == []
+    assert unmet(everything_declared(), locked("requirements.txt", "requirements-dev.txt")) == []
+    assert len(everything_declared()) > len(users) > 10
+
+
+def test_the_users_lock_is_whole_and_has_nothing_of_the_contributors():
+    """Each line is needed, and what it needs is there, as the installed packages say."""
+    extras = setup_cfg()["options.extras_require"]["quickstart"]
+    todo, needed = [*install_requires(), *requirements(extras)], set()
+    while todo:
+        requirement = todo.pop()
+        asked = {"", *requirement.extras}
+        if (key := (canonicalize_name(requirement.name), *sorted(asked))) in needed:
+            continue
+        needed.add(key)
+        below = map(Requirement, importlib.metadata.requires(requirement.name) or [])
+        todo += [
+            one
+            for one in below
+            if not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in asked)
+        ]
+    names, lock = {name for name, *_ in needed}, set(locked("requirements.txt"))
+    assert lock - names == set()
+    # A build of torch for GPUs brings its own.
+    assert [one for one in names - lock if not one.startswith(("cuda", "nvidia", "triton"))] == []
 
 
 def test_a_lock_outside_a_range_is_found():
@@ -130,17 +156,18 @@ def test_a_lock_outside_a_range_is_found():
     assert unmet([Requirement("a<2")], {}) == ["a<2"]
 
 
-def test_the_lock_names_exact_public_versions_only():
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_the_locks_name_exact_public_versions_only(file):
     lines = [
         line
-        for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if not line.startswith("#")
+        for line in (ROOT / file).read_text().splitlines()
+        if not line.startswith("#") and line != "-r requirements.txt"
     ]
     assert [
         line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)
     ] == []
     assert lines == sorted(lines, key=lambda line: line.partition("==")[0].lower())
-    assert "torch==2.13.0" in lines
+    assert ("torch==2.13.0" in lines) == (file == "requirements.txt")
 
 
 def test_every_dependency_is_explained_to_contributors():
@@ -172,7 +199,7 @@ def test_every_extra_is_named_where_it_is_needed_and_no_other():
         for extra in re.findall(r"pip install '\.\[([\w-]+)\]'", file.read_text(encoding="utf-8"))
     }
     assert named == set(setup_cfg()["options.extras_require"]) - {"dev"}
-    assert len(named) == 5
+    assert len(named) == 6
 
 
 def test_files_that_are_not_python_are_shipped():

@@ -17,6 +17,7 @@ from kdnas.data.quickstart import QUICKSTART
 from kdnas.deploy.card import sentence_lines
 from kdnas.deploy.export import export_student, load_student, slower_shapes, source_sha256
 from kdnas.deploy.latency import measured_by
+from kdnas.deploy.onnx import check_onnx
 from kdnas.deploy.quantize import Rows, task_rows, text_rows
 from kdnas.deploy.sentences import Sentences, check_sentences
 from kdnas.models.encoders import Teacher, find_teacher, refuse_other_inputs
@@ -69,6 +70,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         raise UserError(
             f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}"
         )
+    check_onnx()
     is_sentences = config.format == "sentence-transformers"
     choice = _of_run(config, is_sentences) if config.run is not None else _of_folder(config)
     folder = _output(config, choice)

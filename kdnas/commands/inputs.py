@@ -19,6 +19,7 @@ from kdnas.commands.config import RunConfig, SearchConfig, as_plain
 from kdnas.data.datamodule import KDDataModule, Split
 from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
 from kdnas.deploy.latency import LatencyMeter, is_unsteady
+from kdnas.deploy.onnx import check_onnx
 from kdnas.distillation.objectives import Objective, needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states
 from kdnas.models.arch import StudentArch
@@ -243,6 +244,8 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     """
     run = check_place(config)
     config.trainer.check(has_ddp=isinstance(config, RunConfig) and config.executor is None)
+    if isinstance(config, RunConfig):  # it ends with an export
+        check_onnx()
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)

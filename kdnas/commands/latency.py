@@ -29,6 +29,7 @@ from kdnas.models.encoders import Teacher, build_classifier, find_teacher, num_p
 from kdnas.report.tables import text_table
 from kdnas.system.errors import UserError
 from kdnas.system.files import check_writable, new_file, short_names, temporary_folder, write_json
+from kdnas.system.manifest import version
 from kdnas.training.precision import gpu_name
 
 log = logging.getLogger(__name__)
@@ -137,8 +138,6 @@ def _megabytes(deployed: nn.Module | Path, settings: LatencySettings) -> float:
 
 
 def _machine() -> dict[str, Any]:
-    import onnxruntime
-
     return {
         "processor": platform.processor() or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -146,7 +145,7 @@ def _machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu_name(),
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": version("onnxruntime"),
         "kdnas": __version__,
     }
 

@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kdnas.deploy.onnx import INPUTS, config_beside, open_session, random_batch, write_deployed
+from kdnas.deploy.onnx import (
+    INPUTS,
+    check_onnx,
+    config_beside,
+    open_session,
+    random_batch,
+    write_deployed,
+)
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, max_length, num_parameters, student_config
 from kdnas.system.errors import CandidateFailed, UserError, first_line, nearest
@@ -49,7 +56,8 @@ class LatencySettings:
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, the backend is unknown, or torch sees no such device.
+        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such
+            device.
     """
 
     backend: str = "torch"
@@ -65,6 +73,8 @@ class LatencySettings:
             raise UserError(
                 f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
             )
+        if self.backend in ON_ONNX:
+            check_onnx()
         if self.backend == "cuda" and self.device == "cpu":
             object.__setattr__(self, "device", "cuda")
         devices = _devices()

@@ -1,6 +1,7 @@
 """The graph that users deploy: fed with a batch, written as ONNX, in int8, and run."""
 
 import errno
+import importlib.util
 import logging
 import os
 import tempfile
@@ -16,12 +17,21 @@ from torch.export import Dim
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kdnas.models.families import marks_pairs, max_length
-from kdnas.system.errors import first_line
+from kdnas.system.errors import UserError, first_line
 
 OPSET = 20
 ONNX, INT8 = "model.onnx", "model.int8.onnx"  # names of the files in a deployed folder
 INPUTS = ("input_ids", "attention_mask")
 Feed = dict[str, Any]  # numpy arrays by the graph's input names
+
+
+def check_onnx() -> None:
+    """Refuse where a package of the extra ``onnx`` is not installed."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"The package {name!r} is not installed, and ONNX needs it: pip install '.[onnx]'."
+            )
 
 
 def output_name(model: PreTrainedModel) -> str:

@@ -14,6 +14,14 @@ from kdnas.system.files import MANIFEST, file_sha256, read_json, write_json
 LIBRARIES = ("torch", "transformers", "lightning", "optuna", "onnxruntime", "numpy")
 
 
+def version(library: str) -> str | None:
+    """The version of a library, if it is installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
 
@@ -26,7 +34,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
         for path in _files(folder, folder / MANIFEST)
     }
     versions = {"kdnas": __version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in LIBRARIES}
+    versions |= {name: found for name in LIBRARIES if (found := version(name))}
     write_json(folder / MANIFEST, {**about, "versions": versions, "files": files})
 
 

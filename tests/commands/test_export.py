@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -372,6 +373,36 @@ def test_a_run_whose_student_is_exported_anew_stays_as_its_manifest_says(
     capsys.readouterr()
     assert main(["verify", str(run)]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_without_the_extra_onnx_what_needs_it_is_refused_at_the_start(
+    package: str,
+    student: Path,
+    tiny_teacher: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    model = f"--model={student}"
+    of_run = [f"--teacher={tiny_teacher}", f"--text={text_file}", f"--root={tmp_path / 'logs'}"]
+    for command in (
+        ["export", f"--student={student}"],
+        ["latency", model, "--backend=onnxruntime-int8"],
+        ["run", *of_run],
+        ["search", *of_run, "--latency.backend=onnxruntime"],
+    ):
+        assert main(command) == 2
+        told = (
+            f"The package {package!r} is not installed, and ONNX needs it: pip install '.[onnx]'."
+        )
+        assert capsys.readouterr().err == f"kdnas: {told}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    json_file = tmp_path / "latency.json"
+    options = ["--length=16", "--min-seconds=0.01", f"--json={json_file}"]
+    assert main(["latency", model, *options]) == 0
 
 
 def test_what_was_exported_before_fine_tuning_is_of_another_model(
