@@ -151,9 +151,7 @@ class Contender:
         return helper[1] if helper else None
 
 
-def contender(
-    source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]
-) -> Contender:
+def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]) -> Contender:
     """A pretrained encoder as a row of the table.
 
     Raises:

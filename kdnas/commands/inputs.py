@@ -42,7 +42,7 @@ from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import Run, check_writable, read_json, sweep, write_json, write_text
 from kdnas.system.settings import keep_settings, refuse_difference
 from kdnas.system.yaml import flat, read_yaml
-from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.tasks.tasks import LoadedTask, load_task, warn_of_head
 from kdnas.training.precision import keep
 from kdnas.training.progress import live_progress
 from kdnas.training.trainer import TrainerSettings
@@ -301,6 +301,8 @@ def _load_rows(
         text = str(path) if text == QUICKSTART else text
     source = task_path(run, task_source)
     task = load_task(source) if source else None
+    if task:
+        warn_of_head(task.task, teacher.config, config.teacher)
     if task and isinstance(config, RunConfig) and config.grid:
         task.for_choosing(config.grid.held_out)
     settings = replace(config.data, seed=config.seed)

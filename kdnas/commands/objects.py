@@ -9,9 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from kdnas.models.families import arch_of
 from kdnas.system.errors import UserError
 from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, owned, sweep
@@ -87,10 +84,5 @@ def _write_task(task: Any, folder: Path) -> str:
             "train and validation."
         )
     for split in splits:
-        table, label = task[split].with_format("arrow")[:], task[split].features.get("label")
-        if names := getattr(label, "names", None):  # of classes
-            ids = table["label"].to_pylist()
-            labels = pa.array(map(dict(enumerate(names)).get, ids), pa.string())
-            table = table.drop_columns("label").append_column("label", labels)
-        pq.write_table(table, folder / f"{split}.parquet")
+        task[split].to_parquet(folder / f"{split}.parquet")
     return "task"
