@@ -146,7 +146,8 @@ class RunResult:
         best: the best student of the search.
         loss: after full KD.
         contextual_share: after full KD.
-        table: ``teacher``, ``student`` and ``random`` (its shape from a random start), fine-tuned:
+        table: ``teacher``, ``student`` and, to be beaten, ``random`` (its shape from a random
+            start), ``static`` (no layers) and ``layer_cut`` (fewer of the teacher's), fine-tuned:
             ``score``, ``share_kept``, ``latency_ms``, ``speedup``, ``num_parameters``; None
             without a task.
         export: the student to deploy.
@@ -418,12 +419,10 @@ def _config(
     **settings: Any,
 ) -> Any:
     """The config of a search or a run."""
-    from kdnas.commands.config import SearchLatencySettings, SearchSettings
+    from kdnas.commands.config import SearchSettings
     from kdnas.commands.objects import as_paths
     from kdnas.nas.budget import Budget
 
-    if "latency" in settings:
-        settings["latency"] = SearchLatencySettings(**vars(settings["latency"]))
     budget = Budget(speedup, latency_ms, num_parameters)
     asked = {"workers": 0} | as_paths(**settings)
     return kind(search=SearchSettings(n_trials, num_epochs, budget), **asked)

@@ -216,7 +216,7 @@ def test_the_whole_job_takes_objects_and_is_done_once(
     made = run()
     assert "Student:" in capsys.readouterr().out
     assert made.folder == tmp_path / "kdnas" and (made.folder / "report.html").exists()
-    assert list(made.table.index) == ["teacher", "student", "random"]
+    assert list(made.table.index) == ["teacher", "student", "random", "static", "layer_cut"]
     assert made.table.share_kept["teacher"] == 1 and made.table.speedup["student"] > 0
     assert made.export.folder == made.folder / "student"
     assert made.export.max_abs_difference <= 1e-4 and 0 < made.export.int8.cosine <= 1.001

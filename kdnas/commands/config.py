@@ -162,6 +162,9 @@ class SearchConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.latency, SearchLatencySettings):  # from Python
+            latency = SearchLatencySettings(**vars(self.latency))
+            object.__setattr__(self, "latency", latency)
         if self.latency.when == "after_fit" and self.measures_first:
             raise UserError(
                 "latency.when is after_fit, but with a budget latency is measured before: leave one "
