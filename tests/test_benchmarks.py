@@ -115,7 +115,7 @@ def test_original_config_is_what_the_original_did():
     assert as_plain(whole.recipe) == as_plain(config.recipe)
     assert whole.data == config.data and whole.states.max_gb == 0
     assert whole.trainer.precision == "32-true" and whole.trainer.gradient_clip_val == 0
-    assert (whole.search.num_epochs, whole.search.loss, whole.search.beta) == (4, "train", 0.6**6)
+    assert (whole.search.num_epochs, whole.search.loss, whole.search.beta) == (4, "train", 0.046656)
     assert whole.latency.when == "after_fit" and not whole.full_kd.from_candidate
 
 
