@@ -118,7 +118,9 @@ def test_the_context_after_full_kd_and_the_files_are_told():
         "max_abs_difference": 2e-6,
         "int8": {"cosine": 0.99, "score": 0.776, "int8_score": 0.77, "rows": "60 rows"},
     }
-    shown = found(full_kd={"loss": 0.2, "contextual_share": -0.01}, exported=exported)
+    shown = found(
+        full_kd={"loss": 0.2, "contextual_share": -0.01, "num_epochs": 2}, exported=exported
+    )
     check = shown["More than a table of words?"]
     assert (
         "knows -1.0%; loss 0.2500 in the search, 0.2000 after full KD" in check.words
