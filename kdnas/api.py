@@ -190,7 +190,8 @@ def search(
         num_parameters: at most.
         n_trials: distinct candidates to train in all.
         num_epochs: of each candidate's mini-KD.
-        settings: the other fields of ``SearchConfig``, such as ``name``, ``root``, ``workers``.
+        settings: the other fields of ``SearchConfig``, such as ``name``, ``root``, ``workers``;
+            ``search``, a ``SearchSettings``, stands for the five above.
 
     Returns:
         The best student.
@@ -345,7 +346,7 @@ def glue(
     from kdnas.commands.glue import glue as compare
     from kdnas.commands.objects import as_paths
 
-    tasks = task if isinstance(task, list) else [] if task is None else [task]
+    tasks = list(task) if isinstance(task, list | tuple) else [] if task is None else [task]
     asked = {"workers": 0} | settings | {"model": list(models), "task": tasks}
     config = GlueConfig(**as_paths(**asked))
     rows = [
@@ -424,8 +425,8 @@ def _config(
     from kdnas.nas.budget import Budget
 
     budget = Budget(speedup, latency_ms, num_parameters)
-    asked = {"workers": 0} | as_paths(**settings)
-    return kind(search=SearchSettings(n_trials, num_epochs, budget), **asked)
+    asked = {"workers": 0, "search": SearchSettings(n_trials, num_epochs, budget)}
+    return kind(**asked | as_paths(**settings))
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:

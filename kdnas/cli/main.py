@@ -240,6 +240,8 @@ def _run(args: Sequence[str]) -> None:
     )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
+    if config.trial is not None and any(flags.values()):
+        raise UserError("--trial is of a search that is done: leave out what begins another.")
     if flags["force_new"]:
         config = _new(config, not (flags["dry_run"] or flags["smoke"]))
     if flags["dry_run"]:

@@ -56,11 +56,12 @@ def read_config(
     later = _only_of_run(config_class)  # in YAML these may stand for a search too
     for name in later:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+    args = normalize(args)
     for arg in args:
         if arg.startswith("--") and _first_name(arg) in later:
             raise UserError(f"{arg.partition('=')[0]} is an option of `kdnas run`.")
 
-    args = _one_value_each(normalize(args), hints)
+    args = _one_value_each(args, hints)
     parsed = parse(parser, args)
     if "full_kd" in hints and parsed.full_kd is None:
         parsed.full_kd = Namespace(num_epochs=0, from_candidate=True)  # type: ignore[no-untyped-call]

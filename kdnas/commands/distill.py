@@ -40,6 +40,8 @@ def distill(
     seed: int,
 ) -> dict[str, Any]:
     """Arguments and errors are those of ``kdnas.distill``; gives what ``distill_student`` gives."""
+    if num_epochs < 1:
+        raise UserError(f"num_epochs is {num_epochs}: give at least 1.")
     run = Run(root, name)
     run.check_writable()
     if run.config.exists():

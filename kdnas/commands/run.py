@@ -8,7 +8,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
     else:
-        quality = agreement(read_json(run.full_kd / "result.json"))
-        console.print(f"Without a task: {quality}.", highlight=False, soft_wrap=True)
+        if quality := agreement(read_json(run.full_kd / "result.json")):
+            console.print(f"Without a task: {quality}.", highlight=False, soft_wrap=True)
     where = f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}"
     console.print(*where, sep="\n", soft_wrap=True)
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
@@ -144,8 +144,10 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
         number: of the candidate's trial.
 
     Raises:
-        UserError: that search has trained no such candidate.
+        UserError: that search has trained no such candidate, or was made with other settings.
     """
+    asked = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
+    refuse_other_config(Run(config.root, config.name), SearchConfig(**asked))
     source = Run(config.root, config.name).trial(number)
     file = source / "result.json"
     outcome = Outcome.read(file) if file.exists() else None
@@ -233,6 +235,8 @@ def search_stage(context: RunContext) -> StudentArch:
     num_done = len(tried(study))
     is_done = run.full_kd.exists() or is_complete(study, context.inputs.space, settings.n_trials)
     if is_done and run.best_student.exists():
+        if not run.trials_csv.exists():
+            write_text(run.trials_csv, trials_frame(study).to_csv(index=False))
         context.console.print(f"Search: {num_done} candidates are done.")
         return StudentArch.from_yaml(run.best_student)
     if num_done:
@@ -303,7 +307,8 @@ class SearchDisplay:
         """Who leads, at the end of each episode."""
         assert self.study is not None
         size = self.study.user_attrs["num_candidates"]
-        rewards = [(arch_of(trial), trial.value or 0.0) for trial in trained(self.study)]
+        ended = sorted(trained(self.study), key=lambda one: (one.datetime_complete, one.number))
+        rewards = [(arch_of(trial), trial.value or 0.0) for trial in ended]
         is_new, self._num_trained = len(rewards) != self._num_trained, len(rewards)
         if rewards and is_new and len(rewards) % size == 0:
             ranking = ModelRanking.of(rewards, size, len(rewards) // size - 1)

@@ -19,6 +19,7 @@ from kdnas.training.trainer import TrainerSettings, fit_resumable
 
 # Of held-out rows: some hundreds, and a second.
 QUALITY_TOKENS = 20_000
+FEWEST_ROWS = 8  # for a map and what it is worth
 
 
 def distill_student(
@@ -87,6 +88,8 @@ def distill_student(
 def _quality(module: HiddenStateDistillModule, data: KDDataModule) -> dict[str, float]:
     module.student.eval()
     rows = sample_batches(data, data.held_out_ids(), QUALITY_TOKENS)
+    if sum(len(batch["input_ids"]) for batch in rows) < FEWEST_ROWS:
+        return {}
     with autocast("cpu"):
         students, teachers = zip(*map(module.views, rows), strict=True)
         vectors = (

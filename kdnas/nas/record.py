@@ -131,6 +131,11 @@ class Record:
     def tell(self, frozen: FrozenTrial, outcome: Outcome) -> FrozenTrial:
         """Tell the study how a trial ended."""
         trial = self._trial(frozen)
+        predicted = frozen.user_attrs.get("predicted_reward")
+        if predicted is not None and "predicted_reward" not in outcome.attrs:
+            # Known to the study alone, which is made again from results.
+            outcome = replace(outcome, attrs=outcome.attrs | {"predicted_reward": predicted})
+            self._write(frozen, outcome)
         for name, value in outcome.attrs.items():
             trial.set_user_attr(name, value)
         for name, violation in outcome.constraints.items():

@@ -256,7 +256,7 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
         episode, best_so_far, episode_best, previous_best, front, seconds, reason``.
         ``predicted_reward`` is what an LSTM controller expected of a student that it picked. An
         episode is as many trained candidates as the study's attribute ``num_candidates`` says; of
-        it there are the best rewards so far: of all, of this episode, and of the one before.
+        it there are, as candidates ended, the best rewards so far: of all, of this episode, and of the one before.
         ``front`` names what the student is on the Pareto front of, beside the loss: ``latency``,
         ``parameters``, both, or nothing.
     """
@@ -268,7 +268,9 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     whole = dict.fromkeys((*ARCH[:4], "num_parameters", "episode"), "Int64")
     real = dict.fromkeys((*MEASURED, "reward", "seconds", RANKED[0], *RANKED[2:]), "float64")
     frame = pd.DataFrame(rows, columns=COLUMNS).astype(whole | real)
-    rewards = frame.loc[_is_trained(frame), "reward"]
+    ended = {trial.number: trial.datetime_complete for trial in begun(study)}
+    done = frame[_is_trained(frame)]
+    rewards = done.sort_values("number", key=lambda numbers: numbers.map(ended))["reward"]
     episode = np.arange(len(rewards)) // study.user_attrs.get("num_candidates", NUM_CANDIDATES)
     by_episode = rewards.groupby(episode)
     frame.loc[rewards.index, "episode"] = episode + 1

@@ -89,7 +89,9 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
 
 
 def agreement(full_kd: Mapping[str, Any]) -> str:
-    """What a student without a task is worth, from ``full_kd/result.json``."""
+    """What a student without a task is worth, from ``full_kd/result.json``; "" where nothing says it."""
+    if "vector_cosine" not in full_kd:
+        return ""
     return (
         f"on held-out rows its sentence vectors have a mean cosine of "
         f"{full_kd['vector_cosine']:.3f} to its teacher's, and put pairs of rows in the teacher's "
@@ -322,7 +324,8 @@ def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
         f"{part}.{name}": value
         for part, default in usual.items()
         for name, value in config.get(part, {}).items()
-        if name != "seed" and value != getattr(default, name, value)
+        if name not in ("seed", "devices", "logger", "callbacks")
+        and value != getattr(default, name, value)
     }
 
 

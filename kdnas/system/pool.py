@@ -46,14 +46,19 @@ def warm_up(module: str | None = None) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
 
+# What all slots have together, for a job that shares it among processes of its own.
+GPUS, THREADS = "KDNAS_GPUS", "KDNAS_THREADS"
+
+
 def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
     """A pool whose processes have each a share of the cores, and one of the GPUs, or all."""
     warm_up()
     method = multiprocessing.get_start_method()
-    environment = dict(os.environ)
-    if not own_gpu:  # the fork server knows of all, where this process may have one
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-    initargs = (num_slots if own_gpu else 0, environment, num_threads(num_slots), method)
+    environment, threads = dict(os.environ), num_threads(num_slots)
+    if not own_gpu and GPUS in environment:  # this process is a slot, which has one
+        environment["CUDA_VISIBLE_DEVICES"] = environment[GPUS]
+        threads = max(1, int(environment[THREADS]) // num_slots)
+    initargs = (num_slots if own_gpu else 0, environment, threads, method)
     context = multiprocessing.get_context("forkserver")
     return ProcessPool(num_slots, initializer=_begin, initargs=initargs, context=context)
 
@@ -85,6 +90,8 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
     gc.freeze()  # imports made half a million objects that stay
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = devices or [str(place) for place in range(torch.cuda.device_count())]
+    if num_slots:
+        os.environ.update({GPUS: ",".join(devices), THREADS: str(num_slots * threads)})
     if len(devices) > 1 and num_slots:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[_take_slot(num_slots) % len(devices)]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -173,10 +180,11 @@ def share_devices(
             )
             for rank in range(num_ranks)
         ]
-        wait_for_futures(ranks, return_when=FIRST_EXCEPTION)
+        first, _ = wait_for_futures(ranks, return_when=FIRST_EXCEPTION)
         # That a peer is gone is noticed sooner than that it has died.
         done, _ = wait_for_futures(ranks, timeout=1)
-        errors = [error for rank in done if (error := rank.exception()) is not None]
+        in_order = sorted(done, key=lambda rank: rank not in first)
+        errors = [error for rank in in_order if (error := rank.exception()) is not None]
         if errors:
             raise next((one for one in errors if isinstance(one, ProcessExpired)), errors[0])
         return dict(ranks[0].result())

@@ -431,6 +431,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--data.max_lenght=9", "Did you mean 'max_length'?"),
         ("--dta.max_length=9", "Did you mean 'data'?"),
         ("--task=stsb", "--task is an option of `kdnas run`."),
+        ("--task-distill=true", "--task_distill is an option of `kdnas run`."),
         ("--full_kd.num_epochs=3", "--full_kd.num_epochs is an option of `kdnas run`."),
         ("--search.loss=mean", "search.loss"),
         ("--latency.when=never", "latency.when"),

@@ -947,6 +947,9 @@ def test_the_original_whole(command: list[str], tmp_path: Path) -> None:
         expected = reward(attrs["train_loss"], *latencies, -0.06, 0.6**6)
         assert trial.value == pytest.approx(expected)
     assert ["predicted_reward" in trial.user_attrs for trial in found] == [False] * 2 + [True] * 2
+    # The study may be made again from the results, so they hold it too.
+    results = [run / f"trial_{trial.number:04d}" / "result.json" for trial in found[2:]]
+    assert all("predicted_reward" in path.read_text() for path in results)
     frame = pd.read_csv(run / "trials.csv")
     assert frame["episode"].tolist() == [1, 1, 2, 2]
     assert frame["predicted_reward"].notna().tolist() == [False] * 2 + [True] * 2
@@ -1019,8 +1022,13 @@ def test_another_candidate_of_a_finished_search_is_taken_to_the_end(
     assert main([*finished, f"--trial={other['number']}"]) == 0
     assert "is finished; nothing is done again" in capsys.readouterr().out
     assert "--trial NUMBER" in (finished_run / "report.html").read_text()
+    assert (run / "trials.csv").exists()
     assert main([*finished, "--trial=99"]) == 2
     assert "trial is 99" in capsys.readouterr().err
+    assert main([*finished, "--trial=0", "--seed=1"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert main([*finished, "--trial=0", "--force-new"]) == 2
+    assert "--trial is of a search that is done" in capsys.readouterr().err
 
 
 # What ``$FAULT`` says: students begin as always; the process hangs; it dies, where one layer deep.

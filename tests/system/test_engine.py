@@ -19,7 +19,7 @@ from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.files import is_alive
 from kdnas.system.jobs import Job, Reporter, Stopped, progress_of
-from kdnas.system.pool import num_threads, warm_up
+from kdnas.system.pool import num_threads, share_devices, warm_up
 from kdnas.system.signals import TERMINATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -368,6 +368,28 @@ def test_slots_share_the_cores_and_have_a_gpu_each(tmp_path, monkeypatch):
     assert {result["num_threads"] for result in results} == {share}
     assert {result["OMP_NUM_THREADS"] for result in results} == {str(share)}
     assert {result["CUDA_VISIBLE_DEVICES"] for result in results} == {"5", "GPU-3"}
+
+
+def shared(folder: Path) -> dict:
+    """What the first of two processes has that share a job."""
+    for name in ("0", "1"):
+        (folder / name).mkdir()
+    return share_devices(2, folder, rank_environment, (folder,))
+
+
+def rank_environment(folder: Path) -> dict:
+    ranks = [folder / rank for rank in ("0", "1")]
+    if os.environ["LOCAL_RANK"] == "1":
+        ranks.reverse()
+    return environment(*ranks)
+
+
+def test_processes_that_share_a_job_have_all_gpus_and_share_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3")
+    with Engine(1) as engine:
+        (result,) = engine.run([Job(tmp_path / "job", "a job", shared, (tmp_path,))])
+    assert result["CUDA_VISIBLE_DEVICES"] == "5,GPU-3"
+    assert result["num_threads"] == num_threads(2)
 
 
 def parent(folder: Path) -> None:
