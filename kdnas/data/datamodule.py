@@ -39,6 +39,7 @@ Split = Literal["mini", "full"]
 
 TOKENS = Path("lightning_logs/tokens")
 FORMAT = 1  # of the kept rows: count up when the code makes other tokens, pairs or masks
+CHARACTERS_A_TOKEN = 100  # more than a token has on average, in any language
 ROWS_AT_A_TIME = 256  # of text and tokens in memory
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
 
@@ -242,12 +243,15 @@ class KDDataModule(ResumableDataModule):
         """The token ids of each row, and where its second sentence begins."""
         texts = corpus.texts
         make = self._pair_maker(corpus)
+        # Of a row of a megabyte a tokenizer would make all tokens before it cuts them.
+        most = CHARACTERS_A_TOKEN * self.settings.max_length
+        kept = slice(-most, None) if tokenizer.truncation_side == "left" else slice(most)
 
         def encode(rows: list[int], *columns: list[str]) -> dict[int, tuple[list[int], int]]:
             if not rows:
                 return {}
             encoded = tokenizer(
-                *columns,
+                *([text[kept] for text in column] for column in columns),
                 truncation="longest_first",
                 max_length=self.settings.max_length,
                 verbose=False,
