@@ -171,10 +171,8 @@ class SearchConfig:
                 "of them out."
             )
         for name in ("data", "finetune"):  # a run's; a search has none
-            if (part := getattr(self, name, None)) and part.seed not in (
-                type(part).seed,
-                self.seed,
-            ):
+            part = getattr(self, name, None)
+            if part and part.seed not in (type(part).seed, self.seed):
                 raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")

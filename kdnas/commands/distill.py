@@ -54,7 +54,6 @@ def distill(
         text = str(build_quickstart_text(run.text))
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
     rows.setup()
-    assert rows.rows is not None
     asked = {
         "teacher": found.sha256(),
         "text": rows.rows.sha256,

@@ -167,9 +167,8 @@ def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[Loaded
     for task in tasks:
         warn_of_head(task.task, found.config, name)
     key = f"{_safe(Path(source).name)}-{found.sha256()[:8]}"
-    source = str(found.source)
-    make, shape = partial(load_classifier, source), partial(build_classifier, found.config)
-    return Contender(name, key, source, make, shape)
+    make, shape = partial(load_classifier, found.source), partial(build_classifier, found.config)
+    return Contender(name, key, found.source, make, shape)
 
 
 def with_help(

@@ -279,9 +279,8 @@ def load_inputs(config: SearchConfig, console: Console) -> Inputs:
     if config.storage:
         check_reachable(config.storage)
     inputs = _load_rows(config, run, teacher, space, meter)
-    data, rows = inputs.data, inputs.data.rows
-    assert rows is not None
-    dropped = "".join(f", {n:,} dropped ({why})" for why, n in rows.dropped.items() if n)
+    data = inputs.data
+    dropped = "".join(f", {n:,} dropped ({why})" for why, n in data.rows.dropped.items() if n)
     console.print(
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
         f"Text: {len(data.train_ids()):,} rows to learn from, {len(data.held_out_ids()):,} held "
@@ -375,7 +374,6 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
 def _content(inputs: Inputs) -> dict[str, Any]:
     """Everything that a candidate's reward depends on, as flat plain JSON."""
     config, rows = inputs.config, inputs.data.rows
-    assert rows is not None
     plain = {key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search")}
     trainer, default = as_plain(config.trainer), as_plain(TrainerSettings())
     content = flat(

@@ -142,7 +142,7 @@ def _machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": os.getloadavg()[0],
         "gpu": gpu_name(),
         "torch": torch.__version__,
         "onnxruntime": version("onnxruntime"),

@@ -134,7 +134,6 @@ class Sample:
     @property
     def rows(self) -> TokenRows:
         """The few rows."""
-        assert self.found.data.rows is not None
         return self.found.data.rows
 
     @property
