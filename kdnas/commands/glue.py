@@ -30,7 +30,7 @@ from kdnas.models.encoders import (
     num_parameters,
     state_sha256,
 )
-from kdnas.report.tables import text_table
+from kdnas.report.tables import as_text, text_table
 from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError, nearest
 from kdnas.system.files import Run, read_json, short_names, sweep, write_json, write_text
@@ -70,10 +70,12 @@ class Help:
     Args:
         source: where it is.
         settings: what its help is.
+        key: of the folders of those that it helps.
     """
 
     source: str
     settings: TaskDistillSettings
+    key: str = ""
 
 
 def fine_tuning(
@@ -128,7 +130,7 @@ class Contender:
         source: where its tokenizer is.
         make: gives its classifier, of so many outputs; goes through ``pickle``.
         shape: the same with random weights, to measure latency.
-        helpers: for each task's name, the key of its help's folder, and the help.
+        helpers: its help, by the task's name.
         plain: the contender that it is without help.
     """
 
@@ -137,18 +139,13 @@ class Contender:
     source: str
     make: Callable[[int], Any]
     shape: Callable[[int], Any]
-    helpers: dict[str, tuple[str, Help]] = dataclasses.field(default_factory=dict)
+    helpers: dict[str, Help] = dataclasses.field(default_factory=dict)
     plain: "Contender | None" = None
 
     def folder(self, task: LoadedTask) -> str:
         """Of its runs on a task, below the comparison's."""
-        helper = self.helpers.get(task.task.name)
-        return f"{task.task.name}/{self.key}" + (f"-helped-{helper[0]}" if helper else "")
-
-    def help(self, task: LoadedTask) -> Help | None:
-        """That it has on a task."""
-        helper = self.helpers.get(task.task.name)
-        return helper[1] if helper else None
+        help = self.helpers.get(task.task.name)
+        return f"{task.task.name}/{self.key}" + (f"-helped-{help.key}" if help else "")
 
 
 def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]) -> Contender:
@@ -187,7 +184,7 @@ def with_help(
         teacher = load_task_teacher(source, task.task, *(find_teacher(one.source) for one in plain))
         identity = f"{state_sha256(teacher.state_dict())}{distill}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        helpers[task.task.name] = (key, Help(source, distill))
+        helpers[task.task.name] = Help(source, distill, key)
     return [
         dataclasses.replace(one, name=f"{one.name}, distilled", helpers=helpers, plain=one)
         for one in plain
@@ -258,7 +255,7 @@ class Comparison:
             score = read_json(fit.job.result_file)["score"]
             scores[fit.contender.name].setdefault(fit.task.task.name, []).append(score)
         results = {
-            "tasks": [_about(task) for task in self.tasks],
+            "tasks": [about_task(task) | _scored(task) for task in self.tasks],
             "models": self._rows(scores),
             "asked": asked,
         }
@@ -311,7 +308,8 @@ class Comparison:
         folder = self.folder / one.folder(task) / name
         trainer, is_kept = self.config.trainer, name == next(iter(self.seeds))
         keep_finetune_settings(folder, task, settings, trainer)
-        args = one.make, one.source, source, settings, trainer, folder, one.help(task), is_kept
+        help = one.helpers.get(task.task.name)
+        args = one.make, one.source, source, settings, trainer, folder, help, is_kept
         title = ", ".join(filter(None, [task.task.name, one.name, name.replace("_", " ")]))
         is_of_grid = source.held_out is not None
         return Fit(one, task, settings, Job(folder, title, fine_tuning, args), is_of_grid)
@@ -428,15 +426,19 @@ class Comparison:
             }
 
 
-def _about(task: LoadedTask) -> dict[str, Any]:
+def about_task(task: LoadedTask) -> dict[str, Any]:
+    """What ``results.json`` says of a task."""
     return {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),
         "num_labels": task.task.num_labels,
         "num_train": len(task.train["label"]),
-        "num_validation": {split: len(rows["label"]) for split, rows in task.validations.items()},
-        "sha256": task.sha256,
     }
+
+
+def _scored(task: LoadedTask) -> dict[str, Any]:
+    num_rows = {split: len(rows["label"]) for split, rows in task.validations.items()}
+    return {"num_validation": num_rows, "sha256": task.sha256}
 
 
 def _spread(values: Sequence[float]) -> float | None:
@@ -454,8 +456,7 @@ def score_table(results: dict[str, Any]) -> Table:
             cells[task] = _cell(statistics.mean(scores), _spread(scores))
         if len(tasks) > 1:
             cells["average"] = _cell(row["average"], row["spread"])
-        kept = row["share_kept"]
-        cells["share kept"] = "-" if kept is None else f"{100 * kept:.1f} %"
+        cells["share kept"] = as_text(row["share_kept"], ".1f", " %", scale=100)
         cells["latency (ms)"] = f"{row['latency_ms']:.2f}"
         cells["speed-up"] = f"{row['speedup']:.1f}x"
         cells["parameters (M)"] = f"{row['num_parameters'] / 1e6:.2f}"

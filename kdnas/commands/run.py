@@ -19,7 +19,7 @@ from rich.progress import Progress
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceSettings, as_plain
 from kdnas.commands.engine import open_engine
 from kdnas.commands.export import is_exported, say
-from kdnas.commands.glue import Comparison, Contender, Help, TaskSource
+from kdnas.commands.glue import Comparison, Contender, Help, TaskSource, about_task
 from kdnas.commands.inputs import (
     RunContext,
     forget_inputs,
@@ -391,15 +391,9 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
         fits = comparison.fine_tune()
     rows = {fit.contender.name: dict(read_json(fit.job.result_file)) for fit in fits}
     comparison.measure_rows(rows, "score")
-    about = {
-        "name": task.task.name,
-        "metric": " + ".join(task.task.metrics),
-        "num_labels": task.task.num_labels,
-        "num_train": len(task.train["label"]),
-        "num_validation": len(task.validation["label"]),
-    }
     (folder / "static" / VECTORS).unlink(missing_ok=True)  # they are in its model/ too
-    write_json(folder / "results.json", {"task": about, "models": rows})
+    scored = {"num_validation": len(task.validation["label"])}
+    write_json(folder / "results.json", {"task": about_task(task) | scored, "models": rows})
 
 
 class Role(Contender):
@@ -436,7 +430,7 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
     ]
     if config.task_distill:
         help = Help(str(folder / "teacher" / "model"), config.distill)
-        roles[1] = replace(roles[1], helpers={task: ("", help)}, plain=roles[1])
+        roles[1] = replace(roles[1], helpers={task: help}, plain=roles[1])
     return roles
 
 
