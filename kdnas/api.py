@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kdnas.commands.config import SearchConfig
     from kdnas.data.datamodule import DataSettings
     from kdnas.distillation.module import Recipe
     from kdnas.distillation.teacher_states import StatesSettings
     from kdnas.models.arch import StudentArch
+    from kdnas.system.files import Run
     from kdnas.training.trainer import TrainerSettings
 
     Pair: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -201,6 +201,7 @@ def search(
     """
     from kdnas.commands.config import SearchConfig
     from kdnas.commands.run import search as search_students
+    from kdnas.system.files import Run
 
     config = _config(
         SearchConfig,
@@ -214,7 +215,7 @@ def search(
         **settings,
     )
     search_students(config)
-    return _best(config)
+    return _best(Run(config.root, config.name))
 
 
 def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -> RunResult:
@@ -239,21 +240,17 @@ def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -
     from pandas import DataFrame
 
     from kdnas.commands.config import RunConfig
-    from kdnas.commands.run import of_trial
     from kdnas.commands.run import run as run_stages
-    from kdnas.system.files import Run, read_json
+    from kdnas.system.files import read_json
 
     config = _config(RunConfig, teacher=teacher, text=text, task=task, **settings)
-    if config.trial is not None:
-        config = of_trial(config, config.trial)
-    run_stages(config)
-    made, table = Run(config.root, config.name), None
+    made, table = run_stages(config), None
     if config.task:
         table = DataFrame(read_json(made.glue / "results.json")["models"]).T
         names = ["score", "share_kept", "latency_ms", "speedup", "num_parameters"]
         table = table[names].astype(float)
     more = {"table": table, "export": _exported(made.student), "folder": made.folder}
-    return _of(RunResult, read_json(made.full_kd / "result.json") | more | {"best": _best(config)})
+    return _of(RunResult, read_json(made.full_kd / "result.json") | more | {"best": _best(made)})
 
 
 def distill(
@@ -434,13 +431,11 @@ def _of(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**{name: values[name] for name in signature(kind).parameters})
 
 
-def _best(config: SearchConfig) -> SearchResult:
+def _best(made: Run) -> SearchResult:
     """The best student of a search that is done."""
     from kdnas.models.arch import StudentArch
     from kdnas.nas.trials import results_in
-    from kdnas.system.files import Run
 
-    made = Run(config.root, config.name)
     arch = StudentArch.from_yaml(made.best_student)
     number, best = next(
         (number, outcome)

@@ -79,14 +79,7 @@ VECTORS = "vectors.safetensors"  # of the static baseline, while its fine-tuning
 @own_precision()
 @honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
-    """Find the best student within the budget, into ``<root>/<name>/``.
-
-    Returns:
-        The best student, as in ``best_student.yaml``.
-
-    Raises:
-        UserError: anything that the user can mend, before anything is trained.
-    """
+    """Find the best student within the budget, into ``<root>/<name>/``."""
     with _opened(config, console or Console(markup=False), {}) as context:
         run, console = context.run, context.console
         was_done = run.manifest.exists()  # then opening has left everything as it was
@@ -106,14 +99,11 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
     return best
 
 
-def run(config: RunConfig, console: Console | None = None) -> None:
+def run(config: RunConfig, console: Console | None = None) -> Run:
     """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
 
     The same call again goes on where it was stopped; a finished run answers with its table and
     changes nothing.
-
-    Raises:
-        UserError: anything that the user can mend, before anything is trained.
     """
     console = console or Console(markup=False)
     if config.trial is not None:
@@ -134,18 +124,11 @@ def run(config: RunConfig, console: Console | None = None) -> None:
     where = f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}"
     console.print(*where, sep="\n", soft_wrap=True)
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
+    return run
 
 
 def of_trial(config: RunConfig, number: int) -> RunConfig:
-    """A run whose search is one candidate of another search, and done.
-
-    Args:
-        config: of the other.
-        number: of the candidate's trial.
-
-    Raises:
-        UserError: that search has trained no such candidate, or was made with other settings.
-    """
+    """A run whose search is one candidate of the search of ``config``, and done."""
     asked = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
     refuse_other_config(Run(config.root, config.name), SearchConfig(**asked))
     source = Run(config.root, config.name).trial(number)
@@ -280,7 +263,7 @@ class SearchDisplay:
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
-        self.study: Study | None = None
+        self.study: Study  # as it was opened last
         self._bar = progress.add_task("search", total=context.config.search.n_trials)
         self._told_busy = False
         self._num_trained: int | None = None  # when the leaders were last shown
@@ -305,7 +288,6 @@ class SearchDisplay:
 
     def _show_leaders(self) -> None:
         """Who leads, at the end of each episode."""
-        assert self.study is not None
         size = self.study.user_attrs["num_candidates"]
         ended = sorted(trained(self.study), key=lambda one: (one.datetime_complete, one.number))
         rewards = [(arch_of(trial), trial.value or 0.0) for trial in ended]
@@ -316,8 +298,6 @@ class SearchDisplay:
 
     def write_down(self) -> None:
         """Write what the study holds: the bar, the table of all trials, and the board."""
-        if self.study is None:
-            return
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
