@@ -406,24 +406,18 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
     return _exported(export_student(config, Console(markup=False)))
 
 
-def _config(
-    kind: Any,
-    *,
-    speedup: float | None = None,
-    latency_ms: float | None = None,
-    num_parameters: int | None = None,
-    n_trials: int = 20,
-    num_epochs: int = 2,
-    **settings: Any,
-) -> Any:
+def _config(kind: Any, **settings: Any) -> Any:
     """The config of a search or a run."""
     from kdnas.commands.config import SearchSettings
     from kdnas.commands.objects import as_paths
     from kdnas.nas.budget import Budget
 
-    budget = Budget(speedup, latency_ms, num_parameters)
-    asked = {"workers": 0, "search": SearchSettings(n_trials, num_epochs, budget)}
-    return kind(**asked | as_paths(**settings))
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: settings.pop(name) for name in names if name in settings}
+
+    budget = Budget(**taken("speedup", "latency_ms", "num_parameters"))
+    search = SearchSettings(**taken("n_trials", "num_epochs"), budget=budget)
+    return kind(**{"workers": 0, "search": search} | as_paths(**settings))
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:
