@@ -35,28 +35,24 @@ class SearchBoard:
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
-        self.folder, self.exploration = folder, exploration
-        self._writer: SummaryWriter | None = None
+        self.exploration = exploration
         self._rewards: dict[StudentArch, float] = {}  # two workers may have trained the same one
         self._front: list[int] | None = None
-
-    def __enter__(self) -> "SearchBoard":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in self.folder.glob("events.out.tfevents.*"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         without_tensorflow()
-        with placed(self.folder):
-            self._writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
+        with placed(folder):
+            self._writer = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
+
+    def __enter__(self) -> "SearchBoard":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
     def __call__(self, study: Study) -> None:
         """Write what is new in the study."""
-        if self._writer is None:
-            return
         # With those that a pruner ended.
         size = study.user_attrs.get("num_candidates", NUM_CANDIDATES)
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
@@ -86,7 +82,7 @@ class SearchBoard:
         self._writer.flush()
 
     def _draw(self, name: str, draw: Draw | None) -> None:
-        if draw and self._writer:
+        if draw:
             figure = as_figure(draw)
             self._writer.add_figure(f"search/{name}", figure, len(self._rewards), close=False)
             release_memory()  # a figure refers to itself
