@@ -1,18 +1,18 @@
 """``kdnas report``: the report of a run made anew, or several runs beside each other, finished or not."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from kdnas.commands.config import ReportConfig
-from kdnas.models.arch import StudentArch
 from kdnas.nas.study import read_study
 from kdnas.nas.trials import Study, best_trial, trained, trials_frame
 from kdnas.report.page import stage_results, write_page, write_report
 from kdnas.report.pictures import COLOURS, as_svg, best_so_far, fronts
-from kdnas.report.tables import as_text, text_table
+from kdnas.report.tables import as_text, shape_text, text_table
 from kdnas.system.errors import UserError, nearest
 from kdnas.system.files import Run, read_json
 from kdnas.system.manifest import renew
@@ -36,15 +36,8 @@ REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")
 NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_workers")
 
 
-def report(config: ReportConfig, console: Console) -> Path:
-    """Write one run's report anew, or a page that compares several.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: a run is not there, is broken, or is named twice.
-    """
+def report(config: ReportConfig, console: Console) -> None:
+    """Write one run's report anew, or a page that compares several."""
     runs = [Run(config.root, name) for name in config.run]
     studies = [_study_of(run, config.storage, is_only=len(runs) == 1) for run in runs]
     output = Path(config.output) if config.output else None
@@ -54,7 +47,6 @@ def report(config: ReportConfig, console: Console) -> Path:
         page = compare(runs, studies, output or Path(config.root) / "comparison.html", console)
     renew(page)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
-    return page
 
 
 def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
@@ -74,20 +66,7 @@ def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
 
 
 def compare(runs: list[Run], studies: list[Study], output: Path, console: Console) -> Path:
-    """Write a page that holds runs beside each other, and show its table.
-
-    Args:
-        runs: two at least.
-        studies: theirs, in the same order.
-        output: the page.
-        console: for the table, and for what makes them no fair comparison.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: a file of a run is damaged.
-    """
+    """Write a page that holds two or more runs beside each other, and show its table."""
     names = [run.name for run in runs]
     rows = [_row(run, study) for run, study in zip(runs, studies, strict=True)]
     configs = [flat(read_yaml(run.config)) for run in runs]
@@ -115,7 +94,7 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
         rows=rows,
         progress=progress,
         fronts=loss_fronts,
-        colours={name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)},
+        colours=dict(zip(names, cycle(COLOURS), strict=False)),
     )
 
     lines = [
@@ -160,11 +139,6 @@ def _row(run: Run, study: Study) -> dict[str, str]:
     best = best_trial(study)
     attrs = best.user_attrs if best else {}
     student = results["models"]["student"] if results else {}
-    shape = "-"
-    if best:
-        arch = StudentArch.from_dict(attrs["arch"])
-        heads = arch.num_attention_heads
-        shape = f"{arch.num_hidden_layers} x {arch.hidden_size}, {heads} heads"
     stages = {
         "exported": exported,
         "fine-tuned": results,
@@ -175,7 +149,7 @@ def _row(run: Run, study: Study) -> dict[str, str]:
         "run": run.name,
         "stage": next((name for name, done in stages.items() if done), "searching"),
         "candidates trained": str(len(trained(study))),
-        "student": shape,
+        "student": shape_text(attrs["arch"]) if best else "-",
         "reward": as_text(attrs.get("reward"), ".4f"),
         "loss": as_text(attrs.get("loss"), ".4f"),
         "contextual share": as_text(attrs.get("contextual_share"), ".3f"),

@@ -34,9 +34,9 @@ from kdnas.report.pictures import (
     pareto,
     predictions,
 )
-from kdnas.report.tables import as_text, text_table
+from kdnas.report.tables import as_text, shape_text, text_table
 from kdnas.report.trust import checks
-from kdnas.system.files import Run, read_json, write_text
+from kdnas.system.files import MANIFEST, Run, read_json, write_text
 from kdnas.system.yaml import read_yaml
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.training.precision import gpu_name
@@ -62,22 +62,19 @@ PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The final table, from ``glue/results.json``: one dict a model, from heading to text."""
-    metric = results["task"]["metric"]
-    rows = []
-    for name, row in results["models"].items():
-        rows.append(
-            {
-                "model": MODELS[name],
-                "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
-                "MB": as_text(row["megabytes"], ".1f"),
-                "latency (ms)": as_text(row["latency_ms"], ".2f"),
-                "IQR (ms)": as_text(row["latency_iqr_ms"], ".2f"),
-                "speed-up": as_text(row["speedup"], ".1f", "x"),
-                metric: as_text(row["score"], ".3f"),
-                "share kept (%)": as_text(row["share_kept"], ".1f", scale=100),
-            }
-        )
-    return rows
+    return [
+        {
+            "model": MODELS[name],
+            "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
+            "MB": as_text(row["megabytes"], ".1f"),
+            "latency (ms)": as_text(row["latency_ms"], ".2f"),
+            "IQR (ms)": as_text(row["latency_iqr_ms"], ".2f"),
+            "speed-up": as_text(row["speedup"], ".1f", "x"),
+            results["task"]["metric"]: as_text(row["score"], ".3f"),
+            "share kept (%)": as_text(row["share_kept"], ".1f", scale=100),
+        }
+        for name, row in results["models"].items()
+    ]
 
 
 def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
@@ -146,16 +143,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def stage_results(run: Run) -> tuple[Any, Any, Any]:
-    """The results of full KD, of fine-tuning and of the export; None where there are none yet.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    files = (
-        run.full_kd / "result.json",
-        run.glue / "results.json",
-        run.student / "manifest.json",
-    )
+    """The results of full KD, of fine-tuning and of the export; None where there are none yet."""
+    files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
 
@@ -177,9 +166,6 @@ def write_report(
 
     Returns:
         The path of the report.
-
-    Raises:
-        UserError: a file of the run is damaged.
     """
     full_kd, results, exported = stage_results(run)
     config = read_yaml(run.config)
@@ -282,13 +268,14 @@ def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:
-    shape = "{num_hidden_layers} x {hidden_size}, {num_attention_heads} heads, "
-    shape += "{intermediate_size} {hidden_act}"
+    def shape(row: Mapping[str, Any]) -> str:
+        return f"{shape_text(row)}, {row['intermediate_size']} {row['hidden_act']}"
+
     return [
         {
             "trial": str(row["number"]),
             "state": row["state"],
-            "shape": shape.format(**row) if pd.notna(row["hidden_act"]) else "-",
+            "shape": shape(row) if pd.notna(row["hidden_act"]) else "-",
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "latency (ms)": as_text(row["latency_ms"], ".2f"),
             "speed-up": as_text(row["speedup"], ".1f", "x"),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from kdnas.nas.trials import front, is_twin
-from kdnas.report.tables import as_text
+from kdnas.report.tables import as_text, shape_text
 
 Draw = Callable[[Axes], None]
 Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row an epoch, colour
@@ -191,7 +191,6 @@ def _front(axes: Axes, frame: pd.DataFrame, colour: str) -> None:
 
 def _tip(row: Mapping[str, Any]) -> str:
     """The text of a candidate on hover."""
-    shape = f"{row['num_hidden_layers']} x {row['hidden_size']}, {row['num_attention_heads']} heads"
     found = [
         as_text(row["latency_ms"], ".2f", " ms"),
         as_text(row["speedup"], ".1f", "x"),
@@ -200,4 +199,4 @@ def _tip(row: Mapping[str, Any]) -> str:
         f"reward {as_text(row['reward'], '.4f')}",
     ]
     known = [part for part in found if not part.endswith("-")]
-    return f"trial {row['number']}: {shape}, " + ", ".join(known)
+    return ", ".join([f"trial {row['number']}: {shape_text(row)}", *known])

@@ -1,6 +1,6 @@
 """Tables of text: the same rows for the terminal and for a page."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -15,6 +15,11 @@ from kdnas.nas.trials import best_trial, trials_frame
 def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
     """A number for a cell; ``-`` where it is not known."""
     return "-" if pd.isna(value) else f"{value * scale:{spec}}{unit}"
+
+
+def shape_text(row: Mapping[str, Any]) -> str:
+    """Layers, width and heads of a candidate."""
+    return f"{row['num_hidden_layers']} x {row['hidden_size']}, {row['num_attention_heads']} heads"
 
 
 def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str] = ()) -> Table:
