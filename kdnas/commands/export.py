@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,7 @@ class _Choice:
 
 @honest_signals()
 def export(config: ExportConfig, console: Console) -> Path:
-    """Export the student of a run, or any student, into one folder; say what was checked.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: anything that the user can mend; nothing is written then, unless it was the push
-            that failed.
-        ParityError: a file does not compute what the student computes; nothing is written either.
-    """
+    """Export the student of a run, or any student, into one folder; say what was checked."""
     if (config.run is None) == (config.student is None):
         raise UserError(
             f"run is {config.run!r} and student is {config.student!r}: give one of the two."
@@ -222,41 +214,28 @@ def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None)
     return Sentences(teacher, train, held_out, task)
 
 
-def check_hub(repo: str) -> None:
-    """Refuse now, not after the export, where nobody is logged in.
-
-    Raises:
-        HubAway: the hub does not answer.
-        UserError: it knows no token.
-    """
+@contextmanager
+def _asking_the_hub(repo: str, if_away: str, if_refused: str) -> Iterator[None]:
     try:
+        yield
+    except Exception as error:  # no token, no right, a bad name, no network
+        refuse_away(error, f"a push to {repo!r}", if_away)
+        raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. {if_refused}.") from error
+
+
+def check_hub(repo: str) -> None:
+    """Refuse now, not after the export, where nobody is logged in."""
+    with _asking_the_hub(repo, "leave out --hub-repo", "Log in by `hf auth login`"):
         HfApi().whoami()
-    except Exception as error:  # no token, an old one, no network
-        refuse_away(error, f"a push to {repo!r}", "leave out --hub-repo")
-        raise UserError(
-            f"Cannot push to {repo!r}: {first_line(error)}. Log in by `hf auth login`."
-        ) from error
 
 
 def push(folder: Path, repo: str) -> str:
-    """Push a folder to the hub, into a private repository if it is new, and give the address.
-
-    Raises:
-        HubAway: the hub does not answer; the folder stays.
-        UserError: it refuses; the folder stays.
-    """
-    try:
+    """Push a folder to the hub, into a private repository if it is new, and give the address."""
+    there = f"export is in {str(folder)!r}"
+    with _asking_the_hub(repo, f"the {there}: `hf upload` pushes it too", f"The {there}"):
         HfApi().create_repo(repo, private=True, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
-    except Exception as error:  # a bad name, no right, no network
-        refuse_away(
-            error,
-            f"a push to {repo!r}",
-            f"the export is in {str(folder)!r}: `hf upload` pushes it too",
-        )
-        raise UserError(
-            f"Cannot push to {repo!r}: {first_line(error)}. The export is in {str(folder)!r}."
-        ) from error
+        address = str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
+    return address
 
 
 def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
