@@ -49,6 +49,11 @@ from kdnas.training.trainer import TrainerSettings
 
 # kdnas.distillation.start.FromTeacher; with the same settings, another rule makes other students.
 BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"
+# How settings begin that change no result.
+NO_RESULT = (
+    "root states.folder states.max_gb trainer.accelerator trainer.devices trainer.logger "
+    "data.num_workers sampler workers executor storage candidate_timeout time_budget"
+).split()
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
         return
     run.refuse_other_kind(is_comparison=False)
     known, asked = flat(read_yaml(run.config)), flat(_plain(config))
-    free = ["root", "states.folder", "states.max_gb", "trainer.accelerator", "data.num_workers"]
-    free += ["sampler", "workers", "executor", "storage", "candidate_timeout", "time_budget"]
-    free += ["trainer.devices", "trainer.logger"]
+    free = [*NO_RESULT]
     if not isinstance(config, RunConfig):
         free.append("search.n_trials")
     if not run.full_kd.exists():
@@ -194,16 +197,14 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     of_stage = ("finetune.", "task", "grid", "distill.")
     if not run.glue.exists() and not run.student.exists():  # what is exported stays
         free += of_stage
-    both = known.keys() & asked.keys() | {  # without a grid, there are no keys below it
-        key for key in known.keys() ^ asked.keys() if key.startswith("grid")
-    }
-    shared = {key for key in both if not key.startswith(tuple(free))}
-    differing = [key for key in shared if known.get(key) != asked.get(key)]
+    # Without a grid, there are no keys below it.
+    both = known.keys() & asked.keys() | {key for key in known | asked if key.startswith("grid")}
+    held = sorted(key for key in both if not key.startswith(tuple(free)))
+    ours, theirs = ({key: plain.get(key) for key in held} for plain in (known, asked))
+    is_stage_s = all(key.startswith(of_stage) for key in held if ours[key] != theirs[key])
     remedy = f"give a new name, such as --name {run.name}-2 (--force-new does)"
-    is_stage_s = all(key.startswith(of_stage) for key in differing)
     if run.glue.exists() and not run.student.exists() and is_stage_s:
         remedy = f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or {remedy}"
-    ours, theirs = ({key: plain.get(key) for key in shared} for plain in (known, asked))
     refuse_difference(ours, theirs, f"The run {run.name!r}", remedy)
 
 
@@ -224,11 +225,7 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
 
 
 def check_place(config: SearchConfig) -> Run:
-    """The run, whose folders can be written and are no other config's; nothing is written.
-
-    Raises:
-        UserError: the name stands for another config, or a folder takes no new file.
-    """
+    """The run, whose folders can be written and are no other config's; nothing is written."""
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
     run.check_writable()
@@ -237,11 +234,7 @@ def check_place(config: SearchConfig) -> Run:
 
 
 def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
-    """Look at everything but text and task, cheapest first; nothing is written.
-
-    Raises:
-        UserError: anything that the user can mend.
-    """
+    """Look at everything but text and task, cheapest first; nothing is written."""
     run = check_place(config)
     config.trainer.check(has_ddp=isinstance(config, RunConfig) and config.executor is None)
     if isinstance(config, RunConfig):  # it ends with an export
@@ -249,7 +242,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
-    space = SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
+    space = _space_of(config, teacher)
     _check_objective(config.recipe.objective, teacher, space)
     meter = LatencyMeter(teacher.config, config.latency)
     if not run.trials_csv.exists():  # else the search is past it
@@ -263,17 +256,14 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     return run, teacher, space, meter
 
 
+def _space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
+    return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
+
+
 def load_inputs(config: SearchConfig, console: Console) -> Inputs:
     """Load everything that the user gave, and see that it is good, before anything is trained.
 
     Nothing is written but the text's tokens, and the quickstart's text where that is asked for.
-
-    Args:
-        config: of the search or the run.
-        console: where to say what was found.
-
-    Raises:
-        UserError: anything that the user can mend.
     """
     run, teacher, space, meter = validate(config)
     if config.storage:
@@ -328,9 +318,8 @@ def inputs_of(config: SearchConfig) -> Inputs:
     """The inputs in a job's process, which loads them once for all of its jobs."""
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
-        space = SearchSpace.from_teacher(teacher.config)
-        space = space.replaced(vars(config.space), teacher.config)
-        _load_rows(config, run, teacher, space, LatencyMeter(teacher.config, config.latency))
+        meter = LatencyMeter(teacher.config, config.latency)
+        _load_rows(config, run, teacher, _space_of(config, teacher), meter)
     return _LOADED[0][1]
 
 
@@ -340,11 +329,7 @@ def forget_inputs() -> None:
 
 
 def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
-    """Hold the run to what it was made with, and write its config down.
-
-    Raises:
-        UserError: it was made with other settings, or full KD of its best student has begun.
-    """
+    """Hold the run to what it was made with, and write its config down."""
     config, run = inputs.config, inputs.run
     run.folder.mkdir(parents=True, exist_ok=True)
     sweep(run.folder)
