@@ -13,9 +13,6 @@ def open_engine(workers: int, executor: str | None = None) -> Engine:
     Args:
         workers: slots; 0: jobs run in this process.
         executor: ``dask://HOST:PORT`` of a scheduler; its workers share the folder of all runs.
-
-    Raises:
-        UserError: there is no such scheduler, or it has no workers.
     """
     if executor is None:
         if workers > 0:

@@ -1,4 +1,4 @@
-"""``kdnas export``, and the last stage of a run: which student, which rows, which words on the card."""
+"""``kdnas export``, and the last stage of a run: which student, rows and words on the card."""
 
 import os
 import re
@@ -185,7 +185,7 @@ def _rows(
 
 
 def _check_output(folder: Path, source: Path, force: bool) -> None:
-    """Refuse what is there already, but for an empty folder or an earlier export that may be replaced."""
+    """Refuse what is there, but for an empty folder or an earlier export that may be replaced."""
     if folder.resolve() == source.resolve():
         raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
     if folder.is_dir() and not any(folder.iterdir()):
@@ -205,7 +205,8 @@ def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None)
         return Sentences(teacher, corpus.train, corpus.held_out, task)
     if task is None:
         raise UserError(
-            "text and task are None: vectors are compared on texts; give --text, or --task stsb, or both."
+            "text and task are None: vectors are compared on texts; "
+            "give --text, or --task stsb, or both."
         )
     train, held_out = (
         [text for name in task.task.columns for text in rows[name]]
@@ -302,7 +303,8 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
         if source.is_dir():
             return source
     raise UserError(
-        f"The run {run.name!r} in {str(run.root)!r} has no student yet: `kdnas run --name {run.name}` first."
+        f"The run {run.name!r} in {str(run.root)!r} has no student yet: "
+        f"`kdnas run --name {run.name}` first."
     )
 
 
@@ -350,23 +352,19 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
     """Refuse a student of another teacher, by family, inputs, sizes and the weights it names."""
-    model, _ = load_student(source)
-    if model.config.model_type != teacher.config.model_type:
-        raise UserError(
-            f"The student {str(source)!r} ({model.config.model_type}) is not of the teacher {teacher.name!r} "
-            f"({teacher.config.model_type}): give its own --teacher."
-        )
+    student, parent, name = load_student(source)[0].config, teacher.config, repr(teacher.name)
+
+    def refused(why: str) -> UserError:
+        return UserError(f"The student {str(source)!r} {why}: give its own --teacher.")
+
+    if student.model_type != parent.model_type:
+        raise refused(f"({student.model_type}) is not of the teacher {name} ({parent.model_type})")
     refuse_other_inputs(find_teacher(str(source)), teacher)
-    for name in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
+    for field in ("num_hidden_layers", "hidden_size"):
+        ours, theirs = getattr(student, field), getattr(parent, field)
         if ours > theirs:
-            raise UserError(
-                f"The student {str(source)!r} has {name} {ours}, its teacher {teacher.name!r} {theirs}: "
-                "give its own --teacher."
-            )
-    known = getattr(model.config, "teacher_sha256", None)
+            raise refused(f"has {field} {ours}, its teacher {name} {theirs}")
+    known = getattr(student, "teacher_sha256", None)
     if known and known != (found := teacher.sha256()):
-        raise UserError(
-            f"The student {str(source)!r} learned from other weights (sha256 {known[:8]}) than those of "
-            f"{teacher.name!r} ({found[:8]}): give its own --teacher."
-        )
+        weights = f"(sha256 {known[:8]}) than those of {name} ({found[:8]})"
+        raise refused(f"learned from other weights {weights}")

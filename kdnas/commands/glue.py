@@ -149,11 +149,7 @@ class Contender:
 
 
 def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]) -> Contender:
-    """A pretrained encoder as a row of the table.
-
-    Raises:
-        UserError: there is no such encoder, or it takes fewer tokens than ``config`` asks for.
-    """
+    """A pretrained encoder as a row of the table."""
     found = find_teacher(source)
     if config.finetune.max_length > max_length(found.config):
         raise UserError(
@@ -174,11 +170,7 @@ def with_help(
     tasks: Sequence[LoadedTask],
     distill: TaskDistillSettings,
 ) -> list[Contender]:
-    """The same encoders, trained with the help of a teacher that was fine-tuned on the tasks.
-
-    Raises:
-        UserError: the teacher does not fit a task or an encoder.
-    """
+    """The same encoders, trained with the help of a teacher that was fine-tuned on the tasks."""
     helpers = {}
     for task in tasks:
         teacher = load_task_teacher(source, task.task, *(find_teacher(one.source) for one in plain))
@@ -475,13 +467,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune models on tasks and show what each reaches, into ``<root>/<name>/``.
 
     The same call again goes on where it was stopped; runs that are finished are not done again.
-
-    Returns:
-        As ``Comparison.run``.
-
-    Raises:
-        UserError: anything that the user can mend, before anything is trained.
-        CandidateFailed: a loss is not finite.
+    Gives what ``Comparison.run`` gives.
     """
     console = console or Console(markup=False)
     run = Run(config.root, config.name)

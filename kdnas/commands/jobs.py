@@ -1,4 +1,4 @@
-"""The jobs of a run: each a function of plain data that gives plain data, and how it is asked for."""
+"""The jobs of a run: functions of plain data that give plain data, and how they are asked for."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -36,17 +36,13 @@ log = logging.getLogger(__name__)
 
 
 def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
-    """Measure every model in every combination, in turn, and show it: a table, a JSON file and a picture.
+    """Measure every model in every combination, in turn: a table, a JSON file and a picture.
 
     Returns:
         The rows of the JSON file: ``model``, ``backend``, ``device``, ``threads``, ``batch``,
         ``length`` (null for a workload), ``megabytes`` of parameters or of the ONNX file, the
         fields of ``Latency``, and ``speedup``, how many times faster than the first model in the
         same combination.
-
-    Raises:
-        UserError: a model cannot be found or is shorter than a length, or a value is out of its
-            range, or the figures cannot be written where they are asked for.
     """
     combinations, path = config.settings(), Path(config.json)
     picture = _picture(config.json)

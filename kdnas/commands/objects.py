@@ -15,11 +15,7 @@ from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, 
 
 
 def as_paths(**asked: Any) -> dict[str, Any]:
-    """The settings of a command; in place of each object the folder below ``root`` that holds it.
-
-    Raises:
-        UserError: a model without its tokenizer, or a task without the splits that are needed.
-    """
+    """The settings of a command; for each object the folder below ``root`` that holds it."""
     inputs = Path(asked.get("root", "lightning_logs"), INPUTS)
     writers = {"text": _write_text, "task": _write_task}
     writers |= dict.fromkeys(("teacher", "student", "model", "distill_from"), _write_model)

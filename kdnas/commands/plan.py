@@ -52,7 +52,7 @@ MOST_ROWS, MOST_TOKENS, MOST_STEPS = 2_000, 25_000, 16
 NUM_LOOKS = 12  # students whose latency is measured
 NUM_TASK_ROWS = 160  # of each split
 ROW_BYTES = 150  # in memory; text and tokens are in files
-# Mostly the tracing of the graph, which grows with neither text nor task: 10 s for 4 x 384 (LOG.md).
+# Mostly the tracing of the graph, whatever text and task are: 10 s for 4 x 384 (LOG.md).
 EXPORT_SECONDS = 30.0
 
 
@@ -179,14 +179,7 @@ class Looks(NamedTuple):
 
 
 def plan(config: SearchConfig) -> Plan:
-    """Measure a few students on a few rows and scale it to the search or run; nothing is kept.
-
-    Args:
-        config: of the search or run.
-
-    Raises:
-        UserError: anything that the user can mend.
-    """
+    """Measure a few students on a few rows and scale it to the search or run; nothing is kept."""
     check_place(config)
     with temporary_folder() as name, torch.random.fork_rng():
         sample = Sample.take(config, Path(name))
@@ -249,9 +242,7 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Stage, list[Stage]]:
 
     computing = missing * one_pass
     first = sample.stage("teacher states", of_search * computing, of_search * num_bytes)
-    if not isinstance(config, RunConfig):
-        return states, first, []
-    if not config.full_kd.num_epochs:
+    if not isinstance(config, RunConfig) or not config.full_kd.num_epochs:
         return states, first, []
     if num_bytes > most_bytes:
         seconds = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
@@ -392,11 +383,7 @@ def peak_memory() -> int:
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
-    """Print a teacher's space: its choices, its size, and the cost of its extremes.
-
-    Raises:
-        UserError: anything that the user can mend.
-    """
+    """Print a teacher's space: its choices, its size, and the cost of its extremes."""
     with temporary_folder() as name, torch.random.fork_rng():
         folder = Path(name)
         is_random = not config.text

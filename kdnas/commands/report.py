@@ -1,4 +1,4 @@
-"""``kdnas report``: the report of a run made anew, or several runs beside each other, finished or not."""
+"""``kdnas report``: the report of a run made anew, or several runs beside each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -134,7 +134,7 @@ def _differing(
 
 
 def _row(run: Run, study: Study) -> dict[str, str]:
-    """A run's best candidate after its mini-KD and, where they are there, the last stages' figures."""
+    """A run's best candidate after its mini-KD, and the last stages' figures, if they are there."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}

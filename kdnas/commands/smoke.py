@@ -1,4 +1,4 @@
-"""A run on a few rows, by the real code, to see in a minute whether a long one would reach its end."""
+"""A run on a few rows, by the real code, to see in a minute whether a long one would end well."""
 
 import shutil
 import tempfile
@@ -58,9 +58,6 @@ def with_few_rows(
         num_rows: rows of text, at most.
         num_bytes: bytes of text, at most; a row counts as if it were cut. Two rows at least.
         num_task_rows: rows of each split of the task.
-
-    Raises:
-        UserError: text or task cannot be read, or fewer than two of these rows are usable.
     """
     text, task = config.text, config.task if isinstance(config, RunConfig) else None
     if QUICKSTART in (text, task):
@@ -110,16 +107,9 @@ def _few_rows(
 
 
 def smoke(config: RunConfig, console: Console) -> None:
-    """Go through every stage of a run on a few rows of its text and task, in a folder that is removed again.
+    """Go through every stage of a run on a few rows, in a folder that is removed again.
 
     The budget is checked but not kept, so the candidates are the first that the sampler proposes.
-
-    Args:
-        config: of the real run, whose folder is not touched.
-        console: where to say how it went.
-
-    Raises:
-        UserError: anything that the user can mend.
     """
     validate(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"

@@ -136,7 +136,7 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def predictions(frame: pd.DataFrame) -> Draw | None:
-    """The reward that an LSTM controller predicted of each candidate, and the true one; None without any."""
+    """The reward that an LSTM controller predicted, and the true one; None without any."""
     known = frame[frame["predicted_reward"].notna() & frame["reward"].notna() & ~is_twin(frame)]
     ends = known[["predicted_reward", "reward"]].stack().agg(["min", "max"])
 
