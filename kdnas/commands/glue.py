@@ -88,17 +88,9 @@ def fine_tuning(
     help: Help | None = None,
     keep_model: bool = True,
 ) -> dict[str, Any]:
-    """The job of one fine-tuning; gives what ``evaluate_glue`` gives.
+    """The job of one fine-tuning: of what ``make`` gives, of so many outputs.
 
-    Args:
-        make: gives the classifier, of so many outputs.
-        tokenizer: whose is read by.
-        source: of the labelled rows.
-        settings: how it is trained.
-        trainer: device and precision.
-        folder: of the job.
-        help: of a fine-tuned teacher, if any.
-        keep_model: write ``model/``.
+    It gives what ``evaluate_glue`` gives. ``tokenizer`` names the model whose tokenizer is used.
     """
     task = source()
     with torch.random.fork_rng():

@@ -116,14 +116,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that is being made.
-
-    Args:
-        inputs: what the user gave.
-        engine: runs its jobs.
-        console: where it says what it does.
-        storage: of its study.
-    """
+    """A run that is being made: of what, by what, and where its study is."""
 
     inputs: Inputs
     engine: Engine

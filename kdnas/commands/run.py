@@ -158,11 +158,7 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
 @own_precision()
 @honest_signals()
 def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
-    """Run the stages that are not finished.
-
-    Returns:
-        The seconds of each stage, in order.
-    """
+    """Run the stages that are not finished; give the seconds of each."""
     seconds: dict[str, float] = {}
     with _opened(config, console, seconds) as context:
         run = context.run
@@ -253,13 +249,7 @@ def search_stage(context: RunContext) -> StudentArch:
 
 
 class SearchDisplay:
-    """Tells of each trial as it ends: a line, a bar, the table of all, TensorBoard.
-
-    Args:
-        context: of the run.
-        board: TensorBoard's.
-        progress: the live display.
-    """
+    """Tells of each trial as it ends: a line, a bar, the table of all, TensorBoard."""
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
@@ -380,7 +370,6 @@ class Role(Contender):
     """A row of a run's table, which has one task."""
 
     def folder(self, task: LoadedTask) -> str:
-        """Of its fine-tuning, below the stage's."""
         return self.key
 
 

@@ -152,7 +152,7 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
 def write_report(
     run: Run, study: Study, *, title: str | None = None, output: Path | None = None
 ) -> Path:
-    """Write ``report.html``: one file that opens from disk and needs no network.
+    """Write ``report.html``, one file that opens from disk and needs no network; give its path.
 
     On one machine the same run gives the same bytes, for the page's date is that of the last trial.
     Stages that did not run are left out.
@@ -163,9 +163,6 @@ def write_report(
             limits.
         title: heading of the page; the run's name by default.
         output: the page; ``report.html`` of the run by default.
-
-    Returns:
-        The path of the report.
     """
     full_kd, results, exported = stage_results(run)
     config = read_yaml(run.config)
