@@ -100,10 +100,6 @@ def _of_run(config: ExportConfig, is_sentences: bool) -> _Choice:
     assert config.run is not None
     run = Run(config.root, config.run)
     source, known = _source_of(run, is_sentences), read_yaml(run.config)
-    card = _run_card(run, is_sentences)
-    if config.teacher:
-        card.pop("base_model", None)
-        card |= _teacher_words(config.teacher)
     task, text = config.task, config.text
     if not (task or is_sentences):
         task = _in_run(run, known.get("task"), "which_package")
@@ -113,7 +109,7 @@ def _of_run(config: ExportConfig, is_sentences: bool) -> _Choice:
     return _Choice(
         source,
         run.student,
-        card,
+        _run_card(run, is_sentences, config.teacher),
         max_length=known.get("finetune", {}).get("max_length", MOST_TOKENS),
         teacher=config.teacher or (known["teacher"] if is_sentences else None),
         task=task,
@@ -322,7 +318,7 @@ def _teacher_words(teacher: str) -> dict[str, str]:
     return {"teacher": teacher, "base_model": teacher}
 
 
-def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
+def _run_card(run: Run, is_encoder: bool = False, teacher: str | None = None) -> dict[str, Any]:
     config, sections = read_yaml(run.config), {}
     text, scores = config["text"], {}
     if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
@@ -342,7 +338,7 @@ def _run_card(run: Run, is_encoder: bool = False) -> dict[str, Any]:
         sections["Latency beside its teacher"] = {measured_by(config["latency"]): latency}
     return {
         "name": run.name,
-        **_teacher_words(config["teacher"]),
+        **_teacher_words(teacher or config["teacher"]),
         **scores,
         "made": "searched and distilled",
         "text": "prose of installed packages" if text == QUICKSTART else Path(text).name,

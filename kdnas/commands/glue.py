@@ -230,8 +230,8 @@ class Comparison:
             ``share_kept`` of the first's average, ``gap_closed`` (by the teacher's help, of the
             distance to the first), latency, speed-up and parameters.
         """
-        asked = self._asked()
-        if self.results.is_file() and (known := dict(read_json(self.results)))["asked"] == asked:
+        asked, path = self._asked(), self.folder / "results.json"
+        if path.is_file() and (known := dict(read_json(path)))["asked"] == asked:
             return known
         fits = self.fine_tune()
         scores: dict[str, dict[str, list[float]]] = {one.name: {} for one in self.contenders}
@@ -243,7 +243,7 @@ class Comparison:
             "models": self._rows(scores),
             "asked": asked,
         }
-        write_json(self.results, results)
+        write_json(path, results)
         return results
 
     def fine_tune(self) -> list[Fit]:
@@ -252,7 +252,7 @@ class Comparison:
         Returns:
             All fine-tunings but the grid's: task by task, contender by contender.
         """
-        grid = self._grid_fits() if self.config.grid is not None else []
+        grid = self._grid_fits()
         self._do(grid)
         fits = [
             self._fit(one, task, source, dataclasses.replace(settings, seed=seed), name)
@@ -264,11 +264,6 @@ class Comparison:
         self._do(fits)
         self._write_lines([*grid, *fits])
         return fits
-
-    @property
-    def results(self) -> Path:
-        """Where the results go."""
-        return self.folder / "results.json"
 
     def _asked(self) -> dict[str, Any]:
         names = ("grid", "trainer", "latency", "finetune")
@@ -300,7 +295,8 @@ class Comparison:
 
     def _grid_fits(self) -> list[Fit]:
         grid = self.config.grid
-        assert grid is not None
+        if grid is None:
+            return []
         first = dataclasses.replace(self.config.finetune, seed=next(iter(self.seeds.values())))
         found = []
         for task, source in zip(self.tasks, self.sources, strict=True):
