@@ -201,7 +201,6 @@ def search(
     """
     from kdnas.commands.config import SearchConfig
     from kdnas.commands.run import search as search_students
-    from kdnas.system.files import Run
 
     config = _config(
         SearchConfig,
@@ -214,8 +213,7 @@ def search(
         num_epochs=num_epochs,
         **settings,
     )
-    search_students(config)
-    return _best(Run(config.root, config.name))
+    return _best(search_students(config))
 
 
 def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -> RunResult:

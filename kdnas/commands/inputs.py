@@ -73,7 +73,7 @@ class Inputs:
         """Every teacher layer that a student of the space can ask for: all share one cache."""
         depths = self.space.choices["num_hidden_layers"]
         num_layers = self.teacher.config.num_hidden_layers
-        return sorted(needed_layers(self.config.recipe.objective, depths, num_layers))
+        return needed_layers(self.config.recipe.objective, depths, num_layers)
 
     @property
     def states_settings(self) -> StatesSettings:

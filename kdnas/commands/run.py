@@ -78,7 +78,7 @@ VECTORS = "vectors.safetensors"  # of the static baseline, while its fine-tuning
 
 @own_precision()
 @honest_signals()
-def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
+def search(config: SearchConfig, console: Console | None = None) -> Run:
     """Find the best student within the budget, into ``<root>/<name>/``."""
     with _opened(config, console or Console(markup=False), {}) as context:
         run, console = context.run, context.console
@@ -96,7 +96,7 @@ def search(config: SearchConfig, console: Console | None = None) -> StudentArch:
         if not was_done and is_finished(run, read_yaml(run.config)):
             write_manifest(run.folder, _about(run))
     console.print(f"Best student: {best}, in {run.best_student}")
-    return best
+    return run
 
 
 def run(config: RunConfig, console: Console | None = None) -> Run:
