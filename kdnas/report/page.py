@@ -149,9 +149,7 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
     return full_kd, results, manifest and manifest.get("checks")
 
 
-def write_report(
-    run: Run, study: Study, *, title: str | None = None, output: Path | None = None
-) -> Path:
+def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     """Write ``report.html``, one file that opens from disk and needs no network; give its path.
 
     On one machine the same run gives the same bytes, for the page's date is that of the last trial.
@@ -161,7 +159,6 @@ def write_report(
         run: the run, of which ``config.yaml`` and the results of its stages are read.
         study: its search; ``study.user_attrs["budget"]`` maps the fields of ``Budget`` to their
             limits.
-        title: heading of the page; the run's name by default.
         output: the page; ``report.html`` of the run by default.
     """
     full_kd, results, exported = stage_results(run)
@@ -193,7 +190,7 @@ def write_report(
     write_page(
         output,
         "report.html.j2",
-        title=title or f"kdnas: {run.name}",
+        title=f"kdnas: {run.name}",
         run=run,
         config=config,
         config_text=run.config.read_text(encoding="utf-8"),

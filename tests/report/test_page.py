@@ -399,13 +399,13 @@ def test_the_page_and_the_terminal_show_the_same_final_table(html):
 
 def test_what_was_asked_is_said(tmp_path):
     run = whole(tmp_path)
-    text = Page(write_report(run, every_kind(), title="My run").read_text()).text
+    text = Page(write_report(run, every_kind()).read_text()).text
+    assert text.startswith("kdnas: fake")
     assert "teacher bert-tiny text notes.parquet task topics search 3 candidates by tpe" in text
     assert "budget at least 4x as fast as the teacher" in text
     assert f"Distil it on all rows, export it kdnas run --config {run.config}" in text
     assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
-    assert text.startswith("My run")
     assert "But for the date, of the machine that wrote this page. search ended" in text
     assert re.search(
         r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*",
@@ -568,10 +568,10 @@ def test_text_from_outside_stays_text(run):
     study = make_study()
     add(study, TrialState.COMPLETE, 0.7, **trained(1, 2.5, 0.3, 0.7))
     add(study, TrialState.FAIL, **measured(2, 1.5, failed=evil))
-    page = Page(write_report(run, study, title=evil).read_text())
+    page = Page(write_report(run, study).read_text())
     assert [tag for tag, _ in page.tags].count("script") == 1
-    # title twice, sentence, teacher, fine-tuning, heading, axis, caption, headline, reason, config
-    assert page.text.count(evil) == 11
+    # sentence, teacher, fine-tuning, heading, axis, caption, headline, reason, config
+    assert page.text.count(evil) == 9
     console = Console(file=io.StringIO(), width=300)
     console.print(result_table(results, {}))
     assert console.file.getvalue().count(evil) == 2
