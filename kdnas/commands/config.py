@@ -188,8 +188,7 @@ class SearchConfig:
     @property
     def measures_first(self) -> bool:
         """Whether latency is measured before a candidate is trained, or after."""
-        has_budget = any(limit is not None for limit in vars(self.search.budget).values())
-        return has_budget or self.latency.when == "before_fit"
+        return self.search.budget != Budget() or self.latency.when == "before_fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +472,7 @@ class ReportConfig:
 
 
 def as_plain(value: Any) -> Any:
-    """A config as plain YAML that gives it back: objects become ``class_path`` and ``init_args``."""
+    """A config as YAML that gives it back: objects become ``class_path`` and ``init_args``."""
     if dataclasses.is_dataclass(value):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if value is None or isinstance(value, bool | int | float | str):
