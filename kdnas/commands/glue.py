@@ -88,9 +88,9 @@ def fine_tuning(
     help: Help | None = None,
     keep_model: bool = True,
 ) -> dict[str, Any]:
-    """The job of one fine-tuning: of what ``make`` gives, of so many outputs.
+    """The job of one fine-tuning: ``make`` gives the classifier, of so many outputs.
 
-    It gives what ``evaluate_glue`` gives. ``tokenizer`` names the model whose tokenizer is used.
+    It gives what ``evaluate_glue`` gives; ``tokenizer`` is where the tokenizer is.
     """
     task = source()
     with torch.random.fork_rng():
