@@ -112,8 +112,8 @@ def caution(results: Mapping[str, Any]) -> str:
     ]
     if better:
         said.append(
-            f"The student does not beat the {' and the '.join(better)}: this task does not need "
-            "distillation."
+            f"The student does not beat the {' and the '.join(better)}, "
+            "which took no search and no distillation."
         )
     if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
         said.append(

@@ -351,8 +351,8 @@ def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
     [
         ({"score": 0.6}, "A random start of its shape scores as high"),
         ({"latency_iqr_ms": 0.5}, "the machine was busy"),
-        ({"score": 0.7}, "The student does not beat the layer cut: this task does not need"),
-        ({"score": 0.5}, "The student does not beat the static vectors and the layer cut:"),
+        ({"score": 0.7}, "The student does not beat the layer cut, which took"),
+        ({"score": 0.5}, "The student does not beat the static vectors and the layer cut,"),
     ],
 )
 def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_path, student, said):
