@@ -164,6 +164,12 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         if len(message) > _LONGEST_MESSAGE:  # what it is about is said first, and the value last
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
         raise UserError(f"{message}.{_remedy(parser, args)}") from error
+    except AttributeError as error:  # the parser's, of a class path over one with init_args
+        if error.name != "init_args":
+            raise
+        raise UserError(
+            "A class path on the command line meets another with init_args in YAML: change it there."
+        ) from error
 
 
 def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:

@@ -56,8 +56,8 @@ class LatencySettings:
         min_seconds: time to spend on each model, at least.
 
     Raises:
-        UserError: a value is out of range, the backend is unknown or not installed, or torch sees no such
-            device.
+        UserError: a value is out of range, the backend is unknown or not installed, or torch sees
+            no such device.
     """
 
     backend: str = "torch"

@@ -130,7 +130,6 @@ def state_cache(
     device: str = "cpu",
 ) -> StateCache:
     """The cache of these layers' states, built or not; arguments are those of ``open_states``."""
-    assert data.rows is not None, "call data.setup() first"
     wanted = sorted(set(layers))
     order = np.concatenate([data.held_out_ids(), data.draw_order()])
     computed_in = autocast_dtype(torch.device(device).type)
@@ -260,7 +259,6 @@ def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
     """By the probe that measures students, on the same batches in the same order."""
-    assert data.rows is not None
     width = model.config.hidden_size
     # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
@@ -314,7 +312,6 @@ def _stats(
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
     """Batches of about so many real tokens from these rows; the same on every rank."""
-    assert data.rows is not None
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
     return [data.rows[index] for index in _batches(data, chosen)]
@@ -322,7 +319,6 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
     """As the loader of held-out rows has them, but all on this rank."""
-    assert data.rows is not None
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

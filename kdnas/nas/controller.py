@@ -171,9 +171,9 @@ class History:
         return [*self._leaders(episode), *self.candidates(episode)]
 
     def ranked(self, episode: int) -> list[int]:
-        """The leaders before an episode, and the candidates of the one before: what ``RewardLSTM`` reads.
+        """The leaders before an episode, and the candidates of the one before, for ``RewardLSTM``.
 
-        As many in the first episode, of which each is -1: none.
+        In the first episode there are as many, and each is -1: none.
         """
         previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
         return [*self._leaders(episode), *previous]
@@ -188,7 +188,9 @@ class Controller(nn.Module):
     def propose(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float
     ) -> tuple[int, float | None]:
-        """The pool's index of the point to train next, and its predicted reward; None where it explores.
+        """The pool's index of the point to train next, and its predicted reward.
+
+        There is no prediction where it explores.
 
         Args:
             history: the trained points.
@@ -206,7 +208,10 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from at least two points, and score the pool, (P,): predicted rewards, unless it explores."""
+        """Learn from at least two points, and score the pool, (P,).
+
+        The scores are predicted rewards, unless it explores.
+        """
         raise NotImplementedError
 
 
@@ -285,7 +290,7 @@ class RewardLSTM(Controller):
 
     @staticmethod
     def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """What is read before a point of an episode, and the point: the arguments of ``forward``."""
+        """What is read before each point of an episode, and the point: ``forward``'s arguments."""
         # The last row, which -1 finds, stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
         rewards_T = functional.pad(history.rewards_T, (0, 1))

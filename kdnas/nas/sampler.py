@@ -280,7 +280,7 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the controller of the original KD-NAS, ``RewardLSTM``, kept through the search.
+    """``LSTMSampler`` with the original's controller, one ``RewardLSTM`` through the search.
 
     Args:
         seed: of all draws.
@@ -289,13 +289,15 @@ class OriginalLSTMSampler(LSTMSampler):
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
-        of: dict[str, RewardLSTM] = {}
+        kept: dict[str, RewardLSTM] = {}
 
-        def kept(choices: Sequence[Sequence[Any]], _: torch.Generator) -> RewardLSTM:
-            generator = torch.Generator().manual_seed(seed_of(seed))
-            return of.setdefault(repr(choices), RewardLSTM(choices, generator))
+        def controller(choices: Sequence[Sequence[Any]], _: torch.Generator) -> RewardLSTM:
+            if repr(choices) not in kept:
+                generator = torch.Generator().manual_seed(seed_of(seed))
+                kept[repr(choices)] = RewardLSTM(choices, generator)
+            return kept[repr(choices)]
 
-        super().__init__(seed, num_candidates, num_episodes, kept)
+        super().__init__(seed, num_candidates, num_episodes, controller)
 
 
 def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:

@@ -256,7 +256,8 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
         episode, best_so_far, episode_best, previous_best, front, seconds, reason``.
         ``predicted_reward`` is what an LSTM controller expected of a student that it picked. An
         episode is as many trained candidates as the study's attribute ``num_candidates`` says; of
-        it there are, as candidates ended, the best rewards so far: of all, of this episode, and of the one before.
+        it there are, as candidates ended, the best rewards so far: of all, of this episode, and of
+        the one before.
         ``front`` names what the student is on the Pareto front of, beside the loss: ``latency``,
         ``parameters``, both, or nothing.
     """

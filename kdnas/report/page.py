@@ -86,7 +86,7 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
 
 
 def agreement(full_kd: Mapping[str, Any]) -> str:
-    """What a student without a task is worth, from ``full_kd/result.json``; "" where nothing says it."""
+    """What a student without a task is worth, by ``full_kd/result.json``; "" if it is not said."""
     if "vector_cosine" not in full_kd:
         return ""
     return (

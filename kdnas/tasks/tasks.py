@@ -114,7 +114,7 @@ def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
 
 
 def warn_of_head(task: Task, config: Any, source: str) -> None:
-    """Warn that a checkpoint's head is another task's: fine-tuning begins with a new one, or with it."""
+    """Warn that a checkpoint's head is another task's: it is replaced, or fine-tuned further."""
     if not has_classifier(config):
         return
     names = class_names(config)

@@ -445,6 +445,15 @@ def test_bad_value_gets_one_line_and_makes_nothing(
     assert not (tmp_path / "logs").exists() and not (tmp_path / "states").exists()
 
 
+def test_a_class_path_over_one_with_arguments_in_yaml_is_told(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2}}
+    (tmp_path / "lstm.yaml").write_text(json.dumps({"sampler": spec}))
+    asked = [*search, f"--config={tmp_path / 'lstm.yaml'}", f"--sampler={json.dumps(spec)}"]
+    assert "change it there" in refused(asked, capsys)
+
+
 @pytest.mark.parametrize(
     "option",
     [
