@@ -36,6 +36,7 @@ from kdnas.commands import glue as comparison
 from kdnas.commands import run as pipeline
 from kdnas.commands.config import RunConfig, SearchSettings, as_plain
 from kdnas.commands.export import is_exported
+from kdnas.data.quickstart import build_quickstart_text
 from kdnas.deploy.onnx import open_session
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates
@@ -956,6 +957,39 @@ def test_the_original_whole(command: list[str], tmp_path: Path) -> None:
     # Full KD began anew, with the random start that all have.
     result = json.loads((run / "full_kd" / "result.json").read_text())
     assert result["num_epochs"] == 1
+
+
+@pytest.mark.slow
+def test_the_original_on_the_quickstarts_teacher_and_text(tmp_path: Path) -> None:
+    text = build_quickstart_text(tmp_path / "text", rows_per_package=40)
+    sampler = {
+        "class_path": "kdnas.nas.sampler.OriginalLSTMSampler",
+        "init_args": {"num_candidates": 2, "num_episodes": 2},
+    }
+    options = {
+        "config": "configs/original.yaml",
+        "root": tmp_path / "logs",
+        "text": text,
+        "sampler": json.dumps(sampler),
+        "search.n_trials": 4,
+        "latency.min_seconds": 0.1,
+    }
+    search = [f"--{name}={value}" for name, value in options.items()]
+    assert main(["search", *search]) == 0
+    run = tmp_path / "logs" / "original"
+    assert pd.read_csv(run / "trials.csv")["episode"].tolist() == [1, 1, 2, 2]
+    assert not (run / "full_kd").exists()
+    task = [f"--task={text.with_name('which_package')}", "--finetune.num_epochs=1"]
+    assert main(["run", *search, *task]) == 0, "it goes on where the search has ended"
+    assert [name for name in ARTEFACTS if not (run / name).exists()] == []
+    fit = {
+        "config": "configs/original_fit.yaml",
+        "data.text": text,
+        "trainer.max_epochs": 1,
+        "trainer.default_root_dir": tmp_path,
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in fit.items())]) == 0
+    assert list(tmp_path.glob("lightning_logs/version_0/encoder/model.safetensors"))
 
 
 def test_a_search_takes_the_yaml_of_a_run_and_stops_after_the_search(
