@@ -14,6 +14,7 @@ from kdnas.distillation.teacher_states import StatesSettings
 from kdnas.nas.budget import Budget
 from kdnas.nas.reward import reward
 from kdnas.system.errors import UserError
+from kdnas.system.pool import usual_slots
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.task_distill import TaskDistillSettings
 from kdnas.training.trainer import TrainerSettings, class_path
@@ -117,9 +118,10 @@ class SearchConfig:
             Optuna sampler by class path, with its init_args.
         pruner: what ends candidates early, by their held-out loss after each epoch: none, median,
             hyperband, or any Optuna pruner by class path, with its init_args.
-        workers: processes that train candidates at the same time on this machine, each with its
-            share of the cores and one GPU; 0: candidates train in this process, one at a time.
-            Latency is measured while the others hold still.
+        workers: processes that train candidates, and later fine-tune models, at the same time on
+            this machine, each with its share of the cores and one GPU; null: one for each GPU, or
+            for each core, four at most; 0: all in this process, one at a time. Latency is measured
+            while the others hold still.
         executor: where candidates train instead: ``dask://HOST:PORT`` of a Dask scheduler, whose
             workers, on any machine, were started in this folder.
         storage: SQLAlchemy URL of the study's database, to watch it from elsewhere; a file in the
@@ -147,7 +149,7 @@ class SearchConfig:
     root: str = "lightning_logs"
     sampler: str | dict[str, Any] = "tpe"
     pruner: str | dict[str, Any] = "none"
-    workers: int = 1
+    workers: int | None = None
     executor: str | None = None
     storage: str | None = None
     candidate_timeout: float | None = None
@@ -174,7 +176,7 @@ class SearchConfig:
             part = getattr(self, name, None)
             if part and part.seed not in (type(part).seed, self.seed):
                 raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")
         if self.candidate_timeout is not None and (self.workers == 0 or self.executor):
             raise UserError(
@@ -184,6 +186,11 @@ class SearchConfig:
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
                 raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
+
+    @property
+    def num_workers(self) -> int:
+        """``workers``, or what null stands for on this machine."""
+        return usual_slots(self.trainer.accelerator) if self.workers is None else self.workers
 
     @property
     def measures_first(self) -> bool:
@@ -258,6 +265,12 @@ class RunConfig(SearchConfig):
     grid: Grid | None = None
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)
+
+    @property
+    def num_devices(self) -> int:
+        """What shares full KD: ``trainer.devices``, or as many as there are workers here."""
+        usual = 1 if self.executor else max(1, self.num_workers)
+        return self.trainer.devices or usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +351,8 @@ class GlueConfig:
         seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and
             standard deviation.
         workers: processes that fine-tune at the same time, each with its share of the cores and one
-            GPU; 0: this process does, one model at a time.
+            GPU; null: one for each GPU, or for each core, four at most; 0: this process does, one
+            model at a time.
         grid: choose batch size and learning rate for each model and task first; ``--grid`` alone
             takes the defaults.
         finetune: how models are fine-tuned; its seed is each of ``seeds``.
@@ -360,7 +374,7 @@ class GlueConfig:
     name: str = "glue"
     root: str = "lightning_logs"
     seeds: int = 1
-    workers: int = 1
+    workers: int | None = None
     grid: Grid | None = None
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     distill: TaskDistillSettings = field(default_factory=TaskDistillSettings)
@@ -386,6 +400,11 @@ class GlueConfig:
             )
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
+
+    @property
+    def num_workers(self) -> int:
+        """``workers``, or what null stands for on this machine."""
+        return usual_slots(self.trainer.accelerator) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -467,7 +467,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
     contenders = _contenders(config, tasks)
     with (
         run.alone("wait for it"),
-        open_engine(config.workers) as engine,
+        open_engine(config.num_workers) as engine,
         live_progress(console) as progress,
     ):
         run.manifest.unlink(missing_ok=True)  # until the end again

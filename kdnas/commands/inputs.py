@@ -389,7 +389,7 @@ def _keep_matmuls(run: Run) -> None:
 def _refuse_hidden_device(config: SearchConfig) -> None:
     """Of several GPUs a job's process sees one, which is its first."""
     kind, _, number = config.latency.device.partition(":")
-    if config.workers > 0 and number not in ("", "0"):
+    if config.workers != 0 and number not in ("", "0"):
         raise UserError(
             f"latency.device is {config.latency.device!r}, but each worker sees one GPU only: "
             f"give {kind!r}, which is its own, or --workers 0."

@@ -42,7 +42,7 @@ def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dic
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
     """Full KD of the best student, or of the search's candidate as it is."""
     folder = Run(config.root, config.name).full_kd
-    args, num_ranks = (config, arch, dict(kept)), config.trainer.devices
+    args, num_ranks = (config, arch, dict(kept)), config.num_devices
     if num_ranks == 1 or not config.full_kd.num_epochs:
         return Job(folder, "full KD", distill_best, args)
     return Job(folder, "full KD", share_devices, (num_ranks, folder, distill_best, args))

@@ -129,7 +129,7 @@ class Sample:
     @property
     def num_slots(self) -> int:
         """Candidates at a time."""
-        return max(1, self.config.workers)
+        return max(1, self.config.num_workers)
 
     @property
     def rows(self) -> TokenRows:

@@ -184,7 +184,7 @@ def _opened(
 ) -> Iterator[RunContext]:
     """A run with its inputs and its engine, and nobody else's meanwhile."""
     try:
-        with open_engine(config.workers, config.executor) as engine:
+        with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
                 inputs = load_inputs(config, console)
             with inputs.run.alone("wait for it, or give another name"):

@@ -147,7 +147,7 @@ def _shrunk(config: RunConfig, folder: Path) -> RunConfig:
     )
     return replace(
         small,
-        workers=min(config.workers, NUM_CANDIDATES),
+        workers=min(config.num_workers, NUM_CANDIDATES),
         data=replace(small.data, held_out_fraction=max(small.data.held_out_fraction, 0.25)),
         search=few_candidates,
         full_kd=replace(config.full_kd, num_epochs=min(config.full_kd.num_epochs, 1)),

@@ -25,6 +25,8 @@ from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_t
 
 log = logging.getLogger("kdnas")
 
+MOST_SLOTS = 4  # on CPUs
+
 _at_work: list[Path] = []  # the folder of the job that this process is at
 
 
@@ -63,14 +65,33 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
     return ProcessPool(num_slots, initializer=_begin, initargs=initargs, context=context)
 
 
+def usual_slots(accelerator: str) -> int:
+    """One for each GPU; without one, for each core, but at most ``MOST_SLOTS``.
+
+    Jobs of one thread side by side do more than one job of two threads (LOG.md). More of them would
+    leave a sampler less to learn from, and take more memory.
+
+    Args:
+        accelerator: Lightning's.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    return num_gpus or min(MOST_SLOTS, _num_cores())
+
+
 def num_threads(num_slots: int) -> int:
     """A slot's share of the cores that this process may use, and of the threads it is allowed."""
+    return max(1, _num_cores() // num_slots)
+
+
+def _num_cores() -> int:
     import torch
 
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return max(1, min(cores, torch.get_num_threads()) // num_slots)
+    return min(cores, torch.get_num_threads())
 
 
 def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:

@@ -19,8 +19,8 @@ from kdnas.system.jobs import Job, Reporter, progress_of
 
 log = logging.getLogger(__name__)
 
-# So long at least is between two lines: after an epoch, and within one.
-SHORTEST, LONGEST = 60.0, 600.0
+# Seconds between two lines, where there is no bar.
+LINE_SECONDS = 60.0
 
 
 def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
@@ -30,7 +30,7 @@ def live_progress(console: Console, *columns: ProgressColumn, **options: Any) ->
 
 
 class EpochLines(pl.Callback):
-    """A line after each epoch, or every ten minutes of a long one, with the time that is left; none of short epochs.
+    """A line a minute with the time that is left, and one with the held-out loss after a long epoch.
 
     Args:
         description: what is being fitted.
@@ -41,7 +41,7 @@ class EpochLines(pl.Callback):
         self.description, self.write = description, write
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._validated = time.monotonic()
         self._first = trainer.global_step
 
     def on_train_batch_end(
@@ -52,18 +52,19 @@ class EpochLines(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._say(trainer, LONGEST, "")
+        self._say(trainer, self._said, "")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known = trainer.callback_metrics
         if trainer.state.fn == "fit" and not trainer.sanity_checking and "val_loss" in known:
             loss, share = (float(known[name]) for name in ("val_loss", "contextual_share"))
             said = f", held-out loss {loss:.4f}, contextual share {share:.3f}"
-            self._say(trainer, SHORTEST, said)
+            self._say(trainer, self._validated, said)
+            self._validated = time.monotonic()
 
-    def _say(self, trainer: pl.Trainer, seconds: float, more: str) -> None:
+    def _say(self, trainer: pl.Trainer, last: float, more: str) -> None:
         now, done = time.monotonic(), trainer.global_step
-        if self.write is None or not trainer.is_global_zero or now - self._said < seconds:
+        if self.write is None or not trainer.is_global_zero or now - last < LINE_SECONDS:
             return
         self._said = now
         steps = float(trainer.estimated_stepping_batches)
@@ -125,7 +126,7 @@ class StopWhenAsked(pl.Callback):
 
 
 class JobBars:
-    """Shows the jobs that run: a bar each on a terminal; in a file a line every ten minutes.
+    """Shows the jobs that run: a bar each on a terminal; in a file a line a minute.
 
     Args:
         progress: the live display, which others share.
@@ -146,7 +147,7 @@ class JobBars:
             known = progress_of(job.folder)
             if self._moves:
                 self._move(job, known)
-            elif time.monotonic() > self._said.setdefault(job.folder, time.monotonic()) + LONGEST:
+            elif time.monotonic() > self._said.setdefault(job.folder, time.monotonic()) + LINE_SECONDS:
                 self._said[job.folder] = time.monotonic()
                 self._say(job, known)
 

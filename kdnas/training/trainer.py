@@ -40,8 +40,8 @@ class TrainerSettings:
         precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16,
             else 32-true.
         gradient_clip_val: largest norm of the gradient; 0: any.
-        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP. A candidate
-            and a fine-tuning take one each.
+        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP; null: as
+            many as there are workers. A candidate and a fine-tuning take one each.
         logger: another logger than TensorBoard's, by class path with its init_args. ``{folder}`` in
             them is the folder of the candidate or the stage.
         callbacks: more callbacks, in the same way; each Trainer gets its own.
@@ -53,7 +53,7 @@ class TrainerSettings:
     accelerator: str = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     gradient_clip_val: float = 1.0
-    devices: int = 1
+    devices: int | None = None
     logger: Callable[[], Logger] | None = None
     callbacks: list[Callable[[], pl.Callback]] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class TrainerSettings:
             raise UserError(
                 f"gradient_clip_val is {self.gradient_clip_val}: give at least 0 (0: no clipping)."
             )
-        if self.devices < 1:
+        if self.devices is not None and self.devices < 1:
             raise UserError(f"trainer.devices is {self.devices}: give at least 1.")
 
     def check(self, has_ddp: bool = False) -> None:
@@ -79,15 +79,16 @@ class TrainerSettings:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}"
             )
-        if self.devices > 1 and not has_ddp:
+        devices = self.devices or 1
+        if devices > 1 and not has_ddp:
             raise UserError(
-                f"trainer.devices is {self.devices}: only full KD of `kdnas run` on this machine "
+                f"trainer.devices is {devices}: only full KD of `kdnas run` on this machine "
                 "takes several; give 1 here, and --workers for several jobs at a time."
             )
         try:
             pl.Trainer(
                 accelerator=self.accelerator,
-                devices=self.devices,
+                devices=devices,
                 logger=False,
                 enable_checkpointing=False,
             )
@@ -178,7 +179,8 @@ def make_trainer(
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=num_ranks,
-        strategy="auto" if num_ranks == 1 else "ddp",
+        # Some objectives leave parameters of the student without a gradient.
+        strategy="auto" if num_ranks == 1 else "ddp_find_unused_parameters_true",
         precision=precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_epochs=num_epochs,

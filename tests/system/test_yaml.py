@@ -104,7 +104,7 @@ def test_a_number_with_an_exponent_is_one(asked, tmp_path):
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("workers: null", "workers"),
+        ("seed: null", "seed"),
         ("data:", "data"),
         ("search: {budget: null}", "search.budget"),
         ("seed: ~", "seed"),

@@ -69,12 +69,12 @@ def test_a_terminal_shows_a_bar_for_each_job_that_runs(job, tmp_path):
     assert progress.task_ids == [other]
 
 
-def test_a_file_gets_a_line_of_each_job_every_ten_minutes(job, monkeypatch):
+def test_a_file_gets_a_line_of_each_job_a_minute(job, monkeypatch):
     now, file = [0.0], io.StringIO()
     monkeypatch.setattr("kdnas.training.progress.time.monotonic", lambda: now[0])
     progress = Progress(console=Console(file=file, width=30, markup=False))
     show = JobBars(progress)
-    for now[0] in (0.0, 300.0, 601.0, 900.0, 1202.0):
+    for now[0] in (0.0, 30.0, 60.1, 90.0, 120.2):
         show([job])
     line = "trial 3: [4 x 192]: epoch 2 of 2, step 4 of 6, held-out loss 0.5000\n"
     assert file.getvalue() == 2 * line and progress.task_ids == []
@@ -105,11 +105,20 @@ def test_bars_in_a_notebook_leave_stderr_alone(in_notebook):
         (
             30.0,
             [
+                "fit: epoch 1 of 2, step 2, 2 min left",
                 "fit: epoch 1 of 2, step 3, held-out loss 0.5000, contextual share 0.250, 2 min left",
-                "fit: epoch 2 of 2, step 6, ",
+                "fit: epoch 2 of 2, step 5, ",
+                "fit: epoch 2 of 2, step 6, held-out loss 0.5000",
             ],
         ),
-        (700.0, [f"fit: epoch {1 + (step > 3)} of 2, step {step}, " for step in range(1, 7)]),
+        (
+            700.0,
+            [
+                f"fit: epoch {1 + (step > 3)} of 2, step {step}, {more}"
+                for step in range(1, 7)
+                for more in (["", "held-out loss"] if step % 3 == 0 else [""])
+            ],
+        ),
     ],
 )
 def test_where_no_bar_moves_long_epochs_get_lines(tmp_path, monkeypatch, seconds_a_step, expected):
