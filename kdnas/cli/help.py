@@ -1,8 +1,10 @@
 """The help pages and the shell's completions, which the command line shows without importing torch.
 
-A page of ``pages/`` is a summary and examples, and below them what the command's own parser says.
-``WRITE_PAGES=1 pytest tests/cli/test_help.py`` writes the latter, and ``options.txt``: a line for
-each command, with its options.
+A page of ``pages/`` is a summary and examples, and below them what the command's own parser says;
+options that several commands share are in ``search.txt`` and ``lightning.txt``, which a page names
+in a line as MkDocs has it.
+``WRITE_PAGES=1 pytest tests/cli/test_help.py`` writes what parsers say, and ``options.txt``: a line
+for each command, with its options.
 """
 
 import argparse
@@ -16,7 +18,10 @@ from kdnas.system.errors import UserError, nearest
 
 def page(command: str) -> str:
     """The help page of a command."""
-    return _shipped("pages", f"{command}.txt")
+    text = _shipped("pages", f"{command}.txt")
+    for file in ("search.txt", "lightning.txt"):
+        text = text.replace(f'--8<-- "kdnas/cli/{file}"', _shipped(file).strip())
+    return text
 
 
 def summary(command: str) -> str:

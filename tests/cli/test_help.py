@@ -25,17 +25,42 @@ with every command:
 """
 
 
+# Commands that share groups of options, by the file that has those.
+SHARED = {
+    "search": ("run", "search", "space"),
+    "lightning": ("fit", "validate", "test", "predict"),
+}
+
+
+def with_shared(shown: dict[str, str]) -> dict[str, str]:
+    """What parsers say, the groups that several have put into a file of their own."""
+    files = {}
+    for name, commands in SHARED.items():
+        first, *others = (shown[command].split("\n\n") for command in commands)
+        is_shared = [all(group in other for other in others) for group in first]
+        begin = is_shared.index(True)
+        end = is_shared.index(False, begin) if False in is_shared[begin:] else len(is_shared)
+        shared = "\n\n".join(first[begin:end])
+        files[f"{name}.txt"] = f"{shared}\n"
+        for command in commands:
+            assert shared in shown[command], "they follow each other"
+            shown[command] = shown[command].replace(shared, f'--8<-- "kdnas/cli/{name}.txt"')
+    return files
+
+
 def made() -> dict[str, str]:
     """The pages and the list of options, as the parsers are now."""
-    texts, lines = {}, []
+    said, heads, lines = {}, {}, []
     for command in COMMANDS:
         if command == "completion":
             continue
         summary, examples, _ = page(command).split("\n\n", 2)
         parser = capture_parser(COMMANDS[command], [])
         parser.usage = argparse.SUPPRESS
-        shown = "\n".join(line.rstrip() for line in parser.format_help().strip().splitlines())
-        texts[f"pages/{command}.txt"] = "\n\n".join([summary, examples, shown, EVERYWHERE])
+        heads[command] = f"{summary}\n\n{examples}"
+        said[command] = "\n".join(
+            line.rstrip() for line in parser.format_help().strip().splitlines()
+        )
 
         actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
         options = {"--quiet", "--log-level"}.union(*(action.option_strings for action in actions))
@@ -43,7 +68,10 @@ def made() -> dict[str, str]:
             options.add("--as")  # the parser knows it as --format
         options = {option for option in options if option.startswith("--")}
         lines.append(" ".join([command, *sorted(options)]))
-    return texts | {"options.txt": "\n".join(lines) + "\n"}
+    texts = with_shared(said) | {"options.txt": "\n".join(lines) + "\n"}
+    for command, head in heads.items():
+        texts[f"pages/{command}.txt"] = "\n\n".join([head, said[command], EVERYWHERE])
+    return texts
 
 
 def test_pages_are_what_the_parsers_say() -> None:
