@@ -7,7 +7,7 @@ from rich.console import Console
 
 from kdnas.commands.config import as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
-from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
+from kdnas.data.quickstart import text_and_task
 from kdnas.distillation.full_kd import distill_student
 from kdnas.distillation.module import Recipe
 from kdnas.distillation.objectives import needed_layers
@@ -50,8 +50,7 @@ def distill(
         )
     trainer.check()
     found = find_teacher(teacher)
-    if text == QUICKSTART:
-        text = str(build_quickstart_text(run.text))
+    text, _ = text_and_task(text, None, run.text)
     rows = KDDataModule(teacher, text, data, folder=str(run.tokens))
     rows.setup()
     asked = {

@@ -14,16 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from kdnas.commands.config import ExportConfig
 from kdnas.data.corpus import Corpus, load_corpus
-from kdnas.data.quickstart import QUICKSTART
-from kdnas.deploy.card import sentence_lines
-from kdnas.deploy.export import export_student, load_student, slower_shapes, source_sha256
+from kdnas.data.quickstart import text_and_task
+from kdnas.deploy.card import check_lines
+from kdnas.deploy.export import export_student, load_student, source_sha256
 from kdnas.deploy.latency import measured_by
 from kdnas.deploy.onnx import check_onnx
 from kdnas.deploy.quantize import Rows, task_rows, text_rows
 from kdnas.deploy.sentences import Sentences, check_sentences
-from kdnas.models.encoders import Teacher, find_teacher, refuse_other_inputs
+from kdnas.models.encoders import QUICKSTART, Teacher, find_teacher, refuse_other_inputs
 from kdnas.models.families import has_classifier
 from kdnas.models.hub import refuse_away
+from kdnas.report.tables import show
 from kdnas.system.errors import UserError, first_line, nearest
 from kdnas.system.files import MANIFEST, Run, read_json, sweep
 from kdnas.system.manifest import renew
@@ -79,20 +80,19 @@ def export(config: ExportConfig, console: Console) -> Path:
 
     task, corpus = _task_and_corpus(config, choice)
     sentences = _sentences(teacher, corpus, task) if teacher and is_sentences else None
-    license = {"license": config.license} if config.license else {}
     report = export_student(
         choice.source,
         folder,
-        card=choice.card | license,
+        card=choice.card | {"license": config.license},
         make_rows=_rows(choice, task, corpus, sentences),
         length=config.length,
         sentences=sentences,
     )
     renew(folder)
     say(report, console)
-    console.print(f"Export: {folder}", soft_wrap=True, highlight=False)
+    show(console, f"Export: {folder}")
     if config.hub_repo:
-        console.print(f"Pushed: {push(folder, config.hub_repo)}", soft_wrap=True, highlight=False)
+        show(console, f"Pushed: {push(folder, config.hub_repo)}")
     return folder
 
 
@@ -102,9 +102,10 @@ def _of_run(config: ExportConfig, is_sentences: bool) -> _Choice:
     source, known = _source_of(run, is_sentences), read_yaml(run.config)
     task, text = config.task, config.text
     if not (task or is_sentences):
-        task = _in_run(run, known.get("task"), "which_package")
+        task = known.get("task")
     if is_sentences or not task:
-        text = text or _in_run(run, known["text"])
+        text = text or known["text"]
+    text, task = text_and_task(text or "", task, run.text)
     split = {name: known["data"][name] for name in ("column", "held_out_fraction")}
     return _Choice(
         source,
@@ -136,13 +137,21 @@ def _of_folder(config: ExportConfig) -> _Choice:
 
 
 def _output(config: ExportConfig, choice: _Choice) -> Path:
-    """The folder to write; a link stays, and what it leads to is replaced."""
+    """The folder to write: one that is new or empty, or an earlier export that may be replaced."""
     folder = Path(config.output) if config.output else choice.folder
-    if config.output and folder.is_symlink():
+    if config.output and folder.is_symlink():  # it stays, and what it leads to is replaced
         folder = folder.resolve()
     sweep(folder.parent, f".{folder.name}.*")
-    if folder.exists():
-        _check_output(folder, choice.source, config.force)
+    if folder.resolve() == choice.source.resolve():
+        raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    if "checks" not in _manifest(folder):
+        raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
+    if not config.force:
+        raise UserError(
+            f"The folder {str(folder)!r} exists: give another --output, or --force to replace it."
+        )
     return folder
 
 
@@ -154,11 +163,9 @@ def _task_and_corpus(
         raise UserError(
             f"text_column is {columns}: give it with --data FILE, or one column with --text FILE."
         )
-    task: LoadedTask | None
+    task = load_task(choice.task) if choice.task and not config.data else None
     if config.data:
         task = load_labelled(config.data, config.text_column, config.label_column)
-    else:
-        task = load_task(choice.task) if choice.task else None
     if not choice.text:
         return task, None
     column = {"column": columns[0]} if columns else {}
@@ -178,20 +185,6 @@ def _rows(
             task = task.for_classifier(student.config, str(choice.source))
         return rows_of_task(task, choice.max_length, is_scored)
     return rows_of_texts(corpus.train, corpus.held_out) if corpus else None
-
-
-def _check_output(folder: Path, source: Path, force: bool) -> None:
-    """Refuse what is there, but for an empty folder or an earlier export that may be replaced."""
-    if folder.resolve() == source.resolve():
-        raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if "checks" not in _manifest(folder):
-        raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
-    if not force:
-        raise UserError(
-            f"The folder {str(folder)!r} exists: give another --output, or --force to replace it."
-        )
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
@@ -266,32 +259,16 @@ def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
 
 
 def say(report: dict[str, Any], console: Console) -> None:
-    """What was checked, in a few lines."""
-    int8, scores = report["int8"], ""
-    if "score" in int8:
-        scores = f", score {int8['int8_score']:.3f} (float32 {int8['score']:.3f})"
-    lines = [
-        f"model.onnx equals torch to {report['max_abs_difference']:.1e}, "
-        f"{report['onnx_megabytes']:.1f} MB.",
-        f"model.int8.onnx ({int8['method']}): cosine {int8['cosine']:.4f} to model.onnx{scores} "
-        f"on {int8['rows']}, {report['int8_megabytes']:.1f} MB.",
-    ]
-    for row in report["latency"]:
-        lines.append(
-            f"Latency, batch {row['batch']} x {row['length']}, 1 thread: "
-            f"torch {row['torch_ms']:.2f} ms, model.onnx {row['onnx_ms']:.2f} ms, "
-            f"model.int8.onnx {row['int8_ms']:.2f} ms."
-        )
-    if "sentences" in report:
-        for name, words in sentence_lines(report["sentences"]).items():
-            lines.append(f"Sentence vectors, {name}: {words}.")
-    if slower := slower_shapes(report):
-        lines.append(
-            f"On this machine int8 is slower than float32 at {', '.join(slower)}: "
-            "both are kept, take model.onnx there."
-        )
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+    """Tell what was checked, as the card does."""
+    show(
+        console,
+        f"model.onnx equals torch to {report['max_abs_difference']:.1e}. It has "
+        f"{report['onnx_megabytes']:.1f} MB, model.int8.onnx ({report['int8']['method']}) "
+        f"{report['int8_megabytes']:.1f} MB.",
+    )
+    for title, lines in check_lines(report).items():
+        for name, words in lines.items():
+            show(console, f"{title}, {name}: {words}.")
 
 
 def _source_of(run: Run, is_encoder: bool = False) -> Path:
@@ -302,11 +279,6 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
         f"The run {run.name!r} in {str(run.root)!r} has no student yet: "
         f"`kdnas run --name {run.name}` first."
     )
-
-
-def _in_run(run: Run, name: str | None, within: str = ".") -> str | None:
-    """Text or task by its name; the quickstart's lie in the run."""
-    return str(run.text / within) if name == QUICKSTART else name
 
 
 def _teacher_words(teacher: str) -> dict[str, str]:

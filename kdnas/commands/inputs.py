@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdnas.commands.config import RunConfig, SearchConfig, as_plain
 from kdnas.data.datamodule import KDDataModule, Split
-from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
+from kdnas.data.quickstart import text_and_task
 from kdnas.deploy.latency import LatencyMeter, is_unsteady
 from kdnas.deploy.onnx import check_onnx
 from kdnas.distillation.objectives import Objective, needed_layers
@@ -37,6 +37,7 @@ from kdnas.nas.sampler import lstm_of, make_pruner, make_sampler
 from kdnas.nas.space import SearchSpace
 from kdnas.nas.study import check_reachable, open_study, patiently, without_password
 from kdnas.nas.trials import Study, best_of, is_complete, num_begun, results_in
+from kdnas.report.tables import show
 from kdnas.system.engine import Engine
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import Run, check_writable, read_json, sweep, write_json, write_text
@@ -264,12 +265,11 @@ def load_inputs(config: SearchConfig, console: Console) -> Inputs:
     inputs = _load_rows(config, run, teacher, space, meter)
     data = inputs.data
     dropped = "".join(f", {n:,} dropped ({why})" for why, n in data.rows.dropped.items() if n)
-    console.print(
+    show(
+        console,
         f"Teacher: {config.teacher} ({num_parameters(teacher.model) / 1e6:.1f} M parameters).  "
         f"Text: {len(data.train_ids()):,} rows to learn from, {len(data.held_out_ids()):,} held "
         f"out{dropped}.  Space: {len(space)} students.",
-        highlight=False,
-        soft_wrap=True,
     )
     return inputs
 
@@ -277,11 +277,8 @@ def load_inputs(config: SearchConfig, console: Console) -> Inputs:
 def _load_rows(
     config: SearchConfig, run: Run, teacher: Teacher, space: SearchSpace, meter: LatencyMeter
 ) -> Inputs:
-    text, task_source = config.text, config.task if isinstance(config, RunConfig) else None
-    if QUICKSTART in (text, task_source):
-        path = build_quickstart_text(run.text)
-        text = str(path) if text == QUICKSTART else text
-    source = task_path(run, task_source)
+    asked = config.task if isinstance(config, RunConfig) else None
+    text, source = text_and_task(config.text, asked, run.text)
     task = load_task(source) if source else None
     if task:
         warn_of_head(task.task, teacher.config, config.teacher)
@@ -296,8 +293,8 @@ def _load_rows(
 
 
 def task_path(run: Run, task: str | None) -> str | None:
-    """Where a run's labelled rows are: the quickstart's lie in its folder."""
-    return str(run.text / "which_package") if task == QUICKSTART else task
+    """Where a run's labelled rows are."""
+    return text_and_task("", task, run.text)[1]
 
 
 _LOADED: list[tuple[str, Inputs]] = []  # what this process has loaded last

@@ -26,7 +26,7 @@ from kdnas.deploy.latency import (
 )
 from kdnas.deploy.onnx import INT8, ONNX, write_deployed
 from kdnas.models.encoders import Teacher, build_classifier, find_teacher, num_parameters
-from kdnas.report.tables import text_table
+from kdnas.report.tables import show, text_table
 from kdnas.system.errors import UserError
 from kdnas.system.files import check_writable, new_file, short_names, temporary_folder, write_json
 from kdnas.system.manifest import version
@@ -72,7 +72,7 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
         log.warning(
             "The machine is busy: latencies spread by more than a tenth. Let nothing else run."
         )
-    console.print(f"Figures: {path}, {picture}", soft_wrap=True, highlight=False)
+    show(console, f"Figures: {path}, {picture}")
     return rows
 
 

@@ -39,7 +39,7 @@ from kdnas.models.encoders import (
     num_parameters,
     student_config,
 )
-from kdnas.report.tables import text_table
+from kdnas.report.tables import show, text_table
 from kdnas.system.files import nearest_folder, temporary_folder
 from kdnas.tasks.finetune import evaluate_glue
 from kdnas.tasks.tasks import LoadedTask
@@ -394,11 +394,9 @@ def show_space(config: SpaceConfig, console: Console) -> None:
             config = replace(config, text=str(text))
         sample = Sample.take(replace(config, root=name), folder)
         space = sample.found.space
-        console.print(
-            f"{len(space)} students of {config.teacher}: every combination of", highlight=False
-        )
+        show(console, f"{len(space)} students of {config.teacher}: every combination of")
         for field, values in space.choices.items():
-            console.print(f"  {field}: {values}", highlight=False)
+            show(console, f"  {field}: {values}")
 
         log.info("Measuring the smallest and the largest of them ...")
         extremes = {"smallest": space.smallest(), "largest": space.largest()}
@@ -420,10 +418,8 @@ def show_space(config: SpaceConfig, console: Console) -> None:
     console.print(text_table("", costs, words=["", "student"]))
     num_rows = round(config.data.mini_fraction * sample.sizes.num_rows)
     words = f"{num_rows:,} {'random rows; give --text for yours' if is_random else 'rows'}"
-    console.print(
-        f"A candidate: {config.search.num_epochs} epochs on {words}, the teacher's states stored.",
-        highlight=False,
-    )
+    epochs = config.search.num_epochs
+    show(console, f"A candidate: {epochs} epochs on {words}, the teacher's states stored.")
 
 
 def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:

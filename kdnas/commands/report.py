@@ -12,7 +12,7 @@ from kdnas.nas.study import read_study
 from kdnas.nas.trials import Study, best_trial, trained, trials_frame
 from kdnas.report.page import stage_results, write_page, write_report
 from kdnas.report.pictures import COLOURS, as_svg, best_so_far, fronts
-from kdnas.report.tables import as_text, shape_text, text_table
+from kdnas.report.tables import as_text, shape_text, show, text_table
 from kdnas.system.errors import UserError, nearest
 from kdnas.system.files import Run, read_json
 from kdnas.system.manifest import renew
@@ -46,7 +46,7 @@ def report(config: ReportConfig, console: Console) -> None:
     else:
         page = compare(runs, studies, output or Path(config.root) / "comparison.html", console)
     renew(page)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    show(console, f"Report: {page}")
 
 
 def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
@@ -105,7 +105,7 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
     lines += [{"": row["setting"]} | {name: row[name] for name in names} for row in asked]
     console.print(text_table(f"{len(runs)} runs", lines, words=[""]))
     for note in notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        show(console, note)
     return output
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from kdnas.commands.config import RunConfig, SearchConfig
 from kdnas.commands.inputs import validate
 from kdnas.commands.run import run_stages
-from kdnas.data.quickstart import QUICKSTART, build_quickstart_text
+from kdnas.data.quickstart import text_and_task
 from kdnas.data.readers import some_rows
 from kdnas.nas.budget import Budget
-from kdnas.report.tables import text_table
+from kdnas.report.tables import show, text_table
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, nearest_folder, owned, sweep
 from kdnas.tasks.tasks import load_task
@@ -59,13 +59,10 @@ def with_few_rows(
         num_bytes: bytes of text, at most; a row counts as if it were cut. Two rows at least.
         num_task_rows: rows of each split of the task.
     """
-    text, task = config.text, config.task if isinstance(config, RunConfig) else None
-    if QUICKSTART in (text, task):
-        there = Run(config.root, config.name).text
-        path = build_quickstart_text(there if there.is_dir() else folder / "quickstart")
-        text = str(path) if text == QUICKSTART else text
-        task = str(path.parent / "which_package") if task == QUICKSTART else task
-
+    there = Run(config.root, config.name).text
+    asked = config.task if isinstance(config, RunConfig) else None
+    place = there if there.is_dir() else folder / "quickstart"
+    text, task = text_and_task(config.text, asked, place)
     few, sizes = _few_rows(text, config, num_rows, num_bytes)
     pq.write_table(few, folder / "text.parquet")
     small = replace(
@@ -118,10 +115,7 @@ def smoke(config: RunConfig, console: Console) -> None:
     try:
         seconds = run_stages(_shrunk(config, folder), console)
     except Exception:
-        console.print(
-            f"What the smoke run has made until then, kept until the next one: {folder}",
-            soft_wrap=True,
-        )
+        show(console, f"What the smoke run has made until then, kept until the next one: {folder}")
         raise
     except BaseException:
         shutil.rmtree(folder)
@@ -131,9 +125,9 @@ def smoke(config: RunConfig, console: Console) -> None:
     seconds["in all"] = sum(seconds.values())
     rows = [{"stage": stage, "seconds": f"{taken:.1f}"} for stage, taken in seconds.items()]
     console.print(text_table("", rows, words=["stage"]))
-    console.print(
+    show(
+        console,
         f"Every stage works, on {NUM_ROWS} rows: the scores mean nothing, and nothing is kept.",
-        soft_wrap=True,
     )
 
 

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from kdnas.models.encoders import QUICKSTART
 from kdnas.system.errors import UserError
 from kdnas.system.files import new_folder
 
-QUICKSTART = "quickstart"
+TASK = "which_package"
 
 # The packages of the extra quickstart, and what else each is called in text.
 # Each has at least 1,300 paragraphs of prose.
@@ -35,6 +36,17 @@ PACKAGES = {
 _SKIPPED = set(
     "_vendor _vendored vendored extern externals conftest examples test testing tests".split()
 )
+
+
+def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
+    """Where text and task are; those of the quickstart are made in a folder, if they are not there."""
+    if QUICKSTART not in (text, task):
+        return text, task
+    path = build_quickstart_text(folder)
+    return (
+        str(path) if text == QUICKSTART else text,
+        str(path.parent / TASK) if task == QUICKSTART else task,
+    )
 
 
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
@@ -59,8 +71,8 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     """
     text = folder / "text.parquet"
     tasks = {
-        "train": folder / "which_package" / "train.parquet",
-        "held_out": folder / "which_package" / "validation.parquet",
+        "train": folder / TASK / "train.parquet",
+        "held_out": folder / TASK / "validation.parquet",
     }
     if all(path.exists() for path in (text, *tasks.values())):
         return text
@@ -68,7 +80,7 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     names = _package_names()
     rows = _all_rows(rows_per_package, names)
     with new_folder(folder) as new:
-        (new / "which_package").mkdir()
+        (new / TASK).mkdir()
         pq.write_table(pa.Table.from_pylist(rows), new / text.name)
         for split, path in tasks.items():
             examples = [
@@ -76,15 +88,14 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
                 for row in rows
                 if row["split"] == split
             ]
-            pq.write_table(_balanced(examples), new / "which_package" / path.name)
+            pq.write_table(_balanced(examples), new / TASK / path.name)
     return text
 
 
 def _package_names() -> re.Pattern[str]:
     """The names of packages, also within a word (NumpyVersion), and their aliases as words."""
     aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len)
-    names = "|".join(PACKAGES)
-    longest_first = "|".join(reversed(aliases))
+    names, longest_first = "|".join(PACKAGES), "|".join(reversed(aliases))
     return re.compile(rf"{names}|(?<![a-z])(?:{longest_first})(?![a-z])", re.IGNORECASE)
 
 

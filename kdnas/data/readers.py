@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdnas.models.hub import looked_in, refuse_away
+from kdnas.models.hub import from_hub
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import file_sha256
 
@@ -25,15 +25,7 @@ PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Iterator[Row]:
-    """Every row of a source, in order: its text, and its split where it has one.
-
-    Args:
-        text: as of ``load_corpus``.
-        column: that holds the text.
-
-    Raises:
-        UserError: as of ``load_corpus``, for the first row that is wrong.
-    """
+    """Every row of a source, in order; arguments and errors are those of ``load_corpus``."""
     files = _files(text)
     if files is None:
         yield from _checked(text, _hub(text, column), column)
@@ -42,16 +34,7 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """The first rows of a seeded shuffle of a source, which is read once, and how many rows it has.
-
-    Args:
-        text: as of ``load_corpus``.
-        column: that holds the text.
-        most: rows to keep; empty ones count.
-
-    Raises:
-        UserError: as of ``load_corpus``, for the first row that is wrong.
-    """
+    """``most`` rows, drawn at random (always the same), and how many there are; it is read once."""
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -65,15 +48,7 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
 
 
 def text_sha256(text: str, column: str) -> str:
-    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint.
-
-    Args:
-        text: as of ``load_corpus``; its rows are not looked at.
-        column: the column that holds the text.
-
-    Raises:
-        UserError: the source is missing or unreadable.
-    """
+    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint."""
     files = _files(text)
     try:
         if files is None:
@@ -176,7 +151,7 @@ def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
     with _long_fields():
-        delimiter = _delimiter(path)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
             if None in row:
                 raise ValueError(
@@ -188,10 +163,6 @@ def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
                     "a text in quotes with a tab or a newline: if a quote is text, give jsonl"
                 )
             yield row
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 @contextmanager
@@ -218,26 +189,15 @@ def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _hub(name: str, column: str) -> Any:
     """The rows of a data set on the hub."""
-    import datasets
-    from huggingface_hub import HfApi, is_offline_mode
+    from datasets import load_dataset
 
     parts = name.split(":")  # its name and, where it has several, that of a configuration
-    try:
-        if not is_offline_mode():
-            # Without a network this fails at once; load_dataset tries for 23 s.
-            HfApi().dataset_info(parts[0], timeout=5)
-        rows = datasets.load_dataset(*parts, split="train")  # knows no remote code since 4.0
-    except Exception as error:  # the HTTP client's own errors among them
-        refuse_away(
-            error,
-            f"the text {name!r}",
-            "give a file or a folder, or HF_HUB_OFFLINE=1 for one in the cache",
-        )
-        raise UserError(
-            f"The text {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
-            "give a file, a folder, or another data set "
-            "(owner/name:config of one with several configurations)."
-        ) from error
+    if_none = (
+        "give a file, a folder, or another data set "
+        "(owner/name:config of one with several configurations)"
+    )
+    with from_hub(f"text {name!r}", parts[0], "dataset", "a file or a folder", if_none):
+        rows = load_dataset(*parts, split="train")  # knows no remote code since 4.0
     return rows.select_columns(_wanted(rows.column_names, column))
 
 

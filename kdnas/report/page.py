@@ -42,21 +42,15 @@ from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.training.precision import gpu_name
 from kdnas.training.trainer import TrainerSettings
 
+# What people call the models, and their colours.
 MODELS = {
-    "teacher": "teacher",
-    "student": "best student",
-    "random": "random start",
-    "static": "static vectors",
-    "layer_cut": "layer cut",
+    "teacher": ("teacher", INK),
+    "student": ("best student", BLUE),
+    "random": ("random start", GREY),
+    "static": ("static vectors", GREEN),
+    "layer_cut": ("layer cut", ORANGE),
 }
 BASELINES = ("static", "layer_cut")
-SCORE_COLOURS = {
-    "teacher": INK,
-    "student": BLUE,
-    "random": GREY,
-    "static": GREEN,
-    "layer_cut": ORANGE,
-}
 PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 
@@ -64,7 +58,7 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The final table, from ``glue/results.json``: one dict a model, from heading to text."""
     return [
         {
-            "model": MODELS[name],
+            "model": MODELS[name][0],
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "MB": as_text(row["megabytes"], ".1f"),
             "latency (ms)": as_text(row["latency_ms"], ".2f"),
@@ -105,11 +99,8 @@ def caution(results: Mapping[str, Any]) -> str:
             "A random start of its shape scores as high, so this task does not tell "
             "what was distilled."
         )
-    better = [
-        MODELS[name]
-        for name, row in models.items()
-        if name in BASELINES and row["score"] >= models["student"]["score"]
-    ]
+    best = models["student"]["score"]
+    better = [MODELS[name][0] for name in BASELINES if models[name]["score"] >= best]
     if better:
         said.append(
             f"The student does not beat the {' and the '.join(better)}, "
@@ -150,16 +141,9 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
 
 
 def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
-    """Write ``report.html``, one file that opens from disk and needs no network; give its path.
+    """Write the page of a run, ``report.html`` by default, without stages that did not run.
 
     On one machine the same run gives the same bytes, for the page's date is that of the last trial.
-    Stages that did not run are left out.
-
-    Args:
-        run: the run, of which ``config.yaml`` and the results of its stages are read.
-        study: its search; ``study.user_attrs["budget"]`` maps the fields of ``Budget`` to their
-            limits.
-        output: the page; ``report.html`` of the run by default.
     """
     full_kd, results, exported = stage_results(run)
     config = read_yaml(run.config)
@@ -185,6 +169,10 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     if full_kd and full_kd["num_epochs"]:
         lines.append(("full KD", full_kd["history"], BLUE))
     states = frame["state"].value_counts(sort=False)
+    tuned = results["models"] if results else {}
+    scores = [(MODELS[name][0], row["history"], MODELS[name][1]) for name, row in tuned.items()]
+    # Each figure of the student is from the last stage that has it.
+    student = best and best.user_attrs | (full_kd or {}) | tuned.get("student", {})
 
     output = output or run.report
     write_page(
@@ -196,7 +184,7 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
         config_text=run.config.read_text(encoding="utf-8"),
         limits=_limits(budget),
         num_shapes=len(frame.dropna(subset=ARCH).drop_duplicates(ARCH)),
-        student=best and _student(best, full_kd, results),
+        student=student,
         shape=best and StudentArch.from_dict(best.user_attrs["arch"]),
         results=results,
         result_rows=results and result_rows(results),
@@ -206,9 +194,9 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
         pareto=draw_pareto and as_svg("Loss against latency of every candidate", draw_pareto),
         leaders=leaders,
         predictions=draw_predictions and as_svg("Predicted and true rewards", draw_predictions),
-        errors=_by_epoch("loss", "held-out loss", lines),
-        shares=_by_epoch("contextual_share", "contextual share", lines),
-        scores=results and _scores(results),
+        errors=_by_epoch("held-out loss", "loss", lines),
+        shares=_by_epoch("contextual share", "contextual_share", lines),
+        scores=results and _by_epoch(results["task"]["metric"], "score", scores),
         best_shown=len(shown) < len(histories) and len(shown),
         counts=", ".join(f"{count} {state}" for state, count in states.items()),
         candidates=_candidates(frame),
@@ -221,23 +209,8 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     return output
 
 
-def _by_epoch(name: str, label: str, lines: Sequence[Line]) -> Markup | None:
+def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
     return as_svg(f"{label} by epoch", curves(label, name, lines)) if lines else None
-
-
-def _scores(results: Mapping[str, Any]) -> Markup:
-    lines = [
-        (MODELS[name], row["history"], SCORE_COLOURS[name])
-        for name, row in results["models"].items()
-    ]
-    draw = curves(results["task"]["metric"], "score", lines)
-    return as_svg("Fine-tuning score by epoch", draw)
-
-
-def _student(best: FrozenTrial, full_kd: Any, results: Any) -> dict[str, Any]:
-    """The student's figures, each from the last stage that has it."""
-    last = results["models"]["student"] if results else {}
-    return best.user_attrs | (full_kd or {}) | last
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
@@ -262,14 +235,15 @@ def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _candidates(frame: pd.DataFrame) -> list[dict[str, str]]:
-    def shape(row: Mapping[str, Any]) -> str:
-        return f"{shape_text(row)}, {row['intermediate_size']} {row['hidden_act']}"
-
     return [
         {
             "trial": str(row["number"]),
             "state": row["state"],
-            "shape": shape(row) if pd.notna(row["hidden_act"]) else "-",
+            "shape": (
+                f"{shape_text(row)}, {row['intermediate_size']} {row['hidden_act']}"
+                if pd.notna(row["hidden_act"])
+                else "-"
+            ),
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "latency (ms)": as_text(row["latency_ms"], ".2f"),
             "speed-up": as_text(row["speedup"], ".1f", "x"),

@@ -64,10 +64,7 @@ def as_svg(label: str, draw: Draw) -> Markup:
 def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -> Draw | None:
     """Loss against latency of every candidate, with the front; None where nothing was measured.
 
-    Args:
-        frame: the trials, of ``trials_frame``.
-        best: number of the best trial, if there is one.
-        budget: maps ``speedup`` (at least) or ``latency_ms`` (at most) to its limit.
+    ``best`` is the number of the best trial; ``budget`` has the fields of ``Budget``.
     """
     measured = frame[frame["latency_ms"].notna() & ~is_twin(frame)]
     trained = measured[np.isfinite(measured["loss"])]

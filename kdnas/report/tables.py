@@ -6,10 +6,16 @@ from typing import Any
 import optuna
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kdnas.nas.trials import best_trial, trials_frame
+
+
+def show(console: Console, text: str) -> None:
+    """Print a line as it is: paths and commands are copied from it."""
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:

@@ -19,17 +19,11 @@ LEAST_AGREEMENT = 0.5  # rank correlation of two rankings
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to know before the student is used.
+    """One thing to know before the student is used."""
 
-    Args:
-        name: the question.
-        words: what was found.
-        good: whether all is well; None: the reader must judge.
-    """
-
-    name: str
+    name: str  # the question
     words: str
-    good: bool | None = None
+    good: bool | None = None  # None: the reader must judge
 
 
 def checks(
@@ -43,14 +37,8 @@ def checks(
 ) -> list[Check]:
     """What a run's figures say of each other; what was not measured is left out.
 
-    Args:
-        frame: the trials, of ``trials_frame``.
-        best: number of the best trial.
-        histories: for each trained candidate, by its number, a row an epoch with ``loss``.
-        full_kd: the content of ``full_kd/result.json``.
-        results: the content of ``glue/results.json``.
-        exported: the checks of the export, from ``student/manifest.json``.
-        budget: the budget of the search.
+    ``frame`` is that of ``trials_frame``, ``best`` the number of the best trial; ``histories`` have
+    a row an epoch for each trained candidate, by its number; the others are the stages' results.
     """
     found = [_settled(histories)]
     if best is not None:
@@ -171,12 +159,11 @@ def _scores(results: Mapping[str, Any]) -> list[Check]:
 def _files(exported: Mapping[str, Any]) -> Check:
     int8 = exported["int8"]
     good = lost(int8) <= MOST_LOST
-    scores = ""
-    if "score" in int8:
-        scores = f" and scores {int8['int8_score']:.3f} where float32 scores {int8['score']:.3f}"
     words = (
         f"model.onnx equals torch to {exported['max_abs_difference']:.0e}; model.int8.onnx has "
-        f"cosine {int8['cosine']:.4f} to it{scores} ({int8['rows']})"
+        f"cosine {int8['cosine']:.4f} to it"
     )
-    words += "." if good else f": int8 loses more than {MOST_LOST:.0%}."
+    if "score" in int8:
+        words += f" and scores {int8['int8_score']:.3f} where float32 scores {int8['score']:.3f}"
+    words += f" ({int8['rows']})" + ("." if good else f": int8 loses more than {MOST_LOST:.0%}.")
     return Check("Do the exported files agree?", words, good)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdnas.distillation.losses import ridge_map, squared_error
-from kdnas.models.encoders import Reads, find_teacher, refuse_other_inputs
+from kdnas.models.encoders import Teacher, find_teacher, refuse_other_inputs
 from kdnas.models.families import class_names, has_classifier
 from kdnas.system.errors import UserError, first_line
 from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, classify
@@ -193,7 +193,7 @@ def _last_state(answer: Any) -> Tensor:
     return answer.hidden_states[-1]
 
 
-def load_task_teacher(source: str, task: Task, *students: Reads) -> PreTrainedModel:
+def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrainedModel:
     """A teacher that was fine-tuned on a task, in eval mode and frozen.
 
     Args:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdnas.models.families import class_names, has_classifier
-from kdnas.models.hub import looked_in, refuse_away
-from kdnas.system.errors import UserError, first_line, nearest
+from kdnas.models.hub import from_hub
+from kdnas.system.errors import UserError, nearest
 from kdnas.tasks.rows import Columns, find_file, in_turn, part, read_table
 
 log = logging.getLogger(__name__)
@@ -394,19 +394,10 @@ def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
 
 def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
     from datasets import load_dataset
-    from huggingface_hub import HfApi, is_offline_mode
 
-    try:
-        if not is_offline_mode():
-            HfApi().dataset_info("nyu-mll/glue", timeout=4)  # fails at once without a network
-        splits = load_dataset("nyu-mll/glue", task.name).with_format("arrow")
-    except Exception as error:  # a hub that fails raises anything
-        instead = "give a folder, or HF_HUB_OFFLINE=1 for one in the cache"
-        refuse_away(error, f"the task {task.name!r}", instead)
-        raise UserError(
-            f"The task {task.name!r} was not found {looked_in()}: {first_line(error)}; "
-            "give a folder with train.parquet and validation.parquet."
-        ) from error
+    repo, if_none = "nyu-mll/glue", "give a folder with train.parquet and validation.parquet"
+    with from_hub(f"task {task.name!r}", repo, "dataset", "a folder", if_none):
+        splits = load_dataset(repo, task.name).with_format("arrow")
     return splits["train"][:], [splits[name][:] for name in task.validations]
 
 

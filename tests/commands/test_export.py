@@ -83,11 +83,9 @@ def test_a_student_is_exported_with_the_score_of_its_int8_graph(
     folder = tmp_path / "student-export"
     checks = json.loads((folder / "manifest.json").read_text())["checks"]
     assert checks["int8"]["rows"] == "16 validation rows of colours"
+    assert f"model.int8.onnx, score: {checks['int8']['int8_score']:.3f}" in shown
     assert (
-        f"score {checks['int8']['int8_score']:.3f} (float32 {checks['int8']['score']:.3f})" in shown
-    )
-    assert (
-        f"cosine {checks['int8']['cosine']:.4f}" in shown
+        f"cosine to model.onnx: {checks['int8']['cosine']:.4f}" in shown
         and "equals torch to" in shown
         and str(folder) in shown
     )
@@ -151,8 +149,8 @@ def test_it_is_said_where_int8_is_slower(
 ) -> None:
     assert export(student) == 0
     shown = capsys.readouterr().out
-    assert "On this machine int8 is slower than float32 at 1 x 16: both are kept" in shown
-    assert "score 0.490 (float32 0.500)" in shown
+    assert re.search(r"batch 1 x 16: .*slower than model.onnx: take that", shown)
+    assert "model.onnx, score: 0.500" in shown and "model.int8.onnx, score: 0.490" in shown
 
 
 def test_an_existing_folder_is_replaced_with_force_alone(
@@ -294,7 +292,8 @@ def test_a_text_that_a_folder_is_compared_on_is_not_what_it_was_distilled_on(
 ) -> None:
     write_text(tmp_path / "sample.txt", "\n".join(make_rows(40)))
     assert export(student, f"--text={tmp_path / 'sample.txt'}") == 0
-    assert exported[0][2]["card"] == {"name": "student", "teacher": "not stated", "sections": {}}
+    card = {"name": "student", "teacher": "not stated", "license": None, "sections": {}}
+    assert exported[0][2]["card"] == card
 
 
 def test_a_run_is_exported_with_its_own_task_and_words(
@@ -591,7 +590,7 @@ def test_a_run_whose_export_cannot_be_pushed_is_verified_all_the_same(
     monkeypatch.setattr(kdnas.commands.export, "export_student", change)
     monkeypatch.setattr(kdnas.commands.export, "push", refuse)
     monkeypatch.setattr(kdnas.commands.export, "check_hub", lambda repo: None)
-    monkeypatch.setattr(kdnas.commands.export, "_check_output", lambda *args: None)
+    monkeypatch.setattr(kdnas.commands.export, "_output", lambda config, _: Path(config.output))
     output = tmp_path / "mine" / "student"
     assert export(student, f"--output={output}", "--hub-repo=me/small") == 130
     assert main(["verify", str(tmp_path / "mine")]) == 0, capsys.readouterr()

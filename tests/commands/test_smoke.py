@@ -12,6 +12,7 @@ from kdnas.cli.main import main
 from kdnas.commands import smoke
 from kdnas.commands.config import RunConfig
 from kdnas.commands.smoke import Sizes, with_few_rows
+from kdnas.data import quickstart
 from kdnas.data.corpus import load_corpus
 from kdnas.system.errors import UserError
 from kdnas.system.files import this_host
@@ -161,7 +162,7 @@ def test_the_quickstarts_text_is_not_made_in_the_real_run(
         pq.write_table(pa.table({"text": make_rows(99)}), folder / "text.parquet")
         return folder / "text.parquet"
 
-    monkeypatch.setattr(smoke, "build_quickstart_text", build)
+    monkeypatch.setattr(quickstart, "build_quickstart_text", build)
     config = RunConfig(
         teacher="t", text="quickstart", task="quickstart", root=str(tmp_path / "logs")
     )

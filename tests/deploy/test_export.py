@@ -37,7 +37,6 @@ from kdnas.deploy.export import (
     _parity_lengths,
     export_student,
     load_student,
-    slower_shapes,
 )
 from kdnas.deploy.onnx import write_onnx
 from kdnas.models.arch import StudentArch
@@ -574,12 +573,3 @@ def test_a_full_disk_and_a_wrong_tokenizer_leave_nothing(source: Path, tmp_path:
         )
         export_student(source, tmp_path / "student", card=PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_slower_shapes_are_those_where_int8_is_slower():
-    rows = [
-        {"batch": 1, "length": 16, "onnx_ms": 1.0, "int8_ms": 1.1},
-        {"batch": 8, "length": 9, "onnx_ms": 3.0},
-    ]
-    rows[1]["int8_ms"] = 2.0
-    assert slower_shapes({"latency": rows}) == ["1 x 16"]

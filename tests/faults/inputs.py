@@ -32,7 +32,7 @@ def bad_teachers(bench: Bench, row: Row) -> None:
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:size])
 
-    no_config, is_cut = "'{}' has no readable config.json", "'{}/model.safetensors' is truncated"
+    no_config, is_cut = "'{}' has a bad config.json", "'{}/model.safetensors' is truncated"
     spoil: dict[str, tuple[Callable[[Path], Any], str]] = {
         "no folder": (shutil.rmtree, "'{}' does not exist"),
         "empty folder": (remove, no_config),

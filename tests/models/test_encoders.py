@@ -314,19 +314,18 @@ def test_a_name_that_the_hub_does_not_have_is_refused(name):
 
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    assert "has no readable config.json: [Errno 2]" in refused(folder)
-    assert repr(str(folder)) in refused(folder)
+    assert f"{str(folder)!r} has a bad config.json: " in refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"not json"])
 def test_a_config_that_is_no_json_is_refused(content, folder):
     (folder / "config.json").write_bytes(content)
-    assert f"{str(folder)!r} has no readable config.json: " in refused(folder)
+    assert f"{str(folder)!r} has a bad config.json: " in refused(folder)
 
 
 def test_a_config_that_is_no_mapping_is_refused(folder):
     (folder / "config.json").write_text("[1]")
-    assert f"{str(folder)!r} has a config.json that is no mapping" in refused(folder)
+    assert f"{str(folder)!r} has a bad config.json: " in refused(folder)
 
 
 def test_a_config_with_a_bad_value_is_refused(folder):

@@ -7,10 +7,8 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
-import kdnas.commands.export
-import kdnas.models.encoders
 from kdnas.cli.main import main
 from kdnas.commands.export import check_hub, push
 from kdnas.data.corpus import load_corpus
@@ -45,7 +43,6 @@ def answered(status: int) -> Exception:
 def online(monkeypatch: pytest.MonkeyPatch):
     """As if HF_HUB_OFFLINE were not set, and the hub did what is asked of it."""
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(kdnas.models.encoders, "is_offline_mode", lambda: False)
 
     def answer(reply):
         for name in ("model_info", "dataset_info", "whoami", "create_repo"):
@@ -107,6 +104,8 @@ def test_a_download_that_breaks_off_is_the_networks_fault(
 ):
     online(lambda *args, **kwargs: None)
     config = AutoConfig.from_pretrained(tiny_teacher)
+    known = config.to_dict(), {}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: known)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
