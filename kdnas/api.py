@@ -367,15 +367,13 @@ def latency(models: Sequence[Model], **settings: Any) -> LatencyResult:
         UserError: anything that the user can mend.
     """
     from pandas import DataFrame
-    from rich.console import Console
 
     from kdnas.commands.config import LatencyConfig
     from kdnas.commands.latency import latency_table
     from kdnas.commands.objects import as_paths
 
     config = LatencyConfig(**as_paths(model=list(models), **settings))
-    rows = latency_table(config, Console(markup=False))
-    return LatencyResult(DataFrame(rows), Path(config.json))
+    return LatencyResult(DataFrame(latency_table(config)), Path(config.json))
 
 
 def export(student: Model | None = None, **settings: Any) -> ExportResult:
@@ -394,14 +392,12 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
         UserError: anything that the user can mend; nothing is exported then.
         ParityError: a file does not compute what the student computes; nothing is exported either.
     """
-    from rich.console import Console
-
     from kdnas.commands.config import ExportConfig
     from kdnas.commands.export import export as export_student
     from kdnas.commands.objects import as_paths
 
     config = ExportConfig(**as_paths(student=student, **settings))
-    return _exported(export_student(config, Console(markup=False)))
+    return _exported(export_student(config))
 
 
 def _config(kind: Any, **settings: Any) -> Any:

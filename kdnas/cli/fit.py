@@ -42,15 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def run_lightning(command: str, args: Sequence[str]) -> None:
-    """Run a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI.
-
-    Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
-        args: its options.
-
-    Raises:
-        UserError: an option, a value or a file that it cannot take.
-    """
+    """Run a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI."""
     refuse_ambiguous_yaml()
     with honest_signals():
         try:
@@ -112,12 +104,7 @@ class KDCLI(LightningCLI):
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the options, then refuse what Lightning would take.
-
-        Raises:
-            UserError: an option that does not exist, a strategy that cuts the student, a value that
-                training cannot have, or a checkpoint that is not on this disk.
-        """
+        """Parse the options, then refuse what Lightning would take."""
         assert isinstance(args, list)
         self.config = parse(parser, args)
         trainer = self.config.trainer
@@ -149,11 +136,8 @@ class KDCLI(LightningCLI):
             )
 
     def run(self) -> None:
-        """Run the command, and complete its folder.
-
-        Raises:
-            UserError: several devices are to predict, which would each know a part of the rows.
-        """
+        """Run the command, and complete its folder."""
+        # Each of several devices would know a part of the rows.
         if self.command == "predict" and self.trainer.world_size > 1:
             raise UserError(
                 f"trainer.devices is {self.config.trainer.devices!r}: one device predicts; "
@@ -171,11 +155,7 @@ class KDCLI(LightningCLI):
             self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """With checkpoints that are whole or not there, and lines where no bar can move.
-
-        Raises:
-            UserError: the Trainer refuses its settings.
-        """
+        """With checkpoints that are whole or not there, and lines where no bar can move."""
         without_tensorflow()
         try:
             trainer = super().instantiate_trainer(**options)
@@ -266,11 +246,7 @@ class SaveConfigOnce(SaveConfigCallback):
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare with the config that is there, in the first process.
-
-        Raises:
-            UserError: it is of another fit, whose student would be replaced.
-        """
+        """Compare with the config that is there, in the first process."""
         path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
         differing: list[str] | None = None
         if trainer.is_global_zero and path.is_file():

@@ -34,14 +34,7 @@ def _shipped(*path: str) -> str:
 
 
 def completion(shell: str) -> str:
-    """A script that completes commands and options.
-
-    Args:
-        shell: ``bash``, ``zsh``, ``fish`` or ``tcsh``.
-
-    Raises:
-        UserError: another shell.
-    """
+    """A script that completes commands and options in a shell."""
     if shell not in shtab.SUPPORTED_SHELLS:
         raise UserError(
             f"{shell!r} is no shell that can be completed.{nearest(shell, shtab.SUPPORTED_SHELLS)}"

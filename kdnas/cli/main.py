@@ -170,11 +170,8 @@ def show_logs() -> None:
 
 
 def _goes_on(args: Sequence[str]) -> str:
-    if args[0] not in ("run", "search", "glue") or {
-        "--smoke",
-        "--dry-run",
-        "--dry_run",
-    }.intersection(args):
+    keeps_nothing = {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
+    if args[0] not in ("run", "search", "glue") or keeps_nothing:
         return "."
     name = f", with --name {_new_names[-1]} for --force-new" if _new_names else ""
     return f"; the same command goes on from here{name}."
@@ -203,11 +200,11 @@ def _quieten(*loggers: str) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def _console() -> Any:
-    """Where progress is shown; nowhere with ``--quiet``."""
+def _console(is_answer: bool = False) -> Any:
+    """Where progress is shown, nowhere with ``--quiet``; or the answer that a command is for."""
     from rich.console import Console
 
-    return Console(markup=False, quiet=not log.isEnabledFor(logging.INFO))
+    return Console(markup=False, quiet=not (is_answer or log.isEnabledFor(logging.INFO)))
 
 
 def _plan(config: Any) -> None:
@@ -236,7 +233,7 @@ def _run(args: Sequence[str]) -> None:
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
     config, flags = read_config(
-        RunConfig, "run", _with_grid(args), dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
+        RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
         raise UserError("--dry-run and --smoke are two things: give one of them.")
@@ -252,19 +249,15 @@ def _run(args: Sequence[str]) -> None:
         run(config, _console())
 
 
-def _with_grid(args: Sequence[str]) -> list[str]:
-    """``--grid`` alone takes the defaults."""
-    return ["--grid={}" if arg == "--grid" else arg for arg in args]
-
-
 def _try(config: Any, args: Sequence[str]) -> None:
     from kdnas.commands.smoke import smoke
     from kdnas.nas.study import without_password
+    from kdnas.report.tables import show
 
     console = _console()
     smoke(config, console)
     real = ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
-    console.print(f"Start the real one with:  {shlex.join(real)}", soft_wrap=True, highlight=False)
+    show(console, f"Start the real one with:  {shlex.join(real)}")
 
 
 def _search(args: Sequence[str]) -> None:
@@ -283,25 +276,21 @@ def _search(args: Sequence[str]) -> None:
 
 
 def _space(args: Sequence[str]) -> None:
-    from rich.console import Console
-
     from kdnas.cli.parser import read_config
     from kdnas.commands.config import SpaceConfig
     from kdnas.commands.plan import show_space
 
     _quieten("lightning.pytorch", "lightning.fabric", "optuna")
-    show_space(read_config(SpaceConfig, "space", args)[0], Console(markup=False))
+    show_space(read_config(SpaceConfig, "space", args)[0], _console(is_answer=True))
 
 
 def _latency(args: Sequence[str]) -> None:
-    from rich.console import Console
-
     from kdnas.cli.parser import read_config
     from kdnas.commands.config import LatencyConfig
     from kdnas.commands.latency import latency_table
 
     _quieten()
-    latency_table(read_config(LatencyConfig, "latency", args)[0], Console(markup=False))
+    latency_table(read_config(LatencyConfig, "latency", args)[0], _console(is_answer=True))
 
 
 def _glue(args: Sequence[str]) -> None:
@@ -310,7 +299,6 @@ def _glue(args: Sequence[str]) -> None:
     from kdnas.commands.glue import glue
 
     _quieten("lightning.pytorch", "lightning.fabric")
-    args = _with_grid(args)
     glue(read_config(GlueConfig, "glue", args)[0], _console())
 
 
@@ -350,7 +338,6 @@ def _export(args: Sequence[str]) -> None:
     from kdnas.commands.export import export
 
     _quieten()
-    args = ["--force=true" if arg == "--force" else arg for arg in args]
     # ``as`` is a keyword of Python, so the config has another name for it.
     args = ["--format" + arg[4:] if arg.partition("=")[0] == "--as" else arg for arg in args]
     export(read_config(ExportConfig, "export", args)[0], _console())

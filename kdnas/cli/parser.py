@@ -19,6 +19,7 @@ CONFIG_HELP = (
     "folder is the one that kdnas ships."
 )
 _LONGEST_MESSAGE = 400
+_ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that need no value
 
 
 def default_objects() -> dict[str, Any]:
@@ -34,14 +35,7 @@ def read_config(
 ) -> tuple[Any, dict[str, bool]]:
     """A config from YAML and options, and which flags were set.
 
-    Args:
-        config_class: of ``kdnas.commands.config``; its fields are the options.
-        command: of ``kdnas``, for the help.
-        args: options.
-        flags: name -> help of options that are set or not, and no part of the config.
-
-    Raises:
-        UserError: an option or a key that does not exist, or a value that it cannot have.
+    ``flags`` are names and helps of options that are set or not, and no part of the config.
     """
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
@@ -56,10 +50,11 @@ def read_config(
     later = _only_of_run(config_class)  # in YAML these may stand for a search too
     for name in later:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
-    args = normalize(args)
+    args = [_ALONE.get(arg, arg) for arg in normalize(args)]
     for arg in args:
-        if arg.startswith("--") and _first_name(arg) in later:
-            raise UserError(f"{arg.partition('=')[0]} is an option of `kdnas run`.")
+        option = arg.partition("=")[0]
+        if option.startswith("--") and option[2:].partition(".")[0] in later:
+            raise UserError(f"{option} is an option of `kdnas run`.")
 
     args = _one_value_each(args, hints)
     parsed = parse(parser, args)
@@ -78,11 +73,7 @@ def read_config(
 
 
 def normalize(args: Sequence[str]) -> list[str]:
-    """``--time_budget`` for ``--time-budget``, and the path of a config that kdnas ships.
-
-    Raises:
-        UserError: there is no such config, here or shipped.
-    """
+    """``--time_budget`` for ``--time-budget``, and the path of a config that kdnas ships."""
     found: list[str] = []
     is_config = False
     for arg in args:
@@ -151,12 +142,7 @@ def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """What the parser makes of the options.
-
-    Raises:
-        UserError: what the parser says of a mistake, in one line, with the nearest name where one
-            does not exist.
-    """
+    """What the parser makes of the options; what it says of a mistake becomes one line."""
     try:
         return parser.parse_args(args)
     except (ArgumentError, UnicodeDecodeError) as error:
@@ -199,10 +185,6 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
         return []
     known = {field.name for field in fields(config_class)}
     return [field.name for field in fields(RunConfig) if field.name not in known]
-
-
-def _first_name(arg: str) -> str:
-    return arg[2:].partition("=")[0].partition(".")[0]
 
 
 def _names(args: Sequence[str]) -> Iterator[str]:

@@ -303,28 +303,15 @@ class LatencyConfig:
     json: str = "lightning_logs/latency.json"
 
     def settings(self) -> list[LatencySettings]:
-        """How each combination is measured.
-
-        Raises:
-            UserError: a value is out of its range, or a backend is unknown.
-        """
-        return [
-            LatencySettings(
-                backend,
-                "cpu" if backend in ON_ONNX else self.device,
-                batch,
-                length,
-                self.lengths,
-                threads,
-                self.min_seconds,
-            )
-            for backend, threads, batch, length in itertools.product(
-                self.backend,
-                self.threads,
-                self.batch,
-                self.length[:1] if self.lengths else self.length,
-            )
-        ]
+        """How each combination is measured."""
+        lengths = self.length[:1] if self.lengths else self.length
+        found = []
+        for values in itertools.product(self.backend, self.threads, self.batch, lengths):
+            backend, threads, batch, length = values
+            device = "cpu" if backend in ON_ONNX else self.device
+            how = (backend, device, batch, length, self.lengths, threads, self.min_seconds)
+            found.append(LatencySettings(*how))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

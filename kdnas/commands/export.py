@@ -53,7 +53,7 @@ class _Choice:
 
 
 @honest_signals()
-def export(config: ExportConfig, console: Console) -> Path:
+def export(config: ExportConfig, console: Console | None = None) -> Path:
     """Export the student of a run, or any student, into one folder; say what was checked."""
     if (config.run is None) == (config.student is None):
         raise UserError(
@@ -89,6 +89,7 @@ def export(config: ExportConfig, console: Console) -> Path:
         sentences=sentences,
     )
     renew(folder)
+    console = console or Console(markup=False)
     say(report, console)
     show(console, f"Export: {folder}")
     if config.hub_repo:

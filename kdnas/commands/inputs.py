@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kdnas.commands.config import RunConfig, SearchConfig, as_plain
 from kdnas.data.datamodule import KDDataModule, Split
 from kdnas.data.quickstart import text_and_task
-from kdnas.deploy.latency import LatencyMeter, is_unsteady
+from kdnas.deploy.latency import BUSY, LatencyMeter, is_unsteady
 from kdnas.deploy.onnx import check_onnx
 from kdnas.distillation.objectives import Objective, needed_layers
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states
@@ -400,13 +400,10 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
     found = LatencyMeter(teacher.config, glance).measure(fastest)
     violation, reason = config.search.budget.violation(found)
     if violation > 0:
-        latencies = (found.student, found.teacher)
-        is_busy = any(is_unsteady(one.median_ms, one.iqr_ms) for one in latencies)
-        busy = " The machine is busy, so this may be wrong: let nothing else run."
-        raise UserError(
-            f"No student meets the budget: the fastest possible, {fastest}, is {reason}."
-            f"{busy if is_busy else ''}"
-        )
+        words = f"No student meets the budget: the fastest possible, {fastest}, is {reason}."
+        if any(is_unsteady(one.median_ms, one.iqr_ms) for one in (found.student, found.teacher)):
+            words += f" {BUSY}"
+        raise UserError(words)
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:

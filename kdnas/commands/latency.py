@@ -18,6 +18,7 @@ from torch import nn
 from kdnas import __version__
 from kdnas.commands.config import LatencyConfig
 from kdnas.deploy.latency import (
+    BUSY,
     ON_ONNX,
     LatencySettings,
     check_length,
@@ -35,14 +36,11 @@ from kdnas.training.precision import gpu_name
 log = logging.getLogger(__name__)
 
 
-def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any]]:
+def latency_table(config: LatencyConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Measure every model in every combination, in turn: a table, a JSON file and a picture.
 
     Returns:
-        The rows of the JSON file: ``model``, ``backend``, ``device``, ``threads``, ``batch``,
-        ``length`` (null for a workload), ``megabytes`` of parameters or of the ONNX file, the
-        fields of ``Latency``, and ``speedup``, how many times faster than the first model in the
-        same combination.
+        The rows of the JSON file, as ``LatencyResult`` has them; ``length`` is null for a workload.
     """
     combinations, path = config.settings(), Path(config.json)
     picture = _picture(config.json)
@@ -63,15 +61,14 @@ def latency_table(config: LatencyConfig, console: Console) -> list[dict[str, Any
                 ]
             rows += _measured(models, deployed[backend], settings)
 
+    console = console or Console(markup=False)
     console.width = max(console.width, 120)  # ten columns do not fold well
     console.print(_table(rows))
     write_json(path, {"machine": _machine(), "lengths": config.lengths, "rows": rows})
     with new_file(picture) as temporary:
         _draw(rows).savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     if any(is_unsteady(row["median_ms"], row["iqr_ms"]) for row in rows):
-        log.warning(
-            "The machine is busy: latencies spread by more than a tenth. Let nothing else run."
-        )
+        log.warning(BUSY)
     show(console, f"Figures: {path}, {picture}")
     return rows
 

@@ -82,18 +82,18 @@ class Plan:
         caption = f"[red]Only {free}.[/red]" if needed > self.free_bytes else f"{free}."
         if self.gpu_bytes:
             caption += f" Of the GPU a worker takes {self.gpu_bytes / 1e9:.1f} GB at least."
-        table = Table("stage", "minutes", "disk", "memory", title="What it will need, about")
-        table.caption = f"Measured on {self.measured_on}. {caption}"
-
         in_all = Stage("in all", sum(stage.seconds for stage in self.stages), needed)
-        for stage in [*self.stages, in_all]:
-            table.add_row(
-                stage.name,
-                f"{stage.seconds / 60:.1f}",
-                f"{stage.disk_bytes / 1e9:.2f} GB" if stage.disk_bytes else "",
-                f"{stage.memory_bytes / 1e9:.1f} GB" if stage.memory_bytes else "",
-                style="bold" if stage is in_all else None,
-            )
+        rows = [
+            {
+                "stage": stage.name,
+                "minutes": f"{stage.seconds / 60:.1f}",
+                "disk": f"{stage.disk_bytes / 1e9:.2f} GB" if stage.disk_bytes else "",
+                "memory": f"{stage.memory_bytes / 1e9:.1f} GB" if stage.memory_bytes else "",
+            }
+            for stage in [*self.stages, in_all]
+        ]
+        table = text_table("What it will need, about", rows, words=["stage"])
+        table.caption = f"Measured on {self.measured_on}. {caption}"
         return table
 
 

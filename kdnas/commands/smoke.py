@@ -30,16 +30,10 @@ AnyConfig = TypeVar("AnyConfig", bound=SearchConfig)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the user gave.
+    """How much the user gave."""
 
-    Args:
-        num_rows: usable rows of text; an estimate where only some were kept.
-        num_train: labelled rows to train on; 0 without a task.
-        num_validation: labelled rows to score.
-    """
-
-    num_rows: int
-    num_train: int = 0
+    num_rows: int  # usable rows of text; an estimate where only some were kept
+    num_train: int = 0  # labelled rows
     num_validation: int = 0
 
 
@@ -52,12 +46,8 @@ def with_few_rows(
 ) -> tuple[AnyConfig, Sizes]:
     """The same config on a few random rows of its text and task, and how many rows there are.
 
-    Args:
-        config: of a search or a run.
-        folder: takes the rows, and is the new config's root, so the real one is not touched.
-        num_rows: rows of text, at most.
-        num_bytes: bytes of text, at most; a row counts as if it were cut. Two rows at least.
-        num_task_rows: rows of each split of the task.
+    ``folder`` takes the rows, and is the new config's root, so the real one is not touched. There
+    are at most so many rows and bytes of text (a row counts as if it were cut), but two rows.
     """
     there = Run(config.root, config.name).text
     asked = config.task if isinstance(config, RunConfig) else None

@@ -39,7 +39,7 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Where text and task are; those of the quickstart are made in a folder, if they are not there."""
+    """Where text and task are; the quickstart's are made in a folder, unless they are there."""
     if QUICKSTART not in (text, task):
         return text, task
     path = build_quickstart_text(folder)
@@ -65,9 +65,6 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
     Returns:
         The path of ``text.parquet``; ``load_corpus`` reads it with its split.
-
-    Raises:
-        UserError: a package is not installed.
     """
     text = folder / "text.parquet"
     tasks = {

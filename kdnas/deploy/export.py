@@ -157,25 +157,19 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             options |= family_of(config).build
         model, info = factory.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]!r} (and {len(missing) - 1} more)")
+        # Where there is no tokenizer, transformers makes an empty one.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer")
+        match_marks(tokenizer, config)
+        if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
+            raise ValueError(f"its tokenizer gives {min(unknown)!r}, which no encoder here reads")
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     refuse_relative_positions(str(source), config)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"Cannot export {str(source)!r}: its weights lack {missing[0]!r} "
-            f"(and {len(missing) - 1} more)."
-        )
-    # Where there is no tokenizer, transformers makes an empty one.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"Cannot export {str(source)!r}: it has no tokenizer.")
     if has_classifier(config):
         name_classes(model.config, class_names(config))  # some count from 1, readers from 0
-    match_marks(tokenizer, config)
-    if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
-        raise UserError(
-            f"Cannot export {str(source)!r}: its tokenizer gives {min(unknown)!r}, "
-            "which no encoder here reads."
-        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
 

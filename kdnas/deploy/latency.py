@@ -33,6 +33,7 @@ from kdnas.system.files import file_sha256, temporary_folder
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
 MOST_SPREAD = 0.1  # of a median
+BUSY = "The machine is busy: latencies spread by more than a tenth. Let nothing else run."
 _NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
 _FEWEST_ROUNDS = 3
 _MOST_BATCHES = 32  # of a workload
@@ -200,7 +201,7 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     times: list[list[float]] = [[] for _ in models]
     with threads(settings.num_threads), _running(models, settings) as runs, torch.inference_mode():
         turns = [
-            [partial(run, _batch(config, rows, settings)) for rows in lengths]
+            [partial(run, **_batch(config, rows, settings)) for rows in lengths]
             for run, config in zip(runs, configs, strict=True)
         ]
         for turn in turns:
@@ -217,14 +218,8 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
 class LatencyMeter:
     """Latency of architectures beside one teacher; measured once each, and remembered.
 
-    Encoder and classification head have random weights: latency does not depend on them.
-
-    Args:
-        teacher_config: the teacher's config.
-        settings: how to measure.
-
-    Raises:
-        UserError: the teacher takes no input of ``settings.length`` tokens.
+    Encoder and classification head have random weights: latency does not depend on them. A teacher
+    that takes no input of ``settings.length`` tokens is refused.
     """
 
     def __init__(self, teacher_config: PreTrainedConfig, settings: LatencySettings) -> None:
@@ -331,7 +326,7 @@ def threads(number: int) -> Iterator[None]:
 @contextmanager
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
-) -> Iterator[list[Callable[[dict[str, Any]], Any]]]:
+) -> Iterator[Sequence[Callable[..., Any]]]:
     """One function of a batch for each model, as the backend runs it."""
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
@@ -346,21 +341,15 @@ def _running(
             return
         if settings.backend == "torch-bf16":
             modules = [copy.deepcopy(model).to(torch.bfloat16) for model in modules]
-        yield [partial(_call, model) for model in modules]
+        yield modules
 
 
-def _call(model: nn.Module, batch: dict[str, Any]) -> Any:
-    return model(**batch)
-
-
-def _session(
-    model: Any, folder: Path, settings: LatencySettings
-) -> Callable[[dict[str, Any]], Any]:
+def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[..., Any]:
     if not isinstance(model, Path):
         model = write_deployed(model, folder, settings.backend == "onnxruntime-int8")
     session = open_session(model, settings.num_threads)
     names = [node.name for node in session.get_inputs()]
-    return lambda batch: session.run(None, {name: batch[name] for name in names})
+    return lambda **batch: session.run(None, {name: batch[name] for name in names})
 
 
 @contextmanager

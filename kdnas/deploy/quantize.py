@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kdnas.deploy.onnx import Feed, open_session, random_batch, write_int8
@@ -44,11 +46,7 @@ def task_rows(
 ) -> Rows:
     """256 training rows to choose on, and at most 2,000 validation rows to report on.
 
-    Args:
-        task: the task that has the rows.
-        tokenizer: the student's tokenizer.
-        length: longer rows are cut.
-        is_scored: whether the student is a classifier of the task; else only states are compared.
+    ``is_scored`` is whether the student is a classifier of the task; else its states are compared.
     """
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
@@ -116,17 +114,15 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
         logits = torch.from_numpy(output)
         predicted = logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(-1)
         metrics.update(predicted, torch.from_numpy(batch["labels"]))
-    values = [float(value) for value in metrics.compute().values()]
-    return sum(values) / len(values)
+    return mean(map(float, metrics.compute().values()))
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
     """The cosine of all logits as one vector; of an encoder, the mean over tokens."""
-    a, b = (np.concatenate(list(parts)).astype(np.float64) for parts in (first, second))
+    a, b = (torch.from_numpy(np.concatenate(list(parts))).double() for parts in (first, second))
     if a.shape[1] < 32:  # logits: the angle between two of them says little
         a, b = a.reshape(1, -1), b.reshape(1, -1)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(((a * b).sum(1) / norms.clip(1e-12)).mean())
+    return float(F.cosine_similarity(a, b).mean())
 
 
 def compare(
@@ -153,11 +149,6 @@ def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
     """Write the int8 graph with dynamic scales, or static ones where those lose more than 1 %.
 
     Of the two, the one that loses less on ``rows.choose`` is kept.
-
-    Args:
-        source: the float32 graph.
-        target: the file.
-        rows: the rows to choose and to report on.
 
     Returns:
         ``method`` (dynamic or static), ``rows``, and on the reported rows ``cosine`` to the float32

@@ -9,25 +9,11 @@ from safetensors import SafetensorError, safe_open
 
 from kdnas.system.errors import UserError, first_line
 
-TOKENIZERS = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+TOKENIZERS = "tokenizer.json vocab.txt vocab.json spiece.model sentencepiece.bpe.model".split()
 
 
 def check_files(name: str, folder: Path) -> None:
-    """Refuse a folder without a tokenizer or weights, or weights that are cut off or would run code.
-
-    Args:
-        name: as the user wrote it.
-        folder: to look into.
-
-    Raises:
-        UserError: with the file and the remedy.
-    """
+    """Refuse a folder without tokenizer or weights, or weights that are cut off or would run code."""
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
         raise UserError(
             f"The teacher {name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}."

@@ -149,12 +149,11 @@ def find_teacher(name: str) -> Teacher:
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     config = _load_config(name, source)
-    heads = config.architectures if isinstance(config.architectures, list) else []
-    if getattr(config, "is_decoder", False) or any(
-        "CausalLM" in str(head) or "LMHead" in str(head) for head in heads
-    ):
+    heads = str(config.architectures)
+    if getattr(config, "is_decoder", False) or "CausalLM" in heads or "LMHead" in heads:
         raise UserError(
-            f"The teacher {name!r} is a decoder ({config.model_type}): take an encoder ({titles()})."
+            f"The teacher {name!r} is a decoder ({config.model_type}): "
+            f"take an encoder ({titles()})."
         )
     refuse_relative_positions(name, config)
     if os.path.isdir(source):

@@ -19,18 +19,10 @@ class HubAway(OSError):
 
 @contextmanager
 def from_hub(what: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
-    """Load from the hub, and tell why that fails.
+    """Load ``what`` from the hub (a ``model`` or a ``dataset``), and tell why that fails.
 
-    Args:
-        what: it is, in words.
-        repo: where it is.
-        repo_type: ``model`` or ``dataset``.
-        instead: what can be given where the hub does not answer.
-        if_none: what to do where there is no such thing.
-
-    Raises:
-        HubAway: the hub does not answer.
-        UserError: there is no such thing.
+    ``instead`` can be given where the hub does not answer; ``if_none`` says what to do where it
+    does, and has no such thing.
     """
     is_offline = huggingface_hub.is_offline_mode()
     place = "in the hub's cache (HF_HUB_OFFLINE is set)" if is_offline else "on the hub"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from rich.table import Table
 
 from kdnas import __version__
-from kdnas.deploy.latency import LatencySettings, is_unsteady, measured_by
+from kdnas.deploy.latency import BUSY, LatencySettings, is_unsteady, measured_by
 from kdnas.models.arch import StudentArch
 from kdnas.nas.budget import Budget
 from kdnas.nas.trials import ARCH, FrozenTrial, Study, begun, best_trial, in_words, trials_frame
@@ -107,10 +107,7 @@ def caution(results: Mapping[str, Any]) -> str:
             "which took no search and no distillation."
         )
     if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
-        said.append(
-            "Latencies spread by more than a tenth: the machine was busy; `kdnas latency` measures "
-            "them again."
-        )
+        said.append(f"{BUSY} `kdnas latency` measures again.")
     return " ".join(said)
 
 
@@ -288,10 +285,9 @@ def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
     """When the search ended, and the machine that writes the page; workers may have had others."""
     dates = [trial.datetime_complete or trial.datetime_start for trial in trials]
     ended = max((date for date in dates if date), default=None)
-    processor = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        processor = found[1] if found else processor
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.is_file() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+    processor = found[1] if found else platform.machine()
     gpu = gpu_name()
     return {
         "search ended": f"{ended:%Y-%m-%d %H:%M}" if ended else "-",

@@ -78,7 +78,12 @@ class SearchBoard:
                 self._writer.add_scalar(f"search/{name}", value, step, time and time.timestamp())
             if step % size == 0:
                 self._draw("predictions", predictions(trials_frame(study)))
-        self._draw_front(study)
+        frame, best = trials_frame(study), best_trial(study)
+        front = frame.loc[frame["front"].notna(), "number"].tolist()
+        if front != self._front:
+            self._front = front
+            budget = study.user_attrs.get("budget") or {}
+            self._draw("pareto", pareto(frame, best.number if best else None, budget))
         self._writer.flush()
 
     def _draw(self, name: str, draw: Draw | None) -> None:
@@ -86,11 +91,3 @@ class SearchBoard:
             figure = as_figure(draw)
             self._writer.add_figure(f"search/{name}", figure, len(self._rewards), close=False)
             release_memory()  # a figure refers to itself
-
-    def _draw_front(self, study: Study) -> None:
-        frame, best = trials_frame(study), best_trial(study)
-        draw = pareto(frame, best.number if best else None, study.user_attrs.get("budget") or {})
-        front = frame.loc[frame["front"].notna(), "number"].tolist()
-        if front != self._front:
-            self._front = front
-            self._draw("pareto", draw)

@@ -1,12 +1,12 @@
 """Rows of labelled tasks: reading parquet, csv and tsv files, and splitting rows."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -82,15 +82,8 @@ def read_table(
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
     """Split rows into training rows and about ``share`` held out; equal texts stay together.
 
-    The texts with the smallest hashes are held out, so the split depends on the texts alone.
-
-    Args:
-        columns: rows with at least two distinct texts.
-        text_columns: the columns that make a text.
-        share: share of the distinct texts; at least one is held out, and one is not.
-
-    Raises:
-        UserError: there is only one text.
+    The texts with the smallest hashes are held out, so the split depends on the texts alone. At
+    least one is held out, and one is not.
     """
     texts = list(zip(*(columns[name] for name in text_columns), strict=True))
     order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
@@ -110,9 +103,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
     """At most so many row numbers, drawn at random (always the same), evenly over the labels."""
-    seen: Counter[Any] = Counter()
-    turns = []
-    for row in np.random.default_rng(0).permutation(len(labels)).tolist():
-        turns.append((seen[labels[row]], row))
-        seen[labels[row]] += 1
-    return [row for _, row in sorted(turns, key=lambda turn: turn[0])[:most]]
+    order = np.random.default_rng(0).permutation(len(labels))
+    drawn = pd.Series(labels).iloc[order]
+    turns = drawn.groupby(drawn).cumcount()
+    return turns.sort_values(kind="stable").index[:most].tolist()

@@ -112,12 +112,10 @@ def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistill
 class TaskDistillModule(GLUEModule):
     """A classifier in training beside a fine-tuned teacher, which answers the same rows.
 
-    Logs the three parts of the loss too: ``train/label``, ``train/soft`` and ``train/hidden``.
+    Its first arguments are those of ``GLUEModule``. Logs the three parts of the loss too:
+    ``train/label``, ``train/soft`` and ``train/hidden``.
 
     Args:
-        classifier: as ``GLUEModule``'s.
-        task: likewise.
-        settings: likewise.
         teacher: fine-tuned on the same task; no submodule, and never changed.
         distill: what counts how much.
     """
@@ -206,27 +204,26 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
             way.
     """
     found = find_teacher(source)
-    if not has_classifier(found.config):
-        raise UserError(
-            f"The teacher {source!r} is not fine-tuned: it has no head for {task.name!r}."
-        )
     config: Any = found.config
-    if config.problem_type == "multi_label_classification":
-        raise UserError(
-            f"The teacher {source!r} gives several labels at once: take a classifier of one."
-        )
     names = class_names(config)
-    if config.num_labels != task.num_labels:
-        raise UserError(
-            f"The teacher {source!r} has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
-            "take one that was fine-tuned on it."
-        )
     order = class_order(task, names)
-    if order and order != sorted(order):
-        raise UserError(
-            f"The teacher {source!r} has the classes {', '.join(names)}, and {task.name!r} has "
-            f"{', '.join(task.label_names)}: take one with the same order."
+    refused = ""
+    if not has_classifier(config):
+        refused = f"is not fine-tuned: it has no head for {task.name!r}"
+    elif config.problem_type == "multi_label_classification":
+        refused = "gives several labels at once: take a classifier of one"
+    elif config.num_labels != task.num_labels:
+        refused = (
+            f"has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
+            "take one that was fine-tuned on it"
         )
+    elif order and order != sorted(order):
+        refused = (
+            f"has the classes {', '.join(names)}, and {task.name!r} has "
+            f"{', '.join(task.label_names)}: take one with the same order"
+        )
+    if refused:
+        raise UserError(f"The teacher {source!r} {refused}.")
     if order is None:
         warn_of_names(task, names, source)
     for student in students:

@@ -864,7 +864,7 @@ def test_space_shows_choices_sizes_and_costs(
 
 def stages(shown: str) -> list[str]:
     """The stages in the table of a dry run."""
-    return re.findall(r"(?m)^│ (\w.*?) +│ +\d+\.\d", shown)
+    return re.findall(r"(?m)^(\w.*?) +\d+\.\d ", shown)
 
 
 def test_a_dry_run_says_what_a_run_will_need_and_leaves_nothing(
