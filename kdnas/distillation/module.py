@@ -39,7 +39,13 @@ from kdnas.models.families import arch_of
 from kdnas.models.layers import LastLayer
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.training.memory import release_memory, trim_heap
-from kdnas.training.optimizers import MuonAdamW, is_layer_matrix
+from kdnas.training.optimizers import (
+    JointOptimizer,
+    is_by_rows,
+    is_layer_matrix,
+    muon,
+    take_rows,
+)
 from kdnas.training.precision import autocast
 from kdnas.training.trainer import ClipFusedGradients
 
@@ -69,7 +75,7 @@ class Recipe:
         matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW
             takes them too.
         copied_matrix_learning_rate: the same for matrices that hold the teacher's values.
-        weight_decay: on matrices only.
+        weight_decay: on matrices only, and on a CPU not on the table of words.
         warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
             rest.
         constant_rate: no warm-up and no decay (the original).
@@ -204,6 +210,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
             if device.type == "cpu":
                 # The fused kernel's backward pass takes twice as long, and gives no maps.
                 self.student.set_attn_implementation("eager")
+                take_rows(self.student)
             # Lightning warns of a fit that begins in eval mode; on_train_start decides.
             self.student.train()
         self._teacher.model.to(device)  # type: ignore[arg-type]
@@ -371,22 +378,31 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         copied = self.started.copied if self.started is not None else frozenset()
-        muon: dict[float, list[nn.Parameter]] = {}
+        matrices: dict[float, list[nn.Parameter]] = {}
+        by_rows: list[dict[str, Any]] = []
         adamw: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             is_copied = name.removeprefix("student.") in copied
             if recipe.matrix_learning_rate is not None and is_layer_matrix(name, parameter):
                 rates = (recipe.matrix_learning_rate, recipe.copied_matrix_learning_rate)
-                muon.setdefault(rates[is_copied], []).append(parameter)
+                matrices.setdefault(rates[is_copied], []).append(parameter)
+                continue
+            rates = (recipe.learning_rate, recipe.copied_learning_rate)
+            if is_by_rows(self.student, parameter):
+                by_rows.append({"params": [parameter], "lr": rates[is_copied]})
             else:
-                rates = (recipe.learning_rate, recipe.copied_learning_rate)
                 decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
                 adamw.setdefault((rates[is_copied], decay), []).append(parameter)
-        muon_groups = [{"params": p, "lr": rate} for rate, p in muon.items()]
-        adamw_groups = [
+        groups = [
             {"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in adamw.items()
         ]
-        optimizer = MuonAdamW(muon_groups, adamw_groups, recipe.weight_decay)
+        parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, fused=True)]
+        if matrices:
+            groups = [{"params": p, "lr": rate} for rate, p in matrices.items()]
+            parts.append(muon(groups, recipe.weight_decay))
+        if by_rows:
+            parts.append(torch.optim.SparseAdam(by_rows))
+        optimizer = JointOptimizer(parts)
         # A checkpoint of this fit overwrites these tensors later.
         optimizer.load_tensors(self, self.optimizer_tensors)
         self.optimizer_tensors = {}

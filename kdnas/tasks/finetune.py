@@ -21,6 +21,7 @@ from kdnas.system.settings import keep_settings
 from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask, Task
+from kdnas.training.optimizers import JointOptimizer, is_by_rows, take_rows
 from kdnas.training.trainer import ClipFusedGradients, TrainerSettings, fit_resumable
 
 
@@ -35,7 +36,8 @@ class FinetuneSettings:
         max_length: longer rows are cut, in tokens; with the special tokens.
         warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and
             below 1.
-        weight_decay: AdamW's, on matrices only (no bias, no layer norm).
+        weight_decay: AdamW's, on matrices only (no bias, no layer norm; on a CPU no table of
+            words).
         seed: of dropout and of the order of the rows.
 
     Raises:
@@ -108,10 +110,13 @@ class GLUEModule(ClipFusedGradients):
     def on_fit_start(self) -> None:
         """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
         self.train()
-        if self.device.type == "cpu":
-            self.classifier.set_attn_implementation(
-                "eager"
-            )  # the fused kernel's backward pass is slower there
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
+            # The fused kernel's backward pass is slower there.
+            self.classifier.set_attn_implementation("eager")
+            take_rows(self.classifier)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
@@ -183,15 +188,19 @@ class GLUEModule(ClipFusedGradients):
 
     def configure_optimizers(self) -> Any:
         """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
-        parameters = list(self.parameters())
+        parameters, settings = list(self.parameters()), self.settings
+        by_rows = [p for p in parameters if is_by_rows(self.classifier, p)]
+        matrices = [p for p in parameters if p.ndim > 1 and not is_by_rows(self.classifier, p)]
         groups = [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": self.settings.weight_decay,
-            },
+            {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, fused=True)
+        parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+        ]
+        if by_rows:
+            parts.append(torch.optim.SparseAdam(by_rows, lr=settings.learning_rate))
+        optimizer = JointOptimizer(parts)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(
             optimizer, round(self.settings.warmup_share * num_steps), num_steps

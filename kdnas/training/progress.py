@@ -147,7 +147,10 @@ class JobBars:
             known = progress_of(job.folder)
             if self._moves:
                 self._move(job, known)
-            elif time.monotonic() > self._said.setdefault(job.folder, time.monotonic()) + LINE_SECONDS:
+            elif (
+                time.monotonic()
+                > self._said.setdefault(job.folder, time.monotonic()) + LINE_SECONDS
+            ):
                 self._said[job.folder] = time.monotonic()
                 self._say(job, known)
 

@@ -20,7 +20,9 @@ from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import placed, temporary_folder
 from kdnas.system.jobs import Reporter
 from kdnas.training.checkpoints import KeepLast, WholeFiles, check_checkpoint
+from kdnas.training.dropout import fast_dropout
 from kdnas.training.memory import release_memory
+from kdnas.training.optimizers import clip_norm
 from kdnas.training.precision import trainer_precision
 from kdnas.training.progress import ProgressFile
 
@@ -205,7 +207,7 @@ def fit(
 ) -> None:
     """``trainer.fit``, with the memory of earlier fits given back."""
     release_memory()
-    with placed(Path(trainer.log_dir or trainer.default_root_dir)):
+    with placed(Path(trainer.log_dir or trainer.default_root_dir)), fast_dropout():
         trainer.fit(module, datamodule=data, weights_only=True, **options)
 
 
@@ -270,5 +272,5 @@ class ClipFusedGradients(pl.LightningModule):
             raise UserError(
                 f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped."
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        norm = clip_norm(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)

@@ -731,7 +731,7 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = module.configure_optimizers().param_groups
         found = {
-            names[p]: (group["lr"], group["weight_decay"])
+            names[p]: (group["lr"], group.get("weight_decay", 0.0))
             for group in groups
             for p in group["params"]
         }
@@ -985,7 +985,7 @@ def test_mini_kd_full_kd_and_fit_build_the_same_module(
 
     def look(module: HiddenStateDistillModule) -> None:
         groups = [
-            (group["initial_lr"], group["weight_decay"])
+            (group["initial_lr"], group.get("weight_decay", 0.0))
             for group in module.optimizers().param_groups
         ]
         weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, evaluate_glue
 from kdnas.tasks.task_distill import TaskDistillModule
 from kdnas.tasks.tasks import LoadedTask, load_task
+from kdnas.training.optimizers import clip_norm
 from kdnas.training.trainer import TrainerSettings
 from tests.conftest import CONFIGS, make_rows, make_tokenizer, save_teacher
 
@@ -268,8 +270,9 @@ def test_the_optimizer_is_transformers_own(teacher, task):
     arguments = RUN_GLUE
     fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     fit.fit(GLUEModule(classifier(teacher), task.task), data_module(task))
-    (optimizer,) = fit.optimizers
+    optimizer, by_rows = fit.optimizers[0].parts
     assert type(optimizer) is torch.optim.AdamW and "adamw_torch" in arguments.optim
+    assert type(by_rows) is torch.optim.SparseAdam, "of the table of words"
     assert optimizer.defaults["betas"] == (arguments.adam_beta1, arguments.adam_beta2)
     assert optimizer.defaults["eps"] == arguments.adam_epsilon
 
@@ -363,9 +366,7 @@ class Steps(pl.Callback):
 
     @staticmethod
     def _norm(module: nn.Module) -> float:
-        return float(
-            nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        )
+        return float(clip_norm(module.parameters(), math.inf))
 
 
 def test_the_loss_falls_and_the_learning_rate_rises_and_falls_by_step(teacher, task):
@@ -402,8 +403,7 @@ def test_gradients_are_clipped_by_norm_in_every_precision(teacher, task, precisi
 def test_evaluation_clips_gradients_to_a_norm_of_1(teacher, task, tmp_path, monkeypatch):
     clips = []
     monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
+        "kdnas.training.trainer.clip_norm",
         lambda parameters, norm: clips.append(norm) or torch.zeros(()),
     )
     evaluate(classifier(teacher), task, tmp_path / "run")
@@ -416,15 +416,14 @@ def test_weight_decay_is_on_matrices_only(teacher, task):
     fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     fit.fit(module, data_module(task))
     decay = {
-        id(p): group["weight_decay"]
+        id(p): group.get("weight_decay", 0.0)
         for group in fit.optimizers[0].param_groups
         for p in group["params"]
     }
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (
-            0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1
-        ), name
+        is_free = name.endswith("bias") or "LayerNorm" in name or "word_embeddings" in name
+        assert decay[id(parameter)] == (0.0 if is_free else 0.1), name
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])

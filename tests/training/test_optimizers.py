@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 from kdnas.system.errors import UserError
-from kdnas.training.optimizers import MuonAdamW, is_layer_matrix
+from kdnas.training.optimizers import JointOptimizer, clip_norm, is_layer_matrix, muon
 
 
-def make() -> tuple[nn.Linear, MuonAdamW]:
+def make() -> tuple[nn.Linear, JointOptimizer]:
     torch.manual_seed(0)
     linear = nn.Linear(6, 4)
-    muon = [{"params": [linear.weight], "lr": 0.02}]
-    adamw = [{"params": [linear.bias], "lr": 0.1, "weight_decay": 0.0}]
-    return linear, MuonAdamW(muon, adamw, weight_decay=0.0)
+    adamw = torch.optim.AdamW([linear.bias], lr=0.1, weight_decay=0.0, fused=True)
+    matrices = [{"params": [linear.weight], "lr": 0.02}]
+    return linear, JointOptimizer([adamw, muon(matrices, weight_decay=0.0)])
 
 
-def step(linear: nn.Linear, optimizer: MuonAdamW, seed: int) -> None:
+def step(linear: nn.Linear, optimizer: JointOptimizer, seed: int) -> None:
     inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()
     linear(inputs).square().sum().backward()
@@ -103,15 +103,34 @@ def test_the_closure_is_called_once_with_gradients():
     assert calls == [True]
 
 
-def test_without_matrices_it_is_adamw():
-    linear, _ = make()
-    other, _ = make()
-    ours = MuonAdamW([], [{"params": linear.parameters(), "lr": 0.1, "weight_decay": 0.1}], 0.1)
-    theirs = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.1)
-    for seed in range(3):
-        step(linear, ours, seed)
-        step(other, theirs, seed)  # type: ignore[arg-type]
-    torch.testing.assert_close(linear.weight, other.weight)
+def test_a_table_of_words_moves_by_the_rows_of_a_batch_and_its_norm_is_clipped_with_the_others():
+    dense, sparse = nn.Embedding(5, 3), nn.Embedding(5, 3, sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    linear = nn.Linear(3, 1, bias=False)
+    norms, tables = [], []
+    for table in (dense, sparse):
+        linear.zero_grad()
+        linear(table(torch.tensor([1, 4, 4]))).square().sum().mul(100).backward()
+        norms.append(clip_norm([table.weight, linear.weight], 1.0))
+        assert nn.utils.get_total_norm([linear.weight.grad]) < 1
+        tables.append(table.weight.grad.to_dense())
+    torch.testing.assert_close(norms[0], norms[1])
+    torch.testing.assert_close(tables[0], tables[1])
+    before = sparse.weight.detach().clone()
+    optimizer = JointOptimizer([torch.optim.SparseAdam(sparse.parameters(), lr=0.1)])
+    optimizer.step()
+    moved = (sparse.weight.detach() != before).any(1)
+    assert moved.tolist() == [False, True, False, False, True]
+    known = optimizer.tensors(sparse)
+    assert {name: tensor.shape for name, tensor in known.items()} == {
+        "weight/step": (),
+        "weight/exp_avg": (5, 3),
+        "weight/exp_avg_sq": (5, 3),
+    }
+    fresh = JointOptimizer([torch.optim.SparseAdam(sparse.parameters(), lr=0.1)])
+    fresh.load_tensors(sparse, known)
+    fresh.step()
+    assert fresh.tensors(sparse)["weight/step"] == 2
 
 
 @pytest.mark.parametrize(
