@@ -33,6 +33,12 @@ def _shipped(*path: str) -> str:
     return files("kdnas.cli").joinpath(*path).read_text(encoding="utf-8")
 
 
+def known_options() -> dict[str, list[str]]:
+    """All options, by command."""
+    lines = (line.split() for line in _shipped("options.txt").splitlines())
+    return {command: options for command, *options in lines}
+
+
 def completion(shell: str) -> str:
     """A script that completes commands and options in a shell."""
     if shell not in shtab.SUPPORTED_SHELLS:
@@ -41,8 +47,7 @@ def completion(shell: str) -> str:
         )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
-    for line in _shipped("options.txt").splitlines():
-        command, *options = line.split()
+    for command, options in known_options().items():
         subparser = commands.add_parser(command, help=summary(command), add_help=False)
         for option in options:
             dashed = option if "." in option else option.replace("_", "-")

@@ -72,6 +72,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[1:] in (["-h"], ["--help"]):
             print(page(args[0]), end="")
             return 0
+        if args[0] != "completion":
+            from kdnas.cli.parser import refuse_unknown
+
+            refuse_unknown(args[0], args[1:])
         set_environment()
         if is_process:
             # Class paths may name files of this folder, as with `python -m`; installed ones first.

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from kdnas.cli.help import known_options
 from kdnas.system.errors import UserError, causes, first_line, nearest
 from kdnas.system.yaml import NO_VALUE, check_yaml, flat, read_yaml
 
@@ -149,7 +150,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         message = " ".join(str(error).split()).rstrip(".")
         if len(message) > _LONGEST_MESSAGE:  # what it is about is said first, and the value last
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
-        raise UserError(f"{message}.{_remedy(parser, args)}") from error
+        raise UserError(f"{message}. `{parser.prog} --help` explains the options.") from error
     except AttributeError as error:  # the parser's, of a class path over one with init_args
         if error.name != "init_args":
             raise
@@ -158,23 +159,29 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         ) from error
 
 
-def _remedy(parser: ArgumentParser, args: Sequence[str]) -> str:
-    """The nearest name for the first one that does not exist, or where the names are explained."""
-    options = {action.dest for action in parser._actions if action.help != SUPPRESS}
-    options |= {"quiet", "log_level"}
-    groups = parser.groups or {}
-    values = options.difference(groups)
-    for name in _names(args):
-        if name in options or any(name.startswith(f"{value}.") for value in values):
-            continue  # one that there is, or a setting of a class, which the parser alone knows
-        if name.partition(".")[0] in ("optimizer", "lr_scheduler"):
-            return " It would replace the recipe's optimizer and all its rates: set those instead."
+def refuse_unknown(command: str, args: Sequence[str]) -> None:
+    """Refuse an option or a key of YAML that a command has not; before torch is imported.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    options = known_options()
+    takes = options[command] + (options["run"] if command in ("search", "space") else [])
+    known = {one[2:].rstrip("+").replace("-", "_") for one in takes if not one.endswith(".help")}
+    for name in _names(normalize(args)):
         group, _, last = name.rpartition(".")
-        while group and group not in groups:
+        while group and group not in known:
             group, _, last = group.rpartition(".")
-        parts = [option.rpartition(".") for option in options]
-        return nearest(last, {part for known, _, part in parts if known == group})
-    return f" `{parser.prog} --help` explains the options."
+        # What is below one that has no keys of ours is a setting of a class.
+        ours = {one[len(group) + 1 :] for one in known if one.startswith(f"{group}.")}
+        if name in known or (group and not ours):
+            continue
+        what = f"There is no option {name!r}."
+        if name.partition(".")[0] in ("optimizer", "lr_scheduler"):
+            why = "It would replace the recipe's optimizer and all its rates: set those instead."
+            raise UserError(f"{what} {why}")
+        siblings = ours if group else {one.partition(".")[0] for one in known}
+        raise UserError(f"{what}{nearest(last, {one.partition('.')[0] for one in siblings})}")
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:

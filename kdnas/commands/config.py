@@ -203,7 +203,7 @@ class SpaceConfig(SearchConfig):
     """What ``kdnas space`` is asked for: a search, of which the teacher is enough.
 
     Args:
-        text: as for a search, or nothing: random words, to measure on.
+        text: not read; a search's YAML has it.
     """
 
     text: str = ""

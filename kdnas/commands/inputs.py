@@ -236,7 +236,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
-    space = _space_of(config, teacher)
+    space = space_of(config, teacher)
     _check_objective(config.recipe.objective, teacher, space)
     meter = LatencyMeter(teacher.config, config.latency)
     if not run.trials_csv.exists():  # else the search is past it
@@ -250,7 +250,8 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     return run, teacher, space, meter
 
 
-def _space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
+def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
+    """What students may be proposed."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 
@@ -309,7 +310,7 @@ def inputs_of(config: SearchConfig) -> Inputs:
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
         meter = LatencyMeter(teacher.config, config.latency)
-        _load_rows(config, run, teacher, _space_of(config, teacher), meter)
+        _load_rows(config, run, teacher, space_of(config, teacher), meter)
     return _LOADED[0][1]
 
 

@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
-from kdnas.commands.inputs import Inputs, check_place, load_inputs, states_folder
+from kdnas.commands.inputs import Inputs, check_place, load_inputs, space_of, states_folder
 from kdnas.commands.smoke import Sizes, with_few_rows
 from kdnas.data.datamodule import KDDataModule, TokenRows
-from kdnas.deploy.latency import ArchLatency, threads
+from kdnas.deploy.latency import ArchLatency, LatencyMeter, measured_by, threads
 from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
 from kdnas.distillation.teacher_states import (
     STATS_TOKENS,
@@ -301,7 +301,7 @@ def _later(
     student_bytes = 4 * looks.within[best].num_parameters
     stages = []
     if config.full_kd.num_epochs:
-        full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens)
+        full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens) / config.num_devices
         # Weights, and a checkpoint while it lasts.
         stages.append(sample.stage("full KD", full, 4 * student_bytes))
     task = sample.found.task
@@ -309,12 +309,14 @@ def _later(
         base, num_labels = sample.found.teacher, task.task.num_labels
         teacher = load_classifier(base.source, num_labels)
         student = build_classifier(student_config(base.config, best), num_labels)
-        _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
-        stages += [
-            _finetuning(sample, config, task, "teacher", teacher),
-            # The layer cut is about as fast as the student; the static vectors take nearly nothing.
-            _finetuning(sample, config, task, "student, random, cut", student, copies=3),
-        ]
+        with threads(max(1, torch.get_num_threads() // sample.num_slots)):
+            _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
+            one = _finetuning(sample, config, task, "teacher", teacher)
+            other = _finetuning(sample, config, task, "student", student)
+        # The layer cut is about as fast as the student; the static vectors take nearly nothing.
+        seconds = max(one, (one + 3 * other) / sample.num_slots)
+        num_bytes = 4 * num_parameters(teacher) + 3 * 4 * num_parameters(student)
+        stages.append(sample.stage("fine-tuning", seconds, num_bytes, sample.num_slots))
     # Weights and graph in float32, and int8.
     return [*stages, sample.stage("export", EXPORT_SECONDS, 2.25 * student_bytes)]
 
@@ -325,8 +327,9 @@ def _finetuning(
     task: LoadedTask,
     name: str,
     model: PreTrainedModel,
-    copies: int = 1,
-) -> Stage:
+) -> float:
+    """Seconds of a model's fine-tuning, and of its grid."""
+
     def finetune(timer: Timer) -> None:
         evaluate_glue(
             model,
@@ -345,8 +348,7 @@ def _finetuning(
     seconds = rates.seconds(config.finetune.num_epochs, whole.num_train, whole.num_validation)
     grid = config.grid
     num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
-    num_bytes = 4 * num_parameters(model)
-    return sample.stage(f"fine-tuning, {name}", copies * num_fits * seconds, copies * num_bytes)
+    return num_fits * seconds
 
 
 def _distillation(
@@ -383,50 +385,26 @@ def peak_memory() -> int:
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
-    """Print a teacher's space: its choices, its size, and the cost of its extremes."""
-    with temporary_folder() as name, torch.random.fork_rng():
-        folder = Path(name)
-        is_random = not config.text
-        if is_random:
-            rows = _random_rows(find_teacher(config.teacher).tokenizer, config.data.max_length)
-            text = folder / "random.txt"
-            text.write_text("\n".join(rows), encoding="utf-8")
-            config = replace(config, text=str(text))
-        sample = Sample.take(replace(config, root=name), folder)
-        space = sample.found.space
-        show(console, f"{len(space)} students of {config.teacher}: every combination of")
-        for field, values in space.choices.items():
-            show(console, f"  {field}: {values}")
+    """Print a teacher's space: its choices, its size, and how fast its extremes are."""
+    teacher = find_teacher(config.teacher)
+    space = space_of(config, teacher)
+    show(console, f"{len(space)} students of {config.teacher}: every combination of")
+    for field, values in space.choices.items():
+        show(console, f"  {field}: {values}")
 
-        log.info("Measuring the smallest and the largest of them ...")
-        extremes = {"smallest": space.smallest(), "largest": space.largest()}
-        states = sample.found.states("full")
-        costs = []
-        for label, arch in extremes.items():
-            latency = sample.found.meter.measure(arch)
-            (rates,) = _distillation(sample, [arch], states).values()
-            costs.append(
-                {
-                    "": label,
-                    "student": str(arch),
-                    "parameters": f"{latency.num_parameters / 1e6:.1f} M",
-                    "speed-up": f"{latency.speedup:.1f}x",
-                    "seconds a candidate": f"{sample.candidate_seconds(rates):.0f}",
-                    "memory": f"{peak_memory() / 1e9:.1f} GB",
-                }
-            )
-    console.print(text_table("", costs, words=["", "student"]))
-    num_rows = round(config.data.mini_fraction * sample.sizes.num_rows)
-    words = f"{num_rows:,} {'random rows; give --text for yours' if is_random else 'rows'}"
-    epochs = config.search.num_epochs
-    show(console, f"A candidate: {epochs} epochs on {words}, the teacher's states stored.")
-
-
-def _random_rows(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
-    """Distinct rows of random tokens of all lengths, as text."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(4, max_length + 1, size=2_000)
-    drawn = [generator.integers(len(tokenizer), size=length) for length in lengths]
-    texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn)
-    # Some tokenizers have bytes as tokens: no text holds NUL, and a newline begins another row.
-    return [" ".join(text.replace("\0", " ").split()) for text in texts]
+    meter = LatencyMeter(teacher.config, config.latency)
+    rows = []
+    for label, arch in {"smallest": space.smallest(), "largest": space.largest()}.items():
+        latency = meter.measure(arch)
+        rows.append(
+            {
+                "": label,
+                "student": str(arch),
+                "parameters": f"{latency.num_parameters / 1e6:.1f} M",
+                "latency (ms)": f"{latency.student.median_ms:.2f}",
+                "speed-up": f"{latency.speedup:.1f}x",
+            }
+        )
+    console.print(text_table("", rows, words=["", "student"]))
+    show(console, f"Latency: {measured_by(vars(config.latency))}.")
+    show(console, "`kdnas search --dry-run` says what a search of them will take.")

@@ -152,17 +152,3 @@ def test_what_a_large_text_needs_is_scaled_from_a_few_rows(
     )
     whole = 1 + config.full_kd.num_epochs * (train + held_out) / 1000
     assert planned.stages[3].seconds == pytest.approx(whole, rel=0.1)
-
-
-def test_random_rows_are_text_where_bytes_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bytes:
-        def __len__(self) -> int:
-            return 128
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return "".join(map(chr, ids))
-
-    rows = plan._random_rows(Bytes(), 24)  # type: ignore[arg-type]
-    assert len(set(rows)) > 1_000
-    assert not any(character in row for row in rows for character in "\0\n\r")
-    assert len(plan._random_rows(Bytes(), 4)) == 2_000  # type: ignore[arg-type]
