@@ -168,7 +168,7 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
     options = known_options()
     takes = options[command] + (options["run"] if command in ("search", "space") else [])
     known = {one[2:].rstrip("+").replace("-", "_") for one in takes if not one.endswith(".help")}
-    for name in _names(normalize(args)):
+    for what, name in _names(normalize(args)):
         group, _, last = name.rpartition(".")
         while group and group not in known:
             group, _, last = group.rpartition(".")
@@ -176,12 +176,12 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
         ours = {one[len(group) + 1 :] for one in known if one.startswith(f"{group}.")}
         if name in known or (group and not ours):
             continue
-        what = f"There is no option {name!r}."
         if name.partition(".")[0] in ("optimizer", "lr_scheduler"):
             why = "It would replace the recipe's optimizer and all its rates: set those instead."
-            raise UserError(f"{what} {why}")
+            raise UserError(f"There is no {what}. {why}")
         siblings = ours if group else {one.partition(".")[0] for one in known}
-        raise UserError(f"{what}{nearest(last, {one.partition('.')[0] for one in siblings})}")
+        hint = nearest(last, {one.partition(".")[0] for one in siblings})
+        raise UserError(f"There is no {what}.{hint}")
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:
@@ -194,15 +194,16 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
     return [field.name for field in fields(RunConfig) if field.name not in known]
 
 
-def _names(args: Sequence[str]) -> Iterator[str]:
-    """The names in options, and in the YAML files that they name."""
+def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The names in options, and in the YAML files that they name; each in words, and alone."""
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
         if path.is_file():
-            yield from flat(read_yaml(path))
+            for key in flat(read_yaml(path)):
+                yield f"key {key!r} of {str(path)!r}", str(key)
         elif arg.startswith("--"):
-            yield name[2:].rstrip("+")
+            yield f"option {name}", name[2:].rstrip("+")
 
 
 @cache
