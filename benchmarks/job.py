@@ -1,6 +1,6 @@
 """Where the minutes of the main job go: each stage of ``kdnas run`` on the quickstart.
 
-    python benchmarks/job.py [--quick] [--json PATH] [--config PATH]
+    python benchmarks/job.py [--quick] [--json PATH] [--config PATH] [other options of kdnas run]
 
 For each stage: seconds; the share of one core that all processes of the job used together, in percent; real tokens a
 second that were trained on (teacher states and scoring not counted); seconds that the FLOPs of these tokens would take

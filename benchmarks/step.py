@@ -279,6 +279,7 @@ def measure_ours(
         "share_of_peak": 1 / over,
         "step_over_flop_time": over,
         "parts_ms": {name: 1e3 * median(step[name] for step in steps) for name in PARTS},
+        "optimizer_share": median(step["optimizer"] / step["step"] for step in steps),
         "live_teacher_ms": with_live["step_ms"],
         "num_steps": len(steps),
         "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
@@ -463,7 +464,8 @@ def show(results: dict[str, Any], console: Console) -> None:
                 f"{ours['step_over_flop_time']:.2f}",
             )
             parts.add_column(f"{shape}\n{name}", justify="right")
-            columns.append(ours["parts_ms"] | {"(live teacher)": ours["live_teacher_ms"]})
+            share = {"optimizer, % of the step": 100 * ours["optimizer_share"]}
+            columns.append(ours["parts_ms"] | {"(live teacher)": ours["live_teacher_ms"]} | share)
         for name in ("transformers", "original"):
             other, ours = student[name], next(iter(student["ours"].values()))
             table.add_row(

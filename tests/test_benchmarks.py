@@ -48,6 +48,7 @@ import common
 import deploy
 import fidelity
 import glue
+import job
 import latency
 import overhead
 import quality
@@ -76,6 +77,7 @@ def data(tiny_teacher, text_file):
         deploy,
         fidelity,
         glue,
+        job,
         latency,
         overhead,
         quality,
@@ -93,7 +95,7 @@ def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--quick", "--json"))
-    assert ("--text" in shown) == (benchmark is not glue)
+    assert ("--text" in shown) == (benchmark not in (glue, job))
 
 
 def test_original_config_is_what_the_original_did():
@@ -142,6 +144,34 @@ def test_a_large_text_repeats_rows_that_are_no_duplicates(tmp_path):
 
 def test_machine_says_what_a_figure_was_measured_on():
     assert {"cpu", "cores", "threads", "torch", "load_average"} <= common.machine().keys()
+
+
+def test_each_stage_of_a_job_has_its_seconds_cores_and_memory(
+    tiny_teacher, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(common, "OUTPUT", tmp_path / "output")
+    for function in job.STAGES:
+        monkeypatch.setattr(job.job, function, getattr(job.job, function))  # put back at the end
+    write_task(tmp_path / "task")
+    options = {
+        "teacher": tiny_teacher,
+        "text": text_file,
+        "task": tmp_path / "task",
+        "workers": 0,
+        "json": tmp_path / "job.json",
+        "latency.min_seconds": 0.01,
+        "search.budget.speedup": 0.01,
+    }
+    job.main(["--quick", *(f"--{name}={value}" for name, value in options.items())])
+    found = json.loads((tmp_path / "job.json").read_text())
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert list(stages) == list(job.STAGES.values())
+    assert all(stage["seconds"] > 0 and stage["cpu_share"] > 0 for stage in stages.values())
+    assert stages["search"]["peak_memory_gb"] > 0.1
+    for name in ("search", "full KD", "fine-tuning"):
+        assert stages[name]["tokens_per_second"] > 0 and stages[name]["flop_seconds"] > 0
+    assert found["total_minutes"] * 60 >= sum(stage["seconds"] for stage in stages.values())
+    assert list((tmp_path / "output").iterdir()) == [], "the run is not kept"
 
 
 def test_student_flops_by_hand():

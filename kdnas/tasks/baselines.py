@@ -63,6 +63,10 @@ class StaticForSequenceClassification(nn.Module):
         features = torch.cat([first_BH, second_BH, first_BH * second_BH], -1)
         return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """As transformers' models."""
+        return self.vectors
+
     def set_attn_implementation(self, name: str) -> None:
         """There is no attention."""
 
