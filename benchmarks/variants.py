@@ -315,6 +315,7 @@ def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
 
 
 LAST = HiddenStates(LastLayer())
+MAPS = _sum(LAST, AttentionMaps(), PairComparison(), weights=[1.0, 1.0, 0.5])
 # An epoch at such rates leaves the start as it is, and measures it.
 UNMOVED = {
     field.name: 1e-12
@@ -331,11 +332,9 @@ VARIANTS = {
     "last-layer": Variant(recipe={"objective": LAST}),
     "last-and-skip": Variant(recipe={"objective": HiddenStates(LastAndSkip())}),
     "even": Variant(recipe={"objective": HiddenStates(Even())}),
-    "no-maps": Variant(recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5])),
-    # As many seconds as with the maps, which cost a sixth of a step.
-    "no-maps-longer": Variant(
-        recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5]), data={"mini_fraction": 0.36}
-    ),
+    "maps": Variant(recipe=MAPS),
+    # As many seconds as without the maps, which cost a sixth of a step.
+    "maps-shorter": Variant(recipe=MAPS, data={"mini_fraction": 0.25}),
     "no-comparison": Variant(recipe=_sum(LAST, AttentionMaps(), weights=[1.0, 1.0])),
     "relations": Variant(
         recipe=_sum(LAST, AttentionRelations(), PairComparison(), weights=[1.0, 1.0, 0.5])
@@ -381,11 +380,7 @@ VARIANTS = {
     "average": Variant(callbacks=lambda: [Averaged(0.98)]),
     "constant-average": Variant(callbacks=lambda: [Shaped(lambda done: 1.0), Averaged(0.98)]),
     "3x384": Variant(arch=WIDE),
-    "3x384-no-maps-longer": Variant(
-        arch=WIDE,
-        recipe=_sum(LAST, PairComparison(), weights=[1.0, 0.5]),
-        data={"mini_fraction": 0.36},
-    ),
+    "3x384-maps-shorter": Variant(arch=WIDE, recipe=MAPS, data={"mini_fraction": 0.25}),
     "3x384-copied": Variant(arch=WIDE, recipe={"start": Copied()}),
     "full-anew": Variant(split="full"),
     "full-weights": Variant(split="full", goes_on=(WEIGHTS,)),

@@ -11,7 +11,6 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdnas.data.datamodule import Batch, KDDataModule
-from kdnas.distillation.attention import AttentionMaps
 from kdnas.distillation.curves import StudentCurves
 from kdnas.distillation.losses import contextual_share
 from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe, TermErrors
@@ -57,9 +56,7 @@ TRIM_STEPS = 25
 
 
 # What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
-DEFAULT_OBJECTIVE = WeightedSum(
-    [HiddenStates(LastLayer()), AttentionMaps(), PairComparison()], [1.0, 1.0, 0.5]
-)
+DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), PairComparison()], [1.0, 0.5])
 
 
 @dataclass(frozen=True)

@@ -554,7 +554,7 @@ DROPPED = {"objective": HiddenStates(), "dropout": True}  # the random numbers g
 def unbroken(teacher, data, states, tmp_path_factory):
     """A fit of three epochs and the rows that it saw."""
     whole, seen = make(teacher, states, **DROPPED), StopAt(-1, tmp_path_factory.mktemp("whole"))
-    trainer(seen, num_epochs=3).fit(whole, datamodule=data)
+    fit(trainer(seen, num_epochs=3), whole, data)
     return whole, seen.seen
 
 
