@@ -40,9 +40,9 @@ from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.training.memory import release_memory, trim_heap
 from kdnas.training.optimizers import (
     JointOptimizer,
+    Muon,
     is_by_rows,
     is_layer_matrix,
-    muon,
     take_rows,
 )
 from kdnas.training.precision import autocast
@@ -396,7 +396,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, fused=True)]
         if matrices:
             groups = [{"params": p, "lr": rate} for rate, p in matrices.items()]
-            parts.append(muon(groups, recipe.weight_decay))
+            parts.append(Muon(groups, recipe.weight_decay))
         if by_rows:
             parts.append(torch.optim.SparseAdam(by_rows))
         optimizer = JointOptimizer(parts)
