@@ -42,7 +42,7 @@ STAGES = {
     "export_stage": "export",
     "write_report": "report",
 }
-LOOK_SECONDS, MEMORY_SECONDS = 0.1, 1.0
+LOOK_SECONDS, MEMORY_SECONDS = 0.5, 5.0
 QUICK = (
     "--data.max_length=16 --finetune.max_length=16 --latency.length=16 --latency.min_seconds=0.1 "
     "--search.n_trials=2 --search.num_epochs=1 --search.budget.speedup=1.5 "

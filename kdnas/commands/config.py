@@ -14,7 +14,7 @@ from kdnas.distillation.teacher_states import StatesSettings
 from kdnas.nas.budget import Budget
 from kdnas.nas.reward import reward
 from kdnas.system.errors import UserError
-from kdnas.system.pool import usual_slots
+from kdnas.system.pool import num_gpus, usual_slots
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.task_distill import TaskDistillSettings
 from kdnas.training.trainer import TrainerSettings, class_path
@@ -268,9 +268,12 @@ class RunConfig(SearchConfig):
 
     @property
     def num_devices(self) -> int:
-        """What shares full KD: ``trainer.devices``, or as many as there are workers here."""
-        usual = 1 if self.executor else max(1, self.num_workers)
-        return self.trainer.devices or usual
+        """What shares full KD: ``trainer.devices``, or all GPUs of this machine.
+
+        On a CPU threads are faster: each of several processes has an optimizer to run (LOG.md).
+        """
+        is_here = self.num_workers > 0 and not self.executor
+        return self.trainer.devices or (num_gpus(self.trainer.accelerator) if is_here else 0) or 1
 
 
 @dataclass(frozen=True, kw_only=True)

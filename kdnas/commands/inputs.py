@@ -397,8 +397,7 @@ def _refuse_hidden_device(config: SearchConfig) -> None:
 def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:
     """Look whether the fastest student of the space, the smallest too, is within the budget."""
     fastest = space.smallest()
-    glance = replace(config.latency, min_seconds=min(0.1, config.latency.min_seconds))
-    found = LatencyMeter(teacher.config, glance).measure(fastest)
+    found = LatencyMeter(teacher.config, config.latency).glance(fastest)
     violation, reason = config.search.budget.violation(found)
     if violation > 0:
         words = f"No student meets the budget: the fastest possible, {fastest}, is {reason}."

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ BUSY = "The machine is busy: latencies spread by more than a tenth. Let nothing 
 _NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
 _FEWEST_ROUNDS = 3
 _MOST_BATCHES = 32  # of a workload
+GLANCE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -235,15 +236,24 @@ class LatencyMeter:
     def measure(self, arch: StudentArch) -> ArchLatency:
         """The latency of an architecture, remembered or measured now."""
         if arch not in self._known:
-            model = _build(student_config(self.teacher_config, arch))
-            student, teacher = measure_latency([model, self._teacher], self.settings)
-            for role, latency in (("student", student), ("teacher", teacher)):
-                if not 0 < latency.median_ms < math.inf:
-                    raise CandidateFailed(
-                        f"The {role}'s latency beside {arch} is {latency.median_ms} ms."
-                    )
-            self.remember(arch, ArchLatency(student, teacher, num_parameters(model)))
+            self.remember(arch, self._measured(arch, self.settings))
         return self._known[arch]
+
+    def glance(self, arch: StudentArch) -> ArchLatency:
+        """A quick look, which is not remembered."""
+        seconds = min(GLANCE_SECONDS, self.settings.min_seconds)
+        quick = replace(self.settings, min_seconds=seconds)
+        return self._known.get(arch) or self._measured(arch, quick)
+
+    def _measured(self, arch: StudentArch, settings: LatencySettings) -> ArchLatency:
+        model = _build(student_config(self.teacher_config, arch))
+        student, teacher = measure_latency([model, self._teacher], settings)
+        for role, latency in (("student", student), ("teacher", teacher)):
+            if not 0 < latency.median_ms < math.inf:
+                raise CandidateFailed(
+                    f"The {role}'s latency beside {arch} is {latency.median_ms} ms."
+                )
+        return ArchLatency(student, teacher, num_parameters(model))
 
     @cached_property
     def _teacher(self) -> PreTrainedModel | Path:

@@ -159,6 +159,13 @@ class Engine:
             watch(self.jobs)
         return [dict(read_json(job.result_file)) for job in jobs]
 
+    def rest(self) -> None:
+        """End the processes, which are idle: what they hold in memory is given back."""
+        if self._in_processes and self._pool is not None:
+            self._pool.close()
+            self._pool.join()
+            self._pool = None
+
     def stop(self) -> None:
         """End what runs: each job is asked to, and killed after ``STOP_SECONDS``."""
         try:

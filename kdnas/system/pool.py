@@ -74,10 +74,14 @@ def usual_slots(accelerator: str) -> int:
     Args:
         accelerator: Lightning's.
     """
+    return num_gpus(accelerator) or min(MOST_SLOTS, _num_cores())
+
+
+def num_gpus(accelerator: str) -> int:
+    """GPUs that an accelerator of Lightning's name may use."""
     import torch
 
-    num_gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    return num_gpus or min(MOST_SLOTS, _num_cores())
+    return torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
 
 
 def num_threads(num_slots: int) -> int:

@@ -42,8 +42,8 @@ class TrainerSettings:
         precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16,
             else 32-true.
         gradient_clip_val: largest norm of the gradient; 0: any.
-        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP; null: as
-            many as there are workers. A candidate and a fine-tuning take one each.
+        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP; null: all
+            GPUs, or one process. A candidate and a fine-tuning take one each.
         logger: another logger than TensorBoard's, by class path with its init_args. ``{folder}`` in
             them is the folder of the candidate or the stage.
         callbacks: more callbacks, in the same way; each Trainer gets its own.
