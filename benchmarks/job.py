@@ -171,7 +171,7 @@ def measure(config: RunConfig, console: Console) -> dict[str, Any]:
         "stages": watch.stages,
         "total_minutes": seconds / 60,
         "disk_gb": sizes,
-        "share_kept": read_json(run.glue / "results.json")["models"]["student"]["share_kept"],
+        "models": read_json(run.glue / "results.json")["models"],
     }
 
 
@@ -197,7 +197,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     disk = ", ".join(f"{name} {size:.2f} GB" for name, size in results["disk_gb"].items())
     console.print(f"{results['total_minutes']:.1f} minutes; on the disk: {disk}.")
-    console.print(f"The student keeps {results['share_kept']:.1%} of its teacher.")
+    kept = {name: row["share_kept"] for name, row in results["models"].items()}
+    console.print("Share kept: " + ", ".join(f"{name} {kept[name]:.1%}" for name in kept) + ".")
 
 
 def main(args: list[str] | None = None) -> None:
