@@ -165,10 +165,8 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
         run.manifest.unlink(missing_ok=True)  # of a search, or of what has lost a stage
         with _timed(seconds, "search"):
             best = search_stage(context)
-        context.engine.rest()
         with _timed(seconds, "full KD"):
             full_kd_stage(context, config, best)
-        context.engine.rest()
         if context.inputs.task is not None:
             with _timed(seconds, "fine-tuning"):
                 finetune_stage(context, config, best)

@@ -49,9 +49,6 @@ def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str |
     )
 
 
-MOST_OF_A_LABEL = 500  # of the task: enough for its differences, and fine-tuned in minutes
-
-
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     """Write English that is on the machine already: the docstrings of installed packages.
 
@@ -156,14 +153,11 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """As many examples of each label as of the rarest, but not too many, with the labels' names for ``datasets``."""
+    """As many examples of each label as of the rarest, with the labels' names for ``datasets``."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)
-    by_label = [
-        [text for text, package in examples if package == label][:MOST_OF_A_LABEL]
-        for label in labels
-    ]
+    by_label = [[text for text, package in examples if package == label] for label in labels]
     rows = [
         dict(sentence=sentence, label=label)
         for sentences in zip(*by_label, strict=False)

@@ -19,7 +19,7 @@ from typing import Any
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.files import read_json
 from kdnas.system.jobs import LOOK_SECONDS, Job, is_disk_failure, run_job, tidy
-from kdnas.system.pool import make_pool, run_in_process
+from kdnas.system.pool import make_pool, num_threads, run_in_process
 from kdnas.system.signals import notice_signals
 
 log = logging.getLogger("kdnas")
@@ -59,6 +59,8 @@ class Engine:
         self._pool: Any = None
         self._running: dict[Future[Any], Job] = {}
         self._died: set[Path] = set()  # folders of jobs whose first process died
+        self._threads: dict[Path, str] = {}  # what each job was last told to take
+        self._width = self.num_slots  # processes at a time, where there are fewer jobs than slots
 
     def __enter__(self) -> "Engine":
         return self
@@ -80,12 +82,13 @@ class Engine:
         """Begin a job; one that was stopped before goes on from what it has kept."""
         job.folder.mkdir(parents=True, exist_ok=True)
         tidy(job)
+        self._threads.pop(job.folder, None)
         self._running[self._submit(job)] = job
 
     def _submit(self, job: Job) -> "Future[Any]":
         if self._in_processes:
             self._drop_broken_pool()
-            self._pool = self._pool or make_pool(self.num_slots)
+            self._pool = self._pool or make_pool(self._width)
             args = (job, log.getEffectiveLevel())
             return self._pool.schedule(run_in_process, args=args, timeout=job.timeout)
         if self.executor is not None:
@@ -100,6 +103,7 @@ class Engine:
             OSError: the disk or the network has failed.
         """
         notice_signals()
+        self._share_threads()
         done, _ = wait_for_futures(self._running, LOOK_SECONDS, FIRST_COMPLETED)
         ended = []
         for future in done:
@@ -147,6 +151,7 @@ class Engine:
                 ended(job)
             else:
                 waiting.append(job)
+        self._renew(min(self.num_slots, max(1, len(waiting))))
         while waiting or self._running:
             while waiting and self.has_room:
                 self.start(waiting.pop(0))
@@ -158,13 +163,6 @@ class Engine:
                 ended(job)
             watch(self.jobs)
         return [dict(read_json(job.result_file)) for job in jobs]
-
-    def rest(self) -> None:
-        """End the processes, which are idle: what they hold in memory is given back."""
-        if self._in_processes and self._pool is not None:
-            self._pool.close()
-            self._pool.join()
-            self._pool = None
 
     def stop(self) -> None:
         """End what runs: each job is asked to, and killed after ``STOP_SECONDS``."""
@@ -183,6 +181,23 @@ class Engine:
             self._pool = None
             if self._close is not None:
                 self._close()
+
+    def _renew(self, width: int) -> None:
+        """Begin with fresh processes: what the last ones hold in memory is given back."""
+        if self._in_processes and self._pool is not None:
+            self._pool.close()
+            self._pool.join()
+            self._pool = None
+        self._width = width
+
+    def _share_threads(self) -> None:
+        """Have the jobs that are left take the cores of those that have ended."""
+        each = str(num_threads(max(1, len(self._running))))
+        for job in self._running.values():
+            if self._in_processes and self._threads.get(job.folder) != each:
+                with suppress(OSError):
+                    (job.folder / "threads").write_text(each)
+                self._threads[job.folder] = each
 
     def _drop_broken_pool(self) -> None:
         """A process that dies between two jobs breaks its pool."""

@@ -1,7 +1,8 @@
 """Jobs: each a function of plain data that leaves its result as a file.
 
 A job is done when ``result.json`` is in its folder. Beside it lie ``job.log``, what it printed;
-``progress.json``, how far it is; and ``stop``, by which it is asked to end.
+``progress.json``, how far it is; ``threads``, how many it may take; and ``stop``, by which it is
+asked to end.
 """
 
 import errno
@@ -11,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,15 @@ class Reporter:
         if self.is_asked_to_stop:
             raise Stopped
 
+    def take_threads(self) -> None:
+        """Take as many threads as the engine says."""
+        import torch
+
+        with suppress(OSError, ValueError):
+            told = int((self.folder / "threads").read_text())
+            if told != torch.get_num_threads():
+                torch.set_num_threads(told)
+
     def may_go_on(self, step: int) -> bool:
         """Wait for the answer to what was reported for a step; False: the job is to end there."""
         while not (self.folder / f"go_on_{step}").exists():
@@ -150,6 +161,6 @@ def run_job(job: Job) -> None:
 
 def tidy(job: Job) -> None:
     """Remove what was said while a job ran, or in a start before this."""
-    for pattern in ("stop", "progress.json", "go_on_*", "prune_*"):
+    for pattern in ("stop", "threads", "progress.json", "go_on_*", "prune_*"):
         for old in job.folder.glob(pattern):
             old.unlink()

@@ -155,6 +155,9 @@ def _end_unless_at_work(number: int, frame: Any) -> None:
 
 def run_in_process(job: Job, level: int) -> None:
     """``run_job``, with what it prints in a file."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the job before may have had more
     log.setLevel(level)
     with _at_work_in(job.folder):
         run_job(job)

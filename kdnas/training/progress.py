@@ -101,6 +101,8 @@ class ProgressFile(pl.Callback):
         batch_idx: int,
     ) -> None:
         self.reporter.tell(step=trainer.global_step, epoch=trainer.current_epoch)
+        if trainer.world_size == 1:
+            self.reporter.take_threads()
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
