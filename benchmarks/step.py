@@ -372,7 +372,7 @@ def measure(
     config = common.read_config("fit")
     settings = replace(config.data, max_length=128, batch_tokens=BATCH_TOKENS, num_mask_variants=1)
     data = KDDataModule(common.TEACHER, text, settings)
-    original = KDDataModule(common.TEACHER, text, common.read_config("original").data)
+    original = KDDataModule(common.TEACHER, text, common.read_config("original_fit").data)
     for module in (data, original):
         module.setup()
     named = {

@@ -58,7 +58,7 @@ class KeepLast(pl.Callback):
         every_seconds: the most that a kill can cost.
     """
 
-    FORMAT = 1  # another where modules or loaders keep something else
+    FORMAT = 2  # another where modules or loaders keep something else
 
     def __init__(self, path: Path, every_seconds: float = 300) -> None:
         self.path, self.every_seconds = path, every_seconds
