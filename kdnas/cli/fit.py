@@ -34,6 +34,7 @@ from kdnas.system.manifest import renew, write_manifest
 from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import flat, read_yaml
 from kdnas.training.checkpoints import WholeFiles, check_checkpoint
+from kdnas.training.dropout import fast_dropout
 from kdnas.training.precision import gpu_name, trainer_precision
 from kdnas.training.progress import EpochLines, SayWhatGoesOn, WarnOfNoValidation
 from kdnas.training.trainer import FLUSH_SECONDS, refuse_strategy, without_tensorflow
@@ -145,7 +146,7 @@ class KDCLI(LightningCLI):
             )
         options = {name: self.config[name] for name in self.arguments}
         run = getattr(self.trainer, self.command)
-        with _removed_if_it_never_starts(self.trainer):
+        with _removed_if_it_never_starts(self.trainer), fast_dropout():
             found = run(self.model, datamodule=self.datamodule, **options)
         if self.command == "fit":
             self.save_student()

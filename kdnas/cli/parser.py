@@ -1,6 +1,7 @@
 """Options and YAML into the configs of ``kdnas.commands.config``; mistakes into one line."""
 
 import json
+import os
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -199,7 +200,7 @@ def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
-        if path.is_file():
+        if os.path.isfile(path):  # which a name that no file can have is not
             for key in flat(read_yaml(path)):
                 yield f"key {key!r} of {str(path)!r}", str(key)
         elif arg.startswith("--"):

@@ -190,7 +190,9 @@ def plan(config: SearchConfig) -> Plan:
             rates = _distillation(sample, looks.chosen(), states)
         stages = [reading, before, _search(sample, looks, rates)]
         if isinstance(config, RunConfig):
-            stages += after + _later(sample, config, looks, rates)
+            best = looks.chosen()[-1]
+            full = _distillation(sample, [best], states)[best]  # it has all threads
+            stages += after + _later(sample, config, looks, best, full)
         return Plan(
             stages,
             shutil.disk_usage(nearest_folder(states_folder(config))).free,
@@ -294,14 +296,13 @@ def _search(sample: Sample, looks: Looks, rates: Mapping[StudentArch, Rates]) ->
 
 
 def _later(
-    sample: Sample, config: RunConfig, looks: Looks, rates: Mapping[StudentArch, Rates]
+    sample: Sample, config: RunConfig, looks: Looks, best: StudentArch, rates: Rates
 ) -> list[Stage]:
     """What follows a search, whose best student is nearly as slow as the budget allows."""
-    best = list(rates)[-1]
     student_bytes = 4 * looks.within[best].num_parameters
     stages = []
     if config.full_kd.num_epochs:
-        full = rates[best].seconds(config.full_kd.num_epochs, *sample.tokens) / config.num_devices
+        full = rates.seconds(config.full_kd.num_epochs, *sample.tokens)
         # Weights, and a checkpoint while it lasts.
         stages.append(sample.stage("full KD", full, 4 * student_bytes))
     task = sample.found.task

@@ -162,6 +162,7 @@ class Engine:
                     failed(job, error)
                 ended(job)
             watch(self.jobs)
+        self._width = self.num_slots
         return [dict(read_json(job.result_file)) for job in jobs]
 
     def stop(self) -> None:
@@ -192,7 +193,7 @@ class Engine:
 
     def _share_threads(self) -> None:
         """Have the jobs that are left take the cores of those that have ended."""
-        each = str(num_threads(max(1, len(self._running))))
+        each = str(num_threads(max(1, min(len(self._running), self._width))))
         for job in self._running.values():
             if self._in_processes and self._threads.get(job.folder) != each:
                 with suppress(OSError):

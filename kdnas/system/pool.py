@@ -81,6 +81,8 @@ def num_gpus(accelerator: str) -> int:
     """GPUs that an accelerator of Lightning's name may use."""
     import torch
 
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return 1
     return torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
 
 

@@ -145,7 +145,16 @@ class JointOptimizer(torch.optim.Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load all parts; their groups are then new objects, and taken over again."""
+        """Load all parts; their groups are then new objects, and taken over again.
+
+        Raises:
+            UserError: the state is of other optimizers: a GPU has none by rows.
+        """
+        if len(state_dict.get("parts", ())) != len(self.parts):
+            raise UserError(
+                "The checkpoint is of other optimizers, as another kind of device has them: go on "
+                "there, or delete it to begin anew."
+            )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
