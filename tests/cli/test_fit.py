@@ -174,6 +174,8 @@ def test_fit_on_two_processes_is_that_of_one(
             "\n".join(line for line in lines if "recipe" not in line)
         )  # the default one
         kept = [
+            # Muon computes in bfloat16, and would blow up what the ranks round otherwise.
+            "--model.recipe.matrix_learning_rate=null",
             f"--model.states.folder={tmp_path}/kept/states",
             f"--data.folder={tmp_path}/kept/tokens",
         ]
