@@ -156,7 +156,8 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         if error.name != "init_args":
             raise
         raise UserError(
-            "A class path on the command line meets another with init_args in YAML: change it there."
+            "A class path on the command line meets another with init_args in YAML: "
+            "change it there."
         ) from error
 
 

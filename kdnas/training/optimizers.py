@@ -1,4 +1,4 @@
-"""Several optimizers as one: Muon for matrices, Adam by rows for a table of words, AdamW for the rest."""
+"""Several optimizers as one: Muon for matrices, Adam by rows for words, AdamW for the rest."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from kdnas.system.errors import UserError
 # Polynomials a s + b s^3 + c s^5 of a singular value s, one after the other: of all that are three
 # such, their product is the nearest to 1 on [0.005, 1], 0.5 to 1.5.
 STEPS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
+MOMENTUM = 0.95  # Nesterov's, as torch's
 
 Polynomials = Sequence[tuple[float, float, float]]
 
@@ -44,7 +45,6 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups of matrices, each with ``lr``.
         weight_decay: of all.
-        momentum: Nesterov's.
         steps: of ``orthogonalised``.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
@@ -57,10 +57,9 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: list[dict[str, Any]],
         weight_decay: float,
-        momentum: float = 0.95,
         steps: Polynomials = STEPS,
     ) -> None:
-        super().__init__(groups, {"weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(groups, {"weight_decay": weight_decay})
         self.steps = steps
 
     @torch.no_grad()
@@ -72,17 +71,17 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for matrices in by_shape.values():
-                self._step(matrices, group["lr"], group["weight_decay"], group["momentum"])
+                self._step(matrices, group["lr"], group["weight_decay"])
 
-    def _step(self, matrices: list[Tensor], rate: float, decay: float, momentum: float) -> None:
+    def _step(self, matrices: list[Tensor], rate: float, decay: float) -> None:
         gradients: list[Any] = [matrix.grad for matrix in matrices]
         known = [self.state[matrix] for matrix in matrices]
         for state, matrix in zip(known, matrices, strict=True):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
         buffers = [state["momentum_buffer"] for state in known]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+        updates = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
         moves = orthogonalised(updates, self.steps).to(updates.dtype).unbind()
         size = 0.2 * max(matrices[0].shape) ** 0.5
         torch._foreach_mul_(matrices, 1 - rate * decay)
