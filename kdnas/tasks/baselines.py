@@ -40,8 +40,11 @@ class StaticForSequenceClassification(nn.Module):
         super().__init__()
         self.config = copy.deepcopy(config)
         self.config.num_labels = num_labels
+        width = min(WIDTH, config.hidden_size)
+        # It learns at the rate of one layer of its width.
+        self.config.hidden_size, self.config.num_hidden_layers = width, 1
         self.separator = separator
-        self.vectors = nn.Embedding(config.vocab_size, min(WIDTH, config.hidden_size))
+        self.vectors = nn.Embedding(config.vocab_size, width)
         self.head = nn.Linear(3 * self.vectors.embedding_dim, num_labels)
 
     def forward(

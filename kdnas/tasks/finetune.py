@@ -1,5 +1,6 @@
 """Fine-tuning of a classifier on a task, and the score that it ends with."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_linear_schedule_with_warmup,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdnas.models.encoders import max_length, num_parameters
@@ -21,17 +27,18 @@ from kdnas.system.settings import keep_settings
 from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask, Task
-from kdnas.training.optimizers import JointOptimizer, is_by_rows, take_rows
+from kdnas.training.optimizers import JointOptimizer, adam_by_rows, is_by_rows, take_rows
 from kdnas.training.trainer import ClipFusedGradients, TrainerSettings, fit_resumable
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How a classifier is fine-tuned; the same for teacher and student. Defaults are those of run_glue.py.
+    """How a classifier is fine-tuned; the same for teacher and student.
 
     Args:
         num_epochs: passes over the training rows; the score is the one after the last.
-        learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line.
+        learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line. null:
+            by each model's size (``usual_learning_rate``).
         batch_size: rows a step.
         max_length: longer rows are cut, in tokens; with the special tokens.
         warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and
@@ -45,10 +52,10 @@ class FinetuneSettings:
     """
 
     num_epochs: int = 3
-    learning_rate: float = 5e-5
-    batch_size: int = 8
+    learning_rate: float | None = None
+    batch_size: int = 32
     max_length: int = 128
-    warmup_share: float = 0.0
+    warmup_share: float = 0.06
     weight_decay: float = 0.0
     seed: int = 0
 
@@ -62,14 +69,25 @@ class FinetuneSettings:
         ):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UserError(
-                f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as 5e-5."
+                f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as "
+                "5e-5, or null."
             )
         if not 0 <= self.warmup_share < 1:
             raise UserError(
                 f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1."
             )
+
+
+def usual_learning_rate(config: PreTrainedConfig) -> float:
+    """``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``: BERT-base's, 3.5e-4 of 4 x 192.
+
+    Source: Yang et al. 2022, "Tensor Programs V" (width), Yang et al. 2023, "Tensor Programs VI"
+    (depth); ``LOG.md`` has it beside a grid.
+    """
+    width, depth = config.hidden_size, config.num_hidden_layers
+    return 5e-5 * 768 / width * math.sqrt(12 / depth)
 
 
 def classify(
@@ -104,6 +122,7 @@ class GLUEModule(ClipFusedGradients):
         super().__init__()
         assert classifier.config.num_labels == task.num_labels
         self.classifier, self.task, self.settings = classifier, task, settings
+        self.learning_rate = settings.learning_rate or usual_learning_rate(classifier.config)
         self.suffixes = [split.removeprefix("validation") for split in task.validations]
         self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
 
@@ -196,10 +215,10 @@ class GLUEModule(ClipFusedGradients):
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+            torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
         ]
         if by_rows:
-            parts.append(torch.optim.SparseAdam(by_rows, lr=settings.learning_rate))
+            parts.append(adam_by_rows([{"params": by_rows, "lr": self.learning_rate}]))
         optimizer = JointOptimizer(parts)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(
@@ -273,8 +292,9 @@ def evaluate_glue(
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for
         correlations), ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``
-        (since the last start), ``history`` (epoch from 0, score), ``settings``, ``precision`` and
-        ``gradient_clip_val`` as asked for, and ``trained_in``, what ``auto`` stood for.
+        (since the last start), ``history`` (epoch from 0, score), ``settings`` (with the learning
+        rate that was taken), ``precision`` and ``gradient_clip_val`` as asked for, and
+        ``trained_in``, what ``auto`` stood for.
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is
@@ -316,7 +336,7 @@ def evaluate_glue(
             tokenizer.save_pretrained(model)
     result = _result(module, task, history) | {
         "seconds": time.perf_counter() - start,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"learning_rate": module.learning_rate},
         "precision": trainer_settings.precision,
         "gradient_clip_val": trainer_settings.gradient_clip_val,
         "trained_in": trained_in,

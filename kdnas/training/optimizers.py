@@ -105,6 +105,15 @@ def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
     return isinstance(table, nn.Embedding) and table.sparse and parameter is table.weight
 
 
+def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Adam for tables whose gradients are by rows; each group with ``lr``.
+
+    There is no momentum. By momentum a dense Adam goes on moving the word of one batch while it is
+    absent, ten times as far as in its own step; by rows the first step has to do it all.
+    """
+    return torch.optim.SparseAdam(groups, betas=(0.0, 0.999))
+
+
 def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """Clip the norm of all gradients together, also of those by rows; give what it was."""
     gradients = []

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pyarrow as pa
@@ -15,6 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
     TrainingArguments,
 )
 
@@ -23,7 +26,12 @@ from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.jobs import Stopped
 from kdnas.tasks import finetune
 from kdnas.tasks.batches import GLUEDataModule
-from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, evaluate_glue
+from kdnas.tasks.finetune import (
+    FinetuneSettings,
+    GLUEModule,
+    evaluate_glue,
+    usual_learning_rate,
+)
 from kdnas.tasks.task_distill import TaskDistillModule
 from kdnas.tasks.tasks import LoadedTask, load_task
 from kdnas.training.optimizers import clip_norm
@@ -251,19 +259,41 @@ def test_a_class_has_no_name_that_was_the_teacher_s_of_another_task(teacher, tas
     }
 
 
-def test_the_defaults_are_those_of_run_glue():
+def test_the_defaults_are_those_of_run_glue_but_for_batches_and_rates():
     arguments = RUN_GLUE
     settings = FinetuneSettings()
-    assert settings.learning_rate == arguments.learning_rate
     assert settings.num_epochs == arguments.num_train_epochs
-    assert settings.batch_size == arguments.per_device_train_batch_size
     assert settings.weight_decay == arguments.weight_decay
-    assert (
-        settings.warmup_share == arguments.warmup_steps == 0
-        and arguments.lr_scheduler_type == "linear"
-    )
+    assert arguments.lr_scheduler_type == "linear"
     assert settings.max_length == 128  # the script's own
     assert TrainerSettings().gradient_clip_val == arguments.max_grad_norm
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_hidden_layers", "rate"),
+    [(768, 12, 5e-5), (384, 6, 1.414e-4), (192, 4, 3.464e-4), (384, 3, 2e-4)],
+)
+def test_the_usual_rate_goes_by_the_size_of_a_model(hidden_size, num_hidden_layers, rate):
+    config = BertConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+    assert usual_learning_rate(config) == pytest.approx(rate, rel=1e-3)
+    assert usual_learning_rate(config) == usual_learning_rate(
+        DistilBertConfig(dim=hidden_size, n_layers=num_hidden_layers)
+    )
+
+
+def test_without_a_rate_a_model_learns_at_the_usual_one_and_the_result_has_it(
+    teacher, task, tmp_path
+):
+    settings = dataclasses.replace(SETTINGS, learning_rate=None, num_epochs=1, warmup_share=0.0)
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    result = evaluate(classifier(teacher), task, tmp_path, settings, callbacks=[Rates()])
+    usual = usual_learning_rate(AutoConfig.from_pretrained(teacher))
+    assert rates[0] == usual == result["settings"]["learning_rate"]
 
 
 def test_the_optimizer_is_transformers_own(teacher, task):

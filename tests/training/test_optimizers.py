@@ -9,6 +9,7 @@ from kdnas.system.errors import UserError
 from kdnas.training.optimizers import (
     JointOptimizer,
     Muon,
+    adam_by_rows,
     clip_norm,
     is_layer_matrix,
     orthogonalised,
@@ -155,7 +156,8 @@ def test_a_table_of_words_moves_by_the_rows_of_a_batch_and_its_norm_is_clipped_w
     torch.testing.assert_close(norms[0], norms[1])
     torch.testing.assert_close(tables[0], tables[1])
     before = sparse.weight.detach().clone()
-    optimizer = JointOptimizer([torch.optim.SparseAdam(sparse.parameters(), lr=0.1)])
+    groups = [{"params": sparse.parameters(), "lr": 0.1}]
+    optimizer = JointOptimizer([adam_by_rows(groups)])
     optimizer.step()
     moved = (sparse.weight.detach() != before).any(1)
     assert moved.tolist() == [False, True, False, False, True]
@@ -165,10 +167,25 @@ def test_a_table_of_words_moves_by_the_rows_of_a_batch_and_its_norm_is_clipped_w
         "weight/exp_avg": (5, 3),
         "weight/exp_avg_sq": (5, 3),
     }
-    fresh = JointOptimizer([torch.optim.SparseAdam(sparse.parameters(), lr=0.1)])
+    fresh = JointOptimizer([adam_by_rows(groups)])
     fresh.load_tensors(sparse, known)
     fresh.step()
     assert fresh.tensors(sparse)["weight/step"] == 2
+
+
+def test_the_word_of_one_batch_moves_by_rows_as_far_as_a_dense_adam_moves_it():
+    moved = []
+    for is_sparse in (False, True):
+        table = nn.Embedding(2, 1, sparse=is_sparse)
+        nn.init.zeros_(table.weight)
+        groups = [{"params": [table.weight], "lr": 1.0}]
+        optimizer = adam_by_rows(groups) if is_sparse else torch.optim.Adam(groups)
+        for step in range(400):
+            optimizer.zero_grad()
+            table(torch.tensor([int(step == 300)])).sum().backward()
+            optimizer.step()
+        moved.append(table.weight.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize(
