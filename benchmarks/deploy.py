@@ -23,7 +23,7 @@ from common import OUTPUT, TEACHER, cut_text, machine, options, quieten  # isort
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from quality import LEARNING_RATES, MOST_TRAIN_ROWS, distil, some_rows
+from quality import MOST_TRAIN_ROWS, SHAPES, distil, some_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -76,13 +76,12 @@ def deployed(folder: Path) -> dict[str, tuple[Any, LatencySettings, Path]]:
 def finetuned(role: str, source: str, task: LoadedTask, folder: Path) -> Path:
     """A classifier of the task, in a folder; made unless it is there."""
     torch.manual_seed(0)
-    rate = LEARNING_RATES["teacher" if role == "teacher" else SHAPE]
     name = f"{role} {task.task.name}"
     evaluate_glue(
         load_classifier(source, task.task.num_labels),
         find_teacher(TEACHER).tokenizer,
         task,
-        FinetuneSettings(3, rate, 32, 128, 0.06, weight_decay=0.01, seed=0),
+        FinetuneSettings(weight_decay=0.01),
         folder=folder,
         trainer_settings=TrainerSettings(),
         callbacks=[EpochLines(name, print)],
@@ -176,7 +175,9 @@ def main(args: Sequence[str] | None = None) -> None:
     student = arguments.student
     if student is None:
         text = cut_text(arguments.text, arguments.folder, most=200 if arguments.quick else None)
-        distil(SHAPE, "fit", arguments.epochs, text, arguments.folder / "student", "full", 0)
+        distil(
+            SHAPES[SHAPE], "fit", arguments.epochs, text, arguments.folder / "student", "full", 0
+        )
         student = str(arguments.folder / "student" / "encoder")
     sources = {"teacher": find_teacher(TEACHER).source, "student": student}
     for task in tasks:

@@ -1,11 +1,12 @@
 """How much of its teacher's GLUE a student keeps, after distillation on unlabelled text alone.
 
 Five tasks (CoLA, SST-2, MRPC, STS-B, RTE) in a folder in GLUE's layout; every model is fine-tuned on each by
-``evaluate_glue``. Students of two shapes: from a random start without distillation, by the original's recipe
-(configs/original_fit.yaml, four epochs on 30 % of the text), and by ours (configs/fit.yaml) for several lengths.
+``evaluate_glue``, at the usual rate of its size. Of each shape: a random start without distillation, the original's
+recipe (configs/original_fit.yaml, four epochs on 30 % of the text), and ours (configs/fit.yaml) for several lengths;
+beside them what needs no distillation, the teacher's static vectors and as many of its layers as ``--cut`` says.
 ``--seeds`` are those of fine-tuning; ``--kd-seed`` draws the rows of our distillation, their pairs, masks and order
 anew. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes
-can share the work. Learning rates were chosen on rows split off from training rows, never on those that are reported.
+can share the work.
 
     python benchmarks/quality.py --text train.parquet --glue glue --json quality.json
 """
@@ -13,7 +14,9 @@ can share the work. Learning rates were chosen on rows split off from training r
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedConfig
 
 from kdnas.data.datamodule import KDDataModule
 from kdnas.deploy.latency import LatencyMeter, LatencySettings
@@ -30,7 +34,9 @@ from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.distillation.teacher_states import StatesSettings, open_states
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, find_teacher, load_classifier, student_config
+from kdnas.models.families import arch_of
 from kdnas.system.files import new_folder, read_json, write_json
+from kdnas.tasks.baselines import cut_classifier, static_classifier
 from kdnas.tasks.finetune import FinetuneSettings, evaluate_glue
 from kdnas.tasks.tasks import LoadedTask, load_task
 from kdnas.training.progress import EpochLines
@@ -41,30 +47,82 @@ SHAPES = {
     "4x192": StudentArch(4, 6, 192, 768, "gelu"),
     "3x384": StudentArch(3, 12, 384, 1536, "gelu"),
 }
-# Best of 5e-5 to 5e-4 on STS-B rows split off from its training rows.
-LEARNING_RATES = {"teacher": 5e-5, "4x192": 2e-4, "3x384": 2e-4}
 # More rows of one sentence change little and take most of the time.
 MOST_TRAIN_ROWS = 6_000
 
 
+def shape_of(name: str, teacher: PreTrainedConfig) -> StudentArch:
+    """``4x192`` as layers x width, with heads as large as the teacher's."""
+    depth, width = map(int, name.split("x"))
+    whole = arch_of(teacher)
+    num_heads = width * whole.num_attention_heads // whole.hidden_size
+    return StudentArch(depth, num_heads, width, 4 * width, whole.hidden_act)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Args:
+        name: of its folder, too.
+        make: gives its classifier, of so many outputs.
+        source: where its tokenizer is.
+        arch: what its latency is measured of; None: unknown.
+        recipe: a file of configs/, by which it is distilled before.
+        epochs: of that.
+    """
+
+    name: str
+    make: Callable[[int], Any]
+    source: str
+    arch: StudentArch | None = None
+    recipe: str = ""
+    epochs: int = 0
+
+
+def entries(
+    source: str, shapes: Sequence[str], lengths: Sequence[int], cut: int, kd_seed: int, folder: Path
+) -> list[Entry]:
+    """All rows, the teacher first."""
+    config = find_teacher(source).config
+    whole, anew = arch_of(config), f"-seed-{kd_seed}" if kd_seed else ""
+    layers = dataclasses.replace(whole, num_hidden_layers=cut)
+    found = [
+        Entry("teacher", partial(load_classifier, source), source, whole),
+        Entry("static", partial(static_classifier, source, folder / "vectors"), source),
+        Entry(f"cut-{cut}", partial(cut_classifier, source, layers), source, layers),
+    ]
+    for shape in shapes:
+        arch = shape_of(shape, config)
+        random = partial(build_classifier, student_config(config, arch))
+        found.append(Entry(f"{shape}-random", random, source, arch))
+        recipes = [("original", "original_fit", 4)]
+        recipes += [(f"ours-{epochs}{anew}", "fit", epochs) for epochs in lengths]
+        for name, recipe, epochs in recipes:
+            make = partial(load_classifier, folder / f"{shape}-{name}" / "encoder")
+            found.append(Entry(f"{shape}-{name}", make, source, arch, recipe, epochs))
+    return found
+
+
 def distil(
-    shape: str,
+    arch: StudentArch,
     recipe_name: str,
     num_epochs: int,
     text: str,
     folder: Path,
     split: str,
     seed: int,
+    source: str = TEACHER,
 ) -> None:
     """Distil a student into ``folder``, unless it is there."""
     if (folder / "result.json").exists():
         return
-    config, teacher = read_config(recipe_name), find_teacher(TEACHER)
+    config, teacher = read_config(recipe_name), find_teacher(source)
     torch.manual_seed(seed)
-    module = HiddenStateDistillModule(teacher, SHAPES[shape], config.recipe)
+    module = HiddenStateDistillModule(teacher, arch, config.recipe)
     begin = time.process_time()
     settings = dataclasses.replace(config.data, seed=seed)
-    data = KDDataModule(TEACHER, text, settings, split=split)  # type: ignore[arg-type]
+    data = KDDataModule(source, text, settings, split=split)  # type: ignore[arg-type]
     data.setup()
     # Of all students of a search, not of one: whichever run comes first stores them, and the others find them.
     is_original = recipe_name == "original_fit"
@@ -111,6 +169,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept"
     )
+    parser.add_argument("--teacher", default=TEACHER, help="as of kdnas")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="layers x width")
+    parser.add_argument("--cut", type=int, default=2, help="layers of the cut teacher")
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="more encoders for the table: NAME=FOLDER"
+    )
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument(
         "--epochs", type=int, nargs="*", default=[2, 6, 18], help="lengths of our distillation"
     )
@@ -124,72 +189,53 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(args)
     if arguments.quick:
         arguments.epochs, arguments.seeds, arguments.folder = [1], 1, OUTPUT / "quality_quick"
+        arguments.tasks, shape = ["sst2"], arguments.shapes[0]
+        if arguments.only == [""]:
+            arguments.only = ["teacher", f"{shape}-random", f"{shape}-ours-1"]
     quieten()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(arguments.text, arguments.folder, most=200 if arguments.quick else None)
     tasks = [
         load_task(str(arguments.glue / name) if arguments.glue else name)
-        for name in (TASKS[1:2] if arguments.quick else TASKS)
+        for name in arguments.tasks
     ]
     tasks = [some_rows(task, 600 if arguments.quick else MOST_TRAIN_ROWS) for task in tasks]
-    teacher = find_teacher(TEACHER)
-    jobs: list[tuple[str, str, str, int]] = [("teacher", "teacher", "", 0)]
-    for shape in SHAPES:
-        jobs.append((f"{shape}-random", shape, "", 0))
-        jobs.append((f"{shape}-original", shape, "original_fit", 4))
-        anew = f"-seed-{arguments.kd_seed}" if arguments.kd_seed else ""
-        jobs += [
-            (f"{shape}-ours-{epochs}{anew}", shape, "fit", epochs) for epochs in arguments.epochs
-        ]
-    if arguments.quick:
-        jobs = [job for job in jobs if job[0] in ("teacher", "4x192-random", "4x192-ours-1")]
-    for name, shape, recipe, epochs in jobs:
-        if not name.startswith(tuple(arguments.only)):
+    source, kd_seed, folder = arguments.teacher, arguments.kd_seed, arguments.folder
+    rows = entries(source, arguments.shapes, arguments.epochs, arguments.cut, kd_seed, folder)
+    for name, other in (pair.split("=", 1) for pair in arguments.also):
+        arch = arch_of(find_teacher(other).config)
+        rows.append(Entry(name, partial(load_classifier, other), other, arch))
+    for entry in rows:
+        if not entry.name.startswith(tuple(arguments.only)):
             continue
-        folder = arguments.folder / name
-        if recipe:
-            split = "mini" if recipe == "original_fit" else "full"
-            kd_seed = 0 if recipe == "original_fit" else arguments.kd_seed
-            distil(shape, recipe, epochs, text, folder, split, kd_seed)
+        place = folder / entry.name
+        if entry.recipe:
+            assert entry.arch is not None
+            is_original = entry.recipe == "original_fit"
+            split, seed = ("mini", 0) if is_original else ("full", kd_seed)
+            distil(entry.arch, entry.recipe, entry.epochs, text, place, split, seed, source)
         for seed in range(arguments.seeds):
             for task in tasks:
                 torch.manual_seed(seed)
-                num_labels = task.task.num_labels
-                if shape == "teacher":
-                    classifier = load_classifier(teacher.source, num_labels)
-                elif recipe:
-                    classifier = load_classifier(folder / "encoder", num_labels)
-                else:
-                    classifier = build_classifier(
-                        student_config(teacher.config, SHAPES[shape]), num_labels
-                    )
-                settings = FinetuneSettings(
-                    3, LEARNING_RATES[shape], 32, 128, 0.06, weight_decay=0.01, seed=seed
-                )
-                target = folder / f"{task.task.name}-{seed}"
                 evaluate_glue(
-                    classifier,
-                    teacher.tokenizer,
+                    entry.make(task.task.num_labels),
+                    find_teacher(entry.source).tokenizer,
                     task,
-                    settings,
-                    folder=target,
+                    FinetuneSettings(weight_decay=0.01, seed=seed),
+                    folder=place / f"{task.task.name}-{seed}",
                     trainer_settings=TrainerSettings(),
-                    callbacks=[EpochLines(f"{name} {task.task.name} {seed}", print)],
+                    callbacks=[EpochLines(f"{entry.name} {task.task.name} {seed}", print)],
+                    keep_model=False,
                 )
-    show(
-        arguments.folder,
-        [job[0] for job in jobs],
-        [job[1] for job in jobs],
-        [t.task.name for t in tasks],
-        arguments.json,
-    )
+    show(folder, rows, arguments.tasks, arguments.json)
 
 
-def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], path: Path) -> None:
+def show(folder: Path, entries: Sequence[Entry], tasks: Sequence[str], path: Path) -> None:
     """A table of all that is measured, its JSON and the curve of share kept against seconds."""
-    meter = LatencyMeter(find_teacher(TEACHER).config, LatencySettings(length=64))
+    meter = LatencyMeter(find_teacher(entries[0].source).config, LatencySettings(length=64))
     rows: list[dict[str, Any]] = []
-    for name, shape in zip(names, shapes, strict=True):
+    for entry in entries:
+        name, arch = entry.name, entry.arch
         scores = {
             task: [
                 read_json(file)["score"]
@@ -208,7 +254,7 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
         rows.append(
             {
                 "name": name,
-                "speedup": 1.0 if shape == "teacher" else meter.measure(SHAPES[shape]).speedup,
+                "speedup": meter.measure(arch).speedup if arch else None,
                 "kd_seconds": distillation.get("seconds", 0.0),
                 "kd_cpu_seconds": distillation.get("cpu_seconds", 0.0),
                 "kd_threads": distillation.get("threads"),
@@ -238,7 +284,12 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
         spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
         cells = [f"{mine[task]:.3f}" for task in tasks]
         cells = [f"{row['kd_cpu_seconds']:.0f}", *cells, f"{row['average']:.3f}{spread}", *kept]
-        table.add_row(row["name"], f"{row['speedup']:.1f}x", *cells, str(row["num_seeds"]))
+        table.add_row(
+            row["name"],
+            f"{row['speedup']:.1f}x" if row["speedup"] else "",
+            *cells,
+            str(row["num_seeds"]),
+        )
     console = Console(width=150)
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +301,7 @@ def show(folder: Path, names: list[str], shapes: list[str], tasks: list[str], pa
         )
         return
     figure, axes = plt.subplots(figsize=(6, 4))
-    for shape in SHAPES:
+    for shape in dict.fromkeys(e.name.split("-")[0] for e in entries if e.recipe):
         ours = [row for row in rows if row["name"].startswith(f"{shape}-ours")]
         curve = sorted((row["kd_cpu_seconds"], row["kept"]) for row in ours)
         if curve:
