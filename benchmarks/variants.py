@@ -208,6 +208,42 @@ class _Residual(Criterion):
         )
 
 
+class MeanInFirst(Objective):
+    """Of a row that is no pair, the student's [CLS] predicts the mean of the teacher's last states."""
+
+    def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
+        return {num_teacher_layers - 1}
+
+    def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
+        return _MeanInFirst(student.config.hidden_size, teacher.config.hidden_size)
+
+
+class _MeanInFirst(Criterion):
+    variance: Tensor
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.terms = [Term("mean_in_first", 1.0)]
+        self.projection = nn.Linear(student_width, teacher_width)
+        self.register_buffer("variance", torch.ones(()))
+
+    @staticmethod
+    def vectors(student: View, teacher: View) -> tuple[Tensor, Tensor]:
+        alone = ~teacher.batch["token_type_ids"].bool().any(1)
+        first = student.padded(student.model.config.num_hidden_layers - 1)[:, 0].float()
+        return first[alone], teacher.pooled(teacher.mask_BT)[alone]
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
+        first, mean = self.vectors(student, teacher)
+        return [(squared_error(self.projection(first), mean) / self.variance, len(mean))]
+
+    def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
+        pairs = [self.vectors(*views) for views in zip(students, teachers, strict=True)]
+        firsts, means = (torch.cat(vectors) for vectors in zip(*pairs, strict=True))
+        self.variance.copy_(means.var(0, correction=0).mean().clamp_min(1e-6))
+        fit_linear(self.projection, firsts, means, strength=1e-3)
+
+
 def with_task_rows(text: str, tasks: Sequence[LoadedTask], folder: Path) -> str:
     """The text with half of its training rows replaced by the tasks', without their labels, a pair as one row."""
     rng = np.random.default_rng(0)
@@ -351,6 +387,9 @@ VARIANTS = {
         recipe=_sum(
             LAST, AttentionMaps(), PairComparison(), SentenceState(), weights=[1, 1, 0.5, 0.5]
         )
+    ),
+    "mean-in-first": Variant(
+        recipe=_sum(LAST, PairComparison(), MeanInFirst(), weights=[1.0, 0.5, 0.5])
     ),
     "start-random": Variant(recipe={"start": RandomStart()}),
     "start-random-fast": Variant(recipe={"start": RandomStart(), **NEW_RATES}),

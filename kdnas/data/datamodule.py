@@ -41,6 +41,7 @@ TOKENS = Path("lightning_logs/tokens")
 FORMAT = 1  # of the kept rows: count up when the code makes other tokens, pairs or masks
 CHARACTERS_A_TOKEN = 100  # more than a token has on average, in any language
 ROWS_AT_A_TIME = 256  # of text and tokens in memory
+HELD_OUT_TOKENS = 1_000_000  # at most
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
 
 
@@ -324,8 +325,14 @@ class KDDataModule(ResumableDataModule):
         return np.sort(self._order(num_rows)[: max(1, round(share * num_rows))])
 
     def held_out_ids(self) -> IntArray:
-        """Sample ids of the held-out rows, in no split."""
-        return np.arange(self.rows.num_train, len(self.rows))
+        """Sample ids of the held-out rows, in no split: all, or a draw of a million tokens.
+
+        A student is scored on them after each epoch, however few rows it learns from.
+        """
+        ids = np.arange(self.rows.num_train, len(self.rows))
+        drawn = np.random.default_rng(self.settings.seed).permutation(ids)
+        num_drawn = int((self.rows.lengths[drawn].cumsum() <= HELD_OUT_TOKENS).sum())
+        return np.sort(drawn[: max(1, num_drawn)])
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
         """Batches of these rows, this process's share of them."""

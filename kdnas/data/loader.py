@@ -118,10 +118,21 @@ class ResumableLoader(DataLoader[Any]):
         """How many batches of this epoch were given; 0 at its end."""
         limit = math.inf if self.trainer is None else self.trainer.num_training_batches
         is_within = self._num_given < min(len(self), limit)
-        return {"num_given": self._num_given if is_within else 0}
+        num_ranks = getattr(self.sampler, "num_ranks", 1)
+        return {"num_given": self._num_given if is_within else 0, "num_ranks": num_ranks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip so many batches of the next epoch."""
+        """Skip so many batches of the next epoch.
+
+        Raises:
+            UserError: another number of processes gave them, from other batches.
+        """
+        num_ranks = getattr(self.sampler, "num_ranks", 1)
+        if state["num_given"] and state.get("num_ranks", num_ranks) != num_ranks:
+            raise UserError(
+                f"The checkpoint is from the middle of an epoch of {state['num_ranks']} processes, "
+                f"and there are {num_ranks}: go on with as many."
+            )
         self._num_to_skip = state["num_given"]
 
     def __iter__(self) -> Any:

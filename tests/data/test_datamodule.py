@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -73,7 +74,9 @@ def ids(batches: Iterable[Batch]) -> list[int]:
 
 def of_rank(data: KDDataModule, rank: int, num_ranks: int) -> KDDataModule:
     data = copy.copy(data)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=num_ranks, num_training_batches=math.inf
+    )
     return data
 
 
@@ -334,6 +337,30 @@ def test_more_ranks_than_rows_are_refused(tiny_teacher, tmp_path):
         UserError, match="2 rows cannot be shared by 3 processes: use fewer processes"
     ):
         list(data.train_dataloader())
+
+
+def test_of_many_held_out_rows_a_draw_is_scored(data, monkeypatch):
+    whole = data.held_out_ids()
+    monkeypatch.setattr(datamodule, "HELD_OUT_TOKENS", 60)
+    drawn = data.held_out_ids()
+    assert 1 <= len(drawn) < len(whole) and set(drawn) < set(whole)
+    assert data.rows.lengths[drawn].sum() <= 60
+    assert drawn.tolist() == data.select("mini").held_out_ids().tolist() == sorted(drawn)
+    assert sorted(ids(data.val_dataloader())) == drawn.tolist()
+    monkeypatch.setattr(datamodule, "HELD_OUT_TOKENS", 0)
+    assert len(data.held_out_ids()) == 1
+
+
+def test_the_middle_of_an_epoch_of_other_processes_is_refused(data):
+    loader = of_rank(data, 0, 2).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    same, other = of_rank(data, 1, 2).train_dataloader(), of_rank(data, 0, 3).train_dataloader()
+    same.load_state_dict(state)
+    with pytest.raises(UserError, match="of 2 processes, and there are 3: go on with as many"):
+        other.load_state_dict(state)
+    other.load_state_dict(state | {"num_given": 0})
 
 
 def test_held_out_rows_are_sorted_by_padded_length_and_keep_their_order(data):
