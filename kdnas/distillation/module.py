@@ -41,6 +41,7 @@ from kdnas.training.memory import release_memory, trim_heap
 from kdnas.training.optimizers import (
     JointOptimizer,
     Muon,
+    adam_by_rows,
     is_by_rows,
     is_layer_matrix,
     take_rows,
@@ -398,7 +399,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
             groups = [{"params": p, "lr": rate} for rate, p in matrices.items()]
             parts.append(Muon(groups, recipe.weight_decay))
         if by_rows:
-            parts.append(torch.optim.SparseAdam(by_rows))
+            parts.append(adam_by_rows(by_rows))
         optimizer = JointOptimizer(parts)
         # A checkpoint of this fit overwrites these tensors later.
         optimizer.load_tensors(self, self.optimizer_tensors)

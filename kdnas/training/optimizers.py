@@ -106,11 +106,10 @@ def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
 
 
 def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam for tables whose gradients are by rows, for fine-tuning; each group with ``lr``.
+    """Adam for tables whose gradients are by rows; each group with ``lr``.
 
     There is no momentum. By momentum a dense Adam goes on moving the word of one batch while it is
-    absent, ten times as far as in its own step; by rows the first step has to do it all. (In
-    distillation, at thirty times the rate, such steps are too large: LOG.md.)
+    absent, ten times as far as in its own step; by rows the first step has to do it all.
     """
     return torch.optim.SparseAdam(groups, betas=(0.0, 0.999))
 
