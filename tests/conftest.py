@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 from kdnas.cli.main import set_environment
 
@@ -343,3 +344,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         )
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+_opened: list[list[str]] = []
+
+
+def _note(event: str, args: tuple[object, ...]) -> None:
+    if event == "open" and _opened and isinstance(args[0], str | bytes | os.PathLike):
+        _opened[-1].append(os.path.abspath(os.fsdecode(args[0])))
+
+
+sys.addaudithook(_note)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Every file that Python opens meanwhile, by its path."""
+    _opened.append([])
+    yield _opened[-1]
+    _opened.pop()
