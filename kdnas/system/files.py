@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from kdnas.system.errors import UserError, first_line
-from kdnas.system.yaml import read_yaml
+from kdnas.system.yaml import read_yaml, refuse_special
 
 MANIFEST = "manifest.json"
 ASIDE = "_set_aside"  # how a hidden name ends of what is about to be replaced; longer than what is drawn
@@ -318,6 +318,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: somebody else wrote it, or the disk has damaged it.
     """
+    refuse_special(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
