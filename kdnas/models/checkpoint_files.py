@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from kdnas.models.families import find_family
 from kdnas.system.errors import UserError, first_line
+from kdnas.system.files import unique_keys
 
 TOKENIZERS = "tokenizer.json vocab.txt vocab.json spiece.model sentencepiece.bpe.model".split()
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -170,20 +171,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes")
     content = path.read_text(encoding="utf-8")
-    values = json.loads(content, object_pairs_hook=unique, parse_constant=_refuse_constant)
+    values = json.loads(content, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__}, and no object")
     return values
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python would take a key's last value without a word."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r:.100} is given twice")
-        found[key] = value
-    return found
 
 
 def _refuse_constant(name: str) -> None:
