@@ -110,11 +110,12 @@ def _exit_code(args: list[str]) -> int:
         tell(f"{reason_of(error)}{_goes_on(args)}")
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        from kdnas.system.files import room
+        from kdnas.system.files import full_disk, room
 
         # To a terminal that was closed nothing can be written: the signal came first.
         if any(isinstance(cause, HungUp) for cause in causes(error)):
             return _interrupted(HungUp, args)
+        error = full_disk(error) or error
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:
