@@ -17,6 +17,7 @@ signal.signal(
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -357,9 +358,18 @@ def _note(event: str, args: tuple[object, ...]) -> None:
 sys.addaudithook(_note)
 
 
-@pytest.fixture
-def opened() -> Iterator[list[str]]:
+@contextmanager
+def note_opened() -> Iterator[list[str]]:
     """Every file that Python opens meanwhile, by its path."""
     _opened.append([])
-    yield _opened[-1]
-    _opened.pop()
+    try:
+        yield _opened[-1]
+    finally:
+        _opened.pop()
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The same, for a whole test."""
+    with note_opened() as paths:
+        yield paths

@@ -23,8 +23,8 @@ TOKENIZERS = "tokenizer.json vocab.txt vocab.json spiece.model sentencepiece.bpe
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 
-# Beyond what any encoder has. A million layers would be made for hours, and ten million names of
-# classes too.
+# Beyond what any encoder has: of layers, heads and groups, a million of which would be made for
+# hours, and of sizes.
 MOST_LAYERS, MOST = 1_000, 1 << 20
 _MOST_BYTES = 1 << 24  # of a JSON file that is no vocabulary
 
@@ -68,7 +68,8 @@ def read_config(path: Path) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map, "num_labels"}
     for key in known & values.keys():
-        value, most = values[key], MOST_LAYERS if key in ("num_hidden_layers", "n_layers") else MOST
+        counts = key.startswith(("num_", "n_", "inner_")) and key != "num_labels"
+        value, most = values[key], MOST_LAYERS if counts else MOST
         if isinstance(value, int | float) and not abs(value) <= most:
             raise ValueError(f"{key} is {value}: no encoder has more than {most:,}")
     values = {key: value for key, value in values.items() if "_implementation" not in key}
