@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -126,8 +127,15 @@ def export_student(
             report[f"{name}_megabytes"] = path.stat().st_size / 1e6
         report["latency"] = _latency(model, exact, int8, longest, min_seconds)
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
-        write_manifest(temporary, {"checks": report, "source_sha256": source_sha256(source)})
+        about = {"checks": report, "source_sha256": source_sha256(source)}
+        write_manifest(temporary, about | teacher_in(model.config))
     return report
+
+
+def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
+    """The hash of the teacher that a student's config names, if it does, for a manifest."""
+    known = getattr(config, "teacher_sha256", None)
+    return {"teacher_sha256": str(known)} if known else {}
 
 
 def source_sha256(source: Path) -> str | None:

@@ -61,8 +61,8 @@ def read_config(path: Path) -> PreTrainedConfig:
         Exception: any other, where it is broken.
     """
     values = _read_json(path)
-    model_type = values.get("model_type")
-    find_family(model_type)
+    find_family(values.get("model_type"))
+    model_type = str(values["model_type"])
     if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
         raise ValueError(f"{elsewhere[0]} is set: take a plain checkpoint")
     config_class = CONFIG_MAPPING[model_type]

@@ -342,6 +342,9 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
     (encoder,) = tmp_path.rglob("encoder")
     assert (encoder.parent != tmp_path) is is_own
     if is_own:
+        made = json.loads((encoder.parent / "manifest.json").read_text())
+        known = json.loads((encoder / "config.json").read_text())
+        assert made["teacher_sha256"] == known["teacher_sha256"]
         assert main(["verify", str(encoder.parent)]) == 0
         (checkpoint,) = tmp_path.rglob("*.ckpt")
         assert (
