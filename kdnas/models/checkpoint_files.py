@@ -25,7 +25,7 @@ INDEX = ".index.json"
 
 # Beyond what any encoder has: of layers, heads and groups, a million of which would be made for
 # hours, and of sizes.
-MOST_LAYERS, MOST = 1_000, 1 << 20
+MOST_LAYERS, MOST_LABELS, MOST = 1_000, 1 << 16, 1 << 20
 _MOST_BYTES = 1 << 24  # of a JSON file that is no vocabulary
 
 # Keys of a config by which transformers would read other files, or weights of another form.
@@ -68,8 +68,10 @@ def read_config(path: Path) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map, "num_labels"}
     for key in known & values.keys():
-        counts = key.startswith(("num_", "n_", "inner_")) and key != "num_labels"
-        value, most = values[key], MOST_LAYERS if counts else MOST
+        is_number = key.startswith(("num_", "n_", "inner_"))
+        value, most = values[key], MOST_LAYERS if is_number else MOST
+        if key == "num_labels":  # each gets a name
+            most = MOST_LABELS
         if isinstance(value, int | float) and not abs(value) <= most:
             raise ValueError(f"{key} is {value}: no encoder has more than {most:,}")
     values = {key: value for key, value in values.items() if "_implementation" not in key}
