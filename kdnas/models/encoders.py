@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from kdnas.models.arch import StudentArch
 from kdnas.models.checkpoint_files import (
