@@ -184,8 +184,6 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         match_marks(tokenizer, config)
         if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
             raise ValueError(f"its tokenizer gives {min(unknown)!r}, which no encoder here reads")
-    except UserError:
-        raise
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     if has_classifier(config):
