@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 from kdnas.cli.main import set_environment
 
@@ -16,6 +17,7 @@ signal.signal(
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -343,3 +345,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         )
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+_opened: list[list[str]] = []
+
+
+def _note(event: str, args: tuple[object, ...]) -> None:
+    if event == "open" and _opened and isinstance(args[0], str | bytes | os.PathLike):
+        _opened[-1].append(os.path.abspath(os.fsdecode(args[0])))
+
+
+sys.addaudithook(_note)
+
+
+@contextmanager
+def note_opened() -> Iterator[list[str]]:
+    """Every file that Python opens meanwhile, by its path."""
+    _opened.append([])
+    try:
+        yield _opened[-1]
+    finally:
+        _opened.pop()
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The same, for a whole test."""
+    with note_opened() as paths:
+        yield paths

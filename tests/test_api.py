@@ -236,6 +236,10 @@ def test_the_whole_job_takes_objects_and_is_done_once(
     again = run()
     assert (again.best, again.loss) == (made.best, made.loss) and again.table.equals(made.table)
     assert sorted((tmp_path / "inputs").iterdir()) == inputs
+    (inputs[0] / "config.json").write_text(
+        "{}"
+    )  # the name of a folder is not trusted, its files are
+    assert again.table.equals(run().table) and (inputs[0] / "config.json").stat().st_size > 2
     told = "splits ['train', 'test']: give a DatasetDict with train and validation"
     with pytest.raises(UserError, match=re.escape(told)):
         run(task=DatasetDict(train=task["train"], test=task["test"]))

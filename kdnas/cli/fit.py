@@ -27,6 +27,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from kdnas.cli.parser import default_objects, normalize, parse, refuse_ambiguous_yaml
 from kdnas.data.datamodule import DataSettings, KDDataModule, Split
+from kdnas.deploy.export import teacher_in
 from kdnas.distillation.module import HiddenStateDistillModule
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import MANIFEST, new_file, new_folder, sweep
@@ -186,7 +187,8 @@ class KDCLI(LightningCLI):
             with new_folder(folder / "encoder") as temporary:
                 self.model.save_student(temporary)
             if own is not None:
-                write_manifest(own, {"name": own.name, "command": sys.argv, "gpu": gpu_name()})
+                about = {"name": own.name, "command": sys.argv, "gpu": gpu_name()}
+                write_manifest(own, about | teacher_in(self.model.student.config))
             log.info("The student, with its tokenizer: %s", folder / "encoder")
 
     def save_vectors(self, batches: list[tuple[list[str], torch.Tensor]]) -> None:

@@ -27,6 +27,7 @@ from kdnas.system.errors import (
     reason_of,
     tell,
 )
+from kdnas.system.modules import name_modules
 from kdnas.system.signals import HungUp, exit_code
 
 log = logging.getLogger("kdnas")
@@ -73,13 +74,12 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         if args[0] != "completion":
-            from kdnas.cli.parser import refuse_unknown
+            from kdnas.cli.parser import refuse_unknown, values_in
 
             refuse_unknown(args[0], args[1:])
+            if is_process:
+                name_modules(values_in(args[1:]))
         set_environment()
-        if is_process:
-            # Class paths may name files of this folder, as with `python -m`; installed ones first.
-            sys.path.append("")
         return _exit_code(args)
     except UserError as error:
         tell(str(error))
@@ -110,11 +110,12 @@ def _exit_code(args: list[str]) -> int:
         tell(f"{reason_of(error)}{_goes_on(args)}")
         return 1
     except OSError as error:  # a disk that is full or gone; what is finished is kept
-        from kdnas.system.files import room
+        from kdnas.system.files import full_disk, room
 
         # To a terminal that was closed nothing can be written: the signal came first.
         if any(isinstance(cause, HungUp) for cause in causes(error)):
             return _interrupted(HungUp, args)
+        error = full_disk(error) or error
         tell(f"{as_raised(error)}{room(error)}{_goes_on(args)}")
         return 3
     except KeyboardInterrupt as stop:

@@ -4,6 +4,7 @@ import json
 import os
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -198,14 +199,36 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
 
 def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The names in options, and in the YAML files that they name; each in words, and alone."""
-    for before, arg in zip(["", *args], args, strict=False):
-        name, _, value = arg.partition("=")
-        path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
-        if os.path.isfile(path):  # which a name that no file can have is not
+    for arg, path in _with_config(args):
+        if path is not None:
             for key in flat(read_yaml(path)):
                 yield f"key {key!r} of {str(path)!r}", str(key)
         elif arg.startswith("--"):
+            name = arg.partition("=")[0]
             yield f"option {name}", name[2:].rstrip("+")
+
+
+def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
+    """Each option, and the YAML file that it names, if it names one."""
+    for before, arg in zip(["", *args], args, strict=False):
+        name, _, value = arg.partition("=")
+        path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
+        # Which a name that no file can have is not, and which a pipe must not be: it is read twice.
+        yield arg, path if os.path.exists(path) and not path.is_dir() else None
+
+
+def values_in(args: Sequence[str]) -> Iterator[Any]:
+    """The values of options, and those in the YAML that they name or hold."""
+    for arg, path in _with_config(normalize(args)):
+        value = arg.partition("=")[2] if arg.startswith("--") else arg
+        if path is not None:
+            yield read_yaml(path)
+        elif value.startswith(("{", "[")):
+            with suppress(yaml.YAMLError, *NO_VALUE):  # the parser tells what is wrong with it
+                check_yaml(value)
+                yield yaml.safe_load(value)
+        else:
+            yield value
 
 
 @cache

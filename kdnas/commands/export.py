@@ -100,6 +100,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
 def _of_run(config: ExportConfig, is_sentences: bool) -> _Choice:
     assert config.run is not None
     run = Run(config.root, config.run)
+    run.refuse_links()
     source, known = _source_of(run, is_sentences), read_yaml(run.config)
     task, text = config.task, config.text
     if not (task or is_sentences):

@@ -37,14 +37,18 @@ def _path(value: Any, inputs: Path, write: Callable[[Any, Path], str]) -> str:
     sweep(inputs, ".*")
     with tempfile.TemporaryDirectory(dir=inputs, prefix=f".{owned('object')}") as temporary:
         name = write(value, Path(temporary))
-        files = sorted(Path(temporary).iterdir())
-        content = repr([(file.name, file_sha256(file)) for file in files])
-        place = inputs / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-        if not place.exists():
+        content = _sha256(Path(temporary))
+        place = inputs / f"{name}-{content[:12]}"
+        if not place.exists() or _sha256(place) != content:  # somebody has changed it
             with new_folder(place) as folder:
-                for file in files:
+                for file in Path(temporary).iterdir():
                     file.rename(folder / file.name)
     return str(place)
+
+
+def _sha256(folder: Path) -> str:
+    content = repr([(file.name, file_sha256(file)) for file in sorted(folder.iterdir())])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _write_model(model: Any, folder: Path) -> str:

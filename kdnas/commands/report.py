@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kdnas.commands.config import ReportConfig
 from kdnas.nas.study import read_study
-from kdnas.nas.trials import Study, best_trial, trained, trials_frame
+from kdnas.nas.trials import Study, best_trial, results_in, trained, trials_frame
 from kdnas.report.page import stage_results, write_page, write_report
 from kdnas.report.pictures import COLOURS, as_svg, best_so_far, fronts
 from kdnas.report.tables import as_text, shape_text, show, text_table
@@ -39,6 +39,8 @@ NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_
 def report(config: ReportConfig, console: Console) -> None:
     """Write one run's report anew, or a page that compares several."""
     runs = [Run(config.root, name) for name in config.run]
+    for run in runs:
+        run.refuse_links()
     studies = [_study_of(run, config.storage, is_only=len(runs) == 1) for run in runs]
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
@@ -62,7 +64,8 @@ def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
     config = read_yaml(run.config)
     known = config.get("storage")  # of several runs, one without has its own file
     asked = storage if known or is_only else None
-    return read_study(asked or known or run.study_db, str(config.get("name", run.name)))
+    where, name = asked or known or run.study_db, str(config.get("name", run.name))
+    return read_study(where, name, results_in(run.folder))
 
 
 def compare(runs: list[Run], studies: list[Study], output: Path, console: Console) -> Path:

@@ -140,6 +140,7 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
             "trained to its end: its trials.csv lists them."
         )
     run = Run(config.root, f"{config.name}-trial-{number}")
+    run.refuse_links()
     if not run.best_student.exists():
         run.trial(0).mkdir(parents=True, exist_ok=True)
         for name in (*KEPT, file.name):
@@ -204,7 +205,8 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _about(run: Run) -> dict[str, Any]:
     """What its manifest says of how it was made."""
     command = [without_password(argument) for argument in sys.argv]
-    return {"name": run.name, "command": command, "gpu": gpu_name()}
+    teacher = read_json(run.made_with)["teacher"]
+    return {"name": run.name, "command": command, "gpu": gpu_name(), "teacher_sha256": teacher}
 
 
 def search_stage(context: RunContext) -> StudentArch:

@@ -210,7 +210,7 @@ class KDDataModule(ResumableDataModule):
                 shutil.rmtree(leftover)
             try:
                 with new_folder(folder) as new:
-                    self._write(new, tokenizer)
+                    self._write(new, folder.name, tokenizer)
             except UserError:
                 lock.unlink()
                 for empty in made:
@@ -218,7 +218,7 @@ class KDDataModule(ResumableDataModule):
                         empty.rmdir()
                 raise
 
-    def _write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _write(self, folder: Path, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
         settings = self.settings
         corpus = self.read_corpus()
         masker = Masker(
@@ -232,6 +232,7 @@ class KDDataModule(ResumableDataModule):
             folder,
             self._tokenised(corpus, tokenizer),
             masker,
+            key=key,
             num_train=corpus.num_train,
             dropped=corpus.dropped,
             num_variants=settings.num_mask_variants,

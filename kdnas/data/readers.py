@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ import pyarrow.parquet as pq
 
 from kdnas.models.hub import from_hub
 from kdnas.system.errors import UserError, first_line
-from kdnas.system.files import file_sha256
+from kdnas.system.files import file_sha256, unique_keys
+
+# No text has more; the names of a million columns would fill a screen and gigabytes.
+MOST_COLUMNS = 10_000
+MOST_BYTES = 1 << 26  # of a line, or of a field
+# How many times its size a parquet file may become, where that is much: in its pages, and in rows.
+# Prose becomes 5 times as large; only copies of a row become more.
+MOST_UNPACKED, MUCH, MUCH_IN_ALL = 200, 1 << 22, 1 << 28
+BYTES_A_ROW = 100
 
 Row = tuple[str | None, str | None]  # text and split
 
@@ -79,6 +89,8 @@ def _files(text: str) -> list[Path] | None:
         if not files:
             raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
         return files
+    if os.path.exists(text):
+        raise UserError(f"{text!r} is a pipe or a device: give a file ({kinds}), or a folder.")
     if suffix not in _READERS and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", text):
         return None
     raise UserError(
@@ -92,7 +104,8 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
     try:
         for number, row in enumerate(rows, 1):
             if column not in row:
-                columns = ", ".join(map(repr, row)) or "none"
+                shown = [f"{name!r:.100}" for name in islice(row, 20)]
+                columns = ", ".join(shown + ["..."] * (len(row) > 20)) or "none"
                 raise UserError(
                     f"{name!r} has no column {column!r} (row {number}): "
                     f"choose from its columns, {columns}."
@@ -133,7 +146,9 @@ _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 def _lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b"")):
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"a line of more than {MOST_BYTES:,} bytes")
             yield line.decode("utf-8" if number else "utf-8-sig")
 
 
@@ -143,7 +158,7 @@ def _txt(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
     for line in _lines(path):
-        row = json.loads(line) if line.strip() else {column: None}
+        row = json.loads(line, object_pairs_hook=unique_keys) if line.strip() else {column: None}
         if not isinstance(row, dict):
             raise ValueError(f"{type(row).__name__}, not an object with columns")
         yield row
@@ -152,7 +167,9 @@ def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
 def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
     with _long_fields():
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        for row in csv.DictReader(_lines(path), delimiter=delimiter, strict=True):
+        rows = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
+        _check_columns(rows.fieldnames or ())
+        for row in rows:
             if None in row:
                 raise ValueError(
                     "more fields than the header: a delimiter inside a text needs quotes"
@@ -167,8 +184,8 @@ def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """A text may be longer than the module's 131,072 characters."""
-    limit = csv.field_size_limit(2**31 - 1)
+    """A text may be longer than the csv module's 131,072 characters."""
+    limit = csv.field_size_limit(MOST_BYTES)
     try:
         yield
     finally:
@@ -178,13 +195,62 @@ def _long_fields() -> Iterator[None]:
 def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
     if path.stat().st_size:
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
-            names = _wanted(file.schema_arrow.names, column)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+            _check_columns(file.schema_arrow.names)
+            for batch in _batches(path, file, _wanted(file.schema_arrow.names, column)):
                 for values in zip(*batch.columns, strict=True):
                     yield {
                         name: value.as_py()
                         for name, value in zip(batch.schema.names, values, strict=True)
                     }
+
+
+def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some rows at a time; a file that becomes far larger than it is ends with a ValueError."""
+    packed, metadata = path.stat().st_size, file.metadata
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    unpacked = sum(group.total_byte_size for group in groups)
+    if unpacked > max(MUCH, MOST_UNPACKED * packed):
+        raise ValueError(f"it has {packed:,} bytes and unpacks to {unpacked:,}")
+    if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
+        raise ValueError(f"it has {packed:,} bytes and {metadata.num_rows:,} rows")
+    num_rows, num_bytes = PARQUET_ROWS, 0
+    if unpacked > 20 * packed:  # what stands in it once may be in each row
+        num_rows = min(num_rows, max(1, MOST_BYTES // unpacked))
+    for batch in file.iter_batches(num_rows, columns=names):
+        num_bytes += batch.nbytes
+        if num_bytes > max(MUCH_IN_ALL, MOST_UNPACKED * packed):
+            raise ValueError(f"it has {packed:,} bytes, and its first rows {num_bytes:,}")
+        yield batch
+
+
+def check_table(path: Path, has_header: bool = True) -> None:
+    """Refuse a table with two columns of one name or too many, or that unpacks to far too much.
+
+    Args:
+        path: a parquet, csv or tsv file.
+        has_header: whether its first row has names.
+
+    Raises:
+        ValueError: with the reason.
+        OSError: it cannot be read.
+        ArrowException: the same.
+    """
+    if path.suffix.lower() == ".parquet":
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
+            _check_columns(file.schema_arrow.names)
+            for _ in _batches(path, file, file.schema_arrow.names):
+                pass
+    elif has_header:
+        is_csv = path.suffix.lower() == ".csv"
+        how: Any = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        _check_columns(next(csv.reader(_lines(path), **how), ()))
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        raise ValueError(f"{len(names):,} columns, more than {MOST_COLUMNS:,}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two columns are called {twice[0]!r:.100}")
 
 
 def _hub(name: str, column: str) -> Any:

@@ -2,7 +2,8 @@
 
 A folder appears whole. For all rows, one after the other, it holds ``lengths.bin`` and
 ``second_starts.bin`` (int64), and the masked token ids of each variant, ``variant00.bin``, ...
-(int32). ``about.<hash of its content>.json`` has the hash of all these.
+(int32). ``about.<hash of its content>.json`` has the hash of all these, and the folder's name,
+which is the key of what they were made of: rows that lie under another key are not used.
 """
 
 import hashlib
@@ -53,6 +54,7 @@ def write_rows(
     rows: Iterable[tuple[list[int], int]],
     masker: Masker,
     *,
+    key: str,
     num_train: int,
     dropped: dict[str, int],
     num_variants: int = 1,
@@ -61,8 +63,8 @@ def write_rows(
     """Mask rows and write them into an empty folder, one by one.
 
     ``rows`` are token ids, special tokens included, and where the second sentence begins: the row's
-    length where there is none. The first ``num_train`` of them are to learn from. ``masked_share``
-    is the share of the rows that is masked at all.
+    length where there is none. ``key`` is the name that the folder will have. The first ``num_train``
+    rows are to learn from. ``masked_share`` is the share of the rows that is masked at all.
     """
     lengths, second_starts = array("q"), array("q")
     with ExitStack() as stack:
@@ -81,6 +83,7 @@ def write_rows(
     for name, values in (("lengths", lengths), ("second_starts", second_starts)):
         (folder / f"{name}.bin").write_bytes(values.tobytes())
     about = {
+        "key": key,
         "num_train": num_train,
         "dropped": dropped,
         "num_variants": num_variants,
@@ -93,14 +96,15 @@ def write_rows(
 def is_whole(folder: Path) -> bool:
     """Whether rows were written there, and are as they were written."""
     about = _read_about(folder)
-    return about is not None and about["sha256"] == _sha256(folder)
+    return about is not None and (about["key"], about["sha256"]) == (folder.name, _sha256(folder))
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
     """What is in the file that is named by the hash of its content, if there is one."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
-            return dict(json.loads(content))
+            about = dict(json.loads(content))
+            return about if "key" in about else None
     return None
 
 

@@ -80,6 +80,7 @@ def model_card(
         kind=kind,
         made=made,
         teacher=card["teacher"],
+        teacher_sha256=getattr(model.config, "teacher_sha256", None),
         text=card.get("text"),
         license=card.get("license"),
         sections={

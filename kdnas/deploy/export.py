@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +32,13 @@ from kdnas.deploy.onnx import (
 )
 from kdnas.deploy.quantize import Rows, random_rows, write_best_int8
 from kdnas.deploy.sentences import Sentences, add_sentence_files
+from kdnas.models.checkpoint_files import (
+    check_files,
+    check_sizes,
+    read_config,
+    refuse_special_files,
+)
+from kdnas.models.encoders import refuse_no_values, refuse_unused
 from kdnas.models.families import (
     arch_of,
     class_names,
@@ -120,8 +127,15 @@ def export_student(
             report[f"{name}_megabytes"] = path.stat().st_size / 1e6
         report["latency"] = _latency(model, exact, int8, longest, min_seconds)
         write_text(temporary / "README.md", model_card(model, tokenizer, card, report))
-        write_manifest(temporary, {"checks": report, "source_sha256": source_sha256(source)})
+        about = {"checks": report, "source_sha256": source_sha256(source)}
+        write_manifest(temporary, about | teacher_in(model.config))
     return report
+
+
+def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
+    """The hash of the teacher that a student's config names, if it does, for a manifest."""
+    known = getattr(config, "teacher_sha256", None)
+    return {"teacher_sha256": str(known)} if known else {}
 
 
 def source_sha256(source: Path) -> str | None:
@@ -140,14 +154,17 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     try:
         if not os.path.isdir(source):
             raise FileNotFoundError("there is no such folder")
-        config = AutoConfig.from_pretrained(source, **here)
+        refuse_special_files(str(source), source)
+        config = read_config(source / "config.json")
         for name in config.architectures or ():
             if name.endswith(OTHER_HEADS):
                 raise ValueError(
                     f"the head of {name} would be lost: "
                     "give an encoder, or a classifier of sequences"
                 )
-        options: Any = dict(dtype=torch.float32, output_loading_info=True, **here)
+        check_sizes(str(source), config, check_files(str(source), source))
+        refuse_relative_positions(str(source), config)
+        options: Any = dict(config=config, dtype=torch.float32, output_loading_info=True, **here)
         if has_classifier(config):
             if config.problem_type == "multi_label_classification":
                 raise ValueError("it gives several labels at once: give a classifier of one")
@@ -159,6 +176,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]!r} (and {len(missing) - 1} more)")
+        refuse_unused(str(source), info["unexpected_keys"])
+        refuse_no_values(str(source), model)
         # Where there is no tokenizer, transformers makes an empty one.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")
@@ -167,7 +186,6 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             raise ValueError(f"its tokenizer gives {min(unknown)!r}, which no encoder here reads")
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
-    refuse_relative_positions(str(source), config)
     if has_classifier(config):
         name_classes(model.config, class_names(config))  # some count from 1, readers from 0
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))

@@ -29,6 +29,7 @@ from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, max_length, num_parameters, student_config
 from kdnas.system.errors import CandidateFailed, UserError, first_line, nearest
 from kdnas.system.files import file_sha256, temporary_folder
+from kdnas.system.yaml import refuse_special
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
@@ -275,6 +276,7 @@ def _devices() -> list[str]:
 
 
 def _read_lengths(name: str) -> list[int]:
+    refuse_special(Path(name))
     try:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
         values = [json.loads(line) for line in lines if line.strip()]

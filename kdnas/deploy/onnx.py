@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch.export import Dim
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from kdnas.models.checkpoint_files import read_config
 from kdnas.models.families import marks_pairs, max_length
 from kdnas.system.errors import UserError, first_line
 
@@ -159,7 +160,7 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
 
 def config_beside(path: Path) -> PreTrainedConfig:
     """The config in the folder of a graph."""
-    return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+    return read_config(path.parent / "config.json")
 
 
 @contextmanager

@@ -205,14 +205,16 @@ def _build(
     return cache
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _sha256(path: Path, value: Any) -> str:
+    """The hash of what was measured and on what: the cache's key and the rows are in the path."""
+    bound = [path.parent.name, path.name, value]
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
 def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -> None:
     layers = {str(layer): asdict(values) for layer, values in stats.items()}
     plain = {"layers": layers, "ends": asdict(ends)}
-    write_json(path, plain | {"sha256": _sha256(plain)})
+    write_json(path, plain | {"sha256": _sha256(path, plain)})
 
 
 def _read_measured(
@@ -221,7 +223,7 @@ def _read_measured(
     """What was measured before; None where there is nothing, or it is damaged."""
     try:
         found = read_json(path)
-        if found.pop("sha256") == _sha256(found):
+        if found.pop("sha256") == _sha256(path, found):
             stats = {int(layer): LayerStats(**values) for layer, values in found["layers"].items()}
             return stats, ShareEnds(**found["ends"])
     except FileNotFoundError:

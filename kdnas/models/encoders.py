@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,13 +23,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.hub import cached_file
 
 from kdnas.models.arch import StudentArch
-from kdnas.models.checkpoint_files import check_files
+from kdnas.models.checkpoint_files import (
+    check_files,
+    check_sizes,
+    read_config,
+    refuse_special_files,
+)
 from kdnas.models.families import FAMILIES as FAMILIES
 from kdnas.models.families import (
     family_of,
-    find_family,
     marks_pairs,
     match_marks,
     refuse_relative_positions,
@@ -55,6 +59,15 @@ _NOT_THE_ENCODERS = re.compile(
     "dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_"
 )
 
+# Tensors of a checkpoint that an encoder may leave out: poolers, heads of every kind of training,
+# tables of positions that old versions saved, and mDeBERTa's second, unused table of words.
+_NO_ENCODERS = re.compile(
+    r"(\w+\.)?(pooler|cls|classifier|pre_classifier|qa_outputs|lm_head|predictions|decoder|head|"
+    r"sop_classifier|sequence_summary|generator_lm_head|generator_predictions|"
+    r"discriminator_predictions|vocab_transform|vocab_layer_norm|vocab_projector|mask_predictions|"
+    r"lm_predictions)\..*|.*\.(position_ids|token_type_ids|word_embeddings\._weight)"
+)
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -77,12 +90,14 @@ class Teacher:
 
         Raises:
             HubAway: the hub does not answer.
-            UserError: weights cannot be read, or lack a tensor or have it in another shape than the
-                config says (transformers would start it at random).
+            UserError: weights cannot be read; they lack a tensor or have it in another shape than
+                the config says (transformers would start it at random); they have others than the
+                encoder's, beyond heads and poolers; or they are not finite, or all zero.
         """
         try:
             model, info = AutoModel.from_pretrained(
                 self.source,
+                config=self.config,
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -101,6 +116,8 @@ class Teacher:
                 "or have it in another shape than config.json says "
                 f"(and {len(wrong) - 1} more): take a whole checkpoint."
             )
+        refuse_unused(self.name, info["unexpected_keys"])
+        refuse_no_values(self.name, model)
         model.requires_grad_(False)
         return model.eval()
 
@@ -123,6 +140,33 @@ class Teacher:
         plain = json.dumps(config, sort_keys=True, default=str)
         weights = state_sha256(self.model.state_dict())
         return hashlib.sha256(f"{weights}{plain}".encode()).hexdigest()
+
+
+def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
+    """Refuse a checkpoint with tensors that a model does not use, beyond heads and poolers.
+
+    Args:
+        name: of the checkpoint.
+        unexpected_keys: as transformers lists them.
+    """
+    unused = sorted(key for key in unexpected_keys if not _NO_ENCODERS.fullmatch(key))
+    if unused:
+        more = f", and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise UserError(
+            f"The weights of {name!r} hold {', '.join(map(repr, unused[:3]))}{more}, which its "
+            "config.json has no use for: is it another model's, or of fewer layers?"
+        )
+
+
+@torch.no_grad()
+def refuse_no_values(name: str, model: nn.Module) -> None:
+    """Refuse weights that are not finite, and matrices that are zero, as of a file with holes."""
+    for key, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")
+        # Models without a use for token types keep a table of zeros.
+        if tensor.dim() > 1 and "token_type" not in key and not tensor.any():
+            raise UserError(f"The weights of {name!r} are all zero in {key!r}.")
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -148,6 +192,8 @@ def find_teacher(name: str) -> Teacher:
             weights are cut off.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
+    if os.path.isdir(source):
+        refuse_special_files(name, Path(source))
     config = _load_config(name, source)
     heads = str(config.architectures)
     if getattr(config, "is_decoder", False) or "CausalLM" in heads or "LMHead" in heads:
@@ -157,7 +203,7 @@ def find_teacher(name: str) -> Teacher:
         )
     refuse_relative_positions(name, config)
     if os.path.isdir(source):
-        check_files(name, Path(source))
+        check_sizes(name, config, check_files(name, Path(source)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -173,7 +219,7 @@ def find_teacher(name: str) -> Teacher:
 def _load_config(name: str, source: str) -> PreTrainedConfig:
     if os.path.isdir(source):
         try:
-            return _read_config(source)
+            return read_config(Path(source, "config.json"))
         except UserError:
             raise
         except Exception as error:  # a broken config raises anything
@@ -186,15 +232,7 @@ def _load_config(name: str, source: str) -> PreTrainedConfig:
         )
     if_none = f"give a folder, another name, or {QUICKSTART!r}"
     with from_hub(f"teacher {name!r}", source, "model", "a folder", if_none):
-        return _read_config(source)
-
-
-def _read_config(source: str) -> PreTrainedConfig:
-    values, _ = PreTrainedConfig.get_config_dict(source)
-    if not values:
-        raise FileNotFoundError("there is none")
-    find_family(values.get("model_type"))
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return read_config(Path(str(cached_file(source, "config.json"))))
 
 
 def _check_tokenizer(
@@ -337,15 +375,23 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """A checkpoint's encoder with a new pooler and head, unless it has some that fit."""
-    return AutoModelForSequenceClassification.from_pretrained(
+    """A checkpoint's encoder with a new pooler and head, unless it has some that fit.
+
+    Raises:
+        UserError: its weights are not finite, or all zero.
+    """
+    config = _load_config(os.fspath(source), os.fspath(source))
+    config.num_labels = num_labels
+    config.problem_type = None  # of a fine-tuned checkpoint
+    model = AutoModelForSequenceClassification.from_pretrained(
         os.fspath(source),
-        num_labels=num_labels,
-        problem_type=None,  # of a fine-tuned checkpoint
+        config=config,
         dtype=torch.float32,
         trust_remote_code=False,
         ignore_mismatched_sizes=True,
     )
+    refuse_no_values(os.fspath(source), model)
+    return model
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
@@ -110,7 +110,7 @@ def open_study(
             why = "did not hold all results"
         except UserError:
             raise
-        except (*STORE_ERRORS, sqlite3.Error, RuntimeError, ValueError) as error:
+        except (*STORE_ERRORS, sqlite3.Error, RuntimeError, ValueError, LookupError) as error:
             if not (isinstance(storage, Path) and _is_damage(error)):
                 raise
             why = f"was damaged ({first_line(_cause(error))})"
@@ -175,7 +175,8 @@ def _is_damage(error: BaseException) -> bool:
     name = _sqlite_name(cause)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", *DISK)):
         return False
-    damaged = (DatabaseError, sqlite3.DatabaseError, RuntimeError, ValueError)
+    # The last is what Optuna's calls raise where somebody has deleted rows.
+    damaged = (DatabaseError, sqlite3.DatabaseError, RuntimeError, ValueError, LookupError)
     return isinstance(cause, damaged)
 
 
@@ -191,16 +192,35 @@ def _is_of_disk(error: BaseException) -> bool:
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
     """Whether each result is the study's trial of that number, ended alike or still to be told."""
-    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-    return all(
-        number in trials
-        and trials[number].params == outcome.params
-        and (trials[number].state == TrialState.RUNNING or outcome.is_of(trials[number]))
-        for number, outcome in results.items()
-    ) and not any(
+    return _lacks(study, results) is None and not any(
         trial.state.is_finished() and trial.params and trial.number not in results
-        for trial in trials.values()
+        for trial in study.get_trials(deepcopy=False)
     )
+
+
+def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
+    """The first trial whose result is not what the study holds; None where there is none."""
+    if study.direction != StudyDirection.MAXIMIZE:
+        raise ValueError("it is of no search")
+    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    for number, outcome in results.items():
+        trial = trials.get(number)
+        if trial is None or trial.params != outcome.params:
+            return number
+        reports = {int(step): value for step, value in outcome.reports.items()}
+        is_alike = (
+            outcome.is_of(trial)
+            and _within(outcome.attrs, trial.user_attrs)
+            and _within(outcome.constraints, trial.constraints)
+            and _within(reports, trial.intermediate_values)
+        )
+        if trial.state != TrialState.RUNNING and not is_alike:
+            return number
+    return None
+
+
+def _within(part: Mapping[Any, Any], whole: Mapping[Any, Any]) -> bool:
+    return all(name in whole and whole[name] == value for name, value in part.items())
 
 
 def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | Path) -> None:
@@ -240,11 +260,19 @@ def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
     return trial
 
 
-def read_study(storage: str | Path, name: str) -> Study:
+def read_study(
+    storage: str | Path, name: str, results: Mapping[int, Outcome] | None = None
+) -> Study:
     """A study to look at; nothing is written to its database.
 
+    Args:
+        storage: as ``open_study`` takes it.
+        name: of the study.
+        results: of its trials, as far as they are known, by number.
+
     Raises:
-        UserError: there is no such database or no such study, or it cannot be read.
+        UserError: there is no such database or no such study, it cannot be read, or rows of it were
+            deleted.
     """
     shown = without_password(str(storage))
     try:
@@ -258,15 +286,22 @@ def read_study(storage: str | Path, name: str) -> Study:
             _literal(there), skip_table_creation=True, engine_kwargs=_engine_options(there)
         )
         study = optuna.load_study(study_name=name, storage=database)
-        study.get_trials(deepcopy=False)
+        lacking = _lacks(study, results or {})
     except KeyError as error:
         raise UserError(
             f"There is no study {name!r} in {shown!r}: give its database with --storage."
         ) from error
-    except (*STORE_ERRORS, RuntimeError, ImportError) as error:
+    except UserError:
+        raise
+    except (*STORE_ERRORS, RuntimeError, ImportError, LookupError, ValueError) as error:
         raise UserError(
             f"The study's database {shown!r} cannot be read ({first_line(_cause(error))})."
         ) from error
+    if lacking is not None:
+        raise UserError(
+            f"The study's database {shown!r} does not hold the result of trial {lacking}: "
+            "the command that made the run makes it again."
+        )
     return study
 
 

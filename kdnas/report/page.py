@@ -201,7 +201,7 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
         checks=checks(frame, number, histories, full_kd, results, exported, Budget(**budget)),
         is_exported=exported is not None,
         unusual=_unusual(config),
-        environment=_environment(trials),
+        environment=_teacher_of(run) | _environment(trials),
     )
     return output
 
@@ -279,6 +279,11 @@ def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
         if name not in ("seed", "devices", "logger", "callbacks")
         and value != getattr(default, name, value)
     }
+
+
+def _teacher_of(run: Run) -> dict[str, str]:
+    made_with = read_json(run.made_with) if run.made_with.is_file() else {}
+    return {"teacher's sha256": str(made_with["teacher"])} if "teacher" in made_with else {}
 
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:

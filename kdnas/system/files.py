@@ -19,8 +19,8 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from kdnas.system.errors import UserError, first_line
-from kdnas.system.yaml import read_yaml
+from kdnas.system.errors import UserError, causes, first_line
+from kdnas.system.yaml import read_yaml, refuse_special
 
 MANIFEST = "manifest.json"
 ASIDE = "_set_aside"  # how a hidden name ends of what is about to be replaced; longer than what is drawn
@@ -85,14 +85,29 @@ class Run:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.
 
         Raises:
-            UserError: the folder is a link out of the root, or takes no new file, or the nearest
-                parent does not.
+            UserError: the folder is a link out of the root, or one in it leads out of it, or it
+                takes no new file, or the nearest parent does not.
+        """
+        self.refuse_links()
+        check_writable(self.folder, "--root")
+
+    def refuse_links(self) -> None:
+        """Refuse a run with links that lead out of it: nothing is written or deleted through them.
+
+        Raises:
+            UserError: with the first.
         """
         if os.path.islink(self.folder):
             raise UserError(
                 f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root."
             )
-        check_writable(self.folder, "--root")
+        home = self.folder.resolve()
+        for path in links_in(self.folder):
+            if not Path(os.path.realpath(path)).is_relative_to(home):
+                raise UserError(
+                    f"{str(path)!r} is a link to {os.readlink(path)!r}, out of its run: "
+                    "put there what it leads to, or remove it."
+                )
 
     @contextmanager
     def alone(self, remedy: str) -> Iterator[None]:
@@ -132,6 +147,14 @@ class Run:
             raise UserError(
                 f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name."
             )
+
+
+def links_in(folder: Path) -> Iterator[Path]:
+    """Every link in a folder and in the folders in it; none is followed."""
+    for place, folders, names in os.walk(folder):
+        for name in sorted([*folders, *names]):
+            if os.path.islink(path := Path(place, name)):
+                yield path
 
 
 def free_name(root: str | Path, name: str) -> str:
@@ -183,9 +206,18 @@ def nearest_folder(folder: Path) -> Path:
     return folder
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """That a disk is full, if an error came from it: whoever tidies up after that may miss a file."""
+    found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
+    return next(found, None)
+
+
 def room(error: OSError) -> str:
     """What to add to an error: where a disk is full, how much is free there; else nothing."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(error.filename, str):
+    if error.errno not in FULL or not isinstance(error.filename, str):
         return ""
     place = nearest_folder(Path(error.filename).parent)  # a new folder that failed is removed again
     return f" ({shutil.disk_usage(place).free:,} bytes are free there)"
@@ -276,7 +308,10 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
         pattern: of names that began as ``owned`` says.
     """
     mine = re.compile(rf"\.?(.+)\.{re.escape(this_host())}-(\d+)\.\w+")
+    home = folder.resolve()
     for path in list(folder.glob(pattern)):
+        if not path.parent.resolve().is_relative_to(home):
+            continue  # a link leads there
         if (found := mine.fullmatch(path.name)) and not is_alive(int(found[2])):
             with suppress(OSError):  # another user's, or another start was faster
                 if path.name.endswith(ASIDE) and not path.with_name(found[1]).exists():
@@ -318,12 +353,23 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: somebody else wrote it, or the disk has damaged it.
     """
+    refuse_special(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{str(path)!r} is damaged ({first_line(error)}): delete it, and the same command makes it again."
         ) from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object for ``json.loads``, which of a key given twice would take the last value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.100} is given twice")
+        found[key] = value
+    return found
 
 
 def file_sha256(path: Path) -> str:

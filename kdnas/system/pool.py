@@ -21,6 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from kdnas.system.files import this_host
 from kdnas.system.jobs import Job, run_job
+from kdnas.system.modules import find_named_modules
 from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_tracker
 
 log = logging.getLogger("kdnas")
@@ -111,6 +112,7 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(environment, OMP_NUM_THREADS=str(threads))
+    find_named_modules()
     torch.set_num_threads(threads)
     # Its own, the fork server's, would import everything in each process that makes batches.
     multiprocessing.set_start_method(start_method, force=True)

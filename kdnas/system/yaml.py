@@ -73,6 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds no mapping.
     """
+    refuse_special(path)
     try:
         text = path.read_text(encoding="utf-8")
         check_yaml(text)
@@ -83,6 +84,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds no mapping: it must map names to values.")
     return values
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe or a device, which might never end, and a folder."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{str(path)!r} is a folder, a pipe or a device: give a file.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rows of labelled tasks: reading parquet, csv and tsv files, and splitting rows."""
 
+import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from kdnas.data.readers import check_table
 from kdnas.system.errors import UserError, first_line
 
 Columns = dict[str, list[Any]]
@@ -51,6 +53,7 @@ def read_table(
             f"{str(path)!r} has the suffix {suffix!r}: give a {kinds} file, or a folder."
         )
     try:
+        check_table(path, has_header=not header)
         if suffix == ".parquet":
             # partitioning=None: a folder called "label=3" must not become a column.
             return pq.read_table(path, partitioning=None)
@@ -73,7 +76,7 @@ def read_table(
             false_values=[],
         )
         return pacsv.read_csv(path, reading, parsing, converting)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(
             f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)})."
         ) from error

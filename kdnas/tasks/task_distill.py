@@ -11,7 +11,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdnas.distillation.losses import ridge_map, squared_error
-from kdnas.models.encoders import Teacher, find_teacher, refuse_other_inputs
+from kdnas.models.encoders import (
+    Teacher,
+    find_teacher,
+    refuse_no_values,
+    refuse_other_inputs,
+)
 from kdnas.models.families import class_names, has_classifier
 from kdnas.system.errors import UserError, first_line
 from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, classify
@@ -230,7 +235,11 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
         refuse_other_inputs(student, found)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            found.source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            found.source,
+            config=found.config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # a broken checkpoint raises anything
         raise UserError(f"Cannot load the teacher {source!r}: {first_line(error)}.") from error
@@ -238,5 +247,6 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
         raise UserError(
             f"The weights of the teacher {source!r} lack {sorted(info['missing_keys'])[0]!r}."
         )
+    refuse_no_values(source, model)
     model.requires_grad_(False)
     return model.eval()

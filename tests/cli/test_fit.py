@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -341,6 +342,9 @@ def test_a_fit_writes_a_manifest_where_the_folder_is_its_own_and_leaves_other_pr
     (encoder,) = tmp_path.rglob("encoder")
     assert (encoder.parent != tmp_path) is is_own
     if is_own:
+        made = json.loads((encoder.parent / "manifest.json").read_text())
+        known = json.loads((encoder / "config.json").read_text())
+        assert made["teacher_sha256"] == known["teacher_sha256"]
         assert main(["verify", str(encoder.parent)]) == 0
         (checkpoint,) = tmp_path.rglob("*.ckpt")
         assert (
@@ -454,3 +458,19 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     )
     assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("save_top_k", [1, -1])
+def test_a_full_disk_is_told_as_one(
+    save_top_k: int, fit_config: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever file of a fit meets it first, and whatever that makes others say."""
+    options = f"{{save_last: true, save_top_k: {save_top_k}, every_n_train_steps: 1}}"
+    saving = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {options}}}"
+    args = ["fit", "--config", str(fit_config), f"--trainer.callbacks=[{saving}]"]
+    for left in (1_500_000, 700_000, 100_000):
+        (small_disk / "ballast").write_bytes(bytes(2_000_000 - left))
+        assert main([*args, f"--trainer.default_root_dir={small_disk}"]) == 3
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "No space left on device" in error and "bytes are free there)" in error, error
+        shutil.rmtree(small_disk / "lightning_logs", ignore_errors=True)

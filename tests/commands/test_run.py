@@ -151,6 +151,16 @@ def snapshot(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def test_the_teacher_s_sha256_stands_in_report_card_and_manifests(
+    finished_run: Path, tiny_teacher: Path
+) -> None:
+    sha256 = find_teacher(str(tiny_teacher)).sha256()
+    for folder in (finished_run, finished_run / "student"):
+        assert json.loads((folder / "manifest.json").read_text())["teacher_sha256"] == sha256
+    for page in ("report.html", "student/README.md"):
+        assert sha256 in (finished_run / page).read_text()
+
+
 def test_whole_job_leaves_every_artefact_and_a_second_run_changes_nothing(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -611,6 +611,17 @@ def test_of_what_is_told_about_tokens_what_its_own_name_says_is_read(tiny_teache
     assert again.rows.sha256 == first.rows.sha256 and len(list(path.parent.glob("about.*"))) == 3
 
 
+def test_tokens_of_another_key_are_not_used(tiny_teacher, text_file, kept, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    first, second = (open_kept(tiny_teacher, path, kept) for path in (text_file, other))
+    tokens = tokens_of(second)
+    assert tokens_of(first) != tokens
+    shutil.rmtree(second.rows.folder)
+    shutil.copytree(first.rows.folder, second.rows.folder)
+    assert tokens_of(open_kept(tiny_teacher, other, kept)) == tokens
+
+
 def open_in_a_process(teacher: Path, text: Path, kept: Path, barrier, answers) -> None:
     """In one of several processes; counts how often it read the text."""
     read, num_reads = datamodule.load_corpus, []

@@ -322,6 +322,7 @@ def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, t
             folder,
             [([1, 7, 8, 2, 9, 2], second_start)],
             Masker(4, 70, [1, 2, 3]),
+            key=folder.name,
             num_train=1,
             dropped={},
         )

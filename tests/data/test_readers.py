@@ -1,7 +1,10 @@
 """Rows of a source: all, or some, and what tells sources apart."""
 
 import json
+import os
 import shutil
+import time
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -10,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdnas.data import readers
+from kdnas.data.corpus import load_corpus
 from kdnas.data.readers import some_rows, text_sha256
 from kdnas.system.errors import UserError
+from kdnas.tasks.rows import read_table
+from kdnas.tasks.tasks import load_task
 
 NUMBERS = list(range(400))
 
@@ -118,3 +124,125 @@ def test_a_file_that_cannot_be_read_has_no_hash(
     monkeypatch.setattr(readers, "file_sha256", refuse)
     with pytest.raises(UserError, match=r"rows.txt' cannot be read \(.*Permission denied"):
         text_sha256(str(write(tmp_path / "rows.txt")), "text")
+
+
+# Tables that are not what they seem: one line, in seconds, within bounded memory
+
+
+def told(path: Path, reads_table: bool = False) -> str:
+    """The one line with which a source is refused, in seconds, with little more memory."""
+    started = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(UserError) as caught:
+        load_corpus(str(path))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    if reads_table:
+        with pytest.raises(UserError, match=path.name):
+            read_table(path, ["text"])
+    assert time.monotonic() - started < 20 and most < 1 << 29
+    message = str(caught.value)
+    assert len(message) < 1_000 and "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_arrays([pa.array(["a", "b"])] * 2, ["text", "text"]), path)
+    else:
+        path.write_text("text,text\na,b\nc,d\n".replace(",", "," if suffix == ".csv" else "\t"))
+    assert "two columns are called 'text'" in told(path, reads_table=True)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "a", "text": "b"}', '{"text": "a", "x": {"y": 1, "y": 2}}']
+)
+def test_a_row_with_a_key_twice_is_told_with_its_number(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n' + row)
+    assert "at row 3 (the key" in told(path) and "is given twice" in told(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_million_columns_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    names = ["text", *(f"c{number}" for number in range(10**6 if suffix != ".parquet" else 10_000))]
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * len(names), names), path)
+    else:
+        path.write_text(("," if suffix == ".csv" else "\t").join(names) + "\n")
+    assert f"{len(names):,} columns, more than" in told(path, reads_table=True)
+
+
+def test_a_row_of_many_keys_is_told_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(dict.fromkeys(map(str, range(10**5)), 1)))
+    assert "has no column 'text' (row 1): choose from its columns, '0', '1', " in told(path)
+
+
+@pytest.mark.parametrize("bomb", ["one long value", "one value for every row", "rows of nothing"])
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused(bomb: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    if bomb == "one long value":
+        texts = pa.array(["a" * 3 * 10**8, "b"], pa.large_string())
+    elif bomb == "one value for every row":
+        values = pa.array([letter * 30_000 for letter in "abc"])
+        index = pa.array([number % 3 for number in range(400_000)], pa.int32())
+        texts = pa.DictionaryArray.from_arrays(index, values)
+    else:
+        texts = pa.nulls(20_000_000, pa.string())
+    table = pa.table({"text": texts}).replace_schema_metadata(None)
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1 << 22
+    assert "cannot be read at row" in told(path, reads_table=True)
+
+
+def test_many_copies_of_a_row_are_no_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["one", "two"] * 150_000}), path)
+    assert some_rows(str(path), "text", 1)[1] == 300_000
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_a_line_without_an_end_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    with path.open("wb") as file:
+        file.write(b'text\n"' if suffix == ".csv" else b"")
+        for _ in range(9):
+            file.write(b"x" * (8 << 20))
+    assert "a line of more than 67,108,864 bytes" in told(path)
+
+
+def test_a_quote_without_an_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text\n"' + ("x" * 999 + "\n") * 70_000)
+    assert "field larger than field limit" in told(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_a_pipe_or_a_device_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert "is a pipe or a device" in told(path)
+    (tmp_path / "task").mkdir()
+    path.rename(tmp_path / "task" / f"train{suffix}")
+    with pytest.raises(UserError):
+        load_task(str(tmp_path / "task"))
+
+
+def test_halves_of_surrogates_are_told_with_their_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two \\ud800"}\n')
+    assert r"has the character '\ud800' in row 2" in told(path)
+    for name in ("rows.txt", "rows.csv"):
+        (tmp_path / name).write_bytes(b"text\none\ntwo \xed\xa0\x80\n")
+        assert "is not UTF-8 in row" in told(tmp_path / name)
+    column = pa.array([b"one", b"two \xed\xa0\x80"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
+    assert "is not UTF-8 in row" in told(tmp_path / "rows.parquet")

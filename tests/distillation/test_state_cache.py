@@ -44,7 +44,8 @@ def token_rows() -> TokenRows:
     with tempfile.TemporaryDirectory() as name:  # it may be removed once it is open
         masker = Masker(4, 70, [3], probability=0.3)
         numbered = ((row, len(row)) for row in rows)
-        write_rows(Path(name), numbered, masker, num_train=30, dropped={}, num_variants=VARIANTS)
+        options = dict(key="rows", num_train=30, dropped={}, num_variants=VARIANTS)
+        write_rows(Path(name), numbered, masker, **options)
         return TokenRows(Path(name), pad_token_id=3, max_length=12)
 
 

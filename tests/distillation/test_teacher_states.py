@@ -167,6 +167,17 @@ def test_damaged_statistics_are_measured_anew(teacher, data, states, damage, tmp
     assert caplog.text.count("is damaged; it is measured anew") == 1 and path.read_text() == before
 
 
+def test_statistics_of_another_key_are_not_used(teacher, data, states, tmp_path):
+    settings = StatesSettings(str(tmp_path), precision="int8")
+    first = open_states(teacher, data, LAYERS, settings)
+    assert first.stats != states.stats
+    (ours,), (theirs,) = (Path(one.source.folder).glob("measured_*") for one in (first, states))
+    known = ours.read_text()
+    ours.write_text(theirs.read_text())
+    assert open_states(teacher, data, LAYERS, settings).stats == first.stats
+    assert ours.read_text() == known
+
+
 def test_what_is_there_is_opened_without_a_lock(teacher, data, states, monkeypatch):
     def refuse(path):
         raise OSError(errno.ENOLCK, "No locks available")

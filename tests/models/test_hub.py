@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModel, AutoTokenizer
 
 from kdnas.cli.main import main
 from kdnas.commands.export import check_hub, push
@@ -103,10 +103,8 @@ def test_a_download_that_breaks_off_is_the_networks_fault(
     part, what, online, tiny_teacher, monkeypatch
 ):
     online(lambda *args, **kwargs: None)
-    config = AutoConfig.from_pretrained(tiny_teacher)
-    known = config.to_dict(), {}
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: known)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
+    config = tiny_teacher / "config.json"
+    monkeypatch.setattr("kdnas.models.encoders.cached_file", lambda *args: config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(part, "from_pretrained", no_answer)

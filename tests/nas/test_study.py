@@ -6,6 +6,7 @@ import random
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kdnas.models.arch import StudentArch
 from kdnas.nas import study as store
 from kdnas.nas.search import search
 from kdnas.nas.study import check_reachable, open_study, patiently, read_study, without_password
-from kdnas.nas.trials import Outcome, results_in, trained, tried
+from kdnas.nas.trials import Outcome, results_in, trained, trials_frame, tried
 from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, StoreAway, UserError
 from kdnas.system.jobs import Reporter
@@ -313,3 +314,62 @@ def test_a_study_that_is_made_again_gives_no_number_twice(tmp_path):
     study = open_study(path, "run", SPACE, {}, sampler, num_begun=3)
     assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3
     assert study.ask().number == 3
+
+
+TABLES = """studies version_info study_directions study_user_attributes study_system_attributes trials
+trial_user_attributes trial_system_attributes trial_params trial_values trial_intermediate_values
+alembic_version""".split()
+
+
+@pytest.mark.parametrize("which", ["1", "rowid = (SELECT max(rowid) FROM {})"], ids=["all", "last"])
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_that_somebody_deletes_are_told_or_do_not_matter(table, which, fake):
+    before, path = fake.trials, fake.run.study_db
+    results = results_in(fake.run.folder)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"DELETE FROM {table} WHERE {which.format(table)}")
+    try:
+        found = read_study(path, "run", results)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+    else:
+        assert [trial.params for trial in found.trials] == [trial.params for trial in before]
+        assert trials_frame(found).equals(trials_frame(read_study(path, "run")))
+    fake.search(4)
+    assert len(fake.trained) == 1, "what was trained is not trained again"
+    again = fake.trials[: len(before)]
+    assert [facts(trial) for trial in again] == [facts(trial) for trial in before]
+
+
+class Clock(datetime.datetime):
+    """That of a machine whose time is wrong."""
+
+    wrong_by = datetime.timedelta()
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return datetime.datetime.now(tz) + cls.wrong_by
+
+
+def test_no_clock_and_no_time_zone_decides_anything(tmp_path, monkeypatch):
+    """Machines in turn go on with one search, on a disk that has yet another time."""
+    unbroken = Fake(tmp_path / "unbroken", special=ENDS, in_memory=False)
+    unbroken.search(9)
+    fake = Fake(tmp_path / "in turn", special=ENDS, in_memory=False)
+    monkeypatch.setattr("optuna.storages._rdb.storage.datetime", Clock)
+    real = time.time
+    for n_trials in range(1, 10):
+        zone, days = [("Asia/Tokyo", 400), ("UTC", 0), ("America/Los_Angeles", -400)][n_trials % 3]
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        Clock.wrong_by = datetime.timedelta(days=days)
+        monkeypatch.setattr(time, "time", lambda days=days: real() + 86_400 * days)
+        for path in fake.run.folder.rglob("*"):
+            os.utime(path, (real() - 10_000 * days,) * 2)
+        fake.search(n_trials)
+    monkeypatch.undo()
+    time.tzset()
+    assert fake.story == unbroken.story
+    assert len(fake.trained) == len(set(fake.trained)) == len(unbroken.trained)
+    fake.run.study_db.unlink()
+    assert fake.story == unbroken.story, "and made again from results"

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from kdnas.cli.main import main
 from kdnas.system.errors import CandidateFailed, UserError, causes, nearest
 from kdnas.system.files import (
     Run,
     is_alive,
     new_file,
     new_folder,
+    owned,
     placed,
     read_json,
     sweep,
@@ -142,6 +144,64 @@ def test_a_run_that_is_a_link_out_of_the_root_is_refused(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"{tmp_path}/a' is a link to '{tmp_path}/elsewhere'"):
         Run(tmp_path, "a").check_writable()
+
+
+LINKS = [
+    "trial_0000",
+    "search",
+    "study.db",
+    "run.lock",
+    "full_kd/last.ckpt",
+    "glue/x/y",
+    "report.html",
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_is_written_or_deleted_through_a_link_out_of_a_run(
+    name, tmp_path, tiny_teacher, text_file, capsys
+):
+    outside = tmp_path / "outside"
+    (outside / "trial_0000").mkdir(parents=True)
+    (outside / "precious").write_text("precious")
+    link = tmp_path / "logs" / "a" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / ("precious" if "." in name else ""))
+    before = {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
+    made = [f"--teacher={tiny_teacher}", f"--text={text_file}"]
+    commands = {
+        "search": made,
+        "run": made,
+        "glue": [f"--model={tiny_teacher}", "--task=sst2"],
+        "export": ["--run=a"],
+        "report": ["--run=a"],
+    }
+    for command, options in commands.items():
+        given = ["--name=a"] * (command in ("search", "run", "glue"))
+        assert main([command, *given, f"--root={tmp_path / 'logs'}", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"kdnas: {str(link)!r} is a link to ") and error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in outside.rglob("*")} == before
+    assert [path for path in (tmp_path / "logs").rglob("*") if path.is_file()] in ([], [link])
+
+
+def test_a_link_within_a_run_is_none_out_of_it(tmp_path):
+    run = Run(tmp_path, "a")
+    (run.folder / "trial_0000").mkdir(parents=True)
+    (run.folder / "latest").symlink_to("trial_0000")
+    run.check_writable()
+
+
+def test_a_sweep_follows_no_link(tmp_path):
+    left = f".{owned('x')}".replace(str(os.getpid()), "999999999")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / f"{left}abc").write_text("precious")
+    (tmp_path / "root" / "version_0").mkdir(parents=True)
+    (tmp_path / "root" / "version_0" / f"{left}abc").write_text("left")
+    (tmp_path / "root" / "version_1").symlink_to(tmp_path / "outside")
+    sweep(tmp_path / "root", "version_*/**/.*")
+    assert len(list((tmp_path / "outside").iterdir())) == 1
+    assert not list((tmp_path / "root" / "version_0").iterdir())
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])
