@@ -55,6 +55,9 @@ QUICKLY = {
     "report": [],
 }
 
+# Figures in prose that were not measured: settings and arithmetic.
+NOT_MEASURED = {"0.05", "0.06", "4.2 %"}
+
 
 def blocks(path: Path, *languages: str) -> list[tuple[str, str]]:
     """The fenced blocks of a page, in order: language and text."""
@@ -318,3 +321,33 @@ def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Pa
         included = set(re.findall(rf'--8<-- "{folder}/(\w+){suffix}"', text))
         assert included == {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}
     assert "shared_projection" in pages["reference/distillation/index.html"], "docstrings are there"
+
+
+def test_quoted_figures_are_those_of_the_results() -> None:
+    def figures(text: str) -> set[str]:
+        unit = r"(?: ?(?:%|x\b|ms\b|times|minutes))"
+        return set(re.findall(rf"(?<![\w.])\d{{1,3}}\.(?:\d{{2,3}}(?![\w.])|\d+{unit})", text))
+
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = [set(re.findall(r"\d+\.\d+", line)) for line in results.splitlines()]
+    log = set(re.findall(r"\d+\.\d+", (ROOT / "LOG.md").read_text(encoding="utf-8")))
+    assert [row - log for row in rows if not row <= log] == []
+
+    known = figures(results) | NOT_MEASURED
+    # scale.md computes its figures; the others are what is compared with.
+    apart = {"scale.md", "results.md", "faults.md", "LOG.md"}
+    num_rows = num_figures = 0
+    for path in PAGES:
+        if path.name in apart:
+            continue
+        text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+        text = re.sub(r"(?m)`[^`\n]*`|^ {4}\S.*|Python 3[\d., or]*", "", text)
+        for line in text.splitlines():
+            if line.startswith("|"):
+                row = set(re.findall(r"\d+\.\d+", line))
+                assert any(row <= other for other in rows), (path.name, line)
+                num_rows += bool(row)
+            else:
+                assert figures(line) <= known, (path.name, line)
+                num_figures += len(figures(line))
+    assert num_rows > 30 and num_figures > 20
