@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import optuna
 from filelock import ReadWriteLock
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn.modules.module import register_module_forward_hook
 
 from kdnas.deploy.latency import ArchLatency, LatencyMeter
 from kdnas.distillation.module import HiddenStateDistillModule
@@ -79,7 +80,8 @@ class PruneByHeldOutLoss(pl.Callback):
 class HoldStill(pl.Callback):
     """Holds the lock of those who train, and lets go of it for a moment after each batch.
 
-    So whoever wants to measure latency on this machine gets it.
+    So whoever wants to measure latency on this machine gets it. Before the first batch, while the
+    student is started, which takes seconds, it lets go after each module of the teacher's.
 
     Args:
         lock: held for reading by all who train, for writing by whoever measures.
@@ -90,12 +92,17 @@ class HoldStill(pl.Callback):
 
     def __enter__(self) -> "HoldStill":
         self.lock.acquire_read()
+        self._in_start = register_module_forward_hook(self._give_way)
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._in_start.remove()
         self.lock.release(force=True)
 
-    def _give_way(self) -> None:
+    def on_fit_start(self, *args: Any) -> None:
+        self._in_start.remove()
+
+    def _give_way(self, *args: Any) -> None:
         self.lock.release()
         self.lock.acquire_read()
 

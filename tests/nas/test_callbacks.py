@@ -1,6 +1,7 @@
 """Each callback around a fit of a module that does next to nothing."""
 
 import math
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -183,6 +184,31 @@ def test_the_latency_is_measured_after_the_fit_while_the_others_hold_still(
     callback = LatencyAfterFit(meter, still)
     fit(tmp_path, module, still, callback)
     assert callback.latency is value and measured == [STEPS]
+
+
+def test_whoever_wants_to_measure_need_not_wait_for_a_start(tmp_path):
+    lock = ReadWriteLock(tmp_path / "stillness.lock")
+    other = ReadWriteLock(tmp_path / "stillness.lock", is_singleton=False)
+    measured = threading.Event()
+
+    def measure() -> None:
+        with other.write_lock():
+            measured.set()
+
+    class Started(Tiny):
+        def setup(self, stage: str) -> None:
+            measuring.start()
+            for _ in range(500):
+                nn.Linear(2, 2)(torch.ones(2))
+                if measured.wait(0.01):
+                    return
+            pytest.fail("nobody gave way")
+
+    measuring = threading.Thread(target=measure, daemon=True)
+    still = HoldStill(lock)
+    fit(tmp_path, Started([0.5]), still)
+    with other.write_lock(timeout=1):
+        nn.Linear(2, 2)(torch.ones(2))  # the lock is not asked for any more
 
 
 def test_the_reward_is_that_of_the_last_epoch_and_the_latency(tmp_path, meter):
