@@ -4,7 +4,7 @@ Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and 
 teacher and student.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from kdnas.data.datamodule import Batch
-from kdnas.distillation.losses import ridge_map, within_half
+from kdnas.distillation.losses import masked_softmax, ridge_map, within_half
 from kdnas.models.arch import kept_layers
 from kdnas.models.encoders import embed, embedding_mapping, embedding_norm, encode
-from kdnas.models.families import arch_of, family_of
+from kdnas.models.families import arch_of, attention_part, family_of
 from kdnas.training.precision import autocast
 
 
@@ -109,8 +109,8 @@ def narrow(
         ``LOG.md``.
     """
     is_as_wide = student.config.hidden_size == teacher.config.hidden_size
-    steps = _SameWidth if is_as_wide else _Narrowing
-    return steps(student, teacher, rows).run()
+    narrower, as_wide = _STEPS.get(teacher.config.model_type, (_Narrowing, _SameWidth))
+    return (as_wide if is_as_wide else narrower)(student, teacher, rows).run()
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,10 @@ class _Narrowing:
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
         self.masks = [batch["attention_mask"].bool() for batch in rows]
 
-        family = family_of(teacher.config)
-        self.names = family.names
-        self.layers, self.sources = family.layers(student), family.layers(teacher)
+        self.family = family_of(teacher.config)
+        self.names = self.family.names
+        self.layers = self.family.layers(student)
+        self.sources = self.family.layers(teacher)
 
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
         self.stream = shared.stream(teacher)
@@ -229,11 +230,11 @@ class _Narrowing:
         self.basis = self._basis([-1, *ends])
 
         z = self._embeddings()
-        kept = []
-        for layer, source, end in zip(self.layers, sources, ends, strict=True):
-            z, heads = self._layer(layer, source, end, z)
-            kept.append(tuple(heads))
-        return tuple(kept)
+        heads = self._heads(sources)
+        self._shared(heads)
+        for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
+            z = self._layer(number, source, end, heads[number], z)
+        return tuple(map(tuple, heads))
 
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each counted alike."""
@@ -257,33 +258,45 @@ class _Narrowing:
         target = self.stream.states[-1] @ self.basis
         return _fit_norm(embedding_norm(self.student), before, target)
 
-    def _layer(
-        self, layer: nn.Module, source: int, end: int, z: Tensor
-    ) -> tuple[Tensor, list[int]]:
-        """Make one student layer; its stream after it, and the teacher's heads that it has."""
+    def _heads(self, sources: list[int]) -> list[list[int]]:
+        """Of each layer the teacher's heads that move the stream most, in ascending order."""
+        importance = self._importance(sources)
+        most = importance.topk(self.ours.num_attention_heads, dim=1).indices
+        return most.sort(dim=1).values.tolist()
+
+    def _importance(self, sources: list[int]) -> Tensor:
+        """How much the values of each head move the stream, (L_s, A_t)."""
+        return torch.stack([self._moved(source) for source in sources])
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        """Make what all layers share; by default nothing."""
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        """Make one student layer; the stream after it."""
+        layer = self.layers[number]
         names, part = self.names, layer.get_submodule
-        heads, neurons = self._important_heads(source), self._important_neurons(source)
+        neurons = self._important_neurons(source)
         self._prepare(layer, source, heads, neurons)
 
-        z = self._attention(layer, source, heads, z)
+        z = self._attention(number, source, heads, z)
 
         inner = self._fit(part(names.intermediate), z, self._run(source).intermediate[:, neurons])
         target, wanted = self._output_goal(end)
         self._last_run = None  # large, and not needed any more
         activated = ACT2FN[self.ours.hidden_act](inner)
         z = z + self._fit(part(names.output), activated, wanted - z)
-        return _fit_norm(part(names.output_norm), z, target), heads
+        return _fit_norm(part(names.output_norm), z, target)
 
-    def _attention(self, layer: nn.Module, source: int, heads: list[int], z: Tensor) -> Tensor:
+    def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
         """Make the attention of a student layer; the stream after its norm."""
-        names, part = self.names, layer.get_submodule
+        names, part = self.names, self.layers[number].get_submodule
         num_heads = self.ours.num_attention_heads
         queries, keys, values = self._cut(source, heads)
         query = self._fit(part(names.query), z, queries, num_heads)
         key = self._fit(part(names.key), z, keys, num_heads)
         value = self._fit(part(names.value), z, values, num_heads)
 
-        context = self._attend(query, key, value, num_heads)
+        context = self._attend(self.student, number, query, key, value)
         target, wanted = self._attention_goal(source)
         z = z + self._fit(part(names.attention_output), context, wanted - z)
         return _fit_norm(part(names.attention_norm), z, target)
@@ -331,7 +344,7 @@ class _Narrowing:
             query, key, value = (
                 part(name)(x).float() for name in (names.query, names.key, names.value)
             )
-            context = self._attend(query, key, value, self.theirs.num_attention_heads)
+            context = self._attend(self.teacher, source, query, key, value)
             before_norm = x + part(names.attention_output)(context).float()
             attention = part(names.attention_norm)(before_norm).float()
             intermediate = part(names.intermediate)(attention)
@@ -339,29 +352,35 @@ class _Narrowing:
         activity = activated.float().square().mean(0).sqrt()
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-        """Attention within each row, over real tokens; everything flat, (N, A * D)."""
+    def _attend(
+        self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """What a model's layer attends to, within each row, over real tokens; flat, (N, A * D)."""
+        num_heads = model.config.num_attention_heads
         sizes = [int(mask.sum()) for mask in self.masks]
         contexts = []
         rows = (x.split(sizes) for x in (query, key, value))
         for mask, *flat in zip(self.masks, *rows, strict=True):
-            q, k, v = (_padded(x, mask).unflatten(-1, (num_heads, -1)) for x in flat)
-            context = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None]
+            q, k, v = (
+                _padded(x, mask).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in flat
             )
+            if self.family.scores is None:
+                context = F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+            else:
+                context = masked_softmax(self.family.scores(model, number, q, k), mask) @ v
             contexts.append(context.transpose(1, 2).flatten(2)[mask])
         return torch.cat(contexts).float()
 
-    def _important_heads(self, source: int) -> list[int]:
-        """The heads whose values move the stream most, in ascending order."""
+    def _moved(self, source: int) -> Tensor:
+        """The variance of what each head's values add to the stream, (A_t,)."""
         num_heads = self.theirs.num_attention_heads
-        values = self._run(source).value.chunk(num_heads, -1)
-        weights = self._part(source, self.names.attention_output).weight.chunk(num_heads, -1)
-        moved = [
-            (weight @ torch.cov(value.T) * weight).sum()  # the variance of value @ weight.T
-            for value, weight in zip(values, weights, strict=True)
-        ]
-        return sorted(torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist())
+        weight, _ = attention_part(self.family, self.sources[source], "value")
+        out = self._part(source, self.names.attention_output).weight
+        values_ADH = weight.unflatten(0, (num_heads, -1))
+        out_AHD = out.unflatten(1, (num_heads, -1)).transpose(0, 1)
+        inputs_HH = self.stream.covariance(source - 1).float()
+        covariance_ADD = values_ADH @ inputs_HH @ values_ADH.transpose(1, 2)
+        return (out_AHD @ covariance_ADD * out_AHD).sum((1, 2))
 
     def _important_neurons(self, source: int) -> Tensor:
         out = self._part(source, self.names.output)
@@ -441,6 +460,30 @@ class _SameWidth(_Narrowing):
             activated = ACT2FN[self.theirs.hidden_act](run.intermediate)
             moved = self._part(end, self.names.output)(activated).float()
         return self.stream.states[end].float(), run.attention + moved
+
+
+class _OneSetOfHeads(_Narrowing):
+    """MPNet: all layers share a number for each distance and head, so they keep the same heads."""
+
+    def _importance(self, sources: list[int]) -> Tensor:
+        importance = super()._importance(sources)
+        return importance.sum(0).expand_as(importance)
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        ours, theirs = (
+            model.encoder.relative_attention_bias.weight for model in (self.student, self.teacher)
+        )
+        ours.copy_(theirs[:, heads[0]])
+
+
+class _OneSetOfHeadsSameWidth(_SameWidth, _OneSetOfHeads):
+    pass
+
+
+# model_type -> for a student that is narrower than its teacher, and for one as wide
+_STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
+    "mpnet": (_OneSetOfHeads, _OneSetOfHeadsSameWidth),
+}
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:

@@ -198,7 +198,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
         max_length=lambda config: config.max_position_embeddings - 2,  # the padding id is 1
         scores=_mpnet_scores,
-        narrows=False,  # all layers share the heads' numbers for distances
     ),
     "deberta-v2": Family(
         title="DeBERTa-v2/v3",

@@ -209,7 +209,7 @@ def test_rows_that_remember_give_each_teacher_its_own(low_rank, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "mpnet"])
 @pytest.mark.parametrize("num_layers", [4, 2])
 def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_layers, monkeypatch):
     monkeypatch.setattr("kdnas.distillation.narrowing.autocast", lambda device: nullcontext())

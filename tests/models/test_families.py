@@ -80,7 +80,7 @@ NARROW = StudentArch(
     num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64
 )
 ROWS = [make_batch(16, seed, length=20) for seed in range(10, 16)]
-NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
+NARROWED = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet"}
 
 
 def test_there_are_ten_rows_and_a_tiny_teacher_of_each():
