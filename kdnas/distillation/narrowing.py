@@ -22,6 +22,9 @@ from kdnas.models.encoders import embed, embedding_mapping, embedding_norm, enco
 from kdnas.models.families import arch_of, attention_part, family_of
 from kdnas.training.precision import autocast
 
+# How often one layer that is all layers is fitted, to what it itself gives at each depth.
+ROUNDS = 3
+
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
     """Give a student the teacher's embedding output in another basis.
@@ -121,16 +124,27 @@ class TeacherStream:
         states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
         scales: how large the stream is before each layer's last norm, which divides by that, (N,
             1).
+        is_raw: the states are those before a norm.
     """
 
     states: dict[int, Tensor]
     scales: list[Tensor]
+    is_raw: bool = False
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64."""
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64.
+
+        Of states before a norm: their products as the norm gives them. The mean counts there, for
+        the maps behind have no shift that could bring it back.
+        """
         if layer not in self._covariances:
-            covariance = torch.cov(self.states[layer].float().T).double()
+            states = self.states[layer].float()
+            if self.is_raw:
+                normed = F.layer_norm(states, states.shape[-1:])
+                covariance = (normed.T @ normed).double()
+            else:
+                covariance = torch.cov(states.T).double()
             self._covariances[layer] = covariance / covariance.trace()
         return self._covariances[layer]
 
@@ -138,29 +152,44 @@ class TeacherStream:
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
         """By one pass over the rows."""
         _, embedded = _embedded(teacher, rows)
-        layers = family_of(teacher.config).layers(teacher)
-        states: list[list[Tensor]] = [[] for _ in layers]
-        scales: list[list[Tensor]] = [[] for _ in layers]
+        norms = _last_norms(teacher)
+        num_layers, is_raw = teacher.config.num_hidden_layers, family_of(teacher.config).norm_first
+        states: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        scales: list[list[Tensor]] = [[] for _ in norms]
         inputs: list[Tensor] = []
         with ExitStack() as hooks:
-            for layer in layers:
-                norm = layer.get_submodule(family_of(teacher.config).names.output_norm)
+            for norm in dict.fromkeys(norms):
                 hooks.enter_context(
                     norm.register_forward_hook(lambda _, args, out: inputs.append(args[0]))
                 )
             for batch in rows:
                 mask = batch["attention_mask"].bool()
                 with autocast(teacher.device.type):
-                    outputs = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+                    outputs = list(encode(teacher, batch).hidden_states[1:])  # type: ignore[index]
+                if is_raw:
+                    outputs[-1] = inputs[-1]  # transformers gives it as it is behind the last norm
                 for i, output in enumerate(outputs):
                     # In half precision: all layers of a wide teacher are gigabytes otherwise.
                     states[i].append(within_half(output[mask]).half())
-                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+                for scale, before in zip(scales, inputs, strict=True):
+                    scale.append(before[mask].float().std(-1, correction=0, keepdim=True))
                 inputs.clear()
         return cls(
             {-1: embedded} | dict(enumerate(map(torch.cat, states))),
             [torch.cat(parts) for parts in scales],
+            is_raw,
         )
+
+
+def _last_norms(teacher: Any) -> list[nn.Module]:
+    """The norms whose outputs are the stream after each layer; where norms are first, the last."""
+    family = family_of(teacher.config)
+    if family.norm_first:
+        return [teacher.final_norm]
+    norms = [layer.get_submodule(family.names.output_norm) for layer in family.layers(teacher)]
+    if getattr(teacher, "encoder", None) is not None and getattr(teacher.encoder, "conv", None):
+        norms[0] = teacher.encoder.conv.LayerNorm
+    return norms
 
 
 class CalibrationRows(list[Batch]):
@@ -214,6 +243,7 @@ class _Narrowing:
         self.student, self.teacher, self.rows = student, teacher, rows
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
         self.masks = [batch["attention_mask"].bool() for batch in rows]
+        self.sizes = [int(mask.sum()) for mask in self.masks]
 
         self.family = family_of(teacher.config)
         self.names = self.family.names
@@ -232,9 +262,15 @@ class _Narrowing:
         z = self._embeddings()
         heads = self._heads(sources)
         self._shared(heads)
+        self._layers(sources, ends, heads, z)
+        return tuple(map(tuple, heads))
+
+    def _layers(
+        self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
+    ) -> None:
+        """Make the student's layers, in order."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
-        return tuple(map(tuple, heads))
 
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each counted alike."""
@@ -280,34 +316,74 @@ class _Narrowing:
 
         z = self._attention(number, source, heads, z)
 
-        inner = self._fit(part(names.intermediate), z, self._run(source).intermediate[:, neurons])
+        norm = part(names.output_norm)
+        kept = self._run(source).intermediate[:, self._outputs(neurons)]
+        inner = self._fit(part(names.intermediate), self._read(norm, z), kept)
         target, wanted = self._output_goal(end)
         self._last_run = None  # large, and not needed any more
-        activated = ACT2FN[self.ours.hidden_act](inner)
+        activated = self._activate(inner, self.ours.hidden_act)
         z = z + self._fit(part(names.output), activated, wanted - z)
-        return _fit_norm(part(names.output_norm), z, target)
+        return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
         """Make the attention of a student layer; the stream after its norm."""
-        names, part = self.names, self.layers[number].get_submodule
-        num_heads = self.ours.num_attention_heads
+        layer = self.layers[number]
+        norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
-        query = self._fit(part(names.query), z, queries, num_heads)
-        key = self._fit(part(names.key), z, keys, num_heads)
-        value = self._fit(part(names.value), z, values, num_heads)
+        inputs = self._read(norm, z)
+        query = self._fit_scores(layer, "query", inputs, queries)
+        key = self._fit_scores(layer, "key", inputs, keys)
+        value = self._fit_heads(layer, "value", inputs, values)
 
         context = self._attend(self.student, number, query, key, value)
         target, wanted = self._attention_goal(source)
-        z = z + self._fit(part(names.attention_output), context, wanted - z)
-        return _fit_norm(part(names.attention_norm), z, target)
+        output = layer.get_submodule(self.names.attention_output)
+        z = z + self._fit(output, context, wanted - z)
+        return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
         """Of a head larger than the teacher's, what is left over must not change the scores."""
-        for parameter in layer.get_submodule(self.names.key).parameters():
-            parameter.zero_()
+        for linear in self._score_maps(layer, "key"):
+            linear.weight.zero_()
+            if linear.bias is not None:
+                linear.bias.zero_()
 
     def _fit(self, linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1) -> Tensor:
         return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
+
+    def _fit_heads(self, layer: nn.Module, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Make the queries', keys' or values' map of a layer; what it gives."""
+        linear = _Linear(*attention_part(self.family, layer, part))
+        return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
+
+    def _score_maps(self, layer: Any, part: str) -> list[Any]:
+        """The maps of a layer that make queries, or keys."""
+        return [_Linear(*attention_part(self.family, layer, part))]
+
+    def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The same for queries and keys."""
+        return self._fit_heads(layer, part, inputs, targets)
+
+    # What differs where a layer's norms are before its parts.
+
+    def _read(self, norm: Any, z: Tensor) -> Tensor:
+        """What a part reads of the stream: all."""
+        return z
+
+    def _settled(self, norm: Any, before: Tensor) -> Tensor:
+        """The teacher's stream behind a part: normed."""
+        return norm(before)
+
+    def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
+        """The student's stream behind a part: normed, by a norm made to give the target."""
+        return _fit_norm(norm, z, target)
+
+    def _outputs(self, neurons: Tensor) -> Tensor:
+        """The outputs of the intermediate map that belong to these neurons."""
+        return neurons
+
+    def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
+        return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
         """What the student's attention norm should give, and what should go into it."""
@@ -338,28 +414,32 @@ class _Narrowing:
         return self._last_run[1]
 
     def _teacher_layer(self, source: int) -> _LayerRun:
-        names, part = self.names, self.sources[source].get_submodule
+        names, layer = self.names, self.sources[source]
+        part = layer.get_submodule
         x = self.stream.states[source - 1].float()
         with autocast(x.device.type):
-            query, key, value = (
-                part(name)(x).float() for name in (names.query, names.key, names.value)
-            )
+            read = self._read(part(names.attention_norm), x)
+            query, key = (self._scored(layer, name, read).float() for name in ("query", "key"))
+            value = F.linear(read, *attention_part(self.family, layer, "value")).float()
             context = self._attend(self.teacher, source, query, key, value)
             before_norm = x + part(names.attention_output)(context).float()
-            attention = part(names.attention_norm)(before_norm).float()
-            intermediate = part(names.intermediate)(attention)
-            activated = ACT2FN[self.theirs.hidden_act](intermediate)
+            attention = self._settled(part(names.attention_norm), before_norm).float()
+            intermediate = part(names.intermediate)(self._read(part(names.output_norm), attention))
+            activated = self._activate(intermediate, self.theirs.hidden_act)
         activity = activated.float().square().mean(0).sqrt()
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
+
+    def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
+        """All queries or keys that have a part in a teacher layer's scores; first the tokens'."""
+        return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
         self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """What a model's layer attends to, within each row, over real tokens; flat, (N, A * D)."""
         num_heads = model.config.num_attention_heads
-        sizes = [int(mask.sum()) for mask in self.masks]
         contexts = []
-        rows = (x.split(sizes) for x in (query, key, value))
+        rows = (x[: len(value)].split(self.sizes) for x in (query, key, value))
         for mask, *flat in zip(self.masks, *rows, strict=True):
             q, k, v = (
                 _padded(x, mask).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in flat
@@ -378,9 +458,12 @@ class _Narrowing:
         out = self._part(source, self.names.attention_output).weight
         values_ADH = weight.unflatten(0, (num_heads, -1))
         out_AHD = out.unflatten(1, (num_heads, -1)).transpose(0, 1)
-        inputs_HH = self.stream.covariance(source - 1).float()
+        inputs_HH = self._input_covariance(source).float()
         covariance_ADD = values_ADH @ inputs_HH @ values_ADH.transpose(1, 2)
         return (out_AHD @ covariance_ADD * out_AHD).sum((1, 2))
+
+    def _input_covariance(self, source: int) -> Tensor:
+        return self.stream.covariance(source - 1)
 
     def _important_neurons(self, source: int) -> Tensor:
         out = self._part(source, self.names.output)
@@ -399,11 +482,19 @@ class _Narrowing:
         for head in heads:
             # Attention divides by the root of a head's size: the scores stay as they are.
             rescale = (size / query[head].shape[-1]) ** 0.25
-            q, k = _best_factors(query[head] * rescale, key[head] * rescale, size)
+            q, k = self._cut_scores(query[head] * rescale, key[head] * rescale, size)
             v, _ = _best_factors(value[head], weights[head], size)
             cut.append((q, k, v))
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
+
+    def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a head, in at most so many dimensions, for nearly the same scores."""
+        return _best_factors(query, key, size)
+
+    def _places(self, size: int, their_size: int) -> Tensor:
+        """Where in a head of this size the dimensions of a query or key of the teacher's are."""
+        return torch.arange(their_size)
 
 
 class _SameWidth(_Narrowing):
@@ -419,36 +510,42 @@ class _SameWidth(_Narrowing):
         return _embedded(self.student, self.rows)[1]
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Copy the kept heads and neurons; the norms are fitted."""
+        """Copy the kept heads, the kept neurons and the norms."""
         super()._prepare(layer, source, heads, neurons)
-        names, width = self.names, self.ours.hidden_size
-        our_size = width // self.ours.num_attention_heads
+        names, origin, width = self.names, self.sources[source], self.ours.hidden_size
+        size = width // self.ours.num_attention_heads
         their_size = width // self.theirs.num_attention_heads
-        places = torch.arange(width).view(-1, our_size)[:, :their_size].flatten()
+        starts = size * torch.arange(self.ours.num_attention_heads)[:, None]
+        places = (starts + torch.arange(their_size)).flatten()
+        score_places = (starts + self._places(size, their_size)).flatten()
         kept = torch.arange(width).view(-1, their_size)[heads].flatten()
-        same_scores = (our_size / their_size) ** 0.25  # attention divides by sqrt(head size)
+        same_scores = (size / their_size) ** 0.25  # attention divides by the root of a head's size
 
-        to: Any
-        of: Any
-        for name, to, of, factor in (
-            (names.query, places, kept, same_scores),
-            (names.key, places, kept, same_scores),
-            (names.value, places, kept, 1.0),
-            (names.intermediate, slice(None), neurons, 1.0),
-        ):
-            target: Any = layer.get_submodule(name)
-            origin = self._part(source, name)
-            target.weight[to] = origin.weight[of] * factor
-            target.bias[to] = origin.bias[of] * factor
+        for part in ("query", "key"):
+            for ours, theirs in zip(
+                self._score_maps(layer, part), self._score_maps(origin, part), strict=True
+            ):
+                _copy_outputs(ours, theirs, score_places, kept, same_scores)
+        values = (_Linear(*attention_part(self.family, of, "value")) for of in (layer, origin))
+        _copy_outputs(*values, places, kept)
+        inner, their_inner = (of.get_submodule(names.intermediate) for of in (layer, origin))
+        rows = self._outputs(neurons)
+        everything = torch.arange(len(rows))
+        _copy_outputs(inner, their_inner, everything, rows)
 
-        for name, to, of in (
+        target: Any
+        source_map: Any
+        for name, inputs, of in (
             (names.attention_output, places, kept),
             (names.output, slice(None), neurons),
         ):
-            target, origin = layer.get_submodule(name), self._part(source, name)
+            target, source_map = layer.get_submodule(name), origin.get_submodule(name)
             target.weight.zero_()
-            target.weight[:, to] = origin.weight[:, of]
-            target.bias.copy_(origin.bias)
+            target.weight[:, inputs] = source_map.weight[:, of]
+            if target.bias is not None:
+                target.bias.copy_(source_map.bias)
+        for name in (names.attention_norm, names.output_norm):
+            layer.get_submodule(name).load_state_dict(origin.get_submodule(name).state_dict())
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
         run = self._run(source)
@@ -457,33 +554,251 @@ class _SameWidth(_Narrowing):
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
         run = self._run(end)
         with autocast(run.attention.device.type):
-            activated = ACT2FN[self.theirs.hidden_act](run.intermediate)
+            activated = self._activate(run.intermediate, self.theirs.hidden_act)
             moved = self._part(end, self.names.output)(activated).float()
-        return self.stream.states[end].float(), run.attention + moved
+        before = run.attention + moved
+        return self._settled(self._part(end, self.names.output_norm), before), before
 
 
 class _OneSetOfHeads(_Narrowing):
-    """MPNet: all layers share a number for each distance and head, so they keep the same heads."""
+    """All layers keep the same heads: those that move the stream most in all of them together."""
 
     def _importance(self, sources: list[int]) -> Tensor:
         importance = super()._importance(sources)
         return importance.sum(0).expand_as(importance)
 
+
+class _Distances(_OneSetOfHeads):
+    """MPNet: all layers share a table with a number for each distance and head."""
+
     def _shared(self, heads: list[list[int]]) -> None:
-        ours, theirs = (
-            model.encoder.relative_attention_bias.weight for model in (self.student, self.teacher)
-        )
+        models: tuple[Any, Any] = (self.student, self.teacher)
+        ours, theirs = (model.encoder.relative_attention_bias.weight for model in models)
         ours.copy_(theirs[:, heads[0]])
 
 
-class _OneSetOfHeadsSameWidth(_SameWidth, _OneSetOfHeads):
-    pass
+class _DistancesSameWidth(_SameWidth, _Distances):
+    """The same for a student as wide as its teacher."""
+
+
+class _Positions(_Narrowing):
+    """DeBERTa: queries and keys meet those of a shared table of distances, made by the same maps.
+
+    The table is brought into the student's basis. Where the first layer has a convolution beside
+    it, that of a narrower student begins as 0: what it gives is bent, dimension by dimension, so it
+    has no counterpart in another basis.
+    """
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
+        if not ours.relative_attention:
+            return
+        table = theirs.get_rel_embedding() @ self.basis
+        ours.rel_embeddings.weight.copy_(table)
+        if "layer_norm" in ours.norm_rel_ebd:
+            _fit_norm(ours.LayerNorm, table, table)
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        after = super()._layer(number, source, end, heads, z)
+        conv = self._encoder(self.student).conv
+        return after if number or conv is None else self._convolution(conv, end, z, after)
+
+    def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
+        """Make the convolution; the stream behind it."""
+        for parameter in conv.conv.parameters():
+            parameter.zero_()
+        return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
+
+    def _score_maps(self, layer: Any, part: str) -> list[Any]:
+        """That of the tokens, and that of the distances, which may be the same."""
+        attention = layer.attention.self
+        own = getattr(attention, f"{part}_proj")
+        if not attention.relative_attention:
+            return [own]
+        beside = own if attention.share_att_key else getattr(attention, f"pos_{part}_proj", None)
+        return [own] if beside is None else [own, beside]
+
+    def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
+        own, *beside = self._score_maps(layer, part)
+        positions = [linear(self._positions(self.teacher, len(read))) for linear in beside]
+        return torch.cat([own(read), *positions])
+
+    def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        own, *beside = self._score_maps(layer, part)
+        num_heads, num_tokens = self.ours.num_attention_heads, len(inputs)
+        if not beside:
+            return self._fit(own, inputs, targets, num_heads)
+        positions = self._positions(self.student, num_tokens)
+        if own in beside:
+            return self._fit(own, torch.cat([inputs, positions]), targets, num_heads)[:num_tokens]
+        self._fit(beside[0], positions, targets[num_tokens:], num_heads)
+        return self._fit(own, inputs, targets[:num_tokens], num_heads)
+
+    def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
+        """The vectors of the distances, repeated so that they count about as much as the tokens."""
+        table: Tensor = self._encoder(model).get_rel_embedding()
+        return table.repeat(max(1, num_tokens // len(table)), 1)
+
+    def _encoder(self, model: Any) -> Any:
+        return model.encoder
+
+
+class _PositionsSameWidth(_SameWidth, _Positions):
+    """The same for a student as wide as its teacher."""
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
+        for name in ("rel_embeddings", "LayerNorm"):
+            if hasattr(ours, name):
+                getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+
+    def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
+        if end > 0:  # what the next layers do is not what it does
+            return super()._convolution(conv, end, before, after)
+        conv.load_state_dict(self._encoder(self.teacher).conv.state_dict())
+        rows = zip(self.masks, before.split(self.sizes), after.split(self.sizes), strict=True)
+        return torch.cat(
+            [conv(_padded(x, mask), _padded(y, mask), mask.long())[mask] for mask, x, y in rows]
+        )
+
+
+class _NormFirst(_Narrowing):
+    """ModernBERT: norms before the parts, gates, and heads that are rotated by position.
+
+    The stream is nowhere normed, so that what a part adds is fitted to what the teacher's adds, in
+    the student's basis. The scales of norms go into the maps behind them. Dimensions i and i + D/2
+    of a head are a complex number, which is turned by ``theta ** (-2 i / D)`` from token to token;
+    in a smaller head those that are turned alike are cut to one.
+    """
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        z = super()._layer(number, source, end, heads, z)
+        if number == len(self.layers) - 1:
+            models: tuple[Any, Any] = (self.student, self.teacher)
+            ours, theirs = (model.final_norm for model in models)
+            _fit_norm(ours, z, theirs(self.stream.states[end].float()) @ self.basis)
+        return z
+
+    def _input_covariance(self, source: int) -> Tensor:
+        norm = self._part(source, self.names.attention_norm)
+        return torch.cov(self._read(norm, self.stream.states[source - 1].float()).T)
+
+    def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
+        wanted = self._run(source).attention @ self.basis
+        return wanted, wanted
+
+    def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
+        wanted = self.stream.states[end].float() @ self.basis
+        return wanted, wanted
+
+    def _read(self, norm: Any, z: Tensor) -> Tensor:
+        return norm(z)
+
+    def _settled(self, norm: Any, before: Tensor) -> Tensor:
+        return before
+
+    def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
+        return z
+
+    def _outputs(self, neurons: Tensor) -> Tensor:
+        return torch.cat([neurons, neurons + self.theirs.intermediate_size])
+
+    def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
+        neurons, gates = inner.chunk(2, -1)
+        return ACT2FN[hidden_act](neurons) * gates
+
+    def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        q, k = (torch.complex(*x.chunk(2, -1)) for x in (query, key))
+        places = self._places(size, query.shape[-1])[: q.shape[-1]]
+        cut = q.new_zeros(2, len(q), size // 2)
+        for place in places.unique():
+            alike = places == place
+            left, right = _best_factors(q[:, alike], k[:, alike].conj(), 1)
+            cut[:, :, place] = torch.stack([left[:, 0], right[:, 0].conj()])
+        less_query, less_key = torch.cat([cut.real, cut.imag], -1)
+        return less_query, less_key
+
+    def _places(self, size: int, their_size: int) -> Tensor:
+        """In a head of another size, the dimensions that are turned most alike."""
+        nearest = (torch.arange(their_size // 2) * size / their_size).round().long()
+        first = nearest.clamp_max(size // 2 - 1)
+        return torch.cat([first, first + size // 2])
+
+
+class _NormFirstSameWidth(_SameWidth, _NormFirst):
+    """The same for a student as wide as its teacher."""
+
+
+class _OneLayer(_OneSetOfHeads):
+    """ALBERT: its one layer is all of its layers, so it is fitted to the work of all depths at once.
+
+    Each depth has its share of the rows. What comes into the layer is first the teacher's stream in
+    the student's basis, and then what the student itself gives at each depth.
+    """
+
+    def _layers(
+        self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
+    ) -> None:
+        depth, states, scales = len(sources), self.stream.states, self.stream.scales
+        rows = torch.cat(
+            [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
+        )
+
+        def stacked(of_depths: Sequence[Tensor]) -> Tensor:
+            shares = [of[rows % depth == i] for i, of in enumerate(of_depths)]
+            return torch.cat(shares)
+
+        inputs = stacked([states[source - 1] for source in sources])
+        self.stream = TeacherStream(
+            {
+                -1: inputs,
+                0: stacked([states[end - 1] for end in ends]),
+                1: stacked([states[end] for end in ends]),
+            },
+            [stacked([scales[end] for end in ends])] * 2,
+        )
+        whole, self.masks = (
+            self.masks,
+            [mask[i::depth] for i in range(depth) for mask in self.masks],
+        )
+        self.sizes = [int(mask.sum()) for mask in self.masks]
+        z = inputs.float() @ self.basis
+        for _ in range(ROUNDS):
+            self._layer(0, 0, 1, heads[0], z)
+            given = [encode(self.student, batch).hidden_states for batch in self.rows]
+            z = stacked(
+                [
+                    torch.cat([states[i][mask] for states, mask in zip(given, whole, strict=True)])
+                    for i in range(depth)
+                ]
+            )
+
+
+class _OneLayerSameWidth(_SameWidth, _OneLayer):
+    """The same for a student as wide as its teacher."""
 
 
 # model_type -> for a student that is narrower than its teacher, and for one as wide
 _STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
-    "mpnet": (_OneSetOfHeads, _OneSetOfHeadsSameWidth),
+    "mpnet": (_Distances, _DistancesSameWidth),
+    "albert": (_OneLayer, _OneLayerSameWidth),
+    "deberta-v2": (_Positions, _PositionsSameWidth),
+    "modernbert": (_NormFirst, _NormFirstSameWidth),
 }
+
+
+class _Linear(NamedTuple):
+    """A linear map, or a part of one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
+    """Copy outputs of a linear map."""
+    ours.weight[to] = theirs.weight[of] * factor
+    if ours.bias is not None:
+        ours.bias[to] = theirs.bias[of] * factor
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:
@@ -496,6 +811,10 @@ def _padded(flat: Tensor, mask: Tensor) -> Tensor:
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
     """Scale and shift of a layer norm by least squares; what it then gives."""
     normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
+    if norm.bias is None:
+        scale = (normed * target).mean(0) / normed.square().mean(0).clamp_min(1e-6)
+        norm.weight.copy_(scale)
+        return normed * scale
     mean, target_mean = normed.mean(0), target.mean(0)
     centred = normed - mean
     variance = centred.square().mean(0).clamp_min(1e-6)
@@ -518,14 +837,21 @@ def fit_linear(
     Of a head with more outputs than targets only the first ones are set. With ``adds`` the map
     stays, and the regression of what it lacks is added.
     """
-    outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
+    outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
-    weight, bias = linear.weight[outputs], linear.bias[outputs]
+    weight, bias = linear.weight[outputs], None
+    if linear.bias is not None:
+        bias = linear.bias[outputs]
     if adds:
         targets = targets.float() - F.linear(inputs.float(), weight, bias)
-    found = ridge_map(inputs, targets, strength).float()
+    if bias is None:
+        # Of rows and their negatives the means are 0, and so is the constant.
+        inputs_and, targets_and = (torch.cat([x, -x]) for x in (inputs, targets))
+        found = ridge_map(inputs_and, targets_and, strength).float()
+    else:
+        found = ridge_map(inputs, targets, strength).float()
+        linear.bias[outputs] = found[-1] + (bias if adds else 0)
     linear.weight[outputs] = found[:-1].T + (weight if adds else 0)
-    linear.bias[outputs] = found[-1] + (bias if adds else 0)
     return F.linear(inputs.float(), linear.weight, linear.bias)
 
 

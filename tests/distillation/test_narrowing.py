@@ -35,16 +35,19 @@ ROWS = [make_batch(24, seed, length=20) for seed in range(8)]
 HELD_OUT = make_batch(24, 99, length=20)
 
 
-def build(family: str, **sizes: int) -> PreTrainedModel:
+def build(family: str, **sizes: object) -> PreTrainedModel:
     """A random model with every bias and scale of its own."""
-    odd = {"roberta": dict(type_vocab_size=1), "distilbert": dict(layer_norm_eps=None)}.get(
-        family, {}
-    )
+    odd = {
+        "roberta": dict(type_vocab_size=1),
+        "distilbert": dict(layer_norm_eps=None),
+        "modernbert": dict(layer_norm_eps=None, norm_eps=1e-9),
+        "deberta-v2": dict(attention_head_size=sizes["hidden_size"] // 4),
+    }.get(family, {})
     torch.manual_seed(0)
     model = build_encoder(make_config(family, **dict(layer_norm_eps=1e-9) | odd | sizes)).eval()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.data.normal_(0, 0.2, generator=generator)
     return model.requires_grad_(False)
 
@@ -209,16 +212,35 @@ def test_rows_that_remember_give_each_teacher_its_own(low_rank, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "mpnet"])
+@pytest.mark.parametrize(
+    ("family", "odd"),
+    [
+        ("bert", {}),
+        ("roberta", {}),
+        ("electra", {}),
+        ("distilbert", {}),
+        ("albert", {}),
+        ("mpnet", {}),
+        ("deberta-v2", {}),
+        ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 0}),
+        ("deberta-v2", {"share_att_key": False, "pos_att_type": ["c2p"]}),
+        ("deberta-v2", {"relative_attention": False}),
+        ("modernbert", {}),
+        ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
+    ],
+)
 @pytest.mark.parametrize("num_layers", [4, 2])
-def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_layers, monkeypatch):
+def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(
+    family, odd, num_layers, monkeypatch
+):
     monkeypatch.setattr("kdnas.distillation.narrowing.autocast", lambda device: nullcontext())
-    idle = build(family, **SHAPE | {"hidden_size": 64})
+    idle = build(family, **SHAPE | {"hidden_size": 64} | odd)
     names, generator = family_of(idle.config).names, torch.Generator().manual_seed(3)
     for module in idle.modules():
         if isinstance(module, nn.LayerNorm):
             module.weight.uniform_(0.2, 2.0, generator=generator)
-            module.bias.normal_(0, 0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.5, generator=generator)
     living = copy.deepcopy(idle)
     dead = torch.randperm(64, generator=generator)[:32]
     for layer in family_of(idle.config).layers(idle):
