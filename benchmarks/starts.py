@@ -4,11 +4,11 @@
 
 Each start of kdnas.distillation.start makes two students, which are then validated on the held-out rows as after an
 epoch: one of half the teacher's width, and one that is as wide, with half of its layers; of the quickstart teacher, or
-one in a folder, 4 layers x 192 and 3 x 384. A family's name stands for a teacher of 6 layers x 192, trained here from
-random weights as a masked language model on the text. ``crossing`` is what survives of the attention between the two
-sentences of a pair: the correlation of the student's and the teacher's maps over all tokens n and m of different
-sentences, [CLS] and [SEP] left out, in all layers and heads that the start took over (1: the same, 0: nothing). Seconds
-are of the start alone, CPU time.
+one in a folder, 4 layers x 192 and 3 x 384. A family's name stands for a teacher of 6 layers x 128 with 2,000 word
+pieces, trained here from random weights as a masked language model on the text. ``crossing`` is what survives of the
+attention between the two sentences of a pair: the correlation of the student's and the teacher's maps over all tokens n
+and m of different sentences, [CLS] and [SEP] left out, in all layers and heads that the start took over (1: the same,
+0: nothing). Seconds are of the start alone, CPU time.
 """
 
 import time
@@ -27,9 +27,10 @@ from quality import SHAPES
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BatchEncoding
+from transformers import AutoConfig, AutoModelForMaskedLM, BatchEncoding, PreTrainedTokenizerFast
 
 from kdnas.data.corpus import Corpus, load_corpus
 from kdnas.data.datamodule import Batch, KDDataModule
@@ -52,19 +53,21 @@ FIGURES = {  # in the table: as it is logged
     "contextual_share": "val/contextual_share",
     "sentence_r2": "val/sentence_r2",
 }
+ROLES = ("pad", "cls", "sep")
+SPECIAL = ["[PAD]", "[unused]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # 1 is MPNet's padding
 # Of the teachers that are trained here, and of their students.
-MADE = StudentArch(6, 6, 192, 768, "gelu")
+MADE = StudentArch(6, 4, 128, 512, "gelu")
 MADE_SHAPES = {
-    "4x96": StudentArch(4, 3, 96, 384, "gelu"),
-    "3x192": StudentArch(3, 6, 192, 768, "gelu"),
+    "4x64": StudentArch(4, 2, 64, 256, "gelu"),
+    "3x128": StudentArch(3, 4, 128, 512, "gelu"),
 }
 # What a family's config needs beside its sizes, as its base model has it.
 CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": dict(type_vocab_size=1),
     "xlm-roberta": dict(type_vocab_size=1),
     "camembert": dict(type_vocab_size=1),
-    "albert": dict(embedding_size=64),
-    "electra": dict(embedding_size=64),
+    "albert": dict(embedding_size=32),
+    "electra": dict(embedding_size=32),
     "deberta-v2": dict(
         type_vocab_size=0,
         relative_attention=True,
@@ -74,26 +77,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         pos_att_type=["p2c", "c2p"],
         position_biased_input=False,
     ),
-    "modernbert": dict(local_attention=32, cls_token_id=101, sep_token_id=102)
-    | dict(bos_token_id=101, eos_token_id=102),
+    "modernbert": dict(local_attention=32),
 }
 
 
 def make_teacher(family: str, corpus: Corpus, num_steps: int, folder: Path) -> str:
     """Train a teacher of a family from random weights, as a masked language model; its folder."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(find_teacher(TEACHER).source)
-    values = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    tokenizer = make_tokenizer(corpus)
+    ids = {f"{role}_token_id": SPECIAL.index(f"[{role.upper()}]") for role in ROLES}
+    values = dict(vocab_size=len(tokenizer), bos_token_id=ids["cls_token_id"]) | ids
+    values["eos_token_id"] = ids["sep_token_id"]
     base = AutoConfig.for_model(family, **values | CONFIGS.get(family, {}))
     model = AutoModelForMaskedLM.from_config(student_config(base, MADE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps, pct_start=0.1)
     losses = []
     for inputs, labels in masked_batches(tokenizer, corpus, num_steps):
         with autocast("cpu"):
             logits = model(**inputs).logits[labels >= 0]
         loss = F.cross_entropy(logits.float(), labels[labels >= 0])
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,6 +107,23 @@ def make_teacher(family: str, corpus: Corpus, num_steps: int, folder: Path) -> s
     model.base_model.save_pretrained(folder / family)
     tokenizer.save_pretrained(folder / family)
     return str(folder / family)
+
+
+def make_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """Word pieces of the text."""
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=SPECIAL)
+    pieces.train_from_iterator(corpus.train[:5000], trainer)
+    pieces.post_processor = processors.BertProcessing(
+        *((f"[{x}]", SPECIAL.index(f"[{x}]")) for x in ("SEP", "CLS"))
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{role}_token": f"[{role.upper()}]" for role in (*ROLES, "unk", "mask")},
+    )
 
 
 def masked_batches(
@@ -191,13 +212,14 @@ def main(args: Sequence[str] | None = None) -> None:
         default=[TEACHER, *FAMILIES],
         help="quickstart, folders, or names of families",
     )
-    parser.add_argument("--steps", type=int, default=1000, help="of training a family's teacher")
+    parser.add_argument("--steps", type=int, default=500, help="of training a family's teacher")
     chosen = parser.parse_args(args)
     quieten()
     if chosen.quick:
         chosen.teachers, chosen.steps = [TEACHER, "mpnet"], 30
     config = read_config("fit")
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=OUTPUT) as name:
         folder = Path(name)
@@ -213,6 +235,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 recipe = replace(config.recipe, start=STARTS[start])
                 figures = measure(teacher, data, recipe, shapes[shape], folder)
                 rows.append({"teacher": asked, "student": shape, "start": start, **figures})
+                write_json(chosen.json, {"machine": machine(), "rows": rows})
     columns = ("seconds", *FIGURES, "crossing")
     table = Table("teacher", "student", "start", *columns, title="Before any training")
     for row in rows:
@@ -222,8 +245,6 @@ def main(args: Sequence[str] | None = None) -> None:
             *(f"{row[name]:.3f}" for name in columns[1:]),
         )
     Console(width=120).print(table)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

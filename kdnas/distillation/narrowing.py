@@ -20,10 +20,11 @@ from kdnas.distillation.losses import masked_softmax, ridge_map, within_half
 from kdnas.models.arch import kept_layers
 from kdnas.models.encoders import embed, embedding_mapping, embedding_norm, encode
 from kdnas.models.families import arch_of, attention_part, family_of
+from kdnas.models.layers import Even
 from kdnas.training.precision import autocast
 
-# How often one layer that is all layers is fitted, to what it itself gives at each depth.
-ROUNDS = 3
+# How often one layer that is all layers is fitted anew, to what it itself gives at each depth.
+ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
@@ -93,14 +94,15 @@ def narrow(
     the output maps are that of ``sigma B^T norm(x) - z``, where sigma is the scale that the
     teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
     teacher layers are left out, the second output map aims at the input of the next source layer,
-    so it does their work too as far as a linear map can.
+    so it does their work too as far as a linear map can. What differs in MPNet, DeBERTa, ModernBERT
+    and ALBERT stands at their steps (``_STEPS``).
 
     A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept
     heads and neurons are copied: least squares only add to each map what the copies lack. What did
     nothing can be left out without loss.
 
     Args:
-        student: post-norm, with layers of its own; changed in place.
+        student: changed in place.
         teacher: of the same family.
         rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a
             little better (LOG.md).
@@ -255,7 +257,7 @@ class _Narrowing:
         self._last_run: tuple[int, _LayerRun] | None = None
 
     def run(self) -> tuple[tuple[int, ...], ...]:
-        sources = kept_layers(len(self.layers), len(self.sources))
+        sources = self._kept()
         ends = [source - 1 for source in sources[1:]] + [len(self.sources) - 1]
         self.basis = self._basis([-1, *ends])
 
@@ -264,6 +266,10 @@ class _Narrowing:
         self._shared(heads)
         self._layers(sources, ends, heads, z)
         return tuple(map(tuple, heads))
+
+    def _kept(self) -> list[int]:
+        """The teacher layers that the student's are made from."""
+        return kept_layers(len(self.layers), len(self.sources))
 
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
@@ -394,8 +400,7 @@ class _Narrowing:
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
         """The same of the norm that ends the student's layer."""
         after = self.stream.states[end].float()
-        norm = self._part(end, self.names.output_norm)
-        return self._goal(norm, after, self.stream.scales[end])
+        return self._goal(_last_norms(self.teacher)[end], after, self.stream.scales[end])
 
     def _goal(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         target = after @ self.basis
@@ -733,45 +738,45 @@ class _OneLayer(_OneSetOfHeads):
     """ALBERT: its one layer is all of its layers, so it is fitted to the work of all depths at once.
 
     Each depth has its share of the rows. What comes into the layer is first the teacher's stream in
-    the student's basis, and then what the student itself gives at each depth.
+    the student's basis, and then what the student itself gives at each depth. The depths are evenly
+    spread, for one layer cannot do much in one place and little in another (LOG.md).
     """
+
+    def _kept(self) -> list[int]:
+        ends = [end for (end,) in Even()(len(self.layers), len(self.sources))]
+        return [0, *(end + 1 for end in ends[:-1])]
 
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        depth, states, scales = len(sources), self.stream.states, self.stream.scales
-        rows = torch.cat(
-            [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
-        )
+        whole, masks, depth = self.stream, self.masks, len(sources)
+        depths = self._depths(depth)
 
-        def stacked(of_depths: Sequence[Tensor]) -> Tensor:
-            shares = [of[rows % depth == i] for i, of in enumerate(of_depths)]
-            return torch.cat(shares)
+        def stacked(of_layers: Mapping[int, Tensor], layers: list[int]) -> Tensor:
+            shares = zip(layers, depths, strict=True)
+            return torch.cat([of_layers[layer][share] for layer, share in shares])
 
-        inputs = stacked([states[source - 1] for source in sources])
-        self.stream = TeacherStream(
-            {
-                -1: inputs,
-                0: stacked([states[end - 1] for end in ends]),
-                1: stacked([states[end] for end in ends]),
-            },
-            [stacked([scales[end] for end in ends])] * 2,
-        )
-        whole, self.masks = (
-            self.masks,
-            [mask[i::depth] for i in range(depth) for mask in self.masks],
-        )
+        # As if the teacher had two layers: the sources of all depths, and the ends.
+        before_sources, before_ends = ([i - 1 for i in numbers] for numbers in (sources, ends))
+        states = [stacked(whole.states, layers) for layers in (before_sources, before_ends, ends)]
+        scales = stacked(dict(enumerate(whole.scales)), ends)
+        self.stream = TeacherStream(dict(enumerate(states, -1)), [scales, scales])
+        self.masks = [mask[i::depth] for i in range(depth) for mask in masks]
         self.sizes = [int(mask.sum()) for mask in self.masks]
-        z = inputs.float() @ self.basis
+
+        self._layer(0, 0, 1, heads[0], states[0].float() @ self.basis)
         for _ in range(ROUNDS):
-            self._layer(0, 0, 1, heads[0], z)
             given = [encode(self.student, batch).hidden_states for batch in self.rows]
-            z = stacked(
-                [
-                    torch.cat([states[i][mask] for states, mask in zip(given, whole, strict=True)])
-                    for i in range(depth)
-                ]
-            )
+            flat = {
+                i: torch.cat([of[i][mask] for of, mask in zip(given, masks, strict=True)])
+                for i in range(depth)
+            }
+            self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
+
+    def _depths(self, depth: int) -> list[Tensor]:
+        """For each depth which tokens it has, (N,): in turn, row by row."""
+        places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
+        return [torch.cat(places) % depth == i for i in range(depth)]
 
 
 class _OneLayerSameWidth(_SameWidth, _OneLayer):
@@ -839,15 +844,14 @@ def fit_linear(
     """
     outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
-    weight, bias = linear.weight[outputs], None
-    if linear.bias is not None:
-        bias = linear.bias[outputs]
+    weight = linear.weight[outputs]
+    bias = None if linear.bias is None else linear.bias[outputs]
     if adds:
         targets = targets.float() - F.linear(inputs.float(), weight, bias)
     if bias is None:
         # Of rows and their negatives the means are 0, and so is the constant.
-        inputs_and, targets_and = (torch.cat([x, -x]) for x in (inputs, targets))
-        found = ridge_map(inputs_and, targets_and, strength).float()
+        both_ways = (torch.cat([rows, -rows]) for rows in (inputs, targets))
+        found = ridge_map(*both_ways, strength).float()
     else:
         found = ridge_map(inputs, targets, strength).float()
         linear.bias[outputs] = found[-1] + (bias if adds else 0)
