@@ -531,8 +531,10 @@ class _SameWidth(_Narrowing):
                 self._score_maps(layer, part), self._score_maps(origin, part), strict=True
             ):
                 _copy_outputs(ours, theirs, score_places, kept, same_scores)
-        values = (_Linear(*attention_part(self.family, of, "value")) for of in (layer, origin))
-        _copy_outputs(*values, places, kept)
+        value, their_value = (
+            _Linear(*attention_part(self.family, of, "value")) for of in (layer, origin)
+        )
+        _copy_outputs(value, their_value, places, kept)
         inner, their_inner = (of.get_submodule(names.intermediate) for of in (layer, origin))
         rows = self._outputs(neurons)
         everything = torch.arange(len(rows))
@@ -766,7 +768,7 @@ class _OneLayer(_OneSetOfHeads):
 
         self._layer(0, 0, 1, heads[0], states[0].float() @ self.basis)
         for _ in range(ROUNDS):
-            given = [encode(self.student, batch).hidden_states for batch in self.rows]
+            given: list[Any] = [encode(self.student, batch).hidden_states for batch in self.rows]
             flat = {
                 i: torch.cat([of[i][mask] for of, mask in zip(given, masks, strict=True)])
                 for i in range(depth)
@@ -850,8 +852,8 @@ def fit_linear(
         targets = targets.float() - F.linear(inputs.float(), weight, bias)
     if bias is None:
         # Of rows and their negatives the means are 0, and so is the constant.
-        both_ways = (torch.cat([rows, -rows]) for rows in (inputs, targets))
-        found = ridge_map(*both_ways, strength).float()
+        both_inputs, both_targets = (torch.cat([rows, -rows]) for rows in (inputs, targets))
+        found = ridge_map(both_inputs, both_targets, strength).float()
     else:
         found = ridge_map(inputs, targets, strength).float()
         linear.bias[outputs] = found[-1] + (bias if adds else 0)
