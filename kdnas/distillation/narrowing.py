@@ -4,7 +4,7 @@ Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and 
 teacher and student.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,11 +16,15 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from kdnas.data.datamodule import Batch
-from kdnas.distillation.losses import ridge_map, within_half
+from kdnas.distillation.losses import masked_softmax, ridge_map, within_half
 from kdnas.models.arch import kept_layers
 from kdnas.models.encoders import embed, embedding_mapping, embedding_norm, encode
-from kdnas.models.families import arch_of, family_of
+from kdnas.models.families import arch_of, attention_part, family_of
+from kdnas.models.layers import Even
 from kdnas.training.precision import autocast
+
+# How often one layer that is all layers is fitted anew, to what it itself gives at each depth.
+ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
@@ -90,14 +94,15 @@ def narrow(
     the output maps are that of ``sigma B^T norm(x) - z``, where sigma is the scale that the
     teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
     teacher layers are left out, the second output map aims at the input of the next source layer,
-    so it does their work too as far as a linear map can.
+    so it does their work too as far as a linear map can. What differs in MPNet, DeBERTa, ModernBERT
+    and ALBERT stands at their steps (``_STEPS``).
 
     A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept
     heads and neurons are copied: least squares only add to each map what the copies lack. What did
     nothing can be left out without loss.
 
     Args:
-        student: post-norm, with layers of its own; changed in place.
+        student: changed in place.
         teacher: of the same family.
         rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a
             little better (LOG.md).
@@ -109,8 +114,8 @@ def narrow(
         ``LOG.md``.
     """
     is_as_wide = student.config.hidden_size == teacher.config.hidden_size
-    steps = _SameWidth if is_as_wide else _Narrowing
-    return steps(student, teacher, rows).run()
+    narrower, as_wide = _STEPS.get(teacher.config.model_type, (_Narrowing, _SameWidth))
+    return (as_wide if is_as_wide else narrower)(student, teacher, rows).run()
 
 
 @dataclass(frozen=True)
@@ -121,16 +126,27 @@ class TeacherStream:
         states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
         scales: how large the stream is before each layer's last norm, which divides by that, (N,
             1).
+        is_raw: the states are those before a norm.
     """
 
     states: dict[int, Tensor]
     scales: list[Tensor]
+    is_raw: bool = False
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64."""
+        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64.
+
+        Of states before a norm: their products as the norm gives them. The mean counts there, for
+        the maps behind have no shift that could bring it back.
+        """
         if layer not in self._covariances:
-            covariance = torch.cov(self.states[layer].float().T).double()
+            states = self.states[layer].float()
+            if self.is_raw:
+                normed = F.layer_norm(states, states.shape[-1:])
+                covariance = (normed.T @ normed).double()
+            else:
+                covariance = torch.cov(states.T).double()
             self._covariances[layer] = covariance / covariance.trace()
         return self._covariances[layer]
 
@@ -138,29 +154,44 @@ class TeacherStream:
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
         """By one pass over the rows."""
         _, embedded = _embedded(teacher, rows)
-        layers = family_of(teacher.config).layers(teacher)
-        states: list[list[Tensor]] = [[] for _ in layers]
-        scales: list[list[Tensor]] = [[] for _ in layers]
+        norms = _last_norms(teacher)
+        num_layers, is_raw = teacher.config.num_hidden_layers, family_of(teacher.config).norm_first
+        states: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        scales: list[list[Tensor]] = [[] for _ in norms]
         inputs: list[Tensor] = []
         with ExitStack() as hooks:
-            for layer in layers:
-                norm = layer.get_submodule(family_of(teacher.config).names.output_norm)
+            for norm in dict.fromkeys(norms):
                 hooks.enter_context(
                     norm.register_forward_hook(lambda _, args, out: inputs.append(args[0]))
                 )
             for batch in rows:
                 mask = batch["attention_mask"].bool()
                 with autocast(teacher.device.type):
-                    outputs = encode(teacher, batch).hidden_states[1:]  # type: ignore[index]
+                    outputs = list(encode(teacher, batch).hidden_states[1:])  # type: ignore[index]
+                if is_raw:
+                    outputs[-1] = inputs[-1]  # transformers gives it as it is behind the last norm
                 for i, output in enumerate(outputs):
                     # In half precision: all layers of a wide teacher are gigabytes otherwise.
                     states[i].append(within_half(output[mask]).half())
-                    scales[i].append(inputs[i][mask].float().std(-1, correction=0, keepdim=True))
+                for scale, before in zip(scales, inputs, strict=True):
+                    scale.append(before[mask].float().std(-1, correction=0, keepdim=True))
                 inputs.clear()
         return cls(
             {-1: embedded} | dict(enumerate(map(torch.cat, states))),
             [torch.cat(parts) for parts in scales],
+            is_raw,
         )
+
+
+def _last_norms(teacher: Any) -> list[nn.Module]:
+    """The norms whose outputs are the stream after each layer; where norms are first, the last."""
+    family = family_of(teacher.config)
+    if family.norm_first:
+        return [teacher.final_norm]
+    norms = [layer.get_submodule(family.names.output_norm) for layer in family.layers(teacher)]
+    if getattr(teacher, "encoder", None) is not None and getattr(teacher.encoder, "conv", None):
+        norms[0] = teacher.encoder.conv.LayerNorm
+    return norms
 
 
 class CalibrationRows(list[Batch]):
@@ -214,26 +245,38 @@ class _Narrowing:
         self.student, self.teacher, self.rows = student, teacher, rows
         self.ours, self.theirs = arch_of(student.config), arch_of(teacher.config)
         self.masks = [batch["attention_mask"].bool() for batch in rows]
+        self.sizes = [int(mask.sum()) for mask in self.masks]
 
-        family = family_of(teacher.config)
-        self.names = family.names
-        self.layers, self.sources = family.layers(student), family.layers(teacher)
+        self.family = family_of(teacher.config)
+        self.names = self.family.names
+        self.layers = self.family.layers(student)
+        self.sources = self.family.layers(teacher)
 
         shared = rows if isinstance(rows, CalibrationRows) else CalibrationRows(rows)
         self.stream = shared.stream(teacher)
         self._last_run: tuple[int, _LayerRun] | None = None
 
     def run(self) -> tuple[tuple[int, ...], ...]:
-        sources = kept_layers(len(self.layers), len(self.sources))
+        sources = self._kept()
         ends = [source - 1 for source in sources[1:]] + [len(self.sources) - 1]
         self.basis = self._basis([-1, *ends])
 
         z = self._embeddings()
-        kept = []
-        for layer, source, end in zip(self.layers, sources, ends, strict=True):
-            z, heads = self._layer(layer, source, end, z)
-            kept.append(tuple(heads))
-        return tuple(kept)
+        heads = self._heads(sources)
+        self._shared(heads)
+        self._layers(sources, ends, heads, z)
+        return tuple(map(tuple, heads))
+
+    def _kept(self) -> list[int]:
+        """The teacher layers that the student's are made from."""
+        return kept_layers(len(self.layers), len(self.sources))
+
+    def _layers(
+        self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
+    ) -> None:
+        """Make the student's layers, in order."""
+        for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
+            z = self._layer(number, source, end, heads[number], z)
 
     def _basis(self, layers: list[int]) -> Tensor:
         """Principal components (H_t, H_s) of the stream after these layers, each counted alike."""
@@ -257,44 +300,96 @@ class _Narrowing:
         target = self.stream.states[-1] @ self.basis
         return _fit_norm(embedding_norm(self.student), before, target)
 
-    def _layer(
-        self, layer: nn.Module, source: int, end: int, z: Tensor
-    ) -> tuple[Tensor, list[int]]:
-        """Make one student layer; its stream after it, and the teacher's heads that it has."""
+    def _heads(self, sources: list[int]) -> list[list[int]]:
+        """Of each layer the teacher's heads that move the stream most, in ascending order."""
+        importance = self._importance(sources)
+        most = importance.topk(self.ours.num_attention_heads, dim=1).indices
+        return most.sort(dim=1).values.tolist()
+
+    def _importance(self, sources: list[int]) -> Tensor:
+        """How much the values of each head move the stream, (L_s, A_t)."""
+        return torch.stack([self._moved(source) for source in sources])
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        """Make what all layers share; by default nothing."""
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        """Make one student layer; the stream after it."""
+        layer = self.layers[number]
         names, part = self.names, layer.get_submodule
-        heads, neurons = self._important_heads(source), self._important_neurons(source)
+        neurons = self._important_neurons(source)
         self._prepare(layer, source, heads, neurons)
 
-        z = self._attention(layer, source, heads, z)
+        z = self._attention(number, source, heads, z)
 
-        inner = self._fit(part(names.intermediate), z, self._run(source).intermediate[:, neurons])
+        norm = part(names.output_norm)
+        kept = self._run(source).intermediate[:, self._outputs(neurons)]
+        inner = self._fit(part(names.intermediate), self._read(norm, z), kept)
         target, wanted = self._output_goal(end)
         self._last_run = None  # large, and not needed any more
-        activated = ACT2FN[self.ours.hidden_act](inner)
+        activated = self._activate(inner, self.ours.hidden_act)
         z = z + self._fit(part(names.output), activated, wanted - z)
-        return _fit_norm(part(names.output_norm), z, target), heads
+        return self._settle(norm, z, target)
 
-    def _attention(self, layer: nn.Module, source: int, heads: list[int], z: Tensor) -> Tensor:
+    def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
         """Make the attention of a student layer; the stream after its norm."""
-        names, part = self.names, layer.get_submodule
-        num_heads = self.ours.num_attention_heads
+        layer = self.layers[number]
+        norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
-        query = self._fit(part(names.query), z, queries, num_heads)
-        key = self._fit(part(names.key), z, keys, num_heads)
-        value = self._fit(part(names.value), z, values, num_heads)
+        inputs = self._read(norm, z)
+        query = self._fit_scores(layer, "query", inputs, queries)
+        key = self._fit_scores(layer, "key", inputs, keys)
+        value = self._fit_heads(layer, "value", inputs, values)
 
-        context = self._attend(query, key, value, num_heads)
+        context = self._attend(self.student, number, query, key, value)
         target, wanted = self._attention_goal(source)
-        z = z + self._fit(part(names.attention_output), context, wanted - z)
-        return _fit_norm(part(names.attention_norm), z, target)
+        output = layer.get_submodule(self.names.attention_output)
+        z = z + self._fit(output, context, wanted - z)
+        return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
         """Of a head larger than the teacher's, what is left over must not change the scores."""
-        for parameter in layer.get_submodule(self.names.key).parameters():
-            parameter.zero_()
+        for linear in self._score_maps(layer, "key"):
+            linear.weight.zero_()
+            if linear.bias is not None:
+                linear.bias.zero_()
 
     def _fit(self, linear: Any, inputs: Tensor, targets: Tensor, num_heads: int = 1) -> Tensor:
         return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
+
+    def _fit_heads(self, layer: nn.Module, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Make the queries', keys' or values' map of a layer; what it gives."""
+        linear = _Linear(*attention_part(self.family, layer, part))
+        return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
+
+    def _score_maps(self, layer: Any, part: str) -> list[Any]:
+        """The maps of a layer that make queries, or keys."""
+        return [_Linear(*attention_part(self.family, layer, part))]
+
+    def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The same for queries and keys."""
+        return self._fit_heads(layer, part, inputs, targets)
+
+    # What differs where a layer's norms are before its parts.
+
+    def _read(self, norm: Any, z: Tensor) -> Tensor:
+        """What a part reads of the stream: all."""
+        return z
+
+    def _settled(self, norm: Any, before: Tensor) -> Tensor:
+        """The teacher's stream behind a part: normed."""
+        return norm(before)
+
+    def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
+        """The student's stream behind a part: normed, by a norm made to give the target."""
+        return _fit_norm(norm, z, target)
+
+    def _outputs(self, neurons: Tensor) -> Tensor:
+        """The outputs of the intermediate map that belong to these neurons."""
+        return neurons
+
+    def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
+        return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
         """What the student's attention norm should give, and what should go into it."""
@@ -305,8 +400,7 @@ class _Narrowing:
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
         """The same of the norm that ends the student's layer."""
         after = self.stream.states[end].float()
-        norm = self._part(end, self.names.output_norm)
-        return self._goal(norm, after, self.stream.scales[end])
+        return self._goal(_last_norms(self.teacher)[end], after, self.stream.scales[end])
 
     def _goal(self, norm: Any, after: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         target = after @ self.basis
@@ -325,43 +419,56 @@ class _Narrowing:
         return self._last_run[1]
 
     def _teacher_layer(self, source: int) -> _LayerRun:
-        names, part = self.names, self.sources[source].get_submodule
+        names, layer = self.names, self.sources[source]
+        part = layer.get_submodule
         x = self.stream.states[source - 1].float()
         with autocast(x.device.type):
-            query, key, value = (
-                part(name)(x).float() for name in (names.query, names.key, names.value)
-            )
-            context = self._attend(query, key, value, self.theirs.num_attention_heads)
+            read = self._read(part(names.attention_norm), x)
+            query, key = (self._scored(layer, name, read).float() for name in ("query", "key"))
+            value = F.linear(read, *attention_part(self.family, layer, "value")).float()
+            context = self._attend(self.teacher, source, query, key, value)
             before_norm = x + part(names.attention_output)(context).float()
-            attention = part(names.attention_norm)(before_norm).float()
-            intermediate = part(names.intermediate)(attention)
-            activated = ACT2FN[self.theirs.hidden_act](intermediate)
+            attention = self._settled(part(names.attention_norm), before_norm).float()
+            intermediate = part(names.intermediate)(self._read(part(names.output_norm), attention))
+            activated = self._activate(intermediate, self.theirs.hidden_act)
         activity = activated.float().square().mean(0).sqrt()
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-        """Attention within each row, over real tokens; everything flat, (N, A * D)."""
-        sizes = [int(mask.sum()) for mask in self.masks]
+    def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
+        """All queries or keys that have a part in a teacher layer's scores; first the tokens'."""
+        return F.linear(read, *attention_part(self.family, layer, part))
+
+    def _attend(
+        self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """What a model's layer attends to, within each row, over real tokens; flat, (N, A * D)."""
+        num_heads = model.config.num_attention_heads
         contexts = []
-        rows = (x.split(sizes) for x in (query, key, value))
+        rows = (x[: len(value)].split(self.sizes) for x in (query, key, value))
         for mask, *flat in zip(self.masks, *rows, strict=True):
-            q, k, v = (_padded(x, mask).unflatten(-1, (num_heads, -1)) for x in flat)
-            context = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None]
+            q, k, v = (
+                _padded(x, mask).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in flat
             )
+            if self.family.scores is None:
+                context = F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+            else:
+                context = masked_softmax(self.family.scores(model, number, q, k), mask) @ v
             contexts.append(context.transpose(1, 2).flatten(2)[mask])
         return torch.cat(contexts).float()
 
-    def _important_heads(self, source: int) -> list[int]:
-        """The heads whose values move the stream most, in ascending order."""
+    def _moved(self, source: int) -> Tensor:
+        """The variance of what each head's values add to the stream, (A_t,)."""
         num_heads = self.theirs.num_attention_heads
-        values = self._run(source).value.chunk(num_heads, -1)
-        weights = self._part(source, self.names.attention_output).weight.chunk(num_heads, -1)
-        moved = [
-            (weight @ torch.cov(value.T) * weight).sum()  # the variance of value @ weight.T
-            for value, weight in zip(values, weights, strict=True)
-        ]
-        return sorted(torch.stack(moved).topk(self.ours.num_attention_heads).indices.tolist())
+        weight, _ = attention_part(self.family, self.sources[source], "value")
+        out = self._part(source, self.names.attention_output).weight
+        values_ADH = weight.unflatten(0, (num_heads, -1))
+        out_AHD = out.unflatten(1, (num_heads, -1)).transpose(0, 1)
+        inputs_HH = self._input_covariance(source).float()
+        covariance_ADD = values_ADH @ inputs_HH @ values_ADH.transpose(1, 2)
+        return (out_AHD @ covariance_ADD * out_AHD).sum((1, 2))
+
+    def _input_covariance(self, source: int) -> Tensor:
+        return self.stream.covariance(source - 1)
 
     def _important_neurons(self, source: int) -> Tensor:
         out = self._part(source, self.names.output)
@@ -380,11 +487,19 @@ class _Narrowing:
         for head in heads:
             # Attention divides by the root of a head's size: the scores stay as they are.
             rescale = (size / query[head].shape[-1]) ** 0.25
-            q, k = _best_factors(query[head] * rescale, key[head] * rescale, size)
+            q, k = self._cut_scores(query[head] * rescale, key[head] * rescale, size)
             v, _ = _best_factors(value[head], weights[head], size)
             cut.append((q, k, v))
         q, k, v = (torch.cat(parts, -1) for parts in zip(*cut, strict=True))
         return q, k, v
+
+    def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a head, in at most so many dimensions, for nearly the same scores."""
+        return _best_factors(query, key, size)
+
+    def _places(self, size: int, their_size: int) -> Tensor:
+        """Where in a head of this size the dimensions of a query or key of the teacher's are."""
+        return torch.arange(their_size)
 
 
 class _SameWidth(_Narrowing):
@@ -400,36 +515,44 @@ class _SameWidth(_Narrowing):
         return _embedded(self.student, self.rows)[1]
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Copy the kept heads and neurons; the norms are fitted."""
+        """Copy the kept heads, the kept neurons and the norms."""
         super()._prepare(layer, source, heads, neurons)
-        names, width = self.names, self.ours.hidden_size
-        our_size = width // self.ours.num_attention_heads
+        names, origin, width = self.names, self.sources[source], self.ours.hidden_size
+        size = width // self.ours.num_attention_heads
         their_size = width // self.theirs.num_attention_heads
-        places = torch.arange(width).view(-1, our_size)[:, :their_size].flatten()
+        starts = size * torch.arange(self.ours.num_attention_heads)[:, None]
+        places = (starts + torch.arange(their_size)).flatten()
+        score_places = (starts + self._places(size, their_size)).flatten()
         kept = torch.arange(width).view(-1, their_size)[heads].flatten()
-        same_scores = (our_size / their_size) ** 0.25  # attention divides by sqrt(head size)
+        same_scores = (size / their_size) ** 0.25  # attention divides by the root of a head's size
 
-        to: Any
-        of: Any
-        for name, to, of, factor in (
-            (names.query, places, kept, same_scores),
-            (names.key, places, kept, same_scores),
-            (names.value, places, kept, 1.0),
-            (names.intermediate, slice(None), neurons, 1.0),
-        ):
-            target: Any = layer.get_submodule(name)
-            origin = self._part(source, name)
-            target.weight[to] = origin.weight[of] * factor
-            target.bias[to] = origin.bias[of] * factor
+        for part in ("query", "key"):
+            for ours, theirs in zip(
+                self._score_maps(layer, part), self._score_maps(origin, part), strict=True
+            ):
+                _copy_outputs(ours, theirs, score_places, kept, same_scores)
+        value, their_value = (
+            _Linear(*attention_part(self.family, of, "value")) for of in (layer, origin)
+        )
+        _copy_outputs(value, their_value, places, kept)
+        inner, their_inner = (of.get_submodule(names.intermediate) for of in (layer, origin))
+        rows = self._outputs(neurons)
+        everything = torch.arange(len(rows))
+        _copy_outputs(inner, their_inner, everything, rows)
 
-        for name, to, of in (
+        target: Any
+        source_map: Any
+        for name, inputs, of in (
             (names.attention_output, places, kept),
             (names.output, slice(None), neurons),
         ):
-            target, origin = layer.get_submodule(name), self._part(source, name)
+            target, source_map = layer.get_submodule(name), origin.get_submodule(name)
             target.weight.zero_()
-            target.weight[:, to] = origin.weight[:, of]
-            target.bias.copy_(origin.bias)
+            target.weight[:, inputs] = source_map.weight[:, of]
+            if target.bias is not None:
+                target.bias.copy_(source_map.bias)
+        for name in (names.attention_norm, names.output_norm):
+            layer.get_submodule(name).load_state_dict(origin.get_submodule(name).state_dict())
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
         run = self._run(source)
@@ -438,9 +561,251 @@ class _SameWidth(_Narrowing):
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
         run = self._run(end)
         with autocast(run.attention.device.type):
-            activated = ACT2FN[self.theirs.hidden_act](run.intermediate)
+            activated = self._activate(run.intermediate, self.theirs.hidden_act)
             moved = self._part(end, self.names.output)(activated).float()
-        return self.stream.states[end].float(), run.attention + moved
+        before = run.attention + moved
+        return self._settled(self._part(end, self.names.output_norm), before), before
+
+
+class _OneSetOfHeads(_Narrowing):
+    """All layers keep the same heads: those that move the stream most in all of them together."""
+
+    def _importance(self, sources: list[int]) -> Tensor:
+        importance = super()._importance(sources)
+        return importance.sum(0).expand_as(importance)
+
+
+class _Distances(_OneSetOfHeads):
+    """MPNet: all layers share a table with a number for each distance and head."""
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        models: tuple[Any, Any] = (self.student, self.teacher)
+        ours, theirs = (model.encoder.relative_attention_bias.weight for model in models)
+        ours.copy_(theirs[:, heads[0]])
+
+
+class _DistancesSameWidth(_SameWidth, _Distances):
+    """The same for a student as wide as its teacher."""
+
+
+class _Positions(_Narrowing):
+    """DeBERTa: queries and keys meet those of a shared table of distances, made by the same maps.
+
+    The table is brought into the student's basis. Where the first layer has a convolution beside
+    it, that of a narrower student begins as 0: what it gives is bent, dimension by dimension, so it
+    has no counterpart in another basis.
+    """
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
+        if not ours.relative_attention:
+            return
+        table = theirs.get_rel_embedding() @ self.basis
+        ours.rel_embeddings.weight.copy_(table)
+        if "layer_norm" in ours.norm_rel_ebd:
+            _fit_norm(ours.LayerNorm, table, table)
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        after = super()._layer(number, source, end, heads, z)
+        conv = self._encoder(self.student).conv
+        return after if number or conv is None else self._convolution(conv, end, z, after)
+
+    def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
+        """Make the convolution; the stream behind it."""
+        for parameter in conv.conv.parameters():
+            parameter.zero_()
+        return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
+
+    def _score_maps(self, layer: Any, part: str) -> list[Any]:
+        """That of the tokens, and that of the distances, which may be the same."""
+        attention = layer.attention.self
+        own = getattr(attention, f"{part}_proj")
+        if not attention.relative_attention:
+            return [own]
+        beside = own if attention.share_att_key else getattr(attention, f"pos_{part}_proj", None)
+        return [own] if beside is None else [own, beside]
+
+    def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
+        own, *beside = self._score_maps(layer, part)
+        positions = [linear(self._positions(self.teacher, len(read))) for linear in beside]
+        return torch.cat([own(read), *positions])
+
+    def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
+        own, *beside = self._score_maps(layer, part)
+        num_heads, num_tokens = self.ours.num_attention_heads, len(inputs)
+        if not beside:
+            return self._fit(own, inputs, targets, num_heads)
+        positions = self._positions(self.student, num_tokens)
+        if own in beside:
+            return self._fit(own, torch.cat([inputs, positions]), targets, num_heads)[:num_tokens]
+        self._fit(beside[0], positions, targets[num_tokens:], num_heads)
+        return self._fit(own, inputs, targets[:num_tokens], num_heads)
+
+    def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
+        """The vectors of the distances, repeated so that they count about as much as the tokens."""
+        table: Tensor = self._encoder(model).get_rel_embedding()
+        return table.repeat(max(1, num_tokens // len(table)), 1)
+
+    def _encoder(self, model: Any) -> Any:
+        return model.encoder
+
+
+class _PositionsSameWidth(_SameWidth, _Positions):
+    """The same for a student as wide as its teacher."""
+
+    def _shared(self, heads: list[list[int]]) -> None:
+        ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
+        for name in ("rel_embeddings", "LayerNorm"):
+            if hasattr(ours, name):
+                getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+
+    def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
+        if end > 0:  # what the next layers do is not what it does
+            return super()._convolution(conv, end, before, after)
+        conv.load_state_dict(self._encoder(self.teacher).conv.state_dict())
+        rows = zip(self.masks, before.split(self.sizes), after.split(self.sizes), strict=True)
+        return torch.cat(
+            [conv(_padded(x, mask), _padded(y, mask), mask.long())[mask] for mask, x, y in rows]
+        )
+
+
+class _NormFirst(_Narrowing):
+    """ModernBERT: norms before the parts, gates, and heads that are rotated by position.
+
+    The stream is nowhere normed, so that what a part adds is fitted to what the teacher's adds, in
+    the student's basis. The scales of norms go into the maps behind them. Dimensions i and i + D/2
+    of a head are a complex number, which is turned by ``theta ** (-2 i / D)`` from token to token;
+    in a smaller head those that are turned alike are cut to one.
+    """
+
+    def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
+        z = super()._layer(number, source, end, heads, z)
+        if number == len(self.layers) - 1:
+            models: tuple[Any, Any] = (self.student, self.teacher)
+            ours, theirs = (model.final_norm for model in models)
+            _fit_norm(ours, z, theirs(self.stream.states[end].float()) @ self.basis)
+        return z
+
+    def _input_covariance(self, source: int) -> Tensor:
+        norm = self._part(source, self.names.attention_norm)
+        return torch.cov(self._read(norm, self.stream.states[source - 1].float()).T)
+
+    def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
+        wanted = self._run(source).attention @ self.basis
+        return wanted, wanted
+
+    def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
+        wanted = self.stream.states[end].float() @ self.basis
+        return wanted, wanted
+
+    def _read(self, norm: Any, z: Tensor) -> Tensor:
+        return norm(z)
+
+    def _settled(self, norm: Any, before: Tensor) -> Tensor:
+        return before
+
+    def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
+        return z
+
+    def _outputs(self, neurons: Tensor) -> Tensor:
+        return torch.cat([neurons, neurons + self.theirs.intermediate_size])
+
+    def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
+        neurons, gates = inner.chunk(2, -1)
+        return ACT2FN[hidden_act](neurons) * gates
+
+    def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        q, k = (torch.complex(*x.chunk(2, -1)) for x in (query, key))
+        places = self._places(size, query.shape[-1])[: q.shape[-1]]
+        cut = q.new_zeros(2, len(q), size // 2)
+        for place in places.unique():
+            alike = places == place
+            left, right = _best_factors(q[:, alike], k[:, alike].conj(), 1)
+            cut[:, :, place] = torch.stack([left[:, 0], right[:, 0].conj()])
+        less_query, less_key = torch.cat([cut.real, cut.imag], -1)
+        return less_query, less_key
+
+    def _places(self, size: int, their_size: int) -> Tensor:
+        """In a head of another size, the dimensions that are turned most alike."""
+        nearest = (torch.arange(their_size // 2) * size / their_size).round().long()
+        first = nearest.clamp_max(size // 2 - 1)
+        return torch.cat([first, first + size // 2])
+
+
+class _NormFirstSameWidth(_SameWidth, _NormFirst):
+    """The same for a student as wide as its teacher."""
+
+
+class _OneLayer(_OneSetOfHeads):
+    """ALBERT: its one layer is all of its layers, so it is fitted to the work of all depths at once.
+
+    Each depth has its share of the rows. What comes into the layer is first the teacher's stream in
+    the student's basis, and then what the student itself gives at each depth. The depths are evenly
+    spread, for one layer cannot do much in one place and little in another (LOG.md).
+    """
+
+    def _kept(self) -> list[int]:
+        ends = [end for (end,) in Even()(len(self.layers), len(self.sources))]
+        return [0, *(end + 1 for end in ends[:-1])]
+
+    def _layers(
+        self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
+    ) -> None:
+        whole, masks, depth = self.stream, self.masks, len(sources)
+        depths = self._depths(depth)
+
+        def stacked(of_layers: Mapping[int, Tensor], layers: list[int]) -> Tensor:
+            shares = zip(layers, depths, strict=True)
+            return torch.cat([of_layers[layer][share] for layer, share in shares])
+
+        # As if the teacher had two layers: the sources of all depths, and the ends.
+        before_sources, before_ends = ([i - 1 for i in numbers] for numbers in (sources, ends))
+        states = [stacked(whole.states, layers) for layers in (before_sources, before_ends, ends)]
+        scales = stacked(dict(enumerate(whole.scales)), ends)
+        self.stream = TeacherStream(dict(enumerate(states, -1)), [scales, scales])
+        self.masks = [mask[i::depth] for i in range(depth) for mask in masks]
+        self.sizes = [int(mask.sum()) for mask in self.masks]
+
+        self._layer(0, 0, 1, heads[0], states[0].float() @ self.basis)
+        for _ in range(ROUNDS):
+            given: list[Any] = [encode(self.student, batch).hidden_states for batch in self.rows]
+            flat = {
+                i: torch.cat([of[i][mask] for of, mask in zip(given, masks, strict=True)])
+                for i in range(depth)
+            }
+            self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
+
+    def _depths(self, depth: int) -> list[Tensor]:
+        """For each depth which tokens it has, (N,): in turn, row by row."""
+        places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
+        return [torch.cat(places) % depth == i for i in range(depth)]
+
+
+class _OneLayerSameWidth(_SameWidth, _OneLayer):
+    """The same for a student as wide as its teacher."""
+
+
+# model_type -> for a student that is narrower than its teacher, and for one as wide
+_STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
+    "mpnet": (_Distances, _DistancesSameWidth),
+    "albert": (_OneLayer, _OneLayerSameWidth),
+    "deberta-v2": (_Positions, _PositionsSameWidth),
+    "modernbert": (_NormFirst, _NormFirstSameWidth),
+}
+
+
+class _Linear(NamedTuple):
+    """A linear map, or a part of one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
+    """Copy outputs of a linear map."""
+    ours.weight[to] = theirs.weight[of] * factor
+    if ours.bias is not None:
+        ours.bias[to] = theirs.bias[of] * factor
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:
@@ -453,6 +818,10 @@ def _padded(flat: Tensor, mask: Tensor) -> Tensor:
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
     """Scale and shift of a layer norm by least squares; what it then gives."""
     normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
+    if norm.bias is None:
+        scale = (normed * target).mean(0) / normed.square().mean(0).clamp_min(1e-6)
+        norm.weight.copy_(scale)
+        return normed * scale
     mean, target_mean = normed.mean(0), target.mean(0)
     centred = normed - mean
     variance = centred.square().mean(0).clamp_min(1e-6)
@@ -475,14 +844,20 @@ def fit_linear(
     Of a head with more outputs than targets only the first ones are set. With ``adds`` the map
     stays, and the regression of what it lacks is added.
     """
-    outputs = torch.arange(linear.out_features, device=targets.device).view(num_heads, -1)
+    outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
-    weight, bias = linear.weight[outputs], linear.bias[outputs]
+    weight = linear.weight[outputs]
+    bias = None if linear.bias is None else linear.bias[outputs]
     if adds:
         targets = targets.float() - F.linear(inputs.float(), weight, bias)
-    found = ridge_map(inputs, targets, strength).float()
+    if bias is None:
+        # Of rows and their negatives the means are 0, and so is the constant.
+        both_inputs, both_targets = (torch.cat([rows, -rows]) for rows in (inputs, targets))
+        found = ridge_map(both_inputs, both_targets, strength).float()
+    else:
+        found = ridge_map(inputs, targets, strength).float()
+        linear.bias[outputs] = found[-1] + (bias if adds else 0)
     linear.weight[outputs] = found[:-1].T + (weight if adds else 0)
-    linear.bias[outputs] = found[-1] + (bias if adds else 0)
     return F.linear(inputs.float(), linear.weight, linear.bias)
 
 

@@ -1,13 +1,11 @@
 """The first weights of a student: its teacher's, projected, copied or narrowed."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdnas.data.datamodule import Batch
@@ -15,10 +13,7 @@ from kdnas.distillation.narrowing import copied_tables, narrow, start_embeddings
 from kdnas.models.arch import kept_layers
 from kdnas.models.encoders import embed
 from kdnas.models.families import arch_of, family_of
-from kdnas.models.layers import spread
 from kdnas.system.errors import UserError
-
-log = logging.getLogger(__name__)
 
 # All words of a large vocabulary together would take gigabytes in float64.
 WORDS_AT_ONCE = 8192
@@ -95,11 +90,6 @@ class FromTeacher(Start):
     stream and copies of those heads and neurons, and least squares add what they lack, and what the
     left-out layers did.
 
-    Where the family's layers cannot be narrowed (``narrows`` in ``FAMILIES``), a narrower student
-    gets only the embeddings, and the log says so. One of the teacher's width is copied, a worse
-    start: it has the neurons with the largest weights (norm of the weights in times norm of the
-    weights out), and fewer heads cut the maps anew.
-
     Raises:
         UserError: the student is larger than its teacher in one of its sizes.
     """
@@ -113,16 +103,8 @@ class FromTeacher(Start):
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
         self.check(student.config, teacher.config)
-        ours, theirs = arch_of(student.config), arch_of(teacher.config)
-        narrows, kind = family_of(student.config).narrows, student.config.model_type
-        if ours == theirs or (ours.hidden_size == theirs.hidden_size and not narrows):
-            rest = ("num_attention_heads", "intermediate_size")
-            if any(getattr(ours, size) != getattr(theirs, size) for size in rest):
-                log.info("The layers of a %s are copied and cut, a worse start.", kind)
+        if arch_of(student.config) == arch_of(teacher.config):
             return copy_layers(student, teacher)
-        if not narrows:
-            log.info("A narrower %s starts from its teacher's embeddings alone.", kind)
-            return FromEmbeddings()(student, teacher, rows)
         return Started(copied_tables(student), narrow(student, teacher, rows))
 
 
@@ -155,39 +137,19 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
 
 
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-    """Copy all but the layers, and of these the first ones and the last (``kept_layers``)."""
+    """Copy a teacher that differs in depth alone: of its layers the first and the last.
+
+    Which of them, says ``kept_layers``.
+    """
     family = family_of(teacher.config)
     layers, sources = family.layers(student), family.layers(teacher)
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    num_heads = (student.config.num_attention_heads, teacher.config.num_attention_heads)
-    heads = tuple(spread(*num_heads))
 
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for name, parameter in ours.items():
         if id(parameter) not in in_layers:
-            source = theirs[name]
-            # MPNet's table of distances has a column a head.
-            parameter.copy_(source if source.shape == parameter.shape else source[:, heads])
+            parameter.copy_(theirs[name])
     for layer, number in zip(layers, kept_layers(len(layers), len(sources)), strict=True):
-        _copy_layer(layer, sources[number], family.names.intermediate, family.names.output)
+        layer.load_state_dict(sources[number].state_dict())
+    heads = tuple(range(teacher.config.num_attention_heads))
     return Started(frozenset(ours), (heads,) * len(layers))
-
-
-def _copy_layer(layer: nn.Module, source: nn.Module, intermediate: str, output: str) -> None:
-    """Copy a layer; of a wider feed-forward part keep the most important neurons."""
-    wide_in: Any = source.get_submodule(intermediate)
-    wide_out: Any = source.get_submodule(output)
-    narrow_in: Any = layer.get_submodule(intermediate)
-    # Gated layers have two halves: the neurons, and their gates.
-    halves = len(wide_in.weight) // wide_out.weight.shape[1]
-    norm_in = wide_in.weight.unflatten(0, (halves, -1)).norm(dim=(0, 2))
-    importance = norm_in * wide_out.weight.norm(dim=0)
-    kept = importance.topk(len(narrow_in.weight) // halves).indices.sort().values
-    rows = torch.cat([kept + half * len(importance) for half in range(halves)])
-
-    state = dict(source.state_dict())
-    state[f"{intermediate}.weight"] = wide_in.weight[rows]
-    if wide_in.bias is not None:
-        state[f"{intermediate}.bias"] = wide_in.bias[rows]
-    state[f"{output}.weight"] = wide_out.weight[:, kept]
-    layer.load_state_dict(state)

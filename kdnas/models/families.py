@@ -55,8 +55,6 @@ class Family:
         own_mask: the model takes no mask but (B, T).
         norm_first: a layer's norms are before its parts, not behind them.
         even_heads: a head needs an even number of dimensions (rotary positions come in pairs).
-        narrows: a narrower student's layers can be made from the teacher's; else it begins with the
-            embeddings only.
     """
 
     title: str
@@ -71,7 +69,6 @@ class Family:
     own_mask: bool = False
     norm_first: bool = False
     even_heads: bool = False
-    narrows: bool = True
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
@@ -162,7 +159,6 @@ FAMILIES: Mapping[str, Family] = {
             output_norm="full_layer_layer_norm",
         ),
         mapping="encoder.embedding_hidden_mapping_in",
-        narrows=False,  # one shared layer cannot follow several of the teacher's at once
     ),
     "electra": Family(title="ELECTRA", follows=_own_width, build={}, mapping="embeddings_project"),
     "distilbert": Family(
@@ -198,7 +194,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
         max_length=lambda config: config.max_position_embeddings - 2,  # the padding id is 1
         scores=_mpnet_scores,
-        narrows=False,  # all layers share the heads' numbers for distances
     ),
     "deberta-v2": Family(
         title="DeBERTa-v2/v3",
@@ -211,7 +206,6 @@ FAMILIES: Mapping[str, Family] = {
         build={},
         scores=_deberta_scores,
         own_mask=True,
-        narrows=False,  # all layers share the table of relative positions
     ),
     "modernbert": Family(
         title="ModernBERT",
@@ -233,7 +227,6 @@ FAMILIES: Mapping[str, Family] = {
         own_mask=True,
         norm_first=True,
         even_heads=True,
-        narrows=False,  # `narrow` knows no norms before the parts, no gates and no rotated heads
     ),
 }
 

@@ -35,16 +35,19 @@ ROWS = [make_batch(24, seed, length=20) for seed in range(8)]
 HELD_OUT = make_batch(24, 99, length=20)
 
 
-def build(family: str, **sizes: int) -> PreTrainedModel:
+def build(family: str, **sizes: object) -> PreTrainedModel:
     """A random model with every bias and scale of its own."""
-    odd = {"roberta": dict(type_vocab_size=1), "distilbert": dict(layer_norm_eps=None)}.get(
-        family, {}
-    )
+    odd = {
+        "roberta": dict(type_vocab_size=1),
+        "distilbert": dict(layer_norm_eps=None),
+        "modernbert": dict(layer_norm_eps=None, norm_eps=1e-9),
+        "deberta-v2": dict(attention_head_size=sizes["hidden_size"] // 4),
+    }.get(family, {})
     torch.manual_seed(0)
     model = build_encoder(make_config(family, **dict(layer_norm_eps=1e-9) | odd | sizes)).eval()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.data.normal_(0, 0.2, generator=generator)
     return model.requires_grad_(False)
 
@@ -209,16 +212,35 @@ def test_rows_that_remember_give_each_teacher_its_own(low_rank, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize(
+    ("family", "odd"),
+    [
+        ("bert", {}),
+        ("roberta", {}),
+        ("electra", {}),
+        ("distilbert", {}),
+        ("albert", {}),
+        ("mpnet", {}),
+        ("deberta-v2", {}),
+        ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 0}),
+        ("deberta-v2", {"share_att_key": False, "pos_att_type": ["c2p"]}),
+        ("deberta-v2", {"relative_attention": False}),
+        ("modernbert", {}),
+        ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
+    ],
+)
 @pytest.mark.parametrize("num_layers", [4, 2])
-def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_layers, monkeypatch):
+def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(
+    family, odd, num_layers, monkeypatch
+):
     monkeypatch.setattr("kdnas.distillation.narrowing.autocast", lambda device: nullcontext())
-    idle = build(family, **SHAPE | {"hidden_size": 64})
+    idle = build(family, **SHAPE | {"hidden_size": 64} | odd)
     names, generator = family_of(idle.config).names, torch.Generator().manual_seed(3)
     for module in idle.modules():
         if isinstance(module, nn.LayerNorm):
             module.weight.uniform_(0.2, 2.0, generator=generator)
-            module.bias.normal_(0, 0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.5, generator=generator)
     living = copy.deepcopy(idle)
     dead = torch.randperm(64, generator=generator)[:32]
     for layer in family_of(idle.config).layers(idle):
@@ -229,12 +251,15 @@ def test_what_does_nothing_can_be_left_out_at_the_teacher_s_width(family, num_la
     )
     student = student_of(idle, **sizes)
     assert FromTeacher()(student, idle, ROWS).heads == ((0, 3),) * num_layers
-    assert head_divergence(student, idle, [0, 3]) < 1e-5
+    # One layer that is all layers cannot aim at others without a change where it is the first.
+    is_bent = family == "albert" and num_layers < 4
+    assert head_divergence(student, idle, [0, 3]) < (1e-2 if is_bent else 1e-5)
     ours, theirs = view_of(student, HELD_OUT), view_of(idle, HELD_OUT)
     for layer in range(-1, 4 if num_layers == 4 else 0):
         torch.testing.assert_close(ours.real(layer), theirs.real(layer), atol=0.03, rtol=0.01)
     if num_layers < 4:  # begun as layers 0 and 3, of which the first does the work of 1 and 2 too
-        for layer, end in ((0, 2), (1, 3)):
+        # One layer that is all layers does two at a time.
+        for layer, end in ((0, 1 if family == "albert" else 2), (1, 3)):
             error, unmoved = (
                 (v.real(layer) - theirs.real(end)).square().mean() for v in (ours, theirs)
             )
@@ -274,20 +299,26 @@ def test_heads_smaller_or_larger_than_the_teacher_s_keep_its_maps(low_rank, num_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "albert", "mpnet", "deberta-v2", "modernbert"]
+)
 @pytest.mark.parametrize("num_teacher_heads", [8, 2])
 @pytest.mark.parametrize("num_heads", [1, 2])
 def test_heads_of_a_real_teacher_of_any_size_are_kept(
-    teacher, num_teacher_heads, num_heads, tmp_path
+    family, num_teacher_heads, num_heads, tmp_path
 ):
-    family = teacher.config.model_type
-    other = find_teacher(
-        str(save_teacher(tmp_path / family, family, num_attention_heads=num_teacher_heads))
-    ).load()
+    sizes = dict(num_attention_heads=num_teacher_heads)
+    if family == "deberta-v2":
+        sizes |= dict(attention_head_size=64 // num_teacher_heads)
+    other = find_teacher(str(save_teacher(tmp_path / family, family, **sizes))).load()
     student = student_of(other, num_attention_heads=num_heads)
     heads = list(narrow(student, other, ROWS)[0])
     wrong = [(head + 1) % num_teacher_heads for head in heads]
     found = head_divergence(student, other, heads)
-    assert found < 0.4 * head_divergence(
+    # At random, a table of distances has no few directions, and dimensions that turn nearly alike
+    # have nothing in common.
+    most = 0.5 if family in ("deberta-v2", "modernbert") else 0.4
+    assert found < most * head_divergence(
         student_of(other, num_attention_heads=num_heads), other, heads
     )
     assert num_heads == num_teacher_heads or found < 0.5 * head_divergence(student, other, wrong)
@@ -305,6 +336,19 @@ def test_narrowing_beats_the_embeddings_alone_on_a_real_teacher(teacher, depth):
         for start in (FromTeacher(), FromEmbeddings(), RandomStart())
     }
     assert found["FromTeacher"] < 0.9 * min(found["FromEmbeddings"], found["RandomStart"])
+
+
+@pytest.mark.parametrize("family", ["albert", "mpnet", "deberta-v2", "modernbert"])
+def test_narrowing_beats_the_embeddings_alone_in_families_with_steps_of_their_own(family, tmp_path):
+    teacher = find_teacher(str(save_teacher(tmp_path / family, family))).load()
+    sizes = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=48, intermediate_size=128)
+    found = {
+        type(start).__name__: unexplained(
+            started(student_of(teacher, **sizes), start, teacher), teacher
+        )
+        for start in (FromTeacher(), FromEmbeddings(), RandomStart())
+    }
+    assert found["FromTeacher"] < 0.85 * min(found["FromEmbeddings"], found["RandomStart"])
 
 
 def test_the_start_is_that_of_narrow_and_deterministic_and_the_teacher_is_not_changed(teacher):

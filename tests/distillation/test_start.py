@@ -1,5 +1,3 @@
-import copy
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.distillation import start as student_init
+from kdnas.distillation.narrowing import copied_tables
 from kdnas.distillation.start import (
     FromEmbeddings,
     FromTeacher,
@@ -21,13 +20,12 @@ from kdnas.distillation.start import (
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import (
     build_student,
-    family_of,
     find_teacher,
     state_sha256,
     student_config,
 )
 from kdnas.system.errors import UserError
-from tests.conftest import VOCAB, make_batch, save_teacher
+from tests.conftest import VOCAB, make_batch
 
 SAME = StudentArch(
     num_hidden_layers=4, num_attention_heads=2, hidden_size=64, intermediate_size=128
@@ -117,54 +115,11 @@ def test_of_the_same_shape_all_parameters_are_copied(teacher):
 
 
 @pytest.mark.parametrize("sizes", [{"intermediate_size": 48}, {"num_attention_heads": 1}])
-def test_other_sizes_at_the_teacher_s_width_are_copied_only_where_the_family_is_not_narrowed(
-    teacher, sizes
-):
+def test_other_sizes_at_the_teacher_s_width_are_no_copies(teacher, sizes):
     _, start = started(teacher, FromTeacher(), num_hidden_layers=3, **sizes)
-    heads = ((0,),) * 3 if "num_attention_heads" in sizes else ((0, 1),) * 3
-    if teacher.config.model_type == "albert":
-        assert start.copied and start.heads == heads
-    else:
-        assert not start.copied and [len(layer) for layer in start.heads] == [
-            len(layer) for layer in heads
-        ]
-
-
-@pytest.fixture(scope="module")
-def albert(tmp_path_factory) -> PreTrainedModel:
-    return load(save_teacher(tmp_path_factory.mktemp("teacher") / "albert", "albert"))
-
-
-def test_a_narrower_feed_forward_part_keeps_the_most_important_neurons_in_their_order(albert):
-    student, _ = started(albert, FromTeacher(), intermediate_size=48, num_hidden_layers=2)
-    family = family_of(albert.config)
-    for layer, source in zip(family.layers(student), family.layers(albert), strict=False):
-        (wide_in, wide_out), (ours_in, ours_out) = (
-            [part.get_submodule(name) for name in (family.names.intermediate, family.names.output)]
-            for part in (source, layer)
-        )
-        norms = [np.linalg.norm(wide_in.weight, axis=1), np.linalg.norm(wide_out.weight, axis=0)]
-        kept = np.sort(np.argsort(norms[0] * norms[1])[-48:])
-        assert not np.array_equal(kept, np.sort(np.argsort(norms[0])[-48:]))
-        assert torch.equal(ours_in.weight, wide_in.weight[kept]) and torch.equal(
-            ours_in.bias, wide_in.bias[kept]
-        )
-        assert torch.equal(ours_out.weight, wide_out.weight[:, kept]) and torch.equal(
-            ours_out.bias, wide_out.bias
-        )
-
-
-def test_leaving_out_neurons_that_are_zero_changes_nothing(albert):
-    pruned = copy.deepcopy(albert)
-    family = family_of(pruned.config)
-    dead = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:80]
-    for layer in family.layers(pruned):
-        layer.get_submodule(family.names.intermediate).weight.data[dead] = 0
-        layer.get_submodule(family.names.output).weight.data[:, dead] = 0
-    student, _ = started(pruned, FromTeacher(), intermediate_size=48)
-    torch.testing.assert_close(states(student)[-1], states(pruned)[-1])
-    smaller, _ = started(pruned, FromTeacher(), intermediate_size=47)
-    assert (states(smaller)[-1] - states(pruned)[-1]).abs().max() > 1e-3
+    num_heads = sizes.get("num_attention_heads", 2)
+    assert not start.copied - copied_tables(teacher)
+    assert [len(layer) for layer in start.heads] == [num_heads] * 3
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])
@@ -301,20 +256,11 @@ def test_the_embeddings_alone_leave_the_layers_as_they_were(teacher):
     assert "embeddings.word_embeddings.weight" not in untouched
 
 
-def test_a_narrower_student_is_narrowed_and_albert_s_has_the_embeddings_and_the_log_says_so(
-    teacher, caplog
-):
-    caplog.set_level(logging.INFO, logger="kdnas")
+def test_a_narrower_student_is_narrowed(teacher):
     student, start = started(teacher, FromTeacher(), **NARROW.to_dict())
     embeddings, _ = started(teacher, FromEmbeddings(), **NARROW.to_dict())
-    same = state_sha256(student.state_dict()) == state_sha256(embeddings.state_dict())
-    is_albert = teacher.config.model_type == "albert"
-    assert same is is_albert
-    assert (
-        "A narrower albert starts from its teacher's embeddings alone." in caplog.text
-    ) is is_albert
-    assert start.heads == (None if is_albert else ((0, 1), (0, 1)))
-    assert bool(start.copied) is is_albert
+    assert state_sha256(student.state_dict()) != state_sha256(embeddings.state_dict())
+    assert start.heads == ((0, 1),) * 2 and start.copied == copied_tables(student)
 
 
 def test_positions_and_token_types_are_kept_by_a_narrower_student(bert):
