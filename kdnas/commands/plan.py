@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.commands.few_rows import Sizes, with_few_rows
 from kdnas.commands.inputs import Inputs, check_place, load_inputs, space_of, states_folder
-from kdnas.data.datamodule import KDDataModule, TokenRows
+from kdnas.data.datamodule import HELD_OUT_TOKENS, KDDataModule, TokenRows
 from kdnas.deploy.latency import ArchLatency, LatencyMeter, measured_by, threads
 from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
 from kdnas.distillation.teacher_states import (
@@ -232,6 +232,11 @@ class Measured:
     free_bytes: int
     gpu_bytes: int
 
+    def tokens_of(self, config: SearchConfig) -> tuple[float, float]:
+        """Tokens to learn from, and held-out ones that are scored."""
+        train, held_out = (config.data.fraction * tokens for tokens in self.tokens)
+        return train, min(held_out, HELD_OUT_TOKENS)
+
     def plan(self, config: SearchConfig) -> Plan:
         """What a config needs that differs in numbers of rows, epochs and candidates alone."""
         before, of_full_kd = _teacher_stages(self, config)
@@ -263,7 +268,9 @@ def measure(config: SearchConfig) -> Measured:
                 full = _distillation(sample, [best], states)[best]  # it has all threads
             finetuning = _finetunings(sample, config, best)
         train, held_out = sample.few_tokens
-        on_gpu = sample.found.device == "cuda"
+        num_parallel = sample.num_slots
+        if sample.found.device == "cuda":
+            num_parallel = min(num_parallel, torch.cuda.device_count())
         return Measured(
             sizes=sample.sizes,
             about=f"{len(sample.rows):,} of {sample.sizes.num_rows:,} rows and {len(rates)} students",
@@ -277,9 +284,7 @@ def measure(config: SearchConfig) -> Measured:
             full=full,
             finetuning=finetuning,
             num_slots=sample.num_slots,
-            num_parallel=min(sample.num_slots, torch.cuda.device_count())
-            if on_gpu
-            else sample.num_slots,
+            num_parallel=num_parallel,
             memory=sample.cost(0).memory,
             free_bytes=shutil.disk_usage(nearest_folder(states_folder(config))).free,
             gpu_bytes=torch.cuda.max_memory_allocated(),  # 0 where CUDA was not used
@@ -405,31 +410,33 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
     Where its states would be too large, it runs live.
     """
-    share, cost, data = config.data.fraction, measured.teacher, config.data
-    one_pass, num_bytes = share * cost.seconds, share * cost.num_bytes
-    train, held_out = measured.tokens
-    of_search = (data.mini_fraction * train + held_out) / (train + held_out)
-    most_bytes = 1e9 * config.states.max_gb
-    live_pass = one_pass / data.num_mask_variants  # of one variant, an epoch
-    computing = measured.missing * one_pass
+    cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
+    of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
+    token_bytes, computing, live = (
+        value / sum(measured.tokens)
+        for value in (
+            cost.num_bytes,
+            measured.missing * cost.seconds,
+            cost.seconds / config.data.num_mask_variants,  # of one variant, an epoch
+        )
+    )
+    most_tokens = 1e9 * config.states.max_gb / token_bytes
 
-    if of_search * num_bytes > most_bytes:
+    if of_search > most_tokens:
         # It runs in each epoch of each candidate, and once on a sample, to measure variances.
         num_passes = _num_trials(measured, config) * config.search.num_epochs
-        in_all = num_passes * of_search * live_pass
-        tokens = min(2 * STATS_TOKENS + share * held_out, share * (train + held_out))
-        in_all += live_pass * tokens / (share * (train + held_out))
-        before = Stage("teacher, live", in_all, 0, cost.memory)
+        tokens = num_passes * of_search + min(2 * STATS_TOKENS + held_out, of_full)
+        before = Stage("teacher, live", live * tokens, 0, cost.memory)
     else:
-        seconds = of_search * computing
-        before = Stage("teacher states", seconds, of_search * num_bytes, cost.memory)
+        num_bytes = of_search * token_bytes
+        before = Stage("teacher states", of_search * computing, num_bytes, cost.memory)
     if not isinstance(config, RunConfig) or not config.full_kd.num_epochs:
         return before, []
-    if num_bytes > most_bytes:
-        seconds = config.full_kd.num_epochs * live_pass
+    if of_full > most_tokens:
+        seconds = config.full_kd.num_epochs * of_full * live
         return before, [Stage("teacher, live in full KD", seconds, 0, cost.memory)]
-    others, name = 1 - of_search, "teacher states, other rows"
-    return before, [Stage(name, others * computing, others * num_bytes, cost.memory)]
+    others, name = of_full - of_search, "teacher states, other rows"
+    return before, [Stage(name, others * computing, others * token_bytes, cost.memory)]
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
@@ -445,7 +452,7 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 
     # The longer a student's forward pass, the longer its step: most lie between those measured.
     times = {arch: latency.student.median_ms for arch, latency in looks.within.items()}
-    train, held_out = (config.data.fraction * tokens for tokens in measured.tokens)
+    train, held_out = measured.tokens_of(config)
     num_epochs, mini = config.search.num_epochs, config.data.mini_fraction * train
     each = [rates.seconds(num_epochs, mini, held_out) for rates in measured.rates.values()]
     known = [times[arch] for arch in measured.rates]
@@ -468,7 +475,7 @@ def _later(measured: Measured, config: RunConfig) -> list[Stage]:
     student_bytes = 4 * looks.within[looks.chosen()[-1]].num_parameters
     stages = []
     if config.full_kd.num_epochs and measured.full:
-        tokens = (config.data.fraction * tokens for tokens in measured.tokens)
+        tokens = measured.tokens_of(config)
         seconds = measured.full.seconds(config.full_kd.num_epochs, *tokens)
         # Weights, and a checkpoint while it lasts.
         stages.append(Stage("full KD", seconds, 4 * student_bytes, measured.memory))
