@@ -27,7 +27,7 @@ LEVERS = {
     "data.mini_fraction": "a sixth of the rows ranks candidates in the same order",
     "pruner": "the better half of the candidates goes on after an epoch",
     "search.n_trials": "the ranking is noisy, so the last candidates matter least",
-    "finetune.num_epochs": "teacher and students alike, and all lose by it; nothing else is left",
+    "finetune.num_epochs": "the last resort, for teacher and students alike, who all lose by it",
 }
 # A core trains at 50 to 80 GFLOP/s with the small matrices of students (LOG.md).
 SLOWEST_CORE, SLOWEST_START = 20e9, 60.0
@@ -66,10 +66,10 @@ class Choice:
         )
 
     @classmethod
-    def kept(cls, config: SearchConfig) -> "Choice | None":
+    def kept(cls, config: RunConfig) -> "Choice | None":
         """The choice that the run was begun with."""
         file = Run(config.root, config.name).choice
-        if not isinstance(config, RunConfig) or not file.exists():
+        if not file.exists():
             return None
         found = dict(read_json(file))
         values = {name: (ours, theirs) for name, (ours, theirs) in found.pop("values").items()}
@@ -113,8 +113,7 @@ def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | No
     """The config that ends in time: as it was chosen when the run was begun, or as it is now."""
     run, choice = Run(config.root, config.name), Choice.kept(config)
     if choice is None:
-        is_begun = run.config.exists()
-        if is_begun or config.time_budget is None or rough_minutes(config) <= config.time_budget:
+        if not _is_open(config) or rough_minutes(config) <= (config.time_budget or 0):
             return config, None
         show(console, f"Time budget: {config.time_budget:g} minutes. Measuring some rows first.")
         choice, _ = choose(config)
@@ -124,6 +123,12 @@ def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | No
         values = ", ".join(f"{name} {chosen}" for name, (_, chosen) in choice.values.items())
         show(console, f"As chosen when it was begun, to end in time: {values}.")
     return choice.of_config(config), choice
+
+
+def _is_open(config: RunConfig) -> bool:
+    """Whether a run is to end in time, and is not begun. What other machines do is not measured."""
+    is_begun = Run(config.root, config.name).config.exists()
+    return not (is_begun or config.time_budget is None or config.executor)
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
@@ -138,12 +143,12 @@ def choose(config: RunConfig) -> tuple[Choice, Plan]:
 
 def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
     """What a search or a run will need; of a run with what is chosen for it."""
-    choice = Choice.kept(config)
-    is_begun = Run(config.root, config.name).config.exists()
-    if choice is None and isinstance(config, RunConfig) and config.time_budget and not is_begun:
-        return choose(config)
-    if choice is not None and isinstance(config, RunConfig):
-        config = choice.of_config(config)
+    choice = None
+    if isinstance(config, RunConfig):
+        choice = Choice.kept(config)
+        if choice is None and _is_open(config):
+            return choose(config)
+        config = choice.of_config(config) if choice else config
     return choice, measure(config).plan(config)
 
 
@@ -181,12 +186,11 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
         {"data.mini_fraction": 0.15},
         {"data.mini_fraction": 0.1},
         *_fewer_rows(enough, max(fewest, enough / 2)),
-        {"data.mini_fraction": 0.07},
+        {"search.n_trials": 16},
         *_fewer_rows(max(fewest, enough / 2), max(fewest, enough / 4)),
-        {"search.n_trials": 15},
+        {"search.n_trials": 12},
     ]
     last = [
-        {"search.n_trials": 12},
         *_fewer_rows(max(fewest, enough / 4), fewest),
         {"search.n_trials": 8},
         {"data.mini_fraction": 0.05},
