@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from kdnas.commands import in_time
 from kdnas.commands.config import FullKDSettings, RunConfig, SearchSettings
 from kdnas.commands.in_time import LEVERS, Choice, cut_to, rough_minutes, value_of
 from kdnas.models.arch import StudentArch
+from kdnas.nas.budget import Budget
 from kdnas.system.files import Run, read_json
 from kdnas.tasks.finetune import FinetuneSettings
 from tests.commands.test_plan import MEASURED
@@ -155,17 +157,16 @@ def test_a_run_that_obviously_fits_is_not_measured(
 
 
 def test_the_quickstart_obviously_fits_and_a_base_teacher_does_not(
-    tiny_teacher: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig(teacher=str(tiny_teacher), text=str(text_file))
-    short = replace(config.latency, length=16)
-    config = replace(config, data=replace(config.data, max_length=24), latency=short)
-    rows, few = [("x" * 100, None)] * 5_632, 5_632
+    config = RunConfig(teacher="any", text="any", root=str(tmp_path))
+    shape, num_rows = StudentArch(6, 12, 384, 1536), 5_632
+    found = Run(tmp_path, "any"), SimpleNamespace(config=None), None, None
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    monkeypatch.setattr(in_time, "some_rows", lambda *args: (rows, few))
-    monkeypatch.setattr(in_time, "arch_of", lambda config: StudentArch(6, 12, 384, 1536))
-    quick = SearchSettings(n_trials=6, budget=replace(config.search.budget, speedup=4.0))
+    monkeypatch.setattr(in_time, "validate", lambda config: found)
+    monkeypatch.setattr(in_time, "some_rows", lambda *args: ([("x" * 100, None)] * 9, num_rows))
+    monkeypatch.setattr(in_time, "arch_of", lambda config: shape)
+    quick = SearchSettings(n_trials=6, budget=Budget(speedup=4.0))
     assert rough_minutes(replace(config, search=quick)) < 60
-    few = 27_591
-    monkeypatch.setattr(in_time, "arch_of", lambda config: StudentArch(12, 12, 768, 3072))
+    shape, num_rows = StudentArch(12, 12, 768, 3072), 27_591
     assert rough_minutes(replace(config, search=replace(quick, n_trials=20))) > 240
