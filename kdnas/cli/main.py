@@ -215,10 +215,15 @@ def _console(is_answer: bool = False) -> Any:
 def _plan(config: Any) -> None:
     from rich.console import Console
 
-    from kdnas.commands.plan import plan
+    from kdnas.commands.in_time import plan_in_time
+    from kdnas.report.tables import show
 
     log.setLevel(max(log.level, logging.WARNING))  # where the few rows are that it measures on
-    Console().print(plan(config).table())
+    choice, plan = plan_in_time(config)
+    console = Console()
+    for line in choice.lines() if choice else ():
+        show(console, line)
+    console.print(plan.table())
 
 
 def _new(config: Any, is_begun: bool) -> Any:

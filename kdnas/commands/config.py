@@ -256,8 +256,13 @@ class RunConfig(SearchConfig):
             defaults.
         finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
         distill: what the teacher's help is.
+        time_budget: minutes of wall clock for the whole run, which is to end in time: where it
+            needs more, by a measurement of some minutes, epochs of full KD, rows and candidates are
+            lowered that are at their defaults, and epochs of fine-tuning at last. null: as it is
+            asked for.
     """
 
+    time_budget: float | None = 120.0
     task: str | None = None
     trial: int | None = None
     task_distill: bool = False

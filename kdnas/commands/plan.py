@@ -19,14 +19,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
+from kdnas.commands.few_rows import Sizes, with_few_rows
 from kdnas.commands.inputs import Inputs, check_place, load_inputs, space_of, states_folder
-from kdnas.commands.smoke import Sizes, with_few_rows
-from kdnas.data.datamodule import KDDataModule, TokenRows
+from kdnas.data.datamodule import HELD_OUT_TOKENS, KDDataModule, TokenRows
 from kdnas.deploy.latency import ArchLatency, LatencyMeter, measured_by, threads
 from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
 from kdnas.distillation.teacher_states import (
     STATS_TOKENS,
-    StatesSettings,
     TeacherStates,
     open_states,
     state_cache,
@@ -75,6 +74,16 @@ class Plan:
     measured_on: str
     gpu_bytes: int = 0  # the peak of these steps; 0 without a GPU
 
+    @property
+    def minutes(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages) / 60
+
+    @property
+    def minutes_after_search(self) -> float:
+        """Of full KD and what follows; reading, teacher and candidates come before."""
+        return sum(stage.seconds for stage in self.stages[3:]) / 60
+
     def table(self) -> Table:
         """For the terminal: a row a stage."""
         needed = sum(stage.disk_bytes for stage in self.stages)
@@ -82,7 +91,7 @@ class Plan:
         caption = f"[red]Only {free}.[/red]" if needed > self.free_bytes else f"{free}."
         if self.gpu_bytes:
             caption += f" Of the GPU a worker takes {self.gpu_bytes / 1e9:.1f} GB at least."
-        in_all = Stage("in all", sum(stage.seconds for stage in self.stages), needed)
+        in_all = Stage("in all", 60 * self.minutes, needed)
         rows = [
             {
                 "stage": stage.name,
@@ -138,7 +147,7 @@ class Sample:
 
     @property
     def scale(self) -> float:
-        """How many times as many rows the whole has."""
+        """How many times as many rows the whole text has."""
         return self.sizes.num_rows / len(self.rows)
 
     @property
@@ -147,22 +156,18 @@ class Sample:
         data, lengths = self.found.data, self.rows.lengths
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
-    @property
-    def tokens(self) -> tuple[float, float]:
-        """The same of the whole."""
-        train, held_out = self.few_tokens
-        return self.scale * train, self.scale * held_out
+    def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
+        """Of the whole text, where the few rows cost so much; with this process's memory by now."""
+        others = (self.scale - 1) * ROW_BYTES * len(self.rows)
+        return Cost(self.scale * seconds, self.scale * num_bytes, peak_memory() + others)
 
-    def stage(self, name: str, seconds: float, disk_bytes: float = 0, copies: int = 1) -> Stage:
-        """A stage of the whole, with this process's memory until now and that of the other rows."""
-        memory = peak_memory() + (self.scale - 1) * ROW_BYTES * len(self.rows)
-        return Stage(name, seconds, disk_bytes, copies * memory)
 
-    def candidate_seconds(self, rates: Rates) -> float:
-        """Of a candidate's mini-KD."""
-        train, held_out = self.tokens
-        mini = self.config.data.mini_fraction * train
-        return rates.seconds(self.config.search.num_epochs, mini, held_out)
+class Cost(NamedTuple):
+    """What something takes."""
+
+    seconds: float
+    num_bytes: float
+    memory: float
 
 
 class Looks(NamedTuple):
@@ -178,30 +183,115 @@ class Looks(NamedTuple):
         return list(dict.fromkeys([archs[0], archs[len(archs) // 2], archs[-1]]))
 
 
+class Finetuning(NamedTuple):
+    """How fast teacher and student are fine-tuned, by the row, and what is kept of both."""
+
+    teacher: Rates
+    student: Rates
+    num_bytes: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few rows have shown: from it follows what any number of rows and epochs needs.
+
+    Args:
+        sizes: of the whole text and task.
+        about: what was measured, in words.
+        tokens: of the whole text, to learn from and held out.
+        reading: of the whole text.
+        teacher: one pass over the whole text, whose states are stored.
+        missing: share of these states that is not there yet.
+        looks: at students.
+        num_archs: students of the space.
+        rates: of some of them as candidates, with a worker's threads.
+        full: of the slowest of them, with all threads; nothing of a search.
+        finetuning: nothing without a task.
+        num_slots: workers.
+        num_parallel: candidates that train at the same time.
+        memory: of distillation, in a process.
+        free_bytes: of the disk.
+        gpu_bytes: the peak of these steps; 0 without a GPU.
+    """
+
+    sizes: Sizes
+    about: str
+    tokens: tuple[float, float]
+    reading: Cost
+    teacher: Cost
+    missing: float
+    looks: Looks
+    num_archs: int
+    rates: Mapping[StudentArch, Rates]
+    full: Rates | None
+    finetuning: Finetuning | None
+    num_slots: int
+    num_parallel: int
+    memory: float
+    free_bytes: int
+    gpu_bytes: int
+
+    def tokens_of(self, config: SearchConfig) -> tuple[float, float]:
+        """Tokens to learn from, and held-out ones that are scored."""
+        train, held_out = (config.data.fraction * tokens for tokens in self.tokens)
+        return train, min(held_out, HELD_OUT_TOKENS)
+
+    def plan(self, config: SearchConfig) -> Plan:
+        """What a config needs that differs in numbers of rows, epochs and candidates alone."""
+        before, of_full_kd = _teacher_stages(self, config)
+        stages = [_reading_stage(self, config), before, _search(self, config)]
+        if isinstance(config, RunConfig):
+            stages += of_full_kd + _later(self, config)
+        return Plan(stages, self.free_bytes, self.about, self.gpu_bytes)
+
+
 def plan(config: SearchConfig) -> Plan:
     """Measure a few students on a few rows and scale it to the search or run; nothing is kept."""
+    return measure(config).plan(config)
+
+
+def measure(config: SearchConfig) -> Measured:
+    """Take a few rows through the stages; nothing is kept."""
     check_place(config)
     with temporary_folder() as name, torch.random.fork_rng():
         sample = Sample.take(config, Path(name))
         reading = _reading(sample)
-        states, before, after = _teacher(sample)
+        states, teacher, missing = _teacher(sample)
         looks = _looks(sample.found)
         with threads(max(1, torch.get_num_threads() // sample.num_slots)):
             rates = _distillation(sample, looks.chosen(), states)
-        stages = [reading, before, _search(sample, looks, rates)]
+        full, finetuning = None, None
+        best = looks.chosen()[-1]  # nearly as slow as the budget allows
         if isinstance(config, RunConfig):
-            best = looks.chosen()[-1]
-            full = _distillation(sample, [best], states)[best]  # it has all threads
-            stages += after + _later(sample, config, looks, best, full)
-        return Plan(
-            stages,
-            shutil.disk_usage(nearest_folder(states_folder(config))).free,
-            f"{len(sample.rows):,} of {sample.sizes.num_rows:,} rows and {len(rates)} students",
-            torch.cuda.max_memory_allocated(),  # 0 where CUDA was not used
+            if config.full_kd.num_epochs:
+                full = _distillation(sample, [best], states)[best]  # it has all threads
+            finetuning = _finetunings(sample, config, best)
+        train, held_out = sample.few_tokens
+        num_parallel = sample.num_slots
+        if sample.found.device == "cuda":
+            num_parallel = min(num_parallel, torch.cuda.device_count())
+        return Measured(
+            sizes=sample.sizes,
+            about=f"{len(sample.rows):,} of {sample.sizes.num_rows:,} rows and {len(rates)} students",
+            tokens=(sample.scale * train, sample.scale * held_out),
+            reading=reading,
+            teacher=teacher,
+            missing=missing,
+            looks=looks,
+            num_archs=len(sample.found.space),
+            rates=rates,
+            full=full,
+            finetuning=finetuning,
+            num_slots=sample.num_slots,
+            num_parallel=num_parallel,
+            memory=sample.cost(0).memory,
+            free_bytes=shutil.disk_usage(nearest_folder(states_folder(config))).free,
+            gpu_bytes=torch.cuda.max_memory_allocated(),  # 0 where CUDA was not used
         )
 
 
-def _reading(sample: Sample) -> Stage:
+def _reading(sample: Sample) -> Cost:
     """Reading, tokens and masks. Finding the teacher does not take longer with more rows."""
     data, folder = sample.found.data, str(sample.folder / "tokens")
     begin = time.perf_counter()
@@ -209,49 +299,21 @@ def _reading(sample: Sample) -> Stage:
     found = time.perf_counter()
     KDDataModule(data.teacher, data.text, data.settings, folder=folder).setup()
     seconds = max(0.0, (time.perf_counter() - found) - (found - begin))
-    num_bytes = sum(path.stat().st_size for path in sample.rows.folder.iterdir())
-    return sample.stage("reading the text", sample.scale * seconds, sample.scale * num_bytes)
+    return sample.cost(seconds, sum(path.stat().st_size for path in sample.rows.folder.iterdir()))
 
 
-def _teacher(sample: Sample) -> tuple[TeacherStates, Stage, list[Stage]]:
-    """The teacher's states of the few rows, and what those of the whole take.
-
-    Returns:
-        The states, from a teacher that runs live where the search's would; the stage before the
-        search; and what full KD needs of the teacher.
-    """
+def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
+    """The teacher's states of the few rows, a pass over the whole, and what share is missing."""
     config, found = sample.config, sample.found
-    train, held_out = sample.tokens
-    of_search = (config.data.mini_fraction * train + held_out) / (train + held_out)
     # The real cache, of which something may be there if the few rows are all.
     real = replace(config.states, folder=str(states_folder(config)))
     cache = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
     missing = cache.num_missing_bytes() / cache.num_bytes()
-    num_bytes = sample.scale * cache.num_bytes()
-    most_bytes = 1e9 * config.states.max_gb
-    is_live = of_search * num_bytes > most_bytes
-
-    max_gb = 0.0 if is_live else float("inf")
-    settings = StatesSettings(str(sample.folder / "states"), max_gb, config.states.precision)
+    settings = replace(real, folder=str(sample.folder / "states"), max_gb=float("inf"))
     begin = time.perf_counter()
     states = open_states(found.teacher, found.data, found.target_layers, settings, found.device)
-    one_pass = sample.scale * (time.perf_counter() - begin)
-    if is_live:
-        # The teacher runs on a sample and on all held-out rows, to measure variances.
-        tokens = min(2 * STATS_TOKENS + held_out, train + held_out)
-        seconds = one_pass * tokens / (train + held_out)
-        return states, sample.stage("teacher, live", seconds), []
-
-    computing = missing * one_pass
-    first = sample.stage("teacher states", of_search * computing, of_search * num_bytes)
-    if not isinstance(config, RunConfig) or not config.full_kd.num_epochs:
-        return states, first, []
-    if num_bytes > most_bytes:
-        seconds = config.full_kd.num_epochs * one_pass / config.data.num_mask_variants
-        return states, first, [sample.stage("teacher, live in full KD", seconds)]
-    others = 1 - of_search
-    name = "teacher states, other rows"
-    return states, first, [sample.stage(name, others * computing, others * num_bytes)]
+    cost = sample.cost(time.perf_counter() - begin, cache.num_bytes())
+    return states, cost, missing
 
 
 def _looks(found: Inputs) -> Looks:
@@ -271,55 +333,19 @@ def _looks(found: Inputs) -> Looks:
     return Looks(dict(by_latency), share, seconds)
 
 
-def _search(sample: Sample, looks: Looks, rates: Mapping[StudentArch, Rates]) -> Stage:
-    config, num_archs = sample.config, len(sample.found.space)
-    num_trials = min(config.search.n_trials, max(1, round(looks.share * num_archs)))
-    num_looks = min(num_archs, num_trials / max(looks.share, 1 / num_archs))
-
-    # The longer a student's forward pass, the longer its step: most lie between those measured.
-    times = {arch: latency.student.median_ms for arch, latency in looks.within.items()}
-    measured = [sample.candidate_seconds(one) for one in rates.values()]
-    known = [times[arch] for arch in rates]
-    candidate = float(np.interp(list(times.values()), known, measured).mean())
-
-    num_parallel = sample.num_slots
-    if sample.found.device == "cuda":
-        num_parallel = min(num_parallel, torch.cuda.device_count())
-    # While one measures latency, the others hold still.
-    seconds = num_trials * candidate / num_parallel + num_looks * looks.seconds
-    if config.time_budget is not None:
-        seconds = min(seconds, 60 * config.time_budget + candidate)
-    # The best three are kept: weights, and twice as much that the optimizer knows of them.
-    largest = max(4 * latency.num_parameters for latency in looks.within.values())
-    kept = min(3, num_trials) * 3 * largest
-    return sample.stage(f"{num_trials} candidates", seconds, kept, sample.num_slots)
-
-
-def _later(
-    sample: Sample, config: RunConfig, looks: Looks, best: StudentArch, rates: Rates
-) -> list[Stage]:
-    """What follows a search, whose best student is nearly as slow as the budget allows."""
-    student_bytes = 4 * looks.within[best].num_parameters
-    stages = []
-    if config.full_kd.num_epochs:
-        full = rates.seconds(config.full_kd.num_epochs, *sample.tokens)
-        # Weights, and a checkpoint while it lasts.
-        stages.append(sample.stage("full KD", full, 4 * student_bytes))
+def _finetunings(sample: Sample, config: RunConfig, best: StudentArch) -> Finetuning | None:
     task = sample.found.task
-    if task is not None:
-        base, num_labels = sample.found.teacher, task.task.num_labels
-        teacher = load_classifier(base.source, num_labels)
-        student = build_classifier(student_config(base.config, best), num_labels)
-        with threads(max(1, torch.get_num_threads() // sample.num_slots)):
-            _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
-            one = _finetuning(sample, config, task, "teacher", teacher)
-            other = _finetuning(sample, config, task, "student", student)
-        # The layer cut is about as fast as the student; the static vectors take nearly nothing.
-        seconds = max(one, (one + 3 * other) / sample.num_slots)
-        num_bytes = 4 * num_parameters(teacher) + 3 * 4 * num_parameters(student)
-        stages.append(sample.stage("fine-tuning", seconds, num_bytes, sample.num_slots))
-    # Weights and graph in float32, and int8.
-    return [*stages, sample.stage("export", EXPORT_SECONDS, 2.25 * student_bytes)]
+    if task is None:
+        return None
+    base, num_labels = sample.found.teacher, task.task.num_labels
+    teacher = load_classifier(base.source, num_labels)
+    student = build_classifier(student_config(base.config, best), num_labels)
+    with threads(max(1, torch.get_num_threads() // sample.num_slots)):
+        _finetuning(sample, config, task, "warm-up", student)  # the first fit is slower
+        one = _finetuning(sample, config, task, "teacher", teacher)
+        other = _finetuning(sample, config, task, "student", student)
+    num_bytes = 4 * num_parameters(teacher) + 3 * 4 * num_parameters(student)
+    return Finetuning(one, other, num_bytes, sample.cost(0).memory)
 
 
 def _finetuning(
@@ -328,8 +354,8 @@ def _finetuning(
     task: LoadedTask,
     name: str,
     model: PreTrainedModel,
-) -> float:
-    """Seconds of a model's fine-tuning, and of its grid."""
+) -> Rates:
+    """How fast a model is fine-tuned, by the row."""
 
     def finetune(timer: Timer) -> None:
         evaluate_glue(
@@ -344,12 +370,7 @@ def _finetuning(
         )
 
     num_scored = sum(len(rows["label"]) for rows in task.validations.values())
-    rates = _rates(finetune, len(task.train["label"]), num_scored)
-    whole = sample.sizes
-    seconds = rates.seconds(config.finetune.num_epochs, whole.num_train, whole.num_validation)
-    grid = config.grid
-    num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
-    return num_fits * seconds
+    return _rates(finetune, len(task.train["label"]), num_scored)
 
 
 def _distillation(
@@ -377,6 +398,103 @@ def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int
     seconds = time.perf_counter() - begin
     in_loop, scoring = timer.time_elapsed("train"), timer.time_elapsed("validate")
     return Rates(seconds - in_loop, (in_loop - scoring) / num_train, scoring / num_scored)
+
+
+def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
+    share, cost = config.data.fraction, measured.reading
+    return Stage("reading the text", share * cost.seconds, share * cost.num_bytes, cost.memory)
+
+
+def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:
+    """What the search needs of the teacher, and what full KD needs more.
+
+    Where its states would be too large, it runs live.
+    """
+    cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
+    of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
+    token_bytes, computing, live = (
+        value / sum(measured.tokens)
+        for value in (
+            cost.num_bytes,
+            measured.missing * cost.seconds,
+            cost.seconds / config.data.num_mask_variants,  # of one variant, an epoch
+        )
+    )
+    most_tokens = 1e9 * config.states.max_gb / token_bytes
+
+    if of_search > most_tokens:
+        # It runs in each epoch of each candidate, and once on a sample, to measure variances.
+        num_passes = _num_trials(measured, config) * config.search.num_epochs
+        tokens = num_passes * of_search + min(2 * STATS_TOKENS + held_out, of_full)
+        before = Stage("teacher, live", live * tokens, 0, cost.memory)
+    else:
+        num_bytes = of_search * token_bytes
+        before = Stage("teacher states", of_search * computing, num_bytes, cost.memory)
+    if not isinstance(config, RunConfig) or not config.full_kd.num_epochs:
+        return before, []
+    if of_full > most_tokens:
+        seconds = config.full_kd.num_epochs * of_full * live
+        return before, [Stage("teacher, live in full KD", seconds, 0, cost.memory)]
+    others, name = of_full - of_search, "teacher states, other rows"
+    return before, [Stage(name, others * computing, others * token_bytes, cost.memory)]
+
+
+def _num_trials(measured: Measured, config: SearchConfig) -> int:
+    """As many as are asked for, or as the budget leaves."""
+    most = max(1, round(measured.looks.share * measured.num_archs))
+    return min(config.search.n_trials, most)
+
+
+def _search(measured: Measured, config: SearchConfig) -> Stage:
+    looks, num_archs = measured.looks, measured.num_archs
+    num_trials = _num_trials(measured, config)
+    num_looks = min(num_archs, num_trials / max(looks.share, 1 / num_archs))
+
+    # The longer a student's forward pass, the longer its step: most lie between those measured.
+    times = {arch: latency.student.median_ms for arch, latency in looks.within.items()}
+    train, held_out = measured.tokens_of(config)
+    num_epochs, mini = config.search.num_epochs, config.data.mini_fraction * train
+    each = [rates.seconds(num_epochs, mini, held_out) for rates in measured.rates.values()]
+    known = [times[arch] for arch in measured.rates]
+    candidate = float(np.interp(list(times.values()), known, each).mean())
+
+    # While one measures latency, the others hold still.
+    seconds = num_trials * candidate / measured.num_parallel + num_looks * looks.seconds
+    if config.time_budget is not None and not isinstance(config, RunConfig):
+        seconds = min(seconds, 60 * config.time_budget + candidate)
+    # The best three are kept: weights, and twice as much that the optimizer knows of them.
+    largest = max(4 * latency.num_parameters for latency in looks.within.values())
+    kept = min(3, num_trials) * 3 * largest
+    memory = measured.num_slots * measured.memory
+    return Stage(f"{num_trials} candidates", seconds, kept, memory)
+
+
+def _later(measured: Measured, config: RunConfig) -> list[Stage]:
+    """What follows a search, whose best student is nearly as slow as the budget allows."""
+    looks, fitting = measured.looks, measured.finetuning
+    student_bytes = 4 * looks.within[looks.chosen()[-1]].num_parameters
+    stages = []
+    if config.full_kd.num_epochs and measured.full:
+        tokens = measured.tokens_of(config)
+        seconds = measured.full.seconds(config.full_kd.num_epochs, *tokens)
+        # Weights, and a checkpoint while it lasts.
+        stages.append(Stage("full KD", seconds, 4 * student_bytes, measured.memory))
+    memory = measured.memory
+    if fitting:
+        sizes, grid = measured.sizes, config.grid
+        num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
+        one, other = (
+            num_fits
+            * rates.seconds(config.finetune.num_epochs, sizes.num_train, sizes.num_validation)
+            for rates in (fitting.teacher, fitting.student)
+        )
+        # The layer cut is about as fast as the student; the static vectors take nearly nothing.
+        seconds = max(one, (one + 3 * other) / measured.num_slots)
+        memory = fitting.memory
+        of_all = measured.num_slots * memory
+        stages.append(Stage("fine-tuning", seconds, fitting.num_bytes, of_all))
+    # Weights and graph in float32, and int8.
+    return [*stages, Stage("export", EXPORT_SECONDS, 2.25 * student_bytes, memory)]
 
 
 def peak_memory() -> int:

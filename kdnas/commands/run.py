@@ -20,6 +20,7 @@ from kdnas.commands.config import RunConfig, SearchConfig, SpaceSettings, as_pla
 from kdnas.commands.engine import open_engine
 from kdnas.commands.export import is_exported, say
 from kdnas.commands.glue import Comparison, Contender, Help, TaskSource, about_task
+from kdnas.commands.in_time import Choice, in_time
 from kdnas.commands.inputs import (
     RunContext,
     forget_inputs,
@@ -108,12 +109,13 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     console = console or Console(markup=False)
     if config.trial is not None:
         config = of_trial(config, config.trial)
+    config, choice = in_time(config, console)
     run = Run(config.root, config.name)
     if run.manifest.exists() and is_finished(run, as_plain(config)):
         refuse_other_config(run, config)
         console.print(f"The run {run.name!r} is finished; nothing is done again.")
     else:
-        seconds = run_stages(config, console)
+        seconds = run_stages(config, console, choice)
         shown = ", ".join(f"{stage} {taken / 60:.1f}" for stage, taken in seconds.items())
         console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
@@ -129,6 +131,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 def of_trial(config: RunConfig, number: int) -> RunConfig:
     """A run whose search is one candidate of the search of ``config``, and done."""
+    if chosen := Choice.kept(config):
+        config = chosen.of_config(config)
     asked = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
     refuse_other_config(Run(config.root, config.name), SearchConfig(**asked))
     source = Run(config.root, config.name).trial(number)
@@ -151,6 +155,7 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
         config,
         name=run.name,
         trial=None,
+        time_budget=None,
         space=SpaceSettings(**{name: [value] for name, value in outcome.params.items()}),
         search=replace(config.search, n_trials=1, budget=Budget()),
     )
@@ -158,14 +163,22 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
 
 @own_precision()
 @honest_signals()
-def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
-    """Run the stages that are not finished; give the seconds of each."""
+def run_stages(
+    config: RunConfig, console: Console, choice: Choice | None = None
+) -> dict[str, float]:
+    """Run the stages that are not finished; give the seconds of each.
+
+    No candidate is begun when the time of what follows the search would be missing.
+    """
     seconds: dict[str, float] = {}
-    with _opened(config, console, seconds) as context:
+    end = math.inf
+    if choice and choice.fits:
+        end = time.monotonic() + 60 * (choice.minutes - choice.after_search)
+    with _opened(config, console, seconds, choice) as context:
         run = context.run
         run.manifest.unlink(missing_ok=True)  # of a search, or of what has lost a stage
         with _timed(seconds, "search"):
-            best = search_stage(context)
+            best = search_stage(context, end)
         with _timed(seconds, "full KD"):
             full_kd_stage(context, config, best)
         if context.inputs.task is not None:
@@ -181,7 +194,10 @@ def run_stages(config: RunConfig, console: Console) -> dict[str, float]:
 
 @contextmanager
 def _opened(
-    config: SearchConfig, console: Console, seconds: dict[str, float]
+    config: SearchConfig,
+    console: Console,
+    seconds: dict[str, float],
+    choice: Choice | None = None,
 ) -> Iterator[RunContext]:
     """A run with its inputs and its engine, and nobody else's meanwhile."""
     try:
@@ -189,6 +205,8 @@ def _opened(
             with _timed(seconds, "reading"):
                 inputs = load_inputs(config, console)
             with inputs.run.alone("wait for it, or give another name"):
+                if choice:
+                    choice.keep(inputs.run)
                 yield open_run(inputs, engine, console)
     finally:
         forget_inputs()
@@ -209,8 +227,12 @@ def _about(run: Run) -> dict[str, Any]:
     return {"name": run.name, "command": command, "gpu": gpu_name(), "teacher_sha256": teacher}
 
 
-def search_stage(context: RunContext) -> StudentArch:
-    """Search, unless that is done, and write the best student down."""
+def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
+    """Search, unless that is done, and write the best student down.
+
+    No candidate but the first is begun after ``end``, by ``time.monotonic``; where it is not given,
+    ``time_budget`` counts from now.
+    """
     config, settings, run = context.config, context.config.search, context.run
     study = context.study()
     num_done = len(tried(study))
@@ -225,7 +247,8 @@ def search_stage(context: RunContext) -> StudentArch:
             f"Search: going on after {num_done} of {settings.n_trials} candidates."
         )
     context.inputs.states("mini")  # before the live display: building them shows its own bar
-    end = math.inf if config.time_budget is None else time.monotonic() + 60 * config.time_budget
+    if end is None:
+        end = time.monotonic() + 60 * (config.time_budget or math.inf)
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
     with context.progress() as progress, SearchBoard(run.folder / "search", exploration) as board:

@@ -51,6 +51,7 @@ class DataSettings:
 
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
+        fraction: share of the text's rows, drawn by the seed, that is read at all, above 0; 1: all.
         held_out_fraction: share of the rows that no student ever trains on; candidates are scored
             on them.
         mini_fraction: share of the training rows that a candidate of the search sees, above 0 and
@@ -74,6 +75,7 @@ class DataSettings:
     """
 
     column: str = "text"
+    fraction: float = 1.0
     held_out_fraction: float = 0.05
     mini_fraction: float = 0.3
     max_length: int = 128
@@ -92,6 +94,8 @@ class DataSettings:
                 raise UserError(
                     f"{name} is {getattr(self, name)}: give a share above 0 and below 1."
                 )
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction is {self.fraction}: give a share above 0, and 1 at most.")
         for name in ("pair_share", "mask_probability", "masked_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1.")
@@ -175,13 +179,14 @@ class KDDataModule(ResumableDataModule):
     def read_corpus(self) -> Corpus:
         """The rows of text themselves."""
         settings = self.settings
-        return load_corpus(
+        corpus = load_corpus(
             self.text,
             column=settings.column,
             held_out_fraction=settings.held_out_fraction,
             seed=settings.seed,
             folder=self.folder if self.folder.exists() else None,
         )
+        return _share(corpus, settings) if settings.fraction < 1 else corpus
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The hash of all that the rows depend on."""
@@ -386,3 +391,14 @@ class KDDataModule(ResumableDataModule):
         held_out = cast(Dataset[str], self.read_corpus().held_out)
         batch_size = settings.batch_tokens // settings.max_length
         return DataLoader(held_out, batch_size=batch_size, collate_fn=encode)
+
+
+def _share(corpus: Corpus, settings: DataSettings) -> Corpus:
+    """A drawn part of the rows to learn from and of those held out, one of each at least."""
+    generator, num_train = np.random.default_rng(settings.seed), corpus.num_train
+    parts = np.arange(num_train), np.arange(num_train, len(corpus.texts))
+    drawn = [
+        np.sort(generator.permutation(part)[: max(1, round(settings.fraction * len(part)))])
+        for part in parts
+    ]
+    return Corpus(corpus.texts.take(np.concatenate(drawn)), len(drawn[0]), corpus.dropped)

@@ -61,6 +61,7 @@ class Run:
         self.tokens, self.states, _ = (self.root / shared for shared in SHARED)
         self.config = self.folder / "config.yaml"
         self.made_with = self.folder / "made_with.json"
+        self.choice = self.folder / "time_budget.json"  # of a run that is to end in time
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
         self.trials_csv = self.folder / "trials.csv"

@@ -1,7 +1,7 @@
 """What a dry run scales from a few rows and a few steps."""
 
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
 from kdnas.commands import plan
-from kdnas.commands.config import RunConfig, SearchSettings
+from kdnas.commands.config import RunConfig, SearchConfig, SearchSettings
+from kdnas.commands.few_rows import Sizes
 from kdnas.commands.inputs import load_inputs
-from kdnas.commands.plan import Looks, Rates, Sample
+from kdnas.commands.plan import Cost, Finetuning, Looks, Measured, Rates, Sample
 from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ArchLatency, Latency, LatencySettings
 from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, state_cache
@@ -50,26 +51,43 @@ def a_look(milliseconds: float, num_parameters: int = 1) -> ArchLatency:
     return ArchLatency(Latency(milliseconds, 0.0, 0), Latency(100.0, 0.0, 0), num_parameters)
 
 
+# A teacher of BERT-base's size on 18 MB of text and STS-B, by two cores.
+SLOWEST = an_arch(4)
+MEASURED = Measured(
+    sizes=Sizes(num_rows=27_591, num_train=5_749, num_validation=1_500),
+    about="a few rows",
+    tokens=(1.9e6, 0.1e6),
+    reading=Cost(30.0, 2e7, 1e9),
+    teacher=Cost(3_400.0, 3e9, 2e9),
+    missing=1.0,
+    looks=Looks({an_arch(1): a_look(1), SLOWEST: a_look(4, 10**7)}, share=0.5, seconds=1.0),
+    num_archs=1_000,
+    rates={an_arch(1): Rates(20.0, 1e-3, 3e-4), SLOWEST: Rates(60.0, 5e-3, 1.5e-3)},
+    full=Rates(40.0, 2e-3, 6e-4),
+    finetuning=Finetuning(Rates(5.0, 0.3, 0.1), Rates(2.0, 0.04, 0.02), 4e8, 2e9),
+    num_slots=2,
+    num_parallel=2,
+    memory=2e9,
+    free_bytes=10**12,
+    gpu_bytes=0,
+)
+
+
 def test_students_between_those_that_are_measured_take_as_long_as_their_latency_says() -> None:
     latencies = {an_arch(width): a_look(width) for width in (1, 2, 3, 4, 7)}
     looks = Looks(latencies, share=1.0, seconds=2.0)
     assert looks.chosen() == [an_arch(1), an_arch(3), an_arch(7)]
     known = dict(zip(looks.chosen(), (10.0, 30.0, 110.0), strict=True))
-    config = SimpleNamespace(search=SearchSettings(n_trials=5), time_budget=None)
-    sample = SimpleNamespace(
-        config=config,
-        num_slots=2,
-        found=SimpleNamespace(space=range(9), device="cpu"),
-        candidate_seconds=lambda rates: rates,
-        stage=lambda name, seconds, *other: (name, seconds),
-    )
-    name, seconds = plan._search(sample, looks, known)  # type: ignore[arg-type, misc]
+    rates = {arch: Rates(seconds, 0.0, 0.0) for arch, seconds in known.items()}
+    config = SearchConfig(teacher="", text="", search=SearchSettings(n_trials=5))
+    measured = replace(MEASURED, looks=looks, rates=rates, num_archs=9)
+    stage = measured.plan(config).stages[2]
     mean = np.mean([10, 20, 30, 50, 110])
-    assert (name, seconds) == ("5 candidates", pytest.approx(5 * mean / 2 + 5 * 2.0))
+    assert (stage.name, stage.seconds) == ("5 candidates", pytest.approx(5 * mean / 2 + 5 * 2.0))
 
-    few = looks._replace(share=1 / 3)
-    name, seconds = plan._search(sample, few, known)  # type: ignore[arg-type, misc]
-    assert (name, seconds) == ("3 candidates", pytest.approx(3 * mean / 2 + 9 * 2.0))
+    few = replace(measured, looks=looks._replace(share=1 / 3))
+    stage = few.plan(config).stages[2]
+    assert (stage.name, stage.seconds) == ("3 candidates", pytest.approx(3 * mean / 2 + 9 * 2.0))
 
 
 def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
@@ -139,16 +157,28 @@ def test_what_a_large_text_needs_is_scaled_from_a_few_rows(
         "teacher states",
         "teacher, live in full KD",
     ]
-    planned = plan.plan(replace(config, states=StatesSettings(max_gb=0), time_budget=1e-3))
-    assert [stage.name for stage in planned.stages][1:4:2] == ["teacher, live", "full KD"]
-    assert planned.stages[1].disk_bytes == 0
+    planned = plan.plan(replace(config, states=StatesSettings(max_gb=0)))
+    assert [stage.name for stage in planned.stages][1:5] == [
+        "teacher, live",
+        "20 candidates",
+        "teacher, live in full KD",
+        "full KD",
+    ]
+    assert planned.stages[1].disk_bytes == planned.stages[3].disk_bytes == 0
+    passes = 20 * config.search.num_epochs * share / config.full_kd.num_epochs
+    most = (passes + 1) * planned.stages[3].seconds
+    assert passes * planned.stages[3].seconds < planned.stages[1].seconds < most
     lengths = found.data.rows.lengths
     train, held_out = (
         int(lengths[ids].sum()) for ids in (found.data.train_ids(), found.data.held_out_ids())
     )
+    whole = 1 + config.full_kd.num_epochs * (train + held_out) / 1000
+    assert planned.stages[4].seconds == pytest.approx(whole, rel=0.1)
+
+    names = {field.name for field in fields(SearchConfig)}
+    asked = {name: value for name, value in vars(config).items() if name in names}
+    planned = plan.plan(SearchConfig(**asked | {"time_budget": 1e-3}))
     one = 1 + config.search.num_epochs * (config.data.mini_fraction * train + held_out) / 1000
     assert planned.stages[2].seconds == pytest.approx(one + 0.06, rel=0.1), (
         "none is begun after the first"
     )
-    whole = 1 + config.full_kd.num_epochs * (train + held_out) / 1000
-    assert planned.stages[3].seconds == pytest.approx(whole, rel=0.1)

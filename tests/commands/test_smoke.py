@@ -11,7 +11,7 @@ import pytest
 from kdnas.cli.main import main
 from kdnas.commands import smoke
 from kdnas.commands.config import RunConfig
-from kdnas.commands.smoke import Sizes, with_few_rows
+from kdnas.commands.few_rows import Sizes, with_few_rows
 from kdnas.data import quickstart
 from kdnas.data.corpus import load_corpus
 from kdnas.system.errors import UserError

@@ -108,6 +108,22 @@ def test_the_mini_fraction_is_kept_and_gives_at_least_one_row(
     assert len(data.train_ids()) == size
 
 
+def test_of_a_fraction_of_the_text_nothing_else_is_read(tiny_teacher, tmp_path):
+    rows = make_rows(100)
+    text = write(tmp_path / "rows.jsonl", rows[:80], rows[80:])
+    data = open_data(tiny_teacher, text, fraction=0.25)
+    mini = data.select("mini").train_ids()
+    sizes = len(data.train_ids()), len(mini), len(data.held_out_ids()), len(data.rows)
+    assert sizes == (20, 6, 5, 25)
+    train, held_out = list(data.read_corpus().train), list(data.read_corpus().held_out)
+    assert set(train) < set(rows[:80]) and set(held_out) < set(rows[80:])
+    assert train == [row for row in rows if row in train], "in the order of the source"
+    other = open_data(tiny_teacher, text, fraction=0.25, seed=1).read_corpus()
+    assert set(other.train) != set(train)
+    one = open_data(tiny_teacher, text, fraction=1e-3)
+    assert (len(one.train_ids()), len(one.held_out_ids())) == (1, 1)
+
+
 def test_the_splits_depend_on_the_seed_alone(data, tiny_teacher, text_file, tmp_path):
     again, other = open_data(tiny_teacher, text_file), open_data(tiny_teacher, text_file, seed=1)
     for split in ("mini", "full"):
@@ -393,6 +409,7 @@ def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("fraction", [0, 1.5, float("nan")]),
         ("mini_fraction", [0, 1, 1.5, -0.1, float("nan")]),
         ("held_out_fraction", [0, 1, 1.5, float("nan")]),
         ("mask_probability", [-0.1, 1.1, float("nan")]),
