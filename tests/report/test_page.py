@@ -419,7 +419,7 @@ def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
         "finetune": {
             "num_epochs": 5,
             "learning_rate": 3e-5,
-            "batch_size": 8,
+            "batch_size": 32,
             "max_length": 64,
             "seed": 7,
             "old": 1,
