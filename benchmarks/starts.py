@@ -149,6 +149,13 @@ def masked_batches(
         yield inputs, labels
 
 
+def across(ids: Tensor, mask_BT: Tensor, separator: int, cls: int) -> Tensor:
+    """From which tokens to which is from one sentence of a pair to the other: (B, T, T)."""
+    inside = mask_BT & (ids != separator) & (ids != cls)
+    second = (ids == separator).cumsum(1) > 0
+    return inside[:, :, None] & inside[:, None] & (second[:, :, None] != second[:, None])
+
+
 def crossing(module: HiddenStateDistillModule, batch: Batch, separator: int, cls: int) -> Tensor:
     """Attention between two sentences, the student's beside the teacher's: (2, number of entries).
 
@@ -160,9 +167,7 @@ def crossing(module: HiddenStateDistillModule, batch: Batch, separator: int, cls
     """
     student, teacher = module.views(batch)
     ids, ours, theirs = batch["input_ids"], student.model.config, teacher.model.config
-    inside = student.mask_BT & (ids != separator) & (ids != cls)
-    second = (ids == separator).cumsum(1) > 0
-    between = inside[:, :, None] & inside[:, None] & (second[:, :, None] != second[:, None])
+    between = across(ids, student.mask_BT, separator, cls)
 
     sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
     heads = [spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(sources)

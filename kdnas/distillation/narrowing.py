@@ -592,7 +592,7 @@ class _Positions(_Narrowing):
     """DeBERTa: queries and keys meet those of a shared table of distances, made by the same maps.
 
     The table is brought into the student's basis. Where the first layer has a convolution beside
-    it, that of a narrower student begins as 0: what it gives is bent, dimension by dimension, so it
+    it, that of a narrower student begins as nearly 0: what it gives is bent, dimension by dimension, so it
     has no counterpart in another basis.
     """
 
@@ -613,7 +613,7 @@ class _Positions(_Narrowing):
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
         """Make the convolution; the stream behind it."""
         for parameter in conv.conv.parameters():
-            parameter.zero_()
+            parameter.mul_(1e-4)  # weights that are all 0 are taken for damaged
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:

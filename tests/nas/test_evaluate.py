@@ -333,7 +333,7 @@ def test_a_candidate_that_is_asked_to_stop_ends_at_its_next_step(make, folder):
 
 
 def test_an_error_between_two_steps_leaves_the_lock_free(make, value, monkeypatch):
-    def interrupted(callback: HoldStill) -> None:
+    def interrupted(callback: HoldStill, *_: object) -> None:
         callback.lock.release()
         raise RuntimeError("interrupted")
 

@@ -118,7 +118,7 @@ def test_a_student_comes_nearer_to_its_teachers_answers_and_states(tmp_path, stu
     teacher = load_task_teacher(str(save_classifier(tmp_path / "teacher")), task.task, STUDENT)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     data = GLUEDataModule(task, make_tokenizer(), batch_size=8, max_length=30)
-    settings = FinetuneSettings(learning_rate=3e-3)
+    settings = FinetuneSettings(learning_rate=3e-3, batch_size=8, warmup_share=0.0)
     module = TaskDistillModule(
         student,
         task.task,
