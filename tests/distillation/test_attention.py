@@ -10,6 +10,7 @@ from kdnas.distillation.objectives import View
 from kdnas.distillation.start import FromTeacher, Started
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_student, encode, family_of, find_teacher
+from kdnas.models.families import arch_of
 from kdnas.system.errors import UserError
 from tests.conftest import make_batch, make_config, masked, view_of
 
@@ -179,10 +180,8 @@ def test_the_error_of_relations_is_that_of_plain_loops(teacher, layer, source):
 
 @pytest.mark.parametrize("objective", [AttentionMaps(), AttentionRelations(num_heads=4)])
 def test_a_copy_of_the_teacher_has_no_error(teacher, objective):
-    sizes = dict(SAME)
-    if teacher.config.model_type == "albert":  # its one layer is fitted to other depths
-        sizes["num_hidden_layers"] = teacher.config.num_hidden_layers
-    student, batch = make(teacher, **sizes), make_batch()
+    same = StudentArch(**SAME, hidden_act=arch_of(teacher.config).hidden_act)
+    student, batch = build_student(teacher.config, same).eval(), make_batch()
     criterion = objective.criterion(student, teacher)
     assert criterion(view_of(student, batch), view_of(teacher, batch))[0][0] > 0.1
     criterion.fit(FromTeacher()(student, teacher, [batch]), [], [])
