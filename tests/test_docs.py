@@ -4,6 +4,7 @@ import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -244,7 +245,7 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
         "ShallowFirst begins so"
     )
     for name in ("quickstart", "other"):
-        Path("lightning_logs", name).symlink_to("mine")
+        shutil.copytree("lightning_logs/mine", Path("lightning_logs", name))
     elsewhere = {
         "stsb",
         "rte",
