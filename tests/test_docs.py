@@ -165,7 +165,7 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
         for args in found
         if args[0] == "fit" and "my.parquet" in args and "my_kd.yaml" not in args
     ]
-    assert len(fits) > 6 and all("--model.teacher" in args for args in fits)
+    assert len(fits) > 5 and all("--model.teacher" in args for args in fits)
     # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
     for command in {*COMMANDS, *(args[0] for args in found)} - {"report", "verify", "completion"}:
         together = [arg for name, *args in found if name == command for arg in args]
