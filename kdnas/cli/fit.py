@@ -164,7 +164,7 @@ class KDCLI(LightningCLI):
         except Exception as error:  # Lightning's own error, or the device's
             raise UserError(
                 f"The Trainer refuses its settings ({first_line(error)}): "
-                f"`kdnas {self.command} --help` explains them."
+                f"`kdnas {self.command} --help all` explains them."
             ) from error
         # A user may have asked for another one.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

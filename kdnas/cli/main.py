@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import completion, page, summary
+from kdnas.cli.help import completion, page, short_page, summary
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
     UserError,
     as_raised,
     causes,
+    counted,
     is_memory,
     nearest,
     reason_of,
@@ -33,8 +34,8 @@ from kdnas.system.signals import HungUp, exit_code
 log = logging.getLogger("kdnas")
 
 _USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
-`kdnas COMMAND --help` has examples, and the options of a command with units and defaults;
-`--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
+`kdnas COMMAND --help` has examples and the options that people use, `kdnas COMMAND --help all` has
+all of them; `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
 that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
 `eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
 options by TAB.
@@ -71,6 +72,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
         if args[1:] in (["-h"], ["--help"]):
+            print(short_page(args[0]), end="")
+            return 0
+        if args[1:] in (["-h", "all"], ["--help", "all"]):
             print(page(args[0]), end="")
             return 0
         if args[0] != "completion":
@@ -336,7 +340,8 @@ def _verify(args: Sequence[str]) -> None:
     if faults:
         print(*faults, sep="\n")
         raise UserError(
-            f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew."
+            f"{str(folder)!r} is not as it was made ({counted(len(faults), 'fault')}): take a copy, "
+            "or make it anew."
         )
     print(f"{num_files} files of {str(folder)!r} are as they were made.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")
