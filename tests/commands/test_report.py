@@ -118,11 +118,11 @@ def test_one_run_is_reported_anew_and_stays_as_its_manifest_says(root, capsys):
     assert "keeps 97 % of its teacher" in run.report.read_text(encoding="utf-8")
     assert main(["verify", str(run.folder)]) == 0
     write_text(
-        run.best_student, "changed"
+        run.folder / "another.yaml", "changed"
     )  # by somebody else: a new report makes nothing else right
     assert main(["report", "--root", str(root), "--run", "done"]) == 0
     assert main(["verify", str(run.folder)]) == 2
-    assert "'best_student.yaml': is not in the manifest" in capsys.readouterr().out
+    assert "'another.yaml': is not in the manifest" in capsys.readouterr().out
 
 
 def test_a_database_is_that_of_the_runs_which_had_one(tmp_path, capsys):
