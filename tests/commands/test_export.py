@@ -427,7 +427,7 @@ def test_what_was_exported_before_fine_tuning_is_of_another_model(
         (["--run=../x"], "'../x'"),
         (["--task=/nowhere"], "'/nowhere'"),
         (["--text=/nowhere.txt"], "/nowhere.txt"),
-        (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
+        (["--teacher=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
         (["--length=41"], "length is 41: the student"),
         (["--length=long"], "length"),
         (

@@ -357,7 +357,7 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--seeds=0"], "seeds is 0"),
         (["--trainer.devices=2"], "trainer.devices is 2: only full KD of `kdnas run`"),
         (["--trainer.logger=CSVLoger"], "CSVLoger"),
-        (["--model=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
+        (["--model=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
         (["--text-column=review"], "text_column is ['review'], but 'rte' has its own"),
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
         (["--latency.length=99"], "length of latency is 99"),

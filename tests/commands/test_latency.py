@@ -206,7 +206,7 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--backend=onnx", "backend of latency is 'onnx'"),
         ("--device=tpu", "torch sees no device 'tpu'"),
         ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),
-        ("--model=/nowhere/at/all", "The model '/nowhere/at/all' does not exist"),
+        ("--model=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
         ("--min-seconds=0", "min_seconds of latency is 0"),
         ("--modell=x", "Did you mean 'model'?"),
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
