@@ -108,7 +108,7 @@ class SearchConfig:
     """What ``kdnas search`` is asked for.
 
     Args:
-        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (all-MiniLM-L6-v2 from
             the package index).
         text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart``
             (prose of the installed packages).
