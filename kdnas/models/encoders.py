@@ -182,7 +182,7 @@ def find_teacher(name: str) -> Teacher:
     """Find a teacher and refuse what cannot be one, before any weight is read.
 
     Args:
-        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the
+        name: ``quickstart`` (all-MiniLM-L6-v2 from the package index), a folder, or a name on the
             Hugging Face hub.
 
     Raises:
