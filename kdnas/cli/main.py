@@ -41,7 +41,7 @@ that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with e
 options by TAB.
 """
 
-_DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+_DRY_RUN = "measure a few steps, say what time, disk and memory it will need, and stop"
 _SMOKE = (
     "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
 )
@@ -250,9 +250,11 @@ def _run(args: Sequence[str]) -> None:
         RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
-        raise UserError("--dry-run and --smoke are two things: give one of them.")
+        raise UserError("--dry-run and --smoke are both given: give one of them.")
     if config.trial is not None and any(flags.values()):
-        raise UserError("--trial is of a search that is done: leave out what begins another.")
+        raise UserError(
+            "--trial takes a candidate of a finished search: leave out --dry-run, --smoke and --force-new."
+        )
     if flags["force_new"]:
         config = _new(config, not (flags["dry_run"] or flags["smoke"]))
     if flags["dry_run"]:

@@ -157,8 +157,8 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         if error.name != "init_args":
             raise
         raise UserError(
-            "A class path on the command line meets another with init_args in YAML: "
-            "change it there."
+            "The command line gives another class than YAML, whose init_args are of its own: "
+            "change the class in YAML."
         ) from error
 
 

@@ -277,8 +277,8 @@ def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
     else:
         return
     raise UserError(
-        f"{student.name!r} does not read as {teacher.name!r} does: {reason}. "
-        "Take one made for the other."
+        f"{student.name!r} does not read text as {teacher.name!r} does: {reason}. "
+        "Take a student of this teacher."
     )
 
 

@@ -22,7 +22,7 @@ EVERYWHERE = """\
 with every command:
   --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
                         and --dry-run are still printed
-  --log-level LEVEL     debug, info (as it is), warning or error
+  --log-level LEVEL     debug, info (the default), warning or error
 """
 
 

@@ -372,7 +372,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     ("option", "message"),
     [
         ("--data.mini_fraction=0", "mini_fraction is 0"),
-        ("--data.seed=7", "data.seed is 7, but it is set by --seed: give that."),
+        ("--data.seed=7", "data.seed is 7, but --seed sets it: give --seed instead."),
         ("--data.mini_fraction=1.5", "mini_fraction is 1.5"),
         ("--data.max_length=4000", "max_length is 4000"),
         ("--search.n_trials=0", "search.n_trials is 0"),
@@ -608,14 +608,14 @@ def test_disk_that_is_too_small_is_refused(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
+        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but --seed sets it: give"),
         (
             ["space", "--teacher=quickstart", "--data.seed=7"],
-            "data.seed is 7, but it is set by --seed: give that.",
+            "data.seed is 7, but --seed sets it: give --seed instead.",
         ),
         (
             ["glue", "--model=a", "--task=rte", "--finetune.seed=7"],
-            "finetune.seed is 7, but it is set by --seeds, how",
+            "finetune.seed is 7, but --seeds sets it: give",
         ),
     ],
 )

@@ -483,7 +483,7 @@ def test_a_student_of_another_teacher_is_refused(
     assert f"(bert) is not of the teacher {str(other)!r} (roberta)" in capsys.readouterr().err
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
     assert export(student, f"--teacher={shorter}") == 2
-    assert f"does not read as {str(shorter)!r} does: it takes" in capsys.readouterr().err
+    assert f"does not read text as {str(shorter)!r} does: it takes" in capsys.readouterr().err
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert export(student, f"--teacher={smaller}") == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err

@@ -101,10 +101,10 @@ def test_what_makes_no_fair_comparison_is_said(root, tmp_path, capsys):
     told = capsys.readouterr().out
     text = Page(output.read_text(encoding="utf-8")).text
     for shown in (told, text):
-        assert "They have different teachers." in shown
+        assert "The runs have different teachers." in shown
         assert (
-            "Losses and rewards are not of one scale, for these differ: teacher, search.alpha, loss, trainer.precision."
-            in shown
+            "Losses and rewards cannot be compared, because these settings differ: teacher, search.alpha, "
+            "loss, trainer.precision." in shown
         )
     assert "<b>big</b>" in text and "has the best candidate" not in text
     assert str(output) in told
@@ -159,7 +159,7 @@ def spoil(path: str, content: bytes | None):
         (
             None,
             ["--run", "done", "done"],
-            r"run is \['done', 'done'\]: give one at least, and none twice",
+            r"run is \['done', 'done'\]: give at least one, without duplicates",
         ),
         (None, ["--run", "a/b"], "The run name 'a/b' is not valid"),
         (
