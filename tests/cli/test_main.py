@@ -451,7 +451,7 @@ def test_a_class_path_over_one_with_arguments_in_yaml_is_told(
     spec = {"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2}}
     (tmp_path / "lstm.yaml").write_text(json.dumps({"sampler": spec}))
     asked = [*search, f"--config={tmp_path / 'lstm.yaml'}", f"--sampler={json.dumps(spec)}"]
-    assert "change it there" in refused(asked, capsys)
+    assert "change the class in YAML" in refused(asked, capsys)
 
 
 @pytest.mark.parametrize(

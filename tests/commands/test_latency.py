@@ -243,7 +243,7 @@ def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
     assert "torch sees no device 'cuda'" in capsys.readouterr().err
     (student / "model.safetensors").unlink()
     assert main(["latency", f"--model={student}", "--length=16"]) == 2
-    assert f"The checkpoint {str(student)!r} has no weights" in capsys.readouterr().err
+    assert f"{str(student)!r} has no weights" in capsys.readouterr().err
 
 
 def test_the_files_of_a_graph_carry_its_config(
