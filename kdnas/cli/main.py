@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from kdnas import __version__
-from kdnas.cli.help import completion, page, summary
+from kdnas.cli.help import completion, page, short_page, summary
 from kdnas.system.errors import (
     CandidateFailed,
     ParityError,
     UserError,
     as_raised,
     causes,
+    counted,
     is_memory,
     nearest,
     reason_of,
@@ -33,14 +34,14 @@ from kdnas.system.signals import HungUp, exit_code
 log = logging.getLogger("kdnas")
 
 _USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
-`kdnas COMMAND --help` has examples, and the options of a command with units and defaults;
-`--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
+`kdnas COMMAND --help` has examples and the options that people use, `kdnas COMMAND --help all` has
+all of them; `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
 that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
 `eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
 options by TAB.
 """
 
-_DRY_RUN = "measure a few steps on some rows, say what it will need, and leave it at that"
+_DRY_RUN = "measure a few steps, say what time, disk and memory it will need, and stop"
 _SMOKE = (
     "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
 )
@@ -71,6 +72,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
         if args[1:] in (["-h"], ["--help"]):
+            print(short_page(args[0]), end="")
+            return 0
+        if args[1:] in (["-h", "all"], ["--help", "all"]):
             print(page(args[0]), end="")
             return 0
         if args[0] != "completion":
@@ -246,9 +250,11 @@ def _run(args: Sequence[str]) -> None:
         RunConfig, "run", args, dry_run=_DRY_RUN, smoke=_SMOKE, force_new=FORCE_NEW
     )
     if flags["dry_run"] and flags["smoke"]:
-        raise UserError("--dry-run and --smoke are two things: give one of them.")
+        raise UserError("--dry-run and --smoke are both given: give one of them.")
     if config.trial is not None and any(flags.values()):
-        raise UserError("--trial is of a search that is done: leave out what begins another.")
+        raise UserError(
+            "--trial takes a candidate of a finished search: leave out --dry-run, --smoke and --force-new."
+        )
     if flags["force_new"]:
         config = _new(config, not (flags["dry_run"] or flags["smoke"]))
     if flags["dry_run"]:
@@ -336,7 +342,8 @@ def _verify(args: Sequence[str]) -> None:
     if faults:
         print(*faults, sep="\n")
         raise UserError(
-            f"{str(folder)!r} is not as it was made, {len(faults)} faults: take a copy, or make it anew."
+            f"{str(folder)!r} is not as it was made ({counted(len(faults), 'fault')}): take a copy, "
+            "or make it anew."
         )
     print(f"{num_files} files of {str(folder)!r} are as they were made.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")

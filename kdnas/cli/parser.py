@@ -152,13 +152,13 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         message = " ".join(str(error).split()).rstrip(".")
         if len(message) > _LONGEST_MESSAGE:  # what it is about is said first, and the value last
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
-        raise UserError(f"{message}. `{parser.prog} --help` explains the options.") from error
+        raise UserError(f"{message}. `{parser.prog} --help all` explains the options.") from error
     except AttributeError as error:  # the parser's, of a class path over one with init_args
         if error.name != "init_args":
             raise
         raise UserError(
-            "A class path on the command line meets another with init_args in YAML: "
-            "change it there."
+            "The command line gives another class than YAML, whose init_args are of its own: "
+            "change the class in YAML."
         ) from error
 
 

@@ -108,7 +108,7 @@ class SearchConfig:
     """What ``kdnas search`` is asked for.
 
     Args:
-        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (MiniLM-L6-H384 from
+        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (all-MiniLM-L6-v2 from
             the package index).
         text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart``
             (prose of the installed packages).
@@ -126,9 +126,9 @@ class SearchConfig:
             workers, on any machine, were started in this folder.
         storage: SQLAlchemy URL of the study's database, to watch it from elsewhere; a file in the
             run's folder by default.
-        candidate_timeout: minutes that a candidate may take; one that hangs is ended. None: no
+        candidate_timeout: minutes that a candidate may take; one that hangs is ended. null: no
             limit.
-        time_budget: minutes of wall clock for the search; no candidate is begun later. None: no
+        time_budget: minutes of wall clock for the search; no candidate is begun later. null: no
             limit.
         seed: of the split, the masks, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
@@ -175,7 +175,9 @@ class SearchConfig:
         for name in ("data", "finetune"):  # a run's; a search has none
             part = getattr(self, name, None)
             if part and part.seed not in (type(part).seed, self.seed):
-                raise UserError(f"{name}.seed is {part.seed}, but it is set by --seed: give that.")
+                raise UserError(
+                    f"{name}.seed is {part.seed}, but --seed sets it: give --seed instead."
+                )
         if self.workers is not None and self.workers < 0:
             raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")
         if self.candidate_timeout is not None and (self.workers == 0 or self.executor):
@@ -211,7 +213,7 @@ class SpaceConfig(SearchConfig):
 
 @dataclass(frozen=True)
 class Grid:
-    """What fine-tuning is tried with before, on a part of the training rows: every combination, with the first seed.
+    """Settings of fine-tuning to choose from, on a part of the training rows: every combination, with the first seed.
 
     Args:
         batch_sizes: rows a step.
@@ -256,10 +258,9 @@ class RunConfig(SearchConfig):
             defaults.
         finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
         distill: what the teacher's help is.
-        time_budget: minutes of wall clock for the whole run, which is to end in time: where it
-            needs more, by a measurement of some minutes, epochs of full KD, rows and candidates are
-            lowered that are at their defaults, and epochs of fine-tuning at last. null: as it is
-            asked for.
+        time_budget: minutes of wall clock for the whole run. It first measures for some minutes
+            what it needs. If that is more, it lowers epochs of full KD, rows and candidates where
+            they are at their defaults, and last the epochs of fine-tuning. null: no limit.
     """
 
     time_budget: float | None = 120.0
@@ -378,9 +379,9 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         if not self.model or len(set(self.model)) < len(self.model):
-            raise UserError(f"model is {self.model}: give one at least, and none twice.")
+            raise UserError(f"model is {self.model}: give at least one, without duplicates.")
         if len(set(self.task)) < len(self.task):
-            raise UserError(f"task is {self.task}: give none twice.")
+            raise UserError(f"task is {self.task}: give no duplicates.")
         if self.task and self.text_column:
             raise UserError(
                 f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out."
@@ -391,7 +392,7 @@ class GlueConfig:
             )
         if self.finetune.seed != FinetuneSettings.seed:
             raise UserError(
-                f"finetune.seed is {self.finetune.seed}, but it is set by --seeds, how many: give that."
+                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give their number instead."
             )
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
@@ -482,7 +483,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if not self.run or len(set(self.run)) < len(self.run):
-            raise UserError(f"run is {self.run}: give one at least, and none twice.")
+            raise UserError(f"run is {self.run}: give at least one, without duplicates.")
 
 
 def as_plain(value: Any) -> Any:

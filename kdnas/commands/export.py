@@ -211,7 +211,7 @@ def _asking_the_hub(repo: str, if_away: str, if_refused: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # no token, no right, a bad name, no network
-        refuse_away(error, f"a push to {repo!r}", if_away)
+        refuse_away(error, f"Nothing was pushed to {repo!r}", if_away)
         raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. {if_refused}.") from error
 
 

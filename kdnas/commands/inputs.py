@@ -334,7 +334,7 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
     is_done = is_complete(study, inputs.space, config.search.n_trials)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
         raise UserError(
-            f"The run {run.name!r} distils its best student already: prolong it under a new name."
+            f"The run {run.name!r} has begun full KD, so its search is over: give another --name."
         )
     if is_done and run.best_student.exists() and not run.full_kd.exists():
         best = best_of(study, inputs.space).user_attrs["arch"]

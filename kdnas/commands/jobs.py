@@ -54,7 +54,9 @@ def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path])
     split: Split = "full" if num_epochs else "mini"
     tensors = {name: load_file(path) for name, path in kept.items()}
     if not num_epochs and WEIGHTS not in tensors:
-        raise UserError("full_kd is null, but the candidate's weights are not there: give it.")
+        raise UserError(
+            "full_kd is null, but the candidate's weights are gone: give --full_kd.num_epochs 1 or more."
+        )
     found = distill_student(
         inputs.teacher,
         arch,

@@ -44,7 +44,7 @@ def latency_table(config: LatencyConfig, console: Console | None = None) -> list
     """
     combinations, path = config.settings(), Path(config.json)
     picture = _picture(config.json)
-    models = [_find(name) for name in config.model]
+    models = [find_teacher(name) for name in config.model]
     for settings in combinations:
         for model in models:
             check_length(model.config, settings)
@@ -104,13 +104,6 @@ def _measured(
         }
         for model, one, latency in zip(models, deployed, latencies, strict=True)
     ]
-
-
-def _find(name: str) -> Teacher:
-    try:
-        return find_teacher(name)
-    except UserError as error:
-        raise UserError(str(error).replace("The teacher", "The model", 1)) from error
 
 
 def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:

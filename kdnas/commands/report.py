@@ -115,10 +115,12 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
 def _notes(unlike: list[dict[str, str]]) -> list[str]:
     """Why losses or rewards of the runs cannot be compared."""
     keys = [row["setting"] for row in unlike]
-    notes = ["They have different teachers."] if "teacher" in keys else []
+    notes = ["The runs have different teachers."] if "teacher" in keys else []
     if keys:
         what = "Losses and rewards" if any(key.startswith(SCALE) for key in keys) else "Rewards"
-        notes.append(f"{what} are not of one scale, for these differ: {', '.join(keys)}.")
+        notes.append(
+            f"{what} cannot be compared, because these settings differ: {', '.join(keys)}."
+        )
     return notes
 
 

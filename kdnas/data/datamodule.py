@@ -111,8 +111,8 @@ class DataSettings:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
         if self.batch_tokens < self.max_length:
             raise UserError(
-                f"batch_tokens is {self.batch_tokens}: "
-                f"one row of max_length {self.max_length} must fit."
+                f"batch_tokens is {self.batch_tokens}: give at least {self.max_length}, so that "
+                "one row of max_length fits."
             )
 
 

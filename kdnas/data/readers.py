@@ -262,7 +262,8 @@ def _hub(name: str, column: str) -> Any:
         "give a file, a folder, or another data set "
         "(owner/name:config of one with several configurations)"
     )
-    with from_hub(f"text {name!r}", parts[0], "dataset", "a file or a folder", if_none):
+    lacking = f"There is no file or folder {name!r} here"
+    with from_hub(lacking, parts[0], "dataset", "a file or a folder", if_none):
         rows = load_dataset(*parts, split="train")  # knows no remote code since 4.0
     return rows.select_columns(_wanted(rows.column_names, column))
 

@@ -27,7 +27,7 @@ from kdnas.deploy.onnx import (
 )
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, max_length, num_parameters, student_config
-from kdnas.system.errors import CandidateFailed, UserError, first_line, nearest
+from kdnas.system.errors import CandidateFailed, UserError, counted, first_line, nearest
 from kdnas.system.files import file_sha256, temporary_folder
 from kdnas.system.yaml import refuse_special
 
@@ -145,8 +145,8 @@ def measured_by(how: Mapping[str, Any]) -> str:
     shape = f"batch {how['batch_size']} x {how['length']}"
     if how["lengths"]:
         shape = f"batch of at most {how['batch_size']} x workload"
-    num_threads = "1 thread" if how["num_threads"] == 1 else f"{how['num_threads']} threads"
-    return f"{how['backend']} on {how['device']}, {shape}, {num_threads}"
+    threads = counted(how["num_threads"], "thread")
+    return f"{how['backend']} on {how['device']}, {shape}, {threads}"
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:

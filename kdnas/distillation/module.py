@@ -77,7 +77,7 @@ class Recipe:
         warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
             rest.
         constant_rate: no warm-up and no decay (the original).
-        dropout: train the student with its dropout (a student that small underfits; off by
+        dropout: train the student with its dropout (small students underfit anyway; off by
             default).
 
     Raises:

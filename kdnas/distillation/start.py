@@ -114,8 +114,8 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
             raise UserError(
-                f"{name} is {size}: no student starts from its teacher "
-                f"above the teacher's {largest}."
+                f"{name} is {size}, above the teacher's {largest}: give at most that, or start "
+                "at random (RandomStart)."
             )
 
 

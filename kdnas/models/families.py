@@ -240,8 +240,7 @@ def find_family(model_type: Any) -> Family:
     """The row of ``FAMILIES`` for the ``model_type`` of a config.json; a UserError without one."""
     if str(model_type) not in FAMILIES:
         raise UserError(
-            f"A teacher of the family {model_type!r} is not supported: "
-            f"take an encoder ({titles()})."
+            f"The family {model_type!r} is not supported: take an encoder ({titles()})."
         )
     return FAMILIES[model_type]
 
@@ -266,7 +265,7 @@ def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         raise UserError(
-            f"The model {name!r} has the position_embedding_type {kind!r}, which transformers 5 "
+            f"{name!r} has the position_embedding_type {kind!r}, which transformers 5 "
             "does not compute: take one with absolute positions."
         )
 

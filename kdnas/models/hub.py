@@ -18,11 +18,11 @@ class HubAway(OSError):
 
 
 @contextmanager
-def from_hub(what: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
-    """Load ``what`` from the hub (a ``model`` or a ``dataset``), and tell why that fails.
+def from_hub(lacking: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
+    """Load from the hub (a ``model`` or a ``dataset``), and tell why that fails.
 
-    ``instead`` can be given where the hub does not answer; ``if_none`` says what to do where it
-    does, and has no such thing.
+    ``lacking`` says what is not here; ``instead`` can be given where the hub does not answer;
+    ``if_none`` says what to do where it does, and has no such thing.
     """
     is_offline = huggingface_hub.is_offline_mode()
     place = "in the hub's cache (HF_HUB_OFFLINE is set)" if is_offline else "on the hub"
@@ -35,21 +35,19 @@ def from_hub(what: str, repo: str, repo_type: str, instead: str, if_none: str) -
         raise
     except Exception as error:  # the HTTP client's own errors among them
         remedy = f"give {instead}, or HF_HUB_OFFLINE=1 for one in the cache"
-        refuse_away(error, f"the {what}", remedy)
-        raise UserError(
-            f"The {what} was not found, here or {place}: {first_line(error)}; {if_none}."
-        ) from error
+        refuse_away(error, lacking, remedy)
+        raise UserError(f"{lacking}, nor {place}: {first_line(error)}; {if_none}.") from error
 
 
-def refuse_away(error: BaseException, purpose: str, remedy: str) -> None:
+def refuse_away(error: BaseException, lacking: str, remedy: str) -> None:
     """Raise ``HubAway`` if a request's error means that the hub did not answer.
 
-    ``purpose`` says in words what was asked for, ``remedy`` what can be done now.
+    ``lacking`` says what there is not yet, ``remedy`` what can be done now.
     """
     # The HTTP client's own errors are no OSErrors, but are caused by one.
     if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, causes(error))):
         raise HubAway(
-            f"The Hugging Face hub cannot be reached for {purpose} ({first_line(error)}): "
+            f"{lacking}, and the Hugging Face hub cannot be reached ({first_line(error)}): "
             f"{remedy}, or try again later"
         ) from error
 

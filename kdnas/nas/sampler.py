@@ -337,7 +337,12 @@ def _find(
     spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str
 ) -> tuple[type[Any], dict[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
-    path, arguments = spec.get("class_path"), spec.get("init_args") or {}
+    if "class_path" not in spec:  # an option for one of its settings has taken its place
+        raise UserError(
+            f"{kind} is {dict(spec)}, which names no {kind}: give it with its settings, as in "
+            f"--{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
+        )
+    path, arguments = spec["class_path"], spec.get("init_args") or {}
     short = known.get(path, path) if isinstance(path, str) else str(path)
     short = short if isinstance(short, Mapping) else {"class_path": short}
     module, _, name = str(short["class_path"]).rpartition(".")

@@ -17,10 +17,19 @@ from markupsafe import Markup
 from rich.table import Table
 
 from kdnas import __version__
-from kdnas.deploy.latency import BUSY, LatencySettings, is_unsteady, measured_by
+from kdnas.deploy.latency import BUSY, LatencySettings, measured_by
 from kdnas.models.arch import StudentArch
 from kdnas.nas.budget import Budget
-from kdnas.nas.trials import ARCH, FrozenTrial, Study, begun, best_trial, in_words, trials_frame
+from kdnas.nas.trials import (
+    ARCH,
+    FrozenTrial,
+    Study,
+    begun,
+    best_trial,
+    in_words,
+    trained,
+    trials_frame,
+)
 from kdnas.report.pictures import (
     BLUE,
     GREEN,
@@ -35,7 +44,8 @@ from kdnas.report.pictures import (
     predictions,
 )
 from kdnas.report.tables import as_text, shape_text, text_table
-from kdnas.report.trust import checks
+from kdnas.report.trust import checks, is_busy
+from kdnas.system.errors import counted
 from kdnas.system.files import MANIFEST, Run, read_json, write_text
 from kdnas.system.yaml import read_yaml
 from kdnas.tasks.finetune import FinetuneSettings
@@ -75,7 +85,7 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
     """``result_rows`` for the terminal; ``how`` are the fields of ``LatencySettings``."""
     title = f"Fine-tuned on {results['task']['name']}"
     table = text_table(title, result_rows(results), words=["model"])
-    table.caption = f"Latency: {measured_by(how)}. {caution(results)}".rstrip()
+    table.caption = " ".join([f"Latency: {measured_by(how)}.", *cautions(results)])
     return table
 
 
@@ -90,7 +100,7 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
     )
 
 
-def caution(results: Mapping[str, Any]) -> str:
+def cautions(results: Mapping[str, Any]) -> list[str]:
     """Warnings that would make the final figures, ``glue/results.json``, meaningless."""
     models = results["models"]
     said = []
@@ -106,9 +116,9 @@ def caution(results: Mapping[str, Any]) -> str:
             f"The student does not beat the {' and the '.join(better)}, "
             "which took no search and no distillation."
         )
-    if any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in models.values()):
+    if is_busy(results):
         said.append(f"{BUSY} `kdnas latency` measures again.")
-    return " ".join(said)
+    return said
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -123,7 +133,12 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shell": lambda value: shlex.quote(str(value)), "repr": repr}
+    environment.filters |= {
+        "shell": lambda value: shlex.quote(str(value)),
+        "repr": repr,
+        "counted": counted,
+        "an_option_a_line": lambda command: command.replace(" --", " \\\n  --"),
+    }
     script = environment.get_template("page.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values |= {"script": Markup(script), "script_sha256": digest}
@@ -135,6 +150,16 @@ def stage_results(run: Run) -> tuple[Any, Any, Any]:
     files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
+
+
+def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
+    """The stages that a run was asked for and has not finished."""
+    full_kd, results, exported = stage_results(run)
+    done = {"search": run.best_student.is_file()}
+    if "full_kd" in config:  # a search has none
+        tuned = results or not config.get("task")
+        done |= {"full KD": full_kd, "fine-tuning": tuned, "export": exported}
+    return [stage for stage, is_done in done.items() if not is_done]
 
 
 def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
@@ -181,11 +206,13 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
         config_text=run.config.read_text(encoding="utf-8"),
         limits=_limits(budget),
         num_shapes=len(frame.dropna(subset=ARCH).drop_duplicates(ARCH)),
+        num_trained=len(trained(study)),
         student=student,
         shape=best and StudentArch.from_dict(best.user_attrs["arch"]),
         results=results,
         result_rows=results and result_rows(results),
-        caution=results and caution(results),
+        unfinished=unfinished(run, config),
+        cautions=cautions(results) if results else [],
         agreement=agreement(full_kd) if full_kd and not results else None,
         measured_by=measured_by(config.get("latency", {})),
         pareto=draw_pareto and as_svg("Loss against latency of every candidate", draw_pareto),

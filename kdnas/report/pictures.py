@@ -121,7 +121,7 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="trained candidates", ylabel="best reward")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for (name, values), colour in zip(rewards.items(), cycle(COLOURS), strict=False):
             best, counts = list(accumulate(values, max)), range(1, len(values) + 1)
             highest = as_text(max(values, default=None), ".4f")
@@ -154,7 +154,7 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="epoch", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for label, history, colour in lines:
             epochs = [row["epoch"] + 1 for row in history]
             values = np.array([row[name] for row in history], dtype=float)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdnas.nas.trials import best_trial, trials_frame
+from kdnas.system.errors import counted
 
 
 def show(console: Console, text: str) -> None:
@@ -25,7 +26,8 @@ def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
 
 def shape_text(row: Mapping[str, Any]) -> str:
     """Layers, width and heads of a candidate."""
-    return f"{row['num_hidden_layers']} x {row['hidden_size']}, {row['num_attention_heads']} heads"
+    heads = counted(row["num_attention_heads"], "head")
+    return f"{row['num_hidden_layers']} x {row['hidden_size']}, {heads}"
 
 
 def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str] = ()) -> Table:

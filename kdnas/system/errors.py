@@ -70,6 +70,11 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
     return f"{hint} Choose from: {', '.join(names)}." if always_list or not close else hint
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 class StoreAway(OSError):
     """The study's database has been away for too long."""
 

@@ -228,7 +228,7 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
             f"{', '.join(task.label_names)}: take one with the same order"
         )
     if refused:
-        raise UserError(f"The teacher {source!r} {refused}.")
+        raise UserError(f"{source!r} {refused}.")
     if order is None:
         warn_of_names(task, names, source)
     for student in students:

@@ -396,7 +396,7 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
     from datasets import load_dataset
 
     repo, if_none = "nyu-mll/glue", "give a folder with train.parquet and validation.parquet"
-    with from_hub(f"task {task.name!r}", repo, "dataset", "a folder", if_none):
+    with from_hub(f"There is no folder {task.name!r} here", repo, "dataset", "a folder", if_none):
         splits = load_dataset(repo, task.name).with_format("arrow")
     return splits["train"][:], [splits[name][:] for name in task.validations]
 

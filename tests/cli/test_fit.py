@@ -87,6 +87,7 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
         ),
         ("--trainer.accelerator=abacus", "invalid accelerator name: `accelerator='abacus'`"),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0: give at least 1"),
+        ("--trainer.val_check_interval=1000", "`val_check_interval` (1000) must be less than"),
         ("--optimizer=Adam", "It would replace the recipe's optimizer and all its rates"),
         ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer and all its rates"),
         ("--data.text=nowhere.txt", "'nowhere.txt'"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from jsonargparse import capture_parser
 
 import kdnas
-from kdnas.cli.help import page, summary
+from kdnas.cli.help import head, known_options, page, short_page, summary
 from kdnas.cli.main import COMMANDS, main
 
 CLI = Path(kdnas.__file__).parent / "cli"
@@ -21,7 +22,7 @@ EVERYWHERE = """\
 with every command:
   --quiet               no progress: warnings and errors alone; the answers of latency, space, verify
                         and --dry-run are still printed
-  --log-level LEVEL     debug, info (as it is), warning or error
+  --log-level LEVEL     debug, info (the default), warning or error
 """
 
 
@@ -54,10 +55,9 @@ def made() -> dict[str, str]:
     for command in COMMANDS:
         if command == "completion":
             continue
-        summary, examples, _ = page(command).split("\n\n", 2)
         parser = capture_parser(COMMANDS[command], [])
         parser.usage = argparse.SUPPRESS
-        heads[command] = f"{summary}\n\n{examples}"
+        heads[command] = head(command)
         said[command] = "\n".join(
             line.rstrip() for line in parser.format_help().strip().splitlines()
         )
@@ -69,8 +69,8 @@ def made() -> dict[str, str]:
         options = {option for option in options if option.startswith("--")}
         lines.append(" ".join([command, *sorted(options)]))
     texts = with_shared(said) | {"options.txt": "\n".join(lines) + "\n"}
-    for command, head in heads.items():
-        texts[f"pages/{command}.txt"] = "\n\n".join([head, said[command], EVERYWHERE])
+    for command, by_hand in heads.items():
+        texts[f"pages/{command}.txt"] = "\n\n".join([by_hand, said[command], EVERYWHERE])
     return texts
 
 
@@ -96,6 +96,32 @@ def test_every_command_has_a_page_that_begins_with_its_summary() -> None:
         first, examples, *_ = page(command).split("\n\n")
         assert first == f"kdnas {command}: {summary(command)}"
         assert f"kdnas {command} " in examples
+
+
+def test_help_fits_two_screens_and_names_options_as_the_parsers_have_them() -> None:
+    for command in COMMANDS:
+        shown = short_page(command)
+        assert shown.startswith(head(command))
+        assert shown.count("\n") <= 60 and max(map(len, shown.splitlines())) <= 120
+        if shown == page(command):
+            continue
+        assert f"`kdnas {command} --help all`" in shown
+        entries = re.split(r"\n  (?=--)", head(command).partition("most used options:")[2])[1:]
+        assert 5 <= len(entries) <= 15
+        for entry in entries:
+            name = "--" + entry.split()[0][2:].replace("-", "_")
+            assert name in known_options()[command], entry
+            if default := re.search(r"default: .*(?=\))", " ".join(entry.split())):
+                generated = page(command).removeprefix(head(command))
+                explained = generated.partition(f"\n  {name} ")[2].partition("\n  --")[0]
+                said = " ".join(explained.split())
+                assert re.search(rf"{re.escape(default[0])}[,)]", said), entry
+
+
+def test_help_all_shows_the_whole_page(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, shown in ((["--help"], short_page("run")), (["--help", "all"], page("run"))):
+        assert main(["run", *args]) == 0
+        assert capsys.readouterr().out == shown
 
 
 def test_help_and_completion_do_not_import_torch() -> None:

@@ -168,7 +168,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command_teaches_units_and_defaults(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([command, "--help", "all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert (
         "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)"
@@ -363,7 +363,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     error = refused(
         [*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys
     )
-    assert "recipe.objective, HiddenStates, cannot be asked of 1 layers x 32 wide" in error
+    assert "recipe.objective, HiddenStates, cannot be asked of 1 layer x 32 wide" in error
     assert "KeyError: 'no width of 32'; mend it, or leave such students out of the space." in error
     assert not (tmp_path / "logs").exists()
 
@@ -372,14 +372,14 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     ("option", "message"),
     [
         ("--data.mini_fraction=0", "mini_fraction is 0"),
-        ("--data.seed=7", "data.seed is 7, but it is set by --seed: give that."),
+        ("--data.seed=7", "data.seed is 7, but --seed sets it: give --seed instead."),
         ("--data.mini_fraction=1.5", "mini_fraction is 1.5"),
         ("--data.max_length=4000", "max_length is 4000"),
         ("--search.n_trials=0", "search.n_trials is 0"),
         ("--search.alpha=0.5", "alpha is 0.5"),
         ("--search.budget.speedup=0", "speedup is 0"),
-        ("--search.budget.speedup=1e9", "the fastest possible, 1 layers x 32 wide"),
-        ("--search.budget.num_parameters=100", "the fastest possible, 1 layers x 32 wide"),
+        ("--search.budget.speedup=1e9", "the fastest possible, 1 layer x 32 wide"),
+        ("--search.budget.num_parameters=100", "the fastest possible, 1 layer x 32 wide"),
         ("--sampler=lstn", "There is no sampler 'lstn'"),
         ("--sampler=lstn", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe."),
         (
@@ -420,8 +420,8 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
             "EarlyStopping cannot be made: `mode` can be min, max, got up.",
         ),
         ("--trainer.accelerator=tpu-9", "accelerator is 'tpu-9'"),
-        ("--teacher=/nowhere/at/all", "'/nowhere/at/all' does not exist"),
-        ("--teacher=nobody/nothing", "'nobody/nothing' was not found"),
+        ("--teacher=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
+        ("--teacher=nobody/nothing", "There is no folder 'nobody/nothing' here, nor"),
         ("--text=/nowhere.txt", "/nowhere.txt"),
         ("--name=../elsewhere", "'../elsewhere'"),
         ("--root=/dev/null/logs", "/dev/null/logs"),
@@ -451,7 +451,7 @@ def test_a_class_path_over_one_with_arguments_in_yaml_is_told(
     spec = {"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2}}
     (tmp_path / "lstm.yaml").write_text(json.dumps({"sampler": spec}))
     asked = [*search, f"--config={tmp_path / 'lstm.yaml'}", f"--sampler={json.dumps(spec)}"]
-    assert "change it there" in refused(asked, capsys)
+    assert "change the class in YAML" in refused(asked, capsys)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +483,7 @@ def test_a_value_that_the_parser_refuses_is_told_with_its_key_and_where_it_is_ex
     error = refused(["search", *KNOWN, given], capsys)
     key, told = name.removesuffix(".mappping"), "mappping" if "mappping" in name else value
     assert key in error and told.strip("[]") in error
-    assert "`kdnas search --help` explains" in error or "give its keys" in error
+    assert "`kdnas search --help all` explains" in error or "give its keys" in error
 
 
 def test_a_long_message_of_the_parser_is_cut_but_keeps_the_key_and_the_value(
@@ -608,14 +608,14 @@ def test_disk_that_is_too_small_is_refused(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but it is set by --seed: give"),
+        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but --seed sets it: give"),
         (
             ["space", "--teacher=quickstart", "--data.seed=7"],
-            "data.seed is 7, but it is set by --seed: give that.",
+            "data.seed is 7, but --seed sets it: give --seed instead.",
         ),
         (
             ["glue", "--model=a", "--task=rte", "--finetune.seed=7"],
-            "finetune.seed is 7, but it is set by --seeds, how",
+            "finetune.seed is 7, but --seeds sets it: give",
         ),
     ],
 )
@@ -855,7 +855,7 @@ def test_space_shows_choices_sizes_and_costs(
         and "hidden_act: ['gelu', 'relu']" in shown
     )
     assert (
-        "smallest" in shown and "1 layers" in shown and "largest" in shown and "speed-up" in shown
+        "smallest" in shown and "1 layer x" in shown and "largest" in shown and "speed-up" in shown
     )
 
 

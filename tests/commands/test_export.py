@@ -427,7 +427,7 @@ def test_what_was_exported_before_fine_tuning_is_of_another_model(
         (["--run=../x"], "'../x'"),
         (["--task=/nowhere"], "'/nowhere'"),
         (["--text=/nowhere.txt"], "/nowhere.txt"),
-        (["--teacher=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
+        (["--teacher=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
         (["--length=41"], "length is 41: the student"),
         (["--length=long"], "length"),
         (
@@ -483,7 +483,7 @@ def test_a_student_of_another_teacher_is_refused(
     assert f"(bert) is not of the teacher {str(other)!r} (roberta)" in capsys.readouterr().err
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
     assert export(student, f"--teacher={shorter}") == 2
-    assert f"does not read as {str(shorter)!r} does: it takes" in capsys.readouterr().err
+    assert f"does not read text as {str(shorter)!r} does: it takes" in capsys.readouterr().err
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert export(student, f"--teacher={smaller}") == 2
     assert "has hidden_size 32, its teacher" in capsys.readouterr().err

@@ -357,7 +357,7 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--seeds=0"], "seeds is 0"),
         (["--trainer.devices=2"], "trainer.devices is 2: only full KD of `kdnas run`"),
         (["--trainer.logger=CSVLoger"], "CSVLoger"),
-        (["--model=/nowhere/at/all"], "'/nowhere/at/all' does not exist"),
+        (["--model=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
         (["--text-column=review"], "text_column is ['review'], but 'rte' has its own"),
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
         (["--latency.length=99"], "length of latency is 99"),
@@ -389,7 +389,7 @@ def test_bad_input_gets_one_line_and_makes_nothing(
 def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(
     command, tmp_path, capsys
 ):
-    assert "none twice" in refused([*command, f"--model={command[2]}"], capsys)
+    assert "without duplicates" in refused([*command, f"--model={command[2]}"], capsys)
     bare = [option for option in command if not option.startswith(("--task", "--data"))]
     assert "There is no task" in refused(bare, capsys)
     folder = tmp_path / "data" / "rte"

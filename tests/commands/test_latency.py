@@ -206,7 +206,7 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--backend=onnx", "backend of latency is 'onnx'"),
         ("--device=tpu", "torch sees no device 'tpu'"),
         ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),
-        ("--model=/nowhere/at/all", "The model '/nowhere/at/all' does not exist"),
+        ("--model=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
         ("--min-seconds=0", "min_seconds of latency is 0"),
         ("--modell=x", "Did you mean 'model'?"),
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
@@ -243,7 +243,7 @@ def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
     assert "torch sees no device 'cuda'" in capsys.readouterr().err
     (student / "model.safetensors").unlink()
     assert main(["latency", f"--model={student}", "--length=16"]) == 2
-    assert f"The checkpoint {str(student)!r} has no weights" in capsys.readouterr().err
+    assert f"{str(student)!r} has no weights" in capsys.readouterr().err
 
 
 def test_the_files_of_a_graph_carry_its_config(

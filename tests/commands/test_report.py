@@ -101,10 +101,10 @@ def test_what_makes_no_fair_comparison_is_said(root, tmp_path, capsys):
     told = capsys.readouterr().out
     text = Page(output.read_text(encoding="utf-8")).text
     for shown in (told, text):
-        assert "They have different teachers." in shown
+        assert "The runs have different teachers." in shown
         assert (
-            "Losses and rewards are not of one scale, for these differ: teacher, search.alpha, loss, trainer.precision."
-            in shown
+            "Losses and rewards cannot be compared, because these settings differ: teacher, search.alpha, "
+            "loss, trainer.precision." in shown
         )
     assert "<b>big</b>" in text and "has the best candidate" not in text
     assert str(output) in told
@@ -118,11 +118,11 @@ def test_one_run_is_reported_anew_and_stays_as_its_manifest_says(root, capsys):
     assert "keeps 97 % of its teacher" in run.report.read_text(encoding="utf-8")
     assert main(["verify", str(run.folder)]) == 0
     write_text(
-        run.best_student, "changed"
+        run.folder / "another.yaml", "changed"
     )  # by somebody else: a new report makes nothing else right
     assert main(["report", "--root", str(root), "--run", "done"]) == 0
     assert main(["verify", str(run.folder)]) == 2
-    assert "'best_student.yaml': is not in the manifest" in capsys.readouterr().out
+    assert "'another.yaml': is not in the manifest" in capsys.readouterr().out
 
 
 def test_a_database_is_that_of_the_runs_which_had_one(tmp_path, capsys):
@@ -159,7 +159,7 @@ def spoil(path: str, content: bytes | None):
         (
             None,
             ["--run", "done", "done"],
-            r"run is \['done', 'done'\]: give one at least, and none twice",
+            r"run is \['done', 'done'\]: give at least one, without duplicates",
         ),
         (None, ["--run", "a/b"], "The run name 'a/b' is not valid"),
         (

@@ -801,7 +801,7 @@ def test_what_changes_no_result_may_change_before_its_stage(
     (run / "glue").rmdir()
     (tmp_path / "student").rename(run / "student")
     assert main(of_search(command, "--search.n_trials=3")) == 2
-    assert "distils its best student already" in capsys.readouterr().err
+    assert "has begun full KD, so its search is over" in capsys.readouterr().err
 
 
 def test_an_impossible_length_of_the_task_is_refused_at_the_start(
@@ -1072,7 +1072,7 @@ def test_another_candidate_of_a_finished_search_is_taken_to_the_end(
     assert main([*finished, "--trial=0", "--seed=1"]) == 2
     assert "seed" in capsys.readouterr().err
     assert main([*finished, "--trial=0", "--force-new"]) == 2
-    assert "--trial is of a search that is done" in capsys.readouterr().err
+    assert "--trial takes a candidate of a finished search" in capsys.readouterr().err
 
 
 # What ``$FAULT`` says: students begin as always; the process hangs; it dies, where one layer deep.

@@ -146,7 +146,7 @@ def test_a_hub_name_reads_the_train_split(monkeypatch):
 def test_a_hub_name_that_cannot_be_reached_is_refused():
     with pytest.raises(
         UserError,
-        match=r"'nobody/nothing' was not found, here or in the hub's cache \(HF_HUB_OFFLINE",
+        match=r"no file or folder 'nobody/nothing' here, nor in the hub's cache \(HF_HUB_OFFLINE",
     ):
         load_corpus("nobody/nothing")
 

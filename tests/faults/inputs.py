@@ -32,12 +32,12 @@ def bad_teachers(bench: Bench, row: Row) -> None:
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:size])
 
-    no_config, is_cut = "'{}' has a bad config.json", "'{}/model.safetensors' is truncated"
+    bad_config, is_cut = "'{}' has a bad config.json", "'{}/model.safetensors' is truncated"
     spoil: dict[str, tuple[Callable[[Path], Any], str]] = {
-        "no folder": (shutil.rmtree, "'{}' does not exist"),
-        "empty folder": (remove, no_config),
+        "no folder": (shutil.rmtree, "There is no folder '{}'"),
+        "empty folder": (remove, "'{}' has no config.json"),
         "no tokenizer": (partial(remove, pattern="tokenizer*"), "'{}' has no tokenizer"),
-        "no JSON": (lambda folder: (folder / "config.json").write_text("{no"), no_config),
+        "no JSON": (lambda folder: (folder / "config.json").write_text("{no"), bad_config),
         "weights cut": (partial(cut, size=-99), is_cut),
         "weights empty": (partial(cut, size=0), is_cut),
         "a decoder": (partial(edit, is_decoder=True), "'{}' is a decoder"),
@@ -53,7 +53,7 @@ def bad_teachers(bench: Bench, row: Row) -> None:
         bench.succeed(row, "nothing spoilt", args)
     away = partial(bench.call_alone, environment={"HF_HUB_OFFLINE": "1"})
     args = bench.search(bench.new_name(), "--teacher=nobody/nothing")
-    bench.refuse(row, "a hub's name", args, "'nobody/nothing' was not found", away)
+    bench.refuse(row, "a hub's name", args, "There is no folder 'nobody/nothing' here", away)
     row.fault("undetected", f"one took {row.worst_wait_s:.1f} s", row.worst_wait_s > 5)
 
 

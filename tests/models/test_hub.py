@@ -63,26 +63,26 @@ def online(monkeypatch: pytest.MonkeyPatch):
 )
 def test_no_answer_is_the_networks_fault(error, online, monkeypatch):
     with pytest.raises(
-        HubAway, match=r"cannot be reached for a thing \(.*\): do that, or try again later"
+        HubAway, match=r"A thing, and the .* cannot be reached \(.*\): do that, or try again later"
     ):
-        refuse_away(error, "a thing", "do that")
+        refuse_away(error, "A thing", "do that")
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-    refuse_away(error, "a thing", "do that")
+    refuse_away(error, "A thing", "do that")
 
 
 @pytest.mark.parametrize(
     "error", [answered(404), answered(401), ValueError("x"), FileNotFoundError("x")]
 )
 def test_an_answer_is_the_users_affair(error, online):
-    refuse_away(error, "a thing", "do that")
+    refuse_away(error, "A thing", "do that")
 
 
 USES = {
-    "the teacher 'some/model'": lambda: find_teacher("some/model"),
-    "the text 'some/set'": lambda: load_corpus("some/set"),
-    "the task 'rte'": lambda: load_task("rte"),
-    "a push to 'me/small'": lambda: check_hub("me/small"),
-    "a push to 'me/small' ": lambda: push(Path("mine"), "me/small"),
+    "There is no folder 'some/model' here": lambda: find_teacher("some/model"),
+    "There is no file or folder 'some/set' here": lambda: load_corpus("some/set"),
+    "There is no folder 'rte' here": lambda: load_task("rte"),
+    "Nothing was pushed to 'me/small'": lambda: check_hub("me/small"),
+    "Nothing was pushed to 'me/small' ": lambda: push(Path("mine"), "me/small"),
 }
 
 
@@ -90,7 +90,7 @@ USES = {
 def test_every_use_of_the_hub_tells_them_apart(use, online):
     online(no_answer)
     with pytest.raises(
-        HubAway, match=rf"hub cannot be reached for {use.strip()} \(no route to host\): "
+        HubAway, match=rf"{use.strip()}, and the .* cannot be reached \(no route to host\): "
     ):
         USES[use]()
     online(not_found)
@@ -108,7 +108,7 @@ def test_a_download_that_breaks_off_is_the_networks_fault(
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(part, "from_pretrained", no_answer)
-    with pytest.raises(HubAway, match=f"the {what} of 'some/model'"):
+    with pytest.raises(HubAway, match=f"^The {what} of 'some/model'"):
         find_teacher("some/model").load()
 
 
@@ -121,7 +121,7 @@ def test_the_exit_code_is_3_and_nothing_is_made(online, tmp_path, text_file, cap
     online(not_found)
     assert main(args) == 2
     assert (
-        "'some/model' was not found, here or on the hub: an answer; give a folder"
+        "There is no folder 'some/model' here, nor on the hub: an answer; give a folder"
         in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []

@@ -571,7 +571,12 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         ),
         (make_sampler, "tpee", "Choose from: gp, lstm, lstm-original, nsgaii, random, tpe"),
         (make_sampler, "optuna.nothing.There", "There is no sampler 'optuna.nothing.There'"),
-        (make_sampler, {"init_args": {}}, "There is no sampler None"),
+        (
+            make_sampler,
+            {"num_candidates": 2},
+            "sampler is {'num_candidates': 2}, which names no sampler: give it with its settings",
+        ),
+        (make_pruner, {"init_args": {}}, "names no pruner: .*--pruner '{class_path: none, init"),
         (make_sampler, {"class_path": {"foo": 1}}, "There is no sampler {'foo': 1}"),
         (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler learns of numbers alone"),
         (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),

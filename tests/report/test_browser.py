@@ -40,6 +40,8 @@ onload = () => {
   const { scrollWidth, clientWidth } = page.documentElement;
   told.too_wide = scrollWidth - clientWidth;
   told.paper = getComputedStyle(page.body).backgroundColor;
+  document.querySelector("iframe").width = 1200;
+  told.cut = [...page.querySelectorAll(".scroll")].map(part => Math.max(0, part.scrollWidth - part.clientWidth));
   document.querySelector("pre").textContent = JSON.stringify(told);
 };
 </script>"""
@@ -101,5 +103,6 @@ def test_a_page_works_in_a_browser(page: str, scheme: str, paper: str, tmp_path:
         "tip_is_gone": True,
         "too_wide": 0,
         "paper": paper,
+        "cut": [0] * len(told["cut"]),
     }
     assert re.match(tip, told["tip"])

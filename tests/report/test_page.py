@@ -183,6 +183,7 @@ def every_kind() -> optuna.Study:
 def whole(root: Path, name: str = "fake") -> Run:
     """A run whose stages are all done."""
     run = Run(root, name)
+    write_text(run.best_student, "")
     write_text(run.config, yaml.safe_dump(CONFIG))
     kd = trained(2, 4.0, 0.1818, 0.0)
     names = (
@@ -309,12 +310,48 @@ def test_the_leaders_of_each_episode_are_told_and_what_a_controller_predicted(tm
 def test_the_headline_is_computed_from_the_final_figures(html):
     text = Page(html).text
     assert (
-        "The best of 5 candidates has 2.1 M parameters, is 5.0x as fast and keeps 97 % of its teacher's acc"
+        "The best of 2 trained candidates has 2.1 M parameters, is 5.0x as fast and keeps 97 % of its teacher's acc"
         in text
     )
     assert "Its shape: 2 layers x 64 wide, 2 heads, 96 intermediate, relu." in text
     assert "Its accuracy is 0.776, its teacher's 0.800; the same shape, started at random" in text
     assert "reaches 0.600, the static vectors 0.500, the layer cut 0.700." in text
+
+
+@pytest.mark.parametrize(
+    ("done", "left"),
+    [
+        ([], "search, full KD, fine-tuning, export"),
+        (["best_student"], "full KD, fine-tuning, export"),
+        (["best_student", "full_kd", "glue"], "export"),
+        (["best_student", "full_kd", "glue", "student"], None),
+    ],
+)
+def test_an_unfinished_run_says_what_is_still_to_come(tmp_path, done, left):
+    there = whole(tmp_path)
+    write_json(there.student / "manifest.json", {"checks": CHECKED})
+    write_text(there.config, yaml.safe_dump(CONFIG | {"full_kd": {"num_epochs": 2}}))
+    for name in {"best_student", "full_kd", "glue", "student"} - set(done):
+        getattr(there, name).rename(tmp_path / name)
+    text = Page(write_report(there, every_kind()).read_text()).text
+    assert ("trained candidates so far has" in text) == (not done)
+    said = re.findall(r"This run is not finished. Still to come: ([\w, -]+)\.", text)
+    assert said == ([left] if left else [])
+
+
+def test_a_search_is_finished_without_the_stages_of_a_run(run):
+    write_text(run.best_student, "")
+    assert "not finished" not in write_report(run, every_kind()).read_text()
+
+
+def test_one_epoch_has_one_tick(run):
+    study = make_study()
+    attrs = trained(1, 2.5, 0.3, 0.7)
+    add(study, TrialState.COMPLETE, 0.7, **attrs | {"history": attrs["history"][:1]})
+    _, errors, shares = svgs(write_report(run, study).read_text())
+    for picture in (errors, shares):
+        assert re.findall(r"<text[^>]*>([\d.]+)</text>", picture)[0] == "1"
+        assert "0.9" not in re.findall(r"<text[^>]*>([\d.]+)</text>", picture)
 
 
 def test_the_headline_falls_back_to_variance_where_no_share_of_the_score_can_be_kept(tmp_path):
@@ -365,7 +402,10 @@ def test_figures_that_mean_little_say_so_in_the_headline_and_the_terminal(tmp_pa
     run = whole(tmp_path)
     write_json(run.glue / "results.json", make_results(**student))
     html = write_report(run, every_kind()).read_text()
-    assert said in html[: html.index("<table")]
+    headline, *warnings = re.findall(r'<p class="(?:headline|warning)">(.*?)</p>', html)
+    assert any(said in warning for warning in warnings) and ". " not in headline
+    busy = '<dt class="look">Is the latency real?' in html
+    assert busy == ("latency_iqr_ms" in student)
 
 
 def test_the_page_and_the_terminal_show_the_same_final_table(html):
@@ -436,9 +476,8 @@ def test_the_command_for_more_seeds_asks_for_what_the_run_asked(tmp_path):
     write_text(run.config, yaml.safe_dump(CONFIG | asked))
     write_json(run.student / "manifest.json", {"checks": CHECKED})
     page = write_report(run, every_kind()).read_text()
-    (command,) = [
-        line for line in re.findall("<pre>(.*?)</pre>", page) if line.startswith("kdnas glue")
-    ]
+    commands = re.findall("(?s)<pre>(.*?)</pre>", page)
+    (command,) = [one.replace("\\\n", "") for one in commands if one.startswith("kdnas glue")]
     config, _ = read_config(GlueConfig, "glue", shlex.split(unescape(command))[2:])
     assert config.finetune == FinetuneSettings(num_epochs=5, learning_rate=3e-5, max_length=64)
     assert config.grid == Grid([8, 16], [1e-4])
@@ -598,7 +637,8 @@ def test_without_a_labelled_task_its_sections_are_left_out(tmp_path):
 def test_a_search_alone_is_reported_from_its_best_trial(run):
     text = Page(write_report(run, every_kind()).read_text()).text
     assert (
-        "The best of 5 candidates has 2.5 M parameters, is 5.0x as fast and explains 78 %" in text
+        "The best of 2 trained candidates so far has 2.5 M parameters, is 5.0x as fast and explains 78 %"
+        in text
     )
 
 

@@ -222,7 +222,8 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     other = make_tokenizer()
     other.add_tokens(["unheard"])
     with pytest.raises(
-        UserError, match="'a student' does not read as .*fits' does: its tokenizer has other tokens"
+        UserError,
+        match="'a student' does not read text as .*fits' does: its tokenizer has other tokens",
     ):
         load_task_teacher(
             str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other)

@@ -174,7 +174,7 @@ def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
 def test_a_task_that_is_not_in_the_cache_is_told_with_a_remedy():
     with pytest.raises(
         UserError,
-        match=r"'rte' was not found, here or in the hub's cache .*; give a folder with train.parquet",
+        match=r"There is no folder 'rte' here, nor in the hub's cache .*; give a folder with train.parquet",
     ):
         load_task("rte")
 
