@@ -78,11 +78,13 @@ def main(args: Sequence[str] | None = None) -> int:
             print(page(args[0]), end="")
             return 0
         if args[0] != "completion":
-            from kdnas.cli.parser import refuse_unknown, values_in
+            from kdnas.cli.parser import refuse_pipes, refuse_unknown, values_in
 
             refuse_unknown(args[0], args[1:])
+            values = list(values_in(args[1:]))
+            refuse_pipes(values)
             if is_process:
-                name_modules(values_in(args[1:]))
+                name_modules(values)
         set_environment()
         return _exit_code(args)
     except UserError as error:

@@ -3,7 +3,7 @@
 import json
 import os
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from kdnas.cli.help import known_options
 from kdnas.system.errors import UserError, causes, first_line, nearest
+from kdnas.system.modules import strings_in
 from kdnas.system.yaml import NO_VALUE, check_yaml, flat, read_yaml
 
 CONFIG_HELP = (
@@ -229,6 +230,17 @@ def values_in(args: Sequence[str]) -> Iterator[Any]:
                 yield yaml.safe_load(value)
         else:
             yield value
+
+
+def refuse_pipes(values: Iterable[Any]) -> None:
+    """Refuse a pipe or a device as the value of any option: the parser reads the file of a group.
+
+    Raises:
+        UserError: with the first.
+    """
+    for value in strings_in(list(values)):
+        if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
+            raise UserError(f"{value!r} is a pipe or a device: give a file or a folder.")
 
 
 @cache

@@ -5,6 +5,7 @@ held against what is there.
 """
 
 import json
+import math
 import os
 import stat
 import zipfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
 from kdnas.models.families import find_family
 from kdnas.system.errors import UserError, first_line
@@ -148,7 +149,7 @@ def _shapes_of(path: Path) -> Shapes:
 
 
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Refuse a config with a size that is larger than any in the weights."""
+    """Refuse a config with a size, or with many more parameters, than its weights have."""
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
     for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
@@ -158,6 +159,23 @@ def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
                 f"The checkpoint {name!r} has the {field} {size} in config.json, and no tensor of this "
                 "size: take a whole checkpoint."
             )
+    held = sum(map(math.prod, shapes.values()))
+    described = _num_parameters(config)
+    if described > 2 * held:  # a missing tensor is told by its name, where the weights are read
+        raise UserError(
+            f"The checkpoint {name!r} has {described:,} parameters by its config.json, and its "
+            f"weights hold {held:,}: take a whole checkpoint."
+        )
+
+
+def _num_parameters(config: PreTrainedConfig) -> int:
+    """How many an encoder has, none of which is made; 0 where the config describes no encoder."""
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, **find_family(config.model_type).build)
+    except Exception:  # a broken config raises anything, and again where the weights are read
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _read_checked(path: Path) -> dict[str, Any]:

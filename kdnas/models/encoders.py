@@ -160,12 +160,12 @@ def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
 
 @torch.no_grad()
 def refuse_no_values(name: str, model: nn.Module) -> None:
-    """Refuse weights that are not finite, and matrices that are zero, as of a file with holes."""
+    """Refuse weights that are not finite, or zero where they are no biases, as in a file with holes."""
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")
         # Models without a use for token types keep a table of zeros.
-        if tensor.dim() > 1 and "token_type" not in key and not tensor.any():
+        if not ("bias" in key or "token_type" in key or tensor.any()):
             raise UserError(f"The weights of {name!r} are all zero in {key!r}.")
 
 

@@ -86,8 +86,8 @@ class Run:
         """Fail now, not after training, where nothing can be written. Leaves nothing behind.
 
         Raises:
-            UserError: the folder is a link out of the root, or one in it leads out of it, or it
-                takes no new file, or the nearest parent does not.
+            UserError: the folder is a link, or one in it leads out of it, or it takes no new file,
+                or the nearest parent does not.
         """
         self.refuse_links()
         check_writable(self.folder, "--root")
@@ -100,7 +100,8 @@ class Run:
         """
         if os.path.islink(self.folder):
             raise UserError(
-                f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give that with --root."
+                f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: "
+                "name the run that it leads to, and its --root."
             )
         home = self.folder.resolve()
         for path in links_in(self.folder):
@@ -240,7 +241,11 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that readers see the old one or the new one, never a part.
 
     The temporary file lies beside its target: a rename works within one file system only.
+
+    Raises:
+        UserError: a folder, a pipe or a device is there, which the file would replace.
     """
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     with _removed_if_it_fails(Path(temporary), path):

@@ -33,7 +33,7 @@ def name_modules(values: Iterable[Any]) -> None:
     """
     names = {
         found[1]
-        for value in _strings(list(values))
+        for value in strings_in(list(values))
         if (found := _DOTTED.fullmatch(value)) and not os.path.exists(value)
     }
     find_named_modules()
@@ -47,9 +47,10 @@ def find_named_modules() -> None:
         sys.meta_path.append(_NamedModules())
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text in nested settings, names of settings aside."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+            yield from strings_in(part)

@@ -25,7 +25,7 @@ from kdnas.deploy.export import load_student
 from kdnas.models.encoders import find_teacher, load_classifier
 from kdnas.models.families import FAMILIES
 from kdnas.system.errors import UserError
-from tests.conftest import make_config, make_tokenizer
+from tests.conftest import make_config, make_tokenizer, save_teacher
 
 SAFE = "model.safetensors"
 
@@ -120,6 +120,11 @@ def test_a_layer_of_zeros_is_refused_by_name(folder):
     assert "are all zero in 'encoder.layer.3.output.dense.weight'" in refused(folder)
 
 
+def test_a_norm_of_zeros_is_refused_by_name(folder):
+    edit_weights(folder, lambda state: state["encoder.layer.1.output.LayerNorm.weight"].zero_())
+    assert "are all zero in 'encoder.layer.1.output.LayerNorm.weight'" in refused(folder)
+
+
 def test_token_types_of_zeros_are_none(folder):
     key = "embeddings.token_type_embeddings.weight"
     edit_weights(folder, lambda state: state[key].zero_())
@@ -152,6 +157,18 @@ def test_an_absurd_size_ends_a_search_in_seconds_and_leaves_nothing(
     assert time.monotonic() - started < 10
     assert capsys.readouterr().err.count("\n") == 1
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    "family, key", [("albert", "embedding_size"), ("deberta-v2", "conv_kernel_size")]
+)
+def test_far_more_parameters_than_the_file_has_are_refused_before_they_are_made(
+    family, key, tmp_path, monkeypatch
+):
+    save_teacher(tmp_path, family)
+    edit_json(tmp_path / "config.json", **{key: 10**6 - 1})
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    assert "parameters by its config.json, and its weights hold" in refused(tmp_path)
 
 
 def test_weights_that_are_not_whole_leave_nothing_either(folder, text_file, tmp_path, capsys):

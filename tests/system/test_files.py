@@ -139,11 +139,16 @@ def test_a_folder_that_nobody_can_write_to_is_refused_with_the_reason():
         Run("/proc/kdnas", "a").check_writable()
 
 
-def test_a_run_that_is_a_link_out_of_the_root_is_refused(tmp_path):
+@pytest.mark.parametrize("target", ["../elsewhere", "b"])
+def test_a_run_that_is_a_link_is_refused(target, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "a").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{tmp_path}/a' is a link to '{tmp_path}/elsewhere'"):
-        Run(tmp_path, "a").check_writable()
+    (tmp_path / "logs" / "b").mkdir(parents=True)
+    link = tmp_path / "logs" / "a"
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=f"{link}' is a link to '{target}': name the run"):
+        Run(tmp_path / "logs", "a").check_writable()
+    assert main(["report", "--run=a", f"--root={link.parent}"]) == 2
+    assert capsys.readouterr().err.startswith(f"kdnas: '{link}' is a link to ")
 
 
 LINKS = [
@@ -243,6 +248,21 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path, monk
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [child.name for child in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_nothing_but_a_file_is_replaced(kind, tmp_path):
+    path = tmp_path / "page.html"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    before = path.lstat()
+    with pytest.raises(UserError, match="page.html' is a folder, a pipe or a device"):
+        write_text(path, "text")
+    assert path.lstat() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_json_comes_back_as_it_was_written(tmp_path):

@@ -92,3 +92,24 @@ def test_a_config_that_is_no_file_is_refused(how, tmp_path, capsys):
     assert main(["search", f"--config={path}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(path) in error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["search", "--recipe=PIPE"],
+        ["search", "--space", "PIPE"],
+        ["search", '--data={"text": "PIPE"}'],
+        ["search", "--config=a.yaml"],
+        ["fit", "--model.arch=PIPE"],
+        ["fit", "--trainer", "PIPE"],
+    ],
+)
+def test_a_pipe_is_no_value_of_any_option(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("PIPE")
+    Path("a.yaml").write_text("recipe: PIPE\n")
+    assert main(args) == 2
+    assert (
+        capsys.readouterr().err == "kdnas: 'PIPE' is a pipe or a device: give a file or a folder.\n"
+    )
