@@ -19,10 +19,10 @@ from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.data.masking import Masker
 from kdnas.data.pairs import make_pair
-from kdnas.data.tokens import TokenRows, write_rows
+from kdnas.data.tokens import TokenRows
 from kdnas.models.encoders import find_teacher
 from kdnas.system.errors import UserError
-from tests.conftest import VOCAB, WORDS, make_rows, save_teacher
+from tests.conftest import VOCAB, WORDS, make_rows, save_teacher, write_rows
 
 SENTENCES = [[f"s{number}w{place}" for place in range(10 + number)] for number in range(4)]
 for sentence, end in zip(SENTENCES, [".", "!", '?"', "."], strict=True):
@@ -323,8 +323,6 @@ def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, t
             [([1, 7, 8, 2, 9, 2], second_start)],
             Masker(4, 70, [1, 2, 3]),
             key=folder.name,
-            num_train=1,
-            dropped={},
         )
         sums.add(TokenRows(folder, 3, 8).sha256)
     assert len(sums) == 3

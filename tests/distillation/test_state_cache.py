@@ -24,13 +24,13 @@ from torch import Tensor
 
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.data.masking import Masker
-from kdnas.data.tokens import TokenRows, write_rows
+from kdnas.data.tokens import TokenRows
 from kdnas.distillation import state_cache as cache_module
 from kdnas.distillation.state_cache import StateCache, cache_key
 from kdnas.models.encoders import find_teacher
 from kdnas.system.errors import UserError
 from kdnas.system.jobs import DISK_ERRORS
-from tests.conftest import make_rows, save_teacher
+from tests.conftest import make_rows, save_teacher, write_rows
 
 LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 
@@ -43,9 +43,8 @@ def token_rows() -> TokenRows:
     ]
     with tempfile.TemporaryDirectory() as name:  # it may be removed once it is open
         masker = Masker(4, 70, [3], probability=0.3)
-        numbered = ((row, len(row)) for row in rows)
-        options = dict(key="rows", num_train=30, dropped={}, num_variants=VARIANTS)
-        write_rows(Path(name), numbered, masker, **options)
+        numbered = [(row, len(row)) for row in rows]
+        write_rows(Path(name), numbered, masker, "rows", VARIANTS)
         return TokenRows(Path(name), pad_token_id=3, max_length=12)
 
 
