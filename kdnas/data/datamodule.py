@@ -307,7 +307,7 @@ class KDDataModule(ResumableDataModule):
         done = ResumableLoader(
             pieces,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=write,
+            collate_fn=cast(Any, write),
             num_workers=num_workers if num_workers > 1 else 0,
             multiprocessing_context="fork" if num_workers > 1 else None,
             worker_init_fn=outlive_signals,
