@@ -138,7 +138,8 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
                     f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, "
                     f"row {number}: give text."
                 )
-            if value and (found := _FORBIDDEN.search(value)):
+            is_odd = value and ("\0" in value or not value.isascii())  # most are not: quickly seen
+            if is_odd and (found := _FORBIDDEN.search(str(value))):
                 raise UserError(
                     f"{name!r} has the character {found[0]!r} in row {number}: "
                     "no text holds it, remove it."
@@ -219,11 +220,17 @@ def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             _check_columns(file.schema_arrow.names)
             for batch in _batches(path, file, _wanted(file.schema_arrow.names, column)):
-                for values in zip(*batch.columns, strict=True):
-                    yield {
-                        name: value.as_py()
-                        for name, value in zip(batch.schema.names, values, strict=True)
-                    }
+                yield from _dicts(batch)
+
+
+def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # one by one, so that it comes at its row
+        for values in zip(*batch.columns, strict=True):
+            yield dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
+        raise
+    yield from rows
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
