@@ -81,7 +81,8 @@ def spread_archs(rows: Sequence[dict[str, Any]], number: int, speedup: float) ->
 
 def part_of(data: KDDataModule, share: float) -> KDDataModule:
     """The same rows, of which a share is trained on: up to ``mini_fraction`` a part of the mini split's."""
-    order = np.random.default_rng(data.settings.seed).permutation(data.rows.num_train)
+    order = data.draw_order()
+    order = order[np.isin(order, data.select("full").train_ids())]
     chosen = np.sort(order[: max(1, round(share * len(order)))])
     other = copy.copy(data)
     other.train_ids = lambda: chosen  # type: ignore[method-assign]

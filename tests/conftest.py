@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -46,6 +47,8 @@ from transformers import (
 
 from kdnas.data import datamodule
 from kdnas.data.datamodule import Batch
+from kdnas.data.masking import Masker
+from kdnas.data.tokens import join_pieces, write_piece
 from kdnas.distillation.objectives import View
 from kdnas.models.encoders import FAMILIES, encode
 
@@ -281,6 +284,15 @@ def make_batch(num_rows: int = 3, seed: int = 0, length: int = 12) -> Batch:
         "sample_ids": torch.arange(num_rows),
         "variant": torch.tensor(0),
     }
+
+
+def write_rows(folder: Path, rows: list, masker: Masker, key: str, num_variants: int = 1) -> None:
+    """Rows of tokens, each with where its second sentence begins, as those of a text are kept."""
+    piece = folder.with_name(f"{folder.name}.piece")
+    write_piece(piece, rows, masker, 0, num_variants)
+    hashes, splits = np.arange(len(rows), dtype=np.uint64), np.zeros(len(rows), np.uint8)
+    join_pieces(folder, [piece], hashes, splits, key=key, dropped={}, num_variants=num_variants)
+    piece.unlink()
 
 
 def masked(batch: Batch) -> Batch:

@@ -130,7 +130,7 @@ class SearchConfig:
             limit.
         time_budget: minutes of wall clock for the search; no candidate is begun later. null: no
             limit.
-        seed: of the split, the masks, the search and the weights.
+        seed: of the split, the search and the weights.
         space: what students may be proposed; ``kdnas space`` shows it.
         data: how text becomes batches; its seed is ``seed``.
         recipe: how students are distilled.

@@ -358,7 +358,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
             "begins as": BEGINS_AS,
             "teacher": inputs.teacher.sha256(),
             "text": rows.sha256,
-            "num_train_rows": rows.num_train,
+            "num_train_rows": len(inputs.data.select("full").train_ids()),
             "space": {name: list(values) for name, values in inputs.space.choices.items()},
             "states.precision": config.states.precision,
             "latency": as_plain(config.latency),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from kdnas.commands.config import RunConfig, SearchConfig, SpaceConfig
 from kdnas.commands.few_rows import Sizes, with_few_rows
 from kdnas.commands.inputs import Inputs, check_place, load_inputs, space_of, states_folder
-from kdnas.data.datamodule import HELD_OUT_TOKENS, KDDataModule, TokenRows
+from kdnas.data.datamodule import HELD_OUT_TOKENS, ROWS_A_PIECE, KDDataModule, TokenRows
 from kdnas.deploy.latency import ArchLatency, LatencyMeter, measured_by, threads
 from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
 from kdnas.distillation.teacher_states import (
@@ -40,6 +40,7 @@ from kdnas.models.encoders import (
 )
 from kdnas.report.tables import show, text_table
 from kdnas.system.files import nearest_folder, temporary_folder
+from kdnas.system.pool import num_threads
 from kdnas.tasks.finetune import evaluate_glue
 from kdnas.tasks.tasks import LoadedTask
 from kdnas.training.trainer import fit, make_trainer
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 MOST_ROWS, MOST_TOKENS, MOST_STEPS = 2_000, 25_000, 16
 NUM_LOOKS = 12  # students whose latency is measured
 NUM_TASK_ROWS = 160  # of each split
-ROW_BYTES = 150  # in memory; text and tokens are in files
+ROW_BYTES = 100  # in memory; text and tokens are in files
 # Mostly the tracing of the graph, whatever text and task are: 10 s for 4 x 384 (LOG.md).
 EXPORT_SECONDS = 30.0
 
@@ -158,7 +159,8 @@ class Sample:
 
     def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
         """Of the whole text, where the few rows cost so much; with this process's memory by now."""
-        others = (self.scale - 1) * ROW_BYTES * len(self.rows)
+        num_kept = self.config.data.fraction * self.sizes.num_rows
+        others = ROW_BYTES * max(0.0, num_kept - len(self.rows))
         return Cost(self.scale * seconds, self.scale * num_bytes, peak_memory() + others)
 
 
@@ -200,7 +202,8 @@ class Measured:
         sizes: of the whole text and task.
         about: what was measured, in words.
         tokens: of the whole text, to learn from and held out.
-        reading: of the whole text.
+        reading: of the whole text, whatever share of it is kept.
+        tokenising: of the whole text.
         teacher: one pass over the whole text, whose states are stored.
         missing: share of these states that is not there yet.
         looks: at students.
@@ -218,7 +221,8 @@ class Measured:
     sizes: Sizes
     about: str
     tokens: tuple[float, float]
-    reading: Cost
+    reading: float
+    tokenising: Cost
     teacher: Cost
     missing: float
     looks: Looks
@@ -256,7 +260,7 @@ def measure(config: SearchConfig) -> Measured:
     check_place(config)
     with temporary_folder() as name, torch.random.fork_rng():
         sample = Sample.take(config, Path(name))
-        reading = _reading(sample)
+        reading, tokenising = _reading(sample)
         states, teacher, missing = _teacher(sample)
         looks = _looks(sample.found)
         with threads(max(1, torch.get_num_threads() // sample.num_slots)):
@@ -276,6 +280,7 @@ def measure(config: SearchConfig) -> Measured:
             about=f"{len(sample.rows):,} of {sample.sizes.num_rows:,} rows and {len(rates)} students",
             tokens=(sample.scale * train, sample.scale * held_out),
             reading=reading,
+            tokenising=tokenising,
             teacher=teacher,
             missing=missing,
             looks=looks,
@@ -291,15 +296,26 @@ def measure(config: SearchConfig) -> Measured:
         )
 
 
-def _reading(sample: Sample) -> Cost:
-    """Reading, tokens and masks. Finding the teacher does not take longer with more rows."""
+def _reading(sample: Sample) -> tuple[float, Cost]:
+    """Seconds of reading, and what tokens and masks take; of many rows each core makes a share.
+
+    Finding the teacher does not take longer with more rows.
+    """
     data, folder = sample.found.data, str(sample.folder / "tokens")
-    begin = time.perf_counter()
-    find_teacher(data.teacher)
-    found = time.perf_counter()
-    KDDataModule(data.teacher, data.text, data.settings, folder=folder).setup()
-    seconds = max(0.0, (time.perf_counter() - found) - (found - begin))
-    return sample.cost(seconds, sum(path.stat().st_size for path in sample.rows.folder.iterdir()))
+    times = [time.perf_counter()]
+    for step in (
+        lambda: find_teacher(data.teacher),
+        data.read_corpus,
+        KDDataModule(data.teacher, data.text, data.settings, folder=folder).setup,
+    ):
+        step()
+        times.append(time.perf_counter())
+    found, read, whole = np.diff(times)
+    tokenised = max(0.0, whole - found - read)
+    num_pieces = sample.config.data.fraction * sample.sizes.num_rows / ROWS_A_PIECE
+    num_processes = max(1.0, min(num_threads(1), num_pieces))
+    num_bytes = sum(path.stat().st_size for path in sample.rows.folder.iterdir())
+    return sample.scale * read, sample.cost(tokenised / num_processes, num_bytes)
 
 
 def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
@@ -401,8 +417,9 @@ def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int
 
 
 def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
-    share, cost = config.data.fraction, measured.reading
-    return Stage("reading the text", share * cost.seconds, share * cost.num_bytes, cost.memory)
+    share, cost = config.data.fraction, measured.tokenising
+    seconds = measured.reading + share * cost.seconds
+    return Stage("reading the text", seconds, share * cost.num_bytes, cost.memory)
 
 
 def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:

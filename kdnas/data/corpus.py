@@ -1,4 +1,9 @@
-"""Rows of text in a file: those to learn from, and those held out."""
+"""Rows of text in a file: those to learn from, and those held out.
+
+The hash of a row's text is its place on a circle, whatever the seed. A seed turns the circle, and
+held out is the arc where it then begins. So what is made of the rows, which is paired with the next
+on the circle, serves every seed and every share of held-out rows.
+"""
 
 import hashlib
 import logging
@@ -22,7 +27,10 @@ log = logging.getLogger(__name__)
 
 # A source with a smaller share of usable rows is the wrong one, or the wrong column.
 LEAST_USABLE = 0.01
-_SPLITS = (None, "train", "held_out")
+SPLITS = (None, "train", "held_out")
+
+HashArray = npt.NDArray[np.uint64]
+SplitArray = npt.NDArray[np.uint8]
 
 
 class Texts(Sequence[str]):
@@ -55,24 +63,28 @@ class Corpus:
     """Distinct rows of text, split into two parts that share none.
 
     Args:
-        texts: the rows to learn from, in the order of the source, then the held-out rows.
-        num_train: how many are to learn from.
+        texts: the rows, in the order of the source.
+        hashes: of each row's text, uint64.
+        splits: what the source says of each row, as a place in ``SPLITS``, uint8.
+        is_held_out: whether nothing is trained on a row.
         dropped: how many rows were left out because they were ``empty`` or a ``duplicate``.
     """
 
     texts: Texts
-    num_train: int
+    hashes: HashArray
+    splits: SplitArray
+    is_held_out: npt.NDArray[np.bool_]
     dropped: dict[str, int]
 
     @property
     def train(self) -> Texts:
         """The rows to learn from."""
-        return self.texts.take(np.arange(self.num_train))
+        return self.texts.take(np.flatnonzero(~self.is_held_out))
 
     @property
     def held_out(self) -> Texts:
         """The rows that nothing is trained on."""
-        return self.texts.take(np.arange(self.num_train, len(self.texts)))
+        return self.texts.take(np.flatnonzero(self.is_held_out))
 
 
 def load_corpus(
@@ -80,14 +92,15 @@ def load_corpus(
     *,
     column: str = "text",
     held_out_fraction: float = 0.05,
+    fraction: float = 1.0,
     seed: int = 0,
     folder: Path | None = None,
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
     A column ``split`` with the values ``train`` and ``held_out`` decides where it is filled. All
-    other rows are drawn by a hash of seed and text, so that neither their order nor other rows
-    matter. Each part gets at least one row.
+    other rows are drawn by a hash of their text and the seed, so that neither their order nor other
+    rows matter. Each part gets at least one row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -95,6 +108,8 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
+        fraction: share of the rows that is kept, above 0, drawn by the hash of their text; the
+            first two of each split are kept in any case.
         seed: another seed holds out other rows.
         folder: where to put the rows, in a file without a name that is removed with the corpus;
             by default the system's folder for temporary files.
@@ -104,41 +119,47 @@ def load_corpus(
             holds a value that is no text or a forbidden character, has fewer than two usable rows,
             or too few of them usable.
     """
-    sizes, digests, splits = array("q"), bytearray(), bytearray()
-    num_empty = 0
+    sizes, hashes, splits = array("q"), array("Q"), bytearray()
+    num_empty, num_skipped, num_kept = 0, 0, [0] * len(SPLITS)
     with placed(folder or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=folder) as file:
-        for row, split in all_rows(text, column):
+        for row, name in all_rows(text, column):
             if row is None or not row.strip():
                 num_empty += 1
                 continue
-            content = row.encode()
-            digests += hashlib.sha256(f"{seed}\n".encode() + content).digest()[:16]
-            splits.append(_SPLITS.index(split or None))
+            content, split = row.encode(), SPLITS.index(name or None)
+            digest = hashlib.sha256(content).digest()
+            if num_kept[split] >= 2 and int.from_bytes(digest[8:12]) >= fraction * 2**32:
+                num_skipped += 1
+                continue
+            num_kept[split] += 1
+            hashes.append(int.from_bytes(digest[:8]))
+            splits.append(split)
             sizes.append(file.write(content))
         file.flush()
         kept = KeptFile(os.dup(file.fileno()))
 
-    lengths = np.frombuffer(sizes, np.int64)
-    texts = Texts(kept, np.cumsum(lengths) - lengths, lengths)
-    _, first = np.unique(np.frombuffer(digests, "S16"), return_index=True)
-    first.sort()
-    dropped = {"empty": num_empty, "duplicate": len(texts) - len(first)}
-    texts = texts.take(first)
-    _check_usable(text, column, len(texts), dropped)
-
-    hashes = np.frombuffer(digests, ">u8")[::2][first]
-    shares = (hashes >> 16) / 2**48  # in [0, 1)
-    is_held_out = _held_out(text, np.frombuffer(splits, np.uint8)[first], shares, held_out_fraction)
-    train_first = np.argsort(is_held_out, kind="stable")
-    return Corpus(texts.take(train_first), int((~is_held_out).sum()), dropped)
+    lengths, all_hashes = np.frombuffer(sizes, np.int64), np.frombuffer(hashes, np.uint64)
+    order = np.argsort(all_hashes, kind="stable")
+    is_first = np.diff(all_hashes[order], prepend=~all_hashes[order[:1]]) != 0
+    first = np.sort(order[is_first])  # of equal rows
+    dropped = {"empty": num_empty, "duplicate": len(order) - len(first)}
+    _check_usable(text, column, len(first), num_skipped, dropped)
+    texts = Texts(kept, np.cumsum(lengths) - lengths, lengths).take(first)
+    chosen, said = all_hashes[first], np.frombuffer(splits, np.uint8)[first]
+    _check_splits(text, said)
+    held_out = draw_held_out(said, shares(chosen, seed), held_out_fraction)
+    return Corpus(texts, chosen, said, held_out, dropped)
 
 
-def _check_usable(text: str, column: str, num_usable: int, dropped: dict[str, int]) -> None:
+def _check_usable(
+    text: str, column: str, num_usable: int, num_skipped: int, dropped: dict[str, int]
+) -> None:
     if num_usable < 2:
         found = "only one usable row" if num_usable else "no usable rows"
         raise UserError(
             f"{text!r} has {found} ({dropped}): give at least two distinct rows of text."
         )
+    num_usable += num_skipped
     num_rows = num_usable + sum(dropped.values())
     if num_usable < LEAST_USABLE * num_rows:
         raise UserError(
@@ -150,22 +171,40 @@ def _check_usable(text: str, column: str, num_usable: int, dropped: dict[str, in
         log.warning("%r: %s rows are left out.", text, counts)
 
 
-def _held_out(
-    text: str, splits: npt.NDArray[np.uint8], shares: npt.NDArray[np.float64], fraction: float
+def _check_splits(text: str, splits: SplitArray) -> None:
+    for split in ("train", "held_out"):
+        if (splits == SPLITS.index(split)).all():
+            raise UserError(
+                f"All rows of {text!r} have the split {split!r}: "
+                "give 'train' and 'held_out', or neither."
+            )
+
+
+def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
+    """Where rows are on the circle, from 0 up to 1, when a seed has turned it."""
+    turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
+    return (turned >> np.uint64(11)) / 2**53
+
+
+def draw_held_out(
+    splits: SplitArray, shares: npt.NDArray[np.float64], fraction: float
 ) -> npt.NDArray[np.bool_]:
     """Which rows are held out: those that say so, and of those that say nothing a drawn share."""
-    given = {_SPLITS[split] for split in np.unique(splits)}
-    undecided = np.flatnonzero(splits == _SPLITS.index(None))
-    fewest = int("held_out" not in given)
-    most = len(undecided) - int("train" not in given)
-    if fewest > most:
-        raise UserError(
-            f"All rows of {text!r} have the split {given.pop()!r}: "
-            "give 'train' and 'held_out', or neither."
-        )
+    undecided = np.flatnonzero(splits == SPLITS.index(None))
+    fewest = int(not (splits == SPLITS.index("held_out")).any())
+    most = len(undecided) - int(not (splits == SPLITS.index("train")).any())
     shares = shares[undecided]
-    num_drawn = int((shares < fraction).sum())
-    num_drawn = min(max(num_drawn, fewest), most)
-    is_held_out = splits == _SPLITS.index("held_out")
-    is_held_out[undecided[np.argsort(shares, kind="stable")[:num_drawn]]] = True
+    num_drawn = min(max(int((shares < fraction).sum()), fewest), most)
+    is_held_out = splits == SPLITS.index("held_out")
+    if num_drawn:
+        is_held_out[undecided[np.argpartition(shares, num_drawn - 1)[:num_drawn]]] = True
     return is_held_out
+
+
+def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
+    """For each row the next one on the circle, of those of which the source says the same."""
+    order = np.lexsort((hashes, splits))
+    following = np.empty_like(order)
+    for group in np.split(order, np.flatnonzero(np.diff(splits[order])) + 1):
+        following[group] = np.roll(group, -1)
+    return following

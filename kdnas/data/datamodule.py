@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import tokenizers
@@ -18,7 +20,15 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kdnas.data.corpus import Corpus, load_corpus
+from kdnas.data.corpus import (
+    SPLITS,
+    Corpus,
+    Texts,
+    draw_held_out,
+    load_corpus,
+    next_on_circle,
+    shares,
+)
 from kdnas.data.loader import (
     LengthGroupedBatches,
     ResumableDataModule,
@@ -30,18 +40,31 @@ from kdnas.data.pairs import make_pair
 from kdnas.data.readers import text_sha256
 from kdnas.data.tokens import Batch as Batch
 from kdnas.data.tokens import TokenRows as TokenRows
-from kdnas.data.tokens import is_whole, write_rows
+from kdnas.data.tokens import is_piece, is_whole, join_pieces, write_piece
 from kdnas.models.encoders import find_teacher, max_length
 from kdnas.system.errors import UserError
 from kdnas.system.files import new_folder
+from kdnas.system.pool import num_threads
 
 Split = Literal["mini", "full"]
 
 TOKENS = Path("lightning_logs/tokens")
-FORMAT = 1  # of the kept rows: count up when the code makes other tokens, pairs or masks
+FORMAT = 2  # of the kept rows: count up when the code makes other tokens, pairs or masks
 CHARACTERS_A_TOKEN = 100  # more than a token has on average, in any language
-ROWS_AT_A_TIME = 256  # of text and tokens in memory
+ROWS_AT_A_TIME = 256  # of text in memory
+ROWS_A_PIECE = 1 << 14  # which one process makes at a time
 HELD_OUT_TOKENS = 1_000_000  # at most
+# The settings on which the rows depend.
+OF_ROWS = (
+    "column",
+    "fraction",
+    "max_length",
+    "pair_share",
+    "mask_probability",
+    "masked_share",
+    "num_mask_variants",
+)
+ROWS_SEED = 0  # of pairs and masks
 MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
 
 
@@ -51,7 +74,8 @@ class DataSettings:
 
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
-        fraction: share of the text's rows, drawn by the seed, that is read at all, above 0; 1: all.
+        fraction: share of the text's rows that is kept at all, above 0; 1: all. Whatever the seed,
+            they are the same.
         held_out_fraction: share of the rows that no student ever trains on; candidates are scored
             on them.
         mini_fraction: share of the training rows that a candidate of the search sees, above 0 and
@@ -61,13 +85,13 @@ class DataSettings:
         pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length;
             slower.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words
-            never do.
+            never do. Whatever the seed, pairs and masks are the same.
         mask_probability: share of tokens that is masked, 0 to 1.
         masked_share: share of the rows that is masked at all, 0 to 1; for each of a row's masks
             anew.
         num_mask_variants: how many different masks a row has; epoch e takes number
             ``e % num_mask_variants``.
-        seed: of the split, the masks and the order.
+        seed: of the split and the order.
         num_workers: processes that make batches.
 
     Raises:
@@ -168,9 +192,7 @@ class KDDataModule(ResumableDataModule):
                 f"the teacher {self.teacher!r} takes at most {longest} tokens."
             )
         tokenizer = teacher.tokenizer
-        folder = self.folder / self._key(tokenizer)
-        if not is_whole(folder):
-            self._make(folder, tokenizer)
+        folder = self._whole_folder(tokenizer)
         assert tokenizer.pad_token_id is not None
         self._rows = TokenRows(
             folder, tokenizer.pad_token_id, settings.max_length, settings.pad_to_max_length
@@ -179,19 +201,18 @@ class KDDataModule(ResumableDataModule):
     def read_corpus(self) -> Corpus:
         """The rows of text themselves."""
         settings = self.settings
-        corpus = load_corpus(
+        return load_corpus(
             self.text,
             column=settings.column,
             held_out_fraction=settings.held_out_fraction,
+            fraction=settings.fraction,
             seed=settings.seed,
             folder=self.folder if self.folder.exists() else None,
         )
-        return _share(corpus, settings) if settings.fraction < 1 else corpus
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The hash of all that the rows depend on."""
-        settings = asdict(self.settings) | {"batch_tokens": None, "num_workers": None}
-        del settings["pad_to_max_length"]  # which changes no row
+        """The hash of all that the rows depend on: no split, no order, and so no seed."""
+        settings = {name: getattr(self.settings, name) for name in OF_ROWS}
         parts = [
             FORMAT,
             [tokenizers.__version__, transformers.__version__],
@@ -199,57 +220,111 @@ class KDDataModule(ResumableDataModule):
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.truncation_side,
             settings,
-            text_sha256(self.text, self.settings.column),
+            text_sha256(self.text, self.settings.column, self.folder / "texts.json"),
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the folder of rows, one process at a time; where the text is bad, leave nothing."""
+    def _whole_folder(self, tokenizer: PreTrainedTokenizerBase) -> Path:
+        """The folder of rows, made if it is not there; where the text is bad, leave nothing."""
         made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder = self.folder / self._key(tokenizer)
+            if not is_whole(folder):
+                self._make(folder, tokenizer)
+            return folder
+        except UserError:
+            for name in ("texts.json", "texts.lock") if made else ():
+                (self.folder / name).unlink(missing_ok=True)
+            for empty in made:
+                with suppress(OSError):
+                    empty.rmdir()
+            raise
+
+    def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the folder, one process at a time; one that was killed goes on where it ended."""
         lock = self.folder / f"{folder.name}.lock"
+        pieces = self.folder / f"{folder.name}.pieces"
         with FileLock(lock):
-            if is_whole(folder):  # another process has made it meanwhile
+            if is_whole(folder, has_lock=True):  # another process has made it meanwhile
                 return
             for leftover in self.folder.glob(f".{folder.name}.*"):
                 shutil.rmtree(leftover)
             try:
+                corpus = self.read_corpus()
+                pieces.mkdir(exist_ok=True)
+                self._write_pieces(pieces, corpus, tokenizer)
                 with new_folder(folder) as new:
-                    self._write(new, folder.name, tokenizer)
+                    join_pieces(
+                        new,
+                        [piece.path for piece in _pieces(pieces, corpus)],
+                        corpus.hashes,
+                        corpus.splits,
+                        key=folder.name,
+                        dropped=corpus.dropped,
+                        num_variants=self.settings.num_mask_variants,
+                    )
+                shutil.rmtree(pieces)
             except UserError:
                 lock.unlink()
-                for empty in made:
-                    with suppress(OSError):
-                        empty.rmdir()
+                shutil.rmtree(pieces, ignore_errors=True)
                 raise
 
-    def _write(self, folder: Path, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _write_pieces(
+        self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Write the pieces that are not there, by a process a core."""
         settings = self.settings
-        corpus = self.read_corpus()
         masker = Masker(
             tokenizer.mask_token_id,
             len(tokenizer),
             tokenizer.all_special_ids,
             settings.mask_probability,
-            settings.seed,
+            ROWS_SEED,
         )
-        write_rows(
-            folder,
-            self._tokenised(corpus, tokenizer),
-            masker,
-            key=key,
-            num_train=corpus.num_train,
-            dropped=corpus.dropped,
-            num_variants=settings.num_mask_variants,
-            masked_share=settings.masked_share,
+        make_pair_of = self._pair_maker(corpus)
+
+        def write(piece: Piece) -> OSError | None:
+            rows = self._tokenised(piece.rows, corpus.texts, make_pair_of, tokenizer)
+            if is_piece(piece.path):
+                return None
+            try:
+                write_piece(
+                    piece.path,
+                    rows,
+                    masker,
+                    piece.rows.start,
+                    settings.num_mask_variants,
+                    settings.masked_share,
+                )
+            except OSError as error:  # torch would not tell its number to the main process
+                return error
+            return None
+
+        pieces = _pieces(folder, corpus)
+        # Forked, the processes have the rows and the tokenizer; elsewhere this one does the work.
+        num_workers = min(num_threads(1), len(pieces)) if sys.platform == "linux" else 0
+        done = ResumableLoader(
+            pieces,  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=cast(Any, write),
+            num_workers=num_workers if num_workers > 1 else 0,
+            multiprocessing_context="fork" if num_workers > 1 else None,
+            worker_init_fn=outlive_signals,
         )
+        is_quiet = len(pieces) < 2
+        for error in track(done, "tokens", len(pieces), transient=True, disable=is_quiet):
+            if error:
+                raise error
 
     def _tokenised(
-        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+        self,
+        rows: range,
+        texts: Texts,
+        make_pair_of: Callable[[int], tuple[str, str] | None],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> Iterator[tuple[list[int], int]]:
-        """The token ids of each row, and where its second sentence begins."""
-        texts = corpus.texts
-        make = self._pair_maker(corpus)
+        """The token ids of each of these rows, and where its second sentence begins."""
         # Of a row of a megabyte a tokenizer would make all tokens before it cuts them.
         most = CHARACTERS_A_TOKEN * self.settings.max_length
         kept = slice(-most, None) if tokenizer.truncation_side == "left" else slice(most)
@@ -270,41 +345,26 @@ class KDDataModule(ResumableDataModule):
                 found[row] = ids, sentences.index(1) if 1 in sentences else len(ids)
             return found
 
-        starts = range(0, len(texts), ROWS_AT_A_TIME)
-        progress = track(
-            starts, "tokens", transient=True, disable=len(starts) < 2, show_speed=False
-        )
-        for start in progress:
-            places = range(start, min(start + ROWS_AT_A_TIME, len(texts)))
-            pairs = {i: pair for i in places if (pair := make(i))}
+        for start in range(rows.start, rows.stop, ROWS_AT_A_TIME):
+            places = range(start, min(start + ROWS_AT_A_TIME, rows.stop))
+            pairs = {i: pair for i in places if (pair := make_pair_of(i))}
             singles = [i for i in places if i not in pairs]
             first = [pair[0] for pair in pairs.values()]
             second = [pair[1] for pair in pairs.values()]
-            rows = encode(singles, [texts[i] for i in singles])
-            rows |= encode(list(pairs), first, second)
-            yield from (rows[i] for i in places)
+            encoded = encode(singles, [texts[i] for i in singles])
+            encoded |= encode(list(pairs), first, second)
+            yield from (encoded[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Sample id -> sentence pair, or None.
-
-        No text gets into another split: a row is paired with rows of its own part.
-        """
-        settings = self.settings
-        texts = corpus.texts
-        mini = self._ids("mini", corpus.num_train)
-        rest = np.setdiff1d(np.arange(corpus.num_train), mini)
-        parts = (mini, rest, np.arange(corpus.num_train, len(texts)))
-        part_of, place_of = np.empty((2, len(texts)), dtype=np.int64)
-        for number, part in enumerate(parts):
-            part_of[part] = number
-            place_of[part] = np.arange(len(part))
+        """Sample id -> sentence pair with the next row on the circle, or None."""
+        share, texts = self.settings.pair_share, corpus.texts
+        following = next_on_circle(corpus.splits, corpus.hashes)
 
         def make(sample_id: int) -> tuple[str, str] | None:
-            part = parts[part_of[sample_id]]
-            generator = row_generator(Draw.PAIR, settings.seed, sample_id)
-            if not (generator.random() < settings.pair_share and len(part) > 1):
+            other = int(following[sample_id])
+            generator = row_generator(Draw.PAIR, ROWS_SEED, sample_id)
+            if not (generator.random() < share and other != sample_id):
                 return None
-            other = part[(place_of[sample_id] + generator.integers(1, len(part))) % len(part)]
             return make_pair(texts[sample_id], texts[other], generator)
 
         return make
@@ -315,30 +375,55 @@ class KDDataModule(ResumableDataModule):
         other.split = split
         return other
 
+    @cached_property
+    def _parts(self) -> tuple[IntArray, IntArray]:
+        """All training rows and all held-out rows, in the order in which shares are drawn.
+
+        A row is paired with the next on the circle. At the end of each arc that one is of the other
+        part: that row is in neither, unless its part has no other.
+        """
+        rows, settings = self.rows, self.settings
+        place = shares(rows.hashes, settings.seed)
+        is_held_out = draw_held_out(rows.splits, place, settings.held_out_fraction)
+        undecided = rows.splits == SPLITS.index(None)
+        parts = []
+        for part in (~is_held_out, is_held_out):
+            drawn, given = (
+                ids[np.argsort(place[ids])]
+                for ids in (np.flatnonzero(part & undecided), np.flatnonzero(part & ~undecided))
+            )
+            is_arc = settings.pair_share and 0 < len(drawn) < undecided.sum()
+            if is_arc and len(drawn) + len(given) > 1:
+                drawn = drawn[:-1]
+            # Of both the same share is first.
+            rank = [np.arange(len(ids)) / max(1, len(ids)) for ids in (drawn, given)]
+            parts.append(
+                np.concatenate([drawn, given])[np.argsort(np.concatenate(rank), kind="stable")]
+            )
+        return parts[0], parts[1]
+
     def train_ids(self) -> IntArray:
         """Sample ids of this split; those of ``mini`` are a seeded draw from those of ``full``."""
-        return self._ids(self.split, self.rows.num_train)
-
-    def draw_order(self) -> IntArray:
-        """Sample ids of all training rows in the order in which a share of them is drawn."""
-        return self._order(self.rows.num_train)
-
-    def _order(self, num_rows: int) -> IntArray:
-        return np.random.default_rng(self.settings.seed).permutation(num_rows)
-
-    def _ids(self, split: Split, num_rows: int) -> IntArray:
-        share = 1.0 if split == "full" else self.settings.mini_fraction
-        return np.sort(self._order(num_rows)[: max(1, round(share * num_rows))])
+        train, _ = self._parts
+        share = 1.0 if self.split == "full" else self.settings.mini_fraction
+        return np.sort(train[: max(1, round(share * len(train)))])
 
     def held_out_ids(self) -> IntArray:
         """Sample ids of the held-out rows, in no split: all, or a draw of a million tokens.
 
         A student is scored on them after each epoch, however few rows it learns from.
         """
-        ids = np.arange(self.rows.num_train, len(self.rows))
-        drawn = np.random.default_rng(self.settings.seed).permutation(ids)
+        _, drawn = self._parts
         num_drawn = int((self.rows.lengths[drawn].cumsum() <= HELD_OUT_TOKENS).sum())
         return np.sort(drawn[: max(1, num_drawn)])
+
+    def draw_order(self) -> IntArray:
+        """All sample ids in the order in which shares of the rows are asked for."""
+        train, _ = self._parts
+        asked = np.concatenate([self.held_out_ids(), train])
+        others = np.ones(len(self.rows), dtype=bool)
+        others[asked] = False
+        return np.concatenate([asked, np.flatnonzero(others)])
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
         """Batches of these rows, this process's share of them."""
@@ -393,12 +478,17 @@ class KDDataModule(ResumableDataModule):
         return DataLoader(held_out, batch_size=batch_size, collate_fn=encode)
 
 
-def _share(corpus: Corpus, settings: DataSettings) -> Corpus:
-    """A drawn part of the rows to learn from and of those held out, one of each at least."""
-    generator, num_train = np.random.default_rng(settings.seed), corpus.num_train
-    parts = np.arange(num_train), np.arange(num_train, len(corpus.texts))
-    drawn = [
-        np.sort(generator.permutation(part)[: max(1, round(settings.fraction * len(part)))])
-        for part in parts
+class Piece(NamedTuple):
+    """Rows that are tokenised together, and the file that they go to."""
+
+    path: Path
+    rows: range
+
+
+def _pieces(folder: Path, corpus: Corpus) -> list[Piece]:
+    num_rows = len(corpus.texts)
+    starts = range(0, num_rows, ROWS_A_PIECE)
+    return [
+        Piece(folder / f"{start:012d}", range(start, min(start + ROWS_A_PIECE, num_rows)))
+        for start in starts
     ]
-    return Corpus(corpus.texts.take(np.concatenate(drawn)), len(drawn[0]), corpus.dropped)

@@ -15,10 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from kdnas.models.hub import from_hub
 from kdnas.system.errors import UserError, first_line
-from kdnas.system.files import file_sha256, unique_keys
+from kdnas.system.files import file_sha256, read_stamps, stamp, unique_keys, write_json
 
 # No text has more; the names of a million columns would fill a screen and gigabytes.
 MOST_COLUMNS = 10_000
@@ -57,19 +58,40 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
     return kept, number
 
 
-def text_sha256(text: str, column: str) -> str:
-    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint."""
+def text_sha256(text: str, column: str, known: Path) -> str:
+    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint.
+
+    ``known`` keeps the hashes of files. One process computes them, and again only where a file's
+    stamp is another.
+    """
     files = _files(text)
     try:
         if files is None:
             parts = [_hub(text, column)._fingerprint]
         else:
-            parts = [f"{path.suffix.lower()} {file_sha256(path)}" for path in files]
+            hashes = _file_hashes(files, known)
+            parts = [f"{path.suffix.lower()} {hashes[str(path.resolve())][2]}" for path in files]
     except OSError as error:
         raise UserError(
             f"{text!r} cannot be read ({first_line(error)}): check it and its permissions."
         ) from error
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _file_hashes(files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
+    """For each path, resolved, its stamp and hash."""
+    stamps = {str(path.resolve()): stamp(path) for path in files}
+
+    def missing(found: dict[str, list[Any]]) -> list[str]:
+        return [path for path, now in stamps.items() if found.get(path, [])[:2] != now]
+
+    if not missing(found := read_stamps(known)):
+        return found
+    with FileLock(known.with_suffix(".lock")):
+        found = read_stamps(known)  # of another process meanwhile
+        found |= {path: [*stamps[path], file_sha256(Path(path))] for path in missing(found)}
+        write_json(known, found)
+    return found
 
 
 def _files(text: str) -> list[Path] | None:
@@ -116,7 +138,8 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
                     f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, "
                     f"row {number}: give text."
                 )
-            if value and (found := _FORBIDDEN.search(value)):
+            is_odd = value and ("\0" in value or not value.isascii())  # most are not: quickly seen
+            if is_odd and (found := _FORBIDDEN.search(str(value))):
                 raise UserError(
                     f"{name!r} has the character {found[0]!r} in row {number}: "
                     "no text holds it, remove it."
@@ -197,11 +220,17 @@ def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             _check_columns(file.schema_arrow.names)
             for batch in _batches(path, file, _wanted(file.schema_arrow.names, column)):
-                for values in zip(*batch.columns, strict=True):
-                    yield {
-                        name: value.as_py()
-                        for name, value in zip(batch.schema.names, values, strict=True)
-                    }
+                yield from _dicts(batch)
+
+
+def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # one by one, so that it comes at its row
+        for values in zip(*batch.columns, strict=True):
+            yield dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
+        raise
+    yield from rows
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:

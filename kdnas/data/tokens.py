@@ -1,14 +1,18 @@
 """Rows of token ids in a folder: made once of a text, shared by every worker and rank.
 
 A folder appears whole. For all rows, one after the other, it holds ``lengths.bin`` and
-``second_starts.bin`` (int64), and the masked token ids of each variant, ``variant00.bin``, ...
-(int32). ``about.<hash of its content>.json`` has the hash of all these, and the folder's name,
-which is the key of what they were made of: rows that lie under another key are not used.
+``second_starts.bin`` (int64), ``hashes.bin`` (uint64) and ``splits.bin`` (uint8) as a ``Corpus``
+has them, and the masked token ids of each variant, ``variant00.bin``, ... (int32).
+``about.<hash of its content>.json`` has the hash of all these, and the folder's name, which is the
+key of what they were made of: rows that lie under another key are not used. ``checked.json`` has
+the stamps of the files when they were last hashed.
+
+It is joined out of pieces of some thousand rows, which are made by several processes. A piece is
+whole or not there, so a making that was killed goes on.
 """
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdnas.data.corpus import HashArray, SplitArray
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
-from kdnas.system.files import KeptFile
+from kdnas.system.files import KeptFile, new_file, read_stamps, stamp, write_json
 
 # A batch's length is a multiple of this, so that shapes repeat: each new shape makes new kernels.
 LENGTH_STEP = 8
@@ -49,54 +54,94 @@ class Batch(TypedDict):
     variant: Tensor
 
 
-def write_rows(
-    folder: Path,
+def write_piece(
+    path: Path,
     rows: Iterable[tuple[list[int], int]],
     masker: Masker,
-    *,
-    key: str,
-    num_train: int,
-    dropped: dict[str, int],
+    first: int = 0,
     num_variants: int = 1,
     masked_share: float = 1.0,
 ) -> None:
-    """Mask rows and write them into an empty folder, one by one.
+    """Mask some rows, of which the first has the number ``first``, and write them into a file.
 
     ``rows`` are token ids, special tokens included, and where the second sentence begins: the row's
-    length where there is none. ``key`` is the name that the folder will have. The first ``num_train``
-    rows are to learn from. ``masked_share`` is the share of the rows that is masked at all.
+    length where there is none. ``masked_share`` is the share of the rows that is masked at all.
     """
-    lengths, second_starts = array("q"), array("q")
+    lengths, second_starts = [], []
+    variants: list[list[IntArray]] = [[] for _ in range(num_variants)]
+    for sample_id, (ids, second_start) in enumerate(rows, first):
+        row = np.array(ids, dtype=np.int64)
+        lengths.append(len(row))
+        second_starts.append(second_start)
+        for variant, masked in enumerate(variants):
+            draw = row_generator(Draw.WHETHER_MASKED, masker.seed, sample_id, variant).random()
+            masked.append(masker(row, sample_id, variant) if draw < masked_share else row)
+    numbers = [np.array([len(lengths), *lengths, *second_starts]), *(sum(variants, []))]
+    content = np.concatenate(numbers).astype(np.int32).tobytes()
+    with new_file(path) as file:
+        file.write(hashlib.sha256(content).digest() + content)
+
+
+def is_piece(path: Path) -> bool:
+    """Whether a piece was written there, and is as it was written."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[32:]).digest() == content[:32]
+
+
+def join_pieces(
+    folder: Path,
+    pieces: Iterable[Path],
+    hashes: HashArray,
+    splits: SplitArray,
+    *,
+    key: str,
+    dropped: dict[str, int],
+    num_variants: int = 1,
+) -> None:
+    """Write pieces, in this order, into an empty folder; ``key`` is the name that it will have."""
+    names = ["lengths", "second_starts", *(f"variant{i:02d}" for i in range(num_variants))]
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(_variant(folder, variant).open("wb"))
-            for variant in range(num_variants)
-        ]
-        for sample_id, (ids, second_start) in enumerate(rows):
-            row = np.array(ids, dtype=np.int64)
-            lengths.append(len(row))
-            second_starts.append(second_start)
-            for variant, file in enumerate(files):
-                draw = row_generator(Draw.WHETHER_MASKED, masker.seed, sample_id, variant).random()
-                masked = masker(row, sample_id, variant) if draw < masked_share else row
-                file.write(masked.astype(np.int32).tobytes())
-    for name, values in (("lengths", lengths), ("second_starts", second_starts)):
-        (folder / f"{name}.bin").write_bytes(values.tobytes())
+        files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
+        for path in pieces:
+            size, *numbers = np.split(np.fromfile(path, np.int32, offset=32), [1])
+            lengths, second_starts, tokens = np.split(numbers[0], [size[0], 2 * size[0]])
+            for file, values in zip(files, (lengths, second_starts), strict=False):
+                file.write(values.astype(np.int64).tobytes())
+            for file, values in zip(files[2:], np.split(tokens, num_variants), strict=True):
+                file.write(values.tobytes())
+    (folder / "hashes.bin").write_bytes(hashes.tobytes())
+    (folder / "splits.bin").write_bytes(splits.tobytes())
     about = {
         "key": key,
-        "num_train": num_train,
         "dropped": dropped,
         "num_variants": num_variants,
         "sha256": _sha256(folder),
     }
     content = json.dumps(about)
     (folder / _about(content)).write_text(content)
+    write_json(folder / "checked.json", _stamps(folder))
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether rows were written there, and are as they were written."""
-    about = _read_about(folder)
-    return about is not None and (about["key"], about["sha256"]) == (folder.name, _sha256(folder))
+def is_whole(folder: Path, has_lock: bool = False) -> bool:
+    """Whether rows were written there, and are as they were written.
+
+    What was not hashed since it was last changed is hashed with the lock alone, by one process.
+    """
+    about, checked = _read_about(folder), folder / "checked.json"
+    if about is None or about["key"] != folder.name:
+        return False
+    if read_stamps(checked) == (stamps := _stamps(folder)):
+        return True
+    is_same = has_lock and about["sha256"] == _sha256(folder)
+    if is_same:
+        write_json(checked, stamps)
+    return is_same
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    return {path.name: stamp(path) for path in sorted(folder.glob("*.bin"))}
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
@@ -118,14 +163,14 @@ def _variant(folder: Path, variant: int) -> Path:
 
 def _sha256(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.bin")):  # lengths, second_starts, variants
+    for path in sorted(folder.glob("*.bin")):
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 class TokenRows(Dataset[Batch]):
-    """The rows that ``write_rows`` wrote; the index of a batch is (variant, sample ids).
+    """The rows that ``join_pieces`` wrote; the index of a batch is (variant, sample ids).
 
     ``sha256`` is the hash of all that a model will see: text, tokenizer, cut, pairs, masks, order.
     """
@@ -138,12 +183,13 @@ class TokenRows(Dataset[Batch]):
         self.pad_token_id = pad_token_id
         about = _read_about(folder)
         assert about is not None, "is_whole() says so"
-        self.num_train: int = about["num_train"]
         self.dropped: dict[str, int] = about["dropped"]
         self.num_variants: int = about["num_variants"]
         self.sha256: str = about["sha256"]
         self.lengths: IntArray = np.fromfile(folder / "lengths.bin", dtype=np.int64)
         self.second_starts: IntArray = np.fromfile(folder / "second_starts.bin", dtype=np.int64)
+        self.hashes: HashArray = np.fromfile(folder / "hashes.bin", dtype=np.uint64)
+        self.splits: SplitArray = np.fromfile(folder / "splits.bin", dtype=np.uint8)
         self.padded_lengths = padded(self.lengths, max_length)
         if pad_to_max_length:
             self.padded_lengths[:] = max_length

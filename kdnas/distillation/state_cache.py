@@ -7,7 +7,8 @@ their own; those of the others are computed when they are asked for.
 The folder's name is the hash of everything that the states depend on. A shard's name holds its
 place, and the hash of folder, place and bytes. So each shard proves by itself that it is whole: one
 that is missing, cut, damaged, misplaced or of another cache is computed again, and no index can
-disagree.
+disagree. ``checked.json`` has the stamps of the shards that were whole when one process last looked:
+no other reads them to see.
 """
 
 import errno
@@ -19,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -33,12 +35,14 @@ from kdnas.data.datamodule import Batch, TokenRows
 from kdnas.data.masking import IntArray
 from kdnas.distillation.losses import within_half
 from kdnas.system.errors import UserError
+from kdnas.system.files import read_stamps, stamp, write_json
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["float16", "int8"]
 FORMAT = 3
 SHARD_BYTES = 64 << 20
+CHECKED = "checked.json"
 # Each open shard holds a file descriptor, of which a process mostly has 1,024.
 MOST_MAPS = 256
 # The rows are cut into so many parts, in the order in which they are asked for; each is sorted by
@@ -164,8 +168,9 @@ class StateCache:
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
         """The part of ``num_bytes`` that is not there yet, by the names of the shards."""
+        found = self._stamps()
         return self._size(
-            place for place in self._places(row_ids) if not self._candidates(self._prefix(place))
+            place for place in self._places(row_ids) if self._prefix(place) not in found
         )
 
     def build(
@@ -189,9 +194,7 @@ class StateCache:
         self._maps.clear()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Every rank checks without the lock what is there.
-            for place in _tracked(places, "stored teacher states: check"):
-                self._names[place] = self._find(place)
+            self._names = self._checked(places)  # without the lock
             if self._missing():
                 with FileLock(self.folder / "lock"):
                     self._build_missing(teacher, batch_tokens)
@@ -247,34 +250,63 @@ class StateCache:
     def _prefix(self, place: Place) -> str:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
-    def _candidates(self, prefix: str) -> list[Path]:
-        return list(self.folder.glob(f"{prefix}.*.bin"))
+    def _stamps(self) -> dict[str, dict[str, list[int]]]:
+        """For each shard that is there, by its prefix, the stamps of its files; mostly it is one."""
+        found: dict[str, dict[str, list[int]]] = {}
+        if not self.folder.exists():
+            return found
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("variant") and entry.name.count(".") == 2:
+                    with suppress(FileNotFoundError):  # another process has just removed it
+                        prefix = entry.name.partition(".")[0]
+                        found.setdefault(prefix, {})[entry.name] = stamp(entry)
+        return found
+
+    def _checked(self, places: Iterable[Place]) -> dict[Place, str | None]:
+        """The names of the shards that have not changed since one process has seen them whole."""
+        checked, found = read_stamps(self.folder / CHECKED), self._stamps()
+
+        def name_of(place: Place) -> str | None:
+            names = found.get(self._prefix(place), {})
+            return next((name for name in names if checked.get(name) == names[name]), None)
+
+        return {place: name_of(place) for place in places}
+
+    def _note_checked(self) -> None:
+        """With the lock: no other process has to read the shards that are whole now."""
+        found = {name: at for names in self._stamps().values() for name, at in names.items()}
+        known = read_stamps(self.folder / CHECKED)
+        known |= {name: found[name] for name in self._names.values() if name in found}
+        with suppress(OSError):  # of a full disk: then they are read once more
+            write_json(self.folder / CHECKED, known)
 
     def _digest(self, prefix: str) -> "hashlib._Hash":
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
-    def _find(self, place: Place, has_lock: bool = False) -> str | None:
-        """The name of a whole shard; with the lock, damaged ones are removed."""
+    def _find(self, place: Place, names: Iterable[str]) -> str | None:
+        """With the lock: which of a shard's files is whole; damaged ones are removed."""
         prefix = self._prefix(place)
-        for path in self._candidates(prefix):
-            try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, lambda: self._digest(prefix))
-            except FileNotFoundError:  # damaged, and another process has just removed it
-                continue
+        for path in (self.folder / name for name in names):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: self._digest(prefix))
             if digest.hexdigest() == path.name.split(".")[1]:
                 return path.name
-            if has_lock:
-                log.warning("%s is damaged; its states are computed anew.", path)
-                path.unlink()
+            log.warning("%s is damaged; its states are computed anew.", path)
+            path.unlink()
         return None
 
     def _build_missing(self, teacher: BatchStates, batch_tokens: int) -> None:
         """With the lock: compute and write shards; one is written while the next is computed."""
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
-        for place in self._missing():  # another process may have computed it
-            self._names[place] = self._find(place, has_lock=True)
+        self._names |= self._checked(self._missing())  # another process may have computed them
+        found = self._stamps()
+        others = [place for place in self._missing() if self._prefix(place) in found]
+        for place in _tracked(others, "stored teacher states: check"):
+            self._names[place] = self._find(place, found[self._prefix(place)])
+        if others:
+            self._note_checked()
         missing = self._missing()
         if self._size(missing) > self._free():
             raise self._no_room()
@@ -295,6 +327,7 @@ class StateCache:
                 finish()
                 writes[place] = writer.submit(self._write, place, states)
             finish()
+        self._note_checked()
 
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray

@@ -131,7 +131,7 @@ def state_cache(
 ) -> StateCache:
     """The cache of these layers' states, built or not; arguments are those of ``open_states``."""
     wanted = sorted(set(layers))
-    order = np.concatenate([data.held_out_ids(), data.draw_order()])
+    order = data.draw_order()
     computed_in = autocast_dtype(torch.device(device).type)
     key = cache_key(teacher.sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key

@@ -384,6 +384,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamp(path: Path | os.DirEntry[str]) -> list[int]:
+    """A file's size and time of change: another stamp, and its bytes may be others."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def read_stamps(path: Path) -> dict[str, list[Any]]:
+    """The stamps that ``write_json`` wrote of files when their bytes were last checked, by name.
+
+    So what one process has hashed, no other hashes again. Nothing where they are gone or damaged.
+    """
+    try:
+        return dict(read_json(path))
+    except (FileNotFoundError, UserError, TypeError, ValueError):
+        return {}
+
+
 class KeptFile(io.FileIO):
     """A file that is read piece by piece, and stays readable where its name is removed; closed with its last user."""
 

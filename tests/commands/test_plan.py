@@ -1,5 +1,6 @@
 """What a dry run scales from a few rows and a few steps."""
 
+import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
-from kdnas.commands import plan
-from kdnas.commands.config import RunConfig, SearchConfig, SearchSettings
+from kdnas.commands import few_rows, plan
+from kdnas.commands.config import FullKDSettings, RunConfig, SearchConfig, SearchSettings
 from kdnas.commands.few_rows import Sizes
-from kdnas.commands.inputs import load_inputs
+from kdnas.commands.inputs import Inputs, load_inputs
 from kdnas.commands.plan import Cost, Finetuning, Looks, Measured, Rates, Sample
 from kdnas.data.datamodule import DataSettings
 from kdnas.deploy.latency import ArchLatency, Latency, LatencySettings
@@ -22,7 +23,7 @@ from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import find_teacher
 from kdnas.nas.budget import Budget
 from kdnas.nas.space import SearchSpace
-from tests.conftest import make_rows
+from tests.conftest import make_rows, save_teacher
 
 
 def test_a_fit_takes_its_start_and_each_epoch_what_it_trains_and_scores() -> None:
@@ -57,7 +58,8 @@ MEASURED = Measured(
     sizes=Sizes(num_rows=27_591, num_train=5_749, num_validation=1_500),
     about="a few rows",
     tokens=(1.9e6, 0.1e6),
-    reading=Cost(30.0, 2e7, 1e9),
+    reading=5.0,
+    tokenising=Cost(25.0, 2e7, 1e9),
     teacher=Cost(3_400.0, 3e9, 2e9),
     missing=1.0,
     looks=Looks({an_arch(1): a_look(1), SLOWEST: a_look(4, 10**7)}, share=0.5, seconds=1.0),
@@ -117,6 +119,96 @@ def test_the_budget_is_held_against_students_from_all_over_the_space(tiny_teache
     assert found.share == len(sizes) / plan.NUM_LOOKS == pytest.approx(0.5, abs=0.3)
     nobody = looks(most=1)
     assert (list(nobody.within), nobody.share) == ([space.smallest()], 0.0)
+
+
+# What docs/scale.md takes for granted of 100 GB of text, and of a machine with eight GPUs.
+NUM_ROWS, TOKENS_A_ROW = 145_000_000, 74
+READ, TOKENISED = 10e-6, 600e-6 / 64  # seconds a row: one process, and 64 cores
+TRAINED, SCORED, TAUGHT = 200_000, 600_000, 400_000  # tokens a second, on one GPU
+HUGE = {
+    "search.n_trials": 500,
+    "data.mini_fraction": 0.001,
+    "data.held_out_fraction": 0.001,
+    "full_kd.num_epochs": 1,
+    "time_budget": None,
+}
+
+
+def stages_of_the_page() -> dict[str, list[float]]:
+    """Of the stages in docs/scale.md: minutes, and GB of disk and of memory."""
+    page = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+    section = page.partition("## 100 GB of text")[2].partition("\n## ")[0]
+    for name, value in HUGE.items():
+        assert f"--{name} {'null' if value is None else value} " in section
+    for number in (1e6 * READ, 64e6 * TOKENISED, TRAINED, SCORED, TAUGHT):
+        assert f" {number:,.0f}" in section
+    rows = re.findall(r"(?m)^\| ([^|]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \|$", section)
+    return {name: [float(value.replace(",", "")) for value in values] for name, *values in rows}
+
+
+def test_the_page_about_100_gb_says_what_a_dry_run_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = save_teacher(
+        tmp_path / "teacher",
+        hidden_size=768,  # BERT-base's
+        num_attention_heads=12,
+        num_hidden_layers=6,
+        max_position_embeddings=128,
+    )
+    text = tmp_path / "text.txt"
+    words = " ".join(make_rows(200, longest=60)).split()
+    rows = [" ".join(words[i : i + TOKENS_A_ROW - 2]) for i in range(0, 2000, 40)]
+    text.write_text("\n".join(rows))
+    monkeypatch.setattr(
+        few_rows, "some_rows", lambda *args: ([(row, None) for row in rows], NUM_ROWS)
+    )
+    monkeypatch.setattr(plan, "NUM_LOOKS", 1)
+    monkeypatch.setattr(plan, "num_threads", lambda slots: 64)
+
+    num_tokens = NUM_ROWS * TOKENS_A_ROW
+    rates = Rates(start=30.0, train=1 / TRAINED, score=1 / SCORED)
+    monkeypatch.setattr(plan, "_distillation", lambda sample, archs, _: dict.fromkeys(archs, rates))
+    reading, taught, looks = plan._reading, plan._teacher, plan._looks
+
+    def at_the_speed_of_the_page(sample: Sample) -> tuple[float, Cost]:
+        _, cost = reading(sample)
+        return NUM_ROWS * READ, cost._replace(seconds=NUM_ROWS * TOKENISED)
+
+    def taught_at_its_speed(sample: Sample) -> tuple[TeacherStates, Cost, float]:
+        states, cost, missing = taught(sample)
+        return states, cost._replace(seconds=num_tokens / TAUGHT), missing
+
+    def looked_at_in_two_seconds(found: Inputs) -> Looks:
+        return looks(found)._replace(seconds=2.0, share=1.0)
+
+    monkeypatch.setattr(plan, "_reading", at_the_speed_of_the_page)
+    monkeypatch.setattr(plan, "_teacher", taught_at_its_speed)
+    monkeypatch.setattr(plan, "_looks", looked_at_in_two_seconds)
+    config = RunConfig(
+        teacher=str(teacher),
+        text=str(text),
+        root=str(tmp_path / "logs"),
+        workers=8,
+        time_budget=HUGE["time_budget"],
+        data=DataSettings(
+            mini_fraction=HUGE["data.mini_fraction"],
+            held_out_fraction=HUGE["data.held_out_fraction"],
+            pair_share=0.0,
+        ),
+        search=SearchSettings(n_trials=HUGE["search.n_trials"]),
+        full_kd=FullKDSettings(num_epochs=HUGE["full_kd.num_epochs"]),
+        latency=LatencySettings(length=16, min_seconds=0.01),
+    )
+    planned = plan.plan(config)
+    page = stages_of_the_page()
+    assert list(page) == [stage.name for stage in planned.stages]
+    for stage in planned.stages:
+        minutes, disk, memory = page[stage.name]
+        assert minutes == pytest.approx(stage.seconds / 60, rel=0.3), stage
+        assert memory == pytest.approx(stage.memory_bytes / 1e9, rel=0.3), stage
+        if stage.name in ("reading the text", "teacher states"):  # others grow with the student
+            assert disk == pytest.approx(stage.disk_bytes / 1e9, rel=0.3), stage
 
 
 def test_what_a_large_text_needs_is_scaled_from_a_few_rows(

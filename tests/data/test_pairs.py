@@ -19,10 +19,10 @@ from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.data.masking import Masker
 from kdnas.data.pairs import make_pair
-from kdnas.data.tokens import TokenRows, write_rows
+from kdnas.data.tokens import TokenRows
 from kdnas.models.encoders import find_teacher
 from kdnas.system.errors import UserError
-from tests.conftest import VOCAB, WORDS, make_rows, save_teacher
+from tests.conftest import VOCAB, WORDS, make_rows, save_teacher, write_rows
 
 SENTENCES = [[f"s{number}w{place}" for place in range(10 + number)] for number in range(4)]
 for sentence, end in zip(SENTENCES, [".", "!", '?"', "."], strict=True):
@@ -267,12 +267,12 @@ def test_a_share_of_the_rows_becomes_pairs_and_the_others_stay(tiny_teacher, tex
     assert chosen[0.0] < chosen[0.3] < chosen[0.6] < chosen[1.0] == set(range(200))
 
 
-def test_pairs_depend_on_seed_and_row_alone(tiny_teacher, text):
+def test_pairs_depend_on_rows_alone(tiny_teacher, text):
     data = open_data(tiny_teacher, text)
-    again = open_data(tiny_teacher, text, num_workers=2, batch_tokens=64, mask_probability=0.5)
+    again = open_data(
+        tiny_teacher, text, num_workers=2, batch_tokens=64, mask_probability=0.5, seed=1
+    )
     assert (again.rows.second_starts == data.rows.second_starts).all()
-    other = open_data(tiny_teacher, text, seed=1)
-    assert 50 < (is_pair(other) == is_pair(data)).sum() < 150
     here, there = (
         [batch["token_type_ids"].tolist() for batch in loader]
         for loader in (
@@ -283,19 +283,29 @@ def test_pairs_depend_on_seed_and_row_alone(tiny_teacher, text):
     assert here == there and len(here) > 10
 
 
-def test_rows_are_paired_within_mini_within_the_other_training_rows_and_within_held_out(
-    tiny_teacher, text, tmp_path, monkeypatch
+@pytest.mark.parametrize("splits", [(None,), (None, "train"), (None, "held_out", "train")])
+def test_for_every_seed_and_share_rows_are_paired_within_their_part(
+    tiny_teacher, tmp_path, monkeypatch, splits
 ):
-    asked = []
-    monkeypatch.setattr(datamodule, "make_pair", lambda row, other, rng: asked.append((row, other)))
-    data = open_data(tiny_teacher, text, tmp_path, pair_share=1.0)
-    texts = data.read_corpus().texts
-    parts = {texts[i]: "train" for i in data.train_ids()}
-    parts |= {texts[i]: "mini" for i in data.select("mini").train_ids()}
-    parts |= {texts[i]: "held out" for i in data.held_out_ids()}
-    assert sorted(row for row, _ in asked) == sorted(texts)
-    assert all(row != other and parts[row] == parts[other] for row, other in asked)
-    assert len({other for _, other in asked}) > 100
+    rows = [
+        {"text": row, "split": splits[i % len(splits)]} for i, row in enumerate(paragraphs(200))
+    ]
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join(map(json.dumps, rows)))
+    asked = {}
+    monkeypatch.setattr(datamodule, "make_pair", lambda row, other, rng: asked.update({row: other}))
+    for seed, share in ((0, 0.05), (0, 0.5), (1, 0.3), (2, 0.9)):
+        data = open_data(
+            tiny_teacher, text, tmp_path, pair_share=1.0, seed=seed, held_out_fraction=share
+        )
+        corpus = data.read_corpus()
+        train, held_out = set(corpus.train), set(corpus.held_out)
+        for part, ids in ((train, data.train_ids()), (held_out, data.held_out_ids())):
+            used = {corpus.texts[i] for i in ids}
+            assert used <= part and len(part) - len(used) <= 1
+            assert {asked[row] for row in used} <= part
+        assert data.train_ids().size + data.held_out_ids().size >= 198
+    assert sorted(asked) == sorted(asked.values()) == sorted(corpus.texts)
     assert not is_pair(data).any(), "a text that gives no pair stays as it is"
 
 
@@ -306,9 +316,9 @@ def test_a_row_that_is_alone_in_its_part_stays_single(tiny_teacher, tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    data = open_data(tiny_teacher, path, pair_share=1.0, mini_fraction=0.34)
-    assert is_pair(data).tolist().count(True) == 2
-    assert not is_pair(data)[[data.held_out_ids()[0], data.select("mini").train_ids()[0]]].any()
+    data = open_data(tiny_teacher, path, pair_share=1.0)
+    assert is_pair(data)[data.train_ids()].tolist() == [True] * 3
+    assert is_pair(data)[data.held_out_ids()].tolist() == [False]
 
 
 def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, text, tmp_path):
@@ -323,8 +333,6 @@ def test_the_fingerprint_covers_where_the_second_sentence_begins(tiny_teacher, t
             [([1, 7, 8, 2, 9, 2], second_start)],
             Masker(4, 70, [1, 2, 3]),
             key=folder.name,
-            num_train=1,
-            dropped={},
         )
         sums.add(TokenRows(folder, 3, 8).sha256)
     assert len(sums) == 3

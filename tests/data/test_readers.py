@@ -91,19 +91,19 @@ def test_a_source_s_hash_is_that_of_its_files_and_formats(tmp_path: Path) -> Non
     (tmp_path / "some").mkdir()
     first = write(tmp_path / "some" / "a.txt")
     sums = [
-        text_sha256(str(path), "text")
+        text_sha256(str(path), "text", tmp_path / "known.json")
         for path in (first, tmp_path / "some", shutil.copy(first, tmp_path / "b.csv"))
     ]
     assert sums[0] == sums[1], "a folder is what it holds"
     write(tmp_path / "some" / "b.txt", NUMBERS[:7])
-    sums.append(text_sha256(str(tmp_path / "some"), "text"))
+    sums.append(text_sha256(str(tmp_path / "some"), "text", tmp_path / "known.json"))
     (tmp_path / "some" / "b.txt").rename(tmp_path / "some" / "0.txt")
-    sums.append(text_sha256(str(tmp_path / "some"), "text"))
+    sums.append(text_sha256(str(tmp_path / "some"), "text", tmp_path / "known.json"))
     first.write_text(first.read_text()[::-1])
-    sums.append(text_sha256(str(first), "text"))
+    sums.append(text_sha256(str(first), "text", tmp_path / "known.json"))
     assert len(set(sums)) == 5
     with pytest.raises(UserError, match="missing.txt' does not exist"):
-        text_sha256(str(tmp_path / "missing.txt"), "text")
+        text_sha256(str(tmp_path / "missing.txt"), "text", tmp_path / "known.json")
 
 
 def test_a_hub_source_s_hash_is_its_fingerprint_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_a_hub_source_s_hash_is_its_fingerprint_s(monkeypatch: pytest.MonkeyPatc
     for rows in (["one", "two"], ["one", "two"], ["one", "three"]):
         held = datasets.Dataset.from_dict({"text": rows})
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, held=held, **options: held)
-        sums.append(text_sha256("some-one/some.data", "text"))
+        sums.append(text_sha256("some-one/some.data", "text", Path("unused")))
     assert sums[0] == sums[1] != sums[2]
 
 
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_read_has_no_hash(
 
     monkeypatch.setattr(readers, "file_sha256", refuse)
     with pytest.raises(UserError, match=r"rows.txt' cannot be read \(.*Permission denied"):
-        text_sha256(str(write(tmp_path / "rows.txt")), "text")
+        text_sha256(str(write(tmp_path / "rows.txt")), "text", tmp_path / "known.json")
 
 
 # Tables that are not what they seem: one line, in seconds, within bounded memory

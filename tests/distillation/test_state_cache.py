@@ -1,5 +1,6 @@
 import errno
 import functools
+import hashlib
 import json
 import math
 import mmap
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.data.masking import Masker
-from kdnas.data.tokens import TokenRows, write_rows
+from kdnas.data.tokens import TokenRows
 from kdnas.distillation import state_cache as cache_module
 from kdnas.distillation.state_cache import StateCache, cache_key
 from kdnas.models.encoders import find_teacher
 from kdnas.system.errors import UserError
 from kdnas.system.jobs import DISK_ERRORS
-from tests.conftest import make_rows, save_teacher
+from tests.conftest import make_rows, save_teacher, write_rows
 
 LAYERS, WIDTH, VARIANTS, BATCH_TOKENS, NUM_ROWS = [1, 3], 4, 2, 40, 40
 
@@ -43,9 +44,8 @@ def token_rows() -> TokenRows:
     ]
     with tempfile.TemporaryDirectory() as name:  # it may be removed once it is open
         masker = Masker(4, 70, [3], probability=0.3)
-        numbered = ((row, len(row)) for row in rows)
-        options = dict(key="rows", num_train=30, dropped={}, num_variants=VARIANTS)
-        write_rows(Path(name), numbered, masker, **options)
+        numbered = [(row, len(row)) for row in rows]
+        write_rows(Path(name), numbered, masker, "rows", VARIANTS)
         return TokenRows(Path(name), pad_token_id=3, max_length=12)
 
 
@@ -453,9 +453,8 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
         cache_key(weights, rows(masked_share=0.5), LAYERS),
         cache_key(weights, rows(pair_share=0.5), LAYERS),
         cache_key(weights, rows(pair_share=1.0), LAYERS),
-        cache_key(weights, rows(seed=1), LAYERS),
         cache_key(weights, rows(max_length=16), LAYERS),
-        cache_key(weights, rows(held_out_fraction=0.5), LAYERS),
+        cache_key(weights, rows(), LAYERS, order=np.arange(120)),
         cache_key(weights, rows(), [1, 2]),
         cache_key(weights, rows(), [1]),
         cache_key(weights, rows(num_mask_variants=2), LAYERS),
@@ -468,9 +467,9 @@ def test_the_key_changes_with_all_that_the_states_depend_on_and_with_nothing_els
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "version", lambda package: f"another {package}")
         others.append(cache_key(weights, rows(), LAYERS))
-    assert len({key, *others}) == 1 + len(others) == 21
+    assert len({key, *others}) == 1 + len(others) == 20
     moved = shutil.copytree(tiny_teacher, tmp_path / "moved")
-    same = rows(moved, batch_tokens=64, mini_fraction=0.5, num_workers=1)
+    same = rows(moved, batch_tokens=64, mini_fraction=0.5, held_out_fraction=0.5, num_workers=1)
     assert cache_key(find_teacher(str(moved)).sha256(), same, LAYERS) == key
 
 
@@ -523,20 +522,66 @@ def test_whole_states_are_checked_though_another_process_has_the_lock(folder):
     assert len(checked) == 1
 
 
+@pytest.fixture
+def counted(monkeypatch) -> Counter:
+    """How often a folder was listed, and the bytes of a file hashed."""
+    count: Counter[str] = Counter()
+
+    def counting(module, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args):
+            count[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    counting(os, "scandir")
+    counting(hashlib, "file_digest")
+    return count
+
+
+def test_many_shards_are_opened_by_a_listing_or_two_and_are_not_read_again(
+    folder, monkeypatch, counted
+):
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+    cache, _ = build(folder)
+    assert len(shards(folder)) == NUM_ROWS * VARIANTS
+    counted.clear()
+    again = open_cache(folder)
+    assert again.num_missing_bytes() == 0
+    again.build(FakeTeacher(0), BATCH_TOKENS)
+    assert counted == {"scandir": 2}
+    check(again)
+
+
+def test_of_several_processes_one_reads_the_shards_of_a_cache_that_was_copied(folder, counted):
+    build(folder)
+    whole = shards(folder)
+    for path in folder.glob("*.bin"):
+        os.utime(path, (0, 0))
+    for num_hashed in (len(whole), 0):
+        counted.clear()
+        assert not build(folder)[1]
+        assert counted["file_digest"] == num_hashed
+    (folder / "checked.json").write_text("damaged")
+    assert not build(folder)[1] and counted["file_digest"] == len(whole)
+    assert shards(folder) == whole
+
+
 def test_a_damaged_shard_that_another_process_removes_first_is_computed_again(folder, monkeypatch):
     build(folder)
     before = shards(folder)
-    gone, glob = folder / next(iter(before)), Path.glob
+    gone, stamp = folder / next(iter(before)), cache_module.stamp
     gone.write_bytes(b"damaged")
 
-    def found(self: Path, pattern: str) -> list[Path]:
-        paths = list(glob(self, pattern))
-        if gone in paths:
+    def late(entry: os.DirEntry) -> list[int]:
+        if entry.name == gone.name and gone.read_bytes() == b"damaged":
             gone.unlink()
-        return paths
+        return stamp(entry)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "glob", found)
+        patch.setattr(cache_module, "stamp", late)
         cache, asked = build(folder)
     assert asked == rows_in(before[gone.name])
     assert shards(folder) == before

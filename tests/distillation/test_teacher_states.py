@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from kdnas.data import datamodule
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distillation import state_cache as cache
 from kdnas.distillation import teacher_states as teacher_module
@@ -270,6 +271,23 @@ def test_a_search_stores_its_own_rows_and_full_distillation_adds_the_others(
     batch = data.rows[0, row_ids[::7]]
     for one, other in zip(mini(batch).values(), full(batch).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_of_held_out_rows_that_are_not_scored_no_states_are_stored(
+    teacher, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 12)
+    whole = open_states(teacher, data.select("mini"), LAYERS, StatesSettings(str(tmp_path / "all")))
+    monkeypatch.setattr(datamodule, "HELD_OUT_TOKENS", 60)
+    few = open_states(teacher, data.select("mini"), LAYERS, StatesSettings(str(tmp_path / "few")))
+    sizes = [
+        sum(path.stat().st_size for path in states.source.folder.glob("*.bin"))
+        for states in (few, whole)
+    ]
+    assert 0 < sizes[0] < 0.7 * sizes[1]
+    batch = data.rows[0, data.held_out_ids()]
+    for one, other in zip(few(batch).values(), whole(batch).values(), strict=True):
+        assert close(one, other.float().numpy())
 
 
 def test_statistics_are_those_of_numpy_and_scikit_learn(teacher, data, states):
