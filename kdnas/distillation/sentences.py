@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from kdnas.data.datamodule import pairs
 from kdnas.distillation.losses import squared_error
 from kdnas.distillation.narrowing import fit_linear
 from kdnas.distillation.objectives import Criterion, Objective, Term, View
@@ -146,9 +147,9 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Which rows are pairs, (B,), and their ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        """The rows that are pairs, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
-        paired = second.any(1)
+        paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]
         v = teacher.pooled(second)[paired]
         return paired, torch.cat([(u - v).abs(), F.cosine_similarity(u, v)[:, None]], -1)

@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.data.datamodule import Batch, KDDataModule, located, real_tokens
 from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distillation.losses import ridge_map, within_half
 from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe
@@ -97,7 +98,7 @@ class LiveTeacher:
         with autocast(device.type):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
         assert states is not None
-        real = batch["attention_mask"].flatten().nonzero()[:, 0]  # once for all layers
+        real = real_tokens(batch)
         return [states[layer + 1].flatten(0, 1)[real] for layer in layers]
 
 
@@ -116,10 +117,25 @@ class TeacherStates:
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
+        if "states" in batch:
+            return batch["states"]
         device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
         states = [state.to(device) for state in self.source(batch, layers)]
         return dict(zip(layers, states, strict=True))
+
+    def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
+        """A loader's batch with stored states and the places of tokens, before it is needed.
+
+        Args:
+            batch: on the CPU.
+            layers: whose states are read, if they are stored.
+            pin: whether it will go to a GPU, which copies pinned memory while it computes.
+        """
+        ready = located(batch)
+        if isinstance(self.source, StateCache):
+            ready["states"] = self(batch, layers)
+        return apply_to_collection(ready, Tensor, Tensor.pin_memory) if pin else ready
 
 
 def state_cache(

@@ -28,6 +28,8 @@ from kdnas.training.progress import ProgressFile
 
 # TensorBoard's own are 120, and so long a writer may not hear of its end.
 FLUSH_SECONDS = 2
+# Each logged step waits for the device a few times; ``kdnas fit`` has the same in its configs.
+LOG_STEPS = 10
 REMEDY = (
     "give --workers for several candidates at a time, and --trainer.devices of `kdnas run` for DDP."
 )
@@ -194,7 +196,7 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=LOG_STEPS,
     )
     if not resume and trainer.is_global_zero:
         for unfinished in folder.glob("events.out.tfevents.*"):
