@@ -218,6 +218,26 @@ def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
     assert step.criterion_flops(module, batch) == 2 * ARCH.num_attention_heads * per_head
 
 
+def test_a_step_launches_few_operations_and_hardly_waits_for_its_device(
+    tiny_teacher, data, tmp_path
+):
+    arch = StudentArch(4, 2, 32, 64)
+    teacher = find_teacher(str(tiny_teacher))
+    found = step.count_steps(teacher, arch, data, tmp_path, "cpu")
+    assert 100 < found["ops_a_step"] <= 700
+    assert found["synchronisations_a_step"] <= 3
+
+
+def test_what_waits_for_a_device_is_counted():
+    with step.Operations() as counted:
+        x = torch.arange(4.0)
+        x.view(2, 2).mul(2)
+        num_ops = counted.num_ops
+        assert counted.num_waits == 0
+        float(x[0]), x[x > 1], x.nonzero(), torch.tensor(3.0), bool(x.any())
+    assert (num_ops, counted.num_waits) == (2, 5)
+
+
 def test_time_steps_leaves_the_warm_up_out(data):
     seen = []
     batches = list(data.train_dataloader())[:2]  # fewer than steps: they are gone through again

@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from kdnas.distillation.module import (
 from kdnas.distillation.objectives import HiddenStates, View, WeightedSum
 from kdnas.distillation.sentences import PairComparison, SentenceState
 from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart
+from kdnas.distillation.state_cache import StateCache
 from kdnas.distillation.teacher_states import (
     StatesSettings,
     TeacherStates,
@@ -372,6 +374,22 @@ def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
     assert [row["epoch"] for row in module.history] == [0, 1, 2]
     assert module.history[0]["loss"] > module.history[2]["loss"]
     assert teacher.sha256() == before
+
+
+def test_stored_states_are_read_by_another_thread_than_the_one_that_trains(
+    teacher, data, states, monkeypatch
+):
+    read, threads = StateCache.__call__, []
+
+    def watched(cache: StateCache, *args) -> list[Tensor]:
+        threads.append(threading.current_thread())
+        return read(cache, *args)
+
+    module = begun(make(teacher, states), data)
+    monkeypatch.setattr(StateCache, "__call__", watched)
+    fit(trainer(), module, data)
+    num_batches = len(data.train_dataloader()) + len(data.val_dataloader())
+    assert len(threads) == num_batches and threading.current_thread() not in threads
 
 
 def test_the_heap_s_holes_are_given_back_every_some_steps(teacher, data, states, monkeypatch):

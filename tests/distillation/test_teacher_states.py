@@ -58,6 +58,25 @@ def states(teacher, data, tmp_path_factory) -> TeacherStates:
     )
 
 
+def test_a_batch_is_prepared_with_its_places_and_stored_states_pinned_for_a_gpu(
+    states, data, monkeypatch
+):
+    batch, pinned = data.rows[1, data.train_ids()[:5]], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    ready = states.prepare(batch, [3, 0], pin=False)
+    assert (
+        ready["real_tokens"].tolist() == batch["attention_mask"].flatten().nonzero()[:, 0].tolist()
+    )
+    assert ready["pairs"].tolist() == [i for i in range(5) if batch["token_type_ids"][i].any()]
+    assert ready["states"].keys() == {3, 0} and not pinned
+    for layer, found in states(ready).items():
+        assert found.equal(states(batch)[layer])
+    states.prepare(batch, [3, 0], pin=True)
+    assert len(pinned) == len(batch) + 4
+    live = TeacherStates(LiveTeacher(None), [3], 64, states.stats, states.ends)
+    assert "states" not in live.prepare(batch, [3], pin=False)
+
+
 def oracle(
     teacher: Teacher, data: KDDataModule, sample_ids: np.ndarray, variant: int = 0
 ) -> list[np.ndarray]:
