@@ -66,7 +66,7 @@ def search(
 
     Raises:
         UserError: no candidate meets the budget.
-        CandidateFailed: every candidate failed; with the last reason.
+        CandidateFailed: every candidate failed, or the last ones all did; with the last reason.
     """
     record = Record(study, space, make_job)
     deadline = time.monotonic() + seconds
@@ -81,6 +81,7 @@ def search(
         while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
             _begin(record, record.ask(), engine)
         if not (record.running() or engine.jobs):
+            record.refuse_failures(n_trials)
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
