@@ -90,7 +90,8 @@ class Inputs:
     def states(self, split: Split) -> TeacherStates:
         """Those of a split and of the held-out rows, computed now if they are not there."""
         data, layers = self.data.select(split), self.target_layers
-        return open_states(self.teacher, data, layers, self.states_settings, self.device)
+        settings, precision = self.states_settings, self.config.trainer.precision
+        return open_states(self.teacher, data, layers, settings, self.device, precision)
 
     @cached_property
     def bench(self) -> Bench:

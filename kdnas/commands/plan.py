@@ -307,11 +307,13 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
     config, found = sample.config, sample.found
     # The real cache, of which something may be there if the few rows are all.
     real = replace(config.states, folder=str(states_folder(config)))
-    cache = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
+    of = found.teacher, found.data, found.target_layers
+    rest = found.device, config.trainer.precision
+    cache = state_cache(*of, real, *rest)
     missing = cache.num_missing_bytes() / cache.num_bytes()
     settings = replace(real, folder=str(sample.folder / "states"), max_gb=float("inf"))
     begin = time.perf_counter()
-    states = open_states(found.teacher, found.data, found.target_layers, settings, found.device)
+    states = open_states(*of, settings, *rest)
     cost = sample.cost(time.perf_counter() - begin, cache.num_bytes())
     return states, cost, missing
 

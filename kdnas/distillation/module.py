@@ -210,9 +210,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         device = self.trainer.strategy.root_device
         self._has_bar = self.trainer.progress_bar_callback is not None
         if self.states is None and stage != "predict":
-            self.states = open_states(
-                self._teacher, data, self.target_layers, self._states_settings, str(device)
-            )
+            layers, precision = self.target_layers, str(self.trainer.precision)
+            where = self._states_settings
+            self.states = open_states(self._teacher, data, layers, where, str(device), precision)
         if self.states is not None:
             layers, is_gpu = self.target_layers, device.type == "cuda"
             data.prepare = partial(self.states.prepare, layers=layers, pin=is_gpu)
