@@ -42,7 +42,7 @@ from kdnas.report.tables import show, text_table
 from kdnas.system.files import nearest_folder, temporary_folder
 from kdnas.tasks.finetune import evaluate_glue
 from kdnas.tasks.tasks import LoadedTask
-from kdnas.training.trainer import fit, make_trainer
+from kdnas.training.trainer import fit, make_trainer, own_random_numbers
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def plan(config: SearchConfig) -> Plan:
 def measure(config: SearchConfig) -> Measured:
     """Take a few rows through the stages; nothing is kept."""
     check_place(config)
-    with temporary_folder() as name, torch.random.fork_rng():
+    with temporary_folder() as name, own_random_numbers():
         sample = Sample.take(config, Path(name))
         reading = _reading(sample)
         states, teacher, missing = _teacher(sample)

@@ -454,5 +454,5 @@ class HiddenStateDistillModule(ClipFusedGradients):
                 "Give that, or another one."
             )
         self.history = list(checkpoint["history"])
-        if checkpoint["copied"] is not None:  # a loaded student must not be started again
+        if checkpoint["copied"] is not None:
             self.started = Started(frozenset(checkpoint["copied"]))

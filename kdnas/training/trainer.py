@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,12 @@ def make_trainer(
         for unfinished in folder.glob("events.out.tfevents.*"):
             unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
     return trainer
+
+
+def own_random_numbers() -> AbstractContextManager[None]:
+    """What is drawn inside changes nothing outside, on the CPU and on the GPU in use."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)  # of all GPUs torch would ask, and warn of it
 
 
 def fit(

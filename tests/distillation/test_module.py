@@ -14,6 +14,7 @@ from kdnas.cli.main import main
 from kdnas.commands.config import as_plain
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps, AttentionRelations
+from kdnas.distillation.full_kd import distill_student
 from kdnas.distillation.metrics import too_long
 from kdnas.distillation.module import (
     CALIBRATION_TOKENS,
@@ -23,7 +24,7 @@ from kdnas.distillation.module import (
 )
 from kdnas.distillation.objectives import HiddenStates, View, WeightedSum
 from kdnas.distillation.sentences import PairComparison, SentenceState
-from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart
+from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Started
 from kdnas.distillation.state_cache import StateCache
 from kdnas.distillation.teacher_states import (
     StatesSettings,
@@ -39,7 +40,7 @@ from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.jobs import Stopped
 from kdnas.training.checkpoints import KeepLast
 from kdnas.training.precision import VARIABLE
-from kdnas.training.trainer import fit
+from kdnas.training.trainer import TrainerSettings, fit
 from tests.conftest import make_rows, view_of
 
 NARROW = StudentArch(
@@ -544,6 +545,38 @@ def test_a_resumed_fit_ends_as_an_unbroken_one(teacher, data, states, tmp_path, 
     assert resumed.history == whole.history
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class StartOnce(FromTeacher):
+    """Counts what starts it."""
+
+    num_calls = 0
+
+    def __call__(self, *args) -> Started:
+        StartOnce.num_calls += 1
+        return super().__call__(*args)
+
+
+class StopInSecondEpoch(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise InterruptedError
+
+
+def test_full_kd_that_goes_on_starts_no_student_anew(teacher, data, states, tmp_path):
+    def distil(*callbacks: type[pl.Callback]) -> dict:
+        recipe = Recipe(objective=HiddenStates(), start=StartOnce())
+        settings = TrainerSettings("cpu", "32-true", callbacks=[*callbacks])
+        options = dict(num_epochs=2, folder=tmp_path)
+        return distill_student(teacher, NARROW, recipe, data, states, settings, **options)
+
+    with pytest.raises(InterruptedError):
+        distil(StopInSecondEpoch)
+    assert StartOnce.num_calls == 1
+    resumed = distil()["history"]
+    assert StartOnce.num_calls == 1
+    (tmp_path / "last.ckpt").unlink()
+    assert distil()["history"] == resumed and StartOnce.num_calls == 2
 
 
 class StopAt(pl.Callback):
