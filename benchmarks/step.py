@@ -10,7 +10,8 @@ backward pass. The maps of the objective are counted likewise.
 The optimizer (Muon's matmuls too), norms, activations and the embedding are not counted, so
 ``step_over_flop_time`` = seconds of a step / (FLOPs / peak) says what they, padding and Python cost. Target: 2.5.
 
-Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
+Parts of a step, in milliseconds, medians over steps: ``loader`` (the wait for batches and stored states, which a
+thread reads ahead); ``teacher`` (where it runs live; ``tokens_per_second_live`` is of a step with it);
 ``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
 Weights are random: they do not change the time. On a GPU each part waits for the device, so that its time is its own;
 ``--compile`` compiles our student, for lengths that change; ``--objectives`` times those of variants.py too, 4 x 192.
@@ -51,6 +52,7 @@ from kdnas.distillation.objectives import HiddenStates, Objective, View, needed_
 from kdnas.distillation.start import Started
 from kdnas.distillation.teacher_states import (
     LiveTeacher,
+    StateSource,
     StatesSettings,
     TeacherStates,
     open_states,
@@ -309,33 +311,33 @@ def measure_ours(
         device: where the student is.
         compiled: it, by torch.compile.
     """
-    pl.seed_everything(0, verbose=False)
-    module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
-    module.started = Started()
-    parts = StepParts(num_steps)
-    source = parts.timed("teacher", states.source)
-    module.states = TeacherStates(
-        source, states.layers, states.hidden_size, states.stats, states.ends
-    )  # type: ignore[arg-type]
     batches = list(data.train_dataloader())
+    num_epochs = -(-(WARM_UP + num_steps) // len(batches))
+
+    def fitted(name: str, source: StateSource, parts: StepParts) -> HiddenStateDistillModule:
+        pl.seed_everything(0, verbose=False)
+        module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
+        module.started = Started()
+        module.states = replace(states, source=source)
+        progressing = EpochLines(f"{name}, {arch.num_hidden_layers} x {arch.hidden_size}", print)
+        if compiled:
+            module.student.compile(dynamic=True)
+        settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
+        trainer = make_trainer(settings, folder, num_epochs, [parts, progressing])
+        trainer.limit_val_batches = 0
+        trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
+        fit(trainer, module, data)
+        return module
+
+    parts, live_parts = StepParts(num_steps), StepParts(max(3, num_steps // 4))
+    module = fitted("ours, stored states", states.source, parts)
+    fitted("ours, live", live_parts.timed("teacher", LiveTeacher(teacher.model)), live_parts)
     example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
     teacher.model.to("cpu")  # type: ignore[arg-type]
+    module.to("cpu")
     per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())
-    num_epochs = -(-(WARM_UP + num_steps) // len(batches))
-    progressing = EpochLines(f"ours, {arch.num_hidden_layers} x {arch.hidden_size}", print)
-    if compiled:
-        module.student.compile(dynamic=True)
-    settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
-    trainer = make_trainer(settings, folder, num_epochs, [parts, progressing])
-    trainer.limit_val_batches = 0
-    trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
-    fit(trainer, module, data)
-    live = LiveTeacher(teacher.model)
-    here = [on(device, batch) for batch in batches]
-    with_live = time_steps(
-        lambda batch: live(batch, module.target_layers), here, max(3, num_steps // 4)
-    )
     steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
+    live_steps, live_lengths = live_parts.steps[WARM_UP:], live_parts.lengths[WARM_UP:]
     seconds = [step["step"] for step in steps]
     flops = [
         3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths)
@@ -351,7 +353,9 @@ def measure_ours(
         "step_over_flop_time": over,
         "parts_ms": {name: 1e3 * median(step[name] for step in steps) for name in PARTS},
         "optimizer_share": median(step["optimizer"] / step["step"] for step in steps),
-        "live_teacher_ms": with_live["step_ms"],
+        "tokens_per_second_live": sum(map(sum, live_lengths))
+        / sum(step["step"] for step in live_steps),
+        "live_teacher_ms": 1e3 * median(step["teacher"] for step in live_steps),
         "num_steps": len(steps),
         "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
     }
@@ -538,6 +542,15 @@ def show(results: dict[str, Any], console: Console) -> None:
     for student in results["students"]:
         shape = f"{student['arch']['num_hidden_layers']} x {student['arch']['hidden_size']}"
         for name, ours in student["ours"].items():
+            table.add_row(
+                f"{shape} ours, {name}, live teacher",
+                "",
+                "",
+                f"{ours['tokens_per_second_live']:,.0f}",
+                "",
+                "",
+                "",
+            )
             table.add_row(
                 f"{shape} ours, {name}",
                 *(f"{ours[key]:,.0f}" for key in ("step_ms", "tokens_a_step", "tokens_per_second")),

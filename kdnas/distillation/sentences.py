@@ -120,8 +120,8 @@ class PairComparison(Objective):
     and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
     rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
     asks of [CLS]. Students are not ranked by it: the teacher's own [CLS] does not tell all of that
-    comparison, and a wider student has a larger head. It works best for teachers whose mean states carry meaning, such as sentence
-    encoders.
+    comparison, and a wider student has a larger head. It works best for teachers whose mean states
+    carry meaning, such as sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
