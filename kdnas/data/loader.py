@@ -153,8 +153,9 @@ class ResumableLoader(DataLoader[Any]):
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, known)
-        batches = itertools.islice(batches, self._num_given, None)  # a batch is quickly made
-        for batch in one_ahead(batches, self.prepare) if self.prepare else batches:
+        # Skipped ones are made too: a batch is quickly made.
+        left: Iterator[Any] = itertools.islice(batches, self._num_given, None)
+        for batch in one_ahead(left, self.prepare) if self.prepare else left:
             self._num_given += 1
             yield batch
 

@@ -316,7 +316,12 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_all_their_rows(
     data = open_data(tiny_teacher, text_file, pair_share=0.5)
     states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path), max_gb=0))
     module = begun(make(teacher, states, objective=DEFAULT_OBJECTIVE), data).eval()
-    module.log = lambda *args, **kwargs: None
+    logged: list[float] = []
+
+    def log(name: str, value: Tensor, prog_bar: bool) -> None:  # sync_dist would exchange again
+        logged.append(float(value))
+
+    module.log = log
 
     def gradient(rows: np.ndarray) -> Tensor:
         module.zero_grad()
@@ -331,8 +336,19 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_all_their_rows(
     together = gradient(np.concatenate(parts))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sum(counts)))
+    views = [module.views(data.rows[0, part]) for part in parts]
+    known = sum(torch.stack(module(*view)[::-1]).detach() for view in views)
+    exchanged, loss = [], logged.pop()
+
+    def all_reduce(tensor: Tensor) -> None:
+        exchanged.append(tensor)
+        tensor.copy_(known)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert (sum(map(gradient, parts)) / 2 - together).norm() < 1e-2 * together.norm()
+    # One exchange a step, in which the loss of all ranks' rows comes too.
+    assert len(exchanged) == 2
+    assert logged[-2:] == pytest.approx([loss, loss], rel=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
