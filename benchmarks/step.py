@@ -1,6 +1,7 @@
 """How near a distillation step is to what the machine can do, where its time goes, and what others' steps take.
 
     python benchmarks/step.py [--quick] [--json PATH] [--text PATH] [--accelerator cpu|gpu] [--compile] [--objectives]
+    python benchmarks/step.py --counts [--json PATH] [--text PATH] [--accelerator cpu|gpu]
 
 The peak is the fastest matmul that this machine was seen to do, in the precision of the step. A step's FLOPs are those
 of its matmuls, on real tokens alone (padding is our waste, not work): forward 2 * parameters * tokens for every linear
@@ -9,17 +10,24 @@ backward pass. The maps of the objective are counted likewise.
 The optimizer (Muon's matmuls too), norms, activations and the embedding are not counted, so
 ``step_over_flop_time`` = seconds of a step / (FLOPs / peak) says what they, padding and Python cost. Target: 2.5.
 
-Parts of a step, in milliseconds, medians over steps: ``loader``; ``teacher`` (states read from the cache);
+Parts of a step, in milliseconds, medians over steps: ``loader`` (the wait for batches and stored states, which a
+thread reads ahead); ``teacher`` (where it runs live; ``tokens_per_second_live`` is of a step with it);
 ``student forward``; ``criterion``; ``backward``; ``optimizer`` (clip, step, zero_grad); ``Trainer``: all the rest.
 Weights are random: they do not change the time. On a GPU each part waits for the device, so that its time is its own;
 ``--compile`` compiles our student, for lengths that change; ``--objectives`` times those of variants.py too, 4 x 192.
+
+``--counts`` times nothing. It counts what a step of a candidate of 4 x 192 on stored states asks of a device, which
+is the same on every machine: ``ops_a_step``, the operations that torch dispatches, each a launch on a GPU (views are
+none); and
+``synchronisations_a_step``, those for which the host would wait: where it reads a number, where a size depends on
+values (boolean indices), and where a number of Python's becomes a tensor. Medians over steps.
 """
 
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from variants import VARIANTS
 
@@ -43,6 +52,7 @@ from kdnas.distillation.objectives import HiddenStates, Objective, View, needed_
 from kdnas.distillation.start import Started
 from kdnas.distillation.teacher_states import (
     LiveTeacher,
+    StateSource,
     StatesSettings,
     TeacherStates,
     open_states,
@@ -50,6 +60,7 @@ from kdnas.distillation.teacher_states import (
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import Teacher, build_student, encode, find_teacher
 from kdnas.models.layers import LastAndSkip
+from kdnas.nas.callbacks import TrainingLoss
 from kdnas.system.files import write_json
 from kdnas.training.precision import autocast, bf16_is_faster
 from kdnas.training.progress import EpochLines
@@ -196,6 +207,68 @@ class StepParts(pl.Callback):
         self._last = clock()
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations, and those for which the host waits for a device."""
+
+    WAITS = {"_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero", "_unique2"}
+    INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
+    LAUNCH_NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"} | {
+        "_record_function_enter_new",
+        "_record_function_exit",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_ops = self.num_waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.num_ops += not (func.is_view or name in self.LAUNCH_NOTHING)
+        is_by_mask = name in self.INDEXES and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.num_waits += is_by_mask or name in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+class StepCounts(pl.Callback):
+    """What each step adds to the counts; the last of a Trainer's callbacks."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
+        self.totals: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.totals.append((self.operations.num_ops, self.operations.num_waits))
+
+    def medians(self) -> dict[str, float]:
+        """Over all steps but the first, which makes the optimizer's state."""
+        steps = [
+            (after[0] - before[0], after[1] - before[1]) for before, after in pairwise(self.totals)
+        ]
+        ops, waits = zip(*steps, strict=True)
+        return {"ops_a_step": median(ops), "synchronisations_a_step": median(waits)}
+
+
+def count_steps(
+    teacher: Teacher, arch: StudentArch, data: KDDataModule, folder: Path, accelerator: str
+) -> dict[str, float]:
+    """What a candidate's steps on stored states ask of a device; see the module."""
+    module = HiddenStateDistillModule(teacher, arch, Recipe())
+    module.started = Started()
+    device = "cpu" if accelerator == "cpu" else "cuda"
+    stored = StatesSettings(str(folder / "states"), max_gb=float("inf"))
+    module.states = open_states(teacher, data, module.target_layers, stored, device)
+    operations = Operations()
+    counts = StepCounts(operations)
+    settings = TrainerSettings(accelerator=accelerator)
+    trainer = make_trainer(settings, folder / "fit", 1, [TrainingLoss(), counts])
+    trainer.limit_val_batches = 0
+    with operations:
+        fit(trainer, module, data)
+    return counts.medians()
+
+
 class LoaderTime(Profiler):
     """Tells ``StepParts`` what the next batch took."""
 
@@ -238,33 +311,33 @@ def measure_ours(
         device: where the student is.
         compiled: it, by torch.compile.
     """
-    pl.seed_everything(0, verbose=False)
-    module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
-    module.started = Started()
-    parts = StepParts(num_steps)
-    source = parts.timed("teacher", states.source)
-    module.states = TeacherStates(
-        source, states.layers, states.hidden_size, states.stats, states.ends
-    )  # type: ignore[arg-type]
     batches = list(data.train_dataloader())
+    num_epochs = -(-(WARM_UP + num_steps) // len(batches))
+
+    def fitted(name: str, source: StateSource, parts: StepParts) -> HiddenStateDistillModule:
+        pl.seed_everything(0, verbose=False)
+        module = HiddenStateDistillModule(teacher, arch, Recipe(objective=objective))
+        module.started = Started()
+        module.states = replace(states, source=source)
+        progressing = EpochLines(f"{name}, {arch.num_hidden_layers} x {arch.hidden_size}", print)
+        if compiled:
+            module.student.compile(dynamic=True)
+        settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
+        trainer = make_trainer(settings, folder, num_epochs, [parts, progressing])
+        trainer.limit_val_batches = 0
+        trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
+        fit(trainer, module, data)
+        return module
+
+    parts, live_parts = StepParts(num_steps), StepParts(max(3, num_steps // 4))
+    module = fitted("ours, stored states", states.source, parts)
+    fitted("ours, live", live_parts.timed("teacher", LiveTeacher(teacher.model)), live_parts)
     example = max(batches, key=lambda batch: int(batch["attention_mask"].sum()))
     teacher.model.to("cpu")  # type: ignore[arg-type]
+    module.to("cpu")
     per_token = criterion_flops(module, example) / int(example["attention_mask"].sum())
-    num_epochs = -(-(WARM_UP + num_steps) // len(batches))
-    progressing = EpochLines(f"ours, {arch.num_hidden_layers} x {arch.hidden_size}", print)
-    if compiled:
-        module.student.compile(dynamic=True)
-    settings = TrainerSettings(accelerator="cpu" if device == "cpu" else "gpu")
-    trainer = make_trainer(settings, folder, num_epochs, [parts, progressing])
-    trainer.limit_val_batches = 0
-    trainer.profiler = LoaderTime(parts)  # type: ignore[attr-defined]
-    fit(trainer, module, data)
-    live = LiveTeacher(teacher.model)
-    here = [on(device, batch) for batch in batches]
-    with_live = time_steps(
-        lambda batch: live(batch, module.target_layers), here, max(3, num_steps // 4)
-    )
     steps, lengths = parts.steps[WARM_UP:], parts.lengths[WARM_UP:]
+    live_steps, live_lengths = live_parts.steps[WARM_UP:], live_parts.lengths[WARM_UP:]
     seconds = [step["step"] for step in steps]
     flops = [
         3 * student_flops(row_lengths, arch) + per_token * sum(row_lengths)
@@ -280,7 +353,9 @@ def measure_ours(
         "step_over_flop_time": over,
         "parts_ms": {name: 1e3 * median(step[name] for step in steps) for name in PARTS},
         "optimizer_share": median(step["optimizer"] / step["step"] for step in steps),
-        "live_teacher_ms": with_live["step_ms"],
+        "tokens_per_second_live": sum(map(sum, live_lengths))
+        / sum(step["step"] for step in live_steps),
+        "live_teacher_ms": 1e3 * median(step["teacher"] for step in live_steps),
         "num_steps": len(steps),
         "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
     }
@@ -357,6 +432,19 @@ def transformers_step(teacher: Teacher, arch: StudentArch, device: str) -> Calla
     return step
 
 
+def open_data(teacher: str, text: str) -> KDDataModule:
+    """Rows as fit.yaml has them, in batches of ``BATCH_TOKENS``."""
+    settings = replace(
+        common.read_config("fit").data,
+        max_length=128,
+        batch_tokens=BATCH_TOKENS,
+        num_mask_variants=1,
+    )
+    data = KDDataModule(teacher, text, settings)
+    data.setup()
+    return data
+
+
 def measure(
     text: str | None,
     quick: bool,
@@ -370,11 +458,9 @@ def measure(
     teacher = find_teacher(common.TEACHER)
     text = common.cut_text(text, folder, most=400 if quick else 3000)
     config = common.read_config("fit")
-    settings = replace(config.data, max_length=128, batch_tokens=BATCH_TOKENS, num_mask_variants=1)
-    data = KDDataModule(common.TEACHER, text, settings)
+    data = open_data(common.TEACHER, text)
     original = KDDataModule(common.TEACHER, text, common.read_config("original_fit").data)
-    for module in (data, original):
-        module.setup()
+    original.setup()
     named = {
         "HiddenStates": HiddenStates(),
         "recipe's default": Recipe().objective,
@@ -457,6 +543,15 @@ def show(results: dict[str, Any], console: Console) -> None:
         shape = f"{student['arch']['num_hidden_layers']} x {student['arch']['hidden_size']}"
         for name, ours in student["ours"].items():
             table.add_row(
+                f"{shape} ours, {name}, live teacher",
+                "",
+                "",
+                f"{ours['tokens_per_second_live']:,.0f}",
+                "",
+                "",
+                "",
+            )
+            table.add_row(
                 f"{shape} ours, {name}",
                 *(f"{ours[key]:,.0f}" for key in ("step_ms", "tokens_a_step", "tokens_per_second")),
                 "",
@@ -492,11 +587,20 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--compile", action="store_true", help="our student, by torch.compile")
     options.add_argument("--objectives", action="store_true", help="those of variants.py too")
+    options.add_argument("--counts", action="store_true", help="count operations, time nothing")
     chosen = options.parse_args(args)
     common.quieten()
     console = Console()
     common.OUTPUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=common.OUTPUT) as folder:
+        if chosen.counts:
+            text = common.cut_text(chosen.text, Path(folder), most=400)
+            data = open_data(common.TEACHER, text)
+            teacher = find_teacher(common.TEACHER)
+            results = count_steps(teacher, ARCHS[0], data, Path(folder), chosen.accelerator)
+            write_json(chosen.json, results)
+            console.print(results)
+            return
         device = "cpu" if chosen.accelerator == "cpu" else "cuda"
         results = measure(
             chosen.text,

@@ -21,7 +21,7 @@ from kdnas.commands.config import RunConfig, as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
-from kdnas.distillation.objectives import HiddenStates, View
+from kdnas.distillation.objectives import HiddenStates, View, needed_layers
 from kdnas.distillation.start import Started
 from kdnas.distillation.teacher_states import (
     LayerStats,
@@ -216,6 +216,37 @@ def test_criterion_flops_of_maps_are_the_teacher_s_alone(tiny_teacher, data):
     size = 64 // teacher.config.num_attention_heads
     per_head = 2 * 2 * 64 * size * num_rows * length + 2 * size * num_rows * length**2
     assert step.criterion_flops(module, batch) == 2 * ARCH.num_attention_heads * per_head
+
+
+def test_a_step_launches_few_operations_and_hardly_waits_for_its_device(
+    tiny_teacher, data, tmp_path
+):
+    arch = StudentArch(4, 2, 32, 64)
+    teacher = find_teacher(str(tiny_teacher))
+    found = step.count_steps(teacher, arch, data, tmp_path, "cpu")
+    assert 100 < found["ops_a_step"] <= 700
+    assert found["synchronisations_a_step"] <= 3
+
+
+def test_ours_is_timed_with_stored_and_with_live_states(tiny_teacher, data, tmp_path):
+    teacher, objective = find_teacher(str(tiny_teacher)), HiddenStates(LastAndSkip())
+    layers = needed_layers(objective, [ARCH.num_hidden_layers], 4)
+    states = open_states(teacher, data, layers, StatesSettings(str(tmp_path / "states")))
+    found = step.measure_ours(
+        teacher, ARCH, objective, data, states, 4, 1e9, tmp_path / "fit", "cpu", False
+    )
+    assert found["tokens_per_second"] > 0 and found["tokens_per_second_live"] > 0
+    assert found["parts_ms"]["teacher"] == 0 < found["live_teacher_ms"]
+
+
+def test_what_waits_for_a_device_is_counted():
+    with step.Operations() as counted:
+        x = torch.arange(4.0)
+        x.view(2, 2).mul(2)
+        num_ops = counted.num_ops
+        assert counted.num_waits == 0
+        float(x[0]), x[x > 1], x.nonzero(), torch.tensor(3.0), bool(x.any())
+    assert (num_ops, counted.num_waits) == (2, 5)
 
 
 def test_time_steps_leaves_the_warm_up_out(data):

@@ -30,6 +30,7 @@ from kdnas.cli.parser import default_objects, normalize, parse, refuse_ambiguous
 from kdnas.data.datamodule import DataSettings, KDDataModule, Split
 from kdnas.deploy.export import teacher_in
 from kdnas.distillation.module import HiddenStateDistillModule
+from kdnas.distillation.start import Started
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import MANIFEST, new_file, new_folder, sweep
 from kdnas.system.manifest import renew, write_manifest
@@ -121,6 +122,8 @@ class KDCLI(LightningCLI):
         trainer = self.config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         refuse_strategy(strategy.rpartition(".")[2])
+        if strategy == "ddp":  # some objectives leave parameters of the student without a gradient
+            trainer.strategy = "ddp_find_unused_parameters_true"
         if trainer.overfit_batches:  # Lightning's own sampler would take the place of ours
             raise UserError(
                 f"trainer.overfit_batches is {trainer.overfit_batches}: "
@@ -156,6 +159,8 @@ class KDCLI(LightningCLI):
             )
         options = {name: self.config[name] for name in self.arguments}
         run = getattr(self.trainer, self.command)
+        if self.command == "fit" and options["ckpt_path"]:
+            self.model.started = Started()  # the checkpoint's student was
         with _removed_if_it_never_starts(self.trainer), fast_dropout():
             found = run(self.model, datamodule=self.datamodule, **options)
         if self.command == "fit":

@@ -202,6 +202,7 @@ def _quieten(*loggers: str) -> None:
     transformers_logging.disable_progress_bar()
     # Batches are gathered in microseconds; workers would cost more than they bring.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     show_logs()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in str(record.msg)

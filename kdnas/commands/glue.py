@@ -42,7 +42,7 @@ from kdnas.tasks.task_distill import TaskDistillModule, TaskDistillSettings, loa
 from kdnas.tasks.tasks import TASKS, LoadedTask, load_labelled, load_task, warn_of_head
 from kdnas.training.precision import gpu_name
 from kdnas.training.progress import JobBars, live_progress
-from kdnas.training.trainer import TrainerSettings
+from kdnas.training.trainer import TrainerSettings, own_random_numbers
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def fine_tuning(
     It gives what ``evaluate_glue`` gives; ``tokenizer`` is where the tokenizer is.
     """
     task = source()
-    with torch.random.fork_rng():
+    with own_random_numbers():
         torch.manual_seed(settings.seed)
         classifier = make(task.task.num_labels)
     make_module = None
@@ -387,7 +387,7 @@ class Comparison:
             score: what share of the first's is kept.
         """
         num_labels, distinct = self.tasks[0].task.num_labels, self._plain()
-        with torch.random.fork_rng():
+        with own_random_numbers():
             models = [one.shape(num_labels) for one in distinct]
         latencies = measure_latency(models, self.config.latency)
         measured = {

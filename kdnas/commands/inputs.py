@@ -50,6 +50,7 @@ from kdnas.training.trainer import TrainerSettings
 
 # kdnas.distillation.start.FromTeacher; with the same settings, another rule makes other students.
 BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"
+SCORED_BY = "all terms but those of attention maps and pairs"
 # How settings begin that change no result.
 NO_RESULT = (
     "root states.folder states.max_gb trainer.accelerator trainer.devices trainer.logger "
@@ -90,7 +91,8 @@ class Inputs:
     def states(self, split: Split) -> TeacherStates:
         """Those of a split and of the held-out rows, computed now if they are not there."""
         data, layers = self.data.select(split), self.target_layers
-        return open_states(self.teacher, data, layers, self.states_settings, self.device)
+        settings, precision = self.states_settings, self.config.trainer.precision
+        return open_states(self.teacher, data, layers, settings, self.device, precision)
 
     @cached_property
     def bench(self) -> Bench:
@@ -356,6 +358,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
     content = flat(
         {
             "begins as": BEGINS_AS,
+            "scored by": SCORED_BY,
             "teacher": inputs.teacher.sha256(),
             "text": rows.sha256,
             "num_train_rows": len(inputs.data.select("full").train_ids()),

@@ -43,7 +43,7 @@ from kdnas.system.files import nearest_folder, temporary_folder
 from kdnas.system.pool import num_threads
 from kdnas.tasks.finetune import evaluate_glue
 from kdnas.tasks.tasks import LoadedTask
-from kdnas.training.trainer import fit, make_trainer
+from kdnas.training.trainer import fit, make_trainer, own_random_numbers
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def plan(config: SearchConfig) -> Plan:
 def measure(config: SearchConfig) -> Measured:
     """Take a few rows through the stages; nothing is kept."""
     check_place(config)
-    with temporary_folder() as name, torch.random.fork_rng():
+    with temporary_folder() as name, own_random_numbers():
         sample = Sample.take(config, Path(name))
         reading, tokenising = _reading(sample)
         states, teacher, missing = _teacher(sample)
@@ -323,11 +323,13 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
     config, found = sample.config, sample.found
     # The real cache, of which something may be there if the few rows are all.
     real = replace(config.states, folder=str(states_folder(config)))
-    cache = state_cache(found.teacher, found.data, found.target_layers, real, found.device)
+    of = found.teacher, found.data, found.target_layers
+    rest = found.device, config.trainer.precision
+    cache = state_cache(*of, real, *rest)
     missing = cache.num_missing_bytes() / cache.num_bytes()
     settings = replace(real, folder=str(sample.folder / "states"), max_gb=float("inf"))
     begin = time.perf_counter()
-    states = open_states(found.teacher, found.data, found.target_layers, settings, found.device)
+    states = open_states(*of, settings, *rest)
     cost = sample.cost(time.perf_counter() - begin, cache.num_bytes())
     return states, cost, missing
 

@@ -41,6 +41,9 @@ from kdnas.data.readers import text_sha256
 from kdnas.data.tokens import Batch as Batch
 from kdnas.data.tokens import TokenRows as TokenRows
 from kdnas.data.tokens import is_piece, is_whole, join_pieces, write_piece
+from kdnas.data.tokens import located as located
+from kdnas.data.tokens import pairs as pairs
+from kdnas.data.tokens import real_tokens as real_tokens
 from kdnas.models.encoders import find_teacher, max_length
 from kdnas.system.errors import UserError
 from kdnas.system.files import new_folder
@@ -166,6 +169,7 @@ class KDDataModule(ResumableDataModule):
         self.settings = settings
         self.split = split
         self.folder = Path(folder) if folder else TOKENS
+        self.prepare: Callable[[Batch], Batch] | None = None  # a thread does, one batch ahead
         self._rows: TokenRows | None = None
 
     @property
@@ -438,7 +442,7 @@ class KDDataModule(ResumableDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             num_ranks=self.trainer.world_size if self.trainer else 1,
         )
-        return ResumableLoader(
+        loader = ResumableLoader(
             self.rows,
             batch_size=None,  # the sampler gives whole batches, and rows are gathered in one go
             sampler=sampler,
@@ -447,6 +451,8 @@ class KDDataModule(ResumableDataModule):
             persistent_workers=settings.num_workers > 0,
             worker_init_fn=outlive_signals,
         )
+        loader.prepare = self.prepare
+        return loader
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self.resumable(self.loader(self.train_ids(), shuffle=True))

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from kdnas.data.masking import IntArray
 from kdnas.system.errors import UserError
 from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_tracker
+
+T = TypeVar("T")
 
 _STOPS = (signal.SIGINT, *TERMINATIONS)
 
@@ -111,6 +114,7 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     trainer: pl.Trainer | None = None  # may end an epoch early (limit_train_batches)
+    prepare: Callable[[Any], Any] | None = None  # what a thread does with each batch, one ahead
     _num_given = 0
     _num_to_skip = 0
 
@@ -149,9 +153,24 @@ class ResumableLoader(DataLoader[Any]):
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, known)
-        for batch in itertools.islice(batches, self._num_given, None):  # a batch is quickly made
+        # Skipped ones are made too: a batch is quickly made.
+        left: Iterator[Any] = itertools.islice(batches, self._num_given, None)
+        for batch in one_ahead(left, self.prepare) if self.prepare else left:
             self._num_given += 1
             yield batch
+
+
+def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
+    """Batches that a thread makes and prepares, each while the one before is used."""
+
+    def fetch() -> list[T]:
+        return [prepare(batch) for batch in itertools.islice(batches, 1)]
+
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(fetch)
+        while batch := coming.result():
+            coming = thread.submit(fetch)
+            yield from batch
 
 
 def outlive_signals(index: int) -> None:

@@ -13,10 +13,10 @@ whole or not there, so a making that was killed goes on.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ class Batch(TypedDict):
         token_type_ids: (B, T), 1 from a second sentence's first token to the row's end.
         sample_ids: (B,), the rows' numbers in the corpus.
         variant: (), the number of the rows' masks.
+        real_tokens: (N,), places of the real tokens among all B * T, if it is ``located``.
+        pairs: (P,), rows with a second sentence, the same.
+        states: teacher layer -> states (N, H), where they were read ahead.
     """
 
     input_ids: Tensor
@@ -52,6 +55,28 @@ class Batch(TypedDict):
     token_type_ids: Tensor
     sample_ids: Tensor
     variant: Tensor
+    real_tokens: NotRequired[Tensor]
+    pairs: NotRequired[Tensor]
+    states: NotRequired[dict[int, Tensor]]
+
+
+def located(batch: Batch) -> Batch:
+    """The batch with the places of its real tokens and pairs: later no device is asked for them."""
+    return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
+
+
+def real_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Places of a batch's real tokens among all, (N,)."""
+    if "real_tokens" in batch:
+        return cast(Tensor, batch["real_tokens"])
+    return cast(Tensor, batch["attention_mask"]).flatten().nonzero()[:, 0]
+
+
+def pairs(batch: Mapping[str, Any]) -> Tensor:
+    """The rows of a batch that have a second sentence, (P,)."""
+    if "pairs" in batch:
+        return cast(Tensor, batch["pairs"])
+    return cast(Tensor, batch["token_type_ids"]).any(1).nonzero()[:, 0]
 
 
 def write_piece(

@@ -8,6 +8,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 
+def _every(trainer: pl.Trainer) -> int:
+    """Steps between two that are logged; in between nothing is copied to or from the device."""
+    return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
 class StudentCurves(pl.Callback):
     """Logs the peak learning rate, the tokens a second and, once, the student as text.
 
@@ -24,7 +29,9 @@ class StudentCurves(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
+        if (trainer.global_step + 1) % _every(trainer) == 0:
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            pl_module.log("train/learning_rate", rate)
 
     def on_train_start(self, *args: Any) -> None:
         self._restart()  # a fit that is resumed within an epoch does not start one
@@ -47,8 +54,7 @@ class StudentCurves(pl.Callback):
         batch_idx: int,
     ) -> None:
         self._num_tokens += batch["attention_mask"].sum()  # a tensor: nobody waits for the device
-        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
+        if trainer.global_step % _every(trainer) == 0:
             per_second = self._num_tokens * trainer.world_size / (time.perf_counter() - self._begun)
             pl_module.log("train/tokens_per_second", per_second, sync_dist=True)
             self._restart()

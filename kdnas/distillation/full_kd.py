@@ -10,12 +10,13 @@ from torch import Tensor
 from kdnas.data.datamodule import KDDataModule
 from kdnas.distillation.metrics import sentence_agreement
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
+from kdnas.distillation.start import Started
 from kdnas.distillation.teacher_states import TeacherStates, sample_batches
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import Teacher, num_parameters
 from kdnas.system.files import new_folder
 from kdnas.training.precision import autocast
-from kdnas.training.trainer import TrainerSettings, fit_resumable
+from kdnas.training.trainer import TrainerSettings, fit_resumable, own_random_numbers
 
 # Of held-out rows: some hundreds, and a second.
 QUALITY_TOKENS = 20_000
@@ -57,11 +58,13 @@ def distill_student(
         the figures of ``sentence_agreement``, on held-out rows.
     """
     started = time.monotonic()
-    with torch.random.fork_rng():
+    with own_random_numbers():
         torch.manual_seed(seed)
         module = HiddenStateDistillModule(teacher, arch, recipe)
         module.states = states
-        if weights is not None and not (folder / "last.ckpt").exists():
+        if (folder / "last.ckpt").exists():
+            module.started = Started()  # the checkpoint's student was
+        elif weights is not None:
             module.begin(data)
             module.load_state_dict(weights)
             module.optimizer_tensors = optimizer or {}

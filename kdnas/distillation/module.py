@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +113,13 @@ class Recipe:
             )
 
 
+@cache
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that every step needs, copied once; do not change it."""
+    with torch.inference_mode(False):  # whoever asks first: others take it into autograd
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
     """The rows of the data's split that students start on; the same on every rank."""
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
@@ -167,6 +175,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.token_probe = RidgeProbe(*widths, strength=TOKEN_STRENGTH)
         self.sentence_probe = RidgeProbe(*widths, strength=0.03)  # there are fewer rows
         self.history: list[dict[str, float]] = []
+        self._has_bar = False  # a bar waits for the device, for each number
 
     def describe(self) -> str:
         """The student beside its teacher, and what it is asked, as Markdown."""
@@ -199,10 +208,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if data.teacher != self._teacher.name:
             refuse_other_inputs(find_teacher(data.teacher), self._teacher)
         device = self.trainer.strategy.root_device
+        self._has_bar = self.trainer.progress_bar_callback is not None
         if self.states is None and stage != "predict":
-            self.states = open_states(
-                self._teacher, data, self.target_layers, self._states_settings, str(device)
-            )
+            layers, precision = self.target_layers, str(self.trainer.precision)
+            where = self._states_settings
+            self.states = open_states(self._teacher, data, layers, where, str(device), precision)
+        if self.states is not None:
+            layers, is_gpu = self.target_layers, device.type == "cuda"
+            data.prepare = partial(self.states.prepare, layers=layers, pin=is_gpu)
         if stage == "fit":
             self.begin(data)
             if device.type == "cpu":
@@ -255,20 +268,21 @@ class HiddenStateDistillModule(ClipFusedGradients):
         """For each term the sum of its errors and their number; shapes (terms,)."""
         errors, counts = zip(*self.criterion(student, teacher), strict=True)
         sums = torch.stack(errors)
-        return sums, torch.tensor(counts, dtype=sums.dtype, device=sums.device)
+        # Filled on the device: a tensor of the list would be copied there, and waited for.
+        return sums, torch.stack([sums.new_full((), count) for count in counts])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, counts = self(*self.views(batch))
         is_distributed = distributed.is_available() and distributed.is_initialized()
         num_ranks = distributed.get_world_size() if is_distributed else 1
+        known = torch.stack([counts, sums.detach()])
         if num_ranks > 1:
             # DDP takes the mean over ranks, and one rank may have no pairs: so divide by all
-            # counts.
-            distributed.all_reduce(counts)
-        loss = (sums * num_ranks / counts.clamp_min(1) * self._weights("variance")).sum()
-        # sync_dist: otherwise each rank logs only its own share.
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+            # counts. The sums are for the log, in the same exchange.
+            distributed.all_reduce(known)
+        weights = self._weights("variance") / known[0].clamp_min(1)
+        self.log("train/loss", (known[1] * weights).sum(), prog_bar=self._has_bar)
+        return (sums * num_ranks * weights).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         student, teacher = self.views(batch)
@@ -365,13 +379,13 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def _weights(self, scale: str) -> Tensor:
         """The terms' weights in the loss, (terms,); ``scale`` is a field of LayerStats."""
-        weights = [
+        weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)
             if term.scaled and term.layer is not None
             else term.weight
             for term in self.terms
-        ]
-        return torch.tensor(weights, device=self.device)
+        )
+        return _on_device(weights, torch.get_default_dtype(), self.device)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -440,5 +454,5 @@ class HiddenStateDistillModule(ClipFusedGradients):
                 "Give that, or another one."
             )
         self.history = list(checkpoint["history"])
-        if checkpoint["copied"] is not None:  # a loaded student must not be started again
+        if checkpoint["copied"] is not None:
             self.started = Started(frozenset(checkpoint["copied"]))

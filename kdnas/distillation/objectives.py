@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kdnas.data.datamodule import Batch
+from kdnas.data.datamodule import Batch, real_tokens
 from kdnas.distillation.losses import attention_map, masked_softmax, ridge_map, squared_error
 from kdnas.distillation.narrowing import fit_linear
 from kdnas.distillation.start import Started
@@ -58,16 +58,18 @@ class View:
     def real(self, layer: int) -> Tensor:
         """States of the real tokens, (N, H)."""
         if layer not in self._real:
-            self._real[layer] = self._padded[layer][self.mask_BT]
+            states_NH = self._padded[layer].flatten(0, 1)
+            self._real[layer] = states_NH.index_select(0, real_tokens(self.batch))
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
         """States of all tokens, (B, T, H); padding is 0 or anything."""
         if layer not in self._padded:
             states_NH = self._real[layer]
-            padded = states_NH.new_zeros(*self.mask_BT.shape, states_NH.shape[-1])
-            padded[self.mask_BT] = states_NH
-            self._padded[layer] = padded
+            padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
+            # In place: without, autocast refuses stored states.
+            padded.index_copy_(0, real_tokens(self.batch), states_NH)
+            self._padded[layer] = padded.view(*self.mask_BT.shape, -1)
         return self._padded[layer]
 
     def _input(self, layer: int) -> Tensor:
@@ -124,7 +126,8 @@ class Term:
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
         compares: whether students can be ranked by it. Not where it depends on which layers a
-            student has, for some are easier than others. (Hidden states of mapped layers count, as
+            student has, for some are easier than others, or on its width, or is not 0 for a copy
+            of the teacher. (Hidden states of mapped layers count, as
             in the original, though only LastLayer and LearnedMapping ask the same of every
             student.)
     """

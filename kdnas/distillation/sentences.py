@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from kdnas.data.datamodule import pairs
 from kdnas.distillation.losses import squared_error
 from kdnas.distillation.narrowing import fit_linear
 from kdnas.distillation.objectives import Criterion, Objective, Term, View
@@ -118,8 +119,9 @@ class PairComparison(Objective):
     small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
     and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
     rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
-    asks of [CLS]. It works best for teachers whose mean states carry meaning, such as sentence
-    encoders.
+    asks of [CLS]. Students are not ranked by it: the teacher's own [CLS] does not tell all of that
+    comparison, and a wider student has a larger head. It works best for teachers whose mean states
+    carry meaning, such as sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -135,7 +137,7 @@ class _PairComparison(Criterion):
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
-        self.terms = [Term("pair_comparison", 1.0)]
+        self.terms = [Term("pair_comparison", 1.0, compares=False)]
         self.head = nn.Sequential(
             nn.Linear(student_width, student_width),
             nn.GELU(),
@@ -146,9 +148,9 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Which rows are pairs, (B,), and their ``|u - v|`` and ``cos(u, v)``, (pairs, H + 1)."""
+        """The rows that are pairs, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
-        paired = second.any(1)
+        paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]
         v = teacher.pooled(second)[paired]
         return paired, torch.cat([(u - v).abs(), F.cosine_similarity(u, v)[:, None]], -1)

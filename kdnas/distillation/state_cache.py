@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -161,6 +162,7 @@ class StateCache:
 
         self._names: dict[Place, str | None] = {}
         self._maps: dict[Place, tuple[mmap.mmap, np.ndarray]] = {}
+        self._reading = Lock()  # threads of two loaders read ahead
 
     def num_bytes(self, row_ids: IntArray | None = None) -> int:
         """Size on disk of the shards that hold these rows; of the whole cache by default."""
@@ -215,10 +217,11 @@ class StateCache:
         lengths = self.rows.lengths[sample_ids]
         ends = np.cumsum(lengths)
         states = np.empty((len(indices), int(ends[-1])), dtype=self._record)
-        touched = {
-            shard: self._open((variant, shard))
-            for shard in np.unique(self._shard_of[sample_ids]).tolist()
-        }
+        with self._reading:
+            touched = {
+                shard: self._open((variant, shard))
+                for shard in np.unique(self._shard_of[sample_ids]).tolist()
+            }
 
         for sample_id, end, length in zip(sample_ids, ends, lengths, strict=True):
             _, shard = touched[int(self._shard_of[sample_id])]

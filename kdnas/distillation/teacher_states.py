@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import Batch, KDDataModule
+from kdnas.data.datamodule import Batch, KDDataModule, located, real_tokens
 from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distillation.losses import ridge_map, within_half
 from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe
@@ -87,17 +88,17 @@ class StatesSettings:
 class LiveTeacher:
     """Runs the teacher's encoder, which is frozen and in eval mode, for every batch."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
+        self.model, self.precision = model, precision
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """States of a batch's real tokens: for each layer a tensor (N, H), on its device."""
         device = batch["input_ids"].device
-        with autocast(device.type):
+        with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
         assert states is not None
-        real = batch["attention_mask"].flatten().nonzero()[:, 0]  # once for all layers
+        real = real_tokens(batch)
         return [states[layer + 1].flatten(0, 1)[real] for layer in layers]
 
 
@@ -116,10 +117,25 @@ class TeacherStates:
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
+        if "states" in batch:
+            return batch["states"]
         device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
         states = [state.to(device) for state in self.source(batch, layers)]
         return dict(zip(layers, states, strict=True))
+
+    def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
+        """A loader's batch with stored states and the places of tokens, before it is needed.
+
+        Args:
+            batch: on the CPU.
+            layers: whose states are read, if they are stored.
+            pin: whether it will go to a GPU, which copies pinned memory while it computes.
+        """
+        ready = located(batch)
+        if isinstance(self.source, StateCache):
+            ready["states"] = self(batch, layers)
+        return apply_to_collection(ready, Tensor, Tensor.pin_memory) if pin else ready
 
 
 def state_cache(
@@ -128,11 +144,12 @@ def state_cache(
     layers: Iterable[int],
     settings: StatesSettings,
     device: str = "cpu",
+    precision: str = "auto",
 ) -> StateCache:
     """The cache of these layers' states, built or not; arguments are those of ``open_states``."""
     wanted = sorted(set(layers))
     order = data.draw_order()
-    computed_in = autocast_dtype(torch.device(device).type)
+    computed_in = autocast_dtype(torch.device(device).type, precision)
     key = cache_key(teacher.sha256(), data.rows, wanted, settings.precision, order, computed_in)
     folder = Path(settings.folder or "lightning_logs/teacher_states") / key
     return StateCache(
@@ -146,6 +163,7 @@ def open_states(
     layers: Iterable[int],
     settings: StatesSettings = StatesSettings(),
     device: str = "cpu",
+    precision: str = "auto",
 ) -> TeacherStates:
     """The states for the data's split and the held-out rows; what is missing is computed.
 
@@ -155,12 +173,13 @@ def open_states(
         layers: teacher layers, from 0; -1 is the embedding output.
         settings: where they are kept, and how much of the disk they may take.
         device: where the teacher runs while the cache is built.
+        precision: the Trainer's; by 32-true the teacher is in float32 on a GPU too.
 
     Raises:
         UserError: the disk has too little room for a cache within the budget.
     """
-    cache = state_cache(teacher, data, layers, settings, device)
-    source = _build(cache, teacher, data, settings, device)
+    cache = state_cache(teacher, data, layers, settings, device, precision)
+    source = _build(cache, LiveTeacher(teacher.model, precision), data, settings, device)
 
     # The file's name tells on which rows it was measured, and in which batches.
     num_rows, batch_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
@@ -177,10 +196,9 @@ def open_states(
 
 
 def _build(
-    cache: StateCache, teacher: Teacher, data: KDDataModule, settings: StatesSettings, device: str
+    cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
     """The cache with the needed rows; the live teacher where they would exceed the budget."""
-    live = LiveTeacher(teacher.model)
     row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:

@@ -327,13 +327,20 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
     attention. A mask is given only where there is padding: attention is faster without one.
     """
     inputs = _embedding_inputs(model, batch)
-    if not bool(batch["attention_mask"].all()):
+    if has_padding(batch):
         inputs["attention_mask"] = batch["attention_mask"]
         if maps and not family_of(model.config).own_mask:
             # A model's own mask is float32, and would make the maps float32.
             mask = batch["attention_mask"].bool()
             inputs["attention_mask"] = additive_mask(mask, matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
+
+
+def has_padding(batch: Mapping[str, Any]) -> bool:
+    """Whether some tokens are no real ones; a loader's batch tells it without its device."""
+    if "real_tokens" in batch:
+        return len(batch["real_tokens"]) < batch["input_ids"].numel()
+    return not bool(batch["attention_mask"].all())
 
 
 def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import optuna
+import torch
 from filelock import ReadWriteLock
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from kdnas.deploy.latency import ArchLatency, LatencyMeter
@@ -17,15 +19,18 @@ from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.jobs import Reporter
 
+LOOK_STEPS = 10
+
 
 class TrainingLoss(pl.Callback):
     """The mean training loss of the last epoch; one that is NaN or infinite ends the fit.
 
-    No later step can mend that.
+    No later step can mend that. A device is asked for the losses of ``LOOK_STEPS`` steps together.
     """
 
     def __init__(self) -> None:
         self._losses: list[float] = []
+        self._not_seen: list[Tensor] = []
 
     @property
     def mean(self) -> float:
@@ -34,6 +39,7 @@ class TrainingLoss(pl.Callback):
 
     def on_train_epoch_start(self, *args: Any) -> None:
         self._losses.clear()
+        self._not_seen.clear()
 
     def on_train_batch_end(
         self,
@@ -43,10 +49,17 @@ class TrainingLoss(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        loss = float(outputs["loss"])
-        if not math.isfinite(loss):
-            raise CandidateFailed(f"the training loss is {loss} at step {trainer.global_step}")
-        self._losses.append(loss)
+        self._not_seen.append(outputs["loss"])
+        if len(self._not_seen) == LOOK_STEPS or trainer.is_last_batch:
+            self._look(trainer.global_step)
+
+    def _look(self, last_step: int) -> None:
+        losses = torch.stack(self._not_seen).tolist()
+        self._not_seen.clear()
+        for step, loss in enumerate(losses, last_step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise CandidateFailed(f"the training loss is {loss} at step {step}")
+        self._losses += losses
 
 
 class PruneByHeldOutLoss(pl.Callback):

@@ -15,16 +15,19 @@ from kdnas.nas.trials import (
     Outcome,
     Study,
     failed,
+    is_complete,
     known,
     tried,
     unseen,
 )
-from kdnas.system.errors import reason_of
+from kdnas.system.errors import CandidateFailed, reason_of
 from kdnas.system.files import write_json
 from kdnas.system.jobs import Job, Stopped, progress_of
 
 # So many failures before the first success are no bad luck: the search stops and says why.
 MOST_FAILURES = 5
+# So many failures one after the other are not the shapes' fault, whatever succeeded before.
+MOST_IN_A_ROW = 10
 
 
 class Record:
@@ -44,6 +47,7 @@ class Record:
     ) -> None:
         self.study, self.space, self._make_job = study, space, make_job
         self._trials: dict[int, optuna.Trial] = {}
+        self._in_a_row: list[str] = []  # reasons of the failures since the last success
         self._is_pruned = not isinstance(study.pruner, NopPruner)
 
     def running(self) -> list[FrozenTrial]:
@@ -145,6 +149,10 @@ class Record:
             if int(step) not in frozen.intermediate_values:
                 trial.report(value, int(step))
         self.study.tell(trial, outcome.value, TrialState[outcome.state])
+        if "failed" in outcome.attrs and "twin_of" not in outcome.attrs:
+            self._in_a_row.append(outcome.attrs["failed"])
+        elif outcome.state == "COMPLETE":
+            self._in_a_row.clear()
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
@@ -159,9 +167,19 @@ class Record:
                     trial.report(value, int(step))
                 answers[trial.should_prune()].touch()
 
+    def refuse_failures(self, n_trials: int) -> None:
+        """Refuse to end with the best so far where the last candidates all failed."""
+        is_over = is_complete(self.study, self.space, n_trials)
+        if len(self._in_a_row) >= MOST_IN_A_ROW and tried(self.study) and not is_over:
+            raise CandidateFailed(
+                f"The last {len(self._in_a_row)} candidates failed; the last one: "
+                f"{self._in_a_row[-1]}. Mend it, and the same command goes on with others."
+            )
+
     def needs_more(self, n_trials: int) -> bool:
         """Whether another candidate is to be proposed: not where everything fails."""
         num_tried = len(tried(self.study))
         only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0
+        only_fails |= len(self._in_a_row) >= MOST_IN_A_ROW
         is_enough = num_tried + len(self.running()) >= n_trials
         return not (only_fails or is_enough or len(known(self.study)) >= len(self.space))

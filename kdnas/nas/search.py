@@ -27,7 +27,7 @@ from kdnas.nas.weights import save_weights
 from kdnas.system.engine import Engine
 from kdnas.system.jobs import Job, Reporter
 from kdnas.training.progress import ProgressFile, StopWhenAsked
-from kdnas.training.trainer import fit, make_trainer
+from kdnas.training.trainer import fit, make_trainer, own_random_numbers
 
 # The share of a limit by which a student that is refused at a glance is beyond it.
 CLEARLY_BEYOND = 0.25
@@ -66,7 +66,7 @@ def search(
 
     Raises:
         UserError: no candidate meets the budget.
-        CandidateFailed: every candidate failed; with the last reason.
+        CandidateFailed: every candidate failed, or the last ones all did; with the last reason.
     """
     record = Record(study, space, make_job)
     deadline = time.monotonic() + seconds
@@ -81,6 +81,7 @@ def search(
         while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
             _begin(record, record.ask(), engine)
         if not (record.running() or engine.jobs):
+            record.refuse_failures(n_trials)
             return best_of(study, space, seconds)
         for job, error in engine.wait():
             record.note(job, error)
@@ -126,7 +127,7 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
     reward = RewardAfterFit(bench.loss, training, latency, bench.alpha, bench.beta)
     told = [ProgressFile(reporter), StopWhenAsked(reporter)]
     callbacks = [training, pruning, still, latency, reward, *told]
-    with still, torch.random.fork_rng():
+    with still, own_random_numbers():
         torch.manual_seed(bench.seed)
         module = HiddenStateDistillModule(bench.teacher, arch, bench.recipe)
         module.states, module.calibration = bench.states, bench.calibration

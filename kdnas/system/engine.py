@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdnas.system.errors import CandidateFailed
+from kdnas.system.errors import CandidateFailed, is_memory
 from kdnas.system.files import read_json
 from kdnas.system.jobs import LOOK_SECONDS, Job, is_disk_failure, run_job, tidy
-from kdnas.system.pool import make_pool, num_threads, run_in_process
+from kdnas.system.pool import DEVICE_FAILED, make_pool, num_threads, run_in_process
 from kdnas.system.signals import notice_signals
 
 log = logging.getLogger("kdnas")
@@ -39,8 +39,9 @@ class Engine:
 
     With ``num_slots`` 0 a job runs in a thread of this process, one at a time: for a debugger, a
     notebook, a test. Else each slot is a process with its share of the cores and one GPU. One that
-    dies is replaced, and its job is tried once more. ``executor`` takes the place of these
-    processes: anything with ``submit``, such as Dask's, on a folder that its workers share.
+    dies is replaced, and its job is tried once more. One that had no memory is tried once more
+    when no other job runs. ``executor`` takes the place of these processes: anything with
+    ``submit``, such as Dask's, on a folder that its workers share.
 
     Args:
         num_slots: jobs at a time.
@@ -59,6 +60,8 @@ class Engine:
         self._pool: Any = None
         self._running: dict[Future[Any], Job] = {}
         self._died: set[Path] = set()  # folders of jobs whose first process died
+        self._crowded: set[Path] = set()  # folders of jobs that had no memory beside others
+        self._alone: list[Job] = []  # those of them that wait until nothing else runs
         self._threads: dict[Path, str] = {}  # what each job was last told to take
         self._width = self.num_slots  # processes at a time, where there are fewer jobs than slots
 
@@ -70,13 +73,14 @@ class Engine:
 
     @property
     def jobs(self) -> list[Job]:
-        """What runs now."""
-        return list(self._running.values())
+        """What runs now, or waits to run alone."""
+        return [*self._running.values(), *self._alone]
 
     @property
     def has_room(self) -> bool:
         """Whether a slot is free."""
-        return len(self._running) < self.num_slots
+        is_alone = any(job.folder in self._crowded for job in self.jobs)
+        return len(self._running) < self.num_slots and not is_alone
 
     def start(self, job: Job) -> None:
         """Begin a job; one that was stopped before goes on from what it has kept."""
@@ -103,16 +107,23 @@ class Engine:
             OSError: the disk or the network has failed.
         """
         notice_signals()
+        if self._alone and not self._running:
+            self.start(self._alone.pop(0))
         self._share_threads()
         done, _ = wait_for_futures(self._running, LOOK_SECONDS, FIRST_COMPLETED)
-        ended = []
+        ended, has_others = [], len(self._running) > 1
         for future in done:
             job, error = self._running.pop(future), self._error_of(future)
             if isinstance(error, JobDied) and job.folder not in self._died:
                 log.warning("%s: %s; it is tried again.", job.title, error)
                 self._died.add(job.folder)
                 self._running[self._submit(job)] = job
+            elif has_others and _is_memory(error) and job.folder not in self._crowded:
+                log.warning("%s: %s; it is tried again alone.", job.title, error)
+                self._crowded.add(job.folder)
+                self._alone.append(job)
             else:
+                self._crowded.discard(job.folder)
                 ended.append((job, _verdict(job, error)))
         return ended
 
@@ -152,7 +163,7 @@ class Engine:
             else:
                 waiting.append(job)
         self._renew(min(self.num_slots, max(1, len(waiting))))
-        while waiting or self._running:
+        while waiting or self.jobs:
             while waiting and self.has_room:
                 self.start(waiting.pop(0))
             for job, error in self.wait():
@@ -174,6 +185,7 @@ class Engine:
             wait_for_futures(self._running, STOP_SECONDS)
         finally:
             self._running.clear()
+            self._alone.clear()
             if self._in_processes and self._pool is not None:
                 self._pool.stop()
                 self._pool.join()
@@ -220,8 +232,14 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
     return error
 
 
+def _is_memory(error: BaseException | None) -> bool:
+    return isinstance(error, Exception) and is_memory(error)
+
+
 def _death(error: BaseException | None) -> str:
     code = getattr(error, "exitcode", None)
+    if code == DEVICE_FAILED:
+        return "its GPU has failed, as its job.log says"
     if code is None or code >= 0:
         return f"its process died ({f'exit code {code}' if code is not None else error})"
     memory = ", perhaps out of memory" if -code == signal.SIGKILL else ""

@@ -27,6 +27,10 @@ class CandidateFailed(RuntimeError):
     """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
 
 
+class DeviceFailed(CandidateFailed):
+    """A candidate whose GPU has failed; its process ends with it, and another tries it once more."""
+
+
 def reason_of(error: Exception) -> str:
     """Why a candidate fails that has raised this."""
     if isinstance(error, CandidateFailed):
@@ -40,6 +44,14 @@ def is_memory(error: Exception) -> bool:
     """Whether an error says that there was no memory left, in any library's words."""
     return isinstance(error, MemoryError) or bool(
         re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}")
+    )
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Whether an error is a GPU's, after which its process cannot use it any more."""
+    said = f"{type(error).__name__}: {error}"
+    return not is_memory(error) and bool(
+        re.search("AcceleratorError|CUDA error|HIP error|CUBLAS_STATUS|CUDNN_STATUS", said)
     )
 
 

@@ -19,7 +19,15 @@ from typing import Any
 
 from pebble import ProcessExpired
 
-from kdnas.system.errors import CandidateFailed, UserError, as_raised, is_memory, reason_of
+from kdnas.system.errors import (
+    CandidateFailed,
+    DeviceFailed,
+    UserError,
+    as_raised,
+    is_device_failure,
+    is_memory,
+    reason_of,
+)
 from kdnas.system.files import write_json
 
 log = logging.getLogger("kdnas")
@@ -153,7 +161,8 @@ def run_job(job: Job) -> None:
         failure = OSError(plain.errno, plain.strerror or str(plain), plain.filename)
     except Exception as error:
         log.debug("where it was found:", exc_info=error)
-        failure = CandidateFailed(reason_of(error))
+        kind = DeviceFailed if is_device_failure(error) else CandidateFailed
+        failure = kind(reason_of(error))
         if is_memory(error):  # its frames hold what memory there is
             traceback.clear_frames(error.__traceback__)
     raise failure  # out here it has no context, which may not go through pickle

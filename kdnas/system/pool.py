@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pebble import ProcessExpired, ProcessPool
 
+from kdnas.system.errors import DeviceFailed
 from kdnas.system.files import this_host
 from kdnas.system.jobs import Job, run_job
 from kdnas.system.modules import find_named_modules
@@ -27,6 +28,7 @@ from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_t
 log = logging.getLogger("kdnas")
 
 MOST_SLOTS = 4  # on CPUs
+DEVICE_FAILED = 76  # the exit code of a process whose GPU has failed
 
 _at_work: list[Path] = []  # the folder of the job that this process is at
 
@@ -164,7 +166,15 @@ def run_in_process(job: Job, level: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the job before may have had more
     log.setLevel(level)
     with _at_work_in(job.folder):
-        run_job(job)
+        try:
+            run_job(job)
+        except DeviceFailed as error:
+            # Every later job of this process would fail of it.
+            print(error, file=sys.stderr, flush=True)
+            os._exit(DEVICE_FAILED)
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # for those who share the GPU
 
 
 @contextmanager

@@ -28,7 +28,12 @@ from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask, Task
 from kdnas.training.optimizers import JointOptimizer, adam_by_rows, is_by_rows, take_rows
-from kdnas.training.trainer import ClipFusedGradients, TrainerSettings, fit_resumable
+from kdnas.training.trainer import (
+    ClipFusedGradients,
+    TrainerSettings,
+    fit_resumable,
+    own_random_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,7 @@ def evaluate_glue(
         max_length=settings.max_length,
         seed=settings.seed,
     )
-    with torch.random.fork_rng():
+    with own_random_numbers():
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
         fit_resumable(

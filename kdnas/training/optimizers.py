@@ -13,6 +13,7 @@ from kdnas.system.errors import UserError
 # Polynomials a s + b s^3 + c s^5 of a singular value s, one after the other: of all that are three
 # such, their product is the nearest to 1 on [0.005, 1], 0.5 to 1.5.
 STEPS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
+MARGIN = 1.01  # of the norm: bfloat16 may round a singular value of 1 to more; torch has none
 MOMENTUM = 0.95  # Nesterov's, as torch's
 
 Polynomials = Sequence[tuple[float, float, float]]
@@ -28,7 +29,7 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
     is_tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
     x = matrices_BMN.bfloat16()
     x = x.mT.contiguous() if is_tall else x
-    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)
+    x = x / (MARGIN * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)
     for a, b, c in steps:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -88,14 +88,19 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def autocast(device_type: str) -> torch.autocast:
-    """Matmuls in bfloat16 where that is faster."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16_is_faster(device_type))
+def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
+    """Matmuls in bfloat16 where that is faster, and not refused by a Trainer's precision."""
+    is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype:
-    """The precision of matmuls under ``autocast``."""
-    return torch.bfloat16 if bf16_is_faster(device_type) else torch.float32
+def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
+    """The precision of matmuls under ``autocast``.
+
+    On a CPU it is what was measured, or given in the environment, whatever the Trainer's.
+    """
+    is_refused = device_type != "cpu" and precision in ("32-true", "64-true")
+    return torch.bfloat16 if bf16_is_faster(device_type) and not is_refused else torch.float32
 
 
 def trainer_precision(accelerator: str) -> str:

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from kdnas.training.progress import ProgressFile
 
 # TensorBoard's own are 120, and so long a writer may not hear of its end.
 FLUSH_SECONDS = 2
+# Each logged step waits for the device a few times; ``kdnas fit`` has the same in its configs.
+LOG_STEPS = 10
 REMEDY = (
     "give --workers for several candidates at a time, and --trainer.devices of `kdnas run` for DDP."
 )
@@ -194,12 +197,18 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=LOG_STEPS,
     )
     if not resume and trainer.is_global_zero:
         for unfinished in folder.glob("events.out.tfevents.*"):
             unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
     return trainer
+
+
+def own_random_numbers() -> AbstractContextManager[None]:
+    """What is drawn inside changes nothing outside, on the CPU and on the GPU in use."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)  # of all GPUs torch would ask, and warn of it
 
 
 def fit(

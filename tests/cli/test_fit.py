@@ -228,6 +228,26 @@ def test_fit_on_two_processes_is_that_of_one(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_train_by_attention_alone(
+    tiny_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Some tensors of the last layer get no gradient, for which DDP waits unless it is told."""
+    config = tmp_path / "fit.yaml"
+    options = dict(devices=2, strategy="ddp", folder=tmp_path, teacher=tiny_teacher, text=text_file)
+    written = FIT.format(**options)
+    config.write_text(written.replace("objectives.HiddenStates", "attention.AttentionMaps"))
+    done = subprocess.run(
+        [sys.executable, "-m", "kdnas", "fit", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(kdnas.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lightning_logs/version_0/encoder/model.safetensors").exists()
+
+
 def test_fit_in_one_process_logs_every_layer_and_validate_finds_the_same(
     fit_config: Path,
     tiny_teacher: Path,

@@ -377,6 +377,39 @@ def test_the_middle_of_an_epoch_of_other_processes_is_refused(data):
     other.load_state_dict(state | {"num_given": 0})
 
 
+def test_a_thread_prepares_the_next_batch_while_one_is_used(data):
+    begun, may_end = threading.Event(), threading.Event()
+    threads, at_work = set(), copy.copy(data)
+
+    def prepare(batch: Batch) -> Batch:
+        if threads:  # the first is needed at once
+            begun.set()
+            assert may_end.wait(10)
+        threads.add(threading.current_thread())
+        return batch
+
+    at_work.prepare = prepare
+    loader = at_work.train_dataloader()
+    batches = iter(loader)
+    first = next(batches)
+    assert begun.wait(10)  # we use the first, and the second is being prepared
+    assert loader.state_dict()["num_given"] == 1
+    may_end.set()
+    assert ids([first, *batches]) == ids(at(data.train_dataloader(), 0))
+    assert threading.current_thread() not in threads
+
+
+def test_what_goes_wrong_in_the_thread_is_raised(data):
+    broken = copy.copy(data)
+
+    def prepare(batch: Batch) -> Batch:
+        raise OSError(errno.ESTALE, "gone")
+
+    broken.prepare = prepare
+    with pytest.raises(OSError, match="gone"):
+        list(broken.val_dataloader())
+
+
 def test_held_out_rows_are_sorted_by_padded_length_and_keep_their_order(data):
     loader = data.val_dataloader()
     order = ids(at(loader, 0))

@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from kdnas.cli.main import main
 from kdnas.commands.config import as_plain
 from kdnas.data.datamodule import Batch, DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps, AttentionRelations
+from kdnas.distillation.full_kd import distill_student
 from kdnas.distillation.metrics import too_long
 from kdnas.distillation.module import (
     CALIBRATION_TOKENS,
@@ -22,7 +24,8 @@ from kdnas.distillation.module import (
 )
 from kdnas.distillation.objectives import HiddenStates, View, WeightedSum
 from kdnas.distillation.sentences import PairComparison, SentenceState
-from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart
+from kdnas.distillation.start import FromEmbeddings, FromTeacher, RandomStart, Started
+from kdnas.distillation.state_cache import StateCache
 from kdnas.distillation.teacher_states import (
     StatesSettings,
     TeacherStates,
@@ -37,7 +40,7 @@ from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.jobs import Stopped
 from kdnas.training.checkpoints import KeepLast
 from kdnas.training.precision import VARIABLE
-from kdnas.training.trainer import fit
+from kdnas.training.trainer import TrainerSettings, fit
 from tests.conftest import make_rows, view_of
 
 NARROW = StudentArch(
@@ -313,7 +316,12 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_all_their_rows(
     data = open_data(tiny_teacher, text_file, pair_share=0.5)
     states = open_states(teacher, data, range(-1, 4), StatesSettings(str(tmp_path), max_gb=0))
     module = begun(make(teacher, states, objective=DEFAULT_OBJECTIVE), data).eval()
-    module.log = lambda *args, **kwargs: None
+    logged: list[float] = []
+
+    def log(name: str, value: Tensor, prog_bar: bool) -> None:  # sync_dist would exchange again
+        logged.append(float(value))
+
+    module.log = log
 
     def gradient(rows: np.ndarray) -> Tensor:
         module.zero_grad()
@@ -328,8 +336,19 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_all_their_rows(
     together = gradient(np.concatenate(parts))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sum(counts)))
+    views = [module.views(data.rows[0, part]) for part in parts]
+    known = sum(torch.stack(module(*view)[::-1]).detach() for view in views)
+    exchanged, loss = [], logged.pop()
+
+    def all_reduce(tensor: Tensor) -> None:
+        exchanged.append(tensor)
+        tensor.copy_(known)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert (sum(map(gradient, parts)) / 2 - together).norm() < 1e-2 * together.norm()
+    # One exchange a step, in which the loss of all ranks' rows comes too.
+    assert len(exchanged) == 2
+    assert logged[-2:] == pytest.approx([loss, loss], rel=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
@@ -372,6 +391,22 @@ def test_a_fit_learns_and_leaves_the_teacher_as_it_was(teacher, data, states):
     assert [row["epoch"] for row in module.history] == [0, 1, 2]
     assert module.history[0]["loss"] > module.history[2]["loss"]
     assert teacher.sha256() == before
+
+
+def test_stored_states_are_read_by_another_thread_than_the_one_that_trains(
+    teacher, data, states, monkeypatch
+):
+    read, threads = StateCache.__call__, []
+
+    def watched(cache: StateCache, *args) -> list[Tensor]:
+        threads.append(threading.current_thread())
+        return read(cache, *args)
+
+    module = begun(make(teacher, states), data)
+    monkeypatch.setattr(StateCache, "__call__", watched)
+    fit(trainer(), module, data)
+    num_batches = len(data.train_dataloader()) + len(data.val_dataloader())
+    assert len(threads) == num_batches and threading.current_thread() not in threads
 
 
 def test_the_heap_s_holes_are_given_back_every_some_steps(teacher, data, states, monkeypatch):
@@ -526,6 +561,38 @@ def test_a_resumed_fit_ends_as_an_unbroken_one(teacher, data, states, tmp_path, 
     assert resumed.history == whole.history
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class StartOnce(FromTeacher):
+    """Counts what starts it."""
+
+    num_calls = 0
+
+    def __call__(self, *args) -> Started:
+        StartOnce.num_calls += 1
+        return super().__call__(*args)
+
+
+class StopInSecondEpoch(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise InterruptedError
+
+
+def test_full_kd_that_goes_on_starts_no_student_anew(teacher, data, states, tmp_path):
+    def distil(*callbacks: type[pl.Callback]) -> dict:
+        recipe = Recipe(objective=HiddenStates(), start=StartOnce())
+        settings = TrainerSettings("cpu", "32-true", callbacks=[*callbacks])
+        options = dict(num_epochs=2, folder=tmp_path)
+        return distill_student(teacher, NARROW, recipe, data, states, settings, **options)
+
+    with pytest.raises(InterruptedError):
+        distil(StopInSecondEpoch)
+    assert StartOnce.num_calls == 1
+    resumed = distil()["history"]
+    assert StartOnce.num_calls == 1
+    (tmp_path / "last.ckpt").unlink()
+    assert distil()["history"] == resumed and StartOnce.num_calls == 2
 
 
 class StopAt(pl.Callback):
@@ -862,6 +929,27 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     assert metrics["val/loss"] == pytest.approx(
         metrics["terms/attention_maps"]
     )  # where nothing else is asked
+
+
+def test_the_default_loss_of_a_copy_of_the_teacher_is_0_and_no_head_of_its_own_counts(
+    teacher, tiny_teacher, text_file, states_settings
+):
+    data = open_data(tiny_teacher, text_file, pair_share=0.5)
+    default = {"objective": DEFAULT_OBJECTIVE}
+    losses = []
+    for arch in (arch_of(teacher.config), NARROW):
+        module = make(teacher, None, arch, **default)
+        module.states = open_states(teacher, data, module.target_layers, states_settings)
+        begun(module, data)
+        before = validate(module, data)
+        assert before["terms/pair_comparison"] > 0.3  # of a head that has learned nothing
+        for parameter in module.criterion.criteria[1].parameters():
+            torch.nn.init.normal_(parameter)
+        after = validate(module, data)
+        assert after["terms/pair_comparison"] > 2 * before["terms/pair_comparison"]
+        assert after["val/loss"] == before["val/loss"]
+        losses.append(before["val/loss"])
+    assert 0 <= losses[0] < 0.01 < 0.1 < losses[1]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

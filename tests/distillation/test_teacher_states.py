@@ -23,10 +23,11 @@ from kdnas.distillation.teacher_states import (
     TeacherStates,
     measure,
     open_states,
+    state_cache,
 )
 from kdnas.models.encoders import Teacher, encode, find_teacher
 from kdnas.system.errors import UserError
-from kdnas.training.precision import autocast
+from kdnas.training.precision import autocast, autocast_dtype
 
 LAYERS = [0, 2, 3]
 
@@ -57,6 +58,48 @@ def states(teacher, data, tmp_path_factory) -> TeacherStates:
     return open_states(
         teacher, data, LAYERS, StatesSettings(str(tmp_path_factory.mktemp("states")))
     )
+
+
+def test_a_batch_is_prepared_with_its_places_and_stored_states_pinned_for_a_gpu(
+    states, data, monkeypatch
+):
+    batch, pinned = data.rows[1, data.train_ids()[:5]], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    ready = states.prepare(batch, [3, 0], pin=False)
+    assert (
+        ready["real_tokens"].tolist() == batch["attention_mask"].flatten().nonzero()[:, 0].tolist()
+    )
+    assert ready["pairs"].tolist() == [i for i in range(5) if batch["token_type_ids"][i].any()]
+    assert ready["states"].keys() == {3, 0} and not pinned
+    for layer, found in states(ready).items():
+        assert found.equal(states(batch)[layer])
+    states.prepare(batch, [3, 0], pin=True)
+    assert len(pinned) == len(batch) + 4
+    live = TeacherStates(LiveTeacher(None), [3], 64, states.stats, states.ends)
+    assert "states" not in live.prepare(batch, [3], pin=False)
+
+
+def test_by_32_true_the_teacher_is_in_float32_on_a_gpu_too(teacher, data, monkeypatch):
+    settings = StatesSettings()
+    folders = [
+        state_cache(teacher, data, [3], settings, device, precision).folder
+        for device in ("cuda", "cpu")
+        for precision in ("auto", "32-true")
+    ]
+    assert folders[0] != folders[1] and folders[2] == folders[3]
+    used = []
+
+    def watched(*asked) -> torch.autocast:
+        used.append(autocast_dtype(*asked))
+        return autocast("cpu")
+
+    monkeypatch.setattr(teacher_module, "autocast", watched)
+    monkeypatch.setattr(teacher_module, "encode", lambda *_: SimpleNamespace(hidden_states=[]))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    batch = {"input_ids": on_gpu, "real_tokens": torch.zeros(0, dtype=torch.int64)}
+    for precision in ("auto", "32-true"):
+        LiveTeacher(SimpleNamespace(to=lambda device: None), precision)(batch, [])
+    assert used == [torch.bfloat16, torch.float32]
 
 
 def oracle(

@@ -16,7 +16,7 @@ from optuna.pruners import MedianPruner, ThresholdPruner
 from optuna.storages import InMemoryStorage
 
 from kdnas.models.arch import StudentArch
-from kdnas.nas.record import MOST_FAILURES
+from kdnas.nas.record import MOST_FAILURES, MOST_IN_A_ROW
 from kdnas.nas.trials import Outcome, failed, trained, tried
 from kdnas.system.engine import Engine
 from kdnas.system.errors import CandidateFailed, UserError
@@ -260,11 +260,16 @@ def test_one_failure_that_is_proposed_again_and_again_is_one_failure(make):
     assert fake.trained.count(ONE) == 1
 
 
-def test_failures_after_a_success_end_nothing(make):
+def test_some_failures_after_a_success_end_nothing_but_many_in_a_row_end_the_search(make):
     fake = make(fail, special={ONE: end_well})
     fake.queue(ONE)
-    assert fake.search(2).number == 0
-    assert len(failed(fake.open())) == len(SPACE) - 1
+    for start in (1, 2):  # the next start tries others, in case what failed is mended
+        told = f"The last {MOST_IN_A_ROW} candidates failed; the last one: the loss is nan"
+        with pytest.raises(CandidateFailed, match=told):
+            fake.search(2)
+        assert len(failed(fake.open())) == start * MOST_IN_A_ROW
+    fake.end = end_well
+    assert fake.search(2).state.name == "COMPLETE" and len(trained(fake.open())) == 2
 
 
 def test_a_disk_that_fails_is_no_fault_of_the_candidate(make):

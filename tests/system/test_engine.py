@@ -94,6 +94,33 @@ def fail(kind: str) -> dict:
     raise errors[kind]
 
 
+def own_process() -> dict:
+    return {"process": os.getpid()}
+
+
+def sick(folder: Path, is_cured: bool) -> dict:
+    """What CUDA raises from now on in this process."""
+    count(folder)
+    if is_cured and num_begun(folder) > 1:
+        return {"process": os.getpid()}
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def greedy(folder: Path, other: Path, has_ever_room: bool) -> dict:
+    """Needs memory that another job holds."""
+    wait_for(other / "begun", folder)
+    if has_ever_room and (other / "result.json").exists():
+        return {}
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def hold(folder: Path, other: Path) -> dict:
+    """Holds memory until the other has failed of it."""
+    wait_for(other / "begun", folder)
+    time.sleep(0.5)
+    return {}
+
+
 def not_a_number() -> dict:
     return {"loss": float("nan")}
 
@@ -198,6 +225,41 @@ def test_what_a_job_raises_is_an_exception_that_names_it(engine, tmp_path, kind,
     error = end_of(engine, job := Job(tmp_path / "a", "a job", fail, (kind,)))
     assert (type(error), str(error)) == (expected, message)
     assert not job.is_done and engine.jobs == []
+
+
+def test_a_gpu_that_fails_costs_a_process_and_its_job_is_tried_once_more(process, tmp_path):
+    (before,) = process.run([Job(tmp_path / "before", "before", own_process)])
+    for is_cured in (True, False):
+        job = Job(tmp_path / str(is_cured), "sick", sick, (tmp_path / str(is_cured), is_cured))
+        error = end_of(process, job)
+        assert job.is_done == is_cured and num_begun(job.folder) == 2
+        assert "AcceleratorError: CUDA error: an illegal" in (job.folder / "job.log").read_text()
+    assert str(error) == "its GPU has failed, as its job.log says, twice"
+    (after,) = process.run([Job(tmp_path / "after", "after", own_process)])
+    assert before != after
+
+
+@pytest.mark.parametrize("has_ever_room", [True, False])
+def test_a_job_without_memory_is_tried_once_more_alone(tmp_path, has_ever_room):
+    one, other, third = tmp_path / "one", tmp_path / "other", tmp_path / "third"
+    failures = []
+
+    def take(job: Job, error: BaseException) -> None:
+        failures.append(str(error))
+        job.result_file.write_text("{}")
+
+    with Engine(2) as engine:
+        jobs = [
+            Job(one, "one", greedy, (one, other, has_ever_room)),
+            Job(other, "other", hold, (other, one)),
+            Job(third, "third", count, (third,)),
+        ]
+        engine.run(jobs, failed=take)
+    assert num_begun(one) == 2
+    ends, begins = (one / "result.json").stat().st_mtime_ns, (third / "begun").stat().st_mtime_ns
+    assert ends < begins
+    said = "out of memory: CUDA out of memory. Tried to allocate 2 GiB"
+    assert failures == ([] if has_ever_room else [said])
 
 
 def test_a_failure_ends_a_run_unless_somebody_takes_it(engine, tmp_path):

@@ -21,6 +21,7 @@ from kdnas.training.trainer import (
     TrainerSettings,
     fit,
     make_trainer,
+    own_random_numbers,
     refuse_strategy,
     without_tensorflow,
 )
@@ -85,6 +86,22 @@ def test_several_processes_are_refused(monkeypatch):
         UserError, match=r"^WORLD_SIZE is 4: .* give --workers .* `kdnas run` for DDP"
     ):
         TrainerSettings().check()
+
+
+def test_random_numbers_are_our_own_without_a_warning_of_other_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", asked.append)
+    own_random_numbers()
+    monkeypatch.undo()
+    assert asked == [[3]]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with own_random_numbers():
+        torch.rand(1)
+    assert torch.rand(1) == expected
 
 
 def test_an_accelerator_that_is_not_there_is_refused():
