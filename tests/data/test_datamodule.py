@@ -807,11 +807,13 @@ def test_tokens_of_another_key_are_not_used(tiny_teacher, text_file, kept, tmp_p
 
 
 def open_in_a_process(teacher: Path, text: Path, kept: Path, barrier, answers) -> None:
-    """In one of several processes; counts how often it read the text."""
-    read, num_reads = datamodule.load_corpus, []
+    """In one of several processes; counts how often it read and hashed the text."""
+    read, num_reads, num_hashes = datamodule.load_corpus, [], []
     datamodule.load_corpus = lambda *args, **options: num_reads.append(1) or read(*args, **options)
+    readers.file_sha256 = lambda path: num_hashes.append(1) or time.sleep(1) or file_sha256(path)
     barrier.wait()
-    answers.put((len(num_reads), open_kept(teacher, text, kept).rows.sha256, len(num_reads)))
+    sha256 = open_kept(teacher, text, kept).rows.sha256
+    answers.put((sha256, len(num_hashes), len(num_reads)))
 
 
 def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_left(
@@ -819,6 +821,7 @@ def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_lef
 ):
     key = open_kept(tiny_teacher, text_file, kept).rows.folder.name
     shutil.rmtree(kept / key)
+    (kept / "texts.json").unlink()
     (kept / f".{key}.abc").mkdir()
     (kept / f".{key}.abc" / "lengths.bin").touch()
     context = multiprocessing.get_context("fork")
@@ -833,7 +836,8 @@ def test_processes_at_once_tokenise_a_text_once_and_remove_what_a_killed_one_lef
         process.start()
     found = [answers.get(timeout=60) for _ in processes]
     assert sorted(num_reads for *_, num_reads in found) == [0, 0, 1]
-    assert len({sha256 for _, sha256, _ in found}) == 1
+    assert sorted(num_hashes for _, num_hashes, _ in found) == [0, 0, 1]
+    assert len({sha256 for sha256, *_ in found}) == 1
     expected = {key, f"{key}.lock", "texts.json", "texts.lock"}
     assert {path.name for path in kept.iterdir()} == expected
 
