@@ -21,7 +21,13 @@ from kdnas.data.quickstart import text_and_task
 from kdnas.deploy.latency import BUSY, LatencyMeter, is_unsteady
 from kdnas.deploy.onnx import check_onnx
 from kdnas.distillation.objectives import Objective, needed_layers
-from kdnas.distillation.teacher_states import StatesSettings, TeacherStates, open_states
+from kdnas.distillation.state_cache import StateCache
+from kdnas.distillation.teacher_states import (
+    StatesSettings,
+    TeacherStates,
+    open_states,
+    state_cache,
+)
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import (
     Teacher,
@@ -93,6 +99,12 @@ class Inputs:
         data, layers = self.data.select(split), self.target_layers
         settings, precision = self.states_settings, self.config.trainer.precision
         return open_states(self.teacher, data, layers, settings, self.device, precision)
+
+    @property
+    def cache(self) -> StateCache:
+        """Where they are stored, built or not."""
+        of, precision = (self.teacher, self.data), self.config.trainer.precision
+        return state_cache(*of, self.target_layers, self.states_settings, self.device, precision)
 
     @cached_property
     def bench(self) -> Bench:

@@ -11,6 +11,7 @@ from kdnas.commands.export import export_run, rows_of_task, rows_of_texts
 from kdnas.commands.inputs import inputs_of
 from kdnas.data.datamodule import Split
 from kdnas.distillation.full_kd import distill_student
+from kdnas.distillation.teacher_states import build_share
 from kdnas.models.arch import StudentArch
 from kdnas.nas.search import evaluate
 from kdnas.nas.trials import Outcome
@@ -37,6 +38,22 @@ def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dic
     """Give an ``Outcome``."""
     inputs = inputs_of(config)
     return evaluate(inputs.bench, arch, inputs.run.trial(number)).to_dict()
+
+
+def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) -> Job:
+    """A share of the teacher's states, on the device of a slot."""
+    folder = Run(config.root, config.name).folder / f"states_{share}"
+    return Job(folder, "teacher states", compute_states, (config, split, share, num_shares))
+
+
+def compute_states(
+    config: SearchConfig, split: Split, share: int, num_shares: int
+) -> dict[str, Any]:
+    """Give nothing: the states are in their cache."""
+    inputs = inputs_of(config)
+    data, precision = inputs.data.select(split), config.trainer.precision
+    build_share(inputs.cache, inputs.teacher, data, inputs.device, precision, share, num_shares)
+    return {}
 
 
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
@@ -30,8 +31,10 @@ from kdnas.commands.inputs import (
     refuse_other_config,
     task_path,
 )
-from kdnas.commands.jobs import candidate_job, export_job, full_kd_job
+from kdnas.commands.jobs import candidate_job, export_job, full_kd_job, states_job
+from kdnas.data.datamodule import Split
 from kdnas.distillation.metrics import too_long
+from kdnas.distillation.teacher_states import is_missing
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, load_classifier
 from kdnas.models.families import arch_of as arch_of_config
@@ -61,6 +64,7 @@ from kdnas.report.tensorboard import SearchBoard
 from kdnas.system.errors import UserError
 from kdnas.system.files import Run, file_sha256, read_json, write_json, write_text
 from kdnas.system.manifest import write_manifest
+from kdnas.system.pool import num_gpus
 from kdnas.system.signals import honest_signals, notice_signals
 from kdnas.system.yaml import read_yaml
 from kdnas.tasks.baselines import (
@@ -246,7 +250,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
         context.console.print(
             f"Search: going on after {num_done} of {settings.n_trials} candidates."
         )
-    context.inputs.states("mini")  # before the live display: building them shows its own bar
+    open_states(context, "mini")  # before the live display: building them shows its own bar
     if end is None:
         end = time.monotonic() + 60 * (config.time_budget or math.inf)
     lstm = lstm_of(config.sampler)
@@ -320,6 +324,22 @@ class SearchDisplay:
         self.board(self.study)
 
 
+def open_states(context: RunContext, split: Split) -> None:
+    """Compute what is missing of the teacher's states, by all GPUs of this machine."""
+    inputs, config = context.inputs, context.config
+    num_shares = min(context.engine.num_slots, num_gpus(config.trainer.accelerator))
+    cache, data = inputs.cache, inputs.data.select(split)
+    is_shared = num_shares > 1 and config.executor is None
+    if is_shared and is_missing(cache, data, inputs.states_settings):
+        jobs = [states_job(config, split, share, num_shares) for share in range(num_shares)]
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.folder / "lock"):
+            context.engine.run(jobs)
+        for job in jobs:
+            shutil.rmtree(job.folder)
+    inputs.states(split)
+
+
 def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
     """Distil the best student on all rows, unless that is done."""
     run, console = context.run, context.console
@@ -329,7 +349,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
     else:
         if last.exists():
             console.print("Full KD: going on where it was stopped.")
-        context.inputs.states("full" if config.full_kd.num_epochs else "mini")
+        open_states(context, "full" if config.full_kd.num_epochs else "mini")
         goes_on = config.full_kd.from_candidate or not config.full_kd.num_epochs
         kept = _kept_files(context, arch) if goes_on else {}
         job = full_kd_job(config, arch, kept)

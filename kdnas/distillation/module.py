@@ -250,6 +250,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self._teacher.tokenizer.save_pretrained(folder)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:

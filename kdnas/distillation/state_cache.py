@@ -205,6 +205,24 @@ class StateCache:
                 raise
             raise self._no_room() from error  # others use the disk too
 
+    def build_share(
+        self,
+        teacher: BatchStates,
+        batch_tokens: int,
+        row_ids: IntArray,
+        share: int,
+        num_shares: int,
+    ) -> None:
+        """Compute every ``num_shares``-th shard, if it is not there; ``build`` then finds it.
+
+        Whoever has several processes do so holds ``lock`` in the folder.
+        """
+        there = {path.name.partition(".")[0] for path in self.folder.glob("variant*.bin")}
+        for place in self._places(row_ids)[share::num_shares]:
+            if self._prefix(place) not in there:
+                buffer = np.empty((len(self.layers), self._num_tokens(place)), dtype=self._record)
+                self._write(place, self._compute(place, teacher, batch_tokens, buffer))
+
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """The states of a batch's real tokens: for each layer a tensor (N, H), float16, on the CPU.
 

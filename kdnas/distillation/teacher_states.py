@@ -19,7 +19,7 @@ from kdnas.data.datamodule import Batch, KDDataModule, located, real_tokens
 from kdnas.data.loader import LengthGroupedBatches
 from kdnas.distillation.losses import ridge_map, within_half
 from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe
-from kdnas.distillation.state_cache import Precision, StateCache, cache_key
+from kdnas.distillation.state_cache import BatchStates, Precision, StateCache, cache_key
 from kdnas.models.encoders import Teacher, embed, encode
 from kdnas.system.errors import UserError
 from kdnas.system.files import read_json, write_json
@@ -199,7 +199,7 @@ def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
     """The cache with the needed rows; the live teacher where they would exceed the budget."""
-    row_ids = np.concatenate([data.train_ids(), data.held_out_ids()])
+    row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
         log.info(
@@ -216,11 +216,54 @@ def _build(
         found += " (what lies beside it is of another teacher, text or setting, and is not used)"
     log.info("Teacher states: %.2f GB in %s, %s", gb, cache.folder, found)
 
+    cache.build(*_computing(cache, live, data, device), row_ids)
+    return cache
+
+
+def _needed(data: KDDataModule) -> np.ndarray:
+    return np.concatenate([data.train_ids(), data.held_out_ids()])
+
+
+def _computing(
+    cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
+) -> tuple[BatchStates, int]:
+    """What computes the states of a batch for a cache, and how large that is."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
-    cache.build(lambda batch: live(_to(batch, device), cache.layers), batch_tokens, row_ids)
-    return cache
+    return lambda batch: live(_to(batch, device), cache.layers), batch_tokens
+
+
+def build_share(
+    cache: StateCache,
+    teacher: Teacher,
+    data: KDDataModule,
+    device: str,
+    precision: str,
+    share: int,
+    num_shares: int,
+) -> None:
+    """Compute a share of what ``open_states`` would: one of several devices does it.
+
+    Args:
+        cache: of ``state_cache``.
+        teacher: the teacher.
+        data: rows and masks.
+        device: where the teacher runs.
+        precision: the Trainer's.
+        share: of ``num_shares``.
+        num_shares: devices.
+    """
+    live = LiveTeacher(teacher.model, precision)
+    computing = _computing(cache, live, data, device)
+    cache.build_share(*computing, _needed(data), share, num_shares)
+
+
+def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
+    """Whether states within the disk budget are to be computed yet."""
+    row_ids = _needed(data)
+    is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb
+    return is_within and cache.num_missing_bytes(row_ids) > 0
 
 
 def _sha256(path: Path, value: Any) -> str:

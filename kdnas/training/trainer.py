@@ -266,6 +266,11 @@ class ClipFusedGradients(pl.LightningModule):
                 f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
             )
 
+    def on_train_start(self) -> None:
+        """Log the last step of an epoch that is shorter than the interval."""
+        trainer: Any = self.trainer
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.num_training_batches)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

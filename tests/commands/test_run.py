@@ -33,13 +33,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from kdnas.cli.main import main
 from kdnas.cli.parser import read_config
 from kdnas.commands import glue as comparison
+from kdnas.commands import jobs
 from kdnas.commands import run as pipeline
-from kdnas.commands.config import RunConfig, SearchSettings, as_plain
+from kdnas.commands.config import RunConfig, SearchConfig, SearchSettings, as_plain
 from kdnas.commands.export import is_exported
 from kdnas.data.quickstart import build_quickstart_text
 from kdnas.deploy.onnx import open_session
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
 from kdnas.distillation.objectives import HiddenStates
+from kdnas.distillation.state_cache import StateCache
 from kdnas.models.arch import StudentArch
 from kdnas.models.encoders import build_classifier, find_teacher, num_parameters
 from kdnas.models.families import arch_of, student_config
@@ -48,6 +50,7 @@ from kdnas.nas.reward import reward
 from kdnas.nas.trials import trained
 from kdnas.system.errors import CandidateFailed, UserError
 from kdnas.system.files import Run, is_alive
+from kdnas.system.jobs import Job
 from kdnas.system.yaml import flat
 from kdnas.tasks.finetune import GLUEModule
 from tests.conftest import WORDS, make_rows, save_teacher
@@ -1011,6 +1014,26 @@ def test_a_search_takes_the_yaml_of_a_run_and_stops_after_the_search(
     run = tmp_path / "logs" / "searched"
     assert (run / "best_student.yaml").exists() and not (run / "full_kd").exists()
     assert yaml.safe_load((run / "config.yaml").read_text()).keys().isdisjoint({"task", "full_kd"})
+
+
+@pytest.mark.slow
+def test_the_teacher_s_states_are_computed_by_the_workers_of_all_gpus(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+
+    def states_job(config: SearchConfig, split: str, share: int, num_shares: int) -> Job:
+        shared.append(num_shares)
+        return jobs.states_job(config, split, share, num_shares)
+
+    monkeypatch.setattr(pipeline, "num_gpus", lambda accelerator: 3)
+    monkeypatch.setattr(pipeline, "states_job", states_job)
+    # In this process none is computed.
+    monkeypatch.setattr(StateCache, "_compute", lambda *args: pytest.fail("computed here"))
+    search = [one for one in of_search(command, "--search.n_trials=1") if "--workers" not in one]
+    assert main([*search, "--workers=2"]) == 0
+    assert shared == [2, 2] and not list((tmp_path / "logs" / "tiny").glob("states_*"))
+    assert list((tmp_path / "states").glob("*/variant*.bin"))
 
 
 def test_the_originals_recipe_for_one_student(

@@ -155,6 +155,19 @@ def test_pages_that_were_read_are_given_back(folder, monkeypatch):
     check(cache)
 
 
+def test_shares_make_each_shard_once_and_together_the_cache(folder):
+    folder.mkdir(parents=True)
+    teachers = [FakeTeacher() for _ in range(2)]
+    for share, teacher in enumerate(teachers):
+        rows = np.arange(NUM_ROWS)
+        open_cache(folder).build_share(teacher, BATCH_TOKENS, rows, share, len(teachers))
+    assert teachers[0].asked and teachers[1].asked
+    assert teachers[0].asked + teachers[1].asked == EVERYTHING
+    cache, asked = build(folder)
+    assert not asked
+    check(cache)
+
+
 def test_a_cache_that_is_there_asks_no_teacher(folder):
     build(folder)
     before = shards(folder)
