@@ -4,6 +4,7 @@ import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -164,7 +165,7 @@ def test_every_command_of_the_pages_is_one(my_kd: Path, capsys: pytest.CaptureFi
         for args in found
         if args[0] == "fit" and "my.parquet" in args and "my_kd.yaml" not in args
     ]
-    assert len(fits) > 6 and all("--model.teacher" in args for args in fits)
+    assert len(fits) > 5 and all("--model.teacher" in args for args in fits)
     # All of one command at once, for a parser takes its time: every option is there, and so is every file of YAML.
     for command in {*COMMANDS, *(args[0] for args in found)} - {"report", "verify", "completion"}:
         together = [arg for name, *args in found if name == command for arg in args]
@@ -244,7 +245,7 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
         "ShallowFirst begins so"
     )
     for name in ("quickstart", "other"):
-        Path("lightning_logs", name).symlink_to("mine")
+        shutil.copytree("lightning_logs/mine", Path("lightning_logs", name))
     elsewhere = {
         "stsb",
         "rte",
