@@ -144,12 +144,13 @@ class RunResult:
 
     Args:
         best: the best student of the search.
-        loss: after full KD.
-        contextual_share: after full KD.
-        table: ``teacher``, ``student`` and, to be beaten, ``random`` (its shape from a random
-            start), ``static`` (no layers) and ``layer_cut`` (fewer of the teacher's), fine-tuned:
-            ``score``, ``share_kept``, ``latency_ms``, ``speedup``, ``num_parameters``; None
-            without a task.
+        loss: the student's, after full KD.
+        contextual_share: after full KD, the share that it knows of what context adds (1: equal to
+            its teacher).
+        table: of each fine-tuned model its ``score``, ``share_kept``, ``latency_ms``, ``speedup`` and
+            ``num_parameters``; the models are ``teacher``, ``student`` and the baselines ``random``
+            (the same shape from a random start), ``static`` (no layers) and ``layer_cut`` (the
+            teacher with fewer layers). None without a task.
         export: the student to deploy.
         folder: of the run, with ``report.html``.
     """
@@ -267,8 +268,8 @@ def distill(
 ) -> Student:
     """Distil one student on all rows, as the full KD of ``kdnas run`` does.
 
-    After Ctrl-C the same call goes on. A call of the same name with other settings is refused then,
-    until ``last.ckpt`` in its folder is deleted.
+    After Ctrl-C the same call resumes. Until it has finished, a call of the same name with other
+    settings is refused: give another name, or delete ``last.ckpt`` in its folder.
 
     Args:
         teacher: as for ``search``.
@@ -279,7 +280,7 @@ def distill(
         data: how text becomes batches.
         states: where the teacher's states are kept.
         trainer: device and precision.
-        name: of the folder for TensorBoard, below ``root``.
+        name: of the folder below ``root``, for logs, checkpoint and encoder.
         root: the folder of all runs.
         seed: of the weights that are not the teacher's.
 

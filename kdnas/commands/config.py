@@ -384,7 +384,7 @@ class GlueConfig:
             raise UserError(f"task is {self.task}: give no duplicates.")
         if self.task and self.text_column:
             raise UserError(
-                f"text_column is {self.text_column}, but {self.task[0]!r} has its own: leave one out."
+                f"text_column is {self.text_column}, but the task {self.task[0]!r} has columns of its own: leave out --text-column or --task."
             )
         if not self.task and self.data is None:
             raise UserError(
@@ -456,7 +456,7 @@ class ExportConfig:
         if self.data and (self.task or not self.text_column):
             given = f"task is {self.task!r}" if self.task else "text_column is []"
             raise UserError(
-                f"data is {self.data!r} and {given}: give --data FILE --text-column NAME, or --task."
+                f"data is {self.data!r} and {given}: give --data and --text-column, or --task alone."
             )
 
 

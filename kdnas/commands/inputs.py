@@ -102,7 +102,7 @@ class Inputs:
 
     @property
     def cache(self) -> StateCache:
-        """Where they are stored, built or not."""
+        """The stored states of the teacher; it may be empty still."""
         of, precision = (self.teacher, self.data), self.config.trainer.precision
         return state_cache(*of, self.target_layers, self.states_settings, self.device, precision)
 

@@ -138,7 +138,7 @@ class Sample:
 
     @property
     def num_slots(self) -> int:
-        """Candidates at a time."""
+        """How many candidates are trained side by side."""
         return max(1, self.config.num_workers)
 
     @property

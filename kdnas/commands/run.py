@@ -145,7 +145,7 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
     if outcome is None or outcome.state != "COMPLETE" or "twin_of" in outcome.attrs:
         raise UserError(
             f"trial is {number}, but {config.name!r} has no candidate of this number that was "
-            "trained to its end: its trials.csv lists them."
+            "trained to its end: choose one that is COMPLETE in its trials.csv."
         )
     run = Run(config.root, f"{config.name}-trial-{number}")
     run.refuse_links()

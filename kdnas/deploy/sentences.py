@@ -24,7 +24,7 @@ MOST_TEXTS = 1_000
 
 @dataclass(frozen=True)
 class Sentences:
-    """How a student becomes a sentence encoder, and what it is compared on."""
+    """What a sentence encoder is made with, and compared with its teacher on."""
 
     teacher: Teacher  # its pooling is taken
     train: Sequence[str]  # for the linear map from the student's vectors to the teacher's

@@ -37,20 +37,20 @@ def distill_student(
     weights: dict[str, Tensor] | None = None,
     optimizer: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Distil a student, and write it into ``folder/encoder``; stopped, the same call goes on.
+    """Distil a student, and write it into ``folder/encoder``. After a stop the same call resumes.
 
     Args:
-        teacher: whose student it is.
+        teacher: to learn from.
         arch: its shape.
-        recipe: how it is distilled.
-        data: set up; the rows of its split are learned from.
-        states: the teacher's, of these rows.
+        recipe: objective, start and rates.
+        data: after ``setup``; the student learns from the rows of its split.
+        states: the teacher's hidden states of these rows.
         trainer: device, precision, logger and callbacks.
-        num_epochs: passes over the rows; 0: the student stays as its weights are.
-        folder: takes TensorBoard's logs, ``last.ckpt`` while it lasts, and ``encoder/``.
+        num_epochs: passes over the rows; 0 keeps the first weights.
+        folder: for TensorBoard's logs, ``encoder/`` and, until the end, ``last.ckpt``.
         seed: of the weights that are not the teacher's.
-        weights: of a candidate, to go on from; None: begin from the teacher.
-        optimizer: what its optimizer knew.
+        weights: a candidate's, to go on from; None: begin from the teacher.
+        optimizer: the state of the candidate's optimizer.
 
     Returns:
         What ``result.json`` holds: ``arch``, ``num_parameters``, ``loss``, ``contextual_share``,

@@ -166,7 +166,9 @@ def refuse_no_values(name: str, model: nn.Module) -> None:
             raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")
         # Models without a use for token types keep a table of zeros.
         if not ("bias" in key or "token_type" in key or tensor.any()):
-            raise UserError(f"The weights of {name!r} are all zero in {key!r}.")
+            raise UserError(
+                f"The weights of {name!r} are all zero in {key!r}: take a whole checkpoint."
+            )
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:

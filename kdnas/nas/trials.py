@@ -1,4 +1,4 @@
-"""What became of each trial: its outcome as a file, and what a study's trials say, for everyone to read."""
+"""The outcome of a trial as a file, and questions to a study: its best, failed and repeated trials."""
 
 import hashlib
 import math

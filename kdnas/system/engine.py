@@ -177,7 +177,7 @@ class Engine:
         return [dict(read_json(job.result_file)) for job in jobs]
 
     def stop(self) -> None:
-        """End what runs: each job is asked to, and killed after ``STOP_SECONDS``."""
+        """Stop all running jobs: ask each to stop, and kill what is left after ``STOP_SECONDS``."""
         try:
             for job in self._running.values():
                 with suppress(OSError):

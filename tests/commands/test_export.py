@@ -432,7 +432,7 @@ def test_what_was_exported_before_fine_tuning_is_of_another_model(
         (["--length=long"], "length"),
         (
             ["--data=reviews.csv"],
-            "data is 'reviews.csv' and text_column is []: give --data FILE --text-column NAME",
+            "data is 'reviews.csv' and text_column is []: give --data and --text-column",
         ),
         (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv' and task is 'stsb'"),
         (

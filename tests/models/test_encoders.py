@@ -440,12 +440,12 @@ def test_a_folder_without_weights_is_refused(folder):
 def test_truncated_safetensors_are_refused(num_bytes, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:num_bytes])
-    assert refused(folder).startswith(f"{str(path)!r} is truncated or no safetensors file (")
+    assert refused(folder).startswith(f"{str(path)!r} is truncated or not a safetensors file (")
 
 
 def test_a_pointer_in_place_of_weights_is_refused(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "is truncated or no safetensors file (" in refused(folder)
+    assert "is truncated or not a safetensors file (" in refused(folder)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 1000, -100])
