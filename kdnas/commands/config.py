@@ -384,7 +384,8 @@ class GlueConfig:
             raise UserError(f"task is {self.task}: give no duplicates.")
         if self.task and self.text_column:
             raise UserError(
-                f"text_column is {self.text_column}, but the task {self.task[0]!r} has columns of its own: leave out --text-column or --task."
+                f"text_column is {self.text_column}, but the task {self.task[0]!r} has columns of "
+                "its own: leave out --text-column or --task."
             )
         if not self.task and self.data is None:
             raise UserError(
