@@ -65,22 +65,18 @@ def text_sha256(text: str, column: str, known: Path) -> str:
     stamp is another.
     """
     files = _files(text)
-    try:
-        if files is None:
-            parts = [_hub(text, column)._fingerprint]
-        else:
-            hashes = _file_hashes(files, known)
-            parts = [f"{path.suffix.lower()} {hashes[str(path.resolve())][2]}" for path in files]
-    except OSError as error:
-        raise UserError(
-            f"{text!r} cannot be read ({first_line(error)}): check it and its permissions."
-        ) from error
+    if files is None:
+        parts = [_hub(text, column)._fingerprint]
+    else:
+        hashes = _file_hashes(text, files, known)
+        parts = [f"{path.suffix.lower()} {hashes[str(path.resolve())][2]}" for path in files]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _file_hashes(files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
+def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
     """For each path, resolved, its stamp and hash."""
-    stamps = {str(path.resolve()): stamp(path) for path in files}
+    with _readable(text):
+        stamps = {str(path.resolve()): stamp(path) for path in files}
 
     def missing(found: dict[str, list[Any]]) -> list[str]:
         return [path for path, now in stamps.items() if found.get(path, [])[:2] != now]
@@ -89,9 +85,21 @@ def _file_hashes(files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
         return found
     with FileLock(known.with_suffix(".lock")):
         found = read_stamps(known)  # of another process meanwhile
-        found |= {path: [*stamps[path], file_sha256(Path(path))] for path in missing(found)}
+        with _readable(text):
+            found |= {path: [*stamps[path], file_sha256(Path(path))] for path in missing(found)}
         write_json(known, found)
     return found
+
+
+@contextmanager
+def _readable(text: str) -> Iterator[None]:
+    """Say of a source's own files that they cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{text!r} cannot be read ({first_line(error)}): check it and its permissions."
+        ) from error
 
 
 def _files(text: str) -> list[Path] | None:

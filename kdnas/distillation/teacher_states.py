@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -117,10 +116,11 @@ class TeacherStates:
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
-        if "states" in batch:
-            return batch["states"]
-        device = batch["input_ids"].device
         layers = self.layers if layers is None else layers
+        ahead = batch.get("states", {})
+        if ahead.keys() >= set(layers):
+            return {layer: ahead[layer] for layer in layers}
+        device = batch["input_ids"].device
         states = [state.to(device) for state in self.source(batch, layers)]
         return dict(zip(layers, states, strict=True))
 
@@ -135,7 +135,14 @@ class TeacherStates:
         ready = located(batch)
         if isinstance(self.source, StateCache):
             ready["states"] = self(batch, layers)
-        return apply_to_collection(ready, Tensor, Tensor.pin_memory) if pin else ready
+        return pinned(ready) if pin else ready
+
+
+def pinned(batch: Any) -> Any:
+    """A batch, or a part of it, in memory that a GPU copies while it computes."""
+    if isinstance(batch, dict):
+        return {name: pinned(value) for name, value in batch.items()}
+    return batch.pin_memory()
 
 
 def state_cache(

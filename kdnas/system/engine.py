@@ -233,7 +233,8 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    return isinstance(error, Exception) and is_memory(error)
+    """Whether a job said that it had no memory; one whose process died has been tried again."""
+    return isinstance(error, Exception) and not isinstance(error, JobDied) and is_memory(error)
 
 
 def _death(error: BaseException | None) -> str:

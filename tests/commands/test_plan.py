@@ -141,7 +141,7 @@ def stages_of_the_page() -> dict[str, list[float]]:
     for name, value in HUGE.items():
         assert f"--{name} {'null' if value is None else value} " in section
     for number in (1e6 * READ, 64e6 * TOKENISED, TRAINED, SCORED, TAUGHT):
-        assert f" {number:,.0f}" in section
+        assert f" {number:,.0f}" in " ".join(section.split())
     rows = re.findall(r"(?m)^\| ([^|]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \|$", section)
     return {name: [float(value.replace(",", "")) for value in values] for name, *values in rows}
 
