@@ -216,11 +216,13 @@ def test_fit_on_two_processes_is_that_of_one(
             "both share one"
         )
     assert main(command("one", 1, "auto")) == 0
+    seen_rows = []
     for epoch in range(2):
         ranks, alone = [seen("two", epoch, rank) for rank in range(2)], seen("one", epoch, 0)
         together = [sorted(sum(step, [])) for step in zip(*ranks, strict=True)]
         assert together == [sorted(batch) for batch in alone]
-        assert sorted(sum(alone, [])) == list(range(len(sum(alone, [])))), "each row once"
+        seen_rows.append(sorted(sum(alone, [])))
+    assert seen_rows[0] == seen_rows[1] == sorted(set(seen_rows[0])), "each row once"
     two, one = result("two"), result("one")
     assert [row["epoch"] for row in two.history] == [0, 1]
     assert two.history[1]["loss"] < two.history[0]["loss"]
