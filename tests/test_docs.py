@@ -268,6 +268,7 @@ def test_what_the_pages_run_runs(my_kd: Path, monkeypatch: pytest.MonkeyPatch) -
     files = (ROOT / "docs/reference/files.md").read_text().partition("Without `--task`")[0]
     names = re.findall(r"(?m)^\| `([\w./]+)` \|", files)
     assert len(names) > 10
+    names.remove("time_budget.json")  # of a run that measured what it needs
     assert [name for name in names if not Path("lightning_logs/mine", name).exists()] == []
 
     ran = Counter[str]()
