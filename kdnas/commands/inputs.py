@@ -56,7 +56,6 @@ from kdnas.training.trainer import TrainerSettings
 
 # kdnas.distillation.start.FromTeacher; with the same settings, another rule makes other students.
 BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"
-SCORED_BY = "all terms but those of attention maps and pairs"
 # How settings begin that change no result.
 NO_RESULT = (
     "root states.folder states.max_gb trainer.accelerator trainer.devices trainer.logger "
@@ -370,7 +369,6 @@ def _content(inputs: Inputs) -> dict[str, Any]:
     content = flat(
         {
             "begins as": BEGINS_AS,
-            "scored by": SCORED_BY,
             "teacher": inputs.teacher.sha256(),
             "text": rows.sha256,
             "num_train_rows": len(inputs.data.select("full").train_ids()),

@@ -126,8 +126,7 @@ class Term:
         layer: the teacher layer whose states it compares, if it is a squared error of them.
         scaled: divide by that layer's variance.
         compares: whether students can be ranked by it. Not where it depends on which layers a
-            student has, for some are easier than others, or on its width, or is not 0 for a copy
-            of the teacher. (Hidden states of mapped layers count, as
+            student has, for some are easier than others. (Hidden states of mapped layers count, as
             in the original, though only LastLayer and LearnedMapping ask the same of every
             student.)
     """

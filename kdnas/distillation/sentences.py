@@ -119,9 +119,8 @@ class PairComparison(Objective):
     small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
     and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
     rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
-    asks of [CLS]. Students are not ranked by it: the teacher's own [CLS] does not tell all of that
-    comparison, and a wider student has a larger head. It works best for teachers whose mean states
-    carry meaning, such as sentence encoders.
+    asks of [CLS]. It works best for teachers whose mean states carry meaning, such as sentence
+    encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -137,7 +136,7 @@ class _PairComparison(Criterion):
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
-        self.terms = [Term("pair_comparison", 1.0, compares=False)]
+        self.terms = [Term("pair_comparison", 1.0)]
         self.head = nn.Sequential(
             nn.Linear(student_width, student_width),
             nn.GELU(),

@@ -358,7 +358,10 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--trainer.devices=2"], "trainer.devices is 2: only full KD of `kdnas run`"),
         (["--trainer.logger=CSVLoger"], "CSVLoger"),
         (["--model=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
-        (["--text-column=review"], "text_column is ['review'], but the task 'rte' has columns of its own"),
+        (
+            ["--text-column=review"],
+            "text_column is ['review'], but the task 'rte' has columns of its own",
+        ),
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
         (["--latency.length=99"], "length of latency is 99"),
         (["--latency.lengths=/nowhere.jsonl"], "/nowhere.jsonl"),

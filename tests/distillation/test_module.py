@@ -931,27 +931,6 @@ def test_the_contextual_share_and_the_sentences_r2_are_those_of_a_linear_map_on_
     )  # where nothing else is asked
 
 
-def test_the_default_loss_of_a_copy_of_the_teacher_is_0_and_no_head_of_its_own_counts(
-    teacher, tiny_teacher, text_file, states_settings
-):
-    data = open_data(tiny_teacher, text_file, pair_share=0.5)
-    default = {"objective": DEFAULT_OBJECTIVE}
-    losses = []
-    for arch in (arch_of(teacher.config), NARROW):
-        module = make(teacher, None, arch, **default)
-        module.states = open_states(teacher, data, module.target_layers, states_settings)
-        begun(module, data)
-        before = validate(module, data)
-        assert before["terms/pair_comparison"] > 0.3  # of a head that has learned nothing
-        for parameter in module.criterion.criteria[1].parameters():
-            torch.nn.init.normal_(parameter)
-        after = validate(module, data)
-        assert after["terms/pair_comparison"] > 2 * before["terms/pair_comparison"]
-        assert after["val/loss"] == before["val/loss"]
-        losses.append(before["val/loss"])
-    assert 0 <= losses[0] < 0.01 < 0.1 < losses[1]
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("layer", "share"), [(-1, 0.0), (3, 1.0)])
 def test_the_share_of_the_teacher_s_embedding_output_is_0_and_that_of_the_teacher_1(
