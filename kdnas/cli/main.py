@@ -35,8 +35,8 @@ log = logging.getLogger("kdnas")
 
 _USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
 `kdnas COMMAND --help` has examples and the options that people use, `kdnas COMMAND --help all` has
-all of them; `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder is the one
-that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+all of them; `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder
+is the one that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
 `eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
 options by TAB.
 """
@@ -256,7 +256,8 @@ def _run(args: Sequence[str]) -> None:
         raise UserError("--dry-run and --smoke are both given: give one of them.")
     if config.trial is not None and any(flags.values()):
         raise UserError(
-            "--trial takes a candidate of a finished search: leave out --dry-run, --smoke and --force-new."
+            "--trial takes a candidate of a finished search: leave out --dry-run, --smoke and "
+            "--force-new."
         )
     if flags["force_new"]:
         config = _new(config, not (flags["dry_run"] or flags["smoke"]))

@@ -213,7 +213,7 @@ class SpaceConfig(SearchConfig):
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of fine-tuning to choose from, on a part of the training rows: every combination, with the first seed.
+    """Settings of fine-tuning to choose from, on a part of the training rows, with the first seed.
 
     Args:
         batch_sizes: rows a step.
@@ -393,7 +393,8 @@ class GlueConfig:
             )
         if self.finetune.seed != FinetuneSettings.seed:
             raise UserError(
-                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give their number instead."
+                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give their number "
+                "instead."
             )
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
@@ -457,7 +458,8 @@ class ExportConfig:
         if self.data and (self.task or not self.text_column):
             given = f"task is {self.task!r}" if self.task else "text_column is []"
             raise UserError(
-                f"data is {self.data!r} and {given}: give --data and --text-column, or --task alone."
+                f"data is {self.data!r} and {given}: give --data and --text-column, or --task "
+                "alone."
             )
 
 

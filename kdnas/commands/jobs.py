@@ -72,7 +72,8 @@ def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path])
     tensors = {name: load_file(path) for name, path in kept.items()}
     if not num_epochs and WEIGHTS not in tensors:
         raise UserError(
-            "full_kd is null, but the candidate's weights are gone: give --full_kd.num_epochs 1 or more."
+            "full_kd is null, but the candidate's weights are gone: give --full_kd.num_epochs 1 "
+            "or more."
         )
     found = distill_student(
         inputs.teacher,

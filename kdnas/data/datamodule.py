@@ -41,9 +41,6 @@ from kdnas.data.readers import text_sha256
 from kdnas.data.tokens import Batch as Batch
 from kdnas.data.tokens import TokenRows as TokenRows
 from kdnas.data.tokens import is_piece, is_whole, join_pieces, write_piece
-from kdnas.data.tokens import located as located
-from kdnas.data.tokens import pairs as pairs
-from kdnas.data.tokens import real_tokens as real_tokens
 from kdnas.models.encoders import find_teacher, max_length
 from kdnas.system.errors import UserError
 from kdnas.system.files import new_folder
@@ -289,9 +286,9 @@ class KDDataModule(ResumableDataModule):
         make_pair_of = self._pair_maker(corpus)
 
         def write(piece: Piece) -> OSError | None:
-            rows = self._tokenised(piece.rows, corpus.texts, make_pair_of, tokenizer)
             if is_piece(piece.path):
                 return None
+            rows = self._tokenised(piece.rows, corpus.texts, make_pair_of, tokenizer)
             try:
                 write_piece(
                     piece.path,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kdnas.data.datamodule import Batch, real_tokens
+from kdnas.data.datamodule import Batch
+from kdnas.data.tokens import real_tokens
 from kdnas.distillation.losses import attention_map, masked_softmax, ridge_map, squared_error
 from kdnas.distillation.narrowing import fit_linear
 from kdnas.distillation.start import Started

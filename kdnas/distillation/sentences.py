@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import pairs
+from kdnas.data.tokens import pairs
 from kdnas.distillation.losses import squared_error
 from kdnas.distillation.narrowing import fit_linear
 from kdnas.distillation.objectives import Criterion, Objective, Term, View

@@ -14,8 +14,9 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdnas.data.datamodule import Batch, KDDataModule, located, real_tokens
+from kdnas.data.datamodule import Batch, KDDataModule
 from kdnas.data.loader import LengthGroupedBatches
+from kdnas.data.tokens import located, real_tokens
 from kdnas.distillation.losses import ridge_map, within_half
 from kdnas.distillation.metrics import TOKEN_STRENGTH, RidgeProbe
 from kdnas.distillation.state_cache import BatchStates, Precision, StateCache, cache_key

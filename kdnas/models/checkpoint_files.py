@@ -135,7 +135,8 @@ def _shapes_of(path: Path) -> Shapes:
                 return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{str(path)!r} is truncated or not a safetensors file ({first_line(error)}): copy it again."
+                f"{str(path)!r} is truncated or not a safetensors file "
+                f"({first_line(error)}): copy it again."
             ) from error
     try:
         found = torch.load(

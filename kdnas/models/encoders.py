@@ -160,7 +160,7 @@ def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
 
 @torch.no_grad()
 def refuse_no_values(name: str, model: nn.Module) -> None:
-    """Refuse weights that are not finite, or zero where they are no biases, as in a file with holes."""
+    """Refuse weights that are not finite, and all-zero ones but biases, as of a file with holes."""
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")

@@ -1,4 +1,4 @@
-"""The outcome of a trial as a file, and questions to a study: its best, failed and repeated trials."""
+"""The outcome of a trial as a file, and a study's best, failed and repeated trials."""
 
 import hashlib
 import math
@@ -186,7 +186,8 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
     if len(known(study)) < len(space) and math.isfinite(seconds):
         minutes = f"{seconds / 60:g}"
         raise UserError(
-            f"No student within the budget was trained in {minutes} minutes: give a longer time_budget."
+            f"No student within the budget was trained in {minutes} minutes: give a longer "
+            "time_budget."
         )
     raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
 
