@@ -5,9 +5,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,9 @@ from kdnas.commands.few_rows import Sizes, with_few_rows
 from kdnas.commands.inputs import Inputs, check_place, load_inputs, space_of, states_folder
 from kdnas.data.datamodule import HELD_OUT_TOKENS, ROWS_A_PIECE, KDDataModule, TokenRows
 from kdnas.deploy.latency import ArchLatency, LatencyMeter, measured_by, threads
-from kdnas.distillation.module import HiddenStateDistillModule, calibration_rows
+from kdnas.distillation.module import HiddenStateDistillModule, Recipe, calibration_rows
+from kdnas.distillation.narrowing import CalibrationRows
+from kdnas.distillation.start import RandomStart
 from kdnas.distillation.teacher_states import (
     STATS_TOKENS,
     TeacherStates,
@@ -179,10 +180,10 @@ class Looks(NamedTuple):
     share: float  # of all students that the budget allows
     seconds: float  # that a look takes
 
-    def chosen(self) -> list[StudentArch]:
-        """The fastest, a median one and the slowest; fewer where they are the same."""
+    def ends(self) -> list[StudentArch]:
+        """The fastest and the slowest; one where they are the same."""
         archs = list(self.within)
-        return list(dict.fromkeys([archs[0], archs[len(archs) // 2], archs[-1]]))
+        return list(dict.fromkeys([archs[0], archs[-1]]))
 
 
 class Finetuning(NamedTuple):
@@ -251,7 +252,7 @@ class Measured:
 
 
 def plan(config: SearchConfig) -> Plan:
-    """Measure a few students on a few rows and scale it to the search or run; nothing is kept."""
+    """Measure two students on a few rows and scale it to the search or run; nothing is kept."""
     return measure(config).plan(config)
 
 
@@ -263,13 +264,20 @@ def measure(config: SearchConfig) -> Measured:
         reading, tokenising = _reading(sample)
         states, teacher, missing = _teacher(sample)
         looks = _looks(sample.found)
-        with threads(max(1, torch.get_num_threads() // sample.num_slots)):
-            rates = _distillation(sample, looks.chosen(), states)
+        rates: dict[StudentArch, Rates] = {}
         full, finetuning = None, None
-        best = looks.chosen()[-1]  # nearly as slow as the budget allows
+        recipe, calibration = config.recipe, calibration_rows(sample.found.data)
+        with threads(max(1, torch.get_num_threads() // sample.num_slots)):
+            fastest, *slowest = looks.ends()
+            # Twice, for the first time computes what all students share.
+            for arch in (fastest, fastest, *slowest):
+                rates[arch] = _distillation(sample, arch, states, calibration, recipe)
+        best = looks.ends()[-1]  # nearly as slow as the budget allows
         if isinstance(config, RunConfig):
             if config.full_kd.num_epochs:
-                full = _distillation(sample, [best], states)[best]  # it has all threads
+                # It has all threads, and goes on from a candidate's weights.
+                recipe = replace(recipe, start=RandomStart())
+                full = _distillation(sample, best, states, calibration, recipe)
             finetuning = _finetunings(sample, config, best)
         train, held_out = sample.few_tokens
         num_parallel = sample.num_slots
@@ -392,20 +400,22 @@ def _finetuning(
 
 
 def _distillation(
-    sample: Sample, archs: Sequence[StudentArch], states: TeacherStates
-) -> dict[StudentArch, Rates]:
-    """How fast students are distilled, by the token."""
+    sample: Sample,
+    arch: StudentArch,
+    states: TeacherStates,
+    calibration: CalibrationRows,
+    recipe: Recipe,
+) -> Rates:
+    """How fast a student is distilled, by the token."""
     found = sample.found
-    calibration = calibration_rows(found.data)
 
-    def distil(arch: StudentArch, timer: Timer) -> None:
-        module = HiddenStateDistillModule(found.teacher, arch, found.config.recipe)
+    def distil(timer: Timer) -> None:
+        module = HiddenStateDistillModule(found.teacher, arch, recipe)
         module.states, module.calibration = states, calibration
         trainer = make_trainer(found.config.trainer, sample.folder / "fit", 1, [timer])
         fit(trainer, module, found.data)
 
-    distil(archs[0], Timer())  # computes what all students share
-    return {arch: _rates(partial(distil, arch), *sample.few_tokens) for arch in archs}
+    return _rates(distil, *sample.few_tokens)
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
@@ -491,7 +501,7 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 def _later(measured: Measured, config: RunConfig) -> list[Stage]:
     """What follows a search, whose best student is nearly as slow as the budget allows."""
     looks, fitting = measured.looks, measured.finetuning
-    student_bytes = 4 * looks.within[looks.chosen()[-1]].num_parameters
+    student_bytes = 4 * looks.within[looks.ends()[-1]].num_parameters
     stages = []
     if config.full_kd.num_epochs and measured.full:
         tokens = measured.tokens_of(config)

@@ -117,15 +117,24 @@ def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0
     return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
 
 
-def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> Tensor:
+def ridge_map(
+    inputs_ND: Tensor,
+    targets_NH: Tensor,
+    strength: float = 1e-4,
+    prior_DH: Tensor | None = None,
+    has_constant: bool = True,
+) -> Tensor:
     """The linear map, with a constant, that best predicts targets from inputs.
 
-    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W|^2``; the constant is not shrunk.
+    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W - P|^2``; the constant is not
+    shrunk.
 
     Args:
         inputs_ND: shape (N, D).
         targets_NH: shape (N, H).
         strength: weight of the shrinkage, relative to the mean variance of the inputs.
+        prior_DH: P, what the map is shrunk to, shape (D, H); None: 0.
+        has_constant: whether there is one; else it is 0, and the variance is taken around 0.
 
     Returns:
         W, shape (D + 1, H), in float64; the last row is the constant.
@@ -133,9 +142,15 @@ def ridge_map(inputs_ND: Tensor, targets_NH: Tensor, strength: float = 1e-4) -> 
     # Products of centred float32 numbers are exact enough, and ten times faster than those of
     # float64.
     inputs, targets = inputs_ND.float(), targets_NH.float()
-    mean_input, mean_target = inputs.mean(0), targets.mean(0)
+    mean_input, mean_target = (
+        x.mean(0) if has_constant else x.new_zeros(x.shape[1]) for x in (inputs, targets)
+    )
     centred = inputs - mean_input
     gram = (centred.T @ centred).double()
-    gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
-    weight = torch.linalg.solve(gram, (centred.T @ (targets - mean_target)).double())
+    products = (centred.T @ (targets - mean_target)).double()
+    shrinkage = strength * gram.diagonal().mean().clamp_min(1e-12)
+    gram.diagonal().add_(shrinkage)
+    if prior_DH is not None:
+        products += shrinkage * prior_DH
+    weight = torch.linalg.solve(gram, products)
     return torch.cat([weight, (mean_target.double() - mean_input.double() @ weight)[None]])

@@ -841,23 +841,17 @@ def fit_linear(
 ) -> Tensor:
     """Set a linear map to the ridge regression, and return its output.
 
-    Of a head with more outputs than targets only the first ones are set. With ``adds`` the map
-    stays, and the regression of what it lacks is added.
+    Of a head with more outputs than targets only the first ones are set. With ``adds`` it is shrunk
+    to what the map was, and not to 0.
     """
     outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
-    weight = linear.weight[outputs]
-    bias = None if linear.bias is None else linear.bias[outputs]
-    if adds:
-        targets = targets.float() - F.linear(inputs.float(), weight, bias)
-    if bias is None:
-        # Of rows and their negatives the means are 0, and so is the constant.
-        both_inputs, both_targets = (torch.cat([rows, -rows]) for rows in (inputs, targets))
-        found = ridge_map(both_inputs, both_targets, strength).float()
-    else:
-        found = ridge_map(inputs, targets, strength).float()
-        linear.bias[outputs] = found[-1] + (bias if adds else 0)
-    linear.weight[outputs] = found[:-1].T + (weight if adds else 0)
+    prior = linear.weight[outputs].T if adds else None
+    has_constant = linear.bias is not None
+    found = ridge_map(inputs, targets, strength, prior, has_constant).float()
+    linear.weight[outputs] = found[:-1].T
+    if has_constant:
+        linear.bias[outputs] = found[-1]
     return F.linear(inputs.float(), linear.weight, linear.bias)
 
 
