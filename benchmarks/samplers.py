@@ -179,6 +179,7 @@ def replay(
     by: str = "loss",
     most: int = MOST_TRIALS,
     speedup: float = 0.0,
+    has_rule: bool = False,
 ) -> dict[str, Any]:
     """One search on the table: its regrets after each evaluation, as shares of the best reward, and its cost.
 
@@ -191,6 +192,7 @@ def replay(
         by: what it sees after each epoch: 1 - ``loss``, or the ``reward`` so far.
         most: evaluations.
         speedup: the budget; slower students are refused, and neither count nor are the best.
+        has_rule: whether the first candidate is the space's by rule, as in a search with a budget.
     """
     study = optuna.create_study(
         direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner)
@@ -221,7 +223,8 @@ def replay(
             return Job(Path(name) / str(number), str(arch), look_up, (number, arch))
 
         begin = time.perf_counter()
-        search(study, space, AtOnce(), make_job, min(most, len(space)))
+        first = space.by_rule() if has_rule else ()
+        search(study, space, AtOnce(), make_job, min(most, len(space)), first=first)
         seconds = (time.perf_counter() - begin) / len(study.trials)
     best = max(known.reward for known in table.values() if known.speedup >= speedup)
     values = [
@@ -251,6 +254,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table")
     parser.add_argument("--seeds", type=int, default=30, help="searches of each sampler")
     parser.add_argument("--only", nargs="*", default=list(SAMPLERS), help="samplers")
+    parser.add_argument(
+        "--rule", action="store_true", help="begin with the rule's shape, as a search with a budget"
+    )
     parser.add_argument(
         "--speedup", type=float, nargs="*", default=[4.0, 8.0, 0.0], help="budgets; 0: none"
     )
@@ -288,7 +294,7 @@ def main(args: Sequence[str] | None = None) -> None:
         name = f"{num_within} students" + (f" of at least {speedup:g}x" if speedup else "")
         jobs = [(sampler, seed) for sampler in chosen.only for seed in range(chosen.seeds)]
         for sampler, seed in track(jobs, f"searches, {name}", console=console, transient=True):
-            run = replay(table, space, sampler, seed, speedup=speedup)
+            run = replay(table, space, sampler, seed, speedup=speedup, has_rule=chosen.rule)
             found.setdefault(name, {}).setdefault(sampler, []).append(run)
     pruned: dict[str, list[dict[str, Any]]] = {}
     pruners = [("none", "loss"), *((pruner, by) for pruner in PRUNERS for by in ("loss", "reward"))]

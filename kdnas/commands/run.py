@@ -253,6 +253,8 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
     open_states(context, "mini")  # before the live display: building them shows its own bar
     if end is None:
         end = time.monotonic() + 60 * (config.time_budget or math.inf)
+    # Without a budget the deepest would be far too slow.
+    first = context.inputs.space.by_rule() if settings.budget != Budget() else ()
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
     with context.progress() as progress, SearchBoard(run.folder / "search", exploration) as board:
@@ -269,6 +271,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
                 display.show,
                 JobBars(progress),
                 end - time.monotonic(),
+                first,
             )
 
         best = patiently(attempt, context.storage)

@@ -1,7 +1,7 @@
 """A search's record: the study, and the results of trials that it is told."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import optuna
@@ -40,12 +40,18 @@ class Record:
         study: from ``open_study``.
         space: of the search.
         make_job: the job of a trial's number and shape.
+        first: shapes to propose before the sampler's, in order, until one is not refused.
     """
 
     def __init__(
-        self, study: Study, space: SearchSpace, make_job: Callable[[int, StudentArch], Job]
+        self,
+        study: Study,
+        space: SearchSpace,
+        make_job: Callable[[int, StudentArch], Job],
+        first: Iterable[StudentArch] = (),
     ) -> None:
         self.study, self.space, self._make_job = study, space, make_job
+        self._first = list(first)
         self._trials: dict[int, optuna.Trial] = {}
         self._in_a_row: list[str] = []  # reasons of the failures since the last success
         self._is_pruned = not isinstance(study.pruner, NopPruner)
@@ -56,6 +62,8 @@ class Record:
 
     def ask(self) -> FrozenTrial:
         """A new trial, with the shape that the sampler or the queue proposes."""
+        if (arch := self._next_of_first()) is not None:
+            self.study.enqueue_trial(arch.to_dict(), skip_if_exists=True)
         trial = self.study.ask()
         self._trials[trial.number] = trial
         self.space.suggest(trial)
@@ -63,6 +71,16 @@ class Record:
         if predicted is not None:
             trial.set_user_attr("predicted_reward", predicted)
         return self._frozen(trial.number)
+
+    def _next_of_first(self) -> StudentArch | None:
+        """The next shape of ``first``; None where one of them is within the budget, or is tried."""
+        seen = known(self.study)
+        for arch in self._first:
+            if arch not in seen:
+                return arch
+            if "refused" not in seen[arch].user_attrs:
+                return None
+        return None
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]

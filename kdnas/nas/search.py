@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import optuna
@@ -44,6 +44,7 @@ def search(
     show: Callable[[FrozenTrial], object] = lambda trial: None,
     watch: Callable[[Sequence[Job]], object] = lambda jobs: None,
     seconds: float = math.inf,
+    first: Iterable[StudentArch] = (),
 ) -> FrozenTrial:
     """Propose, train, tell, until ``n_trials`` distinct candidates are trained or none is left.
 
@@ -60,6 +61,7 @@ def search(
         show: called with each trial that has ended.
         watch: called with the jobs that run, after each look.
         seconds: of wall clock; no candidate is begun later, and those that run are finished.
+        first: shapes to propose before the sampler's, in order, until one is not refused.
 
     Returns:
         The best trial within the budget.
@@ -68,7 +70,7 @@ def search(
         UserError: no candidate meets the budget.
         CandidateFailed: every candidate failed, or the last ones all did; with the last reason.
     """
-    record = Record(study, space, make_job)
+    record = Record(study, space, make_job, first)
     deadline = time.monotonic() + seconds
     while True:
         for trial in record.running():

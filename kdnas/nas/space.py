@@ -123,6 +123,24 @@ class SearchSpace:
         suggest = trial.suggest_categorical
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
+    def by_rule(self) -> Iterator[StudentArch]:
+        """The shapes that are good by rule (LOG.md), the deepest first.
+
+        Half of the largest width and number of heads, a quarter of the largest intermediate size,
+        each by the nearest choice, and the first activation.
+        """
+        parts = {"num_attention_heads": 2, "hidden_size": 2, "intermediate_size": 4}
+        sizes = {
+            name: min(
+                self.choices[name], key=lambda size: abs(size - max(self.choices[name]) / part)
+            )
+            for name, part in parts.items()
+        }
+        for depth in sorted(self.choices["num_hidden_layers"], reverse=True):
+            yield StudentArch(
+                **sizes, num_hidden_layers=depth, hidden_act=self.choices["hidden_act"][0]
+            )
+
     def smallest(self) -> StudentArch:
         """The fastest student: the least of every size, and ReLU if it is a choice."""
         activations = self.choices["hidden_act"]

@@ -131,6 +131,15 @@ def test_two_slots_train_two_at_a_time_and_no_more_than_asked(make):
     assert [number for number, *_ in fake.story] == list(range(len(fake.trials)))
 
 
+def test_the_first_shapes_are_proposed_in_order_until_one_is_not_refused(make):
+    fake = make(special={OTHER: refuse})
+    first = [OTHER, TWO, ONE]
+    fake.search(1, first=first)
+    assert [trial.user_attrs["arch"] for trial in fake.trials] == [OTHER.to_dict(), TWO.to_dict()]
+    fake.search(3, first=first)  # goes on with the sampler's
+    assert fake.trained[:2] == [OTHER, TWO] and len(set(fake.trained)) == 4
+
+
 # Twins
 
 

@@ -47,6 +47,19 @@ def config(request: pytest.FixtureRequest) -> PreTrainedConfig:
     return TEACHERS[request.param]
 
 
+def test_by_rule_students_have_half_of_their_teacher_s_width_the_deepest_first():
+    def shapes(config: PreTrainedConfig) -> list[tuple[int, ...]]:
+        rule = list(SearchSpace.from_teacher(config).by_rule())
+        assert {arch.hidden_act for arch in rule} == {config.hidden_act}
+        return [tuple(getattr(arch, size) for size in SIZES) for arch in rule]
+
+    assert shapes(TEACHERS["bert-base"]) == [
+        (depth, 6, 384, 768) for depth in (12, 10, 8, 6, 5, 4, 3, 2, 1)
+    ]
+    assert shapes(TEACHERS["minilm-l6"])[0] == (6, 6, 192, 384)
+    assert shapes(TEACHERS["one layer, one head"]) == [(1, 1, 16, 16)]
+
+
 def test_every_point_is_a_student_with_whole_heads_and_no_larger_than_the_teacher(config):
     space = SearchSpace.from_teacher(config)
     points = list(space)
