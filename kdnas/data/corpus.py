@@ -1,8 +1,9 @@
-"""Rows of text in a file: those to learn from, and those held out.
+"""Rows of text, each either a training row or a held-out row.
 
-The hash of a row's text is its place on a circle, whatever the seed. A seed turns the circle, and
-held out is the arc where it then begins. So what is made of the rows, which is paired with the next
-on the circle, serves every seed and every share of held-out rows.
+The hash of a row's text is the row's position on a circle, whatever the seed. The seed rotates the
+circle, and the held-out rows are those on the first arc after the rotation. A sentence pair is made
+of a row and the next one on the circle, so the pairs are the same for every seed and every share
+of held-out rows.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ from kdnas.system.files import KeptFile, placed
 
 log = logging.getLogger(__name__)
 
-# A source with a smaller share of usable rows is the wrong one, or the wrong column.
+# A smaller share of usable rows means that the source or the column is the wrong one.
 LEAST_USABLE = 0.01
+# What a source can say of a row in its column "split"; None: nothing.
 SPLITS = (None, "train", "held_out")
 
 HashArray = npt.NDArray[np.uint64]
@@ -34,7 +36,7 @@ SplitArray = npt.NDArray[np.uint8]
 
 
 class Texts(Sequence[str]):
-    """Rows of UTF-8 text in a file, by their first bytes and sizes; each is read when needed."""
+    """Rows of UTF-8 text in a file, found by byte offsets and sizes; each is read when indexed."""
 
     def __init__(self, file: KeptFile, starts: IntArray, sizes: IntArray) -> None:
         self._file = file
@@ -54,20 +56,20 @@ class Texts(Sequence[str]):
         return self._file.piece(int(self._starts[place]), int(self._sizes[place])).decode()
 
     def take(self, places: IntArray) -> "Texts":
-        """Some of the rows, in this order."""
+        """Return the rows at these positions, in this order."""
         return Texts(self._file, self._starts[places], self._sizes[places])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct rows of text, split into two parts that share none.
+    """Distinct rows of text, each either a training row or a held-out row.
 
     Args:
         texts: the rows, in the order of the source.
-        hashes: of each row's text, uint64.
-        splits: what the source says of each row, as a place in ``SPLITS``, uint8.
-        is_held_out: whether nothing is trained on a row.
-        dropped: how many rows were left out because they were ``empty`` or a ``duplicate``.
+        hashes: the hash of each row's text, uint64.
+        splits: the split that the source gives each row, as an index into ``SPLITS``, uint8.
+        is_held_out: True for the rows that no student is trained on.
+        dropped: how many rows were left out, by reason: ``empty`` or ``duplicate``.
     """
 
     texts: Texts
@@ -78,12 +80,12 @@ class Corpus:
 
     @property
     def train(self) -> Texts:
-        """The rows to learn from."""
+        """The training rows."""
         return self.texts.take(np.flatnonzero(~self.is_held_out))
 
     @property
     def held_out(self) -> Texts:
-        """The rows that nothing is trained on."""
+        """The held-out rows, on which no student is trained."""
         return self.texts.take(np.flatnonzero(self.is_held_out))
 
 
@@ -98,9 +100,9 @@ def load_corpus(
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
-    A column ``split`` with the values ``train`` and ``held_out`` decides where it is filled. All
-    other rows are drawn by a hash of their text and the seed, so that neither their order nor other
-    rows matter. Each part gets at least one row.
+    Where a column ``split`` says ``train`` or ``held_out``, it decides. All other rows are drawn by
+    a hash of their text and the seed, so that neither their order nor other rows matter. Each part
+    gets at least one row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -108,16 +110,16 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
-        fraction: share of the rows that is kept, above 0, drawn by the hash of their text; the
-            first two of each split are kept in any case.
-        seed: another seed holds out other rows.
-        folder: where to put the rows, in a file without a name that is removed with the corpus;
-            by default the system's folder for temporary files.
+        fraction: share of the rows to keep, above 0, drawn by the hash of their text; the first
+            two rows of each split are always kept.
+        seed: seed of the draw of held-out rows.
+        folder: folder of the unnamed temporary file that holds the rows until the corpus is
+            deleted; by default the system's temporary folder.
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column,
-            holds a value that is no text or a forbidden character, has fewer than two usable rows,
-            or too few of them usable.
+            holds a value that is not text or a forbidden character, has fewer than two usable
+            rows, or has less than 1 % usable rows.
     """
     sizes, hashes, splits = array("q"), array("Q"), bytearray()
     num_empty, num_skipped, num_kept = 0, 0, [0] * len(SPLITS)
@@ -141,7 +143,7 @@ def load_corpus(
     lengths, all_hashes = np.frombuffer(sizes, np.int64), np.frombuffer(hashes, np.uint64)
     order = np.argsort(all_hashes, kind="stable")
     is_first = np.diff(all_hashes[order], prepend=~all_hashes[order[:1]]) != 0
-    first = np.sort(order[is_first])  # of equal rows
+    first = np.sort(order[is_first])  # the first of each group of equal rows
     dropped = {"empty": num_empty, "duplicate": len(order) - len(first)}
     _check_usable(text, column, len(first), num_skipped, dropped)
     texts = Texts(kept, np.cumsum(lengths) - lengths, lengths).take(first)
@@ -181,7 +183,7 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Where rows are on the circle, from 0 up to 1, when a seed has turned it."""
+    """Return the position of each row on the circle after the seed has rotated it, in [0, 1)."""
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
 
@@ -189,7 +191,13 @@ def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
 def draw_held_out(
     splits: SplitArray, shares: npt.NDArray[np.float64], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: those that say so, and of those that say nothing a drawn share."""
+    """Return for each row whether it is held out; each part gets at least one row.
+
+    Args:
+        splits: the split that the source gives each row, as an index into ``SPLITS``.
+        shares: the position of each row on the circle, in [0, 1).
+        fraction: rows without a given split are held out if their position is below this.
+    """
     undecided = np.flatnonzero(splits == SPLITS.index(None))
     fewest = int(not (splits == SPLITS.index("held_out")).any())
     most = len(undecided) - int(not (splits == SPLITS.index("train")).any())
@@ -202,7 +210,7 @@ def draw_held_out(
 
 
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
-    """For each row the next one on the circle, of those of which the source says the same."""
+    """Return for each row the number of the next row on the circle with the same given split."""
     order = np.lexsort((hashes, splits))
     following = np.empty_like(order)
     for group in np.split(order, np.flatnonzero(np.diff(splits[order])) + 1):

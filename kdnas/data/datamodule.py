@@ -1,4 +1,4 @@
-"""Text as masked token batches: the mini split of the search, all training rows, held-out rows."""
+"""The data module that turns text into masked token batches for mini-KD, full KD and scoring."""
 
 import copy
 import hashlib
@@ -49,12 +49,12 @@ from kdnas.system.pool import num_threads
 Split = Literal["mini", "full"]
 
 TOKENS = Path("lightning_logs/tokens")
-FORMAT = 2  # of the kept rows: count up when the code makes other tokens, pairs or masks
+FORMAT = 2  # of tokenised rows on disk: increase when the code makes other tokens, pairs or masks
 CHARACTERS_A_TOKEN = 100  # more than a token has on average, in any language
-ROWS_AT_A_TIME = 256  # of text in memory
-ROWS_A_PIECE = 1 << 14  # which one process makes at a time
-HELD_OUT_TOKENS = 1_000_000  # at most
-# The settings on which the rows depend.
+ROWS_AT_A_TIME = 256  # rows of text in memory at a time
+ROWS_A_PIECE = 1 << 14  # rows that one process tokenises at a time
+HELD_OUT_TOKENS = 1_000_000  # students are scored on at most so many
+# The settings on which the tokenised rows depend.
 OF_ROWS = (
     "column",
     "fraction",
@@ -64,35 +64,35 @@ OF_ROWS = (
     "masked_share",
     "num_mask_variants",
 )
-ROWS_SEED = 0  # of pairs and masks
-MIN_PAIR_TOKENS = 8  # of two cut sentences, with up to four special tokens
+ROWS_SEED = 0  # of pairs and masks, whatever the seed in the settings
+MIN_PAIR_TOKENS = 8  # room for two cut sentences and up to four special tokens
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How text becomes batches.
+    """How text is tokenised, split, paired, masked and batched.
 
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
-        fraction: share of the text's rows that is kept at all, above 0; 1: all. Whatever the seed,
-            they are the same.
+        fraction: share of the text's rows that is used at all, above 0 (1: all); the same rows for
+            every seed.
         held_out_fraction: share of the rows that no student ever trains on; candidates are scored
             on them.
         mini_fraction: share of the training rows that a candidate of the search sees, above 0 and
             below 1.
-        max_length: longer rows are cut, in tokens; with the special tokens.
-        batch_tokens: rows times padded length of a batch is at most this.
+        max_length: tokens of a row, special tokens included; longer rows are cut.
+        batch_tokens: largest number of tokens in a batch, padding included.
         pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length;
             slower.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words
-            never do. Whatever the seed, pairs and masks are the same.
-        mask_probability: share of tokens that is masked, 0 to 1.
-        masked_share: share of the rows that is masked at all, 0 to 1; for each of a row's masks
-            anew.
-        num_mask_variants: how many different masks a row has; epoch e takes number
+            never do. Pairs and masks are the same for every seed.
+        mask_probability: share of a masked row's tokens that is masked, 0 to 1.
+        masked_share: share of the rows that is masked at all, 0 to 1; drawn anew for each of a
+            row's masks.
+        num_mask_variants: number of different masks of a row; epoch e uses mask
             ``e % num_mask_variants``.
-        seed: of the split and the order.
-        num_workers: processes that make batches.
+        seed: seed of the held-out split, the mini split and the order of batches.
+        num_workers: number of processes that load batches.
 
     Raises:
         UserError: a value is out of its range.
@@ -141,15 +141,15 @@ class DataSettings:
 
 
 class KDDataModule(ResumableDataModule):
-    """Masked batches for distillation: 30 % of the training rows (``mini``) or all (``full``).
+    """Masked batches for distillation, of some training rows (``mini``) or all of them (``full``).
 
     Args:
-        teacher: its tokenizer is used: a folder, a hub name, or ``quickstart``.
+        teacher: the model whose tokenizer is used: a folder, a hub name, or ``quickstart``.
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
         settings: how text becomes batches.
-        split: which training rows; the held-out rows are the same for both.
-        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens``
-            in the folder of all runs.
+        split: ``mini`` or ``full`` training rows; the held-out rows are the same for both.
+        folder: folder of the tokenised texts, a subfolder for each; safe to delete. By default
+            ``tokens`` in the folder of all runs.
     """
 
     def __init__(
@@ -166,17 +166,17 @@ class KDDataModule(ResumableDataModule):
         self.settings = settings
         self.split = split
         self.folder = Path(folder) if folder else TOKENS
-        self.prepare: Callable[[Batch], Batch] | None = None  # a thread does, one batch ahead
+        self.prepare: Callable[[Batch], Batch] | None = None  # a thread calls it, one batch ahead
         self._rows: TokenRows | None = None
 
     @property
     def rows(self) -> TokenRows:
-        """The tokenised rows, after ``setup``."""
+        """The tokenised rows; available after ``setup``."""
         assert self._rows is not None, "call setup() first"
         return self._rows
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenised text; the first process that asks for it makes it, others wait.
+        """Open the tokenised text; if it does not exist, one process makes it and the others wait.
 
         Raises:
             UserError: the text or the teacher cannot be used, or ``max_length`` is more than the
@@ -200,7 +200,7 @@ class KDDataModule(ResumableDataModule):
         )
 
     def read_corpus(self) -> Corpus:
-        """The rows of text themselves."""
+        """Read the rows of text and split them into training and held-out rows."""
         settings = self.settings
         return load_corpus(
             self.text,
@@ -212,7 +212,7 @@ class KDDataModule(ResumableDataModule):
         )
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The hash of all that the rows depend on: no split, no order, and so no seed."""
+        """Return the hash of everything that the tokenised rows depend on; the seed is not part."""
         settings = {name: getattr(self.settings, name) for name in OF_ROWS}
         parts = [
             FORMAT,
@@ -226,7 +226,10 @@ class KDDataModule(ResumableDataModule):
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _whole_folder(self, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """The folder of rows, made if it is not there; where the text is bad, leave nothing."""
+        """Return the folder of tokenised rows, after making it if it does not exist.
+
+        If the text cannot be used, folders that this call created are removed.
+        """
         made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -243,11 +246,11 @@ class KDDataModule(ResumableDataModule):
             raise
 
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the folder, one process at a time; one that was killed goes on where it ended."""
+        """Write the tokenised rows, one process at a time; resume after a killed process."""
         lock = self.folder / f"{folder.name}.lock"
         pieces = self.folder / f"{folder.name}.pieces"
         with FileLock(lock):
-            if is_whole(folder, has_lock=True):  # another process has made it meanwhile
+            if is_whole(folder, has_lock=True):  # another process has made it in the meantime
                 return
             for leftover in self.folder.glob(f".{folder.name}.*"):
                 shutil.rmtree(leftover)
@@ -274,7 +277,7 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Write the pieces that are not there, by a process a core."""
+        """Write the missing pieces, with one process per core."""
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,
@@ -298,12 +301,14 @@ class KDDataModule(ResumableDataModule):
                     settings.num_mask_variants,
                     settings.masked_share,
                 )
-            except OSError as error:  # torch would not tell its number to the main process
+            except (
+                OSError
+            ) as error:  # raised in a worker, it would reach the main process without its errno
                 return error
             return None
 
         pieces = _pieces(folder, corpus)
-        # Forked, the processes have the rows and the tokenizer; elsewhere this one does the work.
+        # Forked workers share the rows and the tokenizer; without fork, this process does the work.
         num_workers = min(num_threads(1), len(pieces)) if sys.platform == "linux" else 0
         done = ResumableLoader(
             pieces,  # type: ignore[arg-type]
@@ -325,8 +330,11 @@ class KDDataModule(ResumableDataModule):
         make_pair_of: Callable[[int], tuple[str, str] | None],
         tokenizer: PreTrainedTokenizerBase,
     ) -> Iterator[tuple[list[int], int]]:
-        """The token ids of each of these rows, and where its second sentence begins."""
-        # Of a row of a megabyte a tokenizer would make all tokens before it cuts them.
+        """Yield for each row its token ids and the index at which its second sentence begins.
+
+        Without a second sentence, the index is the row's length.
+        """
+        # Cut the text first: a tokenizer makes all tokens of a long row before it truncates them.
         most = CHARACTERS_A_TOKEN * self.settings.max_length
         kept = slice(-most, None) if tokenizer.truncation_side == "left" else slice(most)
 
@@ -357,7 +365,10 @@ class KDDataModule(ResumableDataModule):
             yield from (encoded[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Sample id -> sentence pair with the next row on the circle, or None."""
+        """Return a function that gives the sentence pair for a sample id, or None for a single row.
+
+        A row is paired with the next one on the circle of hashes.
+        """
         share, texts = self.settings.pair_share, corpus.texts
         following = next_on_circle(corpus.splits, corpus.hashes)
 
@@ -371,17 +382,18 @@ class KDDataModule(ResumableDataModule):
         return make
 
     def select(self, split: Split) -> "KDDataModule":
-        """The same rows and masks with another split of the training rows."""
+        """Return a copy with another split, which shares the tokenised rows and masks."""
         other = copy.copy(self)
         other.split = split
         return other
 
     @cached_property
     def _parts(self) -> tuple[IntArray, IntArray]:
-        """All training rows and all held-out rows, in the order in which shares are drawn.
+        """Sample ids of the training rows and of the held-out rows, in the order of draws.
 
-        A row is paired with the next on the circle. At the end of each arc that one is of the other
-        part: that row is in neither, unless its part has no other.
+        A row is paired with the next one on the circle of hashes. At the end of the training arc,
+        and of the held-out arc, the next row belongs to the other part. So the last row of each arc
+        is left out, unless it is the only row of its part.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -396,7 +408,7 @@ class KDDataModule(ResumableDataModule):
             is_arc = settings.pair_share and 0 < len(drawn) < undecided.sum()
             if is_arc and len(drawn) + len(given) > 1:
                 drawn = drawn[:-1]
-            # Of both the same share is first.
+            # Interleave them, so that any first share of the part has the same share of both.
             rank = [np.arange(len(ids)) / max(1, len(ids)) for ids in (drawn, given)]
             parts.append(
                 np.concatenate([drawn, given])[np.argsort(np.concatenate(rank), kind="stable")]
@@ -404,22 +416,22 @@ class KDDataModule(ResumableDataModule):
         return parts[0], parts[1]
 
     def train_ids(self) -> IntArray:
-        """Sample ids of this split; those of ``mini`` are a seeded draw from those of ``full``."""
+        """Return the sample ids of this split; ``mini`` is a seeded draw from ``full``."""
         train, _ = self._parts
         share = 1.0 if self.split == "full" else self.settings.mini_fraction
         return np.sort(train[: max(1, round(share * len(train)))])
 
     def held_out_ids(self) -> IntArray:
-        """Sample ids of the held-out rows, in no split: all, or a draw of a million tokens.
+        """Return the sample ids of held-out rows to score students on: at most a million tokens.
 
-        A student is scored on them after each epoch, however few rows it learns from.
+        They are the same for both splits. The limit keeps scoring, after each epoch, short.
         """
         _, drawn = self._parts
         num_drawn = int((self.rows.lengths[drawn].cumsum() <= HELD_OUT_TOKENS).sum())
         return np.sort(drawn[: max(1, num_drawn)])
 
     def draw_order(self) -> IntArray:
-        """All sample ids in the order in which shares of the rows are asked for."""
+        """Return all sample ids in the order of use: held-out rows, training rows, unused rows."""
         train, _ = self._parts
         asked = np.concatenate([self.held_out_ids(), train])
         others = np.ones(len(self.rows), dtype=bool)
@@ -427,7 +439,7 @@ class KDDataModule(ResumableDataModule):
         return np.concatenate([asked, np.flatnonzero(others)])
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
-        """Batches of these rows, this process's share of them."""
+        """Return a loader of batches of these rows; each rank gets its share of every batch."""
         settings = self.settings
         sampler = LengthGroupedBatches(
             self.rows.padded_lengths,
@@ -443,7 +455,7 @@ class KDDataModule(ResumableDataModule):
             self.rows,
             batch_size=None,  # the sampler gives whole batches, and rows are gathered in one go
             sampler=sampler,
-            generator=torch.Generator(),  # dropout's generator does not seed the workers
+            generator=torch.Generator(),  # dropout's would change when it seeds the workers
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
             worker_init_fn=outlive_signals,
@@ -461,7 +473,7 @@ class KDDataModule(ResumableDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[str]:
-        """The held-out rows of text as they are, neither masked nor paired."""
+        """Return a loader of the held-out rows of text, neither masked nor paired."""
         settings = self.settings
         tokenizer = find_teacher(self.teacher).tokenizer
 
@@ -482,7 +494,7 @@ class KDDataModule(ResumableDataModule):
 
 
 class Piece(NamedTuple):
-    """Rows that are tokenised together, and the file that they go to."""
+    """A range of rows that are tokenised together, and the file they are written to."""
 
     path: Path
     rows: range

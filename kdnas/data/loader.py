@@ -1,4 +1,4 @@
-"""Which rows come together, in which order, and where an epoch resumes."""
+"""Batches of rows of similar length, and data loaders that resume within an epoch."""
 
 import itertools
 import math
@@ -26,20 +26,21 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
-    """Batches of rows of similar length within a budget of tokens, each shared by all ranks.
+    """A batch sampler: rows of similar length within a token budget, divided among the ranks.
 
-    Yields (variant, sample ids). A step has the same rows on any number of ranks. It is a
-    DistributedSampler, so that Lightning does not replace it and tells it the epoch.
+    Yields (mask variant, sample ids). All ranks together see the same rows in a step, whatever
+    their number. It is a DistributedSampler so that Lightning keeps it and sets its epoch.
 
     Args:
-        padded_lengths: what every row of the dataset is padded to, in tokens.
-        sample_ids: the rows to go through, each once an epoch over all ranks.
-        batch_tokens: rows times padded length of a batch is at most this, unless it then has no row
-            for each rank.
-        shuffle: another order and another mask each epoch; else sorted by padded length, mask 0.
-        num_variants: number of masks a row has.
-        seed: the order's seed.
-        rank: this process, of ``num_ranks``.
+        padded_lengths: padded length of every row of the dataset, in tokens.
+        sample_ids: the rows to use, each once an epoch over all ranks.
+        batch_tokens: largest number of tokens in a batch of all ranks, padding included; exceeded
+            only where there would be fewer rows than ranks.
+        shuffle: use another order and another mask each epoch; otherwise sort the rows by padded
+            length and use mask 0.
+        num_variants: number of masks of each row.
+        seed: seed of the order.
+        rank: number of this process, from 0.
         num_ranks: number of processes.
     """
 
@@ -66,7 +67,7 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         self.epoch = 0
 
     def batches(self) -> list[IntArray]:
-        """The batches of this epoch, each with a row for each rank at least.
+        """Return the batches of this epoch, each with at least one row for each rank.
 
         Raises:
             UserError: there are fewer rows than ranks.
@@ -104,38 +105,38 @@ class LengthGroupedBatches(DistributedSampler[Any]):
 
     @cached_property
     def _num_batches(self) -> int:
-        return len(self.batches())  # in every epoch
+        return len(self.batches())  # the same in every epoch
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that resumes within an epoch: its state is the number of batches given.
+    """A DataLoader that resumes within an epoch; its state is the number of batches yielded.
 
-    The epoch must fix its order of rows, as in ``LengthGroupedBatches``.
+    The order of rows must depend on the epoch alone, as in ``LengthGroupedBatches``.
     """
 
-    trainer: pl.Trainer | None = None  # may end an epoch early (limit_train_batches)
-    prepare: Callable[[Any], Any] | None = None  # what a thread does with each batch, one ahead
+    trainer: pl.Trainer | None = None  # its limit_train_batches may end an epoch early
+    prepare: Callable[[Any], Any] | None = None  # a thread calls it, one batch ahead
     _num_given = 0
     _num_to_skip = 0
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch were given; 0 at its end."""
+        """Return the number of batches yielded in this epoch (0 at its end), and of ranks."""
         limit = math.inf if self.trainer is None else self.trainer.num_training_batches
         is_within = self._num_given < min(len(self), limit)
         num_ranks = getattr(self.sampler, "num_ranks", 1)
         return {"num_given": self._num_given if is_within else 0, "num_ranks": num_ranks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip so many batches of the next epoch.
+        """Set how many batches the next epoch skips, because they were used before the stop.
 
         Raises:
-            UserError: another number of processes gave them, from other batches.
+            UserError: the state was saved by another number of processes, whose batches differ.
         """
         num_ranks = getattr(self.sampler, "num_ranks", 1)
         if state["num_given"] and state.get("num_ranks", num_ranks) != num_ranks:
             raise UserError(
                 f"The checkpoint is from the middle of an epoch of {state['num_ranks']} processes, "
-                f"and there are {num_ranks}: go on with as many."
+                f"and now there are {num_ranks}: resume with the same number."
             )
         self._num_to_skip = state["num_given"]
 
@@ -146,14 +147,14 @@ class ResumableLoader(DataLoader[Any]):
         blocked: tuple[signal.Signals, ...] = ()
         if self.num_workers > 0 and self._iterator is None:  # workers are about to start
             start_resource_tracker()
-            # A worker that a signal ends before `outlive_signals` would end the fit with an error.
+            # A signal that kills a worker before `outlive_signals` would fail the whole fit.
             blocked = _STOPS
         known = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, known)
-        # Skipped ones are made too: a batch is quickly made.
+        # Skipped batches are loaded too, which takes little time.
         left: Iterator[Any] = itertools.islice(batches, self._num_given, None)
         for batch in one_ahead(left, self.prepare) if self.prepare else left:
             self._num_given += 1
@@ -161,7 +162,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
-    """Batches that a thread makes and prepares, each while the one before is used."""
+    """Yield batches; a thread loads and prepares each while the previous one is in use."""
 
     def fetch() -> list[T]:
         return [prepare(batch) for batch in itertools.islice(batches, 1)]
@@ -174,17 +175,17 @@ def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
 
 
 def outlive_signals(index: int) -> None:
-    """Have a loader's worker end with its main process, not before it.
+    """Make a DataLoader worker ignore termination signals, and end when its main process ends.
 
-    A signal to a process group reaches both. Where a worker dies first, torch raises an error in
-    the main process, and there would be no checkpoint.
+    A signal to the process group reaches both. If a worker died first, torch would raise an error
+    in the main process, which then could not write a checkpoint.
     """
     if sys.platform in ("darwin", "win32"):
-        return  # they do not say who sent a signal
-    die_with_parent()  # torch itself looks every five seconds
+        return  # these systems do not tell who sent a signal
+    die_with_parent()  # torch itself checks only every five seconds
     parent = multiprocessing.parent_process()
     if parent is not None and not _is_child_of(parent):
-        os._exit(1)  # the main process was killed while this one began; torch would not notice
+        os._exit(1)  # the main process was killed while this one started; torch would not notice
 
     def end_with_parent() -> None:
         while True:
@@ -192,7 +193,7 @@ def outlive_signals(index: int) -> None:
             if sender in (os.getppid(), parent and parent.pid):
                 os._exit(0)  # as torch's own handler does
 
-    # Where the main process ends while it is handed a tensor, no traceback is printed.
+    # Print no traceback if the main process ends while this worker sends it a tensor.
     print_error = sys.excepthook
 
     def print_other_errors(kind: type[BaseException], *rest: Any) -> None:
@@ -210,17 +211,17 @@ def _is_child_of(parent: multiprocessing.process.BaseProcess) -> bool:
 
 
 class ResumableDataModule(pl.LightningDataModule):
-    """A data module whose checkpoints say where in the epoch they were written.
+    """A data module that saves its position within the epoch in checkpoints.
 
-    Lightning keeps loaders' states too, but does not restore them where a schedule asks for the
-    number of steps: then the loader is made before the state is read.
+    Lightning saves the states of loaders too, but cannot restore them if a learning-rate schedule
+    asks for the number of steps: then it creates the loader before it reads the state.
     """
 
     _train_loader: ResumableLoader | None = None
     _loader_state: dict[str, int] | None = None
 
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
-        """The loader of the training rows, told where to resume."""
+        """Return the given training loader, set to resume where a checkpoint was written."""
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
@@ -229,7 +230,7 @@ class ResumableDataModule(pl.LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The training loader's state."""
+        """Return the state of the training loader."""
         if self._train_loader is None:
             return {}
         return {"train_loader": self._train_loader.state_dict()}

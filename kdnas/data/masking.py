@@ -1,4 +1,4 @@
-"""BERT's masking, where a mask depends only on seed, sample id and variant."""
+"""BERT's masking; the mask of a row depends only on seed, sample id and mask variant."""
 
 from enum import IntEnum
 
@@ -9,7 +9,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Draw(IntEnum):
-    """What is drawn for a row; each has its own random numbers."""
+    """The kinds of random draws for a row; each kind has independent random numbers."""
 
     MASK = 0
     WHETHER_MASKED = 1
@@ -17,7 +17,7 @@ class Draw(IntEnum):
 
 
 def row_generator(draw: Draw, seed: int, sample_id: int, variant: int = 0) -> np.random.Generator:
-    """The random numbers of one row: the same for the same arguments, independent of all others."""
+    """Return a random generator that the arguments determine; other arguments are independent."""
     # Philox is a counter-based generator: two keys give independent streams without any warm-up.
     # Without the dtype, numpy makes floats of a large and a small number, and keys collide.
     key = np.array([seed << 32 | variant, draw << 60 | int(sample_id)], dtype=np.uint64)
@@ -31,8 +31,8 @@ class Masker:
         mask_token_id: id of the mask token.
         vocab_size: random tokens are drawn from ``0 .. vocab_size - 1``.
         special_ids: ids that are never chosen ([CLS], [SEP], padding).
-        probability: share of the other tokens that is chosen, 0 to 1.
-        seed: another seed gives other masks.
+        probability: share of the tokens that is chosen, special ones aside, 0 to 1.
+        seed: seed of the masks.
 
     Source: Devlin et al. 2019, "BERT", section 3.1, task 1.
     """
@@ -52,12 +52,12 @@ class Masker:
         self.seed = seed
 
     def __call__(self, input_ids: IntArray, sample_id: int, variant: int = 0) -> IntArray:
-        """The masked copy of a row, (length,); always the same for the same arguments.
+        """Return the masked copy of a row, shape (length,); it depends only on the arguments.
 
         Args:
             input_ids: token ids, (length,).
             sample_id: the row's number in the corpus.
-            variant: which of the row's masks.
+            variant: number of the mask among the row's masks, from 0.
         """
         generator = row_generator(Draw.MASK, self.seed, sample_id, variant)
         draws = generator.random((2, len(input_ids)))

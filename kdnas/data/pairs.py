@@ -1,31 +1,32 @@
-"""Sentence pairs made of paragraphs, in the shapes of pair tasks.
+"""Sentence pairs made from paragraphs, which resemble the inputs of sentence-pair tasks.
 
-Only pairs use a teacher's attention from one sentence to the other. A student that is distilled on
-single rows never sees it, and loses what it took over from its teacher.
+Only pairs use a teacher's attention from one sentence to the other. A student distilled on single
+rows alone never uses that attention, and unlearns what it has inherited of it.
 """
 
 import re
 
 import numpy as np
 
-MIN_WORDS = 8  # of a text that gives a pair
-_MIN_PIECE = 4  # words, where there are as many
+MIN_WORDS = 8  # a shorter text gives no pair
+_MIN_PIECE = 4  # words; less only if the text is shorter
 _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]]))\s+""")
 
 
 def make_pair(text: str, other: str, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A sentence pair out of a paragraph.
+    """Make a sentence pair from a paragraph.
 
-    35 % are two neighbouring pieces of the paragraph, 30 % pieces of two unrelated rows, and the
-    others a sentence and a corrupted copy of it, in random order. Every piece has a random length.
+    35 % of the pairs are two neighbouring pieces of the paragraph, 30 % are pieces of two unrelated
+    rows, and 35 % are a sentence and a corrupted copy of it, in random order. Pieces have random
+    lengths.
 
     Args:
         text: the paragraph.
         other: an unrelated row.
-        rng: the pair depends only on the texts and on its state.
+        rng: random generator; its state and the texts determine the pair.
 
     Returns:
-        The two sentences, or None where the text has fewer than ``MIN_WORDS`` words.
+        The two sentences, or None if ``text`` has fewer than ``MIN_WORDS`` words.
     """
     words = text.split()
     if len(words) < MIN_WORDS:
@@ -58,7 +59,10 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
 def _neighbours(
     words: list[str], sentences: list[list[str]], rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """The words on both sides of a sentence's end, or of any word where there is one sentence."""
+    """Return some words before and after a random sentence end.
+
+    If there is only one sentence, it is cut between any two of its words.
+    """
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))
     before, after = words[:cut], words[cut:]
@@ -66,7 +70,7 @@ def _neighbours(
 
 
 def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) -> list[str]:
-    """A copy with words dropped, replaced by any of ``words``, and half the time rotated."""
+    """Return a copy with words dropped or replaced by random ``words``, rotated half the time."""
     drops = rng.random(len(sentence)) < rng.uniform(0, 0.5)
     copy = [word for word, drop in zip(sentence, drops, strict=True) if not drop] or sentence[:1]
     replaces = rng.random(len(copy)) < rng.uniform(0, 0.3)

@@ -1,4 +1,4 @@
-"""The quickstart's text: the prose in the docstrings of installed packages."""
+"""The text and the task of the quickstart, made from docstrings of installed packages."""
 
 import ast
 import hashlib
@@ -21,7 +21,7 @@ from kdnas.system.files import new_folder
 
 TASK = "which_package"
 
-# The packages of the extra quickstart, and what else each is called in text.
+# The packages of the extra ``quickstart``, and the aliases that texts use for them.
 # Each has at least 1,300 paragraphs of prose.
 PACKAGES = {
     "matplotlib": ("mpl", "plt", "pyplot", "pylab"),
@@ -39,7 +39,7 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Where text and task are; the quickstart's are made in a folder, unless they are there."""
+    """Replace ``quickstart`` as text or task by a path in ``folder``, and make the files there."""
     if QUICKSTART not in (text, task):
         return text, task
     path = build_quickstart_text(folder)
@@ -50,21 +50,21 @@ def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str |
 
 
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
-    """Write English that is on the machine already: the docstrings of installed packages.
+    """Write an English text and a task from the docstrings of installed packages.
 
     Sources are parsed, never imported. Whole modules are held out, with 12 % of the rows. No two
     rows differ only in case, punctuation, digits or names of packages.
 
-    Beside the text lies a labelled task in GLUE's layout: which package is a paragraph from? Names
-    of packages are replaced in it. A folder that has all three files is left as it is.
+    The task, in GLUE's layout, asks which package a paragraph is from. Package names in its
+    paragraphs are replaced by "package". If all three files exist, nothing is written.
 
     Args:
-        folder: appears whole, with ``text.parquet`` (columns text, package, module, split),
-            ``which_package/train.parquet`` and ``which_package/validation.parquet``.
+        folder: folder to write, all files at once: ``text.parquet`` (columns text, package, module,
+            split), ``which_package/train.parquet`` and ``which_package/validation.parquet``.
         rows_per_package: how many rows to take from each package, at least 2.
 
     Returns:
-        The path of ``text.parquet``; ``load_corpus`` reads it with its split.
+        The path of ``text.parquet``, whose column ``split`` is used by ``load_corpus``.
     """
     text = folder / "text.parquet"
     tasks = {
@@ -90,14 +90,14 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
 
 def _package_names() -> re.Pattern[str]:
-    """The names of packages, also within a word (NumpyVersion), and their aliases as words."""
+    """Return a pattern for package names, also within words (NumpyVersion), and whole aliases."""
     aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len)
     names, longest_first = "|".join(PACKAGES), "|".join(reversed(aliases))
     return re.compile(rf"{names}|(?<![a-z])(?:{longest_first})(?![a-z])", re.IGNORECASE)
 
 
 def _share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
@@ -130,7 +130,7 @@ def _root(package: str) -> Path:
 def _package_rows(
     package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
 ) -> list[dict[str, str]]:
-    """Rows of one package: its modules in the order of their hashes, the first ones held out."""
+    """Return rows of one package, module by module in a hashed order; the first are held out."""
     modules = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -153,7 +153,7 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """As many examples of each label as of the rarest, with the labels' names for ``datasets``."""
+    """Return a table with equally many examples of each label, as many as the rarest label has."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)
@@ -173,8 +173,8 @@ _MARKUP = re.compile(
     r"^(?:\s|>>>|\.\.|\*\s|[-+#|=~^\[<]|:(?!\S+:`)|\d+[.)]\s|\S+ : )", re.MULTILINE
 )
 _HEADING = re.compile(r"^.+\n[-=~^*]{3,} *$", re.MULTILINE)
-# Code, links and roles keep their text. Removed are marks of references, prefixes of private names
-# (_orm.Session), emphasis, and the second colon before code.
+# Markup to remove: marks of code, links and roles (their text stays), marks of references, prefixes
+# of private names (_orm.Session), emphasis, and the second colon before code.
 _INLINE = (
     (re.compile(r"``"), ""),
     (re.compile(r"(?::[\w:+-]+:)?`([^`<]*?)\s*(?:<[^`]*>)?`_*"), r"\1"),
@@ -185,9 +185,9 @@ _INLINE = (
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """The paragraphs of English prose in the docstrings of a module."""
+    """Yield the paragraphs of English prose in the docstrings of a module."""
     try:
-        with warnings.catch_warnings():  # about invalid escapes
+        with warnings.catch_warnings():  # warnings about invalid escapes
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -209,7 +209,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    """A paragraph on one line, without markup, cut at a sentence's end to 400 characters."""
+    """Return a paragraph on one line, without markup, cut to the sentences in 400 characters."""
     text = " ".join(paragraph.split())
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)

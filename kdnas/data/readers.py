@@ -1,4 +1,4 @@
-"""Rows out of text sources: parquet, JSON lines, CSV, plain text, a folder of them, the hub."""
+"""Readers of text sources: parquet, JSON lines, CSV, plain text, folders of these, the hub."""
 
 import csv
 import hashlib
@@ -21,22 +21,32 @@ from kdnas.models.hub import from_hub
 from kdnas.system.errors import UserError, first_line
 from kdnas.system.files import file_sha256, read_stamps, stamp, unique_keys, write_json
 
-# No text has more; the names of a million columns would fill a screen and gigabytes.
+# No real text has more columns; the names of a million would take gigabytes, and a whole screen.
 MOST_COLUMNS = 10_000
 MOST_BYTES = 1 << 26  # of a line, or of a field
-# How many times its size a parquet file may become, where that is much: in its pages, and in rows.
-# Prose becomes 5 times as large; only copies of a row become more.
+# A parquet file is refused if it unpacks to more than MOST_UNPACKED times its size, and to more
+# than MUCH bytes of pages or MUCH_IN_ALL bytes of rows. Prose unpacks to 5 times its size; only
+# copies of a row unpack to more.
 MOST_UNPACKED, MUCH, MUCH_IN_ALL = 200, 1 << 22, 1 << 28
 BYTES_A_ROW = 100
 
 Row = tuple[str | None, str | None]  # text and split
 
-# A row group may be as large as its file: so many bytes and rows of it are held at a time (with pre_buffer, all).
+# A row group may be as large as its file, so only this many bytes and rows are held at a time (with
+# pre_buffer it would be all).
 PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Iterator[Row]:
-    """Every row of a source, in order; arguments and errors are those of ``load_corpus``."""
+    """Yield the text and the split of every row of a source, in order.
+
+    Args:
+        text: a file, a folder, or the name of a data set on the Hugging Face hub.
+        column: the column that holds the text.
+
+    Raises:
+        UserError: the source is missing or unreadable, lacks the column, or holds a bad value.
+    """
     files = _files(text)
     if files is None:
         yield from _checked(text, _hub(text, column), column)
@@ -45,7 +55,7 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """``most`` rows, drawn at random (always the same), and how many there are; it is read once."""
+    """Return at most ``most`` random rows, the same in each call, and the number of all rows."""
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -59,10 +69,10 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
 
 
 def text_sha256(text: str, column: str, known: Path) -> str:
-    """The hash of a source: of its files' bytes, or of a hub data set's fingerprint.
+    """Return the hash of a source: of its files' bytes, or of a hub data set's fingerprint.
 
-    ``known`` keeps the hashes of files. One process computes them, and again only where a file's
-    stamp is another.
+    ``known`` is a JSON file that keeps the hashes of files. A file is hashed by one process, and
+    again only if its size or time of change differs.
     """
     files = _files(text)
     if files is None:
@@ -74,7 +84,7 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """For each path, resolved, its stamp and hash."""
+    """Return the stamp (size, time of change) and the hash of each file, by its resolved path."""
     with _readable(text):
         stamps = {str(path.resolve()): stamp(path) for path in files}
 
@@ -84,7 +94,7 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
     if not missing(found := read_stamps(known)):
         return found
     with FileLock(known.with_suffix(".lock")):
-        found = read_stamps(known)  # of another process meanwhile
+        found = read_stamps(known)  # another process may have hashed them
         with _readable(text):
             found |= {path: [*stamps[path], file_sha256(Path(path))] for path in missing(found)}
         write_json(known, found)
@@ -93,7 +103,7 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """Say of a source's own files that they cannot be read."""
+    """Turn an OSError into a UserError that says the source cannot be read."""
     try:
         yield
     except OSError as error:
@@ -103,7 +113,7 @@ def _readable(text: str) -> Iterator[None]:
 
 
 def _files(text: str) -> list[Path] | None:
-    """The files of a source, or None where it is a data set of the hub."""
+    """Return the files of a source, or None if it is a data set on the hub."""
     kinds = ", ".join(_READERS)
     suffix = Path(text).suffix.lower()
     if os.path.isfile(text):
@@ -146,11 +156,13 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
                     f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, "
                     f"row {number}: give text."
                 )
-            is_odd = value and ("\0" in value or not value.isascii())  # most are not: quickly seen
+            is_odd = value and (
+                "\0" in value or not value.isascii()
+            )  # a fast test that most texts pass
             if is_odd and (found := _FORBIDDEN.search(str(value))):
                 raise UserError(
                     f"{name!r} has the character {found[0]!r} in row {number}: "
-                    "no text holds it, remove it."
+                    "remove it, it is not allowed in a text."
                 )
             if split not in (None, "", "train", "held_out"):
                 raise UserError(
@@ -171,7 +183,7 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
         ) from error
 
 
-# NUL, and halves of surrogate pairs: JSON can spell both.
+# NUL and unpaired surrogates, both of which JSON can spell.
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")
 
 
@@ -208,14 +220,14 @@ def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
             content = "".join(value or "" for value in row.values())
             if delimiter == "\t" and ("\t" in content or "\n" in content):
                 raise ValueError(
-                    "a text in quotes with a tab or a newline: if a quote is text, give jsonl"
+                    "a text in quotes with a tab or a newline: if the quotes are text, give jsonl"
                 )
             yield row
 
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """A text may be longer than the csv module's 131,072 characters."""
+    """Allow fields that are longer than the csv module's limit of 131,072 characters."""
     limit = csv.field_size_limit(MOST_BYTES)
     try:
         yield
@@ -234,7 +246,7 @@ def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
 def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     try:
         rows = batch.to_pylist()
-    except UnicodeDecodeError:  # one by one, so that it comes at its row
+    except UnicodeDecodeError:  # convert one by one, so that the error comes at its row
         for values in zip(*batch.columns, strict=True):
             yield dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
         raise
@@ -242,7 +254,7 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some rows at a time; a file that becomes far larger than it is ends with a ValueError."""
+    """Yield some rows at a time; raise ValueError if the file unpacks to far more than its size."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
@@ -251,7 +263,7 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
     if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
         raise ValueError(f"it has {packed:,} bytes and {metadata.num_rows:,} rows")
     num_rows, num_bytes = PARQUET_ROWS, 0
-    if unpacked > 20 * packed:  # what stands in it once may be in each row
+    if unpacked > 20 * packed:  # a value that is stored once may be in each row
         num_rows = min(num_rows, max(1, MOST_BYTES // unpacked))
     for batch in file.iter_batches(num_rows, columns=names):
         num_bytes += batch.nbytes
@@ -261,16 +273,16 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
 
 
 def check_table(path: Path, has_header: bool = True) -> None:
-    """Refuse a table with two columns of one name or too many, or that unpacks to far too much.
+    """Refuse a table with too many columns, duplicate column names, or too large unpacked data.
 
     Args:
         path: a parquet, csv or tsv file.
-        has_header: whether its first row has names.
+        has_header: whether the first row of a csv or tsv file holds the column names.
 
     Raises:
-        ValueError: with the reason.
-        OSError: it cannot be read.
-        ArrowException: the same.
+        ValueError: the table is refused; the message gives the reason.
+        OSError: the file cannot be read.
+        ArrowException: the parquet file cannot be read.
     """
     if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
@@ -291,22 +303,22 @@ def _check_columns(names: Sequence[str]) -> None:
 
 
 def _hub(name: str, column: str) -> Any:
-    """The rows of a data set on the hub."""
+    """Return the rows of a hub data set's train split, with the columns to read."""
     from datasets import load_dataset
 
-    parts = name.split(":")  # its name and, where it has several, that of a configuration
+    parts = name.split(":")  # name of the data set and, optionally, of a configuration
     if_none = (
         "give a file, a folder, or another data set "
         "(owner/name:config of one with several configurations)"
     )
     lacking = f"There is no file or folder {name!r} here"
     with from_hub(lacking, parts[0], "dataset", "a file or a folder", if_none):
-        rows = load_dataset(*parts, split="train")  # knows no remote code since 4.0
+        rows = load_dataset(*parts, split="train")  # runs no remote code since datasets 4.0
     return rows.select_columns(_wanted(rows.column_names, column))
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """The columns to read; all of them where ``column`` is missing, for the message."""
+    """Return the columns to read; if ``column`` is missing all, which the message then lists."""
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

@@ -1,14 +1,14 @@
-"""Rows of token ids in a folder: made once of a text, shared by every worker and rank.
+"""Rows of token ids in a folder: made once from a text, shared by every worker and rank.
 
-A folder appears whole. For all rows, one after the other, it holds ``lengths.bin`` and
-``second_starts.bin`` (int64), ``hashes.bin`` (uint64) and ``splits.bin`` (uint8) as a ``Corpus``
-has them, and the masked token ids of each variant, ``variant00.bin``, ... (int32).
-``about.<hash of its content>.json`` has the hash of all these, and the folder's name, which is the
-key of what they were made of: rows that lie under another key are not used. ``checked.json`` has
-the stamps of the files when they were last hashed.
+The folder is created complete or not at all. For all rows, one after the other, it holds
+``lengths.bin`` and ``second_starts.bin`` (int64), ``hashes.bin`` (uint64) and ``splits.bin``
+(uint8) as in a ``Corpus``, and the masked token ids of each mask variant, ``variant00.bin``, ...
+(int32). ``about.<hash of its content>.json`` has the hash of all these files, and the folder's
+name, which is the hash of everything the rows depend on: a folder that was renamed is not used.
+``checked.json`` has the stamps (size, time of change) of the files when they were last hashed.
 
-It is joined out of pieces of some thousand rows, which are made by several processes. A piece is
-whole or not there, so a making that was killed goes on.
+Several processes write the rows in pieces of some thousand, which are then joined. A piece is
+complete or does not exist, so work that was killed resumes.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ from kdnas.data.corpus import HashArray, SplitArray
 from kdnas.data.masking import Draw, IntArray, Masker, row_generator
 from kdnas.system.files import KeptFile, new_file, read_stamps, stamp, write_json
 
-# A batch's length is a multiple of this, so that shapes repeat: each new shape makes new kernels.
+# Padded lengths are multiples of this, so that shapes repeat: each new shape needs new kernels.
 LENGTH_STEP = 8
 
 
 def padded(lengths: IntArray, max_length: int) -> IntArray:
-    """The lengths that rows of these lengths are padded to, at most ``max_length``."""
+    """Return the padded lengths of rows: multiples of ``LENGTH_STEP``, at most ``max_length``."""
     return np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, max_length)
 
 
 class Batch(TypedDict):
-    """B rows of similar length, padded to T tokens.
+    """A batch of B rows of similar length, padded to T tokens.
 
     Args:
-        input_ids: (B, T), masked.
+        input_ids: token ids, (B, T), masked.
         attention_mask: (B, T), 1 on real tokens; its sum N is the number of real tokens.
         token_type_ids: (B, T), 1 from a second sentence's first token to the row's end.
-        sample_ids: (B,), the rows' numbers in the corpus.
-        variant: (), the number of the rows' masks.
-        real_tokens: (N,), places of the real tokens among all B * T, if it is ``located``.
-        pairs: (P,), rows with a second sentence, the same.
-        states: teacher layer -> states (N, H), where they were read ahead.
+        sample_ids: numbers of the rows in the corpus, (B,).
+        variant: which of each row's masks was used, a scalar.
+        real_tokens: indices of the real tokens among all B * T, (N,); added by ``located``.
+        pairs: indices of the rows with a second sentence, (P,); added by ``located``.
+        states: teacher layer -> hidden states (N, H) of the real tokens, if read in advance.
     """
 
     input_ids: Tensor
@@ -61,19 +61,19 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """The batch with the places of its real tokens and pairs: later no device is asked for them."""
+    """Return the batch with the indices of its real tokens and pairs, which saves device syncs."""
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
 def real_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Places of a batch's real tokens among all, (N,)."""
+    """Return the indices of a batch's real tokens among all its B * T tokens, shape (N,)."""
     if "real_tokens" in batch:
         return cast(Tensor, batch["real_tokens"])
     return cast(Tensor, batch["attention_mask"]).flatten().nonzero()[:, 0]
 
 
 def pairs(batch: Mapping[str, Any]) -> Tensor:
-    """The rows of a batch that have a second sentence, (P,)."""
+    """Return the indices of the rows that have a second sentence, shape (P,)."""
     if "pairs" in batch:
         return cast(Tensor, batch["pairs"])
     return cast(Tensor, batch["token_type_ids"]).any(1).nonzero()[:, 0]
@@ -87,10 +87,16 @@ def write_piece(
     num_variants: int = 1,
     masked_share: float = 1.0,
 ) -> None:
-    """Mask some rows, of which the first has the number ``first``, and write them into a file.
+    """Mask some rows and write them into a piece file.
 
-    ``rows`` are token ids, special tokens included, and where the second sentence begins: the row's
-    length where there is none. ``masked_share`` is the share of the rows that is masked at all.
+    Args:
+        path: the file to write.
+        rows: for each row its token ids, special tokens included, and the index at which its second
+            sentence begins (the row's length if there is none).
+        masker: masks the rows.
+        first: sample id of the first row.
+        num_variants: number of masks for each row.
+        masked_share: share of the rows that is masked at all, drawn for each mask.
     """
     lengths, second_starts = [], []
     variants: list[list[IntArray]] = [[] for _ in range(num_variants)]
@@ -108,7 +114,7 @@ def write_piece(
 
 
 def is_piece(path: Path) -> bool:
-    """Whether a piece was written there, and is as it was written."""
+    """Return whether the file is a complete, undamaged piece."""
     if not path.exists():
         return False
     content = path.read_bytes()
@@ -125,7 +131,17 @@ def join_pieces(
     dropped: dict[str, int],
     num_variants: int = 1,
 ) -> None:
-    """Write pieces, in this order, into an empty folder; ``key`` is the name that it will have."""
+    """Join pieces of rows, in this order, and write all files of a folder of tokenised rows.
+
+    Args:
+        folder: an empty folder.
+        pieces: files of ``write_piece``.
+        hashes: hash of each row's text.
+        splits: the split that the source gives each row, as an index into ``SPLITS``.
+        key: name that the folder will get.
+        dropped: how many rows of the text were left out, by reason.
+        num_variants: number of masks of each row.
+    """
     names = ["lengths", "second_starts", *(f"variant{i:02d}" for i in range(num_variants))]
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
@@ -150,9 +166,10 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Whether rows were written there, and are as they were written.
+    """Return whether a folder holds complete, undamaged rows that belong to its name.
 
-    What was not hashed since it was last changed is hashed with the lock alone, by one process.
+    Files that changed since they were last hashed are hashed again by the process that holds the
+    lock (``has_lock``); for others the answer is False.
     """
     about, checked = _read_about(folder), folder / "checked.json"
     if about is None or about["key"] != folder.name:
@@ -170,7 +187,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """What is in the file that is named by the hash of its content, if there is one."""
+    """Return the content of the ``about`` file, or None if its name does not match its content."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             about = dict(json.loads(content))
@@ -195,9 +212,10 @@ def _sha256(folder: Path) -> str:
 
 
 class TokenRows(Dataset[Batch]):
-    """The rows that ``join_pieces`` wrote; the index of a batch is (variant, sample ids).
+    """The dataset of rows that ``join_pieces`` wrote, indexed by (mask variant, sample ids).
 
-    ``sha256`` is the hash of all that a model will see: text, tokenizer, cut, pairs, masks, order.
+    An item is a whole batch. ``sha256`` is the hash of everything that a model sees: text,
+    tokenizer, truncation, pairs, masks and order.
     """
 
     def __init__(
@@ -207,7 +225,7 @@ class TokenRows(Dataset[Batch]):
         self.folder = folder
         self.pad_token_id = pad_token_id
         about = _read_about(folder)
-        assert about is not None, "is_whole() says so"
+        assert about is not None, "check it with is_whole() first"
         self.dropped: dict[str, int] = about["dropped"]
         self.num_variants: int = about["num_variants"]
         self.sha256: str = about["sha256"]
@@ -228,7 +246,7 @@ class TokenRows(Dataset[Batch]):
         return len(self.lengths)
 
     def masked(self, variant: int, sample_id: int) -> IntArray:
-        """The masked token ids of a row."""
+        """Return the token ids of a row under one of its masks."""
         size = np.dtype(np.int32).itemsize
         start = size * int(self._starts[sample_id])
         piece = self._files[variant].piece(start, size * int(self.lengths[sample_id]))

@@ -1,4 +1,4 @@
-"""The architecture of a student: the one type from search to YAML to checkpoint."""
+"""The architecture of a student: one type for the search, YAML files and checkpoints."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +15,18 @@ _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermedia
 
 @dataclass(frozen=True)
 class StudentArch:
-    """A student's shape, by Hugging Face's own field names.
+    """The shape of a student, with the field names of Hugging Face configs.
 
     Args:
         num_hidden_layers: number of transformer layers.
-        num_attention_heads: heads a layer; must divide ``hidden_size``.
+        num_attention_heads: attention heads of each layer; must divide ``hidden_size``.
         hidden_size: width of the hidden states.
         intermediate_size: width between the two linear maps of the feed-forward part.
         hidden_act: activation of the feed-forward part, by transformers' name (``gelu``, ...).
 
     Raises:
-        UserError: a size below 1, heads that do not divide the width, or an activation that is no
-            name.
+        UserError: a size is below 1, ``num_attention_heads`` does not divide ``hidden_size``, or
+            ``hidden_act`` is not a string.
     """
 
     num_hidden_layers: int
@@ -58,12 +58,12 @@ class StudentArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The five fields as plain values, which checkpoints load with ``weights_only=True``."""
+        """Return the five fields as plain values, loadable with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """The inverse of ``to_dict``; a field that is unknown or missing is refused."""
+        """Make an architecture from the values of ``to_dict``; refuse unknown or missing fields."""
         names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:
@@ -78,22 +78,23 @@ class StudentArch:
         return cls(**values)
 
     def to_yaml(self, path: Path) -> None:
-        """Write the five fields as YAML."""
+        """Write the five fields into a YAML file."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: Path) -> "StudentArch":
-        """Read what ``to_yaml`` wrote."""
+        """Read an architecture from a file of ``to_yaml``."""
         return cls.from_dict(read_yaml(path))
 
 
 def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """The teacher layers that a student begins as: ``0, ..., L_s - 2`` and ``L_t - 1``.
+    """Return the teacher layers from which a student's layers are made: the first and the last.
 
-    A student of one layer begins as the first. Attention between two sentences needs layers that
-    follow each other: four layers of half the width that are evenly spread keep a third less of
-    STS-B. For two to four of six layers, the last layer makes a better student than the next one
-    does (LOG.md).
+    For a student of L_s layers and a teacher of L_t these are ``0, ..., L_s - 2`` and ``L_t - 1``;
+    a student of one layer is made from layer 0. Attention between two sentences needs consecutive
+    layers: with four evenly spread layers of half the width, a student keeps a third less of its
+    teacher's STS-B score. For two to four of six layers, ending with the teacher's last layer makes
+    a better student than ending with the next consecutive one (LOG.md).
 
     Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer
     models": symmetric dropping keeps bottom and top layers. How many of each is measured here.

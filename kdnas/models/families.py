@@ -1,6 +1,6 @@
-"""The families of encoders: for each a row with what differs from BERT (docs/families.md).
+"""The supported families of encoders, and how each differs from BERT (docs/families.md).
 
-Shapes: B rows, T tokens, A heads, D dimensions a head.
+Shapes: B rows, T tokens, A heads, D dimensions of a head, H the width.
 """
 
 import copy
@@ -20,10 +20,11 @@ from kdnas.system.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Names, within a layer, of its linear maps and layer norms.
+    """Names of the linear maps and layer norms within a transformer layer.
 
-    Queries, keys and values of one name are the thirds of one map, in this order. An intermediate
-    map with twice as many outputs as ``output`` has inputs is gated: the second half are the gates.
+    If query, key and value have the same name, they are the thirds of one map, in this order. An
+    intermediate map with twice as many outputs as ``output`` has inputs is gated: the second half
+    of its outputs are the gates.
     """
 
     query: str = "attention.self.query"
@@ -38,23 +39,24 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between one family of encoders and BERT.
+    """A family of encoders, described by how it differs from BERT.
 
     Args:
-        title: what people call it.
-        layers: the transformer layers of a model, in order (ALBERT repeats shared ones).
+        title: name of the family in messages.
+        layers: function from a model to its transformer layers, in order (ALBERT's shared layers
+            are repeated).
         names: names of the parts of a layer.
-        fields: field of ``StudentArch`` -> its name in the config, where it has another.
-        follows: from the teacher's config and a student's shape, the other fields of the config
-            that must change.
-        max_length: how many tokens a model of a config can read.
-        build: arguments for ``AutoModel`` that leave out the pooler (unused, it breaks DDP).
-        mapping: name of the linear map from the width of the embedding tables to the hidden size.
-        scores: attention scores before the softmax, (B, A, T, T), from a model, a layer's number,
-            queries and keys (B, A, T, D). None: their product over the root of D.
-        own_mask: the model takes no mask but (B, T).
-        norm_first: a layer's norms are before its parts, not behind them.
-        even_heads: a head needs an even number of dimensions (rotary positions come in pairs).
+        fields: field of ``StudentArch`` -> its name in the family's config, if that differs.
+        follows: function from the teacher's config and a student's shape to the other config fields
+            that must change with the shape.
+        max_length: function from a config to the longest input, in tokens.
+        build: arguments for ``AutoModel`` that leave out the pooler (an unused one breaks DDP).
+        mapping: name of the linear map from embedding width to hidden size; None: there is none.
+        scores: function from a model, a layer number, queries and keys (B, A, T, D) to attention
+            scores before the softmax, (B, A, T, T). None: ``q k^T / sqrt(D)``.
+        own_mask: whether the model accepts only masks of shape (B, T).
+        norm_first: whether layer norms come before attention and feed-forward part, not after.
+        even_heads: whether a head needs an even size (rotary positions use pairs of dimensions).
     """
 
     title: str
@@ -72,7 +74,7 @@ class Family:
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
-    """``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T): one of the parts whose sum is the score."""
+    """Return ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T); ``parts`` such terms make a score."""
     return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
 
 
@@ -82,13 +84,13 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """A number for each distance and head is added, the same in all layers."""
+    """Return scores with MPNet's bias for each distance and head, the same in all layers."""
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Products of queries and keys with relative positions are added."""
+    """Return scores with DeBERTa's products of queries and keys with relative positions."""
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -101,7 +103,7 @@ def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tenso
 
 
 def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Rotated by position, and in most layers only within a window."""
+    """Return scores of queries and keys rotated by position, masked outside the layer's window."""
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     cos, sin = model.rotary_emb(query, places[None], module.attention_type)
@@ -114,7 +116,7 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """The tables keep their width, unless it is the hidden size."""
+    """Keep the teacher's embedding width, unless it equals the teacher's hidden size."""
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
     return {}
@@ -129,7 +131,9 @@ def _deberta_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
 
 def _modernbert_follows(config: Any, arch: StudentArch) -> dict[str, Any]:
     kept = kept_layers(arch.num_hidden_layers, config.num_hidden_layers)
-    types = [config.layer_types[layer] for layer in kept]  # a copy has the window of its original
+    types = [
+        config.layer_types[layer] for layer in kept
+    ]  # a copied layer keeps its attention window
     return {"layer_types": (types * arch.num_hidden_layers)[: arch.num_hidden_layers]}
 
 
@@ -139,7 +143,7 @@ _ROBERTA = Family(
     max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
 )
 
-# model_type of config.json -> row
+# model_type of config.json -> family
 FAMILIES: Mapping[str, Family] = {
     "bert": Family(title="BERT"),
     "roberta": _ROBERTA,
@@ -232,12 +236,12 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of ``FAMILIES`` for a config."""
+    """Return the family of a config."""
     return find_family(config.model_type)
 
 
 def find_family(model_type: Any) -> Family:
-    """The row of ``FAMILIES`` for the ``model_type`` of a config.json; a UserError without one."""
+    """Return the family for a config's ``model_type``; raise a UserError if there is none."""
     if str(model_type) not in FAMILIES:
         raise UserError(
             f"The family {model_type!r} is not supported: take an encoder ({titles()})."
@@ -246,22 +250,22 @@ def find_family(model_type: Any) -> Family:
 
 
 def titles() -> str:
-    """What people call the families, for a message."""
+    """Return the names of all supported families, for a message."""
     return ", ".join(family.title for family in FAMILIES.values())
 
 
 def max_length(config: PreTrainedConfig) -> int:
-    """The longest input, in tokens, that a model of this config takes."""
+    """Return the longest input, in tokens, that a model of this config accepts."""
     return family_of(config).max_length(config)
 
 
 def marks_pairs(config: PreTrainedConfig) -> bool:
-    """Whether a model of this config tells the second sentence of a pair by ``token_type_ids``."""
+    """Return whether a model marks the second sentence of a pair by ``token_type_ids``."""
     return getattr(config, "type_vocab_size", 0) > 1
 
 
 def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a BERT with relative positions: transformers 5 drops their weights without a word."""
+    """Refuse a model with relative positions, whose weights transformers 5 silently drops."""
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         raise UserError(
@@ -271,25 +275,25 @@ def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
 
 
 def has_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint of this config has a head for sequences."""
+    """Return whether a checkpoint of this config has a sequence classification head."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """The names of a classifier's classes, in the order of its outputs; some count from 1."""
+    """Return a classifier's class names, in the order of its outputs (ids may start at 1)."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
-    """Give a classifier's classes names, in the order of its outputs."""
+    """Write class names, in the order of the classifier's outputs, into its config."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
 
 
 def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Make a tokenizer give ``token_type_ids`` if and only if the model has a use for them.
+    """Make a tokenizer return ``token_type_ids`` if and only if the model uses them.
 
-    ALBERT's tokenizer gives none although its model has; other models refuse them.
+    ALBERT's tokenizer returns none although the model uses them; other models reject them.
     """
     names = list(tokenizer.model_input_names)
     if not marks_pairs(config):
@@ -301,27 +305,27 @@ def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
 
 
 def arch_of(config: PreTrainedConfig) -> StudentArch:
-    """The shape that a config asks for, whatever its family calls the fields."""
+    """Return the architecture that a config describes, whatever its family calls the fields."""
     names = family_of(config).fields
     values = {f.name: getattr(config, names.get(f.name, f.name)) for f in fields(StudentArch)}
     return StudentArch(**values)
 
 
 def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
-    """Refuse heads of an odd size where the family needs an even one."""
+    """Refuse an odd head size, ``width / num_heads``, if the family needs an even one."""
     family = family_of(config)
     if family.even_heads and width // num_heads % 2:
         raise UserError(
             f"hidden_size {width} and num_attention_heads {num_heads} make heads of "
-            f"{width // num_heads}: those of {family.title} must be even."
+            f"{width // num_heads}: heads of {family.title} must have an even size."
         )
 
 
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
-    """The teacher's config with a student's five fields, and those that follow from them.
+    """Return a student's config: the teacher's with the student's shape.
 
-    Vocabulary, positions, padding id and eps stay the teacher's. An activation that transformers
-    does not know is refused.
+    Vocabulary, positions, padding id and eps stay the teacher's; fields that depend on the shape
+    follow it. An activation that transformers does not know is refused.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:
@@ -330,7 +334,7 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
         )
     check_heads(teacher_config, arch.hidden_size, arch.num_attention_heads)
     config = copy.deepcopy(teacher_config)
-    # Those of a fine-tuned teacher are not the student's.
+    # A fine-tuned teacher's values do not hold for the student.
     config.architectures = None
     config.problem_type = None
     config.num_labels = 2
@@ -341,7 +345,7 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
 
 
 def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
-    """Weight (H, H) and bias (H) of a layer's ``query``, ``key`` or ``value`` map."""
+    """Return weight (H, H) and bias (H) of a layer's ``query``, ``key`` or ``value`` map."""
     names = family.names
     linear: Any = layer.get_submodule(getattr(names, part))
     if names.query != names.key:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub that does not answer, which is no mistake of the user's."""
+"""Errors of the Hugging Face hub: no answer is told apart from a mistake of the user."""
 
 import errno
 import socket
@@ -14,15 +14,23 @@ _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOW
 
 
 class HubAway(OSError):
-    """The hub cannot be reached: the same command may work later (exit code 3)."""
+    """The hub cannot be reached; the same command may work later (exit code 3)."""
 
 
 @contextmanager
 def from_hub(lacking: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
-    """Load from the hub (a ``model`` or a ``dataset``), and tell why that fails.
+    """Wrap code that loads from the hub, and turn its errors into messages with a remedy.
 
-    ``lacking`` says what is not here; ``instead`` can be given where the hub does not answer;
-    ``if_none`` says what to do where it does, and has no such thing.
+    Args:
+        lacking: start of the message: what does not exist on this machine.
+        repo: name of the repository on the hub.
+        repo_type: ``model`` or ``dataset``.
+        instead: what the user can give instead if the hub does not answer.
+        if_none: what the user can do if the hub has no such repository.
+
+    Raises:
+        HubAway: the hub does not answer.
+        UserError: the hub has no such repository, or loading failed.
     """
     is_offline = huggingface_hub.is_offline_mode()
     place = "in the hub's cache (HF_HUB_OFFLINE is set)" if is_offline else "on the hub"
@@ -33,18 +41,21 @@ def from_hub(lacking: str, repo: str, repo_type: str, instead: str, if_none: str
         yield
     except UserError:
         raise
-    except Exception as error:  # the HTTP client's own errors among them
+    except Exception as error:  # includes the HTTP client's own errors
         remedy = f"give {instead}, or HF_HUB_OFFLINE=1 for one in the cache"
         refuse_away(error, lacking, remedy)
         raise UserError(f"{lacking}, nor {place}: {first_line(error)}; {if_none}.") from error
 
 
 def refuse_away(error: BaseException, lacking: str, remedy: str) -> None:
-    """Raise ``HubAway`` if a request's error means that the hub did not answer.
+    """Raise ``HubAway`` if an error means that the hub did not answer; otherwise return.
 
-    ``lacking`` says what there is not yet, ``remedy`` what can be done now.
+    Args:
+        error: the error of a request to the hub.
+        lacking: start of the message: what does not exist on this machine.
+        remedy: what the user can do now.
     """
-    # The HTTP client's own errors are no OSErrors, but are caused by one.
+    # The HTTP client's own errors are not OSErrors, but are caused by one.
     if not huggingface_hub.is_offline_mode() and any(map(_is_no_answer, causes(error))):
         raise HubAway(
             f"{lacking}, and the Hugging Face hub cannot be reached ({first_line(error)}): "

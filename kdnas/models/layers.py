@@ -1,7 +1,7 @@
-"""Which layers of the teacher a layer of the student learns from.
+"""Mappings from each student layer to the teacher layers it learns from.
 
-Layers are numbered from 0; the embedding output is no layer. Student and teacher have L_s and L_t
-layers.
+Layers are numbered from 0; the embedding output does not count as a layer. The student has L_s
+layers, the teacher L_t.
 """
 
 from abc import ABC, abstractmethod
@@ -10,9 +10,9 @@ from kdnas.system.errors import UserError
 
 
 def spread(num_chosen: int, num_all: int) -> list[int]:
-    """``num_chosen`` of the numbers 0 .. num_all - 1, evenly spread, with the first and the last.
+    """Return k = ``num_chosen`` evenly spread numbers of 0 .. n - 1, with the first and the last.
 
-    ``floor(i (n - 1) / (k - 1) + 1/2)``; the first where one is chosen.
+    Number i is ``floor(i (n - 1) / (k - 1) + 1/2)`` with n = ``num_all``; for k = 1 it is 0.
     """
     if num_chosen == 1:
         return [0]
@@ -21,17 +21,17 @@ def spread(num_chosen: int, num_all: int) -> list[int]:
 
 
 class LayerMapping(ABC):
-    """A rule that gives each student layer its teacher layers, or none."""
+    """A rule that maps each student layer to the teacher layers it learns from, if any."""
 
     @abstractmethod
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
-        """The teacher layers of one student layer, in the order of concatenation."""
+        """Return the teacher layers of one student layer, in the order of concatenation."""
 
     def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
-        """The teacher layers of every student layer.
+        """Return the teacher layers of every student layer.
 
         Returns:
-            L_s tuples of teacher layers.
+            L_s tuples of numbers of teacher layers.
 
         Raises:
             UserError: the student has more layers than the teacher, or the rule names a layer that
@@ -52,17 +52,17 @@ class LayerMapping(ABC):
 
 
 class Last(LayerMapping):
-    """The last L_s layers: ``L_t - L_s + i``."""
+    """Map the student's layers to the teacher's last L_s: i to ``L_t - L_s + i``."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         return (num_teacher - num_student + layer,)
 
 
 class Skip(LayerMapping):
-    """Every k-th layer: ``i * floor(L_t / L_s)``.
+    """Map student layer i to every k-th teacher layer: ``i * floor(L_t / L_s)``.
 
-    The original's README has this rule; its code takes ``floor(i * L_t / L_s)``. They differ for
-    12 -> 5 and 12 -> 7 to 10.
+    The original implementation has this rule in its README; its code uses ``floor(i * L_t / L_s)``.
+    They differ where a teacher of 12 layers has a student of 5, or of 7 to 10.
     """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class Skip(LayerMapping):
 
 
 class LastAndSkip(LayerMapping):
-    """Two teacher layers a student layer, ``Last`` and then ``Skip``, as in the original."""
+    """Map each student layer to two teacher layers, by ``Last`` and ``Skip``, like the original."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         sizes = (layer, num_student, num_teacher)
@@ -78,7 +78,7 @@ class LastAndSkip(LayerMapping):
 
 
 class Even(LayerMapping):
-    """Evenly spread up to the teacher's last layer: ``round((i + 1) * L_t / L_s) - 1``."""
+    """Map student layer i to ``round((i + 1) * L_t / L_s) - 1``: evenly spread, with the last."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         # Halves are rounded up: round() would round them to the even neighbour.
@@ -87,7 +87,7 @@ class Even(LayerMapping):
 
 
 class LastLayer(LayerMapping):
-    """The student's last layer learns the teacher's last; the others learn nothing directly."""
+    """Map the student's last layer to the teacher's last, and the other layers to none."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         is_last = layer == num_student - 1

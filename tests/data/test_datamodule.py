@@ -372,7 +372,9 @@ def test_the_middle_of_an_epoch_of_other_processes_is_refused(data):
     state = loader.state_dict()
     same, other = of_rank(data, 1, 2).train_dataloader(), of_rank(data, 0, 3).train_dataloader()
     same.load_state_dict(state)
-    with pytest.raises(UserError, match="of 2 processes, and there are 3: go on with as many"):
+    with pytest.raises(
+        UserError, match="of 2 processes, and now there are 3: resume with the same"
+    ):
         other.load_state_dict(state)
     other.load_state_dict(state | {"num_given": 0})
 

@@ -411,7 +411,10 @@ def test_a_tokenizer_that_does_not_load_is_refused(content, folder):
 
 def test_a_tokenizer_of_python_alone_is_refused(folder, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    message = f"The tokenizer of {str(folder)!r} is of Python alone (TokenizersBackend): take one with tokenizer.json."
+    message = (
+        f"The tokenizer of {str(folder)!r} is a slow, pure-Python one (TokenizersBackend): "
+        "take one with tokenizer.json."
+    )
     assert message in refused(folder)
 
 
