@@ -1,4 +1,4 @@
-"""Objectives on attention: its maps, or the relations among queries, keys and values."""
+"""Objectives on attention: attention maps, or relations among queries, keys or values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +19,9 @@ class AttentionMaps(Objective):
     """Kullback-Leibler divergence of the student's attention maps from the teacher's.
 
     ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its
-    head a, real tokens n and m. P is the map of the teacher's head that the start gave to the
-    student's head. It keeps the attention between two sentences, which pair tasks need and hidden
-    states alone wear away (LOG.md).
+    head a, real tokens n and m. S is the map of a student's head, P that of the teacher's head from
+    which it was initialised. This objective preserves the attention between two sentences, which
+    pair tasks need and which training on hidden states alone erodes (LOG.md).
 
     Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean
         squared error of logits, as in MiniLM (Wang et al. 2020, section 3.1).
@@ -47,7 +47,7 @@ class _AttentionMaps(Criterion):
             )
         self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
         self.terms = [Term("attention_maps", 1.0, compares=False)]
-        # (L_s, A_s): which head of the teacher each of ours is.
+        # (L_s, A_s): the teacher's head that each student head learns from.
         heads = [spread(ours.num_attention_heads, theirs.num_attention_heads)] * len(self.sources)
         self.register_buffer("heads", torch.tensor(heads))
 
@@ -67,16 +67,18 @@ class _AttentionMaps(Criterion):
 class AttentionRelations(Objective):
     """MiniLMv2's relations of queries, of keys and of values among themselves, in one layer.
 
-    Queries, keys and values of all heads are cut anew into ``num_heads`` relation heads, so widths
-    and numbers of heads may differ. ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T /
-    sqrt(d_s)))``, the mean of the three.
+    The loss is ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, averaged
+    over x = queries, keys and values, for the teacher's x_t and the student's x_s. These are split
+    into ``num_heads`` relation heads of size d, so widths and numbers of attention heads can
+    differ.
 
     Args:
-        layer: the teacher's layer, from 0; negative from the end. The student's is always its last.
-        num_heads: relation heads; must divide both widths.
+        layer: the teacher's layer, from 0; negative counts from the end. The student's layer is
+            always its last.
+        num_heads: number of relation heads; must divide the widths of student and teacher.
 
     Raises:
-        UserError: there is no such layer, or the heads do not divide a width.
+        UserError: the teacher has no such layer, or ``num_heads`` does not divide a width.
 
     Source: Wang et al. 2021, "MiniLMv2", section 3.1 (which takes the upper middle layer of a large
         teacher).

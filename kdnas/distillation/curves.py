@@ -1,4 +1,4 @@
-"""The curves of a student beside its losses: learning rate and speed."""
+"""A callback that logs the learning rate and the speed of a student's training."""
 
 import time
 from typing import Any
@@ -9,21 +9,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def _every(trainer: pl.Trainer) -> int:
-    """Steps between two that are logged; in between nothing is copied to or from the device."""
+    """Return the number of steps between two logs; only at logs the device is waited for."""
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 class StudentCurves(pl.Callback):
-    """Logs the peak learning rate, the tokens a second and, once, the student as text.
+    """Logs the highest learning rate, tokens per second and, once, a description of the student.
 
-    Tokens are real ones of all devices; the time is that between two logged steps, without
-    validation.
+    Tokens are the real tokens on all devices, without padding; validation time does not count.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                text: Any = pl_module.describe  # the modules of this package have it
+                text: Any = pl_module.describe  # every module of this package has it
                 logger.experiment.add_text("student", text())
 
     def on_before_optimizer_step(
@@ -53,7 +52,9 @@ class StudentCurves(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._num_tokens += batch["attention_mask"].sum()  # a tensor: nobody waits for the device
+        self._num_tokens += batch[
+            "attention_mask"
+        ].sum()  # stays a tensor, so that nothing waits for the device
         if trainer.global_step % _every(trainer) == 0:
             per_second = self._num_tokens * trainer.world_size / (time.perf_counter() - self._begun)
             pl_module.log("train/tokens_per_second", per_second, sync_dist=True)

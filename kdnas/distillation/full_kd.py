@@ -1,4 +1,4 @@
-"""One student, distilled on all rows."""
+"""Full KD: one student is distilled on all training rows and saved."""
 
 import time
 from pathlib import Path
@@ -18,9 +18,9 @@ from kdnas.system.files import new_folder
 from kdnas.training.precision import autocast
 from kdnas.training.trainer import TrainerSettings, fit_resumable, own_random_numbers
 
-# Of held-out rows: some hundreds, and a second.
+# Tokens of held-out rows for the final figures: some hundred rows, which take a second.
 QUALITY_TOKENS = 20_000
-FEWEST_ROWS = 8  # for a map and what it is worth
+FEWEST_ROWS = 8  # to fit a linear map on one half and to measure it on the other
 
 
 def distill_student(
@@ -37,25 +37,25 @@ def distill_student(
     weights: dict[str, Tensor] | None = None,
     optimizer: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Distil a student, and write it into ``folder/encoder``. After a stop the same call resumes.
+    """Distil a student and write it into ``folder/encoder``; if stopped, the same call resumes.
 
     Args:
-        teacher: to learn from.
-        arch: its shape.
-        recipe: objective, start and rates.
-        data: after ``setup``; the student learns from the rows of its split.
+        teacher: the teacher to learn from.
+        arch: shape of the student.
+        recipe: objective, initialisation and learning rates.
+        data: data module after ``setup``; the student learns from the rows of its split.
         states: the teacher's hidden states of these rows.
         trainer: device, precision, logger and callbacks.
-        num_epochs: passes over the rows; 0 keeps the first weights.
-        folder: for TensorBoard's logs, ``encoder/`` and, until the end, ``last.ckpt``.
-        seed: of the weights that are not the teacher's.
-        weights: a candidate's, to go on from; None: begin from the teacher.
-        optimizer: the state of the candidate's optimizer.
+        num_epochs: passes over the rows; with 0, the student is saved untrained.
+        folder: folder for TensorBoard logs, ``encoder/`` and, until the end, ``last.ckpt``.
+        seed: seed of the weights that are not made from the teacher's.
+        weights: a candidate's weights to continue from; None: initialise from the teacher.
+        optimizer: state of the candidate's optimizer, to continue from.
 
     Returns:
-        What ``result.json`` holds: ``arch``, ``num_parameters``, ``loss``, ``contextual_share``,
-        ``sentence_r2``, ``seconds``, ``num_rows``, ``num_epochs``, ``history``, a row an epoch; and
-        the figures of ``sentence_agreement``, on held-out rows.
+        The content of ``result.json``: ``arch``, ``num_parameters``, ``loss``,
+        ``contextual_share``, ``sentence_r2``, ``seconds``, ``num_rows``, ``num_epochs``,
+        ``history`` (a row for each epoch), and, on held-out rows, ``sentence_agreement``.
     """
     started = time.monotonic()
     with own_random_numbers():
@@ -63,7 +63,7 @@ def distill_student(
         module = HiddenStateDistillModule(teacher, arch, recipe)
         module.states = states
         if (folder / "last.ckpt").exists():
-            module.started = Started()  # the checkpoint's student was
+            module.started = Started()  # the checkpoint's student is initialised already
         elif weights is not None:
             module.begin(data)
             module.load_state_dict(weights)

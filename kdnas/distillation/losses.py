@@ -12,10 +12,12 @@ from kdnas.system.errors import UserError
 
 
 def within_half(states: Tensor) -> Tensor:
-    """The same states, checked: beyond float16's range they would silently become infinite.
+    """Return the states unchanged if float16 can hold them.
+
+    Stored in float16, larger numbers would silently become infinite.
 
     Raises:
-        UserError: float16 cannot hold one, or one is not a number.
+        UserError: a number is NaN, or beyond the range of float16.
     """
     most, largest = torch.finfo(torch.float16).max, max(abs(float(x)) for x in states.aminmax())
     if math.isnan(largest):
@@ -29,9 +31,9 @@ def within_half(states: Tensor) -> Tensor:
 
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Sum over tokens of the mean over dimensions of the squared error, a float32 scalar.
+    """Return the squared error: mean over dimensions, sum over tokens; a float32 scalar.
 
-    Divided by N it is the mean squared error. A sum adds up over batches of different sizes.
+    Divided by N it is the mean squared error. Sums can be added over batches of different sizes.
 
     Raises:
         ValueError: the shapes differ.
@@ -41,35 +43,34 @@ def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
 
 
 def _refuse_other_shapes(one: Tensor, other: Tensor) -> None:
-    if one.shape != other.shape:  # they would broadcast silently
+    if one.shape != other.shape:  # different shapes would broadcast silently
         raise ValueError(f"The shapes {tuple(one.shape)} and {tuple(other.shape)} differ.")
 
 
 def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of q(n) k(m)^T / sqrt(D)``, (B, A, T, T); 0 at padding m."""
+    """Return the attention ``softmax_m(q(n) k(m)^T / sqrt(D))``, (B, A, T, T); 0 at padding m."""
     return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """``softmax over real tokens m of scores(n, m)``; 0 at padding m."""
+    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 at padding m."""
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Sum over real tokens of the mean over heads of KL(teacher's attention || student's).
+    """Return KL(teacher's attention || student's), mean over heads, sum over real tokens.
 
     ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the
     student's S.
 
     Args:
-        map_BATT: the student's, shape (B, A, T, T), 0 where the second token is padding.
-        teacher_map_BATT: the teacher's, the same shape.
+        map_BATT: attention maps of the student, shape (B, A, T, T), 0 where m is padding.
+        teacher_map_BATT: attention maps of the teacher, the same shape.
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar. In training it is computed in the maps' precision (in bfloat16 the error
-            is about
-        4e-4 a token); without a gradient, as on held-out rows, in float32.
+        A float32 scalar. In training it is computed in the precision of the maps (the error in
+        bfloat16 is about 4e-4 a token); without a gradient, as on held-out rows, in float32.
 
     Raises:
         ValueError: the shapes differ.
@@ -82,7 +83,7 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
 
 
 class _Divergence(torch.autograd.Function):
-    """Few passes over large maps, in their precision: four times as fast as autograd."""
+    """KL divergence in few passes over large maps, in their precision; 4 x as fast as autograd."""
 
     LEAST = 1e-30  # in place of 0, which has no logarithm
 
@@ -102,16 +103,16 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """The share of what context adds that the student knows.
+    """Return how much of what context adds in a teacher layer the student has learned.
 
     ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``. 0: no more than a look-up table of words. 1:
     equal to the teacher. Negative: less than the table.
 
     Args:
-        mse: error of the student on one layer of the teacher.
-        mse_context_free: error of the best linear map from the teacher's embedding output to that
-            layer.
-        mse_teacher: error of that layer itself, not 0 if it is measured by a shrunk map.
+        mse: error of predicting the teacher layer from the student.
+        mse_context_free: error of predicting it from the teacher's embedding output, by the best
+            linear map.
+        mse_teacher: error of predicting it from itself; above 0 if that map is regularised.
     """
     span = mse_context_free - mse_teacher
     return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0

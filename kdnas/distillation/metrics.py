@@ -1,4 +1,4 @@
-"""Metrics of a student on held-out rows, as sums that add up over batches and ranks."""
+"""Metrics of a student on held-out rows, kept as sums over batches and ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +11,14 @@ from torchmetrics.functional import spearman_corrcoef
 
 from kdnas.distillation.losses import ridge_map
 
-# Too little text for so many epochs: the loss ends higher than its best by more than this share.
+# If the last loss exceeds the best by more than this share, there were too many epochs.
 TOO_LONG = 0.01
-# Shrinkage of the tokens' probe. The student's errors and the teacher's are compared, so both use
-# it.
+# Ridge strength of the token probe, the same for student and teacher, whose errors are compared.
 TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """For each term of the loss the sum of its errors, and their number."""
+    """Sums and numbers of the errors of each term of the loss."""
 
     full_state_update = False
 
@@ -32,21 +31,21 @@ class TermErrors(Metric):
         self.add_state("counts", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add a batch; both of shape (terms,)."""
+        """Add a batch: the sum of each term's errors and their number, both of shape (terms,)."""
         # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Each term's mean error (0 where there was nothing to compare) and count, (2, terms)."""
+        """Return each term's mean error (0 if the count is 0) and count, shape (2, terms)."""
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
 class RidgeProbe(Metric):
-    """How well the best linear map from a student's states predicts the teacher's.
+    """Error of the best linear map from a student's hidden states to its teacher's.
 
-    It is fitted on one half of the batches and measured on the other; the first batch is cut in
-    two, so one is enough. Only sums of products are kept, no states: with X of shape (n, D + 1),
+    The map is fitted on one half of the batches and measured on the other; the first batch is cut
+    in two, so one is enough. Only sums of products are stored: with X of shape (n, D + 1),
     its last column 1, and Y of shape (n, H), ``W = argmin |X W - Y|^2 + strength * mean diagonal *
     |W|^2`` on the first half and ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the
     second.
@@ -54,8 +53,8 @@ class RidgeProbe(Metric):
     Args:
         num_inputs: D, the student's width.
         num_targets: H, the teacher's width.
-        strength: weight of the shrinkage.
-        sync_on_compute: whether the sums of all ranks are added, as in torchmetrics.
+        strength: weight of the ridge penalty.
+        sync_on_compute: whether ``compute`` adds the sums of all ranks, as in torchmetrics.
     """
 
     full_state_update = False
@@ -84,7 +83,7 @@ class RidgeProbe(Metric):
         self.num_batches = 0
 
     def update(self, inputs_ND: Tensor, targets_NH: Tensor) -> None:
-        """Add a batch."""
+        """Add a batch: student states (N, D) and teacher states (N, H) of the same tokens."""
         middle = len(inputs_ND) // 2
         halves = [(self.num_batches % 2, slice(None))]
         if self.num_batches == 0:
@@ -102,12 +101,12 @@ class RidgeProbe(Metric):
                 self.yy[half] += targets.square().sum(0)
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Discard all batches."""
         super().reset()
         self.num_batches = 0
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the map, and variance of the targets, on the second half."""
+        """Return the map's mean squared error and the targets' variance, on the second half."""
         gram = self.xx[0].clone()
         count = self.xx[1, -1, -1].clamp_min(1)
         ridge = self.strength * gram.diagonal()[:-1].mean().clamp_min(1e-9)
@@ -121,18 +120,18 @@ class RidgeProbe(Metric):
 
 
 def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, float]:
-    """How well a student's sentence vectors stand for its teacher's, without a task.
+    """Measure how well a student's sentence vectors agree with its teacher's, without a task.
 
     Args:
-        student_NS: of rows that it did not learn from, shape (N, S); two at least.
-        teacher_NH: the teacher's of the same rows, shape (N, H).
+        student_NS: the student's vectors of at least two rows that it was not trained on, shape
+            (N, S).
+        teacher_NH: the teacher's vectors of the same rows, shape (N, H).
 
     Returns:
-        ``vector_cosine``, the mean cosine between the teacher's vectors and a linear map of the
-        student's, which is fitted on one half of the rows and measured on the other; and
-        ``similarity_order``, Spearman's correlation, over pairs of rows, of the cosine between the
-        student's two vectors with that between the teacher's: 1 where both put all pairs in the
-        same order, as STS tasks ask for.
+        ``vector_cosine``: mean cosine between the teacher's vectors and the student's after a
+        linear map, which is fitted on one half of the rows and measured on the other.
+        ``similarity_order``: Spearman correlation between the cosine similarities of all pairs of
+        rows by the student and by the teacher; 1 if both rank all pairs alike, as STS asks for.
     """
     middle = len(student_NS) // 2
     weights = ridge_map(student_NS[:middle], teacher_NH[:middle], strength=1e-2).float()
@@ -148,7 +147,7 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:
-    """A remark where the held-out loss was lower before the last epoch; else nothing."""
+    """Return a remark if the held-out loss was lower before the last epoch, else ``""``."""
     best = min(history, key=lambda row: row["loss"])
     if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:
         return ""

@@ -1,4 +1,4 @@
-"""HiddenStateDistillModule: a student learns its teacher's hidden states under masked inputs."""
+"""HiddenStateDistillModule: trains a student on its teacher's hidden states of masked inputs."""
 
 import math
 from dataclasses import dataclass
@@ -50,14 +50,15 @@ from kdnas.training.optimizers import (
 from kdnas.training.precision import autocast
 from kdnas.training.trainer import ClipFusedGradients
 
-# Enough for least squares in a narrow student's width; some seconds on two cores.
+# Enough for least squares in a narrow student's width; takes some seconds on two cores.
 CALIBRATION_TOKENS = 20_000
 # Batches of changing lengths leave holes in the heap, which grows by hundreds of megabytes
 # (LOG.md).
 TRIM_STEPS = 25
 
 
-# What won, judged by fine-tuning (LOG.md). Without pairs in the text the last term is 0.
+# The best objective by the scores after fine-tuning (LOG.md). If the text gives no pairs, the pair
+# term is 0.
 DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), PairComparison()], [1.0, 0.5])
 
 
@@ -66,18 +67,18 @@ class Recipe:
     """How a student is distilled; the same for mini-KD, full KD and ``kdnas fit``.
 
     Args:
-        objective: what the student is asked to know of its teacher.
-        start: the student's first weights.
-        learning_rate: AdamW's peak rate of new parameters.
-        copied_learning_rate: the same for parameters that hold the teacher's values, which a high
-            rate would destroy.
-        matrix_learning_rate: Muon's peak rate of the matrices in the student's layers; null: AdamW
-            takes them too.
-        copied_matrix_learning_rate: the same for matrices that hold the teacher's values.
-        weight_decay: on matrices only, and on a CPU not on the table of words.
+        objective: the loss: what the student learns from its teacher.
+        start: how the student's weights are initialised.
+        learning_rate: AdamW's peak learning rate for new parameters.
+        copied_learning_rate: AdamW's peak learning rate for parameters copied from the teacher,
+            which a high rate would destroy.
+        matrix_learning_rate: Muon's peak learning rate for the matrices in the student's layers;
+            null: AdamW trains them too.
+        copied_matrix_learning_rate: Muon's peak learning rate for matrices copied from the teacher.
+        weight_decay: weight decay of matrices; on a CPU not of the word embeddings.
         warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
             rest.
-        constant_rate: no warm-up and no decay (the original).
+        constant_rate: no warm-up and no decay, as in the original.
         dropout: train the student with its dropout (small students underfit anyway; off by
             default).
 
@@ -115,33 +116,34 @@ class Recipe:
 
 @cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that every step needs, copied once; do not change it."""
-    with torch.inference_mode(False):  # whoever asks first: others take it into autograd
+    """Return the values as a cached tensor on the device; do not change the tensor."""
+    with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """The rows of the data's split that students start on; the same on every rank."""
+    """Return training rows of the data's split to initialise students on, the same on all ranks."""
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
 
 
 class HiddenStateDistillModule(ClipFusedGradients):
-    """A student learns its teacher's hidden states under masked inputs, as the recipe asks.
+    """Lightning module that trains a student on its teacher's hidden states of masked inputs.
 
-    ``loss = sum_k w_k e_k / s_k`` over the objective's terms: mean error e, weight w, and s the
-    variance of the teacher layer where the term is scaled, else 1. The held-out loss, from which a
-    reward is made, is the weighted mean of only those terms by which students can be compared
-    (``Term.compares``); of all terms where there are none.
+    ``loss = sum_k w_k e_k / s_k`` over the objective's terms k, with mean error e_k, weight w_k,
+    and s_k the variance of the teacher layer if the term is scaled, else 1. The held-out loss, from
+    which a candidate's reward is computed, is the weighted mean of the terms by which students can
+    be ranked (``Term.compares``), or of all terms if there are none.
 
-    The teacher is no submodule: ``parameters()``, checkpoints and DDP never see it. ``setup`` opens
-    ``self.states``, which maps a batch to the teacher's states. A search sets ``self.states``, and
-    the rows that students start on, ``self.calibration``, once for all candidates.
+    The teacher is not a submodule, so ``parameters()``, checkpoints and DDP do not include it.
+    ``setup`` sets ``self.states``, which maps a batch to the teacher's states. A search sets it
+    itself, once for all candidates, and with it ``self.calibration``, the rows on which students
+    are initialised.
 
     Args:
         teacher: a folder, a hub name or ``quickstart``.
         arch: shape of the student.
-        recipe: how it is distilled.
-        states: where the teacher's states are kept.
+        recipe: how the student is distilled.
+        states: where the teacher's states are stored.
     """
 
     def __init__(
@@ -167,18 +169,19 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.states: TeacherStates | None = None
         self.calibration: CalibrationRows | None = None
         self.started: Started | None = None
-        self.optimizer_tensors: dict[
-            str, Tensor
-        ] = {}  # from an earlier fit that this one continues
+        # State of the optimizer of an earlier fit that this one continues.
+        self.optimizer_tensors: dict[str, Tensor] = {}
 
         self.val_errors = TermErrors(len(self.terms))
         self.token_probe = RidgeProbe(*widths, strength=TOKEN_STRENGTH)
-        self.sentence_probe = RidgeProbe(*widths, strength=0.03)  # there are fewer rows
+        self.sentence_probe = RidgeProbe(
+            *widths, strength=0.03
+        )  # stronger, for there are fewer rows than tokens
         self.history: list[dict[str, float]] = []
-        self._has_bar = False  # a bar waits for the device, for each number
+        self._has_bar = False  # each number in a progress bar waits for the device
 
     def describe(self) -> str:
-        """The student beside its teacher, and what it is asked, as Markdown."""
+        """Return Markdown: the student's sizes beside the teacher's, and the terms of its loss."""
         teacher, student = arch_of(self._teacher.config).to_dict(), self.arch.to_dict()
         teacher["parameters"] = f"{num_parameters(self._teacher.model):,}"
         student["parameters"] = f"{num_parameters(self.student):,}"
@@ -190,12 +193,12 @@ class HiddenStateDistillModule(ClipFusedGradients):
         num_copied = len(self.started.copied) if self.started else 0
         return (
             f"| | teacher | student |\n| --- | --- | --- |\n{rows}\n"
-            f"Of its {num_tensors} tensors {num_copied} learn at the rates of copies. "
-            f"It learns:\n\n{terms}"
+            f"Of the student's {num_tensors} tensors, {num_copied} train at the learning rates of "
+            f"copied parameters. Terms of its loss:\n\n{terms}"
         )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The same curves in mini-KD, full KD and ``kdnas fit``."""
+        """Return the callback that logs learning rate and speed in every kind of distillation."""
         return [StudentCurves()]
 
     def setup(self, stage: str | None = None) -> None:
@@ -219,7 +222,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if stage == "fit":
             self.begin(data)
             if device.type == "cpu":
-                # The fused kernel's backward pass takes twice as long, and gives no maps.
+                # Fused attention's backward pass takes twice as long, and gives no attention maps.
                 self.student.set_attn_implementation("eager")
                 take_rows(self.student)
             # Lightning warns of a fit that begins in eval mode; on_train_start decides.
@@ -228,10 +231,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Start the student from the teacher, and the criterion from both; once."""
+        """Initialise the student from the teacher, and the criterion from both; do so only once."""
         if self.started is not None:
             return
-        release_memory()  # what reading the text has left
+        release_memory()  # memory that reading the text has left allocated
         rows = self.calibration or calibration_rows(data)
         self.student.eval()
         teacher = self._teacher.model.to("cpu")  # type: ignore[arg-type]
@@ -244,7 +247,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Save the student and its teacher's tokenizer; its config names the teacher."""
+        """Save the student with the teacher's tokenizer; its config records the teacher's hash."""
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -254,9 +257,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:
-        """The student's and the teacher's states on a batch."""
+        """Run the student on a batch; return views of its states and of the teacher's."""
         assert self.states is not None, "setup() sets it"
-        # In training the maps would have dropout.
+        # In train mode the attention maps would have dropout.
         is_eager = self.student.config._attn_implementation == "eager"
         output = encode(self.student, batch, maps=is_eager and not self.student.training)
         padded = dict(enumerate(output.hidden_states or (), -1))
@@ -266,10 +269,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return student, View(self._teacher.model, batch, real=real)
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
-        """For each term the sum of its errors and their number; shapes (terms,)."""
+        """Return the sum of each term's errors and their number, both of shape (terms,)."""
         errors, counts = zip(*self.criterion(student, teacher), strict=True)
         sums = torch.stack(errors)
-        # Filled on the device: a tensor of the list would be copied there, and waited for.
+        # Filled on the device: copying a tensor of the list there would wait for the device.
         return sums, torch.stack([sums.new_full((), count) for count in counts])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -278,8 +281,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         num_ranks = distributed.get_world_size() if is_distributed else 1
         known = torch.stack([counts, sums.detach()])
         if num_ranks > 1:
-            # DDP takes the mean over ranks, and one rank may have no pairs: so divide by all
-            # counts. The sums are for the log, in the same exchange.
+            # DDP averages over ranks, and a rank may have no pairs: so divide by the counts of all
+            # ranks. The sums go along for the log.
             distributed.all_reduce(known)
         weights = self._weights("variance") / known[0].clamp_min(1)
         self.log("train/loss", (known[1] * weights).sum(), prog_bar=self._has_bar)
@@ -317,13 +320,13 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
-        """Texts and their sentence vectors: the means of the last layer's states, (B, H)."""
+        """Return texts and their sentence vectors (B, H), the means of the last layer's states."""
         states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
         view = View(self.student, cast(Batch, batch), states)
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What the held-out rows say of the student, and of each term and teacher layer."""
+        """Return the held-out metrics of the student, and those of each term and teacher layer."""
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
@@ -341,7 +344,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     def _held_out_loss(self, means: Tensor, counts: Tensor) -> float:
         weights = self._weights("held_out_variance").cpu()
-        # Some texts give no pairs, and so no count.
+        # A text without pairs gives the pair term a count of 0.
         compares = torch.tensor([term.compares for term in self.terms]) & (counts > 0)
         if compares.any():
             pairs = zip(self.terms, compares.tolist(), strict=True)
@@ -358,7 +361,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """The error of each term, and for each teacher layer that of the best student layer."""
+        """Return the error of each term, and the lowest error on each teacher layer."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -374,12 +377,12 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Variance and context-free error of a teacher layer."""
+        """Return the variance and the context-free error of a teacher layer."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """The terms' weights in the loss, (terms,); ``scale`` is a field of LayerStats."""
+        """Return the terms' weights in the loss, (terms,), divided by the LayerStats field."""
         weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)
             if term.scaled and term.layer is not None
@@ -424,8 +427,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
         if self.trainer.estimated_stepping_batches == math.inf:
             raise UserError(
-                "The training has no last step, at which the rate is 0: give trainer.max_epochs or "
-                "trainer.max_steps, or recipe.constant_rate."
+                "The training has no last step, at which the learning rate is to reach 0: give "
+                "trainer.max_epochs or trainer.max_steps, or set recipe.constant_rate."
             )
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         num_warmup = max(1, round(recipe.warmup_share * num_steps))
@@ -452,7 +455,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
             what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
             raise UserError(
                 f"The checkpoint is of another student or objective{what}. "
-                "Give that, or another one."
+                "Give that student and objective, or another checkpoint."
             )
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:

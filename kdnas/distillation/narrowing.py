@@ -1,7 +1,8 @@
-"""A smaller student made from its teacher's layers, map by map, by least squares.
+"""A smaller student is made from its teacher's layers, one linear map at a time, by least squares.
 
-Shapes: B rows, T padded tokens, N real tokens of all calibration rows, H_t and H_s the widths of
-teacher and student.
+The stream is what flows from layer to layer: the hidden states of the real tokens. "Flat" tensors
+hold the N real tokens of all calibration rows one after the other. Shapes: B rows, T padded tokens,
+H_t and H_s the widths of teacher and student, L layers, A heads, D dimensions of a head.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,22 +24,22 @@ from kdnas.models.families import arch_of, attention_part, family_of
 from kdnas.models.layers import Even
 from kdnas.training.precision import autocast
 
-# How often one layer that is all layers is fitted anew, to what it itself gives at each depth.
+# How often ALBERT's shared layer is fitted again, on the inputs that it then gets at each depth.
 ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Give a student the teacher's embedding output in another basis.
+    """Initialise a student's embeddings so that they give the teacher's in another basis.
 
     Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go
-    into the tables; what is left of gamma is how much smaller the projected vector is than the
-    centred one. Tables of a width of their own stay as they are, and the map behind them is
-    projected. A student as wide as its teacher gets all of them as they are.
+    into the embedding tables; the student's gamma is then one number, how much smaller the
+    projected vectors are than the centred ones. If a linear map follows the tables (ALBERT,
+    ELECTRA), tables are copied and the map is projected. If the widths are equal, all is copied.
 
     Args:
-        student: changed in place.
-        teacher: of the same family.
-        basis_TS: from the teacher's stream to the student's, (H_t, H_s).
+        student: the student, changed in place.
+        teacher: the teacher, of the same family.
+        basis_TS: the projection from the teacher's stream to the student's, (H_t, H_s).
     """
     ours: Any = student.embeddings
     theirs: Any = teacher.embeddings
@@ -53,8 +54,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
         mapping.weight.copy_(basis_TS.T @ source.weight)
         mapping.bias.copy_(basis_TS.T @ source.bias)
         return
-    # A student as narrow as the tables of its teacher has no map, so the teacher's goes into the
-    # tables.
+    # A student as narrow as its teacher's tables has no map behind them, so the teacher's map goes
+    # into the tables.
     fold, shift = (
         (basis_TS, 0.0) if source is None else (source.weight.T @ basis_TS, source.bias @ basis_TS)
     )
@@ -72,9 +73,10 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
 
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
-    """The names of the tables that always remain the teacher's: those of a width of their own.
+    """Return the names of embedding parameters that are trained as copies of the teacher's.
 
-    Others may be its copies too, but what follows them is not, so they learn as new ones (LOG.md).
+    Those are tables with a linear map behind them. Others may be copies too, but the parts behind
+    them are not, so they are trained like new parameters (LOG.md).
     """
     if embedding_mapping(student) is None:
         return frozenset()
@@ -85,33 +87,32 @@ def copied_tables(student: PreTrainedModel) -> frozenset[str]:
 def narrow(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
 ) -> tuple[tuple[int, ...], ...]:
-    """Give a student the teacher's layers in a smaller basis, map by map, by least squares.
+    """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    Let x_l be the teacher's stream after layer l and B (H_t, H_s) the principal components of it
-    over the layers that count, turned so that every column is free of the mean that a layer norm
-    takes away. The student's stream shall be ``B^T x``. For each student layer, in order, from its
-    own stream z: queries, keys and values are the ridge regression of the kept teacher heads' on z;
-    the output maps are that of ``sigma B^T norm(x) - z``, where sigma is the scale that the
-    teacher's layer norm divides by; layer norms take a scale and a shift for each dimension. Where
-    teacher layers are left out, the second output map aims at the input of the next source layer,
-    so it does their work too as far as a linear map can. What differs in MPNet, DeBERTa, ModernBERT
-    and ALBERT stands at their steps (``_STEPS``).
+    Let x_l be the teacher's stream after layer l, and B (H_t, H_s) its principal components over
+    all layers l at which student layers end, rotated to be free of the mean that a layer norm
+    removes. The student's stream z is to be ``B^T x``. For each student layer, in order: its query,
+    key and value maps are the ridge regression on z of the queries, keys and values of the kept
+    teacher heads; its output maps are the ridge regression of ``sigma B^T norm(x) - z``, where
+    sigma is the scale that the teacher's layer norm divides by; its layer norms get a scale and a
+    shift for each dimension. If teacher layers are left out, the layer's second output map is
+    fitted to the input of the next kept layer, and so replaces them as far as a linear map can.
+    Other families than BERT differ in some steps (``_STEPS``).
 
-    A student as wide as its teacher keeps the stream as it is, so B is the identity, and the kept
-    heads and neurons are copied: least squares only add to each map what the copies lack. What did
-    nothing can be left out without loss.
+    If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
+    copied, and least squares correct each copied map.
 
     Args:
-        student: changed in place.
-        teacher: of the same family.
-        rows: to calibrate on; 20,000 tokens do for a width of 192, and three times as many do a
-            little better (LOG.md).
+        student: the student, changed in place.
+        teacher: the teacher, of the same family.
+        rows: rows to calibrate on; 20,000 tokens are enough for a width of 192, and three times as
+            many are a little better (LOG.md).
 
     Returns:
         For each student layer, the teacher's heads that its heads were made from.
 
-    Source: PCA of the stream as in SliceGPT (Ashkboos et al. 2024), the rest is measured in
-        ``LOG.md``.
+    Source: PCA of the stream is from SliceGPT (Ashkboos et al. 2024); the other choices are
+        measured in ``LOG.md``.
     """
     is_as_wide = student.config.hidden_size == teacher.config.hidden_size
     narrower, as_wide = _STEPS.get(teacher.config.model_type, (_Narrowing, _SameWidth))
@@ -120,13 +121,13 @@ def narrow(
 
 @dataclass(frozen=True)
 class TeacherStream:
-    """What a teacher gives on the calibration rows, flat; the same for all of its students.
+    """A teacher's hidden states on the calibration rows, shared by all of its students.
 
     Args:
-        states: after each layer, -1 the embeddings, (N, H_t); all but those in float16.
-        scales: how large the stream is before each layer's last norm, which divides by that, (N,
-            1).
-        is_raw: the states are those before a norm.
+        states: layer -> hidden states after it, (N, H_t), in float16; -1: the embedding output, in
+            float32.
+        scales: for each norm that ends a layer, the standard deviation that it divides by, (N, 1).
+        is_raw: whether the states are taken before a norm (pre-norm families).
     """
 
     states: dict[int, Tensor]
@@ -135,10 +136,10 @@ class TeacherStream:
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """The covariance of the states after a layer, over its trace: (H_t, H_t), float64.
+        """Return the covariance of the states after a layer, of trace 1: (H_t, H_t), float64.
 
-        Of states before a norm: their products as the norm gives them. The mean counts there, for
-        the maps behind have no shift that could bring it back.
+        For raw states, it is the second moment of the normed states: the mean is not subtracted,
+        because the maps behind the norm have no bias that could restore it.
         """
         if layer not in self._covariances:
             states = self.states[layer].float()
@@ -152,7 +153,7 @@ class TeacherStream:
 
     @classmethod
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
-        """By one pass over the rows."""
+        """Compute the teacher's stream by one pass over the rows."""
         _, embedded = _embedded(teacher, rows)
         norms = _last_norms(teacher)
         num_layers, is_raw = teacher.config.num_hidden_layers, family_of(teacher.config).norm_first
@@ -169,9 +170,9 @@ class TeacherStream:
                 with autocast(teacher.device.type):
                     outputs = list(encode(teacher, batch).hidden_states[1:])  # type: ignore[index]
                 if is_raw:
-                    outputs[-1] = inputs[-1]  # transformers gives it as it is behind the last norm
+                    outputs[-1] = inputs[-1]  # transformers returns it after the final norm
                 for i, output in enumerate(outputs):
-                    # In half precision: all layers of a wide teacher are gigabytes otherwise.
+                    # In float16: otherwise all layers of a wide teacher would take gigabytes.
                     states[i].append(within_half(output[mask]).half())
                 for scale, before in zip(scales, inputs, strict=True):
                     scale.append(before[mask].float().std(-1, correction=0, keepdim=True))
@@ -184,7 +185,7 @@ class TeacherStream:
 
 
 def _last_norms(teacher: Any) -> list[nn.Module]:
-    """The norms whose outputs are the stream after each layer; where norms are first, the last."""
+    """Return the norm that ends each layer; for pre-norm families, only the final norm."""
     family = family_of(teacher.config)
     if family.norm_first:
         return [teacher.final_norm]
@@ -195,21 +196,21 @@ def _last_norms(teacher: Any) -> list[nn.Module]:
 
 
 class CalibrationRows(list[Batch]):
-    """Rows to calibrate on, with a teacher's stream on them, which all students share."""
+    """Rows to calibrate on; they cache a teacher's hidden states, which all its students share."""
 
     def __init__(self, rows: Iterable[Batch]) -> None:
         super().__init__(rows)
         self._last: tuple[PreTrainedModel, TeacherStream] | None = None
 
     def stream(self, teacher: PreTrainedModel) -> TeacherStream:
-        """The teacher's stream, computed once; its weights must not change afterwards."""
+        """Return the teacher's stream, computed once; the teacher must not change afterwards."""
         if self._last is None or self._last[0] is not teacher:
             self._last = teacher, TeacherStream.of(teacher, self)
         return self._last[1]
 
 
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """What goes into the embedding's layer norm, and what comes out of it, flat."""
+    """Return the inputs of the embeddings' layer norm and the embedding outputs, flat (N, ...)."""
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
         lambda module, inputs, output: before.append(inputs[0])
@@ -223,7 +224,7 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
 
 
 class _LayerRun(NamedTuple):
-    """What the parts of a teacher layer give on the calibration rows, flat (N, ...)."""
+    """Outputs of the parts of a teacher layer on the calibration rows, flat (N, ...)."""
 
     query: Tensor
     key: Tensor
@@ -231,13 +232,13 @@ class _LayerRun(NamedTuple):
     before_attention_norm: Tensor
     attention: Tensor
     intermediate: Tensor  # before the activation
-    activity: Tensor  # of each neuron: root of the mean square, (I,)
+    activity: Tensor  # of each neuron, after the activation: root mean square, (I,)
 
 
 class _Narrowing:
     """The steps of ``narrow`` for a student that is narrower than its teacher."""
 
-    adds = False  # whether least squares add to what a map has, or replace it
+    adds = False  # whether least squares correct the map that is there, or replace it
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
@@ -268,31 +269,31 @@ class _Narrowing:
         return tuple(map(tuple, heads))
 
     def _kept(self) -> list[int]:
-        """The teacher layers that the student's are made from."""
+        """Return the teacher layers from which the student's layers are made."""
         return kept_layers(len(self.layers), len(self.sources))
 
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        """Make the student's layers, in order."""
+        """Fit the student's layers, in order, from the embedding output z."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
 
     def _basis(self, layers: list[int]) -> Tensor:
-        """Principal components (H_t, H_s) of the stream after these layers, each counted alike."""
+        """Return principal components (H_t, H_s) of the stream, each layer weighted alike."""
         width = self.ours.hidden_size
         total = torch.stack([self.stream.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
 
-        # The student's norms remove the mean over dimensions. So the components are turned to be
-        # orthogonal to it, and there is one fewer than H_s.
+        # The student's norms remove the mean over dimensions. So the components are rotated to be
+        # orthogonal to it, which leaves room for H_s - 1 of them.
         turn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
         turn[:, 0] = 1.0
         beside_mean = torch.linalg.qr(turn)[0][:, 1:]
         return components @ beside_mean.to(components.device).T
 
     def _embeddings(self) -> Tensor:
-        """Make the student's embeddings; their output, (N, H_s)."""
+        """Fit the student's embeddings, and return their output, (N, H_s)."""
         start_embeddings(self.student, self.teacher, self.basis)
         before, z = _embedded(self.student, self.rows)
         if embedding_mapping(self.student) is not None:
@@ -301,20 +302,24 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Of each layer the teacher's heads that move the stream most, in ascending order."""
+        """Return for each layer the teacher's heads that change the stream most, ascending."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
 
     def _importance(self, sources: list[int]) -> Tensor:
-        """How much the values of each head move the stream, (L_s, A_t)."""
+        """Return how much the values of each teacher head change the stream, (L_s, A_t)."""
         return torch.stack([self._moved(source) for source in sources])
 
     def _shared(self, heads: list[list[int]]) -> None:
-        """Make what all layers share; by default nothing."""
+        """Fit parameters that all layers share; by default there are none."""
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
-        """Make one student layer; the stream after it."""
+        """Fit one student layer, and return the student's stream after it.
+
+        ``source`` is the teacher layer it is made from; it is fitted to the teacher's stream after
+        layer ``end``.
+        """
         layer = self.layers[number]
         names, part = self.names, layer.get_submodule
         neurons = self._important_neurons(source)
@@ -332,7 +337,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Make the attention of a student layer; the stream after its norm."""
+        """Fit the attention of a student layer, and return the stream after the attention norm."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -348,7 +353,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Of a head larger than the teacher's, what is left over must not change the scores."""
+        """Set the key maps to 0: unused dimensions of a larger head must not change the scores."""
         for linear in self._score_maps(layer, "key"):
             linear.weight.zero_()
             if linear.bias is not None:
@@ -358,47 +363,47 @@ class _Narrowing:
         return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
 
     def _fit_heads(self, layer: nn.Module, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Make the queries', keys' or values' map of a layer; what it gives."""
+        """Fit a layer's query, key or value map to targets, and return its output."""
         linear = _Linear(*attention_part(self.family, layer, part))
         return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """The maps of a layer that make queries, or keys."""
+        """Return the linear maps of a layer that make queries, or keys."""
         return [_Linear(*attention_part(self.family, layer, part))]
 
     def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The same for queries and keys."""
+        """Fit a layer's query or key maps to targets, and return the tokens' queries or keys."""
         return self._fit_heads(layer, part, inputs, targets)
 
-    # What differs where a layer's norms are before its parts.
+    # Pre-norm families (norms before the parts of a layer) override the next methods.
 
     def _read(self, norm: Any, z: Tensor) -> Tensor:
-        """What a part reads of the stream: all."""
+        """Return the input of a part of a layer: the stream, normed in pre-norm families."""
         return z
 
     def _settled(self, norm: Any, before: Tensor) -> Tensor:
-        """The teacher's stream behind a part: normed."""
+        """Return the teacher's stream after a part: normed, except in pre-norm families."""
         return norm(before)
 
     def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
-        """The student's stream behind a part: normed, by a norm made to give the target."""
+        """Fit the norm after a part to the target, and return the student's stream after it."""
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """The outputs of the intermediate map that belong to these neurons."""
+        """Return the outputs of the intermediate map that belong to these neurons."""
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
         return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
-        """What the student's attention norm should give, and what should go into it."""
+        """Return the targets for the output and the input of the student's attention norm."""
         run = self._run(source)
         scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
         return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
 
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
-        """The same of the norm that ends the student's layer."""
+        """Return the targets for the output and the input of the norm that ends the layer."""
         after = self.stream.states[end].float()
         return self._goal(_last_norms(self.teacher)[end], after, self.stream.scales[end])
 
@@ -412,9 +417,9 @@ class _Narrowing:
         return self.sources[source].get_submodule(name)
 
     def _run(self, source: int) -> _LayerRun:
-        """A teacher layer on its own input; the last one is kept."""
+        """Run a teacher layer on the teacher's own stream; the last result is cached."""
         if self._last_run is None or self._last_run[0] != source:
-            self._last_run = None  # free it first
+            self._last_run = None  # free the previous result first
             self._last_run = source, self._teacher_layer(source)
         return self._last_run[1]
 
@@ -435,13 +440,13 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """All queries or keys that have a part in a teacher layer's scores; first the tokens'."""
+        """Return a teacher layer's queries or keys: of tokens, then of relative positions."""
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
         self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """What a model's layer attends to, within each row, over real tokens; flat, (N, A * D)."""
+        """Compute attention within each row, before the output map; flat, (N, A * D)."""
         num_heads = model.config.num_attention_heads
         contexts = []
         rows = (x[: len(value)].split(self.sizes) for x in (query, key, value))
@@ -457,7 +462,7 @@ class _Narrowing:
         return torch.cat(contexts).float()
 
     def _moved(self, source: int) -> Tensor:
-        """The variance of what each head's values add to the stream, (A_t,)."""
+        """Return the variance of what each head's values add to the stream, (A_t,)."""
         num_heads = self.theirs.num_attention_heads
         weight, _ = attention_part(self.family, self.sources[source], "value")
         out = self._part(source, self.names.attention_output).weight
@@ -476,7 +481,7 @@ class _Narrowing:
         return importance.topk(self.ours.intermediate_size).indices.sort().values
 
     def _cut(self, source: int, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the kept heads, in as many dimensions as a student's head."""
+        """Return queries, keys and values of the kept heads, reduced to the student's head size."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
         run = self._run(source)
@@ -485,7 +490,7 @@ class _Narrowing:
 
         cut: list[tuple[Tensor, Tensor, Tensor]] = []
         for head in heads:
-            # Attention divides by the root of a head's size: the scores stay as they are.
+            # Attention divides by the root of the head size, so this keeps the scores.
             rescale = (size / query[head].shape[-1]) ** 0.25
             q, k = self._cut_scores(query[head] * rescale, key[head] * rescale, size)
             v, _ = _best_factors(value[head], weights[head], size)
@@ -494,16 +499,16 @@ class _Narrowing:
         return q, k, v
 
     def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a head, in at most so many dimensions, for nearly the same scores."""
+        """Reduce a head's queries and keys to ``size`` dimensions, with nearly the same scores."""
         return _best_factors(query, key, size)
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Where in a head of this size the dimensions of a query or key of the teacher's are."""
+        """Return where in a head of ``size`` the dimensions of a teacher's query or key go."""
         return torch.arange(their_size)
 
 
 class _SameWidth(_Narrowing):
-    """The same for a student as wide as its teacher: copies, and what they lack is added."""
+    """The steps of ``narrow`` for a student as wide as its teacher: copies, then corrections."""
 
     adds = True
 
@@ -524,7 +529,7 @@ class _SameWidth(_Narrowing):
         places = (starts + torch.arange(their_size)).flatten()
         score_places = (starts + self._places(size, their_size)).flatten()
         kept = torch.arange(width).view(-1, their_size)[heads].flatten()
-        same_scores = (size / their_size) ** 0.25  # attention divides by the root of a head's size
+        same_scores = (size / their_size) ** 0.25  # attention divides by the root of the head size
 
         for part in ("query", "key"):
             for ours, theirs in zip(
@@ -568,7 +573,7 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """All layers keep the same heads: those that move the stream most in all of them together."""
+    """Steps that keep the same heads in all layers: those that change the stream most overall."""
 
     def _importance(self, sources: list[int]) -> Tensor:
         importance = super()._importance(sources)
@@ -576,7 +581,7 @@ class _OneSetOfHeads(_Narrowing):
 
 
 class _Distances(_OneSetOfHeads):
-    """MPNet: all layers share a table with a number for each distance and head."""
+    """Steps for MPNet, whose layers share a table with a bias for each distance and head."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         models: tuple[Any, Any] = (self.student, self.teacher)
@@ -585,15 +590,15 @@ class _Distances(_OneSetOfHeads):
 
 
 class _DistancesSameWidth(_SameWidth, _Distances):
-    """The same for a student as wide as its teacher."""
+    """Steps for an MPNet student as wide as its teacher."""
 
 
 class _Positions(_Narrowing):
-    """DeBERTa: queries and keys meet those of a shared table of distances, made by the same maps.
+    """Steps for DeBERTa, whose scores also use queries and keys of a shared table of distances.
 
-    The table is brought into the student's basis. Where the first layer has a convolution beside
-    it, that of a narrower student begins as nearly 0: what it gives is bent, dimension by dimension, so it
-    has no counterpart in another basis.
+    The table is projected into the student's basis. If there is a convolution beside the first
+    layer, a narrower student's is initialised to nearly 0: its output goes through an activation,
+    dimension by dimension, so it cannot be expressed in another basis.
     """
 
     def _shared(self, heads: list[list[int]]) -> None:
@@ -611,13 +616,13 @@ class _Positions(_Narrowing):
         return after if number or conv is None else self._convolution(conv, end, z, after)
 
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
-        """Make the convolution; the stream behind it."""
+        """Initialise the convolution, and return the student's stream after it."""
         for parameter in conv.conv.parameters():
-            parameter.mul_(1e-4)  # weights that are all 0 are taken for damaged
+            parameter.mul_(1e-4)  # weights that are all 0 would be refused as damaged
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """That of the tokens, and that of the distances, which may be the same."""
+        """Return the map for tokens and the one for distances, which may be the same."""
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
         if not attention.relative_attention:
@@ -642,7 +647,7 @@ class _Positions(_Narrowing):
         return self._fit(own, inputs, targets[:num_tokens], num_heads)
 
     def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
-        """The vectors of the distances, repeated so that they count about as much as the tokens."""
+        """Return the table of distances, repeated to about as many rows as there are tokens."""
         table: Tensor = self._encoder(model).get_rel_embedding()
         return table.repeat(max(1, num_tokens // len(table)), 1)
 
@@ -651,7 +656,7 @@ class _Positions(_Narrowing):
 
 
 class _PositionsSameWidth(_SameWidth, _Positions):
-    """The same for a student as wide as its teacher."""
+    """Steps for a DeBERTa student as wide as its teacher."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
@@ -660,7 +665,7 @@ class _PositionsSameWidth(_SameWidth, _Positions):
                 getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
 
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
-        if end > 0:  # what the next layers do is not what it does
+        if end > 0:  # the target includes the work of later layers, which the convolution cannot do
             return super()._convolution(conv, end, before, after)
         conv.load_state_dict(self._encoder(self.teacher).conv.state_dict())
         rows = zip(self.masks, before.split(self.sizes), after.split(self.sizes), strict=True)
@@ -670,12 +675,12 @@ class _PositionsSameWidth(_SameWidth, _Positions):
 
 
 class _NormFirst(_Narrowing):
-    """ModernBERT: norms before the parts, gates, and heads that are rotated by position.
+    """Steps for ModernBERT, which is pre-norm, and has gates and rotary positions.
 
-    The stream is nowhere normed, so that what a part adds is fitted to what the teacher's adds, in
+    The stream itself is never normed, so each part is fitted to what the teacher's part adds, in
     the student's basis. The scales of norms go into the maps behind them. Dimensions i and i + D/2
-    of a head are a complex number, which is turned by ``theta ** (-2 i / D)`` from token to token;
-    in a smaller head those that are turned alike are cut to one.
+    of a head are a complex number, rotated by ``theta ** (-2 i / D)`` from token to token; in a
+    smaller head, teacher dimensions with the nearest rotation are reduced to one.
     """
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
@@ -726,22 +731,22 @@ class _NormFirst(_Narrowing):
         return less_query, less_key
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """In a head of another size, the dimensions that are turned most alike."""
+        """Return for each teacher dimension that of the smaller head with the nearest rotation."""
         nearest = (torch.arange(their_size // 2) * size / their_size).round().long()
         first = nearest.clamp_max(size // 2 - 1)
         return torch.cat([first, first + size // 2])
 
 
 class _NormFirstSameWidth(_SameWidth, _NormFirst):
-    """The same for a student as wide as its teacher."""
+    """Steps for a ModernBERT student as wide as its teacher."""
 
 
 class _OneLayer(_OneSetOfHeads):
-    """ALBERT: its one layer is all of its layers, so it is fitted to the work of all depths at once.
+    """Steps for ALBERT, whose one shared layer is fitted to the work of all depths at once.
 
-    Each depth has its share of the rows. What comes into the layer is first the teacher's stream in
-    the student's basis, and then what the student itself gives at each depth. The depths are evenly
-    spread, for one layer cannot do much in one place and little in another (LOG.md).
+    Each depth has its share of the rows. The layer's inputs are first the teacher's stream in the
+    student's basis, and then the student's own stream at each depth. The depths are evenly spread,
+    because one layer cannot do much at one depth and little at another (LOG.md).
     """
 
     def _kept(self) -> list[int]:
@@ -758,7 +763,7 @@ class _OneLayer(_OneSetOfHeads):
             shares = zip(layers, depths, strict=True)
             return torch.cat([of_layers[layer][share] for layer, share in shares])
 
-        # As if the teacher had two layers: the sources of all depths, and the ends.
+        # The stream as of a teacher with two layers: inputs of sources, inputs of ends, ends.
         before_sources, before_ends = ([i - 1 for i in numbers] for numbers in (sources, ends))
         states = [stacked(whole.states, layers) for layers in (before_sources, before_ends, ends)]
         scales = stacked(dict(enumerate(whole.scales)), ends)
@@ -776,16 +781,16 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """For each depth which tokens it has, (N,): in turn, row by row."""
+        """Return for each depth a mask of its tokens, (N,); the rows of a batch take turns."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 
 
 class _OneLayerSameWidth(_SameWidth, _OneLayer):
-    """The same for a student as wide as its teacher."""
+    """Steps for an ALBERT student as wide as its teacher."""
 
 
-# model_type -> for a student that is narrower than its teacher, and for one as wide
+# model_type -> steps for a student that is narrower than its teacher, and for one as wide
 _STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
     "mpnet": (_Distances, _DistancesSameWidth),
     "albert": (_OneLayer, _OneLayerSameWidth),
@@ -795,28 +800,28 @@ _STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
 
 
 class _Linear(NamedTuple):
-    """A linear map, or a part of one."""
+    """Weight and bias of a linear map, or of some of its outputs."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy outputs of a linear map."""
+    """Copy the outputs ``of`` one linear map ``to`` outputs of another, times ``factor``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:
-    """(N, D) of real tokens as (B, T, D), with 0 elsewhere."""
+    """Return vectors (N, D) of real tokens as (B, T, D), with 0 at padding."""
     padded = flat.new_zeros(*mask.shape, flat.shape[-1])
     padded[mask] = flat
     return padded
 
 
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
-    """Scale and shift of a layer norm by least squares; what it then gives."""
+    """Fit scale and shift of a layer norm by least squares, and return its output."""
     normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
     if norm.bias is None:
         scale = (normed * target).mean(0) / normed.square().mean(0).clamp_min(1e-6)
@@ -856,14 +861,14 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of at most ``rank`` columns whose product is closest to ``left right^T``."""
+    """Return two factors of at most ``rank`` columns with the product nearest ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)
     _, right_root = torch.linalg.qr(right)
     u, s, vh = torch.linalg.svd(left_root @ right_root.T)
     root = s[:rank].sqrt()
-    # left = Q R, so Q = left R^-1; the triangular system may be singular: least squares.
+    # left = Q R, so Q = left R^-1; R may be singular, hence the pseudo-inverse.
     return (
         left @ torch.linalg.pinv(left_root) @ u[:, :rank] * root,
         right @ torch.linalg.pinv(right_root) @ vh.T[:, :rank] * root,

@@ -1,8 +1,8 @@
-"""What a student is asked to know of its teacher: terms of the loss, and weighted sums of them.
+"""Objectives of distillation: terms of the loss, and weighted sums of objectives.
 
-An objective is a frozen part of the recipe. It makes a criterion: the module that gives the errors
-of a batch, and holds what is trained beside the student (projections). Shapes: B rows, T padded
-tokens, N real tokens, H a width, A heads.
+An objective is part of the recipe, and is not changed by training. It makes a criterion: the module
+that computes the errors of a batch, and holds the parameters that are trained along with the
+student (projections). Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
 """
 
 import math
@@ -28,14 +28,14 @@ from kdnas.system.errors import UserError
 
 
 class View:
-    """One model's states on a batch; layer -1 is the embedding.
+    """The hidden states and attention of one model on a batch; layer -1 is the embedding output.
 
     Args:
         model: the model that gave the states.
-        batch: the batch that it saw.
-        padded: layer -> states of all tokens, (B, T, H).
-        real: layer -> states of the real tokens alone, (N, H).
-        maps: attention maps of each layer, (B, A, T, T), where the model gave them.
+        batch: the batch that the model was run on.
+        padded: layer -> hidden states of all tokens, (B, T, H).
+        real: layer -> hidden states of the real tokens alone, (N, H).
+        maps: attention maps of each layer, (B, A, T, T), if the model returned them.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class View:
 
     @property
     def family(self) -> Family:
-        """What kdnas knows of the model's family."""
+        """The family of the model, with its module names."""
         return family_of(self.model.config)
 
     def real(self, layer: int) -> Tensor:
-        """States of the real tokens, (N, H)."""
+        """Return a layer's hidden states of the real tokens, (N, H)."""
         if layer not in self._real:
             states_NH = self._padded[layer].flatten(0, 1)
             self._real[layer] = states_NH.index_select(0, real_tokens(self.batch))
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
-        """States of all tokens, (B, T, H); padding is 0 or anything."""
+        """Return a layer's hidden states of all tokens, (B, T, H); padding has arbitrary ones."""
         if layer not in self._padded:
             states_NH = self._real[layer]
             padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
-            # In place: without, autocast refuses stored states.
+            # In place: otherwise autocast refuses the stored float16 states.
             padded.index_copy_(0, real_tokens(self.batch), states_NH)
             self._padded[layer] = padded.view(*self.mask_BT.shape, -1)
         return self._padded[layer]
 
     def _input(self, layer: int) -> Tensor:
-        """What the queries, keys and values of a layer are computed from."""
+        """Return the input of a layer's query, key and value maps, (B, T, H)."""
         if layer not in self._inputs:
             states = self.padded(layer - 1)
             if self.family.norm_first:
@@ -86,7 +86,7 @@ class View:
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
-        """Queries, keys or values of the chosen heads of a layer, (B, A, T, H / num_heads)."""
+        """Return queries, keys or values of a layer's chosen heads, (B, A, T, H / num_heads)."""
         module = self.family.layers(self.model)[layer]
         weight, bias = attention_part(self.family, module, part)
         if chosen is not None:
@@ -98,7 +98,7 @@ class View:
         return flat_BTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
-        """Attention maps of the chosen heads of a layer, or of all: (B, A, T, T)."""
+        """Return the attention maps of a layer's chosen heads, or of all heads, (B, A, T, T)."""
         if self._maps is not None and chosen is None:
             return self._maps[layer]
         num_heads = self.model.config.num_attention_heads
@@ -110,7 +110,7 @@ class View:
         return masked_softmax(scores if chosen is None else scores[:, chosen], self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
-        """The mean over the marked tokens of the last layer's states, in float32, (B, H)."""
+        """Return the mean of the last layer's states where the mask is True, in float32, (B, H)."""
         weights = mask_BT.float() / mask_BT.sum(1, keepdim=True).clamp_min(1)
         with torch.autocast(self.mask_BT.device.type, enabled=False):
             last = self.padded(self.model.config.num_hidden_layers - 1).float()
@@ -119,17 +119,17 @@ class View:
 
 @dataclass(frozen=True)
 class Term:
-    """One number that a criterion gives.
+    """One term of the loss, computed by a criterion.
 
     Args:
-        name: its name in the logs.
-        weight: its share in the loss, relative to the other terms.
-        layer: the teacher layer whose states it compares, if it is a squared error of them.
-        scaled: divide by that layer's variance.
-        compares: whether students can be ranked by it. Not where it depends on which layers a
-            student has, for some are easier than others. (Hidden states of mapped layers count, as
-            in the original, though only LastLayer and LearnedMapping ask the same of every
-            student.)
+        name: name in the logs.
+        weight: weight in the loss, relative to the other terms.
+        layer: the teacher layer whose states are compared, if the term is a squared error of them.
+        scaled: whether the error is divided by that layer's variance.
+        compares: whether students can be ranked by the term. False if it depends on which layers a
+            student has, because some are easier to learn. (True for hidden states of mapped layers,
+            as in the original, although only LastLayer and LearnedMapping set the same task for
+            every student.)
     """
 
     name: str
@@ -140,37 +140,37 @@ class Term:
 
 
 class Criterion(nn.Module):
-    """Errors of a batch, one for each of ``terms``; its parameters are trained with the student."""
+    """Module that computes a batch's error for each of its ``terms``; trained with the student."""
 
     terms: list[Term]
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """For each term the sum of its errors, and their number (of tokens or rows)."""
+        """Return for each term the sum of its errors and their number (of tokens or rows)."""
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        """Set the first values from the states of the started student; by default nothing."""
+        """Initialise parameters from states of the initialised student; by default do nothing."""
 
 
 class Objective(ABC):
-    """What a student is asked to know."""
+    """What a student learns from its teacher; makes the criterion that computes the loss."""
 
     @abstractmethod
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        """The teacher layers whose states it needs; -1 is the embedding output."""
+        """Return the teacher layers whose states are needed; -1 is the embedding output."""
 
     @abstractmethod
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
-        """The module that measures it."""
+        """Make the module that computes the errors for this student and teacher."""
 
 
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """The teacher layers that students of these depths need, ascending; the last is always one.
+    """Return the teacher layers that students of these depths need, ascending; always the last.
 
     Raises:
-        UserError: the objective asks for a layer that is not there.
+        UserError: the objective asks for a layer that the teacher does not have.
     """
     asked = (objective.teacher_layers(depth, num_teacher_layers) for depth in depths)
     needed: set[int] = set().union({num_teacher_layers - 1}, *asked)
@@ -184,7 +184,7 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """The original's: mean squared error between projected student states and teacher states.
+    """Mean squared error between projected student states and teacher states, as in the original.
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
     and one of its teacher layers j, and real tokens n. Each student layer has its own linear
@@ -192,12 +192,12 @@ class HiddenStates(Objective):
 
     Args:
         mapping: which teacher layers each student layer learns from.
-        shared_projection: one projection for all student layers (the original's code) instead of
-            one each.
-        normalize: divide each layer's error by its variance, so that no layer dominates by its
-            scale.
-        fit_projections: begin with the best linear map for the started student, not with a random
-            one.
+        shared_projection: use one projection for all student layers, as the original's code does,
+            instead of one for each.
+        normalize: divide each teacher layer's error by the layer's variance, so that no layer
+            dominates by its scale.
+        fit_projections: initialise the projections by least squares on the initialised student,
+            not at random.
 
     Raises:
         UserError: a shared projection for layers that learn from different numbers of teacher
@@ -238,7 +238,7 @@ class _HiddenStates(Criterion):
         counts = [len(layers) for _, layers in self.layers]
         if objective.shared_projection and len(set(counts)) > 1:
             raise UserError(
-                "shared_projection needs as many teacher layers for each student layer, "
+                "shared_projection needs the same number of teacher layers for each student layer, "
                 f"not {set(counts)}."
             )
         self.projections = nn.ModuleList(
@@ -268,12 +268,12 @@ class _HiddenStates(Criterion):
 
 
 class LearnedMapping(Objective):
-    """Squared errors on every teacher layer, each taught to a mixture of the student's layers.
+    """Squared errors on every teacher layer, each with a learned mixture of student layers.
 
     ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and
-    student layers i. ``p_j = softmax(a_j)`` is trained with the student. It is over the student's
-    layers, so no teacher layer can be left out for an easier one, and all students are asked the
-    same.
+    student layers i. ``p_j = softmax(a_j)`` is trained with the student. The mixture is over the
+    student's layers, so no teacher layer can be left out for an easier one, and all students have
+    the same task.
 
     Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
     """
@@ -310,7 +310,7 @@ class _LearnedMapping(Criterion):
         inputs = [
             torch.cat([view.real(i) for view in students]) for i in range(len(self.projections))
         ]
-        # One after the other: all layers of a wide teacher are gigabytes.
+        # One layer after the other: all layers of a wide teacher take gigabytes.
         for j in range(len(self.terms)):
             target = torch.cat([view.real(j) for view in teachers])
             rows = slice(j * target.shape[-1], (j + 1) * target.shape[-1])
@@ -321,14 +321,15 @@ class _LearnedMapping(Criterion):
 
 
 class WeightedSum(Objective):
-    """Several objectives; the loss is the mean of theirs, weighted.
+    """A weighted mean of the losses of several objectives.
 
     Args:
         objectives: the objectives.
-        weights: one each, above 0, relative to each other.
+        weights: a weight above 0 for each objective, relative to the others.
 
     Raises:
-        UserError: there is none, the numbers differ, or a weight is not above 0.
+        UserError: there are no objectives, not as many weights as objectives, or a weight is not
+            above 0.
     """
 
     def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
@@ -359,7 +360,7 @@ class _WeightedSum(Criterion):
             for criterion, weight in zip(criteria, weights, strict=True)
             for term in criterion.terms
         ]
-        # Two objectives of one kind have terms of one name.
+        # Two objectives of the same kind have terms of the same name.
         names = [term.name for term in self.terms]
         self.terms = [
             replace(term, name=f"{term.name}_{i}") if names.count(term.name) > 1 else term

@@ -1,4 +1,4 @@
-"""Objectives on whole rows: [CLS], the mean state, the likeness of rows, and pairs."""
+"""Objectives on whole rows: [CLS] or mean state, similarity of rows, comparison of pairs."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ from kdnas.system.errors import UserError
 
 
 class SentenceState(Objective):
-    """Squared error of one projected vector a row, divided by the variance of the teacher's vector.
+    """Squared error of a projected vector for each row, divided by the teacher vectors' variance.
 
-    The vector is the last layer's [CLS] state, or the mean of its states over real tokens.
+    The vector is the last layer's [CLS] state, or the mean of the last layer's real-token states.
 
     Args:
         pooling: ``cls`` (the first token) or ``mean``.
 
     Raises:
-        UserError: another pooling.
+        UserError: ``pooling`` is neither.
     """
 
     def __init__(self, pooling: str = "cls") -> None:
@@ -66,13 +66,13 @@ class _SentenceState(Criterion):
 
 
 class SentenceSimilarity(Objective):
-    """How alike the rows of a batch are, for the student as for the teacher.
+    """Squared difference between the student's and the teacher's similarities of rows in a batch.
 
-    With s and t the means of the last states over real tokens, the error of row i is the mean over
-    the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the
+    With s and t the means of the last layer's real-token states, the error of row i is the mean
+    over the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``, divided by the variance of the
     teacher's cosines. There is no projection, so the student's own vectors can be searched by
-    cosine, as the teacher's can. It is the one objective whose errors depend on which rows share a
-    batch.
+    cosine, as the teacher's can. This is the only objective whose errors depend on which rows share
+    a batch.
 
     Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
     """
@@ -94,7 +94,7 @@ class _SentenceSimilarity(Criterion):
 
     @staticmethod
     def cosines(view: View) -> Tensor:
-        """Cosines of each row with each other row, (B, B - 1)."""
+        """Return the cosine similarity of each row with each other row of the batch, (B, B - 1)."""
         vectors_BH = F.normalize(view.pooled(view.mask_BT))
         others = ~torch.eye(len(vectors_BH), dtype=torch.bool, device=vectors_BH.device)
         with torch.autocast(vectors_BH.device.type, enabled=False):
@@ -113,14 +113,14 @@ class _SentenceSimilarity(Criterion):
 
 
 class PairComparison(Objective):
-    """Predicts from a pair's [CLS] how its two sentences compare for the teacher.
+    """Error of predicting, from the student's [CLS], how a teacher compares a pair's sentences.
 
     With u and v the means of the teacher's last states over the first and the second sentence, a
     small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
     and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. It needs
-    rows that are pairs (``data.pair_share``), and trains without labels what fine-tuning on pairs
-    asks of [CLS]. It works best for teachers whose mean states carry meaning, such as sentence
-    encoders.
+    rows that are pairs (``data.pair_share``), and trains [CLS], without labels, for what
+    fine-tuning on pairs needs. It works best for teachers whose mean states carry meaning, such as
+    sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -147,7 +147,7 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """The rows that are pairs, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
+        """Return indices of pairs, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
         paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]
@@ -165,6 +165,6 @@ class _PairComparison(Criterion):
         if len(target) > 1:
             self.mean.copy_(target.mean(0))
             std = target.std(0)
-            # Some dimensions of a teacher never move: they must not be divided by nothing.
+            # Some of a teacher's dimensions never vary: do not divide them by nearly 0.
             std[:-1].clamp_min_(0.1 * float(std[:-1].mean()))
             self.std.copy_(std.clamp_min(1e-6))

@@ -1,4 +1,4 @@
-"""The first weights of a student: its teacher's, projected, copied or narrowed."""
+"""Initialisation of a student's weights from its teacher's: projected, copied or narrowed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from kdnas.models.encoders import embed
 from kdnas.models.families import arch_of, family_of
 from kdnas.system.errors import UserError
 
-# All words of a large vocabulary together would take gigabytes in float64.
+# All words of a large vocabulary at once would take gigabytes in float64.
 WORDS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
 class Started:
-    """What a start did to a student.
+    """The result of initialising a student.
 
     Args:
-        copied: names of the student's parameters that hold the teacher's values, which have lower
-            rates.
-        heads: for each student layer, the teacher's heads from which its own were made; None:
-            unrelated.
+        copied: names of the student's parameters that were copied from the teacher; they are
+            trained at lower learning rates.
+        heads: for each student layer, the teacher's heads from which its heads were made; None:
+            they were not made from the teacher's.
     """
 
     copied: frozenset[str] = frozenset()
@@ -35,20 +35,20 @@ class Started:
 
 
 class Start(ABC):
-    """A rule that gives a new student its first weights."""
+    """A rule that initialises the weights of a student."""
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
-        """Raise a UserError for a student that it cannot start; by default never."""
+        """Raise a UserError if this rule cannot initialise the student; by default do nothing."""
 
     @abstractmethod
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Set a student's weights from its teacher; ``rows`` are training rows to calibrate on."""
+        """Initialise a student from its teacher; ``rows`` are training rows to calibrate on."""
 
 
 class RandomStart(Start):
-    """Leave the random weights, as the original does."""
+    """Keep the student's random weights, as the original does."""
 
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
@@ -57,10 +57,10 @@ class RandomStart(Start):
 
 
 class FromEmbeddings(Start):
-    """The embedding tables alone, projected on H_s principal components; layers stay random.
+    """Initialise only the embeddings, by projecting the teacher's; layers stay random.
 
-    The components are those of the teacher's embedding output over its vocabulary. Where the widths
-    are equal, tables are copied.
+    The projection is on the first H_s principal components (H_s: the student's width) of the
+    teacher's embedding output over its vocabulary. If the widths are equal, tables are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -78,20 +78,20 @@ class FromEmbeddings(Start):
 
 
 class FromTeacher(Start):
-    """Embeddings and layers of the teacher: copied and corrected, or narrowed.
+    """Initialise embeddings and layers from the teacher's: copied and corrected, or narrowed.
 
-    The student's layers are made from the teacher's first ones and its last (``kept_layers``). A
-    student of the teacher's shape is a copy of it.
+    The student's layers are made from the teacher's first layers and its last (``kept_layers``). A
+    student of the teacher's shape is a copy.
 
-    Other students are made by ``narrow``: the hidden stream is projected on its principal
-    components, the heads and neurons that move it most are kept, and every linear map is fitted by
-    least squares to what the teacher's part gives on ``rows``, from the narrowed stream itself. So
-    each part repairs what the ones before it lost. A student as wide as its teacher keeps the
-    stream and copies of those heads and neurons, and least squares add what they lack, and what the
-    left-out layers did.
+    Other students are made by ``narrow``: the residual stream is projected on its principal
+    components, the heads and neurons that change it most are kept, and every linear map is fitted
+    by least squares: from the student's own stream on ``rows`` to the output of the teacher's part.
+    So each part corrects the errors of the parts before it. A student as wide as its teacher keeps
+    the stream, and copies those heads and neurons; least squares then correct each copied map for
+    dropped heads, neurons and layers.
 
     Raises:
-        UserError: the student is larger than its teacher in one of its sizes.
+        UserError: a size of the student is larger than its teacher's.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -120,9 +120,9 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
-    """The first principal components of the teacher's embedding output over its vocabulary.
+    """Return the first principal components of the teacher's embedding output over its vocabulary.
 
-    They are orthonormal columns, shape (H_t, width), float32.
+    They are the orthonormal columns of a float32 matrix of shape (H_t, width).
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
@@ -137,9 +137,9 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
 
 
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-    """Copy a teacher that differs in depth alone: of its layers the first and the last.
+    """Copy embeddings and layers to a student that differs from its teacher at most in depth.
 
-    Which of them, says ``kept_layers``.
+    ``kept_layers`` chooses the layers.
     """
     family = family_of(teacher.config)
     layers, sources = family.layers(student), family.layers(teacher)

@@ -2,13 +2,13 @@
 
 A cache is a folder of shards. A shard holds the states of rows of similar length: an array (L, T)
 of records of H numbers, for L layers and T real tokens. The rows that a search needs have shards of
-their own; those of the others are computed when they are asked for.
+their own; shards of other rows are computed when those rows are first needed.
 
-The folder's name is the hash of everything that the states depend on. A shard's name holds its
-place, and the hash of folder, place and bytes. So each shard proves by itself that it is whole: one
-that is missing, cut, damaged, misplaced or of another cache is computed again, and no index can
-disagree. ``checked.json`` has the stamps of the shards that were whole when one process last looked:
-no other reads them to see.
+The folder's name is the hash of everything that the states depend on. A shard's file name holds its
+place (mask variant and number), and the hash of folder, place and content. So each shard can be
+checked by itself, without an index: one that is missing, truncated, damaged, misplaced or from
+another cache is computed again. ``checked.json`` has the stamps (size, time of change) of the
+shards that one process has checked, so that other processes need not read them for that.
 """
 
 import errno
@@ -44,9 +44,9 @@ Precision = Literal["float16", "int8"]
 FORMAT = 3
 SHARD_BYTES = 64 << 20
 CHECKED = "checked.json"
-# Each open shard holds a file descriptor, of which a process mostly has 1,024.
+# Each open shard uses a file descriptor, and most processes may have 1,024.
 MOST_MAPS = 256
-# The rows are cut into so many parts, in the order in which they are asked for; each is sorted by
+# The rows, in the order in which they are needed, are cut into this many parts; each is sorted by
 # length.
 PARTS = 20
 
@@ -62,10 +62,16 @@ def cache_key(
     order: IntArray | None = None,
     computed_in: torch.dtype = torch.float32,
 ) -> str:
-    """The hash of all that the states and their places depend on.
+    """Return the hash of all that the stored states, and their places in the cache, depend on.
 
-    ``computed_in`` is the precision of the teacher's matmuls, in which machines differ: bfloat16
-    moves a state by more than float16 rounds it. The other arguments are those of ``StateCache``.
+    Args:
+        teacher_sha256: hash of the teacher.
+        rows: the rows whose states are stored.
+        layers: the stored teacher layers, ascending.
+        precision: precision of the stored numbers.
+        order: all row numbers, in the order in which they are needed; by default ascending.
+        computed_in: precision of the teacher's matmuls, which depends on the machine; bfloat16
+            changes a state by more than the rounding of float16.
     """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
     parts = [
@@ -83,18 +89,18 @@ def cache_key(
 
 
 def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
-    """How one token's state is stored.
+    """Return the NumPy type in which one token's state is stored.
 
-    Rounding costs 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, with one scale
-    a token; bfloat16 would cost 3e-6 at float16's size (LOG.md).
+    The rounding error is 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, which
+    has one scale for each token; bfloat16, as large as float16, would have 3e-6 (LOG.md).
     """
     values = ("values", np.dtype(precision), hidden_size)
     return np.dtype([("scale", np.float32), values] if precision == "int8" else [values])
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write states as records (N,)."""
-    within_half(states_NH)  # float16 is what ``unpack`` gives, however they are stored
+    """Write hidden states (N, H) into an array of N records, of the type of ``record_of``."""
+    within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
         scale_N1 = states_NH.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
@@ -105,7 +111,7 @@ def pack(states_NH: Tensor, packed: np.ndarray) -> None:
 
 
 def unpack(packed: np.ndarray) -> Tensor:
-    """Records (N,) as states (N, H), float16."""
+    """Return the hidden states (N, H), in float16, of N records that ``pack`` wrote."""
     values = torch.from_numpy(packed["values"])
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         return (values * torch.from_numpy(packed["scale"].copy())[:, None]).half()
@@ -118,16 +124,15 @@ def _tracked(places: Sequence[Place], description: str) -> Iterable[Place]:
 
 
 class StateCache:
-    """States of every row and mask variant.
+    """The teacher's hidden states of every row and mask variant, in a folder of shards.
 
     Args:
         folder: ``<teacher_states>/<cache_key>``.
         rows: the rows whose states are stored.
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
-        precision: of the stored numbers.
-        order: all row numbers, in the order in which shares of them are asked for; by default
-            ascending.
+        precision: precision of the stored numbers.
+        order: all row numbers, in the order in which they are needed; by default ascending.
     """
 
     def __init__(
@@ -148,7 +153,7 @@ class StateCache:
             part = part[np.argsort(order)]
         placed = np.lexsort((rows.lengths, part))
         pieces = (np.cumsum(rows.lengths[placed]) - 1) * self._bytes_a_token // SHARD_BYTES
-        # Sorted again, for a shard of a small text holds several parts.
+        # Sorted again, because a shard of a small text holds several parts.
         self._shard_rows: list[IntArray] = [
             piece[np.argsort(rows.lengths[piece], kind="stable")]
             for piece in np.split(placed, np.flatnonzero(np.diff(pieces)) + 1)
@@ -162,14 +167,14 @@ class StateCache:
 
         self._names: dict[Place, str | None] = {}
         self._maps: dict[Place, tuple[mmap.mmap, np.ndarray]] = {}
-        self._reading = Lock()  # threads of two loaders read ahead
+        self._reading = Lock()  # the threads of two loaders may read at once
 
     def num_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Size on disk of the shards that hold these rows; of the whole cache by default."""
+        """Return the size on disk of the shards of these rows (default: all), stored or not yet."""
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """The part of ``num_bytes`` that is not there yet, by the names of the shards."""
+        """Return how many bytes of ``num_bytes`` belong to shards that do not exist yet."""
         found = self._stamps()
         return self._size(
             place for place in self._places(row_ids) if self._prefix(place) not in found
@@ -178,18 +183,18 @@ class StateCache:
     def build(
         self, teacher: BatchStates, batch_tokens: int, row_ids: IntArray | None = None
     ) -> None:
-        """Compute the shards that are missing or damaged, and open the cache.
+        """Compute missing and damaged shards, and open the cache.
 
-        One process computes, the others wait for it.
+        One process computes; others that call this wait for it.
 
         Args:
-            teacher: gives the states (N, H) of each stored layer for a batch.
-            batch_tokens: padded tokens of a batch.
-            row_ids: rows that will be asked for; all by default.
+            teacher: function from a batch to the states (N, H) of each stored layer.
+            batch_tokens: largest number of tokens in a batch, padding included.
+            row_ids: numbers of the rows that are needed; all by default.
 
         Raises:
-            UserError: the disk has too little room or fills up (whole shards are kept for the next
-                build), or float16 cannot hold the states.
+            UserError: the disk has too little room or fills up (finished shards stay for the next
+                call), or float16 cannot hold the states.
         """
         places = self._places(row_ids)
         self._names = dict.fromkeys(places)
@@ -213,9 +218,9 @@ class StateCache:
         share: int,
         num_shares: int,
     ) -> None:
-        """Compute every ``num_shares``-th shard, if it is not there; ``build`` then finds it.
+        """Compute one of ``num_shares`` shares of the missing shards, for a later ``build``.
 
-        Whoever has several processes do so holds ``lock`` in the folder.
+        The process that starts several processes for this must hold the folder's ``lock``.
         """
         there = {path.name.partition(".")[0] for path in self.folder.glob("variant*.bin")}
         for place in self._places(row_ids)[share::num_shares]:
@@ -224,10 +229,10 @@ class StateCache:
                 self._write(place, self._compute(place, teacher, batch_tokens, buffer))
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """The states of a batch's real tokens: for each layer a tensor (N, H), float16, on the CPU.
+        """Read the states of a batch's real tokens: for each layer (N, H), float16, on the CPU.
 
         Raises:
-            OSError: a shard is gone, or cut, since ``build``.
+            OSError: a shard was removed or truncated since ``build``.
         """
         indices = [self.layers.index(layer) for layer in layers]
         variant = int(batch["variant"])
@@ -247,8 +252,8 @@ class StateCache:
             for position, index in enumerate(indices):
                 states[position, end - length : end] = shard[index, start : start + length]
 
-        # The pages around those that were read would count as memory of this process, ten times as
-        # many.
+        # Release the pages: the system reads ahead ten times as many, and all would count as this
+        # process's memory.
         for mapped, _ in touched.values():
             mapped.madvise(mmap.MADV_DONTNEED)
         return [unpack(layer_states) for layer_states in states]
@@ -272,7 +277,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """For each shard that is there, by its prefix, the stamps of its files; mostly it is one."""
+        """Return for each existing shard, by its prefix, the stamps of its files (usually one)."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -285,7 +290,7 @@ class StateCache:
         return found
 
     def _checked(self, places: Iterable[Place]) -> dict[Place, str | None]:
-        """The names of the shards that have not changed since one process has seen them whole."""
+        """Return the names of shards that are unchanged since a process checked them, else None."""
         checked, found = read_stamps(self.folder / CHECKED), self._stamps()
 
         def name_of(place: Place) -> str | None:
@@ -295,18 +300,18 @@ class StateCache:
         return {place: name_of(place) for place in places}
 
     def _note_checked(self) -> None:
-        """With the lock: no other process has to read the shards that are whole now."""
+        """Record the stamps of checked shards for other processes; the caller holds the lock."""
         found = {name: at for names in self._stamps().values() for name, at in names.items()}
         known = read_stamps(self.folder / CHECKED)
         known |= {name: found[name] for name in self._names.values() if name in found}
-        with suppress(OSError):  # of a full disk: then they are read once more
+        with suppress(OSError):  # on a full disk, others have to check the shards again
             write_json(self.folder / CHECKED, known)
 
     def _digest(self, prefix: str) -> "hashlib._Hash":
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """With the lock: which of a shard's files is whole; damaged ones are removed."""
+        """Return the shard's undamaged file, and remove damaged ones; the caller holds the lock."""
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
             with path.open("rb") as file:
@@ -318,7 +323,10 @@ class StateCache:
         return None
 
     def _build_missing(self, teacher: BatchStates, batch_tokens: int) -> None:
-        """With the lock: compute and write shards; one is written while the next is computed."""
+        """Compute and write the missing shards; the caller holds the lock.
+
+        A thread writes each shard while the next one is computed.
+        """
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink()
         self._names |= self._checked(self._missing())  # another process may have computed them
@@ -332,10 +340,10 @@ class StateCache:
         if self._size(missing) > self._free():
             raise self._no_room()
 
-        # Two buffers in turn, for fresh pages take time.
+        # Two buffers in turn, because allocating new memory takes time.
         most = max(map(self._num_tokens, missing), default=0)
         buffers = [np.empty((len(self.layers), most), dtype=self._record) for _ in range(2)]
-        # Popped, not named: in an error's frame they would keep the error, and it the buffers.
+        # Popped, not named: a future in a frame of its own error would keep the buffers alive.
         writes: dict[Place, Future[str]] = {}
 
         def finish() -> None:
@@ -353,7 +361,7 @@ class StateCache:
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray
     ) -> list[np.ndarray]:
-        """For each layer the records of a shard, in a buffer (L, any number of tokens)."""
+        """Compute a shard into ``buffer``, (L, any T), and return the records of each layer."""
         variant, shard = place
         row_ids = self._shard_rows[shard]
         states = [layer_states[: self._num_tokens(place)] for layer_states in buffer]
@@ -375,7 +383,7 @@ class StateCache:
             digest.update(layer)
         name = f"{prefix}.{digest.hexdigest()}.bin"
 
-        # Plain writes, not a writable map: there a full disk is a SIGBUS, here an error.
+        # Plain writes: on a full disk they raise an error, a memory map would get a SIGBUS.
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -384,12 +392,12 @@ class StateCache:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
         except OSError:
-            os.unlink(temporary)  # else a full disk stays full
+            os.unlink(temporary)  # otherwise a full disk would stay full
             raise
         return name
 
     def _free(self) -> int:
-        """Free bytes of the disk; the folder itself may not be there."""
+        """Return the free bytes of the disk on which the folder is or will be."""
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         return shutil.disk_usage(there).free
 
@@ -402,7 +410,7 @@ class StateCache:
         )
 
     def _open(self, place: Place) -> tuple[mmap.mmap, np.ndarray]:
-        """A shard, mapped; those that were used last stay open."""
+        """Return a memory-mapped shard; the last ``MOST_MAPS`` shards stay open."""
         opened = self._maps.pop(place, None) or self._map(place)
         if len(self._maps) >= MOST_MAPS:
             del self._maps[next(iter(self._maps))]
@@ -413,7 +421,7 @@ class StateCache:
         path = self.folder / str(self._names[place])
         try:
             with path.open("rb") as file:
-                # The size is checked by this: to read beyond the end of a file is a SIGBUS.
+                # This also checks the size: reading a map beyond its file would be a SIGBUS.
                 mapped = mmap.mmap(file.fileno(), self._size([place]), access=mmap.ACCESS_READ)
         except (FileNotFoundError, ValueError) as error:
             gone = "Stored teacher states were removed or cut while in use"

@@ -1,4 +1,4 @@
-"""The teacher's hidden states, from the cache, or live where it would be too large."""
+"""The teacher's hidden states: from a cache, or computed live if the cache would be too large."""
 
 import hashlib
 import json
@@ -27,19 +27,20 @@ from kdnas.training.precision import autocast, autocast_dtype
 
 log = logging.getLogger(__name__)
 
-# On a CPU up to 10 % faster than 4,096 for short rows: its caches hold the activations (LOG.md).
+# On a CPU up to 10 % faster than 4,096 for short rows: the CPU's caches hold the activations
+# (LOG.md).
 CPU_BATCH_TOKENS = 2048
-# Enough for a map of 769 x 768 numbers; a few seconds of a 6-layer teacher on two cores.
+# Enough to fit a map of 769 x 768 numbers; takes a 6-layer teacher a few seconds on two cores.
 STATS_TOKENS = 30_000
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What the errors on one teacher layer are compared with; means over tokens and dimensions.
+    """Reference values for errors on one teacher layer; means over tokens and dimensions.
 
     Args:
         variance: variance of the layer's states on training rows.
-        held_out_variance: the same on held-out rows.
+        held_out_variance: variance of the layer's states on held-out rows.
         held_out_mse_context_free: error, on held-out rows, of the best linear map from the
             teacher's embedding output to this layer, fitted on training rows.
     """
@@ -51,11 +52,12 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """Errors of a probe on the teacher's last layer, where a student's contextual share is 0 and 1.
+    """The two probe errors that mark contextual shares of 0 and 1, on the teacher's last layer.
 
     Args:
-        context_free: error of the teacher's embedding output.
-        teacher: error of the layer itself; not 0, for a probe shrinks its map.
+        context_free: error of the layer predicted from the teacher's embedding output (share 0).
+        teacher: error of the layer predicted from itself (share 1); above 0, because the probe's
+            map is regularised.
     """
 
     context_free: float
@@ -64,12 +66,12 @@ class ShareEnds:
 
 @dataclass(frozen=True)
 class StatesSettings:
-    """Where the teacher's states are kept.
+    """Where and how the teacher's hidden states are stored.
 
     Args:
-        folder: holds one folder for each teacher and text; safe to delete. By default
+        folder: folder of the caches, one for each teacher and text; safe to delete. By default
             ``teacher_states`` in the folder of all runs.
-        max_gb: disk budget for one of them, in GB; above it the teacher runs live. 0: always live.
+        max_gb: largest size of a cache, in GB; above it, the teacher runs live. 0: always live.
         precision: precision of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4
             of the states' variance.
     """
@@ -86,14 +88,14 @@ class StatesSettings:
 
 
 class LiveTeacher:
-    """Runs the teacher's encoder, which is frozen and in eval mode, for every batch."""
+    """Computes the teacher's hidden states by running its encoder on each batch, uncached."""
 
     def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
         self.model, self.precision = model, precision
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot enter autograd
+    @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """States of a batch's real tokens: for each layer a tensor (N, H), on its device."""
+        """Compute the states of a batch's real tokens: for each layer (N, H), on its device."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -107,7 +109,7 @@ StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or 
 
 @dataclass(eq=False)
 class TeacherStates:
-    """What a student learns from: the states of some layers, stored or live, and their figures."""
+    """The teacher's states of some layers, stored or live, and their reference values."""
 
     source: StateSource
     layers: list[int]
@@ -116,7 +118,7 @@ class TeacherStates:
     ends: ShareEnds
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Teacher layer -> states (N, H) of real tokens, on the batch's device; by default all."""
+        """Return layer -> states (N, H) of real tokens, on its device; default: all layers."""
         layers = self.layers if layers is None else layers
         ahead = batch.get("states", {})
         if ahead.keys() >= set(layers):
@@ -126,12 +128,12 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """A loader's batch with stored states and the places of tokens, before it is needed.
+        """Add stored states and the indices of real tokens to a loader's batch, in advance.
 
         Args:
-            batch: on the CPU.
-            layers: whose states are read, if they are stored.
-            pin: whether it will go to a GPU, which copies pinned memory while it computes.
+            batch: a batch on the CPU.
+            layers: teacher layers whose states are added, if they are stored.
+            pin: whether to pin the batch's memory, which a GPU can copy while it computes.
         """
         ready = located(batch)
         if isinstance(self.source, StateCache):
@@ -140,7 +142,7 @@ class TeacherStates:
 
 
 def pinned(batch: Any) -> Any:
-    """A batch, or a part of it, in memory that a GPU copies while it computes."""
+    """Return a batch, or a tensor of it, in pinned memory, which a GPU copies asynchronously."""
     if isinstance(batch, dict):
         return {name: pinned(value) for name, value in batch.items()}
     return batch.pin_memory()
@@ -154,7 +156,16 @@ def state_cache(
     device: str = "cpu",
     precision: str = "auto",
 ) -> StateCache:
-    """The cache of these layers' states, built or not; arguments are those of ``open_states``."""
+    """Return the cache of some layers' states, without computing any.
+
+    Args:
+        teacher: the teacher.
+        data: rows and masks, after ``setup``.
+        layers: teacher layers, from 0; -1 is the embedding output.
+        settings: where and how states are stored.
+        device: device that the teacher runs on.
+        precision: the Trainer's precision.
+    """
     wanted = sorted(set(layers))
     order = data.draw_order()
     computed_in = autocast_dtype(torch.device(device).type, precision)
@@ -173,15 +184,15 @@ def open_states(
     device: str = "cpu",
     precision: str = "auto",
 ) -> TeacherStates:
-    """The states for the data's split and the held-out rows; what is missing is computed.
+    """Open the states for the data's split and the held-out rows, and compute missing ones.
 
     Args:
         teacher: the teacher.
         data: rows and masks, after ``setup``.
         layers: teacher layers, from 0; -1 is the embedding output.
-        settings: where they are kept, and how much of the disk they may take.
-        device: where the teacher runs while the cache is built.
-        precision: the Trainer's; by 32-true the teacher is in float32 on a GPU too.
+        settings: where states are stored, and how much of the disk they may take.
+        device: device that the teacher runs on while states are computed.
+        precision: the Trainer's precision; with 32-true, the teacher is in float32 on a GPU too.
 
     Raises:
         UserError: the disk has too little room for a cache within the budget.
@@ -189,7 +200,7 @@ def open_states(
     cache = state_cache(teacher, data, layers, settings, device, precision)
     source = _build(cache, LiveTeacher(teacher.model, precision), data, settings, device)
 
-    # The file's name tells on which rows it was measured, and in which batches.
+    # The file name tells on how many rows, and in which batches, the values were measured.
     num_rows, batch_tokens = len(data.select("mini").train_ids()), data.settings.batch_tokens
     file = cache.folder / f"measured_{num_rows}_{batch_tokens}.json"
     measured = _read_measured(file)
@@ -206,7 +217,7 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """The cache with the needed rows; the live teacher where they would exceed the budget."""
+    """Return the cache, built for the needed rows, or the live teacher if over budget."""
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -221,7 +232,9 @@ def _build(
         f"{missing_gb:.2f} GB of them are computed now" if missing_gb else "all of them are there"
     )
     if missing_gb and not cache.folder.exists() and any(cache.folder.parent.glob("*/lock")):
-        found += " (what lies beside it is of another teacher, text or setting, and is not used)"
+        found += (
+            " (the caches beside it are for another teacher, text or setting, and are not used)"
+        )
     log.info("Teacher states: %.2f GB in %s, %s", gb, cache.folder, found)
 
     cache.build(*_computing(cache, live, data, device), row_ids)
@@ -235,7 +248,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """What computes the states of a batch for a cache, and how large that is."""
+    """Return the function from a batch to its states for a cache, and the tokens of a batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -251,16 +264,16 @@ def build_share(
     share: int,
     num_shares: int,
 ) -> None:
-    """Compute a share of what ``open_states`` would: one of several devices does it.
+    """Compute one device's share of the states that ``open_states`` needs.
 
     Args:
-        cache: of ``state_cache``.
+        cache: the cache, from ``state_cache``.
         teacher: the teacher.
-        data: rows and masks.
-        device: where the teacher runs.
-        precision: the Trainer's.
-        share: of ``num_shares``.
-        num_shares: devices.
+        data: rows and masks, after ``setup``.
+        device: device that the teacher runs on.
+        precision: the Trainer's precision.
+        share: number of this share, from 0.
+        num_shares: number of shares, one for each device.
     """
     live = LiveTeacher(teacher.model, precision)
     computing = _computing(cache, live, data, device)
@@ -268,14 +281,14 @@ def build_share(
 
 
 def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
-    """Whether states within the disk budget are to be computed yet."""
+    """Return whether the cache is within the disk budget and lacks states of needed rows."""
     row_ids = _needed(data)
     is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb
     return is_within and cache.num_missing_bytes(row_ids) > 0
 
 
 def _sha256(path: Path, value: Any) -> str:
-    """The hash of what was measured and on what: the cache's key and the rows are in the path."""
+    """Hash the measured values with the path, which names the cache's key and the rows."""
     bound = [path.parent.name, path.name, value]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -289,7 +302,7 @@ def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -
 def _read_measured(
     path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """What was measured before; None where there is nothing, or it is damaged."""
+    """Read values that were measured before; None if the file is missing or damaged."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(path, found):
@@ -299,7 +312,7 @@ def _read_measured(
         return None
     except (UserError, KeyError, TypeError, AttributeError):
         pass
-    if has_lock:  # said once
+    if has_lock:  # warn only once
         log.warning("%s is damaged; it is measured anew.", path)
     return None
 
@@ -316,9 +329,14 @@ def measure(
     data: KDDataModule,
     device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
-    """What a student's errors are compared with; the same for every split and rank.
+    """Measure the reference values of a student's errors, the same for every split and rank.
 
-    ``layers`` are ascending; the contextual share is measured on the last.
+    Args:
+        model: the teacher's encoder.
+        source: gives the teacher's states of a batch.
+        layers: teacher layers, ascending; the contextual share is measured on the last.
+        data: rows and masks, after ``setup``.
+        device: device that the teacher runs on.
     """
     model.to(device)  # type: ignore[arg-type]
     stats = _stats(model, source, layers, data, device)
@@ -329,7 +347,7 @@ def measure(
 def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
-    """By the probe that measures students, on the same batches in the same order."""
+    """Measure both ends of the contextual share with the probe and batches used for students."""
     width = model.config.hidden_size
     # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
@@ -351,10 +369,10 @@ def _stats(
     data: KDDataModule,
     device: str,
 ) -> dict[int, LayerStats]:
-    """Variance of each layer, and the error of its best context-free predictor.
+    """Measure the variance of each layer, and the error of its best context-free predictor.
 
-    The predictor is fitted on about ``STATS_TOKENS`` tokens of the search's training rows, whatever
-    the split, and measured on as many of held-out rows.
+    The predictor is fitted on about ``STATS_TOKENS`` tokens of the ``mini`` training rows, whatever
+    the split, and measured on as many tokens of held-out rows.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):
@@ -382,14 +400,14 @@ def _stats(
 
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
-    """Batches of about so many real tokens from these rows; the same on every rank."""
+    """Return batches of about ``num_tokens`` real tokens from these rows, the same on all ranks."""
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
     return [data.rows[index] for index in _batches(data, chosen)]
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """As the loader of held-out rows has them, but all on this rank."""
+    """Return batches as the loader of held-out rows makes them, but all on this rank."""
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

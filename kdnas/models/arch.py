@@ -22,7 +22,7 @@ class StudentArch:
         num_attention_heads: attention heads of each layer; must divide ``hidden_size``.
         hidden_size: width of the hidden states.
         intermediate_size: width between the two linear maps of the feed-forward part.
-        hidden_act: activation of the feed-forward part, by transformers' name (``gelu``, ...).
+        hidden_act: activation of the feed-forward part, by its name in transformers (``gelu``, ...).
 
     Raises:
         UserError: a size is below 1, ``num_attention_heads`` does not divide ``hidden_size``, or

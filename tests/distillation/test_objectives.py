@@ -493,7 +493,7 @@ class Uneven(LayerMapping):
 
 def test_a_shared_projection_of_an_uneven_mapping_is_refused():
     with pytest.raises(
-        UserError, match=r"as many teacher layers for each student layer, not \{1, 2\}"
+        UserError, match=r"same number of teacher layers for each student layer, not \{1, 2\}"
     ):
         HiddenStates(Uneven(), shared_projection=True).criterion(fake(2, 8), fake(3, 8))
     assert len(HiddenStates(Uneven()).criterion(fake(2, 8), fake(3, 8)).projections) == 2

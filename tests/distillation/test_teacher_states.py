@@ -271,7 +271,7 @@ def test_states_of_another_teacher_text_or_tokenizer_are_not_used_and_that_is_sa
     caplog.set_level(logging.INFO, logger="kdnas")
     settings, said = (
         StatesSettings(str(tmp_path / "states")),
-        "is of another teacher, text or setting, and is not used",
+        "are for another teacher, text or setting, and are not used",
     )
     before = open_states(teacher, data, LAYERS, settings).source.folder
     assert said not in caplog.text
