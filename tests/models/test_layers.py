@@ -98,7 +98,9 @@ def test_the_rule_of_the_original_s_code_differs_for_the_depths_that_the_docstri
         10,
     ]
     assert originals[5] == [(0,), (2,), (4,), (7,), (9,)]
-    assert "differ for 12 -> 5 and 12 -> 7 to 10." in " ".join(Skip.__doc__.split())
+    assert "differ where a teacher of 12 layers has a student of 5, or of 7 to 10." in " ".join(
+        Skip.__doc__.split()
+    )
 
 
 @pytest.mark.parametrize("mapping", [Last(), Skip(), LastAndSkip(), Even(), LastLayer()])
