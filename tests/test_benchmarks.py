@@ -59,6 +59,7 @@ import starts
 import step
 import text
 import variants
+import worth
 
 ARCH = StudentArch(2, 2, 32, 64)
 
@@ -89,6 +90,7 @@ def data(tiny_teacher, text_file):
         step,
         text,
         variants,
+        worth,
     ],
 )
 def test_help_names_the_options_that_every_benchmark_has(benchmark, capsys):
