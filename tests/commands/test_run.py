@@ -557,7 +557,7 @@ def test_a_search_whose_database_is_lost_goes_on_from_its_results(
         database.write_text("no database")
     capsys.readouterr()
     assert main([*search, "--search.n_trials=2"]) == 0
-    assert "made again from the results of" in caplog.text
+    assert "rebuilt from the results of" in caplog.text
     assert (run / "study.db.replaced").exists() is (damage != "deleted")
     assert "going on after 1 of 2" in capsys.readouterr().out
     after = pd.read_csv(run / "trials.csv")
