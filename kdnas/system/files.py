@@ -52,7 +52,8 @@ class Run:
     def __init__(self, root: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"The run name {name!r} is not valid: use at most 100 letters, digits, '_', '-', '.', no '-' or '.' first."
+                f"The run name {name!r} is not valid: use at most 100 letters, digits, '_', '-', '.', "
+                "and no '-' or '.' first."
             )
         if name in SHARED:
             raise UserError(
