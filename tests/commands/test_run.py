@@ -599,7 +599,7 @@ def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
     assert main(search) == 0
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "float32")
     assert main([*search, "--search.n_trials=3"]) == 0
-    assert "begun with matmuls in bfloat16, not in float32, and goes on so" in caplog.text
+    assert "begun with matmuls in bfloat16, and continues with them, not in float32" in caplog.text
     assert os.environ["KDNAS_CPU_MATMULS"] == "float32", "for what else this process does"
 
 
