@@ -165,7 +165,7 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs all to TensorBoard's HPARAMS tab.
+    """Computes the reward from loss and latency, and logs them to TensorBoard's HPARAMS tab.
 
     Args:
         loss: which loss of the last epoch to take: ``held_out``, or ``train``, the mean training

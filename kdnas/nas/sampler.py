@@ -114,7 +114,9 @@ class PerTrialSeed(BaseSampler):
 
 
 class LSTMSampler(BaseSampler):
-    """Proposes the point whose reward an LSTM controller, trained on the study's trials, puts highest.
+    """Proposes the point with the highest reward as predicted by an LSTM controller.
+
+    The controller is trained on the study's own trials.
 
     Candidates come in episodes. The share of picks that explore falls from 1 in the first episode
     to 0 in the last, and stays 0. A point that is in the study already, in any state, is proposed

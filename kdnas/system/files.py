@@ -231,16 +231,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """Return the error of a full disk from which an error came, perhaps through others; None: there is none.
+    """Find the error of a full disk among an error and its causes; None: there is none.
 
-    After a full disk, a clean-up may fail with an error that only names a missing file.
+    After a full disk, the clean-up may raise another error, as of a missing file.
     """
     found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
     return next(found, None)
 
 
 def room(error: OSError) -> str:
-    """Return, for the error of a full disk, how much is free there, to append to a message; else ``""``."""
+    """Return text to append to an error's message: of a full disk, how much is free; else ``""``."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return ""
     place = nearest_folder(Path(error.filename).parent)  # new_folder may have removed it

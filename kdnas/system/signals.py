@@ -67,9 +67,10 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def honest_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the main thread for every signal to end; Lightning raises SystemExit.
+    """Turn signals to end into KeyboardInterrupt in the main thread.
 
-    Signals that already have a handler, or are ignored, are left alone.
+    By itself, Lightning would turn them into SystemExit. Signals that already have a handler, or
+    are ignored, are left alone.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1, ``HungUp`` after

@@ -19,7 +19,7 @@ NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that would load as something else than a reader would think, or as too much.
+    """Refuse YAML that would load as something else than its reader expects, or is too large.
 
     The text is parsed, but no objects are made.
 
