@@ -1,4 +1,4 @@
-"""What all candidates of a search share."""
+"""Bench: the objects and settings that all candidates of a search share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,24 +18,26 @@ from kdnas.training.trainer import TrainerSettings
 
 @dataclass(frozen=True)
 class Bench:
-    """What all candidates share.
+    """Everything that is needed to train and score a candidate, besides its shape.
 
     Args:
-        teacher: whose students they are.
-        states: the teacher's states.
-        data: the rows; a candidate sees its ``mini`` split.
+        teacher: the teacher of all candidates.
+        states: the teacher's hidden states of the rows.
+        data: data module; candidates are trained on its ``mini`` split.
         recipe: how to distil.
-        meter: measures latency.
-        measures_first: whether latency is measured before the fit, or after.
-        budget: hard limits.
-        trainer: the Trainer's settings.
-        num_epochs: of the mini-KD.
-        loss: of the reward: ``held_out`` or ``train``.
-        alpha: of the reward.
-        beta: of the reward.
-        seed: every candidate starts from the same, whatever was trained before it.
-        is_pruned: whether a pruner is asked after each epoch.
-        stillness: held for writing by whoever measures latency, for reading by all who train.
+        meter: measures the latency of a student and its teacher.
+        measures_first: measure latency and check the budget before the fit; False: measure after
+            it, and do not check the budget.
+        budget: hard limits; a candidate beyond them is not trained.
+        trainer: settings of each candidate's Trainer.
+        num_epochs: epochs of a candidate's mini-KD.
+        loss: which loss the reward takes: ``held_out`` or ``train``.
+        alpha: exponent of the reward's latency factor.
+        beta: latency, as a share of the teacher's, at which that factor is 1.
+        seed: seed of every candidate, whatever was trained before it.
+        is_pruned: report to a pruner after each epoch.
+        stillness: lock between training and measuring on this machine: held for reading while a
+            candidate trains, for writing while latency is measured.
     """
 
     teacher: Teacher
@@ -56,5 +58,5 @@ class Bench:
 
     @cached_property
     def calibration(self) -> CalibrationRows:
-        """The rows that students start on."""
+        """Rows of the ``mini`` split with which students are initialised."""
         return calibration_rows(self.data.select("mini"))

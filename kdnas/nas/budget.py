@@ -1,4 +1,4 @@
-"""The budget: hard limits beside the reward."""
+"""Budget: hard limits on a student's latency and size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,14 @@ from kdnas.system.errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """A hard limit beside the reward; checked before a candidate is trained, for latency does not depend on weights.
+    """Hard limits on a student's latency and size; None: no such limit.
+
+    Latency does not depend on the weights, so the limits are checked before a candidate is trained.
 
     Args:
-        speedup: at least so many times as fast as the teacher.
-        latency_ms: at most so many milliseconds.
-        num_parameters: at most so many, encoder and classification head.
+        speedup: the student must be at least this many times as fast as the teacher.
+        latency_ms: largest latency of the student, in milliseconds.
+        num_parameters: largest number of parameters, encoder and classification head together.
 
     Raises:
         UserError: a limit is not above 0.
@@ -31,7 +33,10 @@ class Budget:
                 raise UserError(f"The budget {name} is {value}: give a number above 0.")
 
     def violation(self, latency: ArchLatency) -> tuple[float, str]:
-        """How far a student is beyond the limits, relative to them (0 or less: within), and the reason in words."""
+        """Return by which share a student exceeds the limit that it misses most, and the reason.
+
+        The share is relative to the limit: 0.1 is 10 % beyond it; 0 or less is within all limits.
+        """
         found = [(0.0, "")]
         if self.speedup is not None:
             excess = self.speedup / latency.speedup - 1
@@ -58,7 +63,7 @@ class Budget:
 
 
 def latency_attrs(latency: ArchLatency) -> dict[str, Any]:
-    """What a trial keeps of a measurement."""
+    """Return the attributes of a trial that a latency measurement gives; latencies in ms."""
     return {
         "num_parameters": latency.num_parameters,
         "latency_ms": latency.student.median_ms,

@@ -1,4 +1,4 @@
-"""What happens around a candidate's fit: refuse, prune, hold still, measure, reward."""
+"""Callbacks of a candidate's fit: prune, make way for measurements, measure, compute the reward."""
 
 import math
 from collections.abc import Iterator
@@ -19,13 +19,17 @@ from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.jobs import Reporter
 
+# Training losses are read from the device once in so many steps: each read waits for it.
 LOOK_STEPS = 10
 
 
 class TrainingLoss(pl.Callback):
-    """The mean training loss of the last epoch; one that is NaN or infinite ends the fit.
+    """Records the mean training loss of the last epoch; fails if a loss is NaN or infinite.
 
-    No later step can mend that. A device is asked for the losses of ``LOOK_STEPS`` steps together.
+    No later step would recover from that. Losses are checked once in ``LOOK_STEPS`` steps.
+
+    Raises:
+        CandidateFailed: in the fit, at a loss that is NaN or infinite.
     """
 
     def __init__(self) -> None:
@@ -34,7 +38,7 @@ class TrainingLoss(pl.Callback):
 
     @property
     def mean(self) -> float:
-        """Over the batches of the last epoch."""
+        """Mean over the batches of the last epoch."""
         return math.fsum(self._losses) / len(self._losses)
 
     def on_train_epoch_start(self, *args: Any) -> None:
@@ -63,13 +67,16 @@ class TrainingLoss(pl.Callback):
 
 
 class PruneByHeldOutLoss(pl.Callback):
-    """Reports ``1 - loss`` on held-out rows after each epoch, and ends the fit if it is pruned.
+    """Reports ``1 - loss`` on held-out rows to the pruner after each epoch, and ends a pruned fit.
 
-    The last epoch is not asked about: what is paid for is kept, for the pruner sees the loss alone,
-    and the reward decides.
+    After the last epoch the pruner is not asked: it knows the loss alone, and a candidate that is
+    fully trained is better judged by its reward.
 
     Args:
-        reporter: asks the search, whose pruner answers; None: there is no pruner.
+        reporter: passes the reports on to the search, which asks the pruner; None: no pruner.
+
+    Raises:
+        TrialPruned: in the fit, if the pruner ends it.
     """
 
     def __init__(self, reporter: Reporter | None) -> None:
@@ -91,13 +98,16 @@ class PruneByHeldOutLoss(pl.Callback):
 
 
 class HoldStill(pl.Callback):
-    """Holds the lock of those who train, and lets go of it for a moment after each batch.
+    """Holds the training lock, and releases it for a moment after each batch.
 
-    So whoever wants to measure latency on this machine gets it. Before the first batch, while the
-    student is started, which takes seconds, it lets go after each module of the teacher's.
+    In that moment another process can take the lock to measure latency while nothing trains.
+    Initialising the student takes seconds, in which the lock is released after the forward pass of
+    each module.
+
+    Use it as a context manager around the fit, and give it to the Trainer as a callback.
 
     Args:
-        lock: held for reading by all who train, for writing by whoever measures.
+        lock: held for reading while a candidate trains, for writing while latency is measured.
     """
 
     def __init__(self, lock: ReadWriteLock) -> None:
@@ -121,7 +131,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While this one measures, the others hold still."""
+        """Hold the lock for writing, so that nothing else trains or measures on this machine."""
         self.lock.release()
         with self.lock.write_lock():
             yield
@@ -135,13 +145,13 @@ class HoldStill(pl.Callback):
 
 
 class LatencyAfterFit(pl.Callback):
-    """Measures the student beside its teacher after the fit.
+    """Measures the latency of the student and its teacher after the fit, into ``latency``.
 
-    The meter remembers what it measured before the fit, for a budget.
+    If the meter has measured this shape before the fit, to check the budget, that result is reused.
 
     Args:
-        meter: measures, on its own device.
-        still: the callback by which others hold still meanwhile.
+        meter: measures latency, on the device of its own settings.
+        still: callback that stops other training on this machine meanwhile.
     """
 
     def __init__(self, meter: LatencyMeter, still: HoldStill) -> None:
@@ -155,14 +165,15 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs them to TensorBoard's HPARAMS.
+    """Computes the reward from loss and latency, and logs them to TensorBoard's HPARAMS tab.
 
     Args:
-        loss: ``held_out``, of the last epoch; or ``train``, its mean training loss.
-        training: the callback that has the latter.
-        latency: the callback before this one.
-        alpha: of the reward.
-        beta: of the reward.
+        loss: which loss of the last epoch to take: ``held_out``, or ``train``, the mean training
+            loss.
+        training: callback that records the training loss.
+        latency: callback that has measured latency; it must come before this one.
+        alpha: exponent of the reward's latency factor.
+        beta: latency, as a share of the teacher's, at which that factor is 1.
     """
 
     def __init__(

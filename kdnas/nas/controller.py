@@ -1,7 +1,8 @@
-"""The controllers: LSTMs that predict the rewards of points from those of others. No Optuna.
+"""Controllers: LSTMs that predict the reward of a point from the rewards of others. No Optuna.
 
-A point of the space is the index of one choice of each parameter. Shapes: F parameters, C features,
-T trained points, P points of a pool, M members, B sequences, S tokens, H hidden units.
+A point of the search space is a vector of F choice indices, one for each parameter. Shapes: F
+parameters, C features, T trained points, K judged points, P points of a pool, M members, B
+sequences, S tokens, H hidden units.
 """
 
 import copy
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Arch = TypeVar("Arch")
-# An episode's, where the sampler does not say so.
+# Candidates in an episode, where the sampler does not set it.
 NUM_CANDIDATES = 5
 State = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class ModelRanking(Generic[Arch]):
-    """The leading candidates in an episode.
+    """The best candidates at some point of an episode, each as a pair with its reward.
 
     Args:
-        episode: its number, from 0.
-        global_best: the best of all so far, with its reward; None before the first.
-        episode_best: the best of this episode so far; None at its beginning.
-        previous_best: the best of the episode before; None in the first.
+        episode: number of the episode, from 0.
+        global_best: best of all so far; None before the first.
+        episode_best: best of this episode so far; None at its beginning.
+        previous_best: best of the episode before; None in the first episode.
     """
 
     episode: int
@@ -39,12 +40,14 @@ class ModelRanking(Generic[Arch]):
     def of(
         cls, trained: Sequence[tuple[Arch, float]], num_candidates: int, episode: int | None = None
     ) -> "ModelRanking[Arch]":
-        """The ranking after some candidates; of two with the same reward the earlier leads.
+        """Rank the trained candidates; if two have the same reward, the earlier one leads.
 
         Args:
-            trained: distinct candidates with their rewards (higher is better), in their order.
-            num_candidates: candidates an episode.
-            episode: the ranking at its end; None: at this point of the next candidate's episode.
+            trained: distinct candidates with their rewards (higher is better), in order of
+                training.
+            num_candidates: number of candidates in an episode.
+            episode: rank as at the end of this episode; None: as of now, in the episode of the
+                next candidate.
         """
         if episode is None:
             episode = len(trained) // num_candidates
@@ -64,13 +67,13 @@ class ModelRanking(Generic[Arch]):
 
 
 def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
-    """Share of an episode's picks that explore: ``1 - episode / (num_episodes - 1)``, at least 0.
+    """Return the share of picks that explore: ``1 - episode / (num_episodes - 1)``, at least 0.
 
-    It is 1 in the first episode and 0 in the last; a single episode is the last.
+    It is 1 in the first episode and 0 from the last on; if there is only one episode, it is 0.
 
     Args:
-        num_trained: number of distinct trained candidates.
-        num_candidates: candidates an episode.
+        num_trained: number of distinct trained candidates so far.
+        num_candidates: number of candidates in an episode.
         num_episodes: number of episodes.
     """
     left = num_episodes - 1 - num_trained // num_candidates
@@ -78,9 +81,10 @@ def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) 
 
 
 def describe(values: Sequence[Any]) -> Tensor:
-    """Features of each choice of a parameter, (choices, features), float32.
+    """Return the features of each choice of a parameter, shape (choices, features), float32.
 
-    For numbers above 0 their logarithms, scaled to reach from -1 to 1; otherwise one-hot vectors.
+    Numbers above 0 get one feature, their logarithm scaled to [-1, 1]; other choices get one-hot
+    vectors, and so do numbers that are all equal.
     """
     are_sizes = all(
         isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -93,7 +97,7 @@ def describe(values: Sequence[Any]) -> Tensor:
 
 
 def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
-    """The features (..., C) of points (..., F), by each parameter's table of ``describe``."""
+    """Return the features (..., C) of points (..., F), given ``describe`` of each parameter."""
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
 
 
@@ -104,18 +108,21 @@ def likely_feasible(
     pool_PF: Tensor,
     least: float = 0.2,
 ) -> Tensor:
-    """Which points of a pool may keep the constraints, (P,) bool; always at least one.
+    """Predict which points of a pool may meet the constraints.
 
-    Logistic regression on the features with a penalty of 0.05 times the squared weights, by
-    Newton's method. A refusal costs no training, but a good point that is never tried is lost. So
-    only unlikely points are left out.
+    It is a logistic regression on the features, with a penalty of 0.05 times the squared weights,
+    fitted by Newton's method. Only unlikely points are left out: proposing an infeasible point
+    costs no training, while a good point that is never proposed is lost.
 
     Args:
-        choices: the values of each parameter.
-        known_KF: choice indices of points that were judged.
-        feasible_K: whether they kept the constraints.
+        choices: values of each parameter.
+        known_KF: choice indices of points whose constraints were checked.
+        feasible_K: whether each of them met the constraints, bool.
         pool_PF: choice indices of the pool.
-        least: the probability that a point needs, or that of the likeliest point if it is lower.
+        least: smallest probability of a point that is kept; at most that of the likeliest point.
+
+    Returns:
+        Which points to keep, shape (P,), bool; at least one.
     """
     tables = [describe(values) for values in choices]
     known_KC, pool_PC = (
@@ -135,12 +142,12 @@ def likely_feasible(
 
 @dataclass(frozen=True)
 class History:
-    """The trained points, in their order.
+    """The trained points, in order of training.
 
     Args:
         points_TF: choice indices, int64.
-        rewards_T: their rewards, float32; higher is better.
-        num_candidates: candidates an episode.
+        rewards_T: rewards of the points, float32; higher is better.
+        num_candidates: number of candidates in an episode.
     """
 
     points_TF: Tensor
@@ -158,48 +165,52 @@ class History:
         return [best[0] if best else -1 for best in leaders]
 
     def candidates(self, episode: int) -> list[int]:
-        """The candidates of an episode so far, as indices of trained points."""
+        """Return the candidates of an episode so far, as indices of trained points."""
         start = episode * self.num_candidates
         return list(range(start, min(start + self.num_candidates, len(self))))
 
     def tokens(self, episode: int) -> list[int]:
-        """The leaders before an episode, and its candidates: what ``EnsembleLSTM`` reads.
+        """Return the tokens of ``EnsembleLSTM``: two leaders, then the episode's candidates so far.
 
-        The leaders are the best before the episode and the best of the episode before. All are
-        indices of trained points; -1 stands for none.
+        The leaders are the best of all episodes before this one, and the best of the episode just
+        before. All are indices of trained points; -1 stands for none.
         """
         return [*self._leaders(episode), *self.candidates(episode)]
 
     def ranked(self, episode: int) -> list[int]:
-        """The leaders before an episode, and the candidates of the one before, for ``RewardLSTM``.
+        """Return the tokens of ``RewardLSTM``: two leaders, then the previous episode's candidates.
 
-        In the first episode there are as many, and each is -1: none.
+        The leaders are those of ``tokens``. In the first episode all entries are -1, for none.
         """
         previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
         return [*self._leaders(episode), *previous]
 
 
 class Controller(nn.Module):
-    """Predicts rewards, and picks a point of a pool.
+    """Predicts rewards, and picks the next point from a pool.
 
-    torch's global generator is left as it is.
+    torch's global random number generator is left unchanged.
     """
 
     def propose(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, exploration: float
     ) -> tuple[int, float | None]:
-        """The pool's index of the point to train next, and its predicted reward.
+        """Pick the point to train next.
 
-        There is no prediction where it explores.
+        With fewer than two trained points, the pick is a uniform draw.
 
         Args:
             history: the trained points.
             pool_PF: choice indices of the points that may be picked.
             generator: source of all random draws.
-            exploration: probability of a pick that explores.
+            exploration: probability that this pick explores.
+
+        Returns:
+            Index of the point in the pool, and its predicted reward; None if the pick explores or
+            is a uniform draw.
         """
         explores = torch.rand((), generator=generator).item() < exploration
-        if len(history) < 2:  # no difference to learn from
+        if len(history) < 2:  # a model needs two rewards to compare
             return int(torch.randint(len(pool_PF), (), generator=generator)), None
         scores_P = self.scores(history, pool_PF, generator, explores)
         picked = int(scores_P.argmax())
@@ -208,34 +219,35 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from at least two points, and score the pool, (P,).
+        """Learn from at least two trained points, and score each point of the pool, shape (P,).
 
-        The scores are predicted rewards, unless it explores.
+        The scores are predicted rewards, unless the pick explores.
         """
         raise NotImplementedError
 
 
 class RewardLSTM(Controller):
-    """The original's: one LSTM, kept through the search, over embedded choices.
+    """Controller of the original paper: one LSTM over embedded choices, kept through the search.
 
-    It reads the best of all, the best of the previous episode, and all candidates of the previous
-    episode, each with its reward; then a candidate, whose reward it predicts. After each episode it
-    learns, by squared error, from the candidates of all episodes. A pick that explores is a uniform
-    draw.
+    It reads the best of all candidates, the best of the previous episode, and all candidates of the
+    previous episode, each with its reward; then a candidate, whose reward it predicts. After each
+    episode it is trained, by squared error, on the candidates of all episodes so far. A pick that
+    explores is a uniform draw.
 
-    Nothing of it is stored: in a search that goes on it begins with the same weights again, and
-    learns after each episode in turn.
+    Its weights are not stored. A resumed search begins with the same initial weights and repeats
+    the training of each past episode in turn.
 
     Args:
-        choices: the values of each parameter.
-        generator: source of its first weights.
-        embedding_size: size of each choice's embedding.
-        hidden_size: size of the LSTM.
+        choices: values of each parameter.
+        generator: source of the initial weights.
+        embedding_size: size of the embedding of a choice.
+        hidden_size: size of the LSTM's hidden state.
         num_updates: steps of Adam after an episode.
         learning_rate: learning rate of Adam.
 
     Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
-        Transfer in Language Models"; the sizes, the number of steps and the rate are ours.
+        Transfer in Language Models"; the sizes, the number of steps and the learning rate are
+        kdnas's own.
     """
 
     def __init__(
@@ -263,13 +275,14 @@ class RewardLSTM(Controller):
     def _begin(self) -> None:
         self.load_state_dict(self._first)
         self._optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
-        self._learned: list[float] = []  # the rewards of the episodes that it has learned from
+        self._learned: list[float] = []  # rewards of the episodes that it was trained on
 
     def forward(self, points_BSF: Tensor, rewards_BS: Tensor) -> Tensor:
-        """The reward of each sequence's last point, (B,).
+        """Predict the reward of each sequence's last point, shape (B,).
 
-        Choice indices count from 1; 0 stands for none. ``rewards_BS`` are the rewards of the
-        points, 0 for the last.
+        Args:
+            points_BSF: choice indices, counted from 1; 0 stands for none.
+            rewards_BS: rewards of the points; 0 for the last, whose reward is predicted.
         """
         embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
         hidden_BSH, _ = self.lstm(torch.cat([*embedded, rewards_BS[..., None]], -1))
@@ -281,7 +294,7 @@ class RewardLSTM(Controller):
         if explores:
             return torch.rand(len(pool_PF), generator=generator)
         if history.rewards_T[: len(self._learned)].tolist() != self._learned:
-            self._begin()  # of another search, or workers have ended in another order
+            self._begin()  # the history is of another search, or its order has changed
         now = len(history) // history.num_candidates
         for episode in range(len(self._learned) // history.num_candidates, now):
             self._learn(history, episode + 1)
@@ -290,8 +303,8 @@ class RewardLSTM(Controller):
 
     @staticmethod
     def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """What is read before each point of an episode, and the point: ``forward``'s arguments."""
-        # The last row, which -1 finds, stands for none.
+        """Return the arguments of ``forward`` for points of an episode, each with its context."""
+        # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
         rewards_T = functional.pad(history.rewards_T, (0, 1))
         before_S = torch.tensor(history.ranked(episode))
@@ -301,7 +314,7 @@ class RewardLSTM(Controller):
         return points_BSF, functional.pad(rewards_BS, (0, 1))
 
     def _learn(self, history: History, num_episodes: int) -> None:
-        """Learn from every candidate of the first episodes."""
+        """Train on every candidate of the first ``num_episodes`` episodes."""
         episodes = [
             self.sequences(history, episode, history.points_TF[history.candidates(episode)])
             for episode in range(num_episodes)
@@ -317,21 +330,23 @@ class RewardLSTM(Controller):
 
 
 class EnsembleLSTM(Controller):
-    """Ours: linear models with small LSTMs, which disagree where little is known.
+    """Controller of kdnas: an ensemble of linear models with small LSTMs.
 
-    A member predicts ``w . phi(point) + v . h``: phi is 1, each choice one-hot, the features and
-    their products; h is the state of the member's LSTM after the same tokens as the original's and
-    the point itself. Members differ in their first weights and in the weight of each trained point
-    (exponential draws, the Bayesian bootstrap). They train on random sequences of all trained
-    points, so that each point is learned in many places. The mean decides; a pick that explores
-    trusts one member, drawn at random (Thompson sampling).
+    A member predicts ``w . phi(point) + v . h``. phi is the vector of 1, the one-hot choices, the
+    features and their pairwise products; h is the hidden state of the member's LSTM after the
+    tokens of ``History.tokens`` and the point itself. Members differ in their initial weights and
+    in how they weigh each trained point (exponential draws, the Bayesian bootstrap), so they
+    disagree where little is known. They are trained on random sequences of all trained points, so
+    that each point is learned at many positions. The prediction is the mean of the members; a pick
+    that explores trusts one member, drawn at random (Thompson sampling). ``LSTMSampler`` makes a
+    new ensemble for each pick.
 
     Args:
-        choices: the values of each parameter.
-        generator: source of its first weights.
-        num_members: number of LSTMs.
-        hidden_size: size of each.
-        num_updates: steps of Adam.
+        choices: values of each parameter.
+        generator: source of the initial weights.
+        num_members: number of members.
+        hidden_size: size of each member's LSTM.
+        num_updates: steps of Adam for a pick.
         learning_rate: learning rate of Adam.
 
     Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior
@@ -340,7 +355,7 @@ class EnsembleLSTM(Controller):
 
     NUM_SEQUENCES = 8
     MAX_TOKENS = 8
-    # Of the squares of w and v, beside the squared error of standardised rewards.
+    # Penalty on the squares of w and v, added to the squared error of standardised rewards.
     WEIGHT_DECAY = 1e-3
 
     def __init__(
@@ -373,12 +388,18 @@ class EnsembleLSTM(Controller):
     def forward(
         self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """The standardised reward of each token's point, (M, B, S), and the state after the last.
+        """Predict the standardised reward of each token's point.
 
-        ``before_MBS`` is the standardised reward of the token before each.
+        Args:
+            points_MBSF: choice indices.
+            before_MBS: standardised reward of the token before each; 0 before the first.
+            state: hidden and cell state of the LSTMs to start from, each (M, B, H); None: zeros.
+
+        Returns:
+            Predicted rewards (M, B, S), and the state after the last token.
         """
         size = before_MBS.shape
-        # Flat in sequences and tokens: one matrix product a member.
+        # Flattened over sequences and tokens: one matrix product for each member.
         features_MNC = featurise(self.tables, points_MBSF).flatten(1, 2)
         before_MN1 = before_MBS.flatten(1)[..., None]
         products_MND = features_MNC[..., self.pairs[0]] * features_MNC[..., self.pairs[1]]
@@ -433,7 +454,7 @@ class EnsembleLSTM(Controller):
             before_MBS = functional.pad(rewards_MBS[..., :-1], (1, 0))
             predicted_MBS, _ = self(points_TF[tokens_MBS], before_MBS)
             weights_MBS = counts_MT[:, None].expand(size).gather(2, tokens_MBS)
-            # Summed over members: each learns by itself.
+            # A sum over members, so that each is trained as if alone.
             error = (weights_MBS * (predicted_MBS - rewards_MBS).square()).mean((1, 2)).sum()
             loss = error + self.WEIGHT_DECAY * (self.w.square().sum() + self.v.square().sum())
             optimizer.zero_grad()

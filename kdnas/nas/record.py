@@ -1,4 +1,4 @@
-"""A search's record: the study, and the results of trials that it is told."""
+"""Record: keeps a search's study and the result files of its trials in step."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -24,22 +24,23 @@ from kdnas.system.errors import CandidateFailed, reason_of
 from kdnas.system.files import write_json
 from kdnas.system.jobs import Job, Stopped, progress_of
 
-# So many failures before the first success are no bad luck: the search stops and says why.
+# So many failures before the first success mean an error: the search stops and says why.
 MOST_FAILURES = 5
-# So many failures one after the other are not the shapes' fault, whatever succeeded before.
+# So many consecutive failures mean an error that is not the shapes', whatever succeeded before.
 MOST_IN_A_ROW = 10
 
 
 class Record:
-    """What a search asks of its study, and tells it.
+    """Asks a study for trials, and tells it how they ended.
 
-    A trial's result is its file. The study is told what is in it, so whatever interrupts a search
-    can be made good: a trial that runs in the study has a result, or a job, or is begun again.
+    The result of a trial is its file ``result.json``; the study is told what that file says. So a
+    search can resume after any interruption: a trial that the study still calls running either has
+    a result, or has a running job, or is started again.
 
     Args:
-        study: from ``open_study``.
-        space: of the search.
-        make_job: the job of a trial's number and shape.
+        study: study from ``open_study``.
+        space: search space of the study.
+        make_job: makes the job of a trial, given its number and shape.
         first: shapes to propose before the sampler's, in order, until one is not refused.
     """
 
@@ -57,11 +58,11 @@ class Record:
         self._is_pruned = not isinstance(study.pruner, NopPruner)
 
     def running(self) -> list[FrozenTrial]:
-        """The trials that the study was not told the end of."""
+        """Return the trials whose end the study was not told."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def ask(self) -> FrozenTrial:
-        """A new trial, with the shape that the sampler or the queue proposes."""
+        """Return a new trial, with a shape from ``first``, the study's queue or the sampler."""
         if (arch := self._next_of_first()) is not None:
             self.study.enqueue_trial(arch.to_dict(), skip_if_exists=True)
         trial = self.study.ask()
@@ -73,7 +74,7 @@ class Record:
         return self._frozen(trial.number)
 
     def _next_of_first(self) -> StudentArch | None:
-        """The next shape of ``first``; None where one of them is within the budget, or is tried."""
+        """Return the next shape of ``first``; None if all were proposed, or one was not refused."""
         seen = known(self.study)
         for arch in self._first:
             if arch not in seen:
@@ -86,28 +87,31 @@ class Record:
         return self.study.get_trials(deepcopy=False)[number]
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
-        """To write to; one that a killed search has left is taken over under its number."""
+        """Return the trial as one that can be written to, even if a killed search has left it."""
         if frozen.number not in self._trials:
             self._trials[frozen.number] = optuna.Trial(self.study, frozen._trial_id)
         return self._trials[frozen.number]
 
     def arch(self, trial: FrozenTrial) -> StudentArch:
-        """The shape of a trial; suggested now where a search was killed between two suggestions."""
+        """Return the shape of a trial.
+
+        If a search was killed between two suggestions, the remaining ones are made now.
+        """
         if len(trial.params) < len(self.space.choices):
             return self.space.suggest(self._trial(trial))
         return StudentArch.from_dict(trial.params)
 
     def job(self, trial: FrozenTrial) -> Job:
-        """What trains a trial's shape."""
+        """Return the job that trains a trial's shape."""
         return self._make_job(trial.number, self.arch(trial))
 
     def twin(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """An earlier trial of the same shape, whether it has ended or not."""
+        """Return the first trial of the same shape, running or ended; None: this one is the first."""
         first = known(self.study).get(self.arch(trial))
         return first if first is not None and first.number < trial.number else None
 
     def queue_unseen(self, trial: FrozenTrial) -> None:
-        """Propose, in place of a shape that is known, one that is not; once for each trial."""
+        """Queue a shape that was not proposed yet, to replace this trial's; at most once a trial."""
         trials = self.study.get_trials(deepcopy=False)
         is_queued = any(other.user_attrs.get("queued_for") == trial.number for other in trials)
         arch = None if is_queued else unseen(self.study, self.space, trial.number)
@@ -116,7 +120,7 @@ class Record:
             self.study.enqueue_trial(arch.to_dict(), user_attrs=attrs)
 
     def repeat(self, trial: FrozenTrial, twin: FrozenTrial) -> None:
-        """End a trial as its twin ended; while that runs, there is nothing to say."""
+        """Write the result of the twin as that of a trial; ``FAIL`` if the twin has not ended."""
         if twin.state.is_finished():
             outcome = Outcome.read(self.job(twin).result_file)
         else:
@@ -125,11 +129,14 @@ class Record:
         self._write(trial, replace(outcome, attrs=attrs))
 
     def note(self, job: Job, error: BaseException | None) -> None:
-        """Write down what a candidate failed of; one that was stopped has not ended."""
+        """Write a failed result with the reason, if a job has ended with an error.
+
+        Nothing is written for a job that was asked to stop: its trial is not over.
+        """
         if error is None or isinstance(error, Stopped) or job.is_done:
             return
         trial = next((trial for trial in self.running() if self.job(trial) == job), None)
-        if trial is None:  # its database was damaged meanwhile, and made again without it
+        if trial is None:  # the database was damaged meanwhile, and rebuilt without this trial
             return
         reason = reason_of(error) if isinstance(error, Exception) else str(error)
         attrs = progress_of(job.folder).get("attrs", {})
@@ -146,16 +153,16 @@ class Record:
         write_json(self.job(trial).result_file, outcome.to_dict())
 
     def outcome(self, trial: FrozenTrial) -> Outcome | None:
-        """How a trial ended; None where it has not."""
+        """Return how a trial ended; None: it has not."""
         job = self.job(trial)
         return Outcome.read(job.result_file) if job.is_done else None
 
     def tell(self, frozen: FrozenTrial, outcome: Outcome) -> FrozenTrial:
-        """Tell the study how a trial ended."""
+        """Tell the study how a trial ended, and return the finished trial."""
         trial = self._trial(frozen)
         predicted = frozen.user_attrs.get("predicted_reward")
         if predicted is not None and "predicted_reward" not in outcome.attrs:
-            # Known to the study alone, which is made again from results.
+            # Only the study has it, but the study must be possible to rebuild from the results.
             outcome = replace(outcome, attrs=outcome.attrs | {"predicted_reward": predicted})
             self._write(frozen, outcome)
         for name, value in outcome.attrs.items():
@@ -174,7 +181,7 @@ class Record:
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
-        """Say to a candidate that waits after an epoch whether the pruner lets it go on."""
+        """Answer a candidate that waits after an epoch: may it go on, or does the pruner end it?"""
         job = self.job(frozen)
         reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
         for step, value in reports.items():
@@ -186,16 +193,21 @@ class Record:
                 answers[trial.should_prune()].touch()
 
     def refuse_failures(self, n_trials: int) -> None:
-        """Refuse to end with the best so far where the last candidates all failed."""
+        """Fail if the last candidates all failed, instead of ending with the best before them.
+
+        Raises:
+            CandidateFailed: the last ten candidates failed, though others succeeded before, and the
+                search is not complete.
+        """
         is_over = is_complete(self.study, self.space, n_trials)
         if len(self._in_a_row) >= MOST_IN_A_ROW and tried(self.study) and not is_over:
             raise CandidateFailed(
                 f"The last {len(self._in_a_row)} candidates failed; the last one: "
-                f"{self._in_a_row[-1]}. Mend it, and the same command goes on with others."
+                f"{self._in_a_row[-1]}. Fix the cause; the same command then goes on with other candidates."
             )
 
     def needs_more(self, n_trials: int) -> bool:
-        """Whether another candidate is to be proposed: not where everything fails."""
+        """Whether to propose another candidate: not if there are enough, none is left, or all fail."""
         num_tried = len(tried(self.study))
         only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0
         only_fails |= len(self._in_a_row) >= MOST_IN_A_ROW

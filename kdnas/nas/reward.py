@@ -12,22 +12,21 @@ def reward(
     alpha: float = -0.06,
     beta: float = 0.6,
 ) -> float:
-    """``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
+    """Return ``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
 
-    A lower loss or a lower latency never lowers it. Where ``loss > 1`` the first factor is
-    negative, and the bare formula would prefer the slower model. So the second factor is inverted
-    there.
+    A lower loss or a lower latency never lowers the reward. If ``loss > 1``, the first factor is
+    negative and the formula would prefer the slower student; the second factor is then inverted.
 
-    ``beta`` is a factor common to all candidates (``beta ** -alpha``) and cannot change a ranking.
-    ``alpha`` weighs latency against loss: at -0.06, half the latency is worth 4.2 % of ``1 -
-    loss``.
+    ``beta`` multiplies the reward by a constant (``beta ** -alpha``, or its inverse if ``loss >
+    1``) and cannot change a ranking. ``alpha`` weighs latency against loss: at -0.06, half the
+    latency is worth 4.2 % of ``1 - loss``.
 
     Args:
-        loss: held-out error of the student; 0 is perfect.
-        latency_student: any unit, above 0.
-        latency_teacher: the same unit, above 0.
+        loss: error of the student; 0 is perfect.
+        latency_student: latency of the student, in any unit, above 0.
+        latency_teacher: latency of the teacher, in the same unit, above 0.
         alpha: 0 or less; 0 ranks by loss alone.
-        beta: above 0; the latency, as a share of the teacher's, at which the second factor is 1.
+        beta: latency, as a share of the teacher's, at which the second factor is 1; above 0.
 
     Returns:
         A finite number; higher is better.

@@ -1,4 +1,4 @@
-"""Samplers that never repeat themselves, and how samplers and pruners are asked for."""
+"""Samplers that can be resumed, and the factories of samplers and pruners."""
 
 import hashlib
 import importlib
@@ -26,7 +26,7 @@ from kdnas.nas.controller import (
 )
 from kdnas.system.errors import UserError, first_line, nearest
 
-# A short name, a class path, or a mapping of class_path and init_args, as in YAML.
+# How a user names a sampler or pruner: a short name, a class path, or a mapping with class_path and init_args.
 Spec = str | Mapping[str, Any]
 SAMPLERS: Mapping[str, Spec] = {
     "tpe": {"class_path": "optuna.samplers.TPESampler", "init_args": {"n_startup_trials": 5}},
@@ -43,28 +43,28 @@ PRUNERS: Mapping[str, Spec] = {
 }
 
 
-# Points that are scored for a proposal: a smaller space is scored whole.
+# Points that are scored for a proposal; of a space that is no larger, all points are.
 POOL_SIZE = 4096
 
 Point = tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:
-    """A seed below 2 ** 32, the same for the same parts."""
+    """Hash the parts into a seed below 2 ** 32."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 class PerTrialSeed(BaseSampler):
-    """Any Optuna sampler, made anew for each trial with a seed from (seed, number of the trial).
+    """Makes a new Optuna sampler for each trial, seeded by the study's seed and the trial's number.
 
-    A seeded sampler proposes the same again after a resume, since the state of its generator is not
-    in the study. With a seed for each trial, a resumed study proposes what the unbroken one would
-    have proposed.
+    A study does not store the state of a sampler's random generator, so a seeded sampler would
+    propose the same points again after a resume. With a seed for each trial, a resumed study
+    proposes what an uninterrupted one would have proposed.
 
     Args:
-        make: makes a sampler of a seed; what it learns must come from the study (TPE, random, GP
-            do).
-        seed: of the study.
+        make: makes a sampler from a seed. The sampler must learn from the study alone, as TPE,
+            random and GP do.
+        seed: seed of the study.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int = 0) -> None:
@@ -95,7 +95,8 @@ class PerTrialSeed(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         sampler = self._of(study, trial)
-        # Where a search was killed between two of a trial's, those before are drawn again.
+        # If a search was killed between two parameters of a trial, draw the earlier ones again, so
+        # that the generator is in the same state as before.
         for name in list(trial.params)[self._num_drawn.get(trial.number, 0) :]:
             sampler.sample_independent(study, trial, name, trial.distributions[name])
         self._num_drawn[trial.number] = len(trial.params) + 1
@@ -113,27 +114,32 @@ class PerTrialSeed(BaseSampler):
 
 
 class LSTMSampler(BaseSampler):
-    """Proposes what an LSTM controller, trained on the study's own trials, expects most of.
+    """Proposes the point with the highest reward as predicted by an LSTM controller.
 
-    Candidates come in episodes. The share of an episode's picks that explore falls from 1 to
-    exactly 0 in the last one, and stays there. A point that the study knows, in whatever state, is
-    not proposed while there is another. A trial that broke a constraint teaches what else would.
+    The controller is trained on the study's own trials.
 
-    All that it knows is in the study, and every draw is one of (seed, trial number): a resumed
-    study proposes what the unbroken one would have proposed, and workers share what they learn. Of
-    parameters that are not categorical, are not in every trial, or change their choices, each is
-    drawn by itself, uniformly. ``predictions`` has the reward that was expected of a trial, by its
-    number, where it was picked for that.
+    Candidates come in episodes. The share of picks that explore falls from 1 in the first episode
+    to 0 in the last, and stays 0. A point that is in the study already, in any state, is proposed
+    again only if no other is left. From trials that broke a constraint the sampler learns which
+    points to avoid.
+
+    It keeps no state outside the study, and seeds each trial by the seed and the trial's number. So
+    a resumed study proposes what an uninterrupted one would have proposed, and parallel workers
+    share what they learn. Parameters that are not categorical, not in every trial, or whose choices
+    change, are drawn uniformly and independently.
+
+    ``predictions`` maps the number of a trial to its predicted reward, if that is why it was
+    picked.
 
     Args:
-        seed: of all draws.
-        num_candidates: trained candidates an episode.
-        num_episodes: after which nothing explores.
-        controller: makes the predictor of the choices and a generator: ``EnsembleLSTM``, or
-            ``RewardLSTM`` for the original's.
+        seed: seed of all draws.
+        num_candidates: number of trained candidates in an episode.
+        num_episodes: number of episodes; in the last, and later, nothing explores.
+        controller: makes a controller from the choices of each parameter and a generator:
+            ``EnsembleLSTM``, or ``RewardLSTM``, the original's.
 
     Raises:
-        UserError: a number is below 1.
+        UserError: ``num_candidates`` or ``num_episodes`` is below 1.
     """
 
     def __init__(
@@ -151,17 +157,17 @@ class LSTMSampler(BaseSampler):
         self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
-        """The share of picks that explore, after so many candidates, whether a pruner ended them or not."""
+        """Return the share of picks that explore after ``num_tried`` candidates, pruned ones included."""
         return exploration_ratio(num_tried, self.num_candidates, self._num_episodes)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The categorical parameters that are in every trial with the same choices.
+        """Return the categorical parameters that every trial has, with the same choices.
 
-        As Optuna's intersection, but of pruned trials too: where the first ones were all refused
-        for the budget, they must not be drawn again. Before any has ended, those that run or failed
-        tell the space.
+        Unlike Optuna's intersection it includes pruned trials: if the budget has refused all trials
+        so far, the next one must still avoid them. Before any trial has ended, running and failed
+        ones define the space.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -210,10 +216,13 @@ class LSTMSampler(BaseSampler):
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
     ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
-        """What the study knows: every point, which of those with constraints kept them, and what feasible ones earn.
+        """Read the study.
 
-        And how many were tried: those that a pruner ended count, though they have no reward to
-        learn from.
+        Returns:
+            All its points; for points whose constraints were checked, whether they met them; the
+            rewards of feasible points that were trained (negated if the study minimises); and the
+            number of points that were tried, including those that a pruner ended, which have no
+            reward.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -254,7 +263,7 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
-    """A trial as choice indices; None where it has no place in the space, or not yet. One that waits has its wishes."""
+    """Return a trial's choice indices; of a queued trial, those it was queued with; None if any are missing."""
     params = trial.params | trial.system_attrs.get("fixed_params", {})
     try:
         return tuple(int(dist.to_internal_repr(params[name])) for name, dist in space.items())
@@ -265,7 +274,11 @@ def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Poi
 def _pool(
     sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator
 ) -> Tensor:
-    """Choice indices of what may be proposed, (P, F): what is not in the first set that leaves any, else everything."""
+    """Return the choice indices of points that may be proposed, (P, F).
+
+    Points of the first set in ``barred`` are left out. If nothing remains, the next set is tried
+    instead, and if that leaves nothing either, all points may be proposed.
+    """
     if math.prod(sizes) <= POOL_SIZE:
         pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
     else:
@@ -280,12 +293,12 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the original's controller, one ``RewardLSTM`` through the search.
+    """``LSTMSampler`` with the original's controller: one ``RewardLSTM`` through the whole search.
 
     Args:
-        seed: of all draws.
-        num_candidates: trained candidates an episode.
-        num_episodes: after which nothing explores.
+        seed: seed of all draws.
+        num_candidates: number of trained candidates in an episode.
+        num_episodes: number of episodes; in the last, and later, nothing explores.
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
@@ -301,30 +314,40 @@ class OriginalLSTMSampler(LSTMSampler):
 
 
 def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
-    """A sampler of the study with this seed: a key of ``SAMPLERS``, a class path, or a class path with ``init_args``.
+    """Make a sampler.
+
+    Args:
+        spec: a key of ``SAMPLERS``, a class path, or a mapping with ``class_path`` and
+            ``init_args``.
+        seed: seed of the study; a ``seed`` in ``init_args`` comes first.
 
     Raises:
-        UserError: there is no such sampler, or it does not take these arguments.
+        UserError: there is no such sampler, it needs numerical parameters (CMA-ES), or it does not
+            take these arguments.
     """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
-    seed = arguments.pop("seed", seed)  # not of each trial: all would propose the same
+    seed = arguments.pop("seed", seed)  # the same seed for every trial would propose the same
 
     def make(trial_seed: int) -> BaseSampler:
         return _make(found, arguments, "sampler", trial_seed)
 
-    sampler = make(seed)  # what is wrong shows now, not at the first trial
-    # An LSTM draws by the trial's number already.
+    sampler = make(seed)  # errors show now, not at the first trial
+    # An LSTMSampler seeds each trial by itself.
     return sampler if isinstance(sampler, LSTMSampler) else PerTrialSeed(make, seed)
 
 
 def lstm_of(spec: Spec) -> LSTMSampler | None:
-    """The sampler with an LSTM controller that a spec asks for; None where it asks for another."""
+    """Make the sampler of a spec if it has an LSTM controller; None: it is another sampler."""
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
     return _make(found, arguments, "sampler") if issubclass(found, LSTMSampler) else None
 
 
 def make_pruner(spec: Spec) -> BasePruner:
-    """A pruner: a key of ``PRUNERS``, a class path, or a class path with ``init_args``.
+    """Make a pruner.
+
+    Args:
+        spec: a key of ``PRUNERS``, a class path, or a mapping with ``class_path`` and
+            ``init_args``.
 
     Raises:
         UserError: there is no such pruner, or it does not take these arguments.
@@ -337,7 +360,7 @@ def _find(
     spec: Spec, known: Mapping[str, Spec], base: type[Any], kind: str
 ) -> tuple[type[Any], dict[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
-    if "class_path" not in spec:  # an option for one of its settings has taken its place
+    if "class_path" not in spec:  # e.g. --sampler.num_candidates without --sampler
         raise UserError(
             f"{kind} is {dict(spec)}, which names no {kind}: give it with its settings, as in "
             f"--{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
@@ -358,9 +381,9 @@ def _find(
         raise UserError(
             f"{spec!r} is no {kind}: give the class path of an Optuna {kind}, and its init_args."
         )
-    if issubclass(found, CmaEsSampler):  # its state is a pickle in the database, too
+    if issubclass(found, CmaEsSampler):  # it would also store a pickle in the database
         raise UserError(
-            f"The sampler {found.__name__} learns of numbers alone, and a student is a choice: take another."
+            f"The sampler {found.__name__} needs numerical parameters, but a student's are categorical: choose another."
         )
     return found, {**short.get("init_args", {}), **arguments}
 
@@ -369,15 +392,15 @@ def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | No
     if seed is not None and "seed" in inspect.signature(found).parameters:
         given = arguments.get(
             "seed"
-        )  # of one in another; the same for each trial it would make all of them equal
+        )  # of a nested sampler; used as it is, it would make all trials equal
         arguments = arguments | {"seed": seed if given is None else seed_of(seed, given)}
     known, base = (SAMPLERS, BaseSampler) if kind == "sampler" else (PRUNERS, BasePruner)
-    for name, value in arguments.items():  # some are wrapped around another
+    for name, value in arguments.items():  # some wrap another sampler or pruner
         if isinstance(value, Mapping) and "class_path" in value:
             arguments = arguments | {name: _make(*_find(value, known, base, kind), kind, seed)}
     try:
         return found(**arguments)
-    except Exception as error:  # each class refuses in its own way
+    except Exception as error:  # each class raises its own errors
         raise UserError(
             f"The {kind} {found.__name__} does not take {arguments}: {first_line(error)}."
         ) from error

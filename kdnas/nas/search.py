@@ -1,4 +1,4 @@
-"""The search: propose, refuse, train, measure, reward, tell."""
+"""The search: propose candidates, train and score them, and tell the study."""
 
 import math
 import time
@@ -29,7 +29,7 @@ from kdnas.system.jobs import Job, Reporter
 from kdnas.training.progress import ProgressFile, StopWhenAsked
 from kdnas.training.trainer import fit, make_trainer, own_random_numbers
 
-# The share of a limit by which a student that is refused at a glance is beyond it.
+# A student that exceeds a limit by at least this share is refused after a short measurement.
 CLEARLY_BEYOND = 0.25
 
 MakeJob = Callable[[int, StudentArch], Job]
@@ -46,29 +46,31 @@ def search(
     seconds: float = math.inf,
     first: Iterable[StudentArch] = (),
 ) -> FrozenTrial:
-    """Propose, train, tell, until ``n_trials`` distinct candidates are trained or none is left.
+    """Search until ``n_trials`` distinct candidates are trained, time is up, or none is left.
 
-    A shape that is known is answered from its record, and an unseen one is proposed in its place.
-    A candidate that raises is a failed trial with its reason. Trials that a killed search has left
-    go on under their numbers.
+    If the sampler proposes a shape again, the trial gets the known result, and a new shape is
+    queued in its place. A candidate that raises becomes a failed trial with the reason. Trials that
+    a killed search has left are continued under their numbers.
 
     Args:
-        study: from ``open_study``.
-        space: what may be proposed.
-        engine: runs candidates.
-        make_job: the job that trains a shape for a trial's number: a call of ``evaluate``.
-        n_trials: a total over all starts; candidates that the pruner ended count.
+        study: study from ``open_study``.
+        space: shapes that may be proposed.
+        engine: runs the candidates' jobs.
+        make_job: makes the job that trains a shape, given the trial's number and the shape; it
+            calls ``evaluate``.
+        n_trials: number of candidates to train, in all starts of the search together; candidates
+            that the pruner ended count.
         show: called with each trial that has ended.
-        watch: called with the jobs that run, after each look.
-        seconds: of wall clock; no candidate is begun later, and those that run are finished.
+        watch: called with the running jobs, several times a second.
+        seconds: wall clock time; after it no candidate is started, but running ones are finished.
         first: shapes to propose before the sampler's, in order, until one is not refused.
 
     Returns:
         The best trial within the budget.
 
     Raises:
-        UserError: no candidate meets the budget.
-        CandidateFailed: every candidate failed, or the last ones all did; with the last reason.
+        UserError: no candidate meets the budget, none was trained in time, or all were pruned.
+        CandidateFailed: every candidate failed, or the last ten in a row; with the last reason.
     """
     record = Record(study, space, make_job, first)
     deadline = time.monotonic() + seconds
@@ -92,7 +94,7 @@ def search(
 
 
 def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
-    """Have a proposed shape trained; one that is known already is answered from its record."""
+    """Start the job of a trial; if its shape was proposed before, reuse that result instead."""
     twin = record.twin(trial)
     if twin is None:
         engine.start(record.job(trial))
@@ -102,7 +104,20 @@ def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
 
 
 def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
-    """Refuse a shape that breaks the budget; else train, measure and reward it."""
+    """Train a candidate, measure its latency and compute its reward, unless it exceeds the budget.
+
+    Args:
+        bench: what all candidates share.
+        arch: shape of the candidate.
+        folder: folder of the trial, for logs, progress and the trained weights.
+
+    Returns:
+        The outcome: ``COMPLETE`` with a reward; or ``PRUNED``, by the budget (``attrs`` has
+        ``refused``) or by the pruner (``stopped_early``).
+
+    Raises:
+        CandidateFailed: the candidate cannot be scored, as when its loss is not finite.
+    """
     started, reporter = time.time(), Reporter(folder)
     attrs, violation, reason = {"arch": arch.to_dict()}, 0.0, ""
     if bench.measures_first:

@@ -1,4 +1,4 @@
-"""The search space, derived from the teacher's config alone."""
+"""SearchSpace: the students to choose from, derived from the teacher's config."""
 
 import itertools
 import math
@@ -14,28 +14,29 @@ from kdnas.models.arch import StudentArch
 from kdnas.models.families import arch_of, check_heads, family_of
 from kdnas.system.errors import UserError, nearest
 
-MIN_HEAD_SIZE = 16
+MIN_HEAD_SIZE = 16  # dimensions of an attention head
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Choices for the five fields of a student; every combination is a valid student.
+    """The values of each of a student's five fields; every combination is a valid student.
 
     Args:
-        choices: field of ``StudentArch`` -> its values.
+        choices: maps each field of ``StudentArch`` to its values.
     """
 
     choices: Mapping[str, list[Any]]
 
     @classmethod
     def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
-        """Students no larger than the teacher in any dimension.
+        """Make the default space: students no larger than the teacher in any dimension.
 
-        Layers: 1 to 6, then even numbers to 12, then multiples of 4. Widths: 2, 3, 4, 6 and 8
-        eighths of the teacher's that all head counts divide with at least 16 a head (an even number
-        for rotary positions). Heads: divisors of the teacher's heads down to a quarter.
-        Intermediate: a quarter, a half and all of the teacher's. Activation: the teacher's, and
-        ReLU.
+        - Layers: 1 to 6, then 8, 10 and 12, then multiples of 4.
+        - Attention heads: the divisors of the teacher's number of heads, down to a quarter of it.
+        - Width (``hidden_size``): 2, 3, 4, 6 and 8 eighths of the teacher's, if every number of
+          heads divides it into at least 16 dimensions a head (an even number for rotary positions).
+        - Intermediate size: a quarter, a half and all of the teacher's.
+        - Activation: the teacher's, and ReLU.
 
         Raises:
             UserError: the teacher is too narrow for a head of 16.
@@ -44,7 +45,7 @@ class SearchSpace:
         width, heads = teacher.hidden_size, teacher.num_attention_heads
         if width < MIN_HEAD_SIZE:
             raise UserError(
-                f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}."
+                f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}. Choose a wider teacher."
             )
         divisors = [
             h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE
@@ -71,11 +72,11 @@ class SearchSpace:
     def replaced(
         self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig
     ) -> "SearchSpace":
-        """The space with other values for some fields.
+        """Return the space with other values for some fields.
 
         Args:
-            choices: field of ``StudentArch`` -> its values; None: as they are.
-            config: the teacher's config.
+            choices: maps fields of ``StudentArch`` to their new values; None: keep the old ones.
+            config: config of the teacher.
 
         Raises:
             UserError: a field has no value, a size is below 1 or above the teacher's, a number of
@@ -94,7 +95,7 @@ class SearchSpace:
                 if not 1 <= value <= getattr(teacher, name):
                     most = getattr(teacher, name)
                     raise UserError(
-                        f"space.{name} has {value}: a student has from 1 to its teacher's {most}."
+                        f"space.{name} has {value}: give values from 1 to the teacher's {most}."
                     )
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
@@ -119,15 +120,15 @@ class SearchSpace:
             yield StudentArch(**dict(zip(self.choices, values, strict=True)))
 
     def suggest(self, trial: optuna.Trial) -> StudentArch:
-        """The student that a trial proposes; each field is suggested once, under its own name."""
+        """Return the student of a trial: each field is a categorical parameter of that name."""
         suggest = trial.suggest_categorical
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def by_rule(self) -> Iterator[StudentArch]:
-        """The shapes that are good by rule (LOG.md), the deepest first.
+        """Yield the shapes of a rule of thumb for good students (LOG.md), the deepest first.
 
-        Half of the largest width and number of heads, a quarter of the largest intermediate size,
-        each by the nearest choice, and the first activation.
+        They have half of the largest width and number of heads, a quarter of the largest
+        intermediate size (each the nearest value in the space), and the first activation.
         """
         parts = {"num_attention_heads": 2, "hidden_size": 2, "intermediate_size": 4}
         sizes = {
@@ -142,12 +143,12 @@ class SearchSpace:
             )
 
     def smallest(self) -> StudentArch:
-        """The fastest student: the least of every size, and ReLU if it is a choice."""
+        """Return the fastest student: the smallest of every size, and ReLU if it is a choice."""
         activations = self.choices["hidden_act"]
         return self._extreme(min, "relu" if "relu" in activations else activations[0])
 
     def largest(self) -> StudentArch:
-        """The most of every size."""
+        """Return the largest student: the largest of every size, and the first activation."""
         return self._extreme(max, self.choices["hidden_act"][0])
 
     def _extreme(self, of: Callable[[list[int]], int], activation: str) -> StudentArch:

@@ -1,4 +1,4 @@
-"""The study's database: opened, made again from the results of its trials, or only read."""
+"""The study's database: open it, rebuild it from the results of its trials, or only read it."""
 
 import datetime
 import logging
@@ -27,23 +27,28 @@ from kdnas.system.errors import StoreAway, UserError, first_line
 
 log = logging.getLogger(__name__)
 
-# What a database that is locked, away or damaged makes of Optuna's calls.
+# What Optuna's calls raise if the database is locked, unreachable or damaged.
 STORE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.OperationalError)
 # A server that restarts is back in seconds, one that is moved in minutes.
 PATIENCE_SECONDS = 600.0
+# SQLite's errors of a disk that is full, broken or read-only.
 DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY")
 T = TypeVar("T")
 
 
 def patiently(attempt: Callable[[], T], storage: str | Path) -> T:
-    """Call ``attempt``, and again while the store raises, for ``PATIENCE_SECONDS`` at most.
+    """Call ``attempt``, and repeat it while the database fails, for at most ``PATIENCE_SECONDS``.
 
     Args:
-        attempt: opens the study anew; what it has begun and not told it must find again.
-        storage: as ``open_study`` takes it.
+        attempt: the work with the study. Each call must open the study anew, and find the trials
+            that an earlier call has begun and not told.
+        storage: the database, as ``open_study`` takes it; named in messages.
+
+    Returns:
+        What ``attempt`` returns.
 
     Raises:
-        StoreAway: the store has not answered for so long, or its disk has failed.
+        StoreAway: the database has not answered for that long, or its disk has failed.
     """
     first = 0.0
     while True:
@@ -51,12 +56,12 @@ def patiently(attempt: Callable[[], T], storage: str | Path) -> T:
         try:
             return attempt()
         except (*STORE_ERRORS, UnboundLocalError) as error:
-            # The last is a defect of Optuna's, which follows a cut connection.
+            # UnboundLocalError is a bug in Optuna that follows a cut connection.
             if isinstance(error, UnboundLocalError) and "updated_state" not in str(error):
                 raise
             now, shown = time.monotonic(), without_password(str(storage))
             reason = first_line(_cause(error))
-            if not first or now > begun + 60:  # after a while of good work it is another outage
+            if not first or now > begun + 60:  # it worked for a minute, so this is a new outage
                 first = now
                 log.warning("The study's database does not answer (%s); waiting for it.", reason)
             if _is_of_disk(error) or now > first + PATIENCE_SECONDS:
@@ -75,22 +80,24 @@ def open_study(
     pruner: BasePruner | None = None,
     num_begun: int = 0,
 ) -> Study:
-    """Open a study, or make it, so that it holds every result that there is.
+    """Open or create a study that holds all results.
+
+    If the database does not hold them all, as after it was damaged or deleted, the study is rebuilt
+    from the results, with a warning. A replaced SQLite file is kept as ``study.db.replaced``.
 
     Args:
         storage: path of an SQLite file, or SQLAlchemy URL of a database.
-        name: of the study.
-        space: of the search.
-        results: of finished trials, by number: what the study is made again from where it does not
-            hold them, as after its file was damaged or deleted.
-        sampler: proposes.
-        pruner: ends candidates early; none by default.
-        num_begun: how many trials were begun: in a study that is made again, none gets the number
-            of one that may still run.
+        name: name of the study.
+        space: search space of the study.
+        results: outcomes of the finished trials, by number.
+        sampler: proposes shapes.
+        pruner: ends candidates early; None: no pruner.
+        num_begun: number of trials that were begun, so that in a rebuilt study no new trial gets
+            the number of one that may still run.
 
     Raises:
-        UserError: the database cannot be used.
-        StoreAway: its disk failed.
+        UserError: the database holds a study of this name with other trials.
+        Exception: one of ``STORE_ERRORS``: the database cannot be used; ``patiently`` tries again.
     """
     options: dict[str, Any] = {
         "study_name": name,
@@ -99,7 +106,7 @@ def open_study(
         "direction": "maximize",
         "load_if_exists": True,
     }
-    why = "was not there"
+    why = "was missing"
     if not isinstance(storage, Path) or storage.exists():
         try:
             _check_whole(storage)
@@ -120,15 +127,15 @@ def open_study(
         study.add_trial(_as_trial(results.get(number), space))
     if results:
         shown = without_password(str(storage))
-        log.warning("%s %s: made again from the results of %d trials.", shown, why, len(results))
+        log.warning("%s %s: rebuilt from the results of %d trials.", shown, why, len(results))
     return study
 
 
 def _check_whole(storage: str | Path) -> None:
-    """Read all of an SQLite file: Optuna would read a part, and find out later.
+    """Check all of an SQLite file now, since Optuna reads only parts and would fail later.
 
     Raises:
-        DatabaseError: the file is damaged.
+        sqlite3.DatabaseError: the file is damaged.
     """
     if isinstance(storage, Path):
         with closing(sqlite3.connect(storage)) as connection:
@@ -138,12 +145,12 @@ def _check_whole(storage: str | Path) -> None:
 
 
 def _set_aside(storage: str | Path, name: str) -> None:
-    """Make room for a study; an SQLite file is kept as ``study.db.replaced``."""
+    """Remove a study from its database; an SQLite file is renamed to ``study.db.replaced``."""
     if not isinstance(storage, Path):
         with suppress(KeyError):
             optuna.delete_study(study_name=name, storage=_connect(storage))
         return
-    for path in storage.parent.glob(f"{storage.name}-*"):  # SQLite's journal
+    for path in storage.parent.glob(f"{storage.name}-*"):  # SQLite's journals
         path.unlink()
     if storage.exists():
         storage.replace(storage.with_name(f"{storage.name}.replaced"))
@@ -155,7 +162,7 @@ def _connect(storage: str | Path) -> RDBStorage:
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    """A connection whose end is noticed, also where the server's machine is gone."""
+    """Return SQLAlchemy's engine options by which a lost connection is noticed within seconds."""
     parsed = make_url(url)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if parsed.get_backend_name() == "postgresql" and parsed.get_driver_name().startswith("psycopg"):
@@ -165,33 +172,33 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What SQLAlchemy said, where Optuna has wrapped it."""
+    """Return the error of SQLAlchemy that Optuna has wrapped, or the error itself."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether waiting does not mend it: the file is no database of Optuna's, or not whole."""
+    """Whether an SQLite file is damaged or not a database of Optuna's, so that waiting is useless."""
     cause = _cause(error)
     name = _sqlite_name(cause)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", *DISK)):
         return False
-    # The last is what Optuna's calls raise where somebody has deleted rows.
+    # Optuna raises the last three if somebody has deleted rows.
     damaged = (DatabaseError, sqlite3.DatabaseError, RuntimeError, ValueError, LookupError)
     return isinstance(cause, damaged)
 
 
 def _sqlite_name(cause: BaseException) -> str:
-    """SQLite's name of an error; empty where it is not SQLite's."""
+    """Return SQLite's name of an error; ``""`` if it is not SQLite's."""
     return getattr(getattr(cause, "orig", cause), "sqlite_errorname", "")
 
 
 def _is_of_disk(error: BaseException) -> bool:
-    """Whether the disk below a database is full, broken or read-only: no waiting mends that."""
+    """Whether the database's disk is full, broken or read-only, so that waiting is useless."""
     return _sqlite_name(_cause(error)).startswith(DISK)
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether each result is the study's trial of that number, ended alike or still to be told."""
+    """Whether the study agrees with all results, and has no finished trial without a result."""
     return _lacks(study, results) is None and not any(
         trial.state.is_finished() and trial.params and trial.number not in results
         for trial in study.get_trials(deepcopy=False)
@@ -199,9 +206,15 @@ def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
 
 
 def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
-    """The first trial whose result is not what the study holds; None where there is none."""
+    """Return the number of the first trial whose result differs from the study; None: all agree.
+
+    A trial that still runs in the study agrees if it has the same shape: its end is told later.
+
+    Raises:
+        ValueError: the study does not maximise, so it is not a search's.
+    """
     if study.direction != StudyDirection.MAXIMIZE:
-        raise ValueError("it is of no search")
+        raise ValueError("it does not maximise, so it is not the study of a search")
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for number, outcome in results.items():
         trial = trials.get(number)
@@ -224,10 +237,10 @@ def _within(part: Mapping[Any, Any], whole: Mapping[Any, Any]) -> bool:
 
 
 def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | Path) -> None:
-    """Never delete what others have put into a database under this name.
+    """Refuse to replace somebody else's study of the same name in a shared database.
 
     Raises:
-        UserError: its finished trials are not those of this run.
+        UserError: the study has finished trials that are not this run's.
     """
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     ours = all(trial.number in results or not trial.params for trial in finished)
@@ -239,14 +252,14 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """A finished trial; one that was never finished keeps its number, and says nothing."""
+    """Make the trial of an outcome; None: an empty failed trial, which keeps the number taken."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}
     last = reports[max(reports)] if reports and outcome.state == "PRUNED" else None
     trial = create_trial(
         state=TrialState[outcome.state],
-        value=outcome.value if outcome.state == "COMPLETE" else last,  # as Optuna's ``tell`` has it
+        value=outcome.value if outcome.state == "COMPLETE" else last,  # as Optuna's ``tell`` does
         params=outcome.params,
         distributions={
             name: CategoricalDistribution(tuple(space.choices[name])) for name in outcome.params
@@ -263,23 +276,24 @@ def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
 def read_study(
     storage: str | Path, name: str, results: Mapping[int, Outcome] | None = None
 ) -> Study:
-    """A study to look at; nothing is written to its database.
+    """Open a study without writing to its database.
 
     Args:
-        storage: as ``open_study`` takes it.
-        name: of the study.
-        results: of its trials, as far as they are known, by number.
+        storage: the database, as ``open_study`` takes it.
+        name: name of the study.
+        results: known outcomes of its trials, by number, which the study must agree with; None: do
+            not compare.
 
     Raises:
-        UserError: there is no such database or no such study, it cannot be read, or rows of it were
-            deleted.
+        UserError: there is no such database or study, it cannot be read, or it lacks a result.
     """
     shown = without_password(str(storage))
     try:
         url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise UserError(
-                f"There is no study in {shown!r}: no search was begun there, or give its --storage."
+                f"There is no study in {shown!r}: no search was begun there. If it has another database, "
+                "give its --storage."
             )
         there = url.render_as_string(hide_password=False)
         database = RDBStorage(
@@ -300,16 +314,20 @@ def read_study(
     if lacking is not None:
         raise UserError(
             f"The study's database {shown!r} does not hold the result of trial {lacking}: "
-            "the command that made the run makes it again."
+            "repeat the command that made the run, which rebuilds the database."
         )
     return study
 
 
 def check_reachable(url: str) -> None:
-    """Look whether the server of a database answers; nothing is written.
+    """Check that a database can be reached, without writing to it.
+
+    Args:
+        url: SQLAlchemy URL of the database; for SQLite, its folder must exist.
 
     Raises:
-        UserError: it does not, or its driver is not installed.
+        UserError: the server does not answer, the folder does not exist, the URL is not valid, or
+            the driver is not installed.
     """
     try:
         parsed = make_url(url)
@@ -329,20 +347,20 @@ def check_reachable(url: str) -> None:
     except (SQLAlchemyError, ValueError) as error:
         raise UserError(
             f"The database {without_password(url)!r} cannot be used ({first_line(error)}): give a "
-            "URL such as postgresql://user:password@host/database of a server that runs."
+            "URL such as postgresql://user:password@host/database of a running server."
         ) from error
 
 
 def sqlite_url(path: Path) -> str:
-    """The URL of an SQLite file, whatever its path holds."""
+    """Return the URL of an SQLite file, with special characters of its path escaped."""
     return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _literal(url: str) -> str:
-    """A URL whose braces are no template of Optuna's."""
+    """Escape the braces of a URL, which Optuna would take for a template."""
     return url.replace("{", "{{").replace("}", "}}")
 
 
 def without_password(url: str) -> str:
-    """A database's URL that may be shown; it may be no URL at all."""
+    """Return a database's URL, or any other text, with the password replaced by ``***``."""
     return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url))

@@ -1,4 +1,4 @@
-"""The outcome of a trial as a file, and a study's best, failed and repeated trials."""
+"""Outcome: how a trial ended; and functions that select, describe and tabulate a study's trials."""
 
 import hashlib
 import math
@@ -40,19 +40,21 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: what its ``result.json`` holds, and what the study is told.
+    """How a trial ended: the content of its ``result.json``, which the study is told.
 
     Args:
-        params: the shape, as ``StudentArch.to_dict`` gives it.
-        state: the name of Optuna's: ``COMPLETE``; ``PRUNED``, by the budget or by the pruner; or
-            ``FAIL``.
-        value: the reward of a trial that is ``COMPLETE``.
-        attrs: everything that was measured; why it was ``refused``, ``stopped_early`` or
-            ``failed``, if it was; ``twin_of``, the trial that it repeats.
-        constraints: how far it is beyond the budget; 0 or less: within.
-        reports: what the pruner was told, by epoch.
-        started: in seconds since 1970.
-        ended: the same.
+        params: shape of the candidate, as ``StudentArch.to_dict`` gives it.
+        state: state of the trial in Optuna: ``COMPLETE``, ``PRUNED`` (by the budget or the pruner)
+            or ``FAIL``.
+        value: reward of a ``COMPLETE`` trial; else None.
+        attrs: all that was measured; the reason under ``refused`` (by the budget),
+            ``stopped_early`` (by the pruner) or ``failed``, if any; under ``twin_of``, the number
+            of the trial that this one repeats.
+        constraints: ``budget`` -> share of the limit by which the student exceeds it; 0 or less:
+            within.
+        reports: what the pruner was told, by epoch: 1 - held-out loss.
+        started: start of the trial, in seconds since 1970.
+        ended: end of the trial, in seconds since 1970.
     """
 
     params: dict[str, Any]
@@ -65,71 +67,71 @@ class Outcome:
     ended: float = 0.0
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether a study's trial ended so."""
+        """Whether a study's trial ended with the same state and, if ``COMPLETE``, reward."""
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 
     @classmethod
     def read(cls, path: Path) -> "Outcome":
-        """What a ``result.json`` holds.
+        """Read a ``result.json``.
 
         Raises:
-            UserError: it is damaged, or no trial's.
+            UserError: the file is damaged, or not the result of a trial.
         """
         try:
             return cls(**read_json(path))
         except TypeError as error:
             raise UserError(
-                f"{str(path)!r} is no result of a trial ({first_line(error)}): delete it, and the "
+                f"{str(path)!r} is not the result of a trial ({first_line(error)}): delete it, and the "
                 "candidate is trained again."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
 
 def results_in(folder: Path) -> dict[int, Outcome]:
-    """The outcome of every trial of a run that has ended, by its number."""
+    """Read the outcomes of all ended trials in the folder of a run, by trial number."""
     paths = sorted(folder.glob("trial_*/result.json"))
     return {int(path.parent.name[6:]): Outcome.read(path) for path in paths}
 
 
 def num_begun(folder: Path) -> int:
-    """How many trials of a run were begun, whether they have ended or not."""
+    """Return the number of trials that were begun in the folder of a run, ended or not."""
     return 1 + max((int(path.name[6:]) for path in folder.glob("trial_*")), default=-1)
 
 
 def arch_of(trial: FrozenTrial) -> StudentArch:
-    """The shape that a trial is about."""
+    """Return the shape of a trial."""
     return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
 
 
 def tried(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained, to their end or until they were pruned."""
+    """Return the trials of distinct candidates that were trained, to the end or until pruned."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     attrs_of_none = {"twin_of", "refused"}
     return [trial for trial in ended if not attrs_of_none & trial.user_attrs.keys()]
 
 
 def trained(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that were trained to their end."""
+    """Return the trials of distinct candidates that were trained to the end."""
     return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
 
 
 def failed(study: Study) -> list[FrozenTrial]:
-    """The trials of distinct candidates that failed."""
+    """Return the trials of distinct candidates that failed."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in ended if "failed" in trial.user_attrs and not is_repeated(trial)]
 
 
 def is_repeated(trial: FrozenTrial) -> bool:
-    """Whether a trial only repeats another."""
+    """Whether a trial only repeats the shape and result of an earlier one."""
     return "twin_of" in trial.user_attrs
 
 
 def known(study: Study) -> dict[StudentArch, FrozenTrial]:
-    """The first trial of each shape that was proposed, ended or not."""
+    """Map each shape that was proposed to its first trial, ended or not."""
     first: dict[StudentArch, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
         if len(trial.params) == len(ARCH) and not is_repeated(trial):
@@ -138,7 +140,13 @@ def known(study: Study) -> dict[StudentArch, FrozenTrial]:
 
 
 def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
-    """A shape that was not proposed yet, the same one for the same trial; None where there is none."""
+    """Draw a shape that was neither proposed nor queued; None: there is none.
+
+    Args:
+        study: study of the search.
+        space: search space of the study.
+        number: number of a trial, the seed of the draw.
+    """
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
     seen = known(study)
@@ -148,27 +156,27 @@ def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
 
 
 def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
-    """Whether so many candidates were tried, or the space has no more."""
+    """Whether ``n_trials`` distinct candidates were tried, or the space has no more."""
     ended = [trial for trial in known(study).values() if trial.state.is_finished()]
     return len(tried(study)) >= n_trials or len(ended) >= len(space)
 
 
 def best_trial(study: Study) -> FrozenTrial | None:
-    """The best candidate within the budget so far; None where there is none."""
+    """Return the best candidate within the budget so far; None: there is none."""
     try:
         best = study.best_trial
-    except ValueError:  # Optuna's: no trial is complete and feasible
+    except ValueError:  # raised by Optuna if no trial is complete and feasible
         return None
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
 def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
-    """The best candidate of a search that is over.
+    """Return the best candidate of a search that is over.
 
     Args:
-        study: of the search.
-        space: of the search.
-        seconds: that it had.
+        study: study of the search.
+        space: search space of the study.
+        seconds: time that the search had; named if it was too short.
 
     Raises:
         UserError: no candidate meets the budget, none was trained in time, or all were pruned.
@@ -179,10 +187,10 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
     if failed(study) and not tried(study):
         raise CandidateFailed(
             f"Every candidate failed; the last one: {failed(study)[-1].user_attrs['failed']}. "
-            "None is tried again: mend it, then --force-new."
+            "Failed candidates are not tried again: fix the cause, then run with --force-new."
         )
     if tried(study) and not trained(study):
-        raise UserError("The pruner ended every candidate: give another, or --pruner none.")
+        raise UserError("The pruner ended every candidate: give another pruner, or --pruner none.")
     if len(known(study)) < len(space) and math.isfinite(seconds):
         minutes = f"{seconds / 60:g}"
         raise UserError(
@@ -193,13 +201,13 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
 
 
 def begun(study: Study) -> list[FrozenTrial]:
-    """The trials that were proposed, without those that only wait in the queue."""
+    """Return the trials that were proposed, without those that only wait in the queue."""
     trials = study.get_trials(deepcopy=False)
     return [t for t in trials if t.state != TrialState.WAITING and (t.params or t.user_attrs)]
 
 
 def in_words(trial: FrozenTrial) -> str:
-    """What became of a trial."""
+    """Return a trial's state in a word or two, as shown to the user."""
     if is_repeated(trial):
         return "repeated"
     if trial.state == TrialState.PRUNED:
@@ -209,14 +217,14 @@ def in_words(trial: FrozenTrial) -> str:
 
 
 def reason_in(attrs: Mapping[str, Any]) -> str | None:
-    """Why a trial was not trained to its end, if it was not."""
+    """Return why a trial was not trained to the end, from its attributes; None: it was."""
     if "twin_of" in attrs:
         return f"same shape as trial {attrs['twin_of']}"
     return attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed")
 
 
 def line(trial: FrozenTrial) -> str:
-    """What a trial that ended was, and what became of it."""
+    """Describe an ended trial in one line: its shape, and its result or why it has none."""
     attrs = trial.user_attrs
     head = f"trial {trial.number:3d}  {arch_of(trial)}: "
     if "twin_of" in attrs:
@@ -236,7 +244,13 @@ def line(trial: FrozenTrial) -> str:
 
 
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
-    """Whether a latency of a trial spread by more than a tenth: the student's (""), or its teacher's ("teacher_")."""
+    """Whether one of a trial's latencies is unsteady: it spreads by more than a tenth.
+
+    Args:
+        trial: a trial whose latency was measured.
+        whose: which latencies to look at: ``""`` for the student's, ``"teacher_"`` for its
+            teacher's.
+    """
     get = trial.user_attrs.get
     return any(
         is_unsteady(get(f"{who}latency_ms", math.inf), get(f"{who}latency_iqr_ms", 0.0))
@@ -245,22 +259,25 @@ def has_spread(trial: FrozenTrial, *whose: str) -> bool:
 
 
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
-    """Every trial of a study in one row, for ``trials.csv``.
+    """Return a table with a row for each trial, as in ``trials.csv``.
 
     Args:
-        study: its trials may have finished, been refused or failed, or still run: what is not known
-            stays empty. Those that only wait in the queue are left out.
+        study: study of a search, finished or not. Trials that only wait in the queue are left out.
 
     Returns:
-        Columns ``number, state``, the five fields of the shape, ``loss, contextual_share,
-        sentence_r2, latency_ms, latency_iqr_ms, speedup, num_parameters, reward, predicted_reward,
-        episode, best_so_far, episode_best, previous_best, front, seconds, reason``.
-        ``predicted_reward`` is what an LSTM controller expected of a student that it picked. An
-        episode is as many trained candidates as the study's attribute ``num_candidates`` says; of
-        it there are, as candidates ended, the best rewards so far: of all, of this episode, and of
-        the one before.
-        ``front`` names what the student is on the Pareto front of, beside the loss: ``latency``,
-        ``parameters``, both, or nothing.
+        The columns below. Values that are not known, as of a running trial, are missing.
+
+        - ``number``, ``state``, and the five fields of the shape.
+        - ``loss``, ``contextual_share``, ``sentence_r2``, ``latency_ms``, ``latency_iqr_ms``,
+          ``speedup``, ``num_parameters``, ``reward``, ``seconds``.
+        - ``predicted_reward``: what an LSTM controller expected, if it picked the student for that.
+        - ``episode``: number from 1. Trained candidates are counted in the order in which they
+          ended; an episode has as many as the study's attribute ``num_candidates`` says.
+        - ``best_so_far``, ``episode_best``, ``previous_best``: the best rewards when this candidate
+          had ended: of all, of its episode, and of the whole episode before.
+        - ``front``: the Pareto fronts that the student is on, of loss and latency or of loss and
+          size: ``latency``, ``parameters``, ``latency and parameters``, or missing.
+        - ``reason``: why the candidate was not trained to the end.
     """
     rows = []
     for trial in begun(study):
@@ -288,11 +305,14 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
 
 
 def front(frame: pd.DataFrame, size: str) -> pd.Index:
-    """The trained candidates that no other beats in both loss and size, the smallest first.
+    """Return the Pareto front: trained candidates that no other beats in both loss and size.
 
     Args:
-        frame: of ``trials_frame``.
-        size: the column of the other measure.
+        frame: table from ``trials_frame``.
+        size: column of the size, such as ``latency_ms`` or ``num_parameters``.
+
+    Returns:
+        The index labels of their rows, the smallest first.
     """
     trained = frame[_is_trained(frame)].sort_values([size, "loss"])
     return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
@@ -304,5 +324,5 @@ def _is_trained(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:
-    """Which rows only repeat another."""
+    """Return which rows of ``trials_frame`` only repeat an earlier trial, as booleans."""
     return frame["reason"].fillna("").str.startswith("same shape")

@@ -1,4 +1,4 @@
-"""What is kept of a candidate's training, for full KD to go on from."""
+"""The weights and optimizer states of the best candidates, from which full KD continues."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,18 @@ from kdnas.nas.trials import Study, trained
 from kdnas.system.files import file_sha256, new_file
 
 WEIGHTS, OPTIMIZER = KEPT = ("weights.safetensors", "optimizer.safetensors")
-# How many candidates keep theirs.
+# Number of candidates whose weights are kept: the best ones.
 MOST_KEPT = 3
 
 
 def save_weights(
     module: HiddenStateDistillModule, trainer: pl.Trainer, folder: Path
 ) -> dict[str, str]:
-    """Write what was trained and what the optimizer knows of it, and give the hash of each file."""
+    """Write a module's weights and its optimizer's state.
+
+    Returns:
+        The SHA-256 of each file, as ``weights_sha256`` and ``optimizer_sha256``.
+    """
     optimizer: Any = trainer.optimizers[0]
     hashes = {}
     for name, tensors in ((WEIGHTS, module.state_dict()), (OPTIMIZER, optimizer.tensors(module))):
@@ -30,11 +34,11 @@ def save_weights(
 
 
 def drop_weights(study: Study, folder: Callable[[int], Path]) -> None:
-    """Delete the weights of all but the best candidates.
+    """Delete the weights and optimizer states of all but the best ``MOST_KEPT`` candidates.
 
     Args:
-        study: of the search.
-        folder: of a trial, by its number.
+        study: study of the search.
+        folder: maps a trial's number to its folder.
     """
     for trial in sorted(trained(study), key=lambda trial: trial.value or 0.0)[:-MOST_KEPT]:
         for name in KEPT:

@@ -1,4 +1,4 @@
-"""The one engine: it runs jobs in slots, and gives each back when its result is there."""
+"""Engine: runs jobs in parallel and reports how each ended."""
 
 import logging
 import signal
@@ -24,9 +24,10 @@ from kdnas.system.signals import notice_signals
 
 log = logging.getLogger("kdnas")
 
-# Seconds that a job has for its end, after which it is killed: of the ten that a signal gives.
+# Seconds in which a job must end after it was asked to stop; then it is killed. Whoever sends us a
+# signal may kill this process ten seconds later.
 STOP_SECONDS = 5.0
-# What executors raise where the process of a job has died: pebble's, the standard one's, Dask's.
+# Errors by which executors say that a job's process has died: pebble, concurrent.futures, Dask.
 DEATHS = ("ProcessExpired", "BrokenProcessPool", "KilledWorker")
 
 
@@ -35,18 +36,21 @@ class JobDied(RuntimeError):
 
 
 class Engine:
-    """Runs jobs in slots, and gives each back when its result is there.
+    """Runs jobs, ``num_slots`` at a time, in processes of this machine or in an executor.
 
-    With ``num_slots`` 0 a job runs in a thread of this process, one at a time: for a debugger, a
-    notebook, a test. Else each slot is a process with its share of the cores and one GPU. One that
-    dies is replaced, and its job is tried once more. One that had no memory is tried once more
-    when no other job runs. ``executor`` takes the place of these processes: anything with
-    ``submit``, such as Dask's, on a folder that its workers share.
+    Each slot is a process with its share of the cores and, if there are GPUs, one of them. With
+    ``num_slots`` 0 jobs run one at a time in a thread of this process: for a debugger, a notebook
+    or a test.
+
+    If the process of a job dies, the job is tried once more in a new one. A job that ran out of
+    memory beside others is tried once more when no other job runs.
 
     Args:
-        num_slots: jobs at a time.
-        executor: where jobs run instead, ``num_slots`` at a time.
-        close: called when the engine is done with it.
+        num_slots: number of jobs at a time.
+        executor: where jobs run instead of in processes of this machine, ``num_slots`` at a time:
+            one with the interface of ``concurrent.futures``, such as Dask's. Its workers must share
+            the jobs' folders. None: processes of this machine.
+        close: called when the engine stops, to close the executor; None: nothing to close.
     """
 
     def __init__(
@@ -60,10 +64,10 @@ class Engine:
         self._pool: Any = None
         self._running: dict[Future[Any], Job] = {}
         self._died: set[Path] = set()  # folders of jobs whose first process died
-        self._crowded: set[Path] = set()  # folders of jobs that had no memory beside others
+        self._crowded: set[Path] = set()  # folders of jobs that ran out of memory beside others
         self._alone: list[Job] = []  # those of them that wait until nothing else runs
-        self._threads: dict[Path, str] = {}  # what each job was last told to take
-        self._width = self.num_slots  # processes at a time, where there are fewer jobs than slots
+        self._threads: dict[Path, str] = {}  # number of threads that each job was last told
+        self._width = self.num_slots  # number of processes; fewer than slots if jobs are fewer
 
     def __enter__(self) -> "Engine":
         return self
@@ -73,17 +77,17 @@ class Engine:
 
     @property
     def jobs(self) -> list[Job]:
-        """What runs now, or waits to run alone."""
+        """Jobs that run now, or wait to run alone."""
         return [*self._running.values(), *self._alone]
 
     @property
     def has_room(self) -> bool:
-        """Whether a slot is free."""
+        """Whether another job can be started: a slot is free, and no job must run alone."""
         is_alone = any(job.folder in self._crowded for job in self.jobs)
         return len(self._running) < self.num_slots and not is_alone
 
     def start(self, job: Job) -> None:
-        """Begin a job; one that was stopped before goes on from what it has kept."""
+        """Start a job; one that was stopped before resumes from its own checkpoint, if it has any."""
         job.folder.mkdir(parents=True, exist_ok=True)
         tidy(job)
         self._threads.pop(job.folder, None)
@@ -101,10 +105,14 @@ class Engine:
         return self._pool.submit(run_job, job)
 
     def wait(self) -> list[tuple[Job, BaseException | None]]:
-        """Look for a moment, and give the jobs that have ended, each with what it died of.
+        """Wait up to ``LOOK_SECONDS`` for jobs to end.
+
+        Returns:
+            The jobs that have ended, each with its error; None: it succeeded.
 
         Raises:
-            OSError: the disk or the network has failed.
+            OSError: the disk or the network has failed, so that other jobs would fail too.
+            KeyboardInterrupt: a signal has asked this process to end.
         """
         notice_signals()
         if self._alone and not self._running:
@@ -130,7 +138,7 @@ class Engine:
     def _error_of(self, future: "Future[Any]") -> BaseException | None:
         try:
             error = future.exception()
-        except CancelledError:  # we cancel nothing: it is Dask's, whose scheduler has gone
+        except CancelledError:  # we cancel nothing: Dask does when its scheduler is gone
             raise OSError("the executor has lost its jobs: its scheduler is gone") from None
         return JobDied(_death(error)) if type(error).__name__ in DEATHS else error
 
@@ -141,20 +149,20 @@ class Engine:
         ended: Callable[[Job], object] = lambda job: None,
         failed: Callable[[Job, BaseException], object] | None = None,
     ) -> list[dict[str, Any]]:
-        """Do what of some jobs is not done, as many at a time as there are slots.
+        """Run the jobs that are not done, and wait for all.
 
         Args:
-            jobs: in the order in which they are begun.
-            watch: called with what runs, after each look.
-            ended: called with each job whose result is there, also from an earlier start.
-            failed: called with a job that failed, and what of: it writes a result. By default the
-                first failure is raised.
+            jobs: jobs, in the order in which to start them.
+            watch: called with the running jobs, several times a second.
+            ended: called with each job that is done, including those done in an earlier start.
+            failed: called with a job that failed and its error; it must write the job's result.
+                None: the first error is raised.
 
         Returns:
-            The result of each.
+            The result of each job, in the order of ``jobs``.
 
         Raises:
-            Exception: what a job failed of.
+            Exception: the error of a job, if ``failed`` is None.
         """
         waiting = []
         for job in jobs:
@@ -177,7 +185,7 @@ class Engine:
         return [dict(read_json(job.result_file)) for job in jobs]
 
     def stop(self) -> None:
-        """Stop all running jobs: ask each to stop, and kill what is left after ``STOP_SECONDS``."""
+        """Ask all running jobs to stop, and kill those that still run after ``STOP_SECONDS``."""
         try:
             for job in self._running.values():
                 with suppress(OSError):
@@ -196,7 +204,7 @@ class Engine:
                 self._close()
 
     def _renew(self, width: int) -> None:
-        """Begin with fresh processes: what the last ones hold in memory is given back."""
+        """Close the processes, which frees their memory; later jobs get ``width`` new ones."""
         if self._in_processes and self._pool is not None:
             self._pool.close()
             self._pool.join()
@@ -204,7 +212,7 @@ class Engine:
         self._width = width
 
     def _share_threads(self) -> None:
-        """Have the jobs that are left take the cores of those that have ended."""
+        """Tell the running jobs their share of the cores, which grows as other jobs end."""
         each = str(num_threads(max(1, min(len(self._running), self._width))))
         for job in self._running.values():
             if self._in_processes and self._threads.get(job.folder) != each:
@@ -213,14 +221,18 @@ class Engine:
                 self._threads[job.folder] = each
 
     def _drop_broken_pool(self) -> None:
-        """A process that dies between two jobs breaks its pool."""
+        """Drop the pool if it is broken, as after a process died between two jobs."""
         if self._pool is not None and not self._pool.active:
             self._pool.stop()
             self._pool = None
 
 
 def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
-    """What a job has failed of; an error of the disk is not its fault, and is raised."""
+    """Return the error of a job as it is reported to the caller; None: it succeeded.
+
+    Raises:
+        OSError: the disk or the network has failed, which is not the job's fault.
+    """
     if error is None:
         tidy(job)
     elif is_disk_failure(error):
@@ -233,7 +245,7 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Whether a job said that it had no memory; one whose process died has been tried again."""
+    """Whether a job reported that it ran out of memory; a job whose process died does not count."""
     return isinstance(error, Exception) and not isinstance(error, JobDied) and is_memory(error)
 
 

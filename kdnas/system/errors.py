@@ -1,4 +1,4 @@
-"""The kinds of failure that the product knows by name, and what their messages are made of."""
+"""The exceptions of kdnas, and helpers for their messages."""
 
 import difflib
 import re
@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-# What torch's own allocators say, and oneDNN, which says no more where it can allocate nothing (but for what else it
-# cannot make, it says more).
+# The messages of torch's allocators and of oneDNN when memory runs out. oneDNN's message has more text if it cannot
+# create a primitive for another reason, hence the $.
 OUT_OF_MEMORY = "(?im)out of memory|can(no|.)t allocate memory|could not create a primitive$"
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its one line says what is wrong, the value, and the remedy (exit code 2).
+    """A mistake that the user can correct; the command ends with exit code 2.
 
     Args:
-        message: the line; what others have named (a column, a file) is shown in it as Python would
-            write it where it is not to be printed.
+        message: one line that says what is wrong, the value, and what to do. Characters that cannot
+            be printed, as in the name of a file, are shown as Python escapes.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,11 +28,11 @@ class CandidateFailed(RuntimeError):
 
 
 class DeviceFailed(CandidateFailed):
-    """A candidate whose GPU has failed; its process ends with it, and another tries it once more."""
+    """A candidate's GPU has failed; its process ends, and the candidate is tried again in another."""
 
 
 def reason_of(error: Exception) -> str:
-    """Why a candidate fails that has raised this."""
+    """Return the reason that is recorded for a candidate that raised this error."""
     if isinstance(error, CandidateFailed):
         return str(error)
     if is_memory(error):
@@ -41,14 +41,14 @@ def reason_of(error: Exception) -> str:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether an error says that there was no memory left, in any library's words."""
+    """Whether an error of any library says that memory has run out, on the CPU or a GPU."""
     return isinstance(error, MemoryError) or bool(
         re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}")
     )
 
 
 def is_device_failure(error: Exception) -> bool:
-    """Whether an error is a GPU's, after which its process cannot use it any more."""
+    """Whether an error means that this process cannot use its GPU any more."""
     said = f"{type(error).__name__}: {error}"
     return not is_memory(error) and bool(
         re.search("AcceleratorError|CUDA error|HIP error|CUBLAS_STATUS|CUDNN_STATUS", said)
@@ -56,25 +56,26 @@ def is_device_failure(error: Exception) -> bool:
 
 
 class ParityError(RuntimeError):
-    """A file of an export does not compute what the model computes: nothing is exported (exit code 1)."""
+    """An exported file computes something else than the model; nothing is exported, exit code 1."""
 
 
 def tell(message: str) -> None:
-    """The one line on stderr; where nothing can be written there either, the exit code must do."""
+    """Print the final message of a command to stderr; do nothing if stderr cannot be written to."""
     with suppress(OSError):
         print(f"kdnas: {message}", file=sys.stderr)
 
 
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:
-    """A hint for a name that does not exist.
+    """Return a hint for a name that does not exist, to append to an error message.
 
     Args:
-        name: what was written; not always text, where it comes from YAML.
-        choices: the names that there are.
-        always_list: them too.
+        name: the name as the user gave it; from YAML, it may be of any type.
+        choices: the names that exist.
+        always_list: list the choices even if one of them is close.
 
     Returns:
-        ``" Did you mean 'x'?"`` where one is close, else ``" Choose from: a, b, c."``, or both.
+        ``" Did you mean 'x'?"`` if a choice is close, else ``" Choose from: a, b, c."``; with
+        ``always_list`` both, if a choice is close.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)
@@ -83,22 +84,28 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 layer``, ``2 layers``."""
+    """Return a number with its noun: ``1 layer``, ``2 layers``."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 class StoreAway(OSError):
-    """The study's database has been away for too long."""
+    """The study's database did not answer for too long, or its disk has failed."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to put into one of ours; its name where it says nothing."""
+    """Return the first line of another library's error, to quote in our own; its class name if it has no text.
+
+    If the first line ends with a colon, the second is added.
+    """
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
 
 
 def as_raised(error: OSError) -> OSError:
-    """An error as it was before torch handed it over from a loader's worker: in its text alone, below a traceback."""
+    """Return the OSError that a worker of a DataLoader raised.
+
+    torch re-raises it without its number, as text below a traceback. Other errors are returned as they are.
+    """
     if error.errno is not None or not str(error).startswith("Caught "):
         return error
     last = str(error).strip().splitlines()[-1]
@@ -107,9 +114,9 @@ def as_raised(error: OSError) -> OSError:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it came from, or that were handled when it came."""
+    """Yield an error, then its context or cause, then that one's, and so on."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # a cause that is raised again is its own
+    while error is not None and id(error) not in seen:  # a cause raised again is its own cause
         seen.add(id(error))
         yield error
         error = error.__context__ or error.__cause__

@@ -1,4 +1,4 @@
-"""Every path of a run, and the one way to write a file: beside its target, then renamed."""
+"""The paths of a run, and writing of files and folders that appear whole or not at all."""
 
 import errno
 import hashlib
@@ -23,33 +23,37 @@ from kdnas.system.errors import UserError, causes, first_line
 from kdnas.system.yaml import read_yaml, refuse_special
 
 MANIFEST = "manifest.json"
-ASIDE = "_set_aside"  # how a hidden name ends of what is about to be replaced; longer than what is drawn
-# Beside the runs, below their root.
+# Suffix of the hidden name of a folder that is being replaced. It is longer than the random part of tempfile's names,
+# which so cannot be mistaken for it.
+ASIDE = "_set_aside"
+# Folders beside the runs, in the folder of all runs.
 INPUTS = "inputs"  # objects that were given from Python
 SHARED = ("tokens", "teacher_states", INPUTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 class Run:
-    """The folder ``<root>/<name>/`` of one study.
+    """The paths of a run, in its folder ``<root>/<name>/``.
 
-    A stage is done when its last file is there: ``best_student.yaml`` (search),
+    A stage is done when its last file exists: ``best_student.yaml`` (search),
     ``full_kd/result.json``, ``glue/results.json``, the folder ``student/`` (export) and
-    ``report.html``. Each appears whole or not at all, and the whole run is done when they are
-    there, and ``manifest.json`` beside them.
+    ``report.html``. Each of them appears whole or not at all. The run is done when all of them and
+    ``manifest.json`` exist.
 
     Args:
-        root: the folder of all runs, normally ``lightning_logs``.
-        name: letters, digits, ``_``, ``-`` and ``.``; at most 100; no path.
+        root: folder of all runs, normally ``lightning_logs``.
+        name: name of the run: at most 100 letters, digits, ``_``, ``-`` and ``.``, without ``-`` or
+            ``.`` at the beginning.
 
     Raises:
-        UserError: the name is not such a name, or that of a folder that all runs share.
+        UserError: the name is not valid, or is that of a folder that all runs share.
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"The run name {name!r} is not valid: use letters, digits, '_', '-', '.' (at most 100, no '.' first)."
+                f"The run name {name!r} is not valid: use at most 100 letters, digits, '_', '-', '.', "
+                "and no '-' or '.' first."
             )
         if name in SHARED:
             raise UserError(
@@ -61,7 +65,7 @@ class Run:
         self.tokens, self.states, _ = (self.root / shared for shared in SHARED)
         self.config = self.folder / "config.yaml"
         self.made_with = self.folder / "made_with.json"
-        self.choice = self.folder / "time_budget.json"  # of a run that is to end in time
+        self.choice = self.folder / "time_budget.json"  # only of a run with a time budget
         self.text = self.folder / "text"
         self.study_db = self.folder / "study.db"
         self.trials_csv = self.folder / "trials.csv"
@@ -73,50 +77,58 @@ class Run:
         self.manifest = self.folder / MANIFEST
 
     def trial(self, number: int) -> Path:
-        """The folder of a trial: ``trial_0007``."""
+        """Return the folder of a trial, such as ``trial_0007``."""
         return self.folder / f"trial_{number:04d}"
 
     @property
     def stillness(self) -> Path:
-        """The lock of this user's workers of this machine; on its own disk, for it is taken at each step."""
+        """Path of the lock between training and latency measurements of this run on this machine.
+
+        It lies on a local disk, since it is taken at each step.
+        """
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
 
     def check_writable(self) -> None:
-        """Fail now, not after training, where nothing can be written. Leaves nothing behind.
+        """Check that the run's folder can be written to; call it before training, not after.
+
+        No file is left behind.
 
         Raises:
-            UserError: the folder is a link, or one in it leads out of it, or it takes no new file,
-                or the nearest parent does not.
+            UserError: no file can be made in the folder, or in the nearest parent that exists; the
+                folder is a link; or a link in it leads out of it.
         """
         self.refuse_links()
         check_writable(self.folder, "--root")
 
     def refuse_links(self) -> None:
-        """Refuse a run with links that lead out of it: nothing is written or deleted through them.
+        """Refuse a run with links that lead out of it, so that nothing outside is changed or deleted.
 
         Raises:
-            UserError: with the first.
+            UserError: the folder is a link, or one in it leads out of it.
         """
         if os.path.islink(self.folder):
             raise UserError(
                 f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: "
-                "name the run that it leads to, and its --root."
+                "give the name and the --root of the run that it leads to."
             )
         home = self.folder.resolve()
         for path in links_in(self.folder):
             if not Path(os.path.realpath(path)).is_relative_to(home):
                 raise UserError(
-                    f"{str(path)!r} is a link to {os.readlink(path)!r}, out of its run: "
-                    "put there what it leads to, or remove it."
+                    f"{str(path)!r} is a link to {os.readlink(path)!r}, outside the run: "
+                    "replace it with a copy of its target, or remove it."
                 )
 
     @contextmanager
     def alone(self, remedy: str) -> Iterator[None]:
-        """Two processes must not make the same run; ``remedy`` is what the second one may do instead.
+        """Hold the run's lock, so that no two processes work on the same run.
+
+        Args:
+            remedy: what the user can do if the lock is held, as the end of the error message.
 
         Raises:
-            UserError: another process makes it; with who that is.
+            UserError: another process works on the run; it is named.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path := self.folder / "run.lock")
@@ -137,10 +149,15 @@ class Run:
             lock.release()
 
     def refuse_other_kind(self, is_comparison: bool) -> None:
-        """A folder is a comparison's, whose config names models, or a search's or a run's, and never both.
+        """Refuse to use the folder of a search or run for a comparison, and the reverse.
+
+        The config of a comparison has ``model``; the others do not.
+
+        Args:
+            is_comparison: the folder is to be used for a comparison.
 
         Raises:
-            UserError: it is of the other kind, or its config cannot be read.
+            UserError: the folder is of the other kind, or its config cannot be read.
         """
         if self.config.exists() and ("model" in read_yaml(self.config)) != is_comparison:
             ours, theirs = (
@@ -152,7 +169,7 @@ class Run:
 
 
 def links_in(folder: Path) -> Iterator[Path]:
-    """Every link in a folder and in the folders in it; none is followed."""
+    """Yield every link in a folder and its subfolders; links are not followed."""
     for place, folders, names in os.walk(folder):
         for name in sorted([*folders, *names]):
             if os.path.islink(path := Path(place, name)):
@@ -160,14 +177,14 @@ def links_in(folder: Path) -> Iterator[Path]:
 
 
 def free_name(root: str | Path, name: str) -> str:
-    """The first of ``name``, ``name-2``, ``name-3``, ... that no run has.
+    """Return the first of ``name``, ``name-2``, ``name-3``, ... that no run has.
 
     Args:
-        root: the folder of all runs.
-        name: of a run.
+        root: folder of all runs.
+        name: name of a run.
 
     Raises:
-        UserError: the name is not such a name.
+        UserError: the name is not valid.
     """
     number = 1
     while Run(root, _numbered(name, number)).folder.exists():
@@ -180,14 +197,16 @@ def _numbered(name: str, number: int) -> str:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Refuse a folder that takes no new file; where it is not there, the nearest parent. Leaves nothing behind.
+    """Check that a file can be made in a folder, or in its nearest parent that exists.
+
+    No file is left behind.
 
     Args:
-        folder: to write to.
-        option: that names another.
+        folder: folder to write to; it may not exist yet.
+        option: option by which the user can give another folder, for the error message.
 
     Raises:
-        UserError: with the place and the reason.
+        UserError: no file can be made there; with the place and the reason.
     """
     place = folder
     try:
@@ -202,7 +221,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder itself, or the nearest of its parents that is there."""
+    """Return the folder itself if it exists, else its nearest parent that does."""
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -212,22 +231,25 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """That a disk is full, if an error came from it: whoever tidies up after that may miss a file."""
+    """Find the error of a full disk among an error and its causes; None: there is none.
+
+    After a full disk, the clean-up may raise another error, as of a missing file.
+    """
     found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
     return next(found, None)
 
 
 def room(error: OSError) -> str:
-    """What to add to an error: where a disk is full, how much is free there; else nothing."""
+    """Return text to append to an error's message: of a full disk, how much is free; else ``""``."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return ""
-    place = nearest_folder(Path(error.filename).parent)  # a new folder that failed is removed again
+    place = nearest_folder(Path(error.filename).parent)  # new_folder may have removed it
     return f" ({shutil.disk_usage(place).free:,} bytes are free there)"
 
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """An error of the disk that does not say where it was, as that of a write, says it."""
+    """Add a path to an OSError that has none, as that of a failed write."""
     try:
         yield
     except OSError as error:
@@ -238,12 +260,13 @@ def placed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file so that readers see the old one or the new one, never a part.
+    """Open a file to write, so that readers see the old file or the whole new one, never a part.
 
-    The temporary file lies beside its target: a rename works within one file system only.
+    Bytes go to a temporary file in the same folder, which is renamed to ``path`` at the end. After
+    an exception the old file is still there.
 
     Raises:
-        UserError: a folder, a pipe or a device is there, which the file would replace.
+        UserError: ``path`` is a folder, a pipe or a device.
     """
     refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +275,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
         os.chmod(temporary, 0o644)
-        _sync(Path(temporary))  # what it holds is on the disk before, and the name afterwards
+        _sync(Path(temporary))  # the content must be on the disk before the name is
         os.replace(temporary, path)
         _sync(path.parent)
 
@@ -266,9 +289,10 @@ def _sync(path: Path) -> None:
 
 
 def this_host() -> str:
-    """Where the number of a process means that process: this machine, and on Linux its namespace of numbers.
+    """Return an identifier of the place in which process ids are unique.
 
-    Machines can share one name, and containers one machine; none sees a process of the others.
+    It is made of the machine's name and, on Linux, its id and the namespace of process ids, since
+    machines can share a name, and containers a machine.
     """
     host = platform.node()
     with suppress(OSError):
@@ -279,7 +303,7 @@ def this_host() -> str:
 
 
 def owned(name: str) -> str:
-    """How temporary names of this process begin, so that others can tell whether it is alive."""
+    """Return a prefix for temporary names with this process's id, by which ``sweep`` finds leftovers."""
     return f"{name}.{this_host()}-{os.getpid()}."
 
 
@@ -296,7 +320,7 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        # For a full disk safetensors has an error of its own, and tokenizers a bare one; a write does not say where.
+        # For a full disk, safetensors has its own class of error, and tokenizers raises a bare Exception.
         is_theirs = isinstance(error, SafetensorError) or type(error) is Exception
         if is_theirs and (found := re.search(r"os error (\d+)", str(error))):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
@@ -305,13 +329,14 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, pattern: str = "**/.*") -> None:
-    """Remove what processes of this machine that were killed have left: by default, what is half written.
+    """Remove files and folders that killed processes of this machine have left half written.
 
-    A folder that was about to be replaced gets its name back.
+    A folder that was being replaced gets its old name back.
 
     Args:
-        folder: to look into.
-        pattern: of names that began as ``owned`` says.
+        folder: folder to look into.
+        pattern: glob pattern of the temporary names, which are made by ``owned``; by default hidden
+            names, also in subfolders.
     """
     mine = re.compile(rf"\.?(.+)\.{re.escape(this_host())}-(\d+)\.\w+")
     home = folder.resolve()
@@ -319,7 +344,7 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
         if not path.parent.resolve().is_relative_to(home):
             continue  # a link leads there
         if (found := mine.fullmatch(path.name)) and not is_alive(int(found[2])):
-            with suppress(OSError):  # another user's, or another start was faster
+            with suppress(OSError):  # it is another user's, or another process was faster
                 if path.name.endswith(ASIDE) and not path.with_name(found[1]).exists():
                     os.replace(path, path.with_name(found[1]))
                 else:
@@ -327,13 +352,13 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for what is not kept, removed with the object; those of killed processes go first."""
+    """Make a temporary folder, removed with the object; those of killed processes are removed first."""
     sweep(Path(tempfile.gettempdir()), "kdnas.*")
     return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number lives on this machine; a zombie does not."""
+    """Whether a process with this id runs on this machine; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -343,21 +368,25 @@ def is_alive(pid: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``new_file`` of text."""
+    """Write text to a file by ``new_file``."""
     with new_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``write_text`` of indented JSON. NaN and infinity are refused: JSON has neither."""
+    """Write a value to a file as indented JSON, by ``new_file``.
+
+    Raises:
+        ValueError: the value contains NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value that ``write_json`` wrote.
+    """Read a JSON file.
 
     Raises:
-        UserError: somebody else wrote it, or the disk has damaged it.
+        UserError: the file is not valid JSON, or is a folder, a pipe or a device.
     """
     refuse_special(path)
     try:
@@ -369,7 +398,13 @@ def read_json(path: Path) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object for ``json.loads``, which of a key given twice would take the last value."""
+    """Make the dict of a JSON object; an ``object_pairs_hook`` that refuses a key given twice.
+
+    By itself ``json.loads`` would silently take the last value.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -379,21 +414,21 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: Path | os.DirEntry[str]) -> list[int]:
-    """A file's size and time of change: another stamp, and its bytes may be others."""
+    """Return a file's size in bytes and modification time in ns; if they change, so may its bytes."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def read_stamps(path: Path) -> dict[str, list[Any]]:
-    """The stamps that ``write_json`` wrote of files when their bytes were last checked, by name.
+    """Read the stamps of files whose bytes were checked, by name; empty if the file is gone or damaged.
 
-    So what one process has hashed, no other hashes again. Nothing where they are gone or damaged.
+    Written after hashing, they save other processes from hashing the same files again.
     """
     try:
         return dict(read_json(path))
@@ -402,10 +437,10 @@ def read_stamps(path: Path) -> dict[str, list[Any]]:
 
 
 class KeptFile(io.FileIO):
-    """A file that is read piece by piece, and stays readable where its name is removed; closed with its last user."""
+    """A file that is read in pieces, also after it was deleted; closed with its last reference."""
 
     def piece(self, start: int, size: int) -> bytes:
-        """So many bytes from a place; processes and threads do not disturb each other."""
+        """Read ``size`` bytes from byte ``start``; safe in several processes and threads at once."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:
@@ -414,9 +449,10 @@ class KeptFile(io.FileIO):
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears whole: fill the one that is yielded, and it is renamed to ``path`` at the end.
+    """Make a folder that appears whole or not at all.
 
-    An exception removes it. A folder that is there already changes places with it only then.
+    Fill the temporary folder that is yielded; at the end it is renamed to ``path``, in place of a
+    folder that is there. After an exception it is removed, and the old folder is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
@@ -424,7 +460,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o755)
         for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
+            file.chmod(
+                0o755 if file.is_dir() else 0o644
+            )  # safetensors makes files for the owner only
             _sync(file)
         _sync(temporary)
         if path.exists():
@@ -436,7 +474,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two folders change names, in three steps that are taken back if one fails."""
+    """Swap the names of two folders; if the second rename fails, the first is undone."""
     aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:
@@ -448,7 +486,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: ``a/student`` and ``b/student``, or ``teacher``."""
+    """Shorten paths to the fewest last parts that tell them apart, such as ``a/student``, ``b/student``."""
     parts = [Path(source).parts for source in sources]
     longest = max(map(len, parts), default=1)
     ends = [["/".join(part[-length:]) for part in parts] for length in range(1, longest + 1)]

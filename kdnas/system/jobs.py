@@ -1,8 +1,8 @@
-"""Jobs: each a function of plain data that leaves its result as a file.
+"""Jobs: function calls whose results are files, so that they can run in other processes and resume.
 
-A job is done when ``result.json`` is in its folder. Beside it lie ``job.log``, what it printed;
-``progress.json``, how far it is; ``threads``, how many it may take; and ``stop``, by which it is
-asked to end.
+A job is done when ``result.json`` is in its folder. Other files there are ``job.log``, what the job
+printed; and, while it runs, ``progress.json``, how far it is; ``threads``, how many it may use;
+``stop``, which asks it to end; and ``go_on_<step>`` or ``prune_<step>``, the pruner's answers.
 """
 
 import errno
@@ -32,9 +32,9 @@ from kdnas.system.files import write_json
 
 log = logging.getLogger("kdnas")
 
-# Seconds between two looks at what runs.
+# Seconds between two looks at the running jobs.
 LOOK_SECONDS = 0.1
-# Of the disk, which is no fault of the job's.
+# Errors of the disk or the network, for which no job is to blame.
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -48,19 +48,19 @@ DISK_ERRORS = {
 
 
 class Stopped(Exception):
-    """A job has ended because it was asked to."""
+    """A job has ended because it was asked to stop."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work that is done once.
+    """A function call that is made once, with its result in a file.
 
     Args:
-        folder: takes ``result.json``, and all that the job writes.
-        title: what it is called on the screen.
-        call: a module's function, which returns plain data for ``result.json``.
-        args: of the call; they go through ``pickle`` to a process of ours.
-        timeout: seconds that it may take in a process of this machine; None: no limit.
+        folder: folder of ``result.json`` and of everything else that the job writes.
+        title: name of the job on the screen.
+        call: function at the top level of a module; it returns JSON data for ``result.json``.
+        args: arguments of the call; they must be picklable.
+        timeout: seconds that the job may take in a process of this machine; None: no limit.
     """
 
     folder: Path
@@ -71,20 +71,20 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        """Where its result is, once it is done."""
+        """Path of the result, which exists once the job is done."""
         return self.folder / "result.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether its result is there."""
+        """Whether the result exists."""
         return self.result_file.is_file()
 
 
 class Reporter:
-    """What a job says of itself while it runs, and what it is asked.
+    """A job's side of the exchange with the engine, by files in its folder, while it runs.
 
     Args:
-        folder: of the job.
+        folder: folder of the job.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,11 +93,17 @@ class Reporter:
         self._known: dict[str, Any] = {}
 
     def tell(self, at_once: bool = False, **known: Any) -> None:
-        """Write down how far the job is, at most twice a second unless ``at_once``."""
+        """Add values to ``progress.json``, which is written at most twice a second.
+
+        Args:
+            at_once: write it now in any case.
+            **known: JSON values by name; earlier ones are kept.
+        """
         self._known |= known
         if at_once or time.monotonic() > self._told + 0.5:
             self._told = time.monotonic()
-            temporary = self.folder / ".progress.json"  # no part is ever read; it need not survive
+            # Renamed, so that nobody reads a part of it; it need not survive a crash.
+            temporary = self.folder / ".progress.json"
             temporary.write_text(json.dumps(self._known))
             os.replace(temporary, self.folder / "progress.json")
 
@@ -106,16 +112,16 @@ class Reporter:
         return (self.folder / "stop").exists()
 
     def stop_if_asked(self) -> None:
-        """End the job if it is asked to.
+        """End the job if it was asked to stop.
 
         Raises:
-            Stopped: it is.
+            Stopped: it was.
         """
         if self.is_asked_to_stop:
             raise Stopped
 
     def take_threads(self) -> None:
-        """Take as many threads as the engine says."""
+        """Have torch use as many threads as the engine has written to ``threads``, if any."""
         import torch
 
         with suppress(OSError, ValueError):
@@ -124,7 +130,11 @@ class Reporter:
                 torch.set_num_threads(told)
 
     def may_go_on(self, step: int) -> bool:
-        """Wait for the answer to what was reported for a step; False: the job is to end there."""
+        """Wait for the pruner's answer to the report of a step; False: the job must end.
+
+        Raises:
+            Stopped: the job was asked to stop while it waited.
+        """
         while not (self.folder / f"go_on_{step}").exists():
             if (self.folder / f"prune_{step}").exists():
                 return False
@@ -134,7 +144,7 @@ class Reporter:
 
 
 def progress_of(folder: Path) -> dict[str, Any]:
-    """What a job has last told; empty before that."""
+    """Return the values that a job has reported so far; empty if it has reported none."""
     try:
         return dict(json.loads((folder / "progress.json").read_text()))
     except (OSError, ValueError):
@@ -142,14 +152,21 @@ def progress_of(folder: Path) -> dict[str, Any]:
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Whether an error is the disk's or the network's, which no other candidate would escape."""
+    """Whether an error comes from the disk or the network, so that other jobs would fail too."""
     if not isinstance(error, OSError):
         return False
     return error.errno in DISK_ERRORS or (error.errno is None and str(error).startswith("Caught "))
 
 
 def run_job(job: Job) -> None:
-    """Do a job, and write its result down; what else it raises than we know becomes plain text."""
+    """Make the call of a job and write its result.
+
+    Raises:
+        UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: as the call does.
+        OSError: as the call does, without the parts that cannot be pickled.
+        CandidateFailed: the call raised any other exception, whose text is the reason.
+        DeviceFailed: that exception means that the GPU has failed.
+    """
     failure: Exception
     try:
         write_json(job.result_file, job.call(*job.args))
@@ -163,13 +180,13 @@ def run_job(job: Job) -> None:
         log.debug("where it was found:", exc_info=error)
         kind = DeviceFailed if is_device_failure(error) else CandidateFailed
         failure = kind(reason_of(error))
-        if is_memory(error):  # its frames hold what memory there is
+        if is_memory(error):  # its frames hold tensors
             traceback.clear_frames(error.__traceback__)
-    raise failure  # out here it has no context, which may not go through pickle
+    raise failure  # outside the handler, so that it has no context, which pickle may refuse
 
 
 def tidy(job: Job) -> None:
-    """Remove what was said while a job ran, or in a start before this."""
+    """Remove the files by which a job and the engine have communicated."""
     for pattern in ("stop", "threads", "progress.json", "go_on_*", "prune_*"):
         for old in job.folder.glob(pattern):
             old.unlink()

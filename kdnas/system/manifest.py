@@ -1,4 +1,4 @@
-"""``manifest.json``: what a finished run, fit, comparison or export consists of, and whether it still does."""
+"""``manifest.json``: the files of a finished run, fit, comparison or export with their hashes, and their check."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers", "lightning", "optuna", "onnxruntime", "num
 
 
 def version(library: str) -> str | None:
-    """The version of a library, if it is installed."""
+    """Return the version of a library; None: it is not installed."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -23,11 +23,13 @@ def version(library: str) -> str | None:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write down every file of a folder with size and hash, and the versions that made it; the last that is written.
+    """Write ``manifest.json``: every file of a folder with size and SHA-256, and the library versions.
+
+    Write it last: files that are added later are not in it.
 
     Args:
-        folder: whose files they are.
-        about: what else to say, such as the command.
+        folder: folder whose files to list.
+        about: further entries of the manifest, such as the command.
     """
     files = {
         path.relative_to(folder).as_posix(): _entry(path)
@@ -39,10 +41,13 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def renew(path: Path) -> None:
-    """Write down, in every finished folder around it, what was rightly made anew; nothing else is looked at.
+    """Update the manifests of all folders around a path after kdnas has rewritten it.
+
+    Entries of other files stay as they are, so a file that somebody else has changed is still
+    reported by ``verify``. Folders without a manifest of kdnas are skipped.
 
     Args:
-        path: of a file, or of a folder with all that is in it.
+        path: path of the file, or of the folder with everything in it.
     """
     path = path.resolve()
     made = [path]
@@ -58,11 +63,11 @@ def renew(path: Path) -> None:
         found = (file for place in made for file in ([place] if place.is_file() else _files(place)))
         files |= {file.relative_to(folder).as_posix(): _entry(file) for file in found}
         write_json(folder / MANIFEST, known | {"files": files})
-        made.append(folder / MANIFEST)  # which is in those of the folders around
+        made.append(folder / MANIFEST)  # listed by the manifests of the folders around it
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
-    """A manifest of kdnas; None where there is none, or another program's, or one that is damaged (`verify` tells)."""
+    """Read a manifest of kdnas; None: it is missing, damaged (``verify`` reports that) or not kdnas's."""
     try:
         values = _read(path) if os.path.isfile(path) else {}
     except (UserError, OSError):
@@ -90,7 +95,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """What counts as a run's: no locks, and nothing that a process which was killed has left half written."""
+    """Yield the files and links of a folder, without ``but``, locks and hidden (half-written) files."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(
@@ -102,15 +107,14 @@ def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
-    """Hold a folder against its manifest; what lies outside is never looked at.
+    """Compare a folder with its manifest; files outside the folder are never read.
 
     Returns:
-        How many files the manifest has, and in a line each what is not as it says: files that are
-        missing, changed, links, or not in it; their names as Python writes them, for anybody may
-        have chosen them.
+        The number of files in the manifest, and a line for each file that is missing, changed, a
+        link, or not in the manifest. Names are quoted as by ``repr``, since they may be malicious.
 
     Raises:
-        UserError: there is no manifest, or it is none.
+        UserError: there is no manifest, or it is not valid.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -133,11 +137,13 @@ def verify(folder: Path) -> tuple[int, list[str]]:
                     else f"{name!r}: links to another file"
                 )
             elif not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
-                faults.append(f"{name!r}: links to what is not in the folder")
+                faults.append(f"{name!r}: links out of the folder")
         elif not target.is_file():
             faults.append(f"{name!r}: is missing")
         elif entry != (found := _entry(target)):
-            faults.append(f"{name!r}: is not as it was written ({found['bytes']:,} bytes)")
+            faults.append(
+                f"{name!r}: has changed since it was written ({found['bytes']:,} bytes now)"
+            )
     names = {str(path.relative_to(folder)) for path in _files(folder, path)}
     return len(files), faults + [
         f"{name!r}: is not in the manifest" for name in sorted(names - files.keys())

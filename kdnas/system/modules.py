@@ -1,4 +1,4 @@
-"""Modules of the current folder: imported where a class path of the user's names them, else never."""
+"""Import modules of the current folder if a class path of the user names them, and no others."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# The folder and the names, for the processes that this one starts.
+# Environment variable with the folder and the names of the modules, for this process's children.
 _NAMED = "KDNAS_MODULES"
 _DOTTED = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
@@ -25,11 +25,14 @@ class _NamedModules(MetaPathFinder):
 
 
 def name_modules(values: Iterable[Any]) -> None:
-    """Let modules of the current folder be imported that class paths in these values name.
+    """Allow the import of modules of the current folder that class paths in these values name.
 
-    Installed ones come first. Nothing else of the folder is found, here or in any Python that this
-    process starts: a library that looks for a package which is not installed does not run a file
-    of the folder that has its name.
+    Installed modules come first. No other module of the folder can be imported, by this process or
+    its children: a library that tries to import an optional package must not run a file that
+    happens to have its name.
+
+    Args:
+        values: settings, nested or not; texts such as ``my_module.MyClass`` name a module.
     """
     names = {
         found[1]
@@ -42,13 +45,13 @@ def name_modules(values: Iterable[Any]) -> None:
 
 
 def find_named_modules() -> None:
-    """Look for what this process, or the one that started it, has named."""
+    """Install the finder of the modules that this process, or its parent, has named."""
     if not any(isinstance(finder, _NamedModules) for finder in sys.meta_path):
         sys.meta_path.append(_NamedModules())
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Every text in nested settings, names of settings aside."""
+    """Yield every text among the values of nested settings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""The processes that jobs run in on this machine: forked from one that has imported everything."""
+"""The processes in which jobs run on this machine, forked from one that has imported everything."""
 
 import gc
 import logging
@@ -27,20 +27,24 @@ from kdnas.system.signals import TERMINATIONS, die_with_parent, start_resource_t
 
 log = logging.getLogger("kdnas")
 
-MOST_SLOTS = 4  # on CPUs
-DEVICE_FAILED = 76  # the exit code of a process whose GPU has failed
+MOST_SLOTS = 4  # by default, on a machine without a GPU
+DEVICE_FAILED = 76  # exit code of a process whose GPU has failed
 
-_at_work: list[Path] = []  # the folder of the job that this process is at
+_at_work: list[Path] = []  # folder of the job that this process runs, if any
 
 
 def warm_up(module: str | None = None) -> None:
-    """Start the process that the pool's are forked from; with a module, it imports that first.
+    """Start the fork server, from which the processes of pools are forked.
 
-    It hears no signals, and neither do those that it forks: a terminal's or a scheduler's go to a
-    whole group, and this process alone decides what they mean. What it prints is lost: a process
-    that it forks for one that has just ended would tell a traceback.
+    It blocks the signals to end: terminals and schedulers send them to the whole process group, but
+    the main process alone decides what they mean. Its output is discarded, since it would print a
+    traceback if the process that asked for a fork has just ended.
+
+    Args:
+        module: name of a module that the fork server imports first, so that forked processes have
+            it; None: none.
     """
-    start_resource_tracker()  # which the fork server would start, and so unblock SIGTERM
+    start_resource_tracker()  # the fork server would start it and thereby unblock SIGTERM
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)
     try:
         if module is not None:
@@ -51,16 +55,25 @@ def warm_up(module: str | None = None) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
 
-# What all slots have together, for a job that shares it among processes of its own.
+# Environment variables with the GPUs and the threads of all slots together, for a job that uses them all in processes
+# of its own.
 GPUS, THREADS = "KDNAS_GPUS", "KDNAS_THREADS"
 
 
 def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
-    """A pool whose processes have each a share of the cores, and one of the GPUs, or all."""
+    """Make a pool of processes, each with its share of the cores.
+
+    Args:
+        num_slots: number of processes.
+        own_gpu: each process sees only one GPU; False: each sees all GPUs of this machine's slots.
+
+    Returns:
+        A ``pebble.ProcessPool``.
+    """
     warm_up()
     method = multiprocessing.get_start_method()
     environment, threads = dict(os.environ), num_threads(num_slots)
-    if not own_gpu and GPUS in environment:  # this process is a slot, which has one
+    if not own_gpu and GPUS in environment:  # this process is a slot, and sees one GPU
         environment["CUDA_VISIBLE_DEVICES"] = environment[GPUS]
         threads = max(1, int(environment[THREADS]) // num_slots)
     initargs = (num_slots if own_gpu else 0, environment, threads, method)
@@ -69,19 +82,19 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
 
 
 def usual_slots(accelerator: str) -> int:
-    """One for each GPU; without one, for each core, but at most ``MOST_SLOTS``.
+    """Return the default number of slots: one for each GPU, else one for each core up to ``MOST_SLOTS``.
 
-    Jobs of one thread side by side do more than one job of two threads (LOG.md). More of them would
-    leave a sampler less to learn from, and take more memory.
+    On CPUs, parallel jobs of one thread get more done than one job of several threads (LOG.md).
+    More than ``MOST_SLOTS`` would give a sampler fewer results to learn from, and take more memory.
 
     Args:
-        accelerator: Lightning's.
+        accelerator: accelerator of Lightning's Trainer, such as ``auto`` or ``cpu``.
     """
     return num_gpus(accelerator) or min(MOST_SLOTS, _num_cores())
 
 
 def num_gpus(accelerator: str) -> int:
-    """GPUs that an accelerator of Lightning's name may use."""
+    """Return the number of GPUs that a Trainer with this accelerator can use; 1 for MPS."""
     import torch
 
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
@@ -90,7 +103,7 @@ def num_gpus(accelerator: str) -> int:
 
 
 def num_threads(num_slots: int) -> int:
-    """A slot's share of the cores that this process may use, and of the threads it is allowed."""
+    """Return a slot's share of the cores and threads that this process may use, at least 1."""
     return max(1, _num_cores() // num_slots)
 
 
@@ -104,7 +117,14 @@ def _num_cores() -> int:
 
 
 def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:
-    """Prepare a process of the pool: it ends with its parent, and has the GPU of a slot, if any."""
+    """Initialise a process of a pool: it ends with its parent, and sees the GPU of its slot.
+
+    Args:
+        num_slots: slots among which the GPUs are shared out; 0: the process sees all GPUs.
+        environment: environment of the parent.
+        threads: number of threads to use.
+        start_method: method by which the process starts its own children.
+    """
     import torch
 
     die_with_parent()
@@ -116,9 +136,9 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
     os.environ.update(environment, OMP_NUM_THREADS=str(threads))
     find_named_modules()
     torch.set_num_threads(threads)
-    # Its own, the fork server's, would import everything in each process that makes batches.
+    # The fork server's own method would import everything again in each worker of a DataLoader.
     multiprocessing.set_start_method(start_method, force=True)
-    gc.freeze()  # imports made half a million objects that stay
+    gc.freeze()  # half a million objects of imports, which need not be searched for garbage
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = devices or [str(place) for place in range(torch.cuda.device_count())]
     if num_slots:
@@ -129,7 +149,11 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
 
 
 def _end_with_parent() -> None:
-    """The kernel looks only at the fork server, which lives as long as one of its processes does."""
+    """Kill this process when the main process ends.
+
+    ``die_with_parent`` is not enough: for the kernel, the parent is the fork server, which lives as
+    long as any of its processes.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -137,11 +161,11 @@ def _end_with_parent() -> None:
 
 
 def _take_slot(num_slots: int) -> int:
-    """The first slot that no living process of this pool has; it is ours until we end."""
+    """Take the first slot that no living process of this pool has, and keep it until the end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     for slot in range(num_slots):
-        name = f"kdnas.{this_host()}-{parent.pid}.slot{slot}"  # swept when the parent is no more
+        name = f"kdnas.{this_host()}-{parent.pid}.slot{slot}"  # ``sweep`` removes it later
         lock = FileLock(Path(tempfile.gettempdir()) / name)
         with suppress(Timeout):
             lock.acquire(blocking=False)
@@ -154,32 +178,40 @@ _taken: list[FileLock] = []
 
 
 def _end_unless_at_work(number: int, frame: Any) -> None:
-    """SIGTERM of a whole group is not for us; that of the pool comes when we are asked to stop."""
+    """End at SIGTERM, unless a job is running that was not asked to stop.
+
+    Such a SIGTERM was sent to the whole process group; the main process will ask the job to stop.
+    """
     if not _at_work or (_at_work[0] / "stop").exists():
         os._exit(0)
 
 
 def run_in_process(job: Job, level: int) -> None:
-    """``run_job``, with what it prints in a file."""
+    """Call ``run_job`` in a process of the pool, and write what it prints to ``job.log``.
+
+    Args:
+        job: job to run.
+        level: level of the log.
+    """
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the job before may have had more
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the last job may have changed it
     log.setLevel(level)
     with _at_work_in(job.folder):
         try:
             run_job(job)
         except DeviceFailed as error:
-            # Every later job of this process would fail of it.
+            # The GPU would fail every later job of this process, too.
             print(error, file=sys.stderr, flush=True)
             os._exit(DEVICE_FAILED)
         finally:
             if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()  # for those who share the GPU
+                torch.cuda.empty_cache()  # others may share the GPU
 
 
 @contextmanager
 def _at_work_in(folder: Path) -> Iterator[None]:
-    """Outlive a group's SIGTERM, and have a file of the job's folder take what is printed."""
+    """Survive a SIGTERM to the process group, and write what is printed to ``job.log``."""
     _at_work[:] = [folder]
     try:
         with _output_into(folder / "job.log"):
@@ -191,19 +223,22 @@ def _at_work_in(folder: Path) -> Iterator[None]:
 def share_devices(
     num_ranks: int, folder: Path, call: Callable[..., dict[str, Any]], args: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """What a job's call gives that processes do together, each with a device, by DDP.
+    """Make a job's call in several processes that train together by DDP, each with a device.
 
-    The first that raises or dies ends the others, which would wait for it.
+    If one of them raises or dies, the others are ended, since they would wait for it forever.
 
     Args:
-        num_ranks: processes.
-        folder: of the job.
-        call: a module's function, which each of them calls.
-        args: of the call.
+        num_ranks: number of processes.
+        folder: folder of the job.
+        call: function at the top level of a module, which each process calls.
+        args: arguments of the call; they must be picklable.
+
+    Returns:
+        The result of the call in rank 0.
 
     Raises:
-        ProcessExpired: one has died.
-        Exception: what the call has raised.
+        ProcessExpired: a process has died.
+        Exception: the first exception that the call raised.
     """
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
@@ -223,7 +258,7 @@ def share_devices(
             for rank in range(num_ranks)
         ]
         first, _ = wait_for_futures(ranks, return_when=FIRST_EXCEPTION)
-        # That a peer is gone is noticed sooner than that it has died.
+        # Other ranks notice a lost peer before we notice that it has died, so wait for its own error.
         done, _ = wait_for_futures(ranks, timeout=1)
         in_order = sorted(done, key=lambda rank: rank not in first)
         errors = [error for rank in in_order if (error := rank.exception()) is not None]
@@ -250,7 +285,7 @@ def _run_rank(
 
 @contextmanager
 def _output_into(path: Path) -> Iterator[None]:
-    """Have a file take what this process prints, also what native code does."""
+    """Append what this process prints to a file, including the output of native code."""
     for output in (sys.stdout, sys.stderr):
         output.flush()
     kept = [os.dup(stream) for stream in (1, 2)]

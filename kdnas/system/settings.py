@@ -1,4 +1,4 @@
-"""What a folder was made with: a name stands for one set of settings."""
+"""The settings that a folder was made with, which must not change later."""
 
 import json
 from collections.abc import Mapping
@@ -10,16 +10,17 @@ from kdnas.system.files import read_json, write_json
 
 
 def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str) -> None:
-    """Write down what a folder is made with; where that is there already, refuse other settings.
+    """Write the settings of a folder to a file; if the file exists, refuse other settings.
 
     Args:
-        path: of the file.
-        asked: flat, plain JSON.
-        whose: what it is the settings of, as a sentence begins.
-        remedy: what else than going back to them helps.
+        path: path of the JSON file.
+        asked: the settings, a flat mapping of JSON values.
+        whose: what has these settings, as the subject of an error message, such as ``The run 'x'``.
+        remedy: what the user can do instead of going back to the old settings, as the end of the
+            message.
 
     Raises:
-        UserError: with every setting that differs, what is known and what is asked for.
+        UserError: a setting differs from the file; each is named with both values.
     """
     plain = json.loads(json.dumps(asked))
     if path.exists():
@@ -31,7 +32,11 @@ def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str)
 def refuse_difference(
     known: Mapping[str, Any], asked: Mapping[str, Any], whose: str, remedy: str
 ) -> None:
-    """Refuse settings that differ; arguments and errors are those of ``keep_settings``."""
+    """Refuse settings that differ from known ones; for the rest see ``keep_settings``.
+
+    Raises:
+        UserError: a setting differs; each is named with both values.
+    """
     shown = [
         f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now"
         for key in {**known, **asked}

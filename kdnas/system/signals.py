@@ -1,4 +1,4 @@
-"""Signals as exceptions that every library here lets through, and none that is swallowed."""
+"""Signals as exceptions that no library swallows, and the exit codes after them."""
 
 import ctypes
 import signal
@@ -11,35 +11,37 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, or SIGUSR1 (Slurm's warning before the end of a job): as Ctrl-C, exit code 143."""
+    """SIGTERM, or SIGUSR1, by which Slurm warns of the end of a job; treated as Ctrl-C, exit code 143."""
 
 
 class HungUp(Terminated):
-    """SIGHUP, where it is not ignored (``nohup``): the terminal is gone; exit code 129."""
+    """SIGHUP: the terminal is gone; exit code 129. Not raised under ``nohup``, which ignores it."""
 
 
 TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_asked: list[type[KeyboardInterrupt]] = []  # since the outermost honest_signals began
+_asked: list[type[KeyboardInterrupt]] = []  # signals since the outermost honest_signals began
 
 
 def stop_of(number: int) -> type[KeyboardInterrupt]:
-    """What a signal is raised as."""
+    """Return the exception class for the number of a signal."""
     known = {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}
     return known.get(signal.Signals(number), Terminated)
 
 
 def exit_code(stop: type[BaseException]) -> int:
-    """130 after Ctrl-C, else 143 or 129: 128 and the number of the signal, SIGUSR1 as SIGTERM."""
+    """Return the exit code after a signal: 130 for Ctrl-C, 129 for SIGHUP, 143 for others."""
     if issubclass(stop, HungUp):
         return 129
     return 143 if issubclass(stop, Terminated) else 130
 
 
 def notice_signals() -> None:
-    """Raise again what Python has swallowed: it prints and ignores an exception in a finaliser.
+    """Raise the exception of an earlier signal again, in case it was swallowed.
+
+    Python prints and ignores exceptions in finalisers, and a signal may arrive in one.
 
     Raises:
-        KeyboardInterrupt: a signal has asked for the end.
+        KeyboardInterrupt: a signal has asked this process to end.
     """
     if _asked and threading.current_thread() is threading.main_thread():
         raise _asked[0]
@@ -52,11 +54,11 @@ def die_with_parent() -> None:
 
 
 def start_resource_tracker() -> None:
-    """Have Python's process that tidies shared memory outlive a signal to all of a group.
+    """Start Python's resource tracker so that it survives signals to the whole process group.
 
-    It is started by whatever needs it first, and by itself ignores SIGINT and SIGTERM alone.
+    Started later, by whatever needs it first, it would ignore only SIGINT and SIGTERM.
     """
-    known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)  # which it inherits
+    known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)  # the tracker inherits this
     try:
         resource_tracker.ensure_running()
     finally:
@@ -65,16 +67,19 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def honest_signals() -> Iterator[None]:
-    """Signals as KeyboardInterrupt in the main thread; Lightning makes each a SystemExit.
+    """Turn signals to end into KeyboardInterrupt in the main thread.
+
+    By itself, Lightning would turn them into SystemExit. Signals that already have a handler, or
+    are ignored, are left alone.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1, ``HungUp`` after
             SIGHUP.
     """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException  # which takes seconds
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # a slow import
 
     def end(number: int, frame: Any) -> None:
-        if _asked and number == signal.SIGHUP:  # of which a shell and the system send one each
+        if _asked and number == signal.SIGHUP:  # the shell and the system send one each
             return
         _asked.append(stop_of(number))
         raise _asked[-1]

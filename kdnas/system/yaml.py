@@ -1,4 +1,4 @@
-"""YAML that cannot mean something else than it says: one value a key, no bomb of aliases, nothing that runs."""
+"""Safe reading of YAML: no duplicate keys, no alias bombs, no objects."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,22 +8,25 @@ import yaml
 
 from kdnas.system.errors import UserError
 
-# A config of ours has 100 lines. A few aliases of aliases would make gigabytes of it.
+# A config has about 100 lines, but with a few aliases of aliases it could expand to gigabytes.
 MOST_CHARACTERS = 1 << 18
 MOST_NODES = 10_000
 MOST_LEVELS = 50
 
-# What values raise that are not of their kind: a date that is none, an integer of a million digits, `!!int ""`.
+# Errors of the YAML loader at values that it cannot convert: an impossible date, an integer of a million digits,
+# `!!int ""`.
 NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that loads, but not as whoever reads it would think; no object is made.
+    """Refuse YAML that would load as something else than its reader expects, or is too large.
+
+    The text is parsed, but no objects are made.
 
     Raises:
-        yaml.YAMLError: a key is given twice, a value contains itself or a NUL, which no name of a
-        file can have, or all
-            is too large once its aliases are written out.
+        yaml.YAMLError: the text is not valid YAML; a key is given twice; a value contains itself,
+            or a NUL, which no file name can have; or the text has too many characters, levels, or
+            values once its aliases are expanded.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
@@ -36,7 +39,13 @@ def check_yaml(text: str) -> None:
 
 
 def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node, int]) -> int:
-    """How many nodes there are with all aliases written out."""
+    """Count the nodes below and with a node, with all aliases expanded.
+
+    Args:
+        node: node to count.
+        above: ancestors of the node, the root first.
+        known: counts of nodes that were visited before; new ones are added.
+    """
     where = f"line {node.start_mark.line + 1}"
     if node in above:
         raise yaml.YAMLError(f"a value contains itself, {where}")
@@ -48,7 +57,7 @@ def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node,
         known[node] = 1 + sum(_count(child, (*above, node), known) for child in _children(node))
         if known[node] > MOST_NODES:
             raise yaml.YAMLError(
-                f"it has more than {MOST_NODES:,} values, aliases written out, {where}"
+                f"it has more than {MOST_NODES:,} values with aliases expanded, {where}"
             )
     return known[node]
 
@@ -68,10 +77,10 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        UserError: it cannot be read, or holds no mapping.
+        UserError: the file cannot be read, fails ``check_yaml``, or holds no mapping.
     """
     refuse_special(path)
     try:
@@ -87,13 +96,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a pipe or a device, which might never end, and a folder."""
+    """Raise UserError if a path is a folder, a pipe or a device; reading the latter might never end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{str(path)!r} is a folder, a pipe or a device: give a file.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as on the command line."""
+    """Flatten nested settings to dotted names, as on the command line."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= (

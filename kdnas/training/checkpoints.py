@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, and from which an interrupted fit goes on."""
+"""Checkpoints that are never half written, and from which an interrupted fit resumes."""
 
 import io
 import time
@@ -15,11 +15,14 @@ from kdnas.system.jobs import Reporter
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint that can be gone on from; nothing in it is run.
+    """Load a Lightning checkpoint without running code from it.
+
+    Returns:
+        The content of the checkpoint, with tensors on the CPU.
 
     Raises:
-        UserError: it is damaged, holds more than tensors and plain values, or is no checkpoint of
-            Lightning.
+        UserError: the file is damaged, holds more than tensors and plain values, or is not a
+            checkpoint of Lightning.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -36,29 +39,35 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are old or new, never a part: Lightning's way leads over another file system's folder."""
+    """Writes checkpoints so that readers see the old file or the whole new one.
+
+    Lightning's own way goes through a temporary folder, which may be on another file system.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a number
+        buffer = io.BytesIO()  # written to a full disk, torch raises an error without a number
         torch.save(checkpoint, buffer)
         with new_file(Path(path)) as file:
             file.write(buffer.getbuffer())
 
 
 class KeepLast(pl.Callback):
-    """Writes a checkpoint after each epoch, every few minutes, and before a job that is asked ends.
+    """Writes a checkpoint after each epoch, every few minutes, and when the job is asked to stop.
 
-    Random numbers go on as if nothing had been, so with a ``ResumableLoader`` a fit that was
-    stopped ends with the weights of one that was not.
+    The states of the random generators are saved too. With a ``ResumableLoader``, a fit that was
+    stopped and resumed so ends with the same weights as an uninterrupted one.
 
     Args:
-        path: of the checkpoint; the job's folder is the one that it lies in.
-        every_seconds: the most that a kill can cost.
+        path: path of the checkpoint, in the folder of the job.
+        every_seconds: largest time between two checkpoints, in seconds: what a kill can cost.
+
+    Raises:
+        Stopped: in the fit, after the checkpoint, if the job was asked to stop.
     """
 
-    FORMAT = 2  # another where modules or loaders keep something else
+    FORMAT = 2  # to be raised if modules or loaders save other states
 
     def __init__(self, path: Path, every_seconds: float = 300) -> None:
         self.path, self.every_seconds = path, every_seconds
@@ -68,7 +77,7 @@ class KeepLast(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         states = {"random": torch.get_rng_state()}
         if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()  # dropout's there
+            states["cuda"] = torch.cuda.get_rng_state()  # for dropout on the GPU
         return {**states, "format": self.FORMAT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,9 +98,9 @@ class KeepLast(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if trainer.is_last_batch:  # the end of the epoch comes next
+        if trainer.is_last_batch:  # on_train_epoch_end comes next
             return
-        # One before the first validation, which may be long.
+        # Save before the first validation, which may take long.
         is_first = batch_idx + 2 == trainer.num_training_batches and not self.path.exists()
         is_due = time.monotonic() - self._saved > self.every_seconds
         is_now = is_first or is_due or self.reporter.is_asked_to_stop

@@ -1,4 +1,4 @@
-"""Memory that earlier work has left, given back."""
+"""Release memory that earlier work has left."""
 
 import ctypes
 import gc
@@ -6,13 +6,17 @@ import sys
 
 
 def release_memory() -> None:
-    """Give back what earlier work left: Trainer and module refer to each other, and glibc keeps what was freed."""
+    """Release the memory of earlier work.
+
+    A Trainer and its module refer to each other, so only the garbage collector frees them; and
+    glibc keeps freed memory.
+    """
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Give what glibc keeps of freed memory back to the system."""
+    """Return the freed memory that glibc keeps to the operating system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
         trim(0)

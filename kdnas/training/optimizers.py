@@ -1,4 +1,4 @@
-"""Several optimizers as one: Muon for matrices, Adam by rows for words, AdamW for the rest."""
+"""Muon for matrices, Adam by rows for word embeddings, and several optimizers as one."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,21 +10,26 @@ from transformers import PreTrainedModel
 
 from kdnas.system.errors import UserError
 
-# Polynomials a s + b s^3 + c s^5 of a singular value s, one after the other: of all that are three
-# such, their product is the nearest to 1 on [0.005, 1], 0.5 to 1.5.
+# Coefficients of polynomials a s + b s^3 + c s^5, applied to a singular value s one after the other.
+# Of all compositions of three such, this one is nearest to 1 on [0.005, 1]: between 0.5 and 1.5.
 STEPS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
-MARGIN = 1.01  # of the norm: bfloat16 may round a singular value of 1 to more; torch has none
-MOMENTUM = 0.95  # Nesterov's, as torch's
+MARGIN = 1.01  # divides the norm, since bfloat16 may round a singular value of 1 up; torch has none
+MOMENTUM = 0.95  # Nesterov momentum, as in torch.optim.Muon
 
 Polynomials = Sequence[tuple[float, float, float]]
 
 
 def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
-    """Matrices with their singular vectors, and singular values near 1, in bfloat16.
+    """Orthogonalise matrices: keep their singular vectors, and bring the singular values near 1.
+
+    ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` for each step, after division by the norm.
 
     Args:
-        matrices_BMN: of one shape, (B, M, N).
+        matrices_BMN: matrices of one shape, (B, M, N).
         steps: coefficients a, b, c of each step.
+
+    Returns:
+        The matrices, shape (B, M, N), in bfloat16.
     """
     is_tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
     x = matrices_BMN.bfloat16()
@@ -37,21 +42,23 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Each matrix takes its orthogonalised momentum as its step, so all its directions move alike.
+    """Muon: moves each matrix by its orthogonalised momentum, so that all directions move alike.
+
+    ``W <- (1 - lr * weight_decay) W - 0.2 * lr * sqrt(max(M, N)) * orthogonalised(momentum)``
 
     Matrices of one shape are orthogonalised together, in three steps where ``torch.optim.Muon``
-    takes five (LOG.md). With one seed and one rate of AdamW, a small student's held-out loss ended
-    at 0.458, and at 0.501 with AdamW alone; fine-tuned they were the same within the noise.
+    takes five (LOG.md). With one seed and one learning rate of AdamW, the held-out loss of a small
+    student ended at 0.458 with Muon, and at 0.501 with AdamW alone; after fine-tuning, the
+    difference was within the noise.
 
     Args:
         groups: parameter groups of matrices, each with ``lr``.
-        weight_decay: of all.
-        steps: of ``orthogonalised``.
+        weight_decay: weight decay of all matrices.
+        steps: coefficients for ``orthogonalised``.
 
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
-        step's size is matched to AdamW's as in Liu et al. 2025, "Muon is scalable for LLM
-        training", section 2.2; its polynomials are made as in Amsel et al. 2025, "The Polar
-        Express".
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the size
+        of a step is matched to AdamW's as in Liu et al. 2025, "Muon is scalable for LLM training",
+        section 2.2; the polynomials are made as in Amsel et al. 2025, "The Polar Express".
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move all matrices that have a gradient."""
+        """Update all matrices that have a gradient; ``closure`` is ignored."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -90,10 +97,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def take_rows(model: PreTrainedModel) -> None:
-    """Have the gradient of a model's table of words hold the rows of a batch alone.
+    """Make the gradient of a model's word embeddings sparse: it then has only the rows of the batch.
 
-    On a CPU the whole table takes a fifth of a step of eight rows (LOG.md). The rows are then for
-    ``torch.optim.SparseAdam``, which leaves the others, and what it knows of them, as they are.
+    On a CPU, updating the whole table takes a fifth of a step of eight sentences (LOG.md). Sparse
+    gradients need ``torch.optim.SparseAdam``, which leaves other rows and their state unchanged.
     """
     table = model.get_input_embeddings()
     if isinstance(table, nn.Embedding):
@@ -101,26 +108,35 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the table of words, after ``take_rows``."""
+    """Whether a parameter is a word embedding table whose gradient is sparse by ``take_rows``."""
     table = model.get_input_embeddings()
     return isinstance(table, nn.Embedding) and table.sparse and parameter is table.weight
 
 
 def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam for tables whose gradients are by rows; each group with ``lr``.
+    """Make a SparseAdam without momentum, for tables with sparse gradients; each group has ``lr``.
 
-    There is no momentum. By momentum a dense Adam goes on moving the word of one batch while it is
-    absent, ten times as far as in its own step; by rows the first step has to do it all.
+    In a dense Adam, momentum goes on moving a word while later batches do not have it, ten times as
+    far as in the word's own step. A sparse Adam moves it only in the steps of its own batches, so
+    that such a step has to do it all.
     """
     return torch.optim.SparseAdam(groups, betas=(0.0, 0.999))
 
 
 def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Clip the norm of all gradients together, also of those by rows; give what it was."""
+    """Clip the common norm of all gradients, dense and sparse, in place.
+
+    Args:
+        parameters: parameters whose gradients to clip.
+        most: largest norm.
+
+    Returns:
+        The norm before clipping, a scalar.
+    """
     gradients = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # a word may be in a batch twice
+            parameter.grad = parameter.grad.coalesce()  # adds up rows of a word that occurs twice
             gradients.append(parameter.grad.values())
         elif parameter.grad is not None:
             gradients.append(parameter.grad)
@@ -130,10 +146,10 @@ def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several of torch's optimizers as one, for Lightning, schedules and checkpoints.
+    """Several optimizers that Lightning, schedules and checkpoints see as one.
 
     Args:
-        parts: each with parameters of its own.
+        parts: the optimizers, each with its own parameters.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -141,7 +157,7 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """All step; the closure is called once."""
+        """Step all optimizers; the closure, if any, is called once, and its loss returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -154,22 +170,24 @@ class JointOptimizer(torch.optim.Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load all parts; their groups are then new objects, and taken over again.
+        """Load the states of all optimizers.
 
         Raises:
-            UserError: the state is of other optimizers: a GPU has none by rows.
+            UserError: the state has another number of optimizers, as on another kind of device: a
+                GPU uses no Adam by rows.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise UserError(
-                "The checkpoint is of other optimizers, as another kind of device has them: go on "
-                "there, or delete it to begin anew."
+                "The checkpoint has other optimizers, as are used on another kind of device: continue "
+                "on such a device, or delete the checkpoint to begin anew."
             )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+        # Loading has replaced the groups by new objects.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state of each parameter, by name: ``<parameter>/exp_avg`` and the like."""
+        """Return the state of each parameter, float32, by names such as ``<parameter>/exp_avg``."""
         return {
             f"{name}/{key}": torch.as_tensor(value, dtype=torch.float32)
             for name, parameter in module.named_parameters()
@@ -178,7 +196,11 @@ class JointOptimizer(torch.optim.Optimizer):
         }
 
     def load_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Take over another optimizer's state for such a module; the rates stay as they are.
+        """Load the state that ``tensors`` returned; the learning rates stay as they are.
+
+        Args:
+            module: module whose parameters are trained here.
+            tensors: state from ``tensors``, of a module of the same shape.
 
         Raises:
             UserError: a tensor belongs to no parameter that is trained here, or has another shape.
@@ -196,13 +218,13 @@ class JointOptimizer(torch.optim.Optimizer):
             part = None if parameter is None else parts.get(parameter)
             if parameter is None or part is None or tensor.shape not in (parameter.shape, ()):
                 raise UserError(
-                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} is of another "
-                    "student: delete the file that holds it to begin without it."
+                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} belongs to another "
+                    "student: delete the file of this state to begin without it."
                 )
             part.state[parameter][key] = tensor.to(parameter.device)
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon may take a parameter: a matrix in ``student``, but no embedding table."""
+    """Whether Muon may train a parameter: a matrix in ``student`` that is no embedding table."""
     is_table = re.search("embedding|attention_bias", name)
     return parameter.ndim == 2 and name.startswith("student.") and not is_table

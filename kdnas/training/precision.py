@@ -1,4 +1,4 @@
-"""Whether a machine multiplies faster in bfloat16 or float32: measured once."""
+"""The precision of matrix products: bfloat16 or float32, whichever this machine computes faster."""
 
 import logging
 import os
@@ -20,15 +20,19 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def bf16_is_faster(device_type: str) -> bool:
     """Whether a linear layer takes less time in bfloat16 than in float32.
 
-    On CPUs both happen: AMD's Zen 4 is faster in bfloat16, and so is a Xeon with AMX; a Xeon whose
-    AMX is hidden from its virtual machine is half as fast (LOG.md). Other devices are always taken
-    to be faster.
+    On CPUs either can be faster. AMD's Zen 4 and Xeons with AMX are faster in bfloat16; a Xeon
+    whose virtual machine hides AMX is half as fast in it (LOG.md). On other devices bfloat16 is
+    taken to be faster, without measuring.
 
-    The answer is measured once and kept in the environment, so that ranks and workers agree: states
-    computed in another precision are other states. It can also be given there.
+    The answer is measured once and stored in the environment variable ``KDNAS_CPU_MATMULS``
+    (``bfloat16`` or ``float32``), so that all ranks and workers agree: a teacher's states differ
+    between precisions. A user can also set the variable.
+
+    Args:
+        device_type: type of the device, such as ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: the environment has another value.
+        UserError: the variable has another value.
     """
     if device_type != "cpu":
         return True
@@ -44,15 +48,15 @@ def keep(begun_in: str | None) -> str:
     """Continue in the precision in which the work was begun, even if the other is faster here.
 
     Args:
-        begun_in: ``bfloat16`` or ``float32``; None: nothing is begun yet.
+        begun_in: ``bfloat16`` or ``float32``; None: the work begins now.
 
     Returns:
-        The precision of matmuls on a CPU from now on.
+        The precision of matrix products on a CPU from now on: ``bfloat16`` or ``float32``.
     """
     if begun_in is not None:
         given = os.environ.get(VARIABLE, begun_in)
         if given != begun_in:
-            said = "This was begun with matmuls in %s, not in %s, and goes on so."
+            said = "This was begun with matmuls in %s, and continues with them, not in %s."
             log.warning(said, begun_in, given)
         os.environ[VARIABLE] = begun_in
     return "bfloat16" if bf16_is_faster("cpu") else "float32"
@@ -60,7 +64,7 @@ def keep(begun_in: str | None) -> str:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Undo ``keep`` at the end, for what the same process does later."""
+    """Restore the precision at the end, so that ``keep`` has no effect on later work."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -72,7 +76,10 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """The least time of several rounds, so that other work on the machine does not count."""
+    """Return the seconds of a linear layer in each precision.
+
+    It is the least of several rounds, so that other work on the machine hardly matters.
+    """
     with torch.random.fork_rng(devices=[]):
         given = {
             dtype: [torch.randn(rows, 384).to(dtype) for rows in (512, 1536)]
@@ -89,27 +96,30 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Matmuls in bfloat16 where that is faster, and not refused by a Trainer's precision."""
+    """Return a context in which matrix products are in ``autocast_dtype``."""
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
 
 
 def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
-    """The precision of matmuls under ``autocast``.
+    """Return the precision of matrix products under ``autocast``.
 
-    On a CPU it is what was measured, or given in the environment, whatever the Trainer's.
+    Args:
+        device_type: type of the device, such as ``cpu`` or ``cuda``.
+        precision: the Trainer's. On a GPU, ``32-true`` and ``64-true`` rule out bfloat16; on a CPU
+            it is ignored, and ``bf16_is_faster`` decides.
     """
     is_refused = device_type != "cpu" and precision in ("32-true", "64-true")
     return torch.bfloat16 if bf16_is_faster(device_type) and not is_refused else torch.float32
 
 
 def trainer_precision(accelerator: str) -> str:
-    """Lightning's precision that is fastest where a Trainer with this accelerator will run."""
+    """Return the faster precision for a Trainer with this accelerator: bf16-mixed or 32-true."""
     if accelerator == "auto" and not torch.accelerator.is_available():
         accelerator = "cpu"
     return "bf16-mixed" if bf16_is_faster(accelerator) else "32-true"
 
 
 def gpu_name() -> str | None:
-    """The name of the default GPU; None: there is none."""
+    """Return the name of the current CUDA device; None: there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""What a fit shows while it runs: bars on a terminal, lines in a file, and how to go on when it is stopped."""
+"""The progress of a fit: bars on a terminal, lines in a file, and how to resume after a stop."""
 
 import logging
 import math
@@ -19,22 +19,28 @@ from kdnas.system.jobs import Job, Reporter, progress_of
 
 log = logging.getLogger(__name__)
 
-# Seconds between two lines, where there is no bar.
+# Seconds between two lines of progress, where there is no bar.
 LINE_SECONDS = 60.0
 
 
 def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """Bars that vanish; in a notebook without stdout and stderr, for there a line without an end would flush itself."""
+    """Make a display of progress bars, which vanish at the end.
+
+    stdout and stderr are redirected to appear above the bars, but not in a notebook: there, rich
+    would call itself to flush a line without an end.
+    """
     options |= dict.fromkeys(("redirect_stdout", "redirect_stderr"), not console.is_jupyter)
     return Progress(*columns, console=console, transient=True, **options)
 
 
 class EpochLines(pl.Callback):
-    """A line a minute with the time that is left, and one with the held-out loss after a long epoch.
+    """Writes a line with the time left each minute, and the held-out loss after a long epoch.
+
+    An epoch is long if a minute has passed since the validation before.
 
     Args:
-        description: what is being fitted.
-        write: takes a line; None: nothing is said.
+        description: what is being fitted, as the line begins.
+        write: called with each line; None: write nothing.
     """
 
     def __init__(self, description: str, write: Callable[[str], object] | None) -> None:
@@ -77,10 +83,10 @@ class EpochLines(pl.Callback):
 
 
 class ProgressFile(pl.Callback):
-    """Tells how far a job's fit is: what the parent's display is made of.
+    """Reports how far a job's fit is, for the display of the main process.
 
     Args:
-        reporter: of the job.
+        reporter: reporter of the job.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -111,10 +117,13 @@ class ProgressFile(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Ends a fit that keeps no checkpoint as soon as its job is asked to stop.
+    """Ends a fit without checkpoints as soon as its job is asked to stop.
 
     Args:
-        reporter: of the job.
+        reporter: reporter of the job.
+
+    Raises:
+        Stopped: in the fit, if the job was asked to stop.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -128,10 +137,12 @@ class StopWhenAsked(pl.Callback):
 
 
 class JobBars:
-    """Shows the jobs that run: a bar each on a terminal; in a file a line a minute.
+    """Shows the running jobs: on a terminal by a bar for each, else by a line for each a minute.
+
+    Call it often with the jobs that run now.
 
     Args:
-        progress: the live display, which others share.
+        progress: live display from ``live_progress``; it may show other bars, too.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -174,7 +185,7 @@ class JobBars:
 
 
 class SayWhatGoesOn(pl.Callback):
-    """Names the newest checkpoint of a fit that was stopped, and the option that goes on from it."""
+    """Tells how to resume a fit that has stopped: the newest checkpoint, and the option for it."""
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -188,12 +199,12 @@ class SayWhatGoesOn(pl.Callback):
         }
         if kept and trainer.is_global_zero and trainer.state.fn == "fit":
             log.warning(
-                "The same command goes on with --ckpt_path %s", max(kept, key=os.path.getmtime)
+                "To resume, repeat the command with --ckpt_path %s", max(kept, key=os.path.getmtime)
             )
 
 
 class WarnOfNoValidation(pl.Callback):
-    """Warns of a fit that ends before its first validation."""
+    """Warns at the start of a fit if it will end before its first validation."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches

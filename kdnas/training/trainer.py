@@ -1,4 +1,4 @@
-"""How a Trainer is made and run here: its devices, its logger and callbacks, whole checkpoints."""
+"""Making and running Lightning's Trainer: settings, logger, callbacks and checkpoints."""
 
 import math
 import os
@@ -27,9 +27,9 @@ from kdnas.training.optimizers import clip_norm
 from kdnas.training.precision import trainer_precision
 from kdnas.training.progress import ProgressFile
 
-# TensorBoard's own are 120, and so long a writer may not hear of its end.
+# TensorBoard's default is 120 s, which its writer may need to notice that it was closed.
 FLUSH_SECONDS = 2
-# Each logged step waits for the device a few times; ``kdnas fit`` has the same in its configs.
+# Each logged step waits for the device a few times. The configs of ``kdnas fit`` have the same.
 LOG_STEPS = 10
 REMEDY = (
     "give --workers for several candidates at a time, and --trainer.devices of `kdnas run` for DDP."
@@ -38,21 +38,21 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The Trainer of a candidate, of full KD and of fine-tuning.
+    """Settings of the Trainers of candidates, full KD and fine-tuning.
 
     Args:
-        accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
-        precision: Lightning's; ``auto``: bf16-mixed where the device multiplies faster in bfloat16,
-            else 32-true.
-        gradient_clip_val: largest norm of the gradient; 0: any.
-        devices: GPUs, or processes on a CPU, that share full KD of `kdnas run` by DDP; null: all
-            GPUs, or one process. A candidate and a fine-tuning take one each.
-        logger: another logger than TensorBoard's, by class path with its init_args. ``{folder}`` in
-            them is the folder of the candidate or the stage.
-        callbacks: more callbacks, in the same way; each Trainer gets its own.
+        accelerator: accelerator of Lightning's Trainer: ``auto``, ``cpu``, ``gpu``, ...
+        precision: precision of Lightning's Trainer; ``auto``: bf16-mixed if the device multiplies
+            faster in bfloat16, else 32-true.
+        gradient_clip_val: largest norm of the gradient; 0: no clipping.
+        devices: number of GPUs, or of processes on a CPU, that share full KD of `kdnas run` by DDP;
+            null: all GPUs, or one process. A candidate or a fine-tuning always takes one.
+        logger: logger instead of TensorBoard's, by class path with its init_args. ``{folder}`` in
+            them stands for the folder of the candidate or stage.
+        callbacks: further callbacks, given as the logger is; each Trainer gets its own.
 
     Raises:
-        UserError: a negative norm, or no device.
+        UserError: ``gradient_clip_val`` is negative, or ``devices`` is below 1.
     """
 
     accelerator: str = "auto"
@@ -71,14 +71,15 @@ class TrainerSettings:
             raise UserError(f"trainer.devices is {self.devices}: give at least 1.")
 
     def check(self, has_ddp: bool = False) -> None:
-        """Refuse what this machine, or the way the process was started, cannot do.
+        """Check that Trainers with these settings can be made on this machine.
 
         Args:
-            has_ddp: several devices can share a fit.
+            has_ddp: several devices may share a fit.
 
         Raises:
-            UserError: there is no such accelerator, there are fewer devices, a logger or a callback
-                cannot be made, or a launcher made this process one of several.
+            UserError: there is no such accelerator, there are fewer devices, several are asked for
+                but not possible here, a logger or a callback cannot be made, or a launcher such as
+                torchrun has started several processes.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
@@ -110,14 +111,17 @@ class TrainerSettings:
 
 
 def class_path(make: Callable[..., Any]) -> str:
-    """Of what is made: by the class itself, or by a partial, the parser's or one's own."""
+    """Return the class path of what a factory makes: a class, a function, or a partial of one.
+
+    The first argument of a partial may be the class, as in jsonargparse's partials.
+    """
     parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
     made: Any = next((part for part in parts if isinstance(part, type)), parts[0])
     return f"{made.__module__}.{made.__qualname__}"
 
 
 def _make(make: Callable[..., Any], folder: Path) -> Any:
-    """A fresh logger or callback for the fit of a folder."""
+    """Make a logger or callback for a fit; ``{folder}`` in its text arguments is the fit's folder."""
     arguments = make.keywords if isinstance(make, partial) else {}
     in_folder = {
         name: value.replace("{folder}", str(folder))
@@ -128,13 +132,13 @@ def _make(make: Callable[..., Any], folder: Path) -> Any:
 
 
 def refuse_strategy(name: str) -> None:
-    """Refuse what cuts the student into pieces: its optimizer and its gradients' norm need whole matrices.
+    """Refuse strategies that shard the student: Muon and the gradient norm need whole matrices.
 
     Args:
-        name: of one of Lightning's strategies, or of its class.
+        name: name of a Lightning strategy, or of its class.
 
     Raises:
-        UserError: it is not one that trains a whole student on each device.
+        UserError: the strategy is neither DDP nor that of a single device.
     """
     if name not in (
         "auto",
@@ -143,12 +147,12 @@ def refuse_strategy(name: str) -> None:
         "DDPStrategy",
     ) and not name.startswith("ddp"):
         raise UserError(
-            f"strategy is {name!r}: give 'ddp' for several devices, or 'auto'; a student is small, and whole on each."
+            f"strategy is {name!r}: give 'ddp' for several devices, or 'auto'; each device must hold a whole student."
         )
 
 
 def without_tensorflow() -> None:
-    """Have TensorBoard do without TensorFlow: it imports what has that name, be it a file of the current folder."""
+    """Keep TensorBoard from importing TensorFlow, or a file of that name in the current folder."""
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 
@@ -159,16 +163,16 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     resume: bool = False,
 ) -> pl.Trainer:
-    """A Trainer of one device; checkpoints and progress are callbacks, if any.
+    """Make a Trainer for one device, without progress bar and Lightning's own checkpoints.
 
-    In a process that ``share_devices`` has begun it is one of several, which train by DDP.
+    In a process that ``share_devices`` has started, it trains by DDP with the other processes.
 
     Args:
         settings: device, precision, logger and callbacks.
-        folder: for event files, and for what loggers and callbacks write.
-        num_epochs: passes over the training rows.
-        callbacks: ours, which are called after those of the settings.
-        resume: the fit goes on from a checkpoint, so its first epochs' curves are kept.
+        folder: folder for TensorBoard's event files and other output of loggers and callbacks.
+        num_epochs: number of passes over the training rows.
+        callbacks: further callbacks, called after those of the settings.
+        resume: keep the event files of an interrupted fit, which is resumed; False: delete them.
     """
     without_tensorflow()
     precision: Any = (
@@ -201,20 +205,30 @@ def make_trainer(
     )
     if not resume and trainer.is_global_zero:
         for unfinished in folder.glob("events.out.tfevents.*"):
-            unfinished.unlink()  # of an interrupted fit: TensorBoard would draw both curves as one
+            unfinished.unlink()  # TensorBoard would draw the curves of both fits as one
     return trainer
 
 
 def own_random_numbers() -> AbstractContextManager[None]:
-    """What is drawn inside changes nothing outside, on the CPU and on the GPU in use."""
+    """Return a context that restores the random generators of the CPU and the current GPU."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    return torch.random.fork_rng(devices)  # of all GPUs torch would ask, and warn of it
+    return torch.random.fork_rng(devices)  # by default torch saves all GPUs' states, with a warning
 
 
 def fit(
     trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, **options: Any
 ) -> None:
-    """``trainer.fit``, with the memory of earlier fits given back."""
+    """Call ``trainer.fit`` with fast dropout, after releasing the memory of earlier fits.
+
+    Args:
+        trainer: Trainer.
+        module: module to train.
+        data: data module.
+        **options: further arguments of ``trainer.fit``.
+
+    Raises:
+        OSError: a write failed; the error names a path.
+    """
     release_memory()
     with placed(Path(trainer.log_dir or trainer.default_root_dir)), fast_dropout():
         trainer.fit(module, datamodule=data, weights_only=True, **options)
@@ -228,10 +242,21 @@ def fit_resumable(
     data: pl.LightningDataModule,
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """``fit`` that the same call goes on with, from ``folder/last.ckpt``; whoever has kept the result deletes that.
+    """Fit a module, with checkpoints in ``folder/last.ckpt``; after a stop, the same call resumes.
+
+    The caller deletes the checkpoint when it has stored the result.
+
+    Args:
+        settings: device, precision, logger and callbacks.
+        folder: folder of the job.
+        num_epochs: number of passes over the training rows.
+        module: module to train.
+        data: data module.
+        callbacks: further callbacks.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another version.
+        UserError: the checkpoint is damaged, or was written by another version of kdnas.
+        Stopped: the job was asked to stop; the checkpoint is up to date.
     """
     last = folder / "last.ckpt"
     resume = last.exists()
@@ -247,27 +272,27 @@ def fit_resumable(
 
 
 class ClipFusedGradients(pl.LightningModule):
-    """Clips the norm of the gradients where Lightning refuses to: a fused optimizer in mixed precision.
+    """A LightningModule that clips gradients also for fused optimizers in mixed precision.
 
-    bfloat16 has no gradient scaler, so there is nothing to undo before the norm is taken.
+    Lightning refuses that, since float16 gradients are scaled. bfloat16 needs no scaling.
     """
 
     def setup(self, stage: str | None = None) -> None:
-        """Look at the precision before anything is computed.
+        """Check the Trainer's precision before a fit.
 
         Raises:
-            UserError: it computes in float16.
+            UserError: the precision is float16, mixed or not.
         """
         plugin: Any = self.trainer.precision_plugin
-        # In float16 throughout nothing scales them, and the smallest numbers are 0.
+        # "16-true" has no scaler, so that small gradients would become 0.
         is_half = getattr(plugin, "scaler", None) is not None or plugin.precision == "16-true"
         if stage == "fit" and is_half:
             raise UserError(
-                f"precision is {self.trainer.precision!r}: take 'bf16-mixed', whose gradients need no scale."
+                f"precision is {self.trainer.precision!r}: give 'bf16-mixed', whose gradients need no scaling."
             )
 
     def on_train_start(self) -> None:
-        """Log the last step of an epoch that is shorter than the interval."""
+        """Log at least once an epoch, even if it has fewer steps than the logging interval."""
         trainer: Any = self.trainer
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.num_training_batches)
 
@@ -277,14 +302,19 @@ class ClipFusedGradients(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together, and log it as it was before.
+        """Clip the common norm of all gradients, and log the norm before clipping.
+
+        Args:
+            optimizer: not used.
+            gradient_clip_val: largest norm; None or 0: no clipping.
+            gradient_clip_algorithm: ``norm``, or None for the same.
 
         Raises:
-            UserError: the algorithm is another.
+            UserError: the algorithm is not ``norm``.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
-                f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: only the norm is clipped."
+                f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: give 'norm', the only one supported."
             )
         norm = clip_norm(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)

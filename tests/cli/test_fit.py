@@ -421,7 +421,7 @@ def test_a_stopped_fit_names_its_newest_checkpoint_and_goes_on_from_it(
         )
         == 130
     )
-    (checkpoint,) = re.findall(r"goes on with --ckpt_path (\S+)", caplog.text)
+    (checkpoint,) = re.findall(r"repeat the command with --ckpt_path (\S+)", caplog.text)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
     half = Path(checkpoint).with_name(
         f".last.ckpt.{this_host()}-{2**22 + 1}.abcdefgh"

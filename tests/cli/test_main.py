@@ -397,7 +397,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--time-budget=0", "time_budget is 0"),
         (
             "--space.hidden_size=[128]",
-            "space.hidden_size has 128: a student has from 1 to its teacher's 64",
+            "space.hidden_size has 128: give values from 1 to the teacher's 64",
         ),
         ("--space.hidden_size=[33]", "space.hidden_size has 33 and space.num_attention_heads 2"),
         ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
@@ -784,7 +784,9 @@ def test_what_a_pruner_ended_is_shown_with_its_loss(
     assert main([*search, f"--pruner={pruner}", "--search.num_epochs=2"]) == 2
     shown = capsys.readouterr()
     assert re.search(r"stopped early, held-out loss \d\.\d+ after epoch 1 of 2\n", shown.out)
-    assert shown.err.endswith("The pruner ended every candidate: give another, or --pruner none.\n")
+    assert shown.err.endswith(
+        "The pruner ended every candidate: give another pruner, or --pruner none.\n"
+    )
     assert "after epoch 1 of 2" in (tmp_path / "logs" / "kdnas" / "trials.csv").read_text()
 
 

@@ -557,7 +557,7 @@ def test_a_search_whose_database_is_lost_goes_on_from_its_results(
         database.write_text("no database")
     capsys.readouterr()
     assert main([*search, "--search.n_trials=2"]) == 0
-    assert "made again from the results of" in caplog.text
+    assert "rebuilt from the results of" in caplog.text
     assert (run / "study.db.replaced").exists() is (damage != "deleted")
     assert "going on after 1 of 2" in capsys.readouterr().out
     after = pd.read_csv(run / "trials.csv")
@@ -599,7 +599,7 @@ def test_a_search_goes_on_in_the_precision_that_it_was_begun_in(
     assert main(search) == 0
     monkeypatch.setenv("KDNAS_CPU_MATMULS", "float32")
     assert main([*search, "--search.n_trials=3"]) == 0
-    assert "begun with matmuls in bfloat16, not in float32, and goes on so" in caplog.text
+    assert "begun with matmuls in bfloat16, and continues with them, not in float32" in caplog.text
     assert os.environ["KDNAS_CPU_MATMULS"] == "float32", "for what else this process does"
 
 

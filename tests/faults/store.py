@@ -60,7 +60,7 @@ def damaged_study(bench: Bench, row: Row) -> None:
             (run / "study.db").write_bytes(damaged)
         row.tried += 1
         error = bench.succeed(row, what, args)
-        is_silent = what in ("deleted", "empty") and "made again from the results" not in error
+        is_silent = what in ("deleted", "empty") and "rebuilt from the results" not in error
         row.fault("undetected", f"{what}: nothing is said", is_silent)
         bench.check(row, name, known, error)
         shutil.rmtree(run)

@@ -578,7 +578,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         ),
         (make_pruner, {"init_args": {}}, "names no pruner: .*--pruner '{class_path: none, init"),
         (make_sampler, {"class_path": {"foo": 1}}, "There is no sampler {'foo': 1}"),
-        (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler learns of numbers alone"),
+        (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler needs numerical parameters"),
         (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),
         (
             make_sampler,

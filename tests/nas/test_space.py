@@ -233,11 +233,11 @@ def test_a_space_is_narrowed_and_widened():
         ({"hidden_size": []}, "space.hidden_size is empty, so there is no student"),
         (
             {"hidden_size": [1024]},
-            "space.hidden_size has 1024: a student has from 1 to its teacher's 768",
+            "space.hidden_size has 1024: give values from 1 to the teacher's 768",
         ),
         (
             {"num_hidden_layers": [0]},
-            "space.num_hidden_layers has 0: a student has from 1 to its teacher's 12",
+            "space.num_hidden_layers has 0: give values from 1 to the teacher's 12",
         ),
         (
             {"hidden_size": [100]},

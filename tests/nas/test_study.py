@@ -111,7 +111,7 @@ def test_a_damaged_database_is_made_again_and_nothing_is_trained_twice(fake, how
     after = fake.trials
     assert [facts(trial) for trial in after] == [facts(trial) for trial in before]
     if how != "NUL bytes appended":  # which SQLite does not mind
-        assert f"made again from the results of {len(before)} trials." in caplog.text
+        assert f"rebuilt from the results of {len(before)} trials." in caplog.text
         for number, known in results_in(fake.run.folder).items():
             began, ended = after[number].datetime_start, after[number].datetime_complete
             assert began == datetime.datetime.fromtimestamp(known.started)
@@ -263,7 +263,7 @@ def test_a_study_is_read_and_nothing_is_written(fake):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "There is no study in '.*': no search was begun there, or give its"),
+        (lambda path: None, "There is no study in '.*': no search was begun there. If it has"),
         (lambda path: path.write_text("text" * 400), "cannot be read .*not a database"),
         (lambda path: path.touch(), "cannot be read"),
         (

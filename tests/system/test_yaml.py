@@ -33,7 +33,7 @@ BAD = [
         "sampler: {class_path: x, init_args: &a {seed: 1}, more: {<<: *a, <<: *a}}\n",
         "the key '<<' is given twice",
     ),
-    (BOMB, f"more than {MOST_NODES:,} values, aliases written out, line 5"),
+    (BOMB, f"more than {MOST_NODES:,} values with aliases expanded, line 5"),
     ("sampler: &a {class_path: x, init_args: *a}\n", "a value contains itself, line 1"),
     ("sampler: " + 60 * "[" + 60 * "]", "nested more than 50 levels deep, line 1"),
     ("sampler: " + 2_000 * "[" + 2_000 * "]", "nested more than 50 levels deep"),

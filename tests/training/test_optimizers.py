@@ -124,7 +124,7 @@ def test_what_was_known_of_another_student_is_refused(place, shape):
     linear, optimizer = make()
     with pytest.raises(
         UserError,
-        match=re.escape(f"The optimizer's {place!r} of shape {shape} is of another student"),
+        match=re.escape(f"The optimizer's {place!r} of shape {shape} belongs to another student"),
     ):
         optimizer.load_tensors(linear, {place: torch.zeros(shape)})
 
