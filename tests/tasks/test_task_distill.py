@@ -238,7 +238,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         (["LABEL_0", "LABEL_1"], ""),
         (
             ["yes", "no"],
-            "are called yes, no: they are taken for entailment, not_entailment of 'rte', in this order",
+            "are named yes, no, not entailment, not_entailment as in 'rte': they are matched by position",
         ),
     ],
 )
