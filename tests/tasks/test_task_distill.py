@@ -238,7 +238,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         (["LABEL_0", "LABEL_1"], ""),
         (
             ["yes", "no"],
-            "are named yes, no, not entailment, not_entailment as in 'rte': they are matched by position",
+            "(yes, no) have other names than entailment, not_entailment of 'rte': they are matched",
         ),
     ],
 )
