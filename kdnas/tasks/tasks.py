@@ -114,7 +114,9 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
     """Warn that classes are matched by position, if both the task and ``source`` name theirs."""
     if task.label_names and not all(name.startswith("LABEL_") for name in names):
-        said = "The classes of %r (%s) have other names than %s of %r: they are matched by position."
+        said = (
+            "The classes of %r (%s) have other names than %s of %r: they are matched by position."
+        )
         log.warning(said, source, ", ".join(names), ", ".join(task.label_names), task.name)
 
 
