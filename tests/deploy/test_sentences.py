@@ -199,7 +199,10 @@ def test_what_is_missing_is_named_before_anything_is_computed(
             tmp_path / "colours" / f"{name}.parquet",
         )
     assert main([*command, f"--task={tmp_path / 'colours'}"]) == 2
-    assert "The task 'colours' has no pairs of sentences with a number as label" in capsys.readouterr().err
+    assert (
+        "The task 'colours' has no pairs of sentences with a number as label"
+        in capsys.readouterr().err
+    )
     there = importlib.util.find_spec
     absent = "sentence_transformers"
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else there(n))
