@@ -386,7 +386,7 @@ def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
 @pytest.mark.parametrize(
     ("student", "said"),
     [
-        ({"score": 0.6}, "A random start of its shape scores as high"),
+        ({"score": 0.6}, "A random start of the same shape scores as high"),
         ({"latency_iqr_ms": 0.5}, "The machine is busy"),
         ({"score": 0.7}, "The student does not beat the layer cut, which took"),
         ({"score": 0.5}, "The student does not beat the static vectors and the layer cut,"),
