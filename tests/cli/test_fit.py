@@ -106,7 +106,7 @@ def test_an_untrained_student_is_not_measured(
     command: str, fit_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([command, "--config", str(fit_config)], capsys)
-    assert "ckpt_path is missing" in error and "give that of a fit" in error
+    assert "ckpt_path is missing" in error and "give the checkpoint of a fit" in error
 
 
 def test_the_data_of_a_fit_is_named_as_in_a_search_and_a_fit_that_never_validates_says_so(

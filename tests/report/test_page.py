@@ -446,7 +446,7 @@ def test_what_was_asked_is_said(tmp_path):
     assert f"Distil it on all rows, export it kdnas run --config {run.config}" in text
     assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
-    assert "But for the date, of the machine that wrote this page. search ended" in text
+    assert "what machine and software wrote this page. search ended" in text
     assert re.search(
         r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*",
         text,
