@@ -753,7 +753,7 @@ def test_a_run_has_a_grid_and_the_help_of_the_teacher_that_it_has_fine_tuned(
     cut = json.loads((glue / "layer_cut" / "model" / "config.json").read_text())
     assert (cut["num_hidden_layers"], cut["hidden_size"]) == (2, 64), "the most within the budget"
     report = " ".join((glue.parent / "report.html").read_text().split())
-    assert "The fine-tuned teacher helped the student." in report
+    assert "The student learned from the fine-tuned teacher too." in report
 
 
 def test_rows_of_a_task_that_changed_are_noticed(

@@ -304,7 +304,7 @@ def test_the_leaders_of_each_episode_are_told_and_what_a_controller_predicted(tm
         ["3", "trial 3: 0.7000", "trial 4: 0.5500", "trial 3: 0.7000"],
     ]
     assert "predicted 0.6500" in html
-    assert "controller expected" not in write_report(run, every_kind()).read_text()
+    assert "controller predicted" not in write_report(run, every_kind()).read_text()
 
 
 def test_the_headline_is_computed_from_the_final_figures(html):
