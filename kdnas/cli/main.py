@@ -183,8 +183,8 @@ def _goes_on(args: Sequence[str]) -> str:
     keeps_nothing = {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
     if args[0] not in ("run", "search", "glue") or keeps_nothing:
         return "."
-    name = f", with --name {_new_names[-1]} for --force-new" if _new_names else ""
-    return f"; the same command goes on from here{name}."
+    name = f", with --name {_new_names[-1]} in place of --force-new" if _new_names else ""
+    return f"; run the same command again to resume{name}."
 
 
 _new_names: list[str] = []  # names chosen by --force-new
@@ -239,7 +239,7 @@ def _new(config: Any, is_begun: bool) -> Any:
 
     name = free_name(config.root, config.name)
     _new_names.append(name)
-    log.log(logging.INFO if is_begun else logging.DEBUG, "Begun anew as %s.", name)
+    log.log(logging.INFO if is_begun else logging.DEBUG, "Started anew as %s.", name)
     return dataclasses.replace(config, name=name)
 
 
@@ -277,7 +277,7 @@ def _try(config: Any, args: Sequence[str]) -> None:
     console = _console()
     smoke(config, console)
     real = ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
-    show(console, f"Start the real one with:  {shlex.join(real)}")
+    show(console, f"Start the real run with:  {shlex.join(real)}")
 
 
 def _search(args: Sequence[str]) -> None:

@@ -308,7 +308,7 @@ def _read_lengths(name: str) -> list[int]:
         found = f"has {wrong[0]!r}" if wrong else "is empty"
         raise UserError(
             f"lengths of latency: {name!r} {found}: "
-            'give a whole number above 0, or {"length": 17}, a line.'
+            'each line must be a whole number above 0, or {"length": 17}.'
         )
     return rows
 

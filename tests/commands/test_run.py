@@ -285,7 +285,7 @@ def test_what_a_stage_has_done_before_ctrl_c_is_not_done_again(
         with monkeypatch.context() as patch:
             patch.setattr(f"kdnas.commands.run.{last_call}", interrupt)
             assert main(command) == 130
-        assert "the same command goes on from here" in capsys.readouterr().err
+        assert "run the same command again to resume" in capsys.readouterr().err
         assert not (run / "manifest.json").exists()
     results = {path: path.stat().st_mtime_ns for path in run.rglob("result.json")}
     assert len(results) >= 2 + 1 + 5 + 1
