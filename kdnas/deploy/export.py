@@ -164,15 +164,16 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         for name in config.architectures or ():
             if name.endswith(OTHER_HEADS):
                 raise ValueError(
-                    f"the head of {name} would be lost: "
-                    "give an encoder, or a classifier of sequences"
+                    f"the head of {name} would be lost: give an encoder, or a sequence classifier"
                 )
         check_sizes(str(source), config, check_files(str(source), source))
         refuse_relative_positions(str(source), config)
         options: Any = dict(config=config, dtype=torch.float32, output_loading_info=True, **here)
         if has_classifier(config):
             if config.problem_type == "multi_label_classification":
-                raise ValueError("it gives several labels at once: give a classifier of one")
+                raise ValueError(
+                    "it predicts several labels at once: give a classifier that predicts one"
+                )
             factory: Any = AutoModelForSequenceClassification
         else:
             factory = AutoModel
@@ -188,7 +189,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             raise ValueError("it has no tokenizer")
         match_marks(tokenizer, config)
         if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
-            raise ValueError(f"its tokenizer gives {min(unknown)!r}, which no encoder here reads")
+            raise ValueError(f"its tokenizer returns {min(unknown)!r}, which is not supported")
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     if has_classifier(config):

@@ -90,14 +90,14 @@ def add_sentence_files(
         teacher = SentenceTransformer(source, device="cpu", trust_remote_code=False)
     except (ValueError, ImportError) as error:  # modules.json can name a class of another package
         raise UserError(
-            f"{sentences.teacher.name!r} is no sentence encoder that can be read "
+            f"{sentences.teacher.name!r} is not a sentence encoder that can be loaded "
             f"({first_line(error)})."
         ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):
         raise UserError(
-            f"{sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported."
+            f"{sentences.teacher.name!r} pools by {pooling!r}: only mean and cls can be exported."
         )
     normalized = "Normalize" in kinds
     _write_modules(

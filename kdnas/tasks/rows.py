@@ -83,7 +83,7 @@ def read_table(
         return pacsv.read_csv(path, reading, parsing, converting)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(
-            f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)})."
+            f"{str(path)!r} is not a readable {suffix[1:]} file ({first_line(error)})."
         ) from error
 
 

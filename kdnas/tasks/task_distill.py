@@ -224,16 +224,16 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
     if not has_classifier(config):
         refused = f"is not fine-tuned: it has no head for {task.name!r}"
     elif config.problem_type == "multi_label_classification":
-        refused = "gives several labels at once: take a classifier of one"
+        refused = "predicts several labels at once: give a classifier that predicts one"
     elif config.num_labels != task.num_labels:
         refused = (
             f"has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
-            "take one that was fine-tuned on it"
+            "give one that was fine-tuned on it"
         )
     elif order and order != sorted(order):
         refused = (
             f"has the classes {', '.join(names)}, and {task.name!r} has "
-            f"{', '.join(task.label_names)}: take one with the same order"
+            f"{', '.join(task.label_names)}: give one with the same order"
         )
     if refused:
         raise UserError(f"{source!r} {refused}.")

@@ -265,7 +265,7 @@ def load_task(source: str) -> LoadedTask:
             )
         if source not in TASKS:
             hint = nearest(source, TASKS, True)
-            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{hint}")
+            raise UserError(f"The task {source!r} is neither a folder nor a GLUE task.{hint}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
 
     folder = Path(source).resolve()
