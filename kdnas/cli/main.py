@@ -34,15 +34,16 @@ from kdnas.system.signals import HungUp, exit_code
 log = logging.getLogger("kdnas")
 
 _USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
-`kdnas COMMAND --help` shows examples and the most used options, `kdnas COMMAND --help all` shows all
-of them, and `--print_config` writes them as YAML. If there is no `configs/NAME.yaml` in this folder,
-the one shipped with kdnas is used. Every command takes `--quiet` and `--log-level debug|info|warning|error`.
+`kdnas COMMAND --help` shows examples and the most used options, `kdnas COMMAND --help all` shows
+all of them, and `--print_config` writes them as YAML. If there is no `configs/NAME.yaml` in this
+folder, the one shipped with kdnas is used. `--quiet` and `--log-level debug|info|warning|error` work
+with every command.
 `eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
 options by TAB.
 """
 
 _DRY_RUN = "measure a few steps, print the time, disk and memory that it will need, and stop"
-_SMOKE = "try every stage on 64 rows of text and task, in about a minute; keep the files only if one fails"
+_SMOKE = "try every stage on 64 rows, in about a minute; keep the files only if a stage fails"
 FORCE_NEW = "start anew, as NAME-2, NAME-3, ... if the name is taken"
 
 

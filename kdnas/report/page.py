@@ -115,7 +115,7 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """Return warnings of what makes the final figures, ``glue/results.json``, meaningless."""
+    """Return warnings if the final figures, ``glue/results.json``, mean little: one per reason."""
     models = results["models"]
     said = []
     if models["random"]["score"] >= models["student"]["score"]:

@@ -267,7 +267,7 @@ class _History(pl.Callback):
 def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
 ) -> None:
-    """Write a fine-tuning's settings and the hash of its rows to its folder, or compare with those.
+    """Write a fine-tuning's settings and the hash of its rows to its folder, or check those there.
 
     Raises:
         UserError: the folder was begun with other rows or settings.

@@ -378,7 +378,7 @@ def _number_classes(
 def _loaded(
     task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str
 ) -> LoadedTask:
-    """Check the tables of a GLUE task, and make it of them."""
+    """Check the tables of a GLUE task, and return the task with their rows."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
         names = {name: name for name in (*task.columns, "label")}
