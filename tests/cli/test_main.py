@@ -174,7 +174,7 @@ def test_help_of_a_command_teaches_units_and_defaults(
         "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)"
         in shown
     )
-    assert "disk budget for one of them, in GB" in shown
+    assert "largest size of a cache, in GB" in shown
 
 
 def test_every_config_is_parsed_from_any_folder(
