@@ -1,6 +1,6 @@
-"""From Python: ``from kdnas import run, search, distill, glue, latency, export``.
+"""The Python API: ``from kdnas import run, search, distill, glue, latency, export``.
 
-What takes seconds to import is imported by the call.
+Each function imports torch and other slow libraries when it is called, not before.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best student of a search, which ``distill`` takes.
+    """The best student of a search; ``distill`` takes it in place of a shape.
 
     Args:
-        arch: its shape.
-        trial: its number in ``trials.csv``.
-        reward: what students are ranked by.
-        loss: of the objective, on held-out rows.
-        contextual_share: how much of what context adds it knows, 0 to 1.
-        latency_ms: median of encoder and classification head.
-        speedup: times as fast as the teacher.
-        num_parameters: with the head.
-        folder: of the search, with ``trials.csv`` and ``best_student.yaml``.
+        arch: the student's shape.
+        trial: the number of its trial in ``trials.csv``.
+        reward: the value that the search maximises.
+        loss: the objective's loss on held-out rows, after the short training of candidates.
+        contextual_share: how much of what context adds the student knows. 0: no more than a look-up
+            table of words; 1: equal to the teacher; negative: less than the table.
+        latency_ms: median latency of encoder and classification head, in milliseconds.
+        speedup: the teacher's latency divided by the student's.
+        num_parameters: parameters of encoder and classification head.
+        folder: folder of the search, with ``trials.csv`` and ``best_student.yaml``.
     """
 
     arch: StudentArch
@@ -62,16 +63,17 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Student:
-    """A distilled student. Every function here takes it as a model.
+    """A distilled student. All functions here accept it as a model.
 
     Args:
-        model: a plain transformers model in eval mode on the CPU, without a head.
-        tokenizer: its teacher's.
-        arch: its shape.
-        loss: of the objective, on held-out rows.
-        contextual_share: how much of what context adds it knows, 0 to 1.
-        num_parameters: of the model.
-        folder: of the distillation, with TensorBoard's curves.
+        model: a transformers encoder, without a head, in eval mode on the CPU.
+        tokenizer: the teacher's tokenizer.
+        arch: the student's shape.
+        loss: the objective's loss on held-out rows.
+        contextual_share: how much of what context adds the student knows. 0: no more than a look-up
+            table of words; 1: equal to the teacher; negative: less than the table.
+        num_parameters: parameters of the model.
+        folder: folder of the distillation, with TensorBoard's curves.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -90,12 +92,15 @@ class Student:
 
 @dataclass(frozen=True, eq=False)
 class GlueResult:
-    """Models fine-tuned on labelled tasks.
+    """Scores of models that were fine-tuned on labelled tasks.
 
     Args:
-        table: a row a model: ``model``, of each task the mean score over seeds, ``average``, its
-            ``spread`` over seeds, ``share_kept``, ``latency_ms``, ``speedup``, ``num_parameters``.
-        folder: of the comparison, with ``runs.jsonl``.
+        table: a row for each model. Columns: ``model``; a column for each task, the mean score over
+            seeds; ``average`` over tasks; its ``spread`` (standard deviation over seeds);
+            ``share_kept`` of the first model's average; ``latency_ms`` and ``latency_iqr_ms``;
+            ``speedup`` over the first model; ``num_parameters``; with ``distill_from``,
+            ``gap_closed``, the share of a student's gap to the first model that its help closes.
+        folder: folder of the comparison, with ``runs.jsonl``.
     """
 
     table: DataFrame
@@ -104,13 +109,14 @@ class GlueResult:
 
 @dataclass(frozen=True, eq=False)
 class LatencyResult:
-    """Models measured in turn.
+    """Latencies of models that were measured in turn.
 
     Args:
-        table: a row a model and combination: ``model``, ``backend``, ``device``, ``threads``,
-            ``batch``, ``length``, ``megabytes``, ``median_ms``, ``iqr_ms``, ``p95_ms``,
-            ``tokens_per_second``, ``sequences_per_second``, ``speedup``.
-        json: the same as a file; the picture lies beside it, as ``.png``.
+        table: a row for each model and combination of settings. Columns: ``model``, ``backend``,
+            ``device``, ``threads``, ``batch``, ``length``, ``megabytes``, ``median_ms``, ``iqr_ms``
+            (interquartile range), ``p95_ms``, ``tokens_per_second``, ``sequences_per_second``,
+            ``speedup`` over the first model.
+        json: a file with the same figures; a picture of them is beside it, as ``.png``.
     """
 
     table: DataFrame
@@ -119,16 +125,19 @@ class LatencyResult:
 
 @dataclass(frozen=True, eq=False)
 class ExportResult:
-    """A folder to deploy, and what was checked.
+    """A folder to deploy, and the results of its checks.
 
     Args:
-        folder: weights, tokenizer, ``model.onnx``, ``model.int8.onnx``, ``predict.py``, a card.
-        max_abs_difference: of the ONNX graph's outputs from torch's.
-        int8: ``method``, ``rows`` that were compared, ``cosine`` to the ONNX graph and, with a
-            task, ``score`` and ``int8_score``.
-        latency: a row a ``batch`` and ``length``: ``torch_ms``, ``onnx_ms``, ``int8_ms``.
-        sentences: for sentence-transformers ``cosine`` to the teacher's vectors and, with a task,
-            ``spearman`` and ``teacher_spearman``; else None.
+        folder: weights, tokenizer, ``model.onnx``, ``model.int8.onnx``, ``predict.py`` and a model
+            card.
+        max_abs_difference: largest difference between outputs of ``model.onnx`` and of torch.
+        int8: ``method`` (``dynamic`` or ``static``), ``rows`` (a description of the rows that were
+            compared), ``cosine`` between the outputs of ``model.int8.onnx`` and ``model.onnx``
+            and, with a task, their scores ``int8_score`` and ``score``.
+        latency: a row for each ``batch`` and ``length``, with ``torch_ms``, ``onnx_ms`` and
+            ``int8_ms``, in milliseconds on one CPU thread.
+        sentences: for an export for sentence-transformers, ``cosine`` to the teacher's vectors and,
+            with a task, ``spearman`` and ``teacher_spearman``; else None.
     """
 
     folder: Path
@@ -140,19 +149,20 @@ class ExportResult:
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What the whole job made.
+    """Results of a whole run.
 
     Args:
         best: the best student of the search.
-        loss: the student's, after full KD.
-        contextual_share: after full KD, the share that it knows of what context adds (1: equal to
-            its teacher).
-        table: of each fine-tuned model its ``score``, ``share_kept``, ``latency_ms``, ``speedup`` and
-            ``num_parameters``; the models are ``teacher``, ``student`` and the baselines ``random``
-            (the same shape from a random start), ``static`` (no layers) and ``layer_cut`` (the
-            teacher with fewer layers). None without a task.
+        loss: the student's loss on held-out rows after full KD.
+        contextual_share: how much of what context adds the student knows after full KD (1: equal to
+            the teacher).
+        table: a row for each fine-tuned model, with ``score``, ``share_kept`` of the teacher's
+            score, ``latency_ms``, ``speedup`` and ``num_parameters``. The models are ``teacher``,
+            ``student`` and the baselines ``random`` (the student's shape from a random start),
+            ``static`` (no layers) and ``layer_cut`` (the teacher with fewer layers). None without a
+            task.
         export: the student to deploy.
-        folder: of the run, with ``report.html``.
+        folder: folder of the run, with ``report.html``.
     """
 
     best: SearchResult
@@ -174,31 +184,36 @@ def search(
     num_epochs: int = 2,
     **settings: Any,
 ) -> SearchResult:
-    """Find the best student within a budget, as ``kdnas search`` does; the same call again goes on.
+    """Find the best student within a budget, as ``kdnas search`` does.
 
-    It trains in this process, unless ``workers`` is given: a candidate that crashes in native code
-    ends it then, which the command's search survives. A script that asks for workers is imported by
-    them: put its calls below ``if __name__ == "__main__":``. Objects are written into ``inputs/``
-    below ``root``, the folder of all runs.
+    The same call again resumes the search, or returns the result of a finished one.
+
+    Candidates are trained in this process, which a crash in native code would end. With
+    ``workers=N`` they are trained in N other processes, and the search survives a crash; these
+    import the calling script, whose calls must then be below ``if __name__ == "__main__":``. Models
+    and texts that are given as objects are written to ``inputs/`` in ``root``, the folder of all
+    runs.
 
     Args:
-        teacher: a folder, a hub name, ``quickstart``, transformers' ``(model, tokenizer)``, or a
-            ``Student``.
+        teacher: a folder, a hub name, ``quickstart``, a pair ``(model, tokenizer)`` of transformers
+            objects, or a ``Student``.
         text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, a
             ``datasets.Dataset``, or a list of texts.
-        speedup: times as fast as the teacher, at least.
-        latency_ms: milliseconds, at most.
-        num_parameters: at most.
-        n_trials: distinct candidates to train in all.
-        num_epochs: of each candidate's mini-KD.
-        settings: the other fields of ``SearchConfig``, such as ``name``, ``root``, ``workers``;
-            ``search``, a ``SearchSettings``, stands for the five above.
+        speedup: least speed-up over the teacher: teacher's latency divided by student's. None: no
+            limit.
+        latency_ms: largest latency, in milliseconds. None: no limit.
+        num_parameters: largest number of parameters. None: no limit.
+        n_trials: number of distinct candidates to train in all.
+        num_epochs: epochs of the short distillation (mini-KD) of each candidate.
+        settings: other fields of ``SearchConfig``, such as ``name``, ``root`` and ``workers``. A
+            ``SearchSettings`` as ``search`` takes the place of the five arguments above.
 
     Returns:
         The best student.
 
     Raises:
-        UserError: anything that the user can mend, before anything is trained.
+        UserError: an argument or an input is wrong, which is found before anything is trained; the
+            message says what to change.
     """
     from kdnas.commands.config import SearchConfig
     from kdnas.commands.run import search as search_students
@@ -218,23 +233,25 @@ def search(
 
 
 def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -> RunResult:
-    """Do the whole job, as ``kdnas run`` does: search, full KD, fine-tuning, export, report.
+    """Search, distil, fine-tune, export and report in one run, as ``kdnas run`` does.
 
-    The same call again goes on where it was stopped; of a finished run it gives the result.
+    The same call again resumes the run, or returns the results of a finished one.
 
     Args:
         teacher: as for ``search``.
         text: as for ``search``.
-        task: a folder, a GLUE name, or a ``datasets.DatasetDict`` with ``train`` and
-            ``validation``; None: distil and export the encoder alone.
+        task: a labelled task to fine-tune on: a folder, a GLUE name, or a ``datasets.DatasetDict``
+            with ``train`` and ``validation``. None: the encoder is distilled and exported without
+            fine-tuning.
         settings: ``speedup``, ``latency_ms``, ``num_parameters``, ``n_trials`` and ``num_epochs``
-            as for ``search``, and the other fields of ``RunConfig``, such as ``name``.
+            as for ``search``, and other fields of ``RunConfig``, such as ``name``.
 
     Returns:
-        The student's figures, and where it is.
+        The student's figures, and its folder.
 
     Raises:
-        UserError: anything that the user can mend, before anything is trained.
+        UserError: an argument or an input is wrong, which is found before anything is trained; the
+            message says what to change.
     """
     from pandas import DataFrame
 
@@ -266,29 +283,30 @@ def distill(
     root: str | PathLike[str] = "lightning_logs",
     seed: int = 0,
 ) -> Student:
-    """Distil one student on all rows, as the full KD of ``kdnas run`` does.
+    """Distil one student on all training rows, as the full KD of ``kdnas run`` does.
 
-    After Ctrl-C the same call resumes. Until it has finished, a call of the same name with other
-    settings is refused: give another name, or delete ``last.ckpt`` in its folder.
+    After Ctrl-C the same call resumes. While a distillation is unfinished, a call with its name and
+    other settings is refused: give another name, or delete ``last.ckpt`` in its folder.
 
     Args:
         teacher: as for ``search``.
         text: as for ``search``.
-        arch: the student's shape, or a search's result.
+        arch: the student's shape, or the result of a search.
         num_epochs: passes over the rows.
-        recipe: objective, start and rates.
-        data: how text becomes batches.
-        states: where the teacher's states are kept.
-        trainer: device and precision.
-        name: of the folder below ``root``, for logs, checkpoint and encoder.
+        recipe: objective, start and learning rates; None: ``Recipe()``.
+        data: how text becomes batches; None: ``DataSettings()``.
+        states: where the teacher's states are stored; None: ``StatesSettings()``.
+        trainer: device and precision; None: ``TrainerSettings()``.
+        name: name of the folder in ``root`` that gets logs, checkpoint and encoder.
         root: the folder of all runs.
-        seed: of the weights that are not the teacher's.
+        seed: seed of the weights that are not copied from the teacher.
 
     Returns:
-        The student; ``save_pretrained`` keeps it.
+        The student; write it to a folder with its ``save_pretrained``.
 
     Raises:
-        UserError: anything that the user can mend, before anything is trained.
+        UserError: an argument or an input is wrong, which is found before anything is trained; the
+            message says what to change.
     """
     from kdnas.commands.distill import distill as distill_one
     from kdnas.commands.objects import as_paths
@@ -322,18 +340,23 @@ def distill(
 def glue(
     models: Sequence[Model], task: Task | Sequence[Task] | None = None, **settings: Any
 ) -> GlueResult:
-    """Fine-tune models on labelled tasks, as ``kdnas glue`` does; the same call again goes on.
+    """Fine-tune models on labelled tasks and score them, as ``kdnas glue`` does.
+
+    The same call again resumes the comparison, or returns the results of a finished one.
 
     Args:
-        models: each as a teacher of ``search``; the first is what the others are compared with.
-        task: as for ``run``, or a list; None: ``data`` and ``text_column`` are among ``settings``.
-        settings: the other fields of ``GlueConfig``, such as ``seeds``, ``root``, ``workers``.
+        models: models, each given like the teacher of ``search``. The others are compared with the
+            first.
+        task: a task as for ``run``, or a list of tasks. None: give ``data`` and ``text_column``
+            instead, your own labelled text.
+        settings: other fields of ``GlueConfig``, such as ``seeds``, ``root`` and ``workers``.
 
     Returns:
-        What each model reaches, in the given order.
+        The scores of each model, in the order of ``models``.
 
     Raises:
-        UserError: anything that the user can mend, before anything is trained.
+        UserError: an argument or an input is wrong, which is found before anything is trained; the
+            message says what to change.
         CandidateFailed: a loss is not finite.
     """
     from pandas import DataFrame
@@ -357,15 +380,16 @@ def latency(models: Sequence[Model], **settings: Any) -> LatencyResult:
     """Measure the latency of models in turn, as ``kdnas latency`` does.
 
     Args:
-        models: each as a teacher of ``search``; the first is what the others are compared with.
-        settings: the other fields of ``LatencyConfig``, such as ``backend=["torch"]``,
-            ``batch=[1, 8]``, ``length=[128]``.
+        models: models, each given like the teacher of ``search``. The others are compared with the
+            first.
+        settings: other fields of ``LatencyConfig``, such as ``backend=["torch"]``, ``batch=[1, 8]``
+            and ``length=[128]``. Every combination of such lists is measured.
 
     Returns:
-        A row a model, in the given order, of each combination.
+        For each combination a row per model, in the order of ``models``.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: an argument or a model is wrong; the message says what to change.
     """
     from pandas import DataFrame
 
@@ -378,20 +402,21 @@ def latency(models: Sequence[Model], **settings: Any) -> LatencyResult:
 
 
 def export(student: Model | None = None, **settings: Any) -> ExportResult:
-    """Export a student into one folder to deploy, as ``kdnas export`` does.
+    """Export a student to one folder to deploy, as ``kdnas export`` does.
 
     Args:
-        student: a folder, transformers' ``(model, tokenizer)``, or a ``Student``; None: the name of
-            a ``run`` is among ``settings``.
-        settings: the other fields of ``ExportConfig``, such as ``output``, ``force`` and, as for
+        student: a folder, a pair ``(model, tokenizer)`` of transformers objects, or a ``Student``.
+            None: give ``run``, the name of a finished run, whose student is exported.
+        settings: other fields of ``ExportConfig``, such as ``output``, ``force`` and, as for
             ``run``, ``teacher``, ``text`` and ``task``.
 
     Returns:
-        The folder, and what was checked.
+        The folder, and the results of its checks.
 
     Raises:
-        UserError: anything that the user can mend; nothing is exported then.
-        ParityError: a file does not compute what the student computes; nothing is exported either.
+        UserError: an argument or the student is wrong; nothing is exported, and the message says
+            what to change.
+        ParityError: an exported file computes something else than the student; nothing is exported.
     """
     from kdnas.commands.config import ExportConfig
     from kdnas.commands.export import export as export_student
@@ -402,7 +427,7 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
 
 
 def _config(kind: Any, **settings: Any) -> Any:
-    """The config of a search or a run."""
+    """Build the config of a search or a run."""
     from kdnas.commands.config import SearchSettings
     from kdnas.commands.objects import as_paths
     from kdnas.nas.budget import Budget
@@ -416,12 +441,12 @@ def _config(kind: Any, **settings: Any) -> Any:
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:
-    """A result, whose fields are among some values."""
+    """Build a result of class ``kind`` from the values of its fields, ignoring others."""
     return kind(**{name: values[name] for name in signature(kind).parameters})
 
 
 def _best(made: Run) -> SearchResult:
-    """The best student of a search that is done."""
+    """Return the best student of a finished search."""
     from kdnas.models.arch import StudentArch
     from kdnas.nas.trials import results_in
 
@@ -436,7 +461,7 @@ def _best(made: Run) -> SearchResult:
 
 
 def _exported(folder: Path) -> ExportResult:
-    """What the manifest of an export says."""
+    """Read the result of an export from its manifest."""
     from pandas import DataFrame, Series
 
     from kdnas.system.files import MANIFEST, read_json

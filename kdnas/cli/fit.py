@@ -1,4 +1,4 @@
-"""``kdnas fit``, ``validate``, ``test``, ``predict``: the Lightning CLI, and what it leaves."""
+"""``kdnas fit``, ``validate``, ``test`` and ``predict``: the Lightning CLI, and the files it writes."""
 
 import logging
 import os
@@ -46,7 +46,15 @@ log = logging.getLogger(__name__)
 
 
 def run_lightning(command: str, args: Sequence[str]) -> None:
-    """Run a ``HiddenStateDistillModule`` on a ``KDDataModule``, by the Lightning CLI."""
+    """Run a command of the Lightning CLI, on a ``HiddenStateDistillModule`` and its data.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        args: the command's options.
+
+    Raises:
+        UserError: an option is wrong, or Lightning refuses a setting.
+    """
     refuse_ambiguous_yaml()
     with honest_signals():
         try:
@@ -58,20 +66,21 @@ def run_lightning(command: str, args: Sequence[str]) -> None:
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Whether an error was raised in a module of Lightning, which refuses settings so."""
+    """Return whether Lightning raised the error: it refuses settings by a ``ValueError``."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).startswith("lightning.")
 
 
 class FlatData(KDDataModule):
-    """Masked batches for distillation: 30 % of the training rows (``mini``) or all (``full``).
+    """Masked batches of a text, for distillation.
 
     Args:
-        teacher: its tokenizer is used: a folder, a hub name, or ``quickstart``.
+        teacher: model whose tokenizer is used: a folder, a hub name, or ``quickstart``.
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
-        split: which training rows; the held-out rows are the same for both.
-        folder: where tokenised texts are kept, a folder each; safe to delete. By default ``tokens``
-            in the folder of all runs.
+        split: training rows: 30 % of them (``mini``) or all (``full``); both have the same held-out
+            rows.
+        folder: folder of the caches of tokenised texts, one for each text; safe to delete. By
+            default ``tokens`` in the folder of all runs.
         settings: how text becomes batches, as in ``data`` of a search.
     """
 
@@ -87,7 +96,7 @@ class FlatData(KDDataModule):
 
 
 class KDCLI(LightningCLI):
-    """The Lightning CLI with our defaults, for one command, and the student at the end."""
+    """The Lightning CLI for one command, with our defaults; after a fit, it writes the student."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
         self.command = command
@@ -104,19 +113,20 @@ class KDCLI(LightningCLI):
             },
             args=normalize(args),
             run=False,
-            auto_configure_optimizers=False,  # the module's own has a rate for each kind of tensor
+            # The module's optimizer has a learning rate for each kind of tensor.
+            auto_configure_optimizers=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The options of the command itself, and defaults that only we know."""
+        """Add the options of the Trainer's method, and defaults that the parser cannot find."""
         skipped: set[str | int] = {*self.subcommands()[self.command], "return_predictions"}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
-        # The data is read by the teacher's tokenizer.
+        # The teacher's tokenizer reads the data.
         parser.link_arguments("model.teacher", "data.teacher")
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the options, then refuse what Lightning would take."""
+        """Parse the options, and refuse settings that Lightning accepts but that do not work here."""
         assert isinstance(args, list)
         self.config = parse(parser, args)
         trainer = self.config.trainer
@@ -124,7 +134,7 @@ class KDCLI(LightningCLI):
         refuse_strategy(strategy.rpartition(".")[2])
         if strategy == "ddp":  # some objectives leave parameters of the student without a gradient
             trainer.strategy = "ddp_find_unused_parameters_true"
-        if trainer.overfit_batches:  # Lightning's own sampler would take the place of ours
+        if trainer.overfit_batches:  # Lightning would replace our sampler by its own
             raise UserError(
                 f"trainer.overfit_batches is {trainer.overfit_batches}: "
                 "give --trainer.limit_train_batches instead."
@@ -140,18 +150,18 @@ class KDCLI(LightningCLI):
             check_checkpoint(Path(path))
         elif path is None and not is_fit:
             raise UserError(
-                "ckpt_path is missing, and the student would be an untrained one: give that of a "
+                "ckpt_path is missing, so the student would be untrained: give the checkpoint of a "
                 "fit, such as --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt."
             )
-        # Lightning would run what is elsewhere.
+        # Lightning would load a checkpoint from a URL, which cannot be checked first.
         elif not is_fit or path not in (None, "last"):
             raise UserError(
                 f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk."
             )
 
     def run(self) -> None:
-        """Run the command, and complete its folder."""
-        # Each of several devices would know a part of the rows.
+        """Run the command, and write its results to its folder."""
+        # Each of several devices would hold the vectors of its share of the rows only.
         if self.command == "predict" and self.trainer.world_size > 1:
             raise UserError(
                 f"trainer.devices is {self.config.trainer.devices!r}: one device predicts; "
@@ -160,7 +170,7 @@ class KDCLI(LightningCLI):
         options = {name: self.config[name] for name in self.arguments}
         run = getattr(self.trainer, self.command)
         if self.command == "fit" and options["ckpt_path"]:
-            self.model.started = Started()  # the checkpoint's student was
+            self.model.started = Started()  # the checkpoint's student is initialised already
         with _removed_if_it_never_starts(self.trainer), fast_dropout():
             found = run(self.model, datamodule=self.datamodule, **options)
         if self.command == "fit":
@@ -171,7 +181,7 @@ class KDCLI(LightningCLI):
             self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """With checkpoints that are whole or not there, and lines where no bar can move."""
+        """Build the Trainer, with atomic checkpoints and, without a terminal, a line per epoch."""
         without_tensorflow()
         try:
             trainer = super().instantiate_trainer(**options)
@@ -180,7 +190,7 @@ class KDCLI(LightningCLI):
                 f"The Trainer refuses its settings ({first_line(error)}): "
                 f"`kdnas {self.command} --help all` explains them."
             ) from error
-        # A user may have asked for another one.
+        # Only Lightning's default is replaced, not a plugin that the user chose.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         for logger in trainer.loggers:
@@ -196,7 +206,7 @@ class KDCLI(LightningCLI):
         trainer = self.trainer
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         own = own_folder(trainer)
-        trainer.strategy.barrier()  # others may still write what they measured
+        trainer.strategy.barrier()  # other ranks may still be writing files of the manifest
         if trainer.is_global_zero:
             with new_folder(folder / "encoder") as temporary:
                 self.model.save_student(temporary)
@@ -206,7 +216,7 @@ class KDCLI(LightningCLI):
             log.info("The student, with its tokenizer: %s", folder / "encoder")
 
     def save_vectors(self, batches: list[tuple[list[str], torch.Tensor]]) -> None:
-        """Write the vectors of a prediction beside its config, a row for each text."""
+        """Write ``vectors.parquet``, with ``text`` and ``vector`` in a row for each text."""
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir, "vectors.parquet")
         texts = [text for batch, _ in batches for text in batch]
         vectors = [vector for _, batch in batches for vector in batch.numpy()]
@@ -217,7 +227,7 @@ class KDCLI(LightningCLI):
         log.info("The vectors of %s held-out rows: %s", f"{len(table):,}", path)
 
     def renew_curves(self) -> None:
-        """Update the manifest of a finished fit for the curves that were added to its own."""
+        """Update a fit's manifest for curves that ``validate`` or ``test`` added to its folder."""
         own = own_folder(self.trainer)
         if own is not None and self.trainer.is_global_zero:
             for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
@@ -229,9 +239,9 @@ def _is_quiet() -> bool:
 
 
 def own_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder that a fit's first logger made for it alone; None where others use it too.
+    """Return the folder that the first logger makes for this fit alone; None if it is shared.
 
-    Every process must call this: Lightning broadcasts the folder's name.
+    All ranks must call this, as Lightning broadcasts the folder's name.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger
@@ -241,7 +251,7 @@ def own_folder(trainer: pl.Trainer) -> Path | None:
 
 @contextmanager
 def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
-    """Make the folder of its own, and remove it where it fails before its first step."""
+    """Make a fit's own folder, and remove it if the fit fails before its first step."""
     own = own_folder(trainer)
     if own is None or own.exists() or not trainer.is_global_zero:
         yield
@@ -256,14 +266,18 @@ def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
 
 
 class SaveConfigOnce(SaveConfigCallback):
-    """Writes a fit's config beside its curves, unless the same config is there already.
+    """Writes a fit's config to its folder, unless the same config is there already.
 
-    On Slurm the job's number names the folder, so a job that is queued again comes back to it, and
-    so does a second fit of the same job.
+    On Slurm the folder is named by the job's number, so a requeued job finds its own folder again,
+    and so does a second fit of the same job.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare with the config that is there, in the first process."""
+        """Compare the config with one that is in the folder already, and write it if there is none.
+
+        Raises:
+            UserError: the folder belongs to a fit with other settings.
+        """
         path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
         differing: list[str] | None = None
         if trainer.is_global_zero and path.is_file():
@@ -277,14 +291,14 @@ class SaveConfigOnce(SaveConfigCallback):
         differing = trainer.strategy.broadcast(differing)
         if differing and stage == "fit":
             raise UserError(
-                f"{str(path)!r} is of a fit with another {', '.join(differing)}: "
-                "give this one a folder of its own, such as --trainer.default_root_dir OTHER."
+                f"{str(path)!r} belongs to a fit with another {', '.join(differing)}: "
+                "give this fit another folder, such as --trainer.default_root_dir OTHER."
             )
 
         own = own_folder(trainer)
         if own is not None and stage == "fit" and trainer.is_global_zero:
-            (own / MANIFEST).unlink(missing_ok=True)  # written anew at the end
-            sweep(own.parent, "version_*/**/.*")  # what killed fits have left
+            (own / MANIFEST).unlink(missing_ok=True)  # the end of the fit writes it anew
+            sweep(own.parent, "version_*/**/.*")  # files left by killed fits
 
         self.already_saved = differing is not None
         super().setup(trainer, pl_module, stage)

@@ -1,10 +1,10 @@
-"""The help pages and the shell's completions, which the command line shows without importing torch.
+"""Help pages and shell completions, shown without importing torch.
 
-A page of ``pages/`` begins with what is written by hand: a summary, examples, the options that
-people use. What the command's own parser says follows; options that several commands share are in
-``search.txt`` and ``lightning.txt``, which a page names in a line as MkDocs has it.
-``WRITE_PAGES=1 pytest tests/cli/test_help.py`` writes what parsers say, and ``options.txt``: a line
-for each command, with its options.
+A page in ``pages/`` begins with a part that is written by hand: summary, examples, most used
+options. The output of the command's parser follows. Options that several commands share are in
+``search.txt`` and ``lightning.txt``, which a page includes by a line in MkDocs' syntax.
+``WRITE_PAGES=1 pytest tests/cli/test_help.py`` rewrites the parsers' parts and ``options.txt``,
+which lists the options of each command in a line.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _TWO_SCREENS = 60  # lines
 
 
 def short_page(command: str) -> str:
-    """The help page of a command; where it is longer than two screens, what is written by hand."""
+    """Return the help page of a command, or only its head if it is longer than two screens."""
     whole = page(command)
     if whole.count("\n") <= _TWO_SCREENS:
         return whole
@@ -28,12 +28,12 @@ def short_page(command: str) -> str:
 
 
 def head(command: str) -> str:
-    """What of a page is written by hand."""
+    """Return the part of a page that is written by hand."""
     return re.split("\n\n(?:positional arguments|options):\n", page(command))[0]
 
 
 def page(command: str) -> str:
-    """The help page of a command, with all options."""
+    """Return the help page of a command, with all options."""
     text = _shipped("pages", f"{command}.txt")
     for file in ("search.txt", "lightning.txt"):
         text = text.replace(f'--8<-- "kdnas/cli/{file}"', _shipped(file).strip())
@@ -41,7 +41,7 @@ def page(command: str) -> str:
 
 
 def summary(command: str) -> str:
-    """What a command is for, in a line."""
+    """Return what a command does, in one line."""
     return page(command).splitlines()[0].partition(": ")[2]
 
 
@@ -50,16 +50,20 @@ def _shipped(*path: str) -> str:
 
 
 def known_options() -> dict[str, list[str]]:
-    """All options, by command."""
+    """Return all options of each command."""
     lines = (line.split() for line in _shipped("options.txt").splitlines())
     return {command: options for command, *options in lines}
 
 
 def completion(shell: str) -> str:
-    """A script that completes commands and options in a shell."""
+    """Return a shell script that completes commands and options.
+
+    Raises:
+        UserError: completion for this shell is not supported.
+    """
     if shell not in shtab.SUPPORTED_SHELLS:
         raise UserError(
-            f"{shell!r} is no shell that can be completed.{nearest(shell, shtab.SUPPORTED_SHELLS)}"
+            f"{shell!r} is not a supported shell.{nearest(shell, shtab.SUPPORTED_SHELLS)}"
         )
     parser = argparse.ArgumentParser(prog="kdnas", add_help=False)
     commands = parser.add_subparsers()
@@ -71,7 +75,7 @@ def completion(shell: str) -> str:
             added.complete = shtab.FILE
     shells = commands.add_parser("completion", help="a script for a shell", add_help=False)
     shells.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
-    # Where nothing of ours fits, bash completes names of files as it does for any other command.
+    # Let bash complete file names if no command or option matches, as it does by default.
     return shtab.complete(parser, shell).replace(
         "complete -o bashdefault ", "complete -o bashdefault -o default "
     )

@@ -1,4 +1,4 @@
-"""The command line. Nothing else touches the process: seed, warnings, log levels, exit codes."""
+"""The command line. Only it changes process-wide state: environment, warnings, log levels."""
 
 import argparse
 import dataclasses
@@ -34,30 +34,30 @@ from kdnas.system.signals import HungUp, exit_code
 log = logging.getLogger("kdnas")
 
 _USAGE = """`kdnas run --config configs/quickstart.yaml --smoke` tries every stage in a minute.
-`kdnas COMMAND --help` has examples and the options that people use, `kdnas COMMAND --help all` has
-all of them; `--print_config` writes them as YAML. A `configs/NAME.yaml` that is not in this folder
-is the one that kdnas ships. `--quiet` and `--log-level debug|info|warning|error` go with every command.
+`kdnas COMMAND --help` shows examples and the most used options, `kdnas COMMAND --help all` shows
+all of them, and `--print_config` writes them as YAML. If there is no `configs/NAME.yaml` in this
+folder, the one shipped with kdnas is used. `--quiet` and `--log-level debug|info|warning|error` work
+with every command.
 `eval "$(kdnas completion bash)"` (or zsh; `kdnas completion fish | source`) completes commands and
 options by TAB.
 """
 
-_DRY_RUN = "measure a few steps, say what time, disk and memory it will need, and stop"
-_SMOKE = (
-    "every stage on 64 rows of the text and the task, in about a minute; kept only where one fails"
-)
-FORCE_NEW = "begin anew, under NAME-2, NAME-3, ... where the name is taken"
+_DRY_RUN = "measure a few steps, print the time, disk and memory that it will need, and stop"
+_SMOKE = "try every stage on 64 rows, in about a minute; keep the files only if a stage fails"
+FORCE_NEW = "start anew, as NAME-2, NAME-3, ... if the name is taken"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: command and options; those of the process by default.
+        args: command and options; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 where the user can mend it; 1 where training failed, memory ran out or
-        an export did not compute what its model does; 3 where disk, network or hub failed; 130
-        after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        The exit code. 0: success. 1: training failed, memory ran out, or an exported file computes
+        something else than its model. 2: an error of the user's, with a message that says what to
+        change. 3: disk, network or hub failed. 130 after Ctrl-C, 143 after SIGTERM, 129 after
+        SIGHUP.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -115,10 +115,10 @@ def _exit_code(args: list[str]) -> int:
         log.debug("where it was found:", exc_info=error)
         tell(f"{reason_of(error)}{_goes_on(args)}")
         return 1
-    except OSError as error:  # a disk that is full or gone; what is finished is kept
+    except OSError as error:  # such as a disk that is full or gone; finished work is kept
         from kdnas.system.files import full_disk, room
 
-        # To a terminal that was closed nothing can be written: the signal came first.
+        # After a hangup, writing to the closed terminal fails: report the hangup.
         if any(isinstance(cause, HungUp) for cause in causes(error)):
             return _interrupted(HungUp, args)
         error = full_disk(error) or error
@@ -135,7 +135,7 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 
 
 def _set_log_level(args: list[str]) -> list[str]:
-    """Set the level by ``--quiet`` and ``--log-level``, and return the other options."""
+    """Set the log level by ``--quiet`` and ``--log-level``, and return the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--quiet", dest="level", action="store_const", const="warning", default="info"
@@ -152,28 +152,28 @@ def _set_log_level(args: list[str]) -> list[str]:
 
 
 def set_environment() -> None:
-    """Tell the libraries, before they are imported, what the user has not told them."""
-    # torch's threads spin for milliseconds while they wait, and one busy core makes a step seven
-    # times slower. Without any spinning, small matmuls wait for threads to wake up (LOG.md).
+    """Set environment variables of the libraries that the user has not set; call before imports."""
+    # Waiting torch threads spin for milliseconds, so that one busy core makes a step seven times
+    # slower. Without any spinning, small matmuls wait for threads to wake up (LOG.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Nearly every batch has a shape of its own: a larger cache of kernels only takes memory.
+    # Nearly every batch has another shape: a larger cache of kernels only takes memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On GPUs, float32 matmuls in TF32: what stays float32 beside bfloat16 needs no more.
+    # TF32 for float32 matmuls on GPUs: those that remain beside bfloat16 need no more precision.
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
-    # Its warnings are about LightningCLI's own calls.
+    # jsonargparse's warnings are about calls of LightningCLI, not of ours.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # The tracker removes the semaphores of a worker that is ended; users need not know.
+    # Python's resource tracker removes the semaphores of an ended worker, as it should, and warns.
     if "ignore:resource_tracker:UserWarning" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # Imports make half a million objects that stay; looking through them took a tenth of a start.
+    # Imports make half a million lasting objects; scanning them took a tenth of the start-up time.
     gc.set_threshold(10_000)
 
 
 def show_logs() -> None:
-    """Tell on the terminal what is logged, each line above the bars of a live display."""
-    # This handler looks up sys.stderr for each line, where a live display puts itself.
+    """Print log records on the terminal, above the bars of a live display."""
+    # This handler looks up sys.stderr for each record; a live display replaces sys.stderr.
     handler = logging.lastResort
     assert handler is not None
     handler.setLevel(logging.NOTSET)
@@ -184,15 +184,16 @@ def _goes_on(args: Sequence[str]) -> str:
     keeps_nothing = {"--smoke", "--dry-run", "--dry_run"}.intersection(args)
     if args[0] not in ("run", "search", "glue") or keeps_nothing:
         return "."
-    name = f", with --name {_new_names[-1]} for --force-new" if _new_names else ""
-    return f"; the same command goes on from here{name}."
+    name = f", with --name {_new_names[-1]} in place of --force-new" if _new_names else ""
+    return f"; run the same command again to resume{name}."
 
 
-_new_names: list[str] = []  # that --force-new has given
+_new_names: list[str] = []  # names chosen by --force-new
 
 
 def _quieten(*loggers: str) -> None:
-    """Keep the libraries' chatter from hiding our own lines. Imports first: they set levels."""
+    """Silence the libraries' messages and the given loggers, which would hide our own lines."""
+    # Import first: importing sets log levels.
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", message=".*is (an )?experimental")
@@ -200,7 +201,7 @@ def _quieten(*loggers: str) -> None:
     warnings.filterwarnings("ignore", message="No seed found")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # Batches are gathered in microseconds; workers would cost more than they bring.
+    # Batches are made in microseconds; loader workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     show_logs()
@@ -213,7 +214,7 @@ def _quieten(*loggers: str) -> None:
 
 
 def _console(is_answer: bool = False) -> Any:
-    """Where progress is shown, nowhere with ``--quiet``; or the answer that a command is for."""
+    """Return the console for progress, which ``--quiet`` silences, or for a command's answer."""
     from rich.console import Console
 
     return Console(markup=False, quiet=not (is_answer or log.isEnabledFor(logging.INFO)))
@@ -225,7 +226,7 @@ def _plan(config: Any) -> None:
     from kdnas.commands.in_time import plan_in_time
     from kdnas.report.tables import show
 
-    log.setLevel(max(log.level, logging.WARNING))  # where the few rows are that it measures on
+    log.setLevel(max(log.level, logging.WARNING))  # hide where the sample of rows is
     choice, plan = plan_in_time(config)
     console = Console()
     for line in choice.lines() if choice else ():
@@ -234,12 +235,12 @@ def _plan(config: Any) -> None:
 
 
 def _new(config: Any, is_begun: bool) -> Any:
-    """The same config under a name of its own."""
+    """Return the config under a free name, and log it (at debug level unless ``is_begun``)."""
     from kdnas.system.files import free_name
 
     name = free_name(config.root, config.name)
     _new_names.append(name)
-    log.log(logging.INFO if is_begun else logging.DEBUG, "Begun anew as %s.", name)
+    log.log(logging.INFO if is_begun else logging.DEBUG, "Started anew as %s.", name)
     return dataclasses.replace(config, name=name)
 
 
@@ -277,7 +278,7 @@ def _try(config: Any, args: Sequence[str]) -> None:
     console = _console()
     smoke(config, console)
     real = ["kdnas", "run", *(without_password(arg) for arg in args if arg != "--smoke")]
-    show(console, f"Start the real one with:  {shlex.join(real)}")
+    show(console, f"Start the real run with:  {shlex.join(real)}")
 
 
 def _search(args: Sequence[str]) -> None:
@@ -346,10 +347,10 @@ def _verify(args: Sequence[str]) -> None:
     if faults:
         print(*faults, sep="\n")
         raise UserError(
-            f"{str(folder)!r} is not as it was made ({counted(len(faults), 'fault')}): take a copy, "
-            "or make it anew."
+            f"{str(folder)!r} does not match its manifest ({counted(len(faults), 'fault')}): "
+            "restore it from a copy, or make it anew."
         )
-    print(f"{num_files} files of {str(folder)!r} are as they were made.")
+    print(f"{num_files} files of {str(folder)!r} match its manifest.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")
 
 
@@ -359,7 +360,7 @@ def _export(args: Sequence[str]) -> None:
     from kdnas.commands.export import export
 
     _quieten()
-    # ``as`` is a keyword of Python, so the config has another name for it.
+    # ``as`` is a keyword of Python, so this field of the config is called ``format``.
     args = ["--format" + arg[4:] if arg.partition("=")[0] == "--as" else arg for arg in args]
     export(read_config(ExportConfig, "export", args)[0], _console())
 

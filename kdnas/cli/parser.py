@@ -1,4 +1,4 @@
-"""Options and YAML into the configs of ``kdnas.commands.config``; mistakes into one line."""
+"""Parse options and YAML into the configs of ``kdnas.commands.config``; errors take one line."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from kdnas.system.modules import strings_in
 from kdnas.system.yaml import NO_VALUE, check_yaml, flat, read_yaml
 
 CONFIG_HELP = (
-    "YAML of these options; what comes later wins. A configs/NAME.yaml that is not in this "
-    "folder is the one that kdnas ships."
+    "YAML file with these options; the last value of an option wins. If there is no "
+    "configs/NAME.yaml in this folder, the one shipped with kdnas is used."
 )
 _LONGEST_MESSAGE = 400
-_ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that need no value
+_ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that may come without value
 
 
 def default_objects() -> dict[str, Any]:
-    """The parser cannot write default objects as YAML, so it is told their class paths."""
+    """Return the recipe's default objects as class paths: the parser cannot write them as YAML."""
     from kdnas.commands.config import as_plain  # imports torch, which takes seconds
     from kdnas.distillation.module import Recipe
 
@@ -37,21 +37,31 @@ def default_objects() -> dict[str, Any]:
 def read_config(
     config_class: type[Any], command: str, args: Sequence[str], **flags: str
 ) -> tuple[Any, dict[str, bool]]:
-    """A config from YAML and options, and which flags were set.
+    """Parse YAML and options into a config.
 
-    ``flags`` are names and helps of options that are set or not, and no part of the config.
+    Args:
+        config_class: the dataclass of the config; its fields are the options.
+        command: the command, for messages.
+        args: the options.
+        flags: further options without value, which are not part of the config, with their help.
+
+    Returns:
+        The config, and for each flag whether it was given.
+
+    Raises:
+        UserError: an option or a value is wrong.
     """
     hints = get_type_hints(config_class)
     refuse_ambiguous_yaml()
     parser = ArgumentParser(prog=f"kdnas {command}", exit_on_error=False, allow_abbrev=False)
-    if command != "report":  # which asks for the names of runs, and for nothing that files hold
+    if command != "report":  # it only takes names of runs, which nobody keeps in YAML
         parser.add_argument("--config", action="config", help=CONFIG_HELP)
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config_class)
     if "recipe" in hints:
         parser.set_defaults(default_objects())
-    later = _only_of_run(config_class)  # in YAML these may stand for a search too
+    later = _only_of_run(config_class)  # a search accepts these in YAML, and ignores them
     for name in later:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
     args = [_ALONE.get(arg, arg) for arg in normalize(args)]
@@ -67,7 +77,7 @@ def read_config(
     _refuse_null(config_class, parsed)
     try:
         options = vars(parser.instantiate(parsed))
-    except ValueError as error:  # the parser wraps what an optional part of the config raises
+    except ValueError as error:  # the parser wraps errors of optional parts of the config
         raise next((e for e in causes(error) if isinstance(e, UserError)), error) from None
 
     for name in ("config", *later):
@@ -77,7 +87,11 @@ def read_config(
 
 
 def normalize(args: Sequence[str]) -> list[str]:
-    """``--time_budget`` for ``--time-budget``, and the path of a config that kdnas ships."""
+    """Replace ``-`` in option names by ``_``, and ``configs/NAME.yaml`` by a shipped config's path.
+
+    Raises:
+        UserError: there is no such shipped config.
+    """
     found: list[str] = []
     is_config = False
     for arg in args:
@@ -104,7 +118,7 @@ def _shipped(name: str) -> str:
 
 
 def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """``--batch 1 8`` as the parser reads lists: ``--batch=[1] --batch+=[8]``."""
+    """Rewrite list options as the parser reads them: ``--batch 1 8``: ``--batch=[1] --batch+=[8]``."""
     lists = {
         f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
     }
@@ -118,7 +132,7 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
             if name in lists and not equals:
                 continue
         if name == "--config":
-            given.clear()  # what comes later wins
+            given.clear()  # lists given after a file replace its lists
         if name not in lists:
             found.append(arg)
         elif value.startswith("["):
@@ -131,7 +145,7 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
 
 
 def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None:
-    """Refuse null where it is no value, and a value where keys belong: the parser takes both."""
+    """Refuse null if a field cannot be None, and a value in place of keys: the parser takes both."""
     hints = get_type_hints(config_class)
     for field in fields(config_class):
         name, value = prefix + field.name, values.get(field.name)
@@ -146,28 +160,33 @@ def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """What the parser makes of the options; what it says of a mistake becomes one line."""
+    """Parse options, and turn the parser's errors into messages of one line.
+
+    Raises:
+        UserError: an option or a value is wrong.
+    """
     try:
         return parser.parse_args(args)
     except (ArgumentError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split()).rstrip(".")
-        if len(message) > _LONGEST_MESSAGE:  # what it is about is said first, and the value last
+        # The message begins with the option and ends with the value: cut the middle.
+        if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
         raise UserError(f"{message}. `{parser.prog} --help all` explains the options.") from error
-    except AttributeError as error:  # the parser's, of a class path over one with init_args
+    except AttributeError as error:  # the parser's, if a class path overrides one with init_args
         if error.name != "init_args":
             raise
         raise UserError(
-            "The command line gives another class than YAML, whose init_args are of its own: "
-            "change the class in YAML."
+            "The command line gives another class than YAML, but the init_args in YAML are for "
+            "YAML's class: change the class in YAML."
         ) from error
 
 
 def refuse_unknown(command: str, args: Sequence[str]) -> None:
-    """Refuse an option or a key of YAML that a command has not; before torch is imported.
+    """Refuse options and YAML keys that a command does not have, before torch is imported.
 
     Raises:
-        UserError: with the nearest name.
+        UserError: there is such an option or key; the message has the nearest name.
     """
     options = known_options()
     takes = options[command] + (options["run"] if command in ("search", "space") else [])
@@ -176,12 +195,12 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
         group, _, last = name.rpartition(".")
         while group and group not in known:
             group, _, last = group.rpartition(".")
-        # What is below one that has no keys of ours is a setting of a class.
+        # Names below an option that has no options of its own are arguments of a class.
         ours = {one[len(group) + 1 :] for one in known if one.startswith(f"{group}.")}
         if name in known or (group and not ours):
             continue
         if name.partition(".")[0] in ("optimizer", "lr_scheduler"):
-            why = "It would replace the recipe's optimizer and all its rates: set those instead."
+            why = "It would replace the recipe's optimizer: set the recipe's rates instead."
             raise UserError(f"There is no {what}. {why}")
         siblings = ours if group else {one.partition(".")[0] for one in known}
         hint = nearest(last, {one.partition(".")[0] for one in siblings})
@@ -189,7 +208,7 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:
-    """What a run's config has beyond a search's; nothing for another class."""
+    """Return the fields that ``RunConfig`` has beyond a search's config; [] for other classes."""
     from kdnas.commands.config import RunConfig, SearchConfig
 
     if not issubclass(config_class, SearchConfig):
@@ -199,7 +218,7 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
 
 
 def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The names in options, and in the YAML files that they name; each in words, and alone."""
+    """Yield the names of options, and the keys of YAML files: each in words, and by itself."""
     for arg, path in _with_config(args):
         if path is not None:
             for key in flat(read_yaml(path)):
@@ -210,22 +229,23 @@ def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
-    """Each option, and the YAML file that it names, if it names one."""
+    """Yield each argument with the YAML file that it names, or None."""
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
-        # Which a name that no file can have is not, and which a pipe must not be: it is read twice.
+        # os.path.exists is False for names that no file can have. A pipe goes on to read_yaml, which
+        # refuses it: the parser would have to read it a second time.
         yield arg, path if os.path.exists(path) and not path.is_dir() else None
 
 
 def values_in(args: Sequence[str]) -> Iterator[Any]:
-    """The values of options, and those in the YAML that they name or hold."""
+    """Yield the values of options, and the content of YAML files and YAML values among them."""
     for arg, path in _with_config(normalize(args)):
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         if path is not None:
             yield read_yaml(path)
         elif value.startswith(("{", "[")):
-            with suppress(yaml.YAMLError, *NO_VALUE):  # the parser tells what is wrong with it
+            with suppress(yaml.YAMLError, *NO_VALUE):  # the parser reports errors in it
                 check_yaml(value)
                 yield yaml.safe_load(value)
         else:
@@ -233,10 +253,10 @@ def values_in(args: Sequence[str]) -> Iterator[Any]:
 
 
 def refuse_pipes(values: Iterable[Any]) -> None:
-    """Refuse a pipe or a device as the value of any option: the parser reads the file of a group.
+    """Refuse pipes and devices as values: the parser opens the value of a group as a YAML file.
 
     Raises:
-        UserError: with the first.
+        UserError: there is such a value; the message names the first.
     """
     for value in strings_in(list(values)):
         if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
@@ -245,7 +265,7 @@ def refuse_pipes(values: Iterable[Any]) -> None:
 
 @cache
 def refuse_ambiguous_yaml() -> None:
-    """Let the parser read only YAML that means what it says."""
+    """Let jsonargparse read only YAML that ``check_yaml`` accepts, without ambiguous values."""
     parse_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:

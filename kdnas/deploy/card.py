@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Write the model card of an export."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ from kdnas.models.encoders import num_parameters
 from kdnas.models.families import arch_of
 from kdnas.tasks.tasks import TASKS
 
-# How a student was made, and the hub's tags for it.
+# The hub's tags, by how a student was made.
 _TAGS = {
     "searched and distilled": ["knowledge-distillation", "neural-architecture-search"],
     "distilled": ["knowledge-distillation"],
     "exported": [],
 }
-# The hub's names of metrics, where they are others.
+# The hub's names of metrics, where they differ from ours.
 _HUB_METRICS = {
     "matthews": "matthews_correlation",
     "pearson": "pearsonr",
@@ -33,17 +33,18 @@ def model_card(
     card: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> str:
-    """The text of ``README.md``.
+    """Return the text of an export's ``README.md``.
 
     Args:
-        model: what is exported.
-        tokenizer: its tokenizer.
-        card: ``name``; ``teacher``; ``sections``, which maps a title (``Scores``) to a table's
-            rows, ``{name: value}``. Optional are ``base_model``, the teacher's name on the hub,
-            ``text``, what it was distilled on, ``made``, how it was made (else as far as its config
-            tells), ``license``, by the hub's identifier, and ``task`` with ``metrics``, the name of
-            the labelled task and what ``evaluate_glue`` measured on it.
-        report: what ``export_student`` returns.
+        model: the exported model.
+        tokenizer: the model's tokenizer.
+        card: what the card says about the model: ``name``, ``teacher`` and ``sections``, which maps
+            a title (``Scores``) to the rows of a table, ``{name: value}``. Optional:
+            ``base_model``, the teacher's name on the hub; ``text``, the text it was distilled on;
+            ``made``, ``searched and distilled``, ``distilled`` or ``exported`` (by default, as the
+            config suggests); ``license``, as the hub spells it; ``task`` and ``metrics``, the name
+            of the labelled task and the metrics that ``evaluate_glue`` measured on it.
+        report: the checks, as ``export_student`` returns them.
     """
     output = output_name(model)
     kind, auto_class, pipeline_tag = "text encoder", "AutoModel", "feature-extraction"
@@ -98,7 +99,7 @@ def model_card(
 
 
 def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
-    """Metrics as the hub shows them; ``accuracy_matched`` is MNLI's, of ``validation_matched``."""
+    """Convert metrics to the hub's form; MNLI's ``..._matched`` are of ``validation_matched``."""
     is_glue = task in TASKS
     for key, value in metrics.items():
         metric, *part = key.split("_")
@@ -114,7 +115,7 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
 
 
 def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What was measured on the exported files themselves: a table of words for each title."""
+    """Return what was measured on the exported files, as text: a title's rows ``{name: text}``."""
     int8 = report["int8"]
     scores = {"model.int8.onnx, cosine to model.onnx": f"{int8['cosine']:.4f} ({int8['rows']})"}
     if "score" in int8:
@@ -146,6 +147,6 @@ def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _plain(value: Any) -> str:
-    """Text from outside, on one line, as Markdown shows it unchanged."""
+    """Convert a value to one line of text in which Markdown's special characters are escaped."""
     text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
     return re.sub(r"([\\`*\[\]<>|#&])", r"\\\1", text)

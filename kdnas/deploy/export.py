@@ -1,4 +1,4 @@
-"""The student as others use it: a Hugging Face folder with ONNX and int8, checked."""
+"""Export a student: a Hugging Face folder with ONNX graphs in float32 and int8, all checked."""
 
 import math
 import os
@@ -53,7 +53,7 @@ from kdnas.system.errors import ParityError, UserError, first_line
 from kdnas.system.files import file_sha256, new_folder, write_text
 from kdnas.system.manifest import write_manifest
 
-# Attention scores of a batch, a GB in float32: longer rows are not compared.
+# Most attention scores in a batch of the parity check (1 GB in float32); longer rows are left out.
 MOST_SCORES = 2**28
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -69,33 +69,37 @@ def export_student(
     tolerance: float = 1e-4,
     min_seconds: float = 0.1,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder with ONNX, int8, ``predict.py``, model card and manifest.
+    """Write a Hugging Face folder with ONNX graphs, ``predict.py``, model card and manifest.
 
-    The graphs take the tokenizer's ``model_input_names``, of any batch size and length. They give
-    ``logits`` (a classifier) or ``last_hidden_state`` (an encoder, without its pooler).
+    The graphs, in float32 and int8, take the tokenizer's ``model_input_names`` with any batch size
+    and length. They return ``logits`` (classifier) or ``last_hidden_state`` (encoder, without its
+    pooler).
 
     Args:
-        source: a Hugging Face folder with tokenizer: a sequence classifier if its config says so,
-            else an encoder.
-        folder: appears whole, and replaces an older one, when all checks have passed.
-        card: for the model card, see ``model_card``.
-        make_rows: makes from the tokenizer the rows that the int8 graph is chosen and scored on;
-            random words by default.
-        length: where texts are cut, in tokens; as many as the model takes by default.
-        sentences: make it a folder for sentence-transformers, with this teacher's pooling.
-        tolerance: largest difference of an output between torch and onnxruntime.
-        min_seconds: time of each measurement of latency.
+        source: a Hugging Face folder with a tokenizer and a sequence classifier, if its config
+            names one, or else an encoder.
+        folder: the export. It is written, or replaced, as a whole once all checks have passed.
+        card: content of the model card, see ``model_card``.
+        make_rows: makes, from the tokenizer, the rows on which the int8 graph is chosen and
+            reported; None: random words.
+        length: longest text in tokens, longer ones are cut; None: the model's longest.
+        sentences: if given, the folder is one for sentence-transformers, with the pooling of this
+            teacher.
+        tolerance: largest allowed difference of an output between torch and onnxruntime.
+        min_seconds: least time of each latency measurement, in seconds.
 
     Returns:
-        ``max_abs_difference``, ``onnx_megabytes``, ``int8_megabytes``, ``safetensors_megabytes``,
-        ``opset``, ``int8`` (see ``write_best_int8``), ``latency`` (rows of ``batch``, ``length``
-        and, for one thread, ``torch_ms``, ``onnx_ms`` and ``int8_ms``), and ``sentences`` (see
-        ``add_sentence_files``) where that is asked for.
+        ``max_abs_difference`` (between torch and onnxruntime), ``onnx_megabytes``,
+        ``int8_megabytes`` and ``safetensors_megabytes`` (of 10^6 bytes), ``opset``, ``int8`` (see
+        ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, on one CPU thread,
+        ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``, ``sentences`` (see
+        ``add_sentence_files``).
 
     Raises:
-        UserError: the source has no model or no tokenizer that loads whole, or the length is beyond
-            its positions.
-        ParityError: an output differs by more than the tolerance.
+        UserError: model or tokenizer of the source cannot be loaded completely, or ``length`` is
+            less than 2 or more than the model takes.
+        ParityError: a graph, ``predict.py`` or a sentence vector differs from the model by too
+            much.
     """
     model, tokenizer = load_student(source)
     if length is not None:
@@ -133,22 +137,23 @@ def export_student(
 
 
 def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
-    """The hash of the teacher that a student's config names, if it does, for a manifest."""
+    """Return the manifest's entry with the teacher's hash; {} if the config has no such hash."""
     known = getattr(config, "teacher_sha256", None)
     return {"teacher_sha256": str(known)} if known else {}
 
 
 def source_sha256(source: Path) -> str | None:
-    """The hash of a student's weights, or None where they are not in one file of safetensors."""
+    """Return the SHA-256 of a folder's ``model.safetensors``, or None if it has no such file."""
     weights = source / "model.safetensors"
     return file_sha256(weights) if weights.is_file() else None
 
 
 def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The classifier or encoder of a folder, in eval mode and float32, and its tokenizer.
+    """Load the classifier or encoder of a folder, in float32 and eval mode, and its tokenizer.
 
     Raises:
-        UserError: the folder has no model or tokenizer that loads whole, or a head of another kind.
+        UserError: model or tokenizer cannot be loaded completely, or the model has a head of
+            another kind.
     """
     here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -159,15 +164,16 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         for name in config.architectures or ():
             if name.endswith(OTHER_HEADS):
                 raise ValueError(
-                    f"the head of {name} would be lost: "
-                    "give an encoder, or a classifier of sequences"
+                    f"the head of {name} would be lost: give an encoder, or a sequence classifier"
                 )
         check_sizes(str(source), config, check_files(str(source), source))
         refuse_relative_positions(str(source), config)
         options: Any = dict(config=config, dtype=torch.float32, output_loading_info=True, **here)
         if has_classifier(config):
             if config.problem_type == "multi_label_classification":
-                raise ValueError("it gives several labels at once: give a classifier of one")
+                raise ValueError(
+                    "it predicts several labels at once: give a classifier that predicts one"
+                )
             factory: Any = AutoModelForSequenceClassification
         else:
             factory = AutoModel
@@ -178,22 +184,23 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             raise ValueError(f"its weights lack {missing[0]!r} (and {len(missing) - 1} more)")
         refuse_unused(str(source), info["unexpected_keys"])
         refuse_no_values(str(source), model)
-        # Where there is no tokenizer, transformers makes an empty one.
+        # If a folder has no tokenizer, transformers returns an empty one.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")
         match_marks(tokenizer, config)
         if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
-            raise ValueError(f"its tokenizer gives {min(unknown)!r}, which no encoder here reads")
+            raise ValueError(f"its tokenizer returns {min(unknown)!r}, which is not supported")
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     if has_classifier(config):
-        name_classes(model.config, class_names(config))  # some count from 1, readers from 0
+        # Class ids of some configs start at 1; who reads an export counts from 0.
+        name_classes(model.config, class_names(config))
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(config))
     return model.eval(), tokenizer
 
 
 def _parity_lengths(longest: int) -> list[int]:
-    """1, 2, 3, 5, 8, 13, ... and the longest."""
+    """Return 1, 2, 3, 5, 8, 13, ... and ``longest``."""
     lengths, step = [1], 1
     while lengths[-1] + step < longest:
         lengths.append(lengths[-1] + step)
@@ -204,9 +211,10 @@ def _parity_lengths(longest: int) -> list[int]:
 def _check_parity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
 ) -> float:
-    """The largest difference between torch and onnxruntime on real tokens.
+    """Return the largest difference between torch and onnxruntime on real tokens.
 
-    Rows are short, long and padded, up to the longest whose attention fits into memory.
+    It is measured on single rows and on padded batches, from 1 token up to the longest rows that
+    ``MOST_SCORES`` allows. A difference above the tolerance raises ``ParityError``.
     """
     output = output_name(model)
     session = open_session(path)
@@ -234,7 +242,7 @@ def _check_parity(
 
 
 def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a ``predict.py`` that reads texts in another way than transformers."""
+    """Raise ``ParityError`` if ``predict.py`` tokenises texts differently from transformers."""
     from kdnas.deploy.predict import Predictor
 
     long = " ".join(["A long text."] * tokenizer.model_max_length)

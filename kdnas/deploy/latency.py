@@ -1,4 +1,4 @@
-"""Latency of the graph that users deploy: student and teacher, measured in turn on one machine."""
+"""Measure the latency of models as they are deployed: student and teacher in turn, on one machine."""
 
 import copy
 import json
@@ -33,12 +33,12 @@ from kdnas.system.yaml import refuse_special
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime", "onnxruntime-int8", "cuda")
 ON_ONNX = ("onnxruntime", "onnxruntime-int8")
-MOST_SPREAD = 0.1  # of a median
+MOST_SPREAD = 0.1  # interquartile range over median; above it, the machine was busy
 BUSY = "The machine is busy: latencies spread by more than a tenth. Let nothing else run."
-_NUM_ROUNDS = 10  # turns of each model, unless a single run is longer than its share
+_NUM_ROUNDS = 10  # rounds of min_seconds; fewer, if a pass takes longer than its share of a round
 _FEWEST_ROUNDS = 3
-_MOST_BATCHES = 32  # of a workload
-GLANCE_SECONDS = 0.1
+_MOST_BATCHES = 32  # drawn from a file of lengths
+GLANCE_SECONDS = 0.1  # longest ``LatencyMeter.glance``, per model
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class LatencySettings:
             (torch on the first GPU in float32, with products in TF32).
         device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...; onnxruntime runs on
             the CPU.
-        batch_size: rows a batch.
-        length: tokens a row, with the two that the tokenizer adds.
-        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of
-            one length: 32 batches of a random sample at most, each padded to its longest row.
+        batch_size: rows per batch.
+        length: tokens per row, including those that the tokenizer adds.
+        lengths: a jsonl file of real row lengths, used in place of ``length``; each line is a
+            number or ``{"length": number}``. At most 32 batches, of rows drawn at random, are
+            timed, each padded to its longest row.
         num_threads: CPU threads.
-        min_seconds: time to spend on each model, at least.
+        min_seconds: least time to spend on each model, in seconds.
 
     Raises:
         UserError: a value is out of range, the backend is unknown or not installed, or torch sees
@@ -101,7 +102,7 @@ class LatencySettings:
             )
 
     def batches(self) -> list[list[int]]:
-        """The lengths of the rows of each batch that is timed."""
+        """Return the row lengths of each batch that is timed."""
         if self.lengths is None:
             return [[self.length] * self.batch_size]
         rows = _read_lengths(self.lengths)
@@ -111,7 +112,7 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """The hash of the file of lengths, if there is one."""
+        """Return the hash of the file of lengths by its name in records; {} without a file."""
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}
@@ -123,24 +124,29 @@ class Latency:
 
     Args:
         median_ms: median, in milliseconds.
-        iqr_ms: interquartile range, in milliseconds; where batches differ in length, the mean of
-            their ranges.
-        num_runs: forward passes that were timed, each by itself.
+        iqr_ms: interquartile range, in milliseconds; if batches differ in length, the mean of each
+            batch's range.
+        num_runs: number of timed forward passes.
         p95_ms: 95th percentile, in milliseconds.
-        tokens_per_second: real tokens, without padding.
-        sequences_per_second: rows.
+        tokens_per_second: real tokens per second, without padding.
+        sequences_per_second: rows per second.
     """
 
     median_ms: float
     iqr_ms: float
     num_runs: int
-    p95_ms: float = math.nan  # unknown, as the next two, where the number is from a record
+    # These three are unknown if the latency is from a record.
+    p95_ms: float = math.nan
     tokens_per_second: float = math.nan
     sequences_per_second: float = math.nan
 
 
 def measured_by(how: Mapping[str, Any]) -> str:
-    """The fields of ``LatencySettings`` in words: ``torch on cpu, batch 1 x 128, 1 thread``."""
+    """Describe a measurement in words: ``torch on cpu, batch 1 x 128, 1 thread``.
+
+    Args:
+        how: fields of ``LatencySettings``; those left out have their defaults.
+    """
     how = {**asdict(LatencySettings()), **how}
     shape = f"batch {how['batch_size']} x {how['length']}"
     if how["lengths"]:
@@ -150,18 +156,18 @@ def measured_by(how: Mapping[str, Any]) -> str:
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
-    """Whether an interquartile range is that of a busy machine."""
+    """Return whether an interquartile range is so wide that the machine must have been busy."""
     return iqr_ms > MOST_SPREAD * median_ms
 
 
 @dataclass(frozen=True)
 class ArchLatency:
-    """Latency of an architecture beside its teacher, both from one measurement.
+    """Latency of a student architecture and of its teacher, from one measurement.
 
     Args:
         student: latency of the student.
-        teacher: latency of the teacher, measured in turn with it.
-        num_parameters: of the student's deployed graph, encoder and classification head.
+        teacher: latency of the teacher, measured in turn with the student.
+        num_parameters: parameters of the student, encoder and classification head.
     """
 
     student: Latency
@@ -170,27 +176,27 @@ class ArchLatency:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than its teacher the student is, by medians."""
+        """Median latency of the teacher divided by that of the student."""
         return self.teacher.median_ms / self.student.median_ms
 
 
 def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
-    """Time the forward pass of each model, all in turn, so that a drift of the machine cancels.
+    """Time the forward pass of each model, in turn, so that a drift of the machine cancels.
 
-    Eval mode, autocast off, inference mode, a real attention mask. Each round gives every model its
-    share of ``min_seconds``, after an untimed pass; the first round is a warm-up and is dropped.
-    On a GPU, time is that between two events on its stream.
+    Models run in eval mode and inference mode, without autocast, with an attention mask. In each
+    round every model runs for its share of ``min_seconds``, after an untimed pass; the first round
+    is a warm-up and is dropped. On a GPU, time is measured between two events on its stream.
 
     Args:
         models: models with a Hugging Face ``config``, or ONNX files beside their ``config.json``.
-            For a backend of onnxruntime, models are written as ONNX first. They are not changed.
+            For an onnxruntime backend, models are exported to ONNX first. They are not changed.
         settings: backend, device, batch, threads and time.
 
     Returns:
-        One latency a model, in their order.
+        One latency for each model, in the same order.
 
     Raises:
-        UserError: a model takes no input of ``settings.length`` tokens.
+        UserError: rows are longer than a model takes.
     """
     configs: list[Any] = [
         config_beside(model) if isinstance(model, Path) else model.config for model in models
@@ -218,10 +224,16 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
 
 
 class LatencyMeter:
-    """Latency of architectures beside one teacher; measured once each, and remembered.
+    """Measures the latency of student architectures beside one teacher, each once.
 
-    Encoder and classification head have random weights: latency does not depend on them. A teacher
-    that takes no input of ``settings.length`` tokens is refused.
+    Encoder and classification head have random weights, on which latency does not depend.
+
+    Args:
+        teacher_config: config of the teacher; it decides the family of the students.
+        settings: how latency is measured.
+
+    Raises:
+        UserError: rows are longer than the teacher takes.
     """
 
     def __init__(self, teacher_config: PreTrainedConfig, settings: LatencySettings) -> None:
@@ -231,17 +243,21 @@ class LatencyMeter:
         self._known: dict[StudentArch, ArchLatency] = {}
 
     def remember(self, arch: StudentArch, value: ArchLatency) -> None:
-        """Use this value, from a record, instead of a measurement."""
+        """Use this value for an architecture from now on, instead of a measurement."""
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """The latency of an architecture, remembered or measured now."""
+        """Return the latency of an architecture; it is measured at the first call only.
+
+        Raises:
+            CandidateFailed: a median is 0 or not finite.
+        """
         if arch not in self._known:
             self.remember(arch, self._measured(arch, self.settings))
         return self._known[arch]
 
     def glance(self, arch: StudentArch) -> ArchLatency:
-        """A quick look, which is not remembered."""
+        """Return the remembered latency, or that of a quick measurement, which is not remembered."""
         seconds = min(GLANCE_SECONDS, self.settings.min_seconds)
         quick = replace(self.settings, min_seconds=seconds)
         return self._known.get(arch) or self._measured(arch, quick)
@@ -292,13 +308,13 @@ def _read_lengths(name: str) -> list[int]:
         found = f"has {wrong[0]!r}" if wrong else "is empty"
         raise UserError(
             f"lengths of latency: {name!r} {found}: "
-            'give a whole number above 0, or {"length": 17}, a line.'
+            'each line must be a whole number above 0, or {"length": 17}.'
         )
     return rows
 
 
 def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    """Refuse rows that are longer than a model can read."""
+    """Raise ``UserError`` if rows are longer than a model takes."""
     longest = max_length(config)
     asked = max(map(max, settings.batches()))
     if asked > longest:
@@ -310,7 +326,7 @@ def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):  # measuring must not change what the caller draws next
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers as they were
         return build_classifier(config)
 
 
@@ -326,7 +342,7 @@ def _batch(
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Have torch use so many threads."""
+    """Let torch use this number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -339,7 +355,7 @@ def threads(number: int) -> Iterator[None]:
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[Sequence[Callable[..., Any]]]:
-    """One function of a batch for each model, as the backend runs it."""
+    """Yield, for each model, a function that runs it on a batch by the backend."""
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -366,8 +382,8 @@ def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[..
 
 @contextmanager
 def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Models in eval mode on the device; afterwards as they were."""
-    # Not under inference_mode: parameters that are moved there could never be trained again.
+    """Move models to the device, in eval mode, and restore place and mode afterwards."""
+    # Outside of inference_mode: parameters that are moved within it cannot be trained afterwards.
     homes = [next(model.parameters()).device for model in models]
     modes = [(part, part.training) for model in models for part in model.modules()]
     try:
@@ -382,7 +398,10 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
-    """Seconds of each pass of one model's turn: every batch equally often, after an untimed one."""
+    """Run a model for ``share`` seconds, after an untimed pass, and return the time of each pass.
+
+    Every batch runs equally often; times are in seconds.
+    """
     turn[0]()
     times: list[float] = []
     while sum(times) < share:
@@ -409,9 +428,10 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
-    """Quantiles over all passes, except the interquartile range: that is within a batch.
+    """Summarise the times of all passes, in seconds.
 
-    Rates are from the median of each batch.
+    Median and 95th percentile are over all passes. The interquartile range is taken for each batch,
+    and averaged: batches of different lengths would widen it. Rates are from each batch's median.
     """
     seconds = np.array(times).reshape(-1, len(lengths))
     median, most = np.percentile(1000 * seconds, (50, 95)).tolist()

@@ -1,4 +1,4 @@
-"""The graph that users deploy: fed with a batch, written as ONNX, in int8, and run."""
+"""ONNX graphs: write them in float32 and int8, make inputs for them, and run them."""
 
 import errno
 import importlib.util
@@ -23,11 +23,11 @@ from kdnas.system.errors import UserError, first_line
 OPSET = 20
 ONNX, INT8 = "model.onnx", "model.int8.onnx"  # names of the files in a deployed folder
 INPUTS = ("input_ids", "attention_mask")
-Feed = dict[str, Any]  # numpy arrays by the graph's input names
+Feed = dict[str, Any]  # a batch: numpy arrays by the names of the graph's inputs
 
 
 def check_onnx() -> None:
-    """Refuse where a package of the extra ``onnx`` is not installed."""
+    """Raise ``UserError`` if a package of the extra ``onnx`` is not installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -36,17 +36,24 @@ def check_onnx() -> None:
 
 
 def output_name(model: PreTrainedModel) -> str:
-    """What the graph gives: ``logits`` of a classifier, ``last_hidden_state`` of an encoder."""
+    """Return the name of the output: ``logits`` (classifier) or ``last_hidden_state`` (encoder)."""
     return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
 
 
 def random_batch(
     config: PreTrainedConfig, lengths: Sequence[int], names: Sequence[str] = INPUTS, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Rows of random ids, (rows, longest), padded and the same at each call.
+    """Make a padded batch of random token ids, the same at each call.
 
-    ``lengths`` are the real tokens of each row, ``names`` the inputs that are wanted. Where the
-    family has token types, they mark the second half of a row.
+    Args:
+        config: config of the model.
+        lengths: number of real tokens of each row.
+        names: inputs to make: ``input_ids``, ``attention_mask``, ``token_type_ids``. Token types
+            mark the second half of the rows if the model uses them, or else are 0.
+        seed: seed of the ids.
+
+    Returns:
+        The inputs by name, each of shape (rows, largest length).
     """
     pad_id = config.pad_token_id or 0
     shape = (len(lengths), max(lengths))
@@ -63,11 +70,16 @@ def random_batch(
 
 
 def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = INPUTS) -> None:
-    """Write the graph of a model in eval mode on the CPU, for every batch size and length.
+    """Write a model as an ONNX graph that takes any batch size and length.
 
-    Attention is written in its plain form: the fused kernel has twelve more nodes a layer, which
-    take onnxruntime 10 % longer. An addition before a norm is written as a Sum: onnxruntime fuses
-    an Add and the norm into SkipLayerNormalization, which takes three times as long as both.
+    Attention is exported in its eager form, as fused attention becomes twelve more nodes per layer,
+    with which onnxruntime takes 10 % longer. An Add before a layer norm becomes a Sum: onnxruntime
+    would fuse Add and norm into SkipLayerNormalization, which takes three times as long as the two.
+
+    Args:
+        model: a model in eval mode on the CPU; it is not changed.
+        path: the file to write.
+        input_names: the graph's inputs.
     """
     axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
     batch = random_batch(model.config, [8, 5], input_names)
@@ -87,7 +99,7 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
             )
         assert program is not None
         for node in program.model.graph:
-            node.metadata_props.clear()  # paths of this machine, larger than a small student
+            node.metadata_props.clear()  # paths on this machine; larger than a small student
             if node.op_type == "LayerNormalization" and node.inputs[0]:
                 before = node.inputs[0].producer()
                 if before is not None and before.op_type == "Add":
@@ -98,10 +110,13 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
 
 
 def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = None) -> None:
-    """Write a graph with matrices and embedding tables in 8 bits, one scale a matrix column.
+    """Write an int8 copy of a graph: 8-bit matrices and embedding tables, a scale for each column.
 
-    Batches of ``calibration`` give the scales of activations (static). Without any, each batch
-    gives its own (dynamic).
+    Args:
+        source: the float32 graph.
+        target: the file to write.
+        calibration: batches from which the scales of activations are fixed (static quantisation);
+            None: they are computed anew for each batch (dynamic quantisation).
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -115,7 +130,7 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
         "per_channel": True,
         "weight_type": QuantType.QInt8,
     }
-    # The quantiser logs to the root logger, and recommends a preparation that changes nothing.
+    # The quantiser logs to the root logger, and recommends preprocessing that changes nothing here.
     with _told_if_full(source, target), _quiet("root"):
         if calibration is None:
             quantize_dynamic(source, target, **options)
@@ -131,13 +146,14 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
             target,
             Reader(),
             activation_type=QuantType.QUInt8,
-            extra_options={"MatMulConstBOnly": True},  # attention's own products stay as they are
+            # Products of two activations, those of attention, stay in float32.
+            extra_options={"MatMulConstBOnly": True},
             **options,
         )
 
 
 def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
-    """Write the graph beside its config, and return the file to measure."""
+    """Write a model's graph and config to a folder, and return the path of the graph."""
     model.config.save_pretrained(folder)
     marks = ["token_type_ids"] if marks_pairs(model.config) else []
     write_onnx(model, folder / ONNX, [*INPUTS, *marks])
@@ -148,7 +164,7 @@ def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
 
 
 def open_session(path: Path, num_threads: int = 0) -> Any:
-    """An onnxruntime session of a file on the CPU; 0 threads: as many as cores."""
+    """Open a graph in onnxruntime on the CPU; 0 threads mean as many as cores."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -159,13 +175,13 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
 
 
 def config_beside(path: Path) -> PreTrainedConfig:
-    """The config in the folder of a graph."""
+    """Read the config in the folder of a graph."""
     return read_config(path.parent / "config.json")
 
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """Where native code fails on a graph that a full disk has cut, raise the disk's error."""
+    """If native code fails on a graph that was cut off by a full disk, raise the disk's error."""
     try:
         yield
     except OSError:
@@ -180,7 +196,7 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Silence what exporter and quantiser say about their own internals."""
+    """Silence warnings, and a logger below errors: exporter and quantiser report internals."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,11 +1,11 @@
-"""Predict with the ONNX graph of this folder: needs onnxruntime, tokenizers and numpy only.
+"""Predict with the ONNX graph of this folder; needs onnxruntime, tokenizers and numpy only.
 
     python predict.py "A text." "Another text."
     python predict.py --pair "The first sentence." "The second sentence."
     python predict.py --int8 "A text."
 
-One line of JSON a text: a label with its probability (a classifier), a number (a regression), or a
-vector (an encoder).
+Prints a line of JSON for each text or pair: a label with its probability (classifier), a number
+(regression), or a vector (encoder).
 """
 
 import json
@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 
 
 class Predictor:
-    """A tokenizer and a graph.
+    """Runs the tokenizer and the graph of an export on texts.
 
     Args:
-        folder: the export; by default the folder of this file.
-        int8: take ``model.int8.onnx``, not ``model.onnx``.
+        folder: folder of the export; by default the folder of this file.
+        int8: use ``model.int8.onnx`` instead of ``model.onnx``.
         num_threads: CPU threads; 0: as many as cores.
     """
 
@@ -57,7 +57,7 @@ class Predictor:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """The graph's inputs, each (texts, tokens), of texts or of pairs of texts."""
+        """Tokenise texts, or pairs of texts, to the graph's inputs, each of shape (texts, tokens)."""
         rows = self.tokenizer.encode_batch(list(texts))
         values = {
             "input_ids": [row.ids for row in rows],
@@ -70,7 +70,7 @@ class Predictor:
         }
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
-        """Logits of a classifier, (texts, labels); vectors of an encoder, (texts, width)."""
+        """Return a classifier's logits (texts, labels), or an encoder's vectors (texts, width)."""
         inputs = self.encode(texts)
         (output,) = self.session.run(None, inputs)
         if output.ndim == 2:
@@ -82,7 +82,11 @@ class Predictor:
         return vectors
 
     def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Any]:
-        """For each text its label and the label's probability, its number, or its vector."""
+        """Return a prediction for each text or pair of texts.
+
+        It is ``{"label": ..., "probability": ...}`` for a classifier, a number for a regression, or
+        a list of numbers, the vector, for an encoder.
+        """
         outputs = self(texts)
         if not any("ForSequenceClassification" in name for name in self.config["architectures"]):
             return [row.tolist() for row in outputs]
@@ -90,7 +94,7 @@ class Predictor:
             return [float(row[0]) for row in outputs]
         probabilities = np.exp(outputs - outputs.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
-        names = self.config.get("id2label", {})  # none where two classes have no names
+        names = self.config.get("id2label", {})  # transformers omits it for two unnamed classes
         predictions = []
         for row in probabilities:
             best = int(row.argmax())
@@ -104,7 +108,7 @@ def _read(path: Path) -> Any:
 
 
 def main(args: Sequence[str]) -> int:
-    """The command line, as above."""
+    """Run the command line, and return its exit code."""
     flags = [arg for arg in args if arg.startswith("--")]
     texts = [arg for arg in args if not arg.startswith("--")]
     is_pair = "--pair" in flags

@@ -1,4 +1,4 @@
-"""The int8 graph: the rows it is chosen on, the rows it is reported on, and what it loses."""
+"""Choose the better int8 graph on some rows, and report on others how much it loses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ from kdnas.tasks.batches import GLUEDataModule
 from kdnas.tasks.scores import make_metrics
 from kdnas.tasks.tasks import LoadedTask, Task
 
-MOST_LOST = 0.01  # of score or cosine, before static calibration is tried
-LEAST_COSINE = 0.9
+MOST_LOST = 0.01  # share of the score or cosine; above it, static calibration is tried too
+LEAST_COSINE = 0.9  # of the outputs in int8 and float32; below it, nothing is exported
 NUM_TO_CHOOSE_ON = 256
 MOST_TO_REPORT = 2_000
 BATCH_SIZE = 16
@@ -26,13 +26,14 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows for the int8 graph, as batches; no row is in both lists.
+    """Batches of rows for the int8 graph; no row is in both lists.
 
     Args:
-        choose: training rows, to calibrate and to choose on.
-        report: validation or held-out rows, to report on.
-        name: name of the rows for people.
-        task: how outputs are scored; every batch then has ``labels``.
+        choose: batches of training rows on which the graph is calibrated and chosen.
+        report: batches of validation or held-out rows on which it is reported.
+        name: description of ``report`` for people.
+        task: the task that scores the outputs, and whose ``labels`` are in each batch; None:
+            outputs are only compared.
     """
 
     choose: list[Feed] = field(repr=False)
@@ -44,9 +45,14 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """256 training rows to choose on, and at most 2,000 validation rows to report on.
+    """Draw at most 256 training rows to choose on, and 2,000 validation rows to report on.
 
-    ``is_scored`` is whether the student is a classifier of the task; else its states are compared.
+    Args:
+        task: the task with its rows.
+        tokenizer: the student's tokenizer.
+        length: longest row in tokens; longer ones are cut.
+        is_scored: whether the student is a classifier of the task; if not, only outputs are
+            compared.
     """
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
@@ -67,7 +73,10 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """256 training texts to choose on, and at most 256 held-out texts to report on."""
+    """Draw at most 256 training texts to choose on, and 256 held-out texts to report on.
+
+    Texts longer than ``length`` tokens are cut.
+    """
 
     def batches(texts: Sequence[str]) -> list[Feed]:
         chosen = sorted(_sample(texts, NUM_TO_CHOOSE_ON), key=len)
@@ -82,7 +91,7 @@ def text_rows(
 
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
-    """Rows of random words, where there is no text."""
+    """Make rows of random token ids, of 2 to ``length`` tokens, for a student without text."""
     drawn = np.random.default_rng(0).integers(2, length + 1, size=(16, 8)).tolist()
     batches = [
         {name: value.numpy() for name, value in random_batch(config, lengths, names, seed).items()}
@@ -97,7 +106,7 @@ def _sample(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
-    """A graph's output for each batch: logits, or an encoder's states of real tokens."""
+    """Return a graph's output for each batch: logits (B, C), or states of real tokens (N, H)."""
     session = open_session(path)
     names = [node.name for node in session.get_inputs()]
     found = []
@@ -108,7 +117,7 @@ def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
 
 
 def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> float:
-    """The task's score: the mean of its metrics."""
+    """Return the task's score of the outputs ``found``: the mean of its metrics."""
     metrics = make_metrics(task)
     for output, batch in zip(found, batches, strict=True):
         logits = torch.from_numpy(output)
@@ -118,9 +127,13 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """The cosine of all logits as one vector; of an encoder, the mean over tokens."""
+    """Return the cosine of two graphs' outputs.
+
+    It is the mean over rows (an encoder's tokens); rows of fewer than 32 numbers (logits) are
+    compared as one long vector instead.
+    """
     a, b = (torch.from_numpy(np.concatenate(list(parts))).double() for parts in (first, second))
-    if a.shape[1] < 32:  # logits: the angle between two of them says little
+    if a.shape[1] < 32:  # the angle between two vectors of few logits says little
         a, b = a.reshape(1, -1), b.reshape(1, -1)
     return float(F.cosine_similarity(a, b).mean())
 
@@ -128,7 +141,7 @@ def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
 def compare(
     exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
 ) -> dict[str, float]:
-    """``cosine`` of the two graphs' outputs and, for a task, ``score`` and ``int8_score``."""
+    """Return the ``cosine`` of two graphs' outputs and, for a task, ``score`` and ``int8_score``."""
     found = outputs(int8, batches)
     expected = outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}
@@ -139,23 +152,29 @@ def compare(
 
 
 def lost(result: Mapping[str, Any]) -> float:
-    """The share of the score that int8 loses; where there is no score, of the cosine."""
+    """Return the share of the score that int8 loses; without a score, 1 less the cosine."""
     if "score" not in result:
         return 1 - result["cosine"]
     return (result["score"] - result["int8_score"]) / max(abs(result["score"]), 1e-9)
 
 
 def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
-    """Write the int8 graph with dynamic scales, or static ones where those lose more than 1 %.
+    """Write an int8 graph with dynamic scales, or with static ones if these lose less.
 
-    Of the two, the one that loses less on ``rows.choose`` is kept.
+    Static scales are tried only if dynamic ones lose more than 1 % on ``rows.choose``.
+
+    Args:
+        source: the float32 graph.
+        target: the file to write.
+        rows: the rows on which the graph is chosen and reported.
 
     Returns:
-        ``method`` (dynamic or static), ``rows``, and on the reported rows ``cosine`` to the float32
-        graph and, for a task, ``score`` of the float32 graph and ``int8_score``.
+        ``method`` (``dynamic`` or ``static``), ``rows`` (the name of the reported rows) and, on
+        these rows, ``cosine`` to the float32 graph and, for a task, ``score`` of the float32 graph
+        and ``int8_score``.
 
     Raises:
-        ParityError: the outputs of the graphs are too different.
+        ParityError: on the reported rows, the cosine to the float32 graph is below 0.9.
     """
     write_int8(source, target)
     method = "dynamic"

@@ -1,4 +1,4 @@
-"""An export that sentence-transformers loads, compared with the teacher."""
+"""Make an export that sentence-transformers loads, and compare it with the teacher."""
 
 import importlib.util
 import logging
@@ -24,37 +24,58 @@ MOST_TEXTS = 1_000
 
 @dataclass(frozen=True)
 class Sentences:
-    """What a sentence encoder is made with, and compared with its teacher on."""
+    """The teacher of a sentence encoder, and texts on which the two are compared.
 
-    teacher: Teacher  # its pooling is taken
-    train: Sequence[str]  # for the linear map from the student's vectors to the teacher's
-    held_out: Sequence[str]  # for the cosine between them
-    task: LoadedTask | None = None  # pairs with a number (STS-B), for Spearman of their cosine
+    Args:
+        teacher: a sentence encoder; the student gets its pooling.
+        train: texts to fit the linear map from the student's vectors to the teacher's.
+        held_out: texts on which the mapped vectors are compared.
+        task: pairs of sentences with a similarity, such as STS-B, on which both are scored; None:
+            neither is.
+    """
+
+    teacher: Teacher
+    train: Sequence[str]
+    held_out: Sequence[str]
+    task: LoadedTask | None = None
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Refuse a missing sentence-transformers, or a task without pairs with a number."""
+    """Raise ``UserError`` if sentence-transformers is missing, or a task has no rated pairs."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             "sentence-transformers is not installed: pip install '.[sentence-transformers]'."
         )
     if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
         raise UserError(
-            f"The task {task.task.name!r} has no pairs with a number: give --task stsb, or none."
+            f"The task {task.task.name!r} has no pairs of sentences with a number as label: "
+            "give --task stsb, or no task."
         )
 
 
 def add_sentence_files(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sentences
 ) -> dict[str, Any]:
-    """Make an exported encoder a folder that ``SentenceTransformer(folder)`` loads, and compare it.
+    """Add what ``SentenceTransformer(folder)`` needs to an exported encoder, and compare it.
 
-    The folder gets ``modules.json`` and its files, with the teacher's pooling.
+    These are ``modules.json`` and the configs of its modules, with the teacher's pooling.
+
+    Args:
+        folder: the export, with model and tokenizer.
+        model: the exported encoder.
+        tokenizer: the encoder's tokenizer.
+        sentences: the teacher, and texts to compare on.
 
     Returns:
-        ``pooling`` (mean or cls), ``normalized``, ``cosine`` (mean over held-out texts, between the
-        teacher's vectors and a linear map of the student's, fitted on other texts) and, for a task,
-        ``task``, ``spearman`` and ``teacher_spearman``.
+        ``pooling`` (``mean`` or ``cls``), ``normalized`` (whether vectors have length 1),
+        ``cosine`` (mean over held-out texts, between the teacher's vectors and the student's after
+        a linear map, fitted on training texts) and, with a task, its name ``task``, ``spearman``
+        and ``teacher_spearman`` (see ``spearman``).
+
+    Raises:
+        UserError: the model is a classifier, or the teacher is no sentence encoder whose pooling
+            can be exported.
+        ParityError: sentence-transformers computes other vectors than the model.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -67,16 +88,16 @@ def add_sentence_files(
     source = sentences.teacher.source
     try:
         teacher = SentenceTransformer(source, device="cpu", trust_remote_code=False)
-    except (ValueError, ImportError) as error:  # modules.json names a class of somebody else
+    except (ValueError, ImportError) as error:  # modules.json can name a class of another package
         raise UserError(
-            f"{sentences.teacher.name!r} is no sentence encoder that can be read "
+            f"{sentences.teacher.name!r} is not a sentence encoder that can be loaded "
             f"({first_line(error)})."
         ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):
         raise UserError(
-            f"{sentences.teacher.name!r} pools by {pooling!r}: mean and cls can be exported."
+            f"{sentences.teacher.name!r} pools by {pooling!r}: only mean and cls can be exported."
         )
     normalized = "Normalize" in kinds
     _write_modules(
@@ -100,7 +121,7 @@ def add_sentence_files(
 
 
 def spearman(encoder: Any, task: LoadedTask) -> float:
-    """Spearman's correlation of the label with the cosine of two sentences, on validation rows."""
+    """Return Spearman's correlation of label and cosine of the two sentences, on validation rows."""
     first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
     metrics = make_metrics(task.task)
     metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))

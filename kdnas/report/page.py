@@ -1,4 +1,4 @@
-"""report.html: the story of one run, in one file that opens from disk."""
+"""Write report.html: the results of one run, in one file that opens from disk."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.training.precision import gpu_name
 from kdnas.training.trainer import TrainerSettings
 
-# What people call the models, and their colours.
+# Names and colours of the models of ``glue/results.json``, for people.
 MODELS = {
     "teacher": ("teacher", INK),
     "student": ("best student", BLUE),
@@ -65,7 +65,11 @@ PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 
 def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The final table, from ``glue/results.json``: one dict a model, from heading to text."""
+    """Return the rows of the final table, ``{heading: text}``, one for each model.
+
+    Args:
+        results: content of ``glue/results.json``.
+    """
     return [
         {
             "model": MODELS[name][0],
@@ -82,7 +86,12 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
-    """``result_rows`` for the terminal; ``how`` are the fields of ``LatencySettings``."""
+    """Return ``result_rows`` as a table for the terminal.
+
+    Args:
+        results: content of ``glue/results.json``.
+        how: the fields of the run's ``LatencySettings``.
+    """
     title = f"Fine-tuned on {results['task']['name']}"
     table = text_table(title, result_rows(results), words=["model"])
     table.caption = " ".join([f"Latency: {measured_by(how)}.", *cautions(results)])
@@ -90,7 +99,12 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
 
 
 def agreement(full_kd: Mapping[str, Any]) -> str:
-    """What a student without a task is worth, by ``full_kd/result.json``; "" if it is not said."""
+    """Describe how well a student's sentence vectors agree with its teacher's, in words.
+
+    Args:
+        full_kd: content of ``full_kd/result.json``; if the agreement was not measured, the text is
+            ``""``.
+    """
     if "vector_cosine" not in full_kd:
         return ""
     return (
@@ -101,13 +115,13 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """Warnings that would make the final figures, ``glue/results.json``, meaningless."""
+    """Return warnings if the final figures, ``glue/results.json``, mean little: one per reason."""
     models = results["models"]
     said = []
     if models["random"]["score"] >= models["student"]["score"]:
         said.append(
-            "A random start of its shape scores as high, so this task does not tell "
-            "what was distilled."
+            "A random start of the same shape scores as high, so this task does not show "
+            "what distillation gains."
         )
     best = models["student"]["score"]
     better = [MODELS[name][0] for name in BASELINES if models[name]["score"] >= best]
@@ -117,14 +131,17 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
             "which took no search and no distillation."
         )
     if is_busy(results):
-        said.append(f"{BUSY} `kdnas latency` measures again.")
+        said.append(f"{BUSY} To measure again, run `kdnas latency`.")
     return said
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page: one file that needs no network and runs no script but its own.
+    """Render a template to an HTML file that needs no network and runs only its own script.
 
-    ``values`` are those of the template in ``kdnas/report/templates``; text in them stays text.
+    Args:
+        path: the file to write.
+        template: name of a template in ``kdnas/report/templates``.
+        values: variables of the template; text in them is escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kdnas.report"),
@@ -146,14 +163,14 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def stage_results(run: Run) -> tuple[Any, Any, Any]:
-    """The results of full KD, of fine-tuning and of the export; None where there are none yet."""
+    """Return the results of full KD, of fine-tuning and of the export; None for those not done."""
     files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
 
 
 def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
-    """The stages that a run was asked for and has not finished."""
+    """Return the stages that a run's config asks for and that are not finished."""
     full_kd, results, exported = stage_results(run)
     done = {"search": run.best_student.is_file()}
     if "full_kd" in config:  # a search has none
@@ -163,9 +180,17 @@ def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
-    """Write the page of a run, ``report.html`` by default, without stages that did not run.
+    """Write the HTML page of a run; stages that have not run are left out.
 
-    On one machine the same run gives the same bytes, for the page's date is that of the last trial.
+    On one machine, the same run gives the same bytes: the page's date is that of the last trial.
+
+    Args:
+        run: the run, which may be unfinished.
+        study: the Optuna study of its search.
+        output: the file to write; None: ``report.html`` in the folder of the run.
+
+    Returns:
+        The path of the page.
     """
     full_kd, results, exported = stage_results(run)
     config = read_yaml(run.config)
@@ -193,7 +218,7 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     states = frame["state"].value_counts(sort=False)
     tuned = results["models"] if results else {}
     scores = [(MODELS[name][0], row["history"], MODELS[name][1]) for name, row in tuned.items()]
-    # Each figure of the student is from the last stage that has it.
+    # Later stages measure some figures of the student again: the last value counts.
     student = best and best.user_attrs | (full_kd or {}) | tuned.get("student", {})
 
     output = output or run.report
@@ -238,7 +263,7 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """The model ranking at the end of each episode: trials with their rewards."""
+    """Return the best trials at the end of each episode, with their rewards, as rows of a table."""
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:
@@ -292,7 +317,7 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of fine-tuning and latency that are not those of `kdnas glue`, and the grid."""
+    """Return the options with which ``kdnas glue`` repeats a run's fine-tuning, without defaults."""
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),
         "trainer": TrainerSettings(),
@@ -314,7 +339,7 @@ def _teacher_of(run: Run) -> dict[str, str]:
 
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
-    """When the search ended, and the machine that writes the page; workers may have had others."""
+    """Return when the search ended, and what machine writes the page (workers may use others)."""
     dates = [trial.datetime_complete or trial.datetime_start for trial in trials]
     ended = max((date for date in dates if date), default=None)
     cpuinfo = Path("/proc/cpuinfo")

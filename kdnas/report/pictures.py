@@ -1,4 +1,4 @@
-"""Pictures of a search, as SVG with hover for a page, and as images for TensorBoard."""
+"""Draw a search: as SVG with tool tips for a page, and as images for TensorBoard."""
 
 import io
 import re
@@ -18,14 +18,14 @@ from kdnas.nas.trials import front, is_twin
 from kdnas.report.tables import as_text, shape_text
 
 Draw = Callable[[Axes], None]
-Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row an epoch, colour
+Line = tuple[str, Sequence[Mapping[str, Any]], str]  # name, a row for each epoch, colour
 
-# Mid-tones, readable on white and on black; INK becomes the colour of the page's text.
+# Mid-tones, readable on white and on black. INK is replaced by the colour of the page's text.
 INK, GREY, BLUE, ORANGE = "#010203", "#8b9097", "#2f81d6", "#d9722b"
 GREEN = "#2f9e6b"
-COLOURS = (BLUE, ORANGE, GREEN, "#a566c9", "#c4515f", "#8f7f1f")  # of runs
-# Of more candidates than this only the best and those on the front get a mark and a tip of their
-# own: nobody could read more, and each costs milliseconds whenever the front changes.
+COLOURS = (BLUE, ORANGE, GREEN, "#a566c9", "#c4515f", "#8f7f1f")  # of several runs, in turn
+# With more candidates than this, only the best one and those on the front get a label and a tool
+# tip: more could not be read, and each takes milliseconds to draw.
 MOST_NAMED = 100
 STYLE = {
     "svg.fonttype": "none",
@@ -41,7 +41,7 @@ STYLE = {
 
 
 def as_figure(draw: Draw) -> Figure:
-    """A drawing by itself, on white."""
+    """Return a matplotlib figure of a drawing, on white."""
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
         draw(figure.add_subplot())
@@ -49,7 +49,12 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """A drawing in the page's colours; the gid ``tip:...`` of a part is its tool tip."""
+    """Return a drawing as SVG in the page's colours.
+
+    Args:
+        label: description of the picture for screen readers.
+        draw: the drawing; a part with the gid ``tip:TEXT`` gets TEXT as its tool tip.
+    """
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -57,14 +62,20 @@ def as_svg(label: str, draw: Draw) -> Markup:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'<g id="tip:([^"]*)">', r'<g class="mark"><title>\1</title>', svg)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1, ...: every picture has them
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1, ...: not unique in a page
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
 def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -> Draw | None:
-    """Loss against latency of every candidate, with the front; None where nothing was measured.
+    """Draw loss against latency of every candidate, with the Pareto front.
 
-    ``best`` is the number of the best trial; ``budget`` has the fields of ``Budget``.
+    Args:
+        frame: the trials, as from ``trials_frame``.
+        best: number of the best trial, which is drawn as a star; None: there is none.
+        budget: the fields of ``Budget``, of which limits on latency are drawn.
+
+    Returns:
+        The drawing, or None if no latency was measured.
     """
     measured = frame[frame["latency_ms"].notna() & ~is_twin(frame)]
     trained = measured[np.isfinite(measured["loss"])]
@@ -100,7 +111,7 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
 
 
 def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
-    """The candidates and the fronts of several searches in one picture, by the runs' names."""
+    """Draw the candidates and Pareto fronts of several searches; ``frames`` are by run name."""
 
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
@@ -117,7 +128,11 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
 
 
 def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
-    """The best reward by the number of trained candidates, a line for each run."""
+    """Draw the best reward so far against the number of trained candidates, a line for each run.
+
+    Args:
+        rewards: maps a run's name to the rewards of its candidates, in the order of training.
+    """
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="trained candidates", ylabel="best reward")
@@ -133,7 +148,7 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def predictions(frame: pd.DataFrame) -> Draw | None:
-    """The reward that an LSTM controller predicted, and the true one; None without any."""
+    """Draw true rewards against those that an LSTM controller predicted; None if there are none."""
     known = frame[frame["predicted_reward"].notna() & frame["reward"].notna() & ~is_twin(frame)]
     ends = known[["predicted_reward", "reward"]].stack().agg(["min", "max"])
 
@@ -150,7 +165,13 @@ def predictions(frame: pd.DataFrame) -> Draw | None:
 
 
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
-    """Values by epoch, under the key ``name`` of each row; lines in grey are thin."""
+    """Draw a value by epoch, in a line for each history; grey lines are thin.
+
+    Args:
+        ylabel: name of the value for people.
+        name: key of the value in the rows of a history.
+        lines: name, history and colour of each line.
+    """
 
     def draw(axes: Axes) -> None:
         axes.set(xlabel="epoch", ylabel=ylabel)
@@ -167,7 +188,10 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
 
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Those that get a mark of their own, and the others; of very many, only ``kept`` get one."""
+    """Split candidates into those with a tool tip and the others.
+
+    With more than ``MOST_NAMED`` candidates, only those in ``kept`` get a tool tip.
+    """
     named = candidates
     if len(candidates) > MOST_NAMED:
         named = candidates.loc[candidates.index.isin(kept)]
@@ -187,7 +211,7 @@ def _front(axes: Axes, frame: pd.DataFrame, colour: str) -> None:
 
 
 def _tip(row: Mapping[str, Any]) -> str:
-    """The text of a candidate on hover."""
+    """Return the text of a candidate's tool tip."""
     found = [
         as_text(row["latency_ms"], ".2f", " ms"),
         as_text(row["speedup"], ".1f", "x"),

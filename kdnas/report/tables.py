@@ -1,4 +1,4 @@
-"""Tables of text: the same rows for the terminal and for a page."""
+"""Make tables of text, with the same rows for the terminal and for a page."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,28 +15,28 @@ from kdnas.system.errors import counted
 
 
 def show(console: Console, text: str) -> None:
-    """Print a line as it is: paths and commands are copied from it."""
+    """Print a line without wrapping and highlighting, so that paths and commands can be copied."""
     console.print(text, soft_wrap=True, highlight=False)
 
 
 def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
-    """A number for a cell; ``-`` where it is not known."""
+    """Format ``value * scale`` for a cell, by a format spec and a unit; ``-`` if it is missing."""
     return "-" if pd.isna(value) else f"{value * scale:{spec}}{unit}"
 
 
 def shape_text(row: Mapping[str, Any]) -> str:
-    """Layers, width and heads of a candidate."""
+    """Return layers, width and heads of a candidate: ``4 x 192, 12 heads``."""
     heads = counted(row["num_attention_heads"], "head")
     return f"{row['num_hidden_layers']} x {row['hidden_size']}, {heads}"
 
 
 def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str] = ()) -> Table:
-    """Rows for the terminal: to fit 80 columns, headings on several lines and no borders.
+    """Make a table for the terminal that fits 80 columns, with headings on several lines.
 
     Args:
         title: the line above the table.
-        rows: from heading to text, with the same headings in the same order.
-        words: headings of columns of words, which are aligned left.
+        rows: ``{heading: text}`` for each row, with the same headings in the same order.
+        words: headings of the columns that hold words; these are aligned left, numbers right.
     """
     narrow: dict[str, Any] = dict(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table = Table(title=Text(title), box=SIMPLE_HEAD, **narrow)
@@ -49,7 +49,7 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """The best student, and those on the fronts of loss and latency, or parameters."""
+    """Make a table of the best student, and of the Pareto fronts of loss and latency or size."""
     frame = trials_frame(study)
     best = best_trial(study)
     number = best.number if best else -1
@@ -63,7 +63,8 @@ def front_table(study: optuna.Study) -> Table:
             "speed-up": as_text(row["speedup"], ".1f", "x"),
             "parameters (M)": as_text(row["num_parameters"], ".2f", scale=1e-6),
             "reward": as_text(row["reward"], ".4f"),
-            # The best may be on no front: rewards depend on each worker's measure of the teacher.
+            # The best student may be on no front: its reward depends on the teacher's latency too,
+            # which each worker measures anew.
             "front of": "" if pd.isna(row["front"]) else row["front"],
         }
         for row in shown.sort_values("latency_ms").to_dict("records")

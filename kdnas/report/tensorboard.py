@@ -1,4 +1,4 @@
-"""A search's progress in TensorBoard, beside the curves of its trials."""
+"""Write a search's progress for TensorBoard, beside the curves of its trials."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -17,26 +17,28 @@ from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 
 
 class SearchBoard:
-    """Writes a search's progress as event files: a context manager, called after each trial.
+    """Writes a search's progress as TensorBoard event files.
 
-    By trained candidates, each at the time when it ended, it writes ``search/reward``,
-    ``search/loss`` and ``search/latency_ms``; the best rewards so far, of all
-    (``search/best_reward``), of the episode (``search/episode_best``) and of the one before
-    (``search/previous_best``); and ``search/exploration_ratio`` of a sampler that has one. The
-    picture ``search/pareto`` is written whenever the front changes, and ``search/predictions`` at
-    the end of an episode of a sampler that predicts.
+    It is a context manager that is called with the study after each trial. A step is a trained
+    candidate, with the time at which it ended. Curves are ``search/reward``, ``search/loss`` and
+    ``search/latency_ms``; the best reward so far, ``search/best_reward``, of this episode,
+    ``search/episode_best``, and of the episode before, ``search/previous_best``; and
+    ``search/exploration_ratio`` if the sampler has one. The picture ``search/pareto`` is written
+    whenever the front changes, ``search/predictions`` at the end of each episode if the sampler
+    predicts rewards.
 
-    All is written from the study, in place of older files, so a resumed search has one curve.
+    Older event files are removed and written anew from the study, so that a resumed search has one
+    curve.
 
     Args:
-        folder: where the event files go.
-        exploration: maps the number of trained candidates to the share of picks that explore; None:
-            no curve.
+        folder: folder of the event files.
+        exploration: maps the number of candidates trained so far, pruned ones included, to the
+            share of picks that explore; None: the sampler has none.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
         self.exploration = exploration
-        self._rewards: dict[StudentArch, float] = {}  # two workers may have trained the same one
+        self._rewards: dict[StudentArch, float] = {}  # two workers may train the same shape
         self._front: list[int] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("events.out.tfevents.*"):
@@ -52,9 +54,9 @@ class SearchBoard:
         self._writer.close()
 
     def __call__(self, study: Study) -> None:
-        """Write what is new in the study."""
-        # With those that a pruner ended.
+        """Write the candidates of the study that are not yet written."""
         size = study.user_attrs.get("num_candidates", NUM_CANDIDATES)
+        # Includes candidates that a pruner stopped: they count for the exploration ratio.
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]
         for trial in sorted(trained(study), key=lambda one: (one.datetime_complete, one.number)):
             arch, time = arch_of(trial), trial.datetime_complete
@@ -90,4 +92,4 @@ class SearchBoard:
         if draw:
             figure = as_figure(draw)
             self._writer.add_figure(f"search/{name}", figure, len(self._rewards), close=False)
-            release_memory()  # a figure refers to itself
+            release_memory()  # a figure has reference cycles, which only the collector frees

@@ -1,4 +1,4 @@
-"""Whether a run's figures can be trusted: how well repeated measurements agree."""
+"""Check whether a run's figures can be trusted: whether repeated measurements agree."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,25 @@ from kdnas.deploy.quantize import MOST_LOST, lost
 from kdnas.nas.budget import Budget
 from kdnas.nas.trials import is_twin
 
-# Difference of two measurements of one latency, and width of the middle half of many, as shares.
+# Largest relative difference of two measurements of a latency, and relative interquartile range of
+# many, on a quiet machine.
 MOST_APART = 0.1
-LEAST_AGREEMENT = 0.5  # rank correlation of two rankings
+LEAST_AGREEMENT = 0.5  # least rank correlation of two rankings that agree
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to know before the student is used."""
+    """One thing to know before the student is used.
 
-    name: str  # the question
+    Args:
+        name: a question.
+        words: the answer.
+        good: whether the answer is good; None: the reader must judge.
+    """
+
+    name: str
     words: str
-    good: bool | None = None  # None: the reader must judge
+    good: bool | None = None
 
 
 def checks(
@@ -35,10 +42,16 @@ def checks(
     exported: Mapping[str, Any] | None,
     budget: Budget = Budget(),
 ) -> list[Check]:
-    """What a run's figures say of each other; what was not measured is left out.
+    """Compare a run's figures with each other; checks of what was not measured are left out.
 
-    ``frame`` is that of ``trials_frame``, ``best`` the number of the best trial; ``histories`` have
-    a row an epoch for each trained candidate, by its number; the others are the stages' results.
+    Args:
+        frame: the trials, as from ``trials_frame``.
+        best: number of the best trial; None: there is none.
+        histories: for each trained candidate, by its number, a row of metrics per epoch.
+        full_kd: content of ``full_kd/result.json``; None: full KD has not finished.
+        results: content of ``glue/results.json``; None: fine-tuning has not finished.
+        exported: the checks of the export; None: there is no export.
+        budget: the budget of the search.
     """
     found = [_settled(histories)]
     if best is not None:
@@ -67,11 +80,11 @@ def _runner_up(frame: pd.DataFrame, row: pd.Series) -> Check | None:
         f"The best of {len(others) + 1} has reward {reward:.4f}, the next, trial "
         f"{runner_up['number']}, {runner_up['reward']:.4f}, {gap:.1%} less. One seed each."
     )
-    return Check("Is the best one the best?", words)
+    return Check("Is the best one clearly ahead?", words)
 
 
 def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | None:
-    """Whether the ranking still changed when the candidates' short training ended."""
+    """Check whether the ranking still changed between first and last epoch of the short training."""
     pairs = [(rows[0]["loss"], rows[-1]["loss"]) for rows in histories.values() if len(rows) > 1]
     losses = pd.DataFrame(pairs, dtype=float).dropna()
     if len(losses) < 3 or (losses.nunique() < 2).any():
@@ -80,7 +93,7 @@ def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | No
     good = agreement >= LEAST_AGREEMENT
     words = (
         f"Ranked by the loss after their first epoch and after their last, {len(losses)} "
-        f"candidates agree to {agreement:.2f} (rank correlation; 1: the same order, 0: none): "
+        f"candidates have a rank correlation of {agreement:.2f} (1: the same order, 0: unrelated): "
         f"longer training would {'hardly' if good else 'perhaps'} reorder them."
     )
     return Check("Was the ranking settled?", words, good)
@@ -90,10 +103,10 @@ def _context(row: pd.Series, full_kd: Mapping[str, Any] | None) -> Check | None:
     share = (full_kd or row)["contextual_share"]
     if pd.isna(share):
         return None
-    words = f"Of what context adds in the teacher's last layer it knows {share:.1%}"
+    words = f"Of what context adds in the teacher's last layer, the student knows {share:.1%}"
     if full_kd and full_kd["num_epochs"]:
         words += f"; loss {row['loss']:.4f} in the search, {full_kd['loss']:.4f} after full KD"
-    return Check("More than a table of words?", words + ".", bool(share > 0))
+    return Check("Does it know more than a table of words?", words + ".", bool(share > 0))
 
 
 def _latency(
@@ -125,7 +138,7 @@ def _latency(
         low, median, high = teacher_ms.quantile([0.25, 0.5, 0.75])
         is_steady = bool((high - low) / median <= MOST_APART)
         are_good.append(is_steady)
-        words += f". The teacher, measured beside each of {len(teacher_ms)}, took "
+        words += f". The teacher, measured beside each of {len(teacher_ms)} candidates, took "
         words += f"{teacher_ms.min():.2f} to {teacher_ms.max():.2f} ms"
         if not is_steady:
             words += ": the machine was busy"
@@ -133,7 +146,7 @@ def _latency(
 
 
 def is_busy(results: Mapping[str, Any]) -> bool:
-    """Whether a latency of the final figures, ``glue/results.json``, spread by more than a tenth."""
+    """Return whether a latency in ``glue/results.json`` varied as on a busy machine."""
     rows = results["models"].values()
     return any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in rows)
 
@@ -157,7 +170,7 @@ def _scores(results: Mapping[str, Any]) -> list[Check]:
     error = 1.96 * math.sqrt(max(student * (1 - student), 0.0) / max(1, num_rows))
     spread = (
         f"On {num_rows} held-out rows an accuracy of {student:.3f} is uncertain by {error:.3f} "
-        "(95 %), and seeds differ too: one was tried; below is the command for more."
+        "(95 %). Seeds differ too, and only one was tried: the command for more is below."
     )
     return [
         Check("Did distillation help?", gain, student - random > error),

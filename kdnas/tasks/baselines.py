@@ -1,4 +1,4 @@
-"""Two baselines that a student should beat: no layers at all, and fewer of its teacher's own."""
+"""Two baselines for a student: static token vectors, and the teacher with fewer layers."""
 
 import copy
 from pathlib import Path
@@ -17,23 +17,25 @@ from kdnas.models.encoders import Teacher, build_classifier, encode, find_teache
 from kdnas.models.families import student_config
 from kdnas.system.files import new_file
 
-WIDTH = 256  # of a token's vector, unless the teacher is narrower
-# Vectors as small as an encoder's tables, and means larger than a layer norm's: so rates for
-# encoders move both (chosen on held-out training rows, LOG.md).
+WIDTH = 256  # of a token's vector; the teacher's width if that is less
+# Standard deviation of the vectors, as small as in an encoder's embedding tables, and factor of the
+# head's inputs. With these, an encoder's learning rate suits both vectors and head (chosen on
+# held-out training rows, LOG.md).
 SPREAD, GAIN = 0.02, 10.0
 TOKENS_AT_ONCE = 1024
 
 
 class StaticForSequenceClassification(nn.Module):
-    """A linear head on the mean of the tokens' vectors, with transformers' interface.
+    """Classifier without layers: a linear head on the mean of static token vectors.
 
-    The mean goes through a layer norm. Of a pair, the head sees the mean of each sentence and their
-    product; of one sentence, zeros for the second and the product.
+    It has the interface of a transformers classifier. For a pair, the head sees the mean of each
+    sentence, after a layer norm, and the elementwise product of the two; for a single sentence, the
+    second mean and the product are 0.
 
     Args:
-        config: of the teacher, which reads the same tokens.
-        separator: id of the token between two sentences.
-        num_labels: outputs of the head.
+        config: the config of the teacher, whose tokenizer is used.
+        separator: id of the token that ends a sentence.
+        num_labels: number of outputs.
     """
 
     def __init__(self, config: PreTrainedConfig, separator: int, num_labels: int) -> None:
@@ -41,7 +43,7 @@ class StaticForSequenceClassification(nn.Module):
         self.config = copy.deepcopy(config)
         self.config.num_labels = num_labels
         width = min(WIDTH, config.hidden_size)
-        # It learns at the rate of one layer of its width.
+        # For ``usual_learning_rate``, which reads both: the rate of one layer of this width.
         self.config.hidden_size, self.config.num_hidden_layers = width, 1
         self.separator = separator
         self.vectors = nn.Embedding(config.vocab_size, width)
@@ -54,37 +56,38 @@ class StaticForSequenceClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> SequenceClassifierOutput:
-        """As transformers' classifiers; the last two arguments are theirs, and not read."""
+        """Return logits, shape (B, num_labels); the last two arguments are accepted but ignored."""
         vectors_BTH = self.vectors(input_ids)
         ends_BT = input_ids == self.separator
         is_second_BT = ends_BT.cumsum(1) > 0
         is_word_BT = attention_mask.bool() & ~ends_BT
         parts_BPT = torch.stack([is_word_BT & ~is_second_BT, is_word_BT & is_second_BT], 1)
         sums_BPH = parts_BPT.to(vectors_BTH.dtype) @ vectors_BTH
-        # Of a sum it is the same as of a mean.
+        # The layer norm of a sum equals that of the mean.
         first_BH, second_BH = F.layer_norm(sums_BPH, sums_BPH.shape[-1:]).unbind(1)
         features = torch.cat([first_BH, second_BH, first_BH * second_BH], -1)
         return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """As transformers' models."""
+        """Return the token vectors, under the name that transformers gives this method."""
         return self.vectors
 
     def set_attn_implementation(self, name: str) -> None:
-        """There is no attention."""
+        """Do nothing: there is no attention."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the weights; the config would be taken for that of an encoder."""
+        """Write the weights only: with a config, the folder would be taken for an encoder."""
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
 @torch.no_grad()
 def token_vectors(teacher: Teacher) -> Tensor:
-    """A vector for each token of the teacher's vocabulary, shape (V, width).
+    """Return a static vector for each token of the teacher's vocabulary, shape (V, width).
 
-    It is the teacher's last state of the token by itself, between [CLS] and [SEP], in its principal
-    components, times ``log(1 + rank)``: tokens come in the order of their frequency in most
-    vocabularies. Special tokens have zeros.
+    For token id v it is ``log(1 + v) P' (h_v - mean h)``, scaled to a standard deviation of
+    ``SPREAD``. h_v is the teacher's last hidden state of the token alone, between [CLS] and [SEP];
+    P holds the first principal components of all h. The logarithm gives frequent tokens less
+    weight, as most vocabularies are sorted by frequency. The vectors of special tokens are 0.
 
     Source: Tulkens & van Dongen 2024, "Model2Vec: Fast State-of-the-Art Static Embeddings".
     """
@@ -113,7 +116,13 @@ def token_vectors(teacher: Teacher) -> Tensor:
 
 
 def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequenceClassification:
-    """A classifier of the teacher's ``token_vectors``, which are computed once and kept."""
+    """Build a classifier on the teacher's ``token_vectors``.
+
+    Args:
+        source: the teacher: a folder, a hub name or ``quickstart``.
+        kept: safetensors file of the vectors; if it does not exist, they are computed and written.
+        num_labels: number of outputs.
+    """
     teacher = find_teacher(source)
     if not kept.exists():
         content = save({"vectors": token_vectors(teacher)})
@@ -127,7 +136,10 @@ def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequ
 
 @torch.no_grad()
 def cut_classifier(source: str, arch: StudentArch, num_labels: int) -> PreTrainedModel:
-    """The teacher's first layers and its last as they are, with its pooler and a new head."""
+    """Build a classifier from the teacher's first layers and its last, unchanged, and a new head.
+
+    ``kept_layers`` chooses the layers; embeddings and pooler are the teacher's too.
+    """
     teacher = load_classifier(source, num_labels)
     cut = build_classifier(student_config(teacher.config, arch), num_labels)
     encoder: Any = cut.base_model

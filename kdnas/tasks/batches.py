@@ -14,9 +14,10 @@ from kdnas.tasks.tasks import LoadedTask
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order in which rows of similar length share a batch; another one each epoch."""
+    """Orders rows so that those of similar length share a batch; the order differs by epoch."""
 
-    # Rows are sorted within pieces of so many batches: enough to save padding, few enough to mix.
+    # Rows are sorted by length within pieces of this many batches: enough to save padding, few
+    # enough to mix the rows.
     BATCHES_A_PIECE = 50
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -24,7 +25,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning's Trainer calls this before each epoch."""
+        """Set the epoch, which decides the order; Lightning's Trainer calls this before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -38,24 +39,25 @@ class LengthGroupedSampler(Sampler[int]):
         rows = np.concatenate(
             [piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces]
         )
-        # A batch that is not full stays last: elsewhere it would shift the later ones.
+        # The last, incomplete batch stays last: elsewhere it would shift the batches after it.
         full = len(rows) - len(rows) % self.batch_size
         batches = generator.permutation(rows[:full].reshape(-1, self.batch_size))
         yield from [*batches.flatten().tolist(), *rows[full:].tolist()]
 
 
 class GLUEDataModule(ResumableDataModule):
-    """Batches of a task: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,).
+    """Batches of a task: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``.
 
-    They are padded to their longest row. Training rows are grouped by length, in another order each
-    epoch; validation rows are sorted by length.
+    The shapes are (B, T), and (B,) for the labels. Each batch is padded to its longest row.
+    Training rows are grouped by length, in another order each epoch; validation rows are sorted by
+    length.
 
     Args:
         task: the task with its rows.
         tokenizer: the classifier's tokenizer.
-        batch_size: rows a batch.
-        max_length: longer rows are cut to so many tokens, with the special ones.
-        seed: decides the order of the training rows.
+        batch_size: rows per batch.
+        max_length: longest row in tokens, special tokens included; longer rows are cut.
+        seed: seed of the order of the training rows.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class GLUEDataModule(ResumableDataModule):
 
     def _tokenise(self, columns: Columns) -> list[dict[str, Any]]:
         texts = [columns[name] for name in self.task.task.columns]
-        # With token types even if the student ignores them: its teacher may not.
+        # Return token types even if the student does not use them: its teacher may.
         encoded = self.tokenizer(
             *texts, truncation=True, max_length=self.max_length, return_token_type_ids=True
         )
@@ -93,7 +95,7 @@ class GLUEDataModule(ResumableDataModule):
         return self.resumable(self._loader(rows, sampler))
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
-        """One for each split that is scored."""
+        """Return a loader for each split that is scored."""
         splits = [self.rows[split] for split in self.task.task.validations]
         by_length = [sorted(rows, key=lambda row: len(row["input_ids"])) for rows in splits]
         return [self._loader(rows) for rows in by_length]
@@ -104,5 +106,7 @@ class GLUEDataModule(ResumableDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=DataCollatorWithPadding(self.tokenizer),
-            generator=torch.Generator(),  # the workers' seeds must not change dropout's draws
+            # A generator of its own: drawing the workers' seeds from the global one would change
+            # the random numbers of dropout.
+            generator=torch.Generator(),
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning of a classifier on a task, and the score that it ends with."""
+"""Fine-tune a classifier on a labelled task, and score it."""
 
 import math
 import time
@@ -41,16 +41,17 @@ class FinetuneSettings:
     """How a classifier is fine-tuned; the same for teacher and student.
 
     Args:
-        num_epochs: passes over the training rows; the score is the one after the last.
-        learning_rate: AdamW's peak, reached after the warm-up; it then falls to 0 in a line. null:
-            by each model's size (``usual_learning_rate``).
-        batch_size: rows a step.
-        max_length: longer rows are cut, in tokens; with the special tokens.
-        warmup_share: share of the steps in which the learning rate rises from 0, at least 0 and
+        num_epochs: passes over the training rows; the score is that after the last pass.
+        learning_rate: AdamW's peak learning rate, reached after the warm-up; it then falls linearly
+            to 0. null: by each model's size: 5e-5 for BERT-base, more for smaller models
+            (``usual_learning_rate``).
+        batch_size: rows per step.
+        max_length: longest row in tokens, special tokens included; longer rows are cut.
+        warmup_share: share of the steps in which the learning rate rises from 0; at least 0 and
             below 1.
-        weight_decay: AdamW's, on matrices only (no bias, no layer norm; on a CPU no table of
-            words).
-        seed: of dropout and of the order of the rows.
+        weight_decay: AdamW's weight decay of matrices (not of biases or layer norms; on a CPU not
+            of the word embeddings).
+        seed: seed of dropout and of the order of the rows.
 
     Raises:
         UserError: a value is out of its range.
@@ -86,10 +87,12 @@ class FinetuneSettings:
 
 
 def usual_learning_rate(config: PreTrainedConfig) -> float:
-    """``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``: BERT-base's, 3.5e-4 of 4 x 192.
+    """Return a learning rate by size: ``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``.
+
+    It is 5e-5 for BERT-base, and 3.5e-4 for 4 layers of width 192.
 
     Source: Yang et al. 2022, "Tensor Programs V" (width), Yang et al. 2023, "Tensor Programs VI"
-    (depth); ``LOG.md`` has it beside a grid.
+    (depth); ``LOG.md`` compares it with a grid of rates.
     """
     width, depth = config.hidden_size, config.num_hidden_layers
     return 5e-5 * 768 / width * math.sqrt(12 / depth)
@@ -98,24 +101,29 @@ def usual_learning_rate(config: PreTrainedConfig) -> float:
 def classify(
     classifier: PreTrainedModel, batch: dict[str, Tensor], states: bool = False
 ) -> SequenceClassifierOutput:
-    """A classifier's answer to a batch with or without labels; with ``hidden_states`` on demand."""
+    """Run a classifier on a batch, without passing it the labels.
+
+    Token types are passed only if the model uses them. With ``states``, the output has
+    ``hidden_states``, the embeddings' and each layer's, (B, T, H).
+    """
     unread = {"labels"} if marks_pairs(classifier.config) else {"labels", "token_type_ids"}
     inputs = {name: value for name, value in batch.items() if name not in unread}
     return classifier(**inputs, output_hidden_states=states)
 
 
 class GLUEModule(ClipFusedGradients):
-    """A classifier in training: cross entropy, or mean squared error where the task is a regression.
+    """Lightning module that fine-tunes a classifier.
 
-    Logs ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and
-    ``val/score``, their mean. MNLI has loss and metric twice, ``..._matched`` and
-    ``..._mismatched``.
+    The loss is the cross entropy, or the mean squared error for a regression. Logs ``train/loss``,
+    ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, the mean of
+    the metrics. For MNLI, ``val/loss`` and ``val/<metric>`` come twice, with ``_matched`` and
+    ``_mismatched`` appended.
 
     Args:
-        classifier: transformers' model for sequence classification with ``task.num_labels``
+        classifier: a transformers model for sequence classification, with ``task.num_labels``
             outputs.
         task: what is predicted and how it is scored.
-        settings: how it is trained.
+        settings: how the classifier is trained.
     """
 
     def __init__(
@@ -132,32 +140,38 @@ class GLUEModule(ClipFusedGradients):
         self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
 
     def on_fit_start(self) -> None:
-        """Turn dropout on: ``from_pretrained`` gives eval mode, and ``fit`` leaves it so."""
+        """Turn dropout on: ``from_pretrained`` returns eval mode, which ``fit`` does not change."""
         self.train()
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
-            # The fused kernel's backward pass is slower there.
+            # On a CPU, the backward pass of fused attention is slower.
             self.classifier.set_attn_implementation("eager")
             take_rows(self.classifier)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Float32 logits (B, num_labels), or predictions (B,) of a regression, of a batch with or without labels."""
+        """Return float32 logits (B, num_labels), or predictions (B,) of a regression.
+
+        The batch may have labels or not.
+        """
         return self.outputs(classify(self.classifier, batch))
 
     def outputs(self, answer: SequenceClassifierOutput) -> Tensor:
-        """What ``forward`` gives, from a classifier's answer."""
+        """Convert a classifier's output to what ``forward`` returns."""
         assert answer.logits is not None
         logits = answer.logits.float()
         return logits.squeeze(-1) if self.task.num_labels == 1 else logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """What is trained on, of a batch."""
+        """Return the training loss of a batch, a scalar."""
         return self.label_loss(self(batch), batch["labels"])
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, or mean squared error, of what ``forward`` gives."""
+        """Return the loss against labels (B,): cross entropy, or the regression's squared error.
+
+        ``outputs`` are what ``forward`` returns.
+        """
         return (
             F.mse_loss(outputs, labels.float())
             if self.task.num_labels == 1
@@ -165,10 +179,10 @@ class GLUEModule(ClipFusedGradients):
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch.
+        """Return and log the loss of a batch.
 
         Raises:
-            CandidateFailed: it is not finite.
+            CandidateFailed: the loss is not finite.
         """
         loss = self._finite(self.loss(batch))
         self.log("train/loss", loss, prog_bar=True)
@@ -184,10 +198,10 @@ class GLUEModule(ClipFusedGradients):
     def validation_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch to the metrics of its split.
+        """Add a batch to the loss and the metrics of its split.
 
         Raises:
-            CandidateFailed: its loss is not finite.
+            CandidateFailed: the loss is not finite.
         """
         outputs, labels = self(batch), batch["labels"]
         self.log(
@@ -202,7 +216,7 @@ class GLUEModule(ClipFusedGradients):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics over all rows, and their mean."""
+        """Log the metrics over all rows, and their mean, the score."""
         values: dict[str, float] = {}
         for suffix, metrics in zip(self.suffixes, self.metrics, strict=True):
             values |= {f"{name}{suffix}": float(value) for name, value in metrics.compute().items()}
@@ -211,7 +225,7 @@ class GLUEModule(ClipFusedGradients):
         self.log("val/score", sum(values.values()) / len(values), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, its rate rising during the warm-up and then falling to 0, by step."""
+        """Return AdamW, and a learning rate that rises in the warm-up and then falls to 0."""
         parameters, settings = list(self.parameters()), self.settings
         by_rows = [p for p in parameters if is_by_rows(self.classifier, p)]
         matrices = [p for p in parameters if p.ndim > 1 and not is_by_rows(self.classifier, p)]
@@ -233,7 +247,7 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """The score after each epoch, and all that was measured after the last."""
+    """Records the score after each epoch, and all metrics after the last."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -253,10 +267,10 @@ class _History(pl.Callback):
 def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
 ) -> None:
-    """Hold a folder to the rows and the settings that its fine-tuning was begun with.
+    """Write a fine-tuning's settings and the hash of its rows to its folder, or check those there.
 
     Raises:
-        UserError: they are others.
+        UserError: the folder was begun with other rows or settings.
     """
     trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
     asked = {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
@@ -278,32 +292,32 @@ def evaluate_glue(
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
-    The score is the one after the last epoch. The best epoch's would be tuned on the rows that it
-    is reported for.
+    The score is that after the last epoch. The best epoch's score would be chosen on the very rows
+    for which it is reported.
 
     Args:
-        classifier: its weights are trained in place; it comes back in eval mode, on the CPU.
-        tokenizer: the classifier's.
+        classifier: its weights are trained in place; afterwards it is in eval mode, on the CPU.
+        tokenizer: the classifier's tokenizer.
         task: the task with its rows.
-        settings: how it is trained.
-        folder: takes TensorBoard's logs, ``model/`` (classifier and tokenizer) and, last,
-            ``result.json``. Where that is there already, nothing is trained and it is returned;
-            from ``last.ckpt`` it goes on.
+        settings: how the classifier is trained.
+        folder: folder of the fine-tuning. It gets TensorBoard's logs, ``model/`` (classifier and
+            tokenizer) and, at the end, ``result.json``. If that exists already, it is returned and
+            nothing is trained; if ``last.ckpt`` exists, training resumes from it.
         trainer_settings: device and precision.
-        callbacks: more of Lightning's callbacks, such as a progress bar.
-        make_module: what trains the classifier; ``GLUEModule`` by default.
-        keep_model: write ``model/``.
+        callbacks: further Lightning callbacks, such as a progress bar.
+        make_module: makes the module that trains the classifier; None: ``GLUEModule``.
+        keep_model: whether to write ``model/``.
 
     Returns:
         ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for
         correlations), ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``
-        (since the last start), ``history`` (epoch from 0, score), ``settings`` (with the learning
-        rate that was taken), ``precision`` and ``gradient_clip_val`` as asked for, and
-        ``trained_in``, what ``auto`` stood for.
+        (since the last start or resumption), ``history`` (rows of ``epoch``, from 0, and
+        ``score``), ``settings`` (with the learning rate that was used), ``precision`` and
+        ``gradient_clip_val`` as requested, and ``trained_in``, the precision that was used.
 
     Raises:
-        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder is
-            another task's, or was begun with other settings.
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder was
+            begun with another task or other settings.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -315,7 +329,8 @@ def evaluate_glue(
     if (folder / "result.json").is_file():
         return dict(read_json(folder / "result.json"))
     start = time.perf_counter()
-    unnamed = [f"LABEL_{label}" for label in range(task.task.num_labels)]  # not the teacher's
+    # The teacher's class names must not stay in the config.
+    unnamed = [f"LABEL_{label}" for label in range(task.task.num_labels)]
     name_classes(classifier.config, task.task.label_names or unnamed)
     attention = classifier.config._attn_implementation
     history = _History()

@@ -1,4 +1,4 @@
-"""Rows of labelled tasks: reading parquet, csv and tsv files, and splitting rows."""
+"""Read rows of labelled tasks from parquet, csv and tsv files, and split them."""
 
 import csv
 import hashlib
@@ -20,7 +20,11 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
 def find_file(folder: Path, *splits: str) -> Path:
-    """The ``.parquet``, ``.csv`` or ``.tsv`` file of the first split that has one."""
+    """Return the file of the first split that has one, as ``.parquet``, ``.csv`` or ``.tsv``.
+
+    Raises:
+        UserError: there is none.
+    """
     paths = [folder / f"{split}{suffix}" for split in splits for suffix in SUFFIXES]
     for path in paths:
         if path.is_file():
@@ -37,11 +41,12 @@ def read_table(
     """Read a file of rows.
 
     Args:
-        path: a parquet file; a csv file, where a field in double quotes may hold commas and
-            newlines and an empty one is null; or a tsv file as GLUE's own are: no quotes, a tab
-            always ends a field.
-        text_columns: read as text, whatever they look like.
-        header: names of the columns of a tsv file whose first row has none of ``text_columns``.
+        path: a parquet file; a csv file, in which a field in double quotes may contain commas and
+            newlines, and an empty field is null; or a tsv file in GLUE's format, in which quotes
+            mean nothing and a tab always ends a field.
+        text_columns: columns that are read as text, even if they look like numbers.
+        header: column names for a tsv file without a header: one whose first row has none of
+            ``text_columns``.
 
     Raises:
         UserError: the file has another suffix, or cannot be read.
@@ -78,15 +83,25 @@ def read_table(
         return pacsv.read_csv(path, reading, parsing, converting)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(
-            f"{str(path)!r} is no {suffix[1:]} file that can be read ({first_line(error)})."
+            f"{str(path)!r} is not a readable {suffix[1:]} file ({first_line(error)})."
         ) from error
 
 
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
-    """Split rows into training rows and about ``share`` held out; equal texts stay together.
+    """Split rows into training rows and held-out rows; equal texts stay together.
 
-    The texts with the smallest hashes are held out, so the split depends on the texts alone. At
-    least one is held out, and one is not.
+    The texts with the smallest hashes are held out, so the split depends on the texts alone.
+
+    Args:
+        columns: the rows.
+        text_columns: the columns that hold a row's text.
+        share: share of the distinct texts that is held out, but at least one text, and not all.
+
+    Returns:
+        The training rows and the held-out rows.
+
+    Raises:
+        UserError: there are fewer than two distinct texts.
     """
     texts = list(zip(*(columns[name] for name in text_columns), strict=True))
     order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
@@ -105,7 +120,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """At most so many row numbers, drawn at random (always the same), evenly over the labels."""
+    """Draw at most ``most`` row numbers, evenly over the labels; the draw is always the same."""
     order = np.random.default_rng(0).permutation(len(labels))
     drawn = pd.Series(labels).iloc[order]
     turns = drawn.groupby(drawn).cumcount()

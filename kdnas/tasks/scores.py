@@ -1,4 +1,4 @@
-"""The metrics of labelled tasks: torchmetrics, but 0.0 where a metric is undefined."""
+"""The metrics of labelled tasks: those of torchmetrics, but 0.0 if a metric is undefined."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +12,7 @@ from kdnas.tasks.tasks import Task
 
 
 class _F1(BinaryF1Score):
-    """F1 of one class against all others."""
+    """F1 score of one class against all others."""
 
     def __init__(self, positive: int) -> None:
         super().__init__()
@@ -23,10 +23,10 @@ class _F1(BinaryF1Score):
 
 
 class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation, 0.0 where it is undefined, as in scikit-learn.
+    """Matthews' correlation, 0.0 if it is undefined, as in scikit-learn.
 
-    torchmetrics gives other values: 0.276 for ten equal predictions on seven rows of one class and
-    three of the other.
+    If it is undefined, torchmetrics returns other values: 0.276 for ten equal predictions on seven
+    rows of one class and three of the other.
     """
 
     def compute(self) -> Tensor:
@@ -36,9 +36,9 @@ class _Matthews(BinaryMatthewsCorrCoef):
 
 
 class _Pearson(Metric):
-    """Pearson's r in float64 as in scipy, 0.0 where it is undefined.
+    """Pearson's r in float64, as in scipy, but 0.0 if it is undefined.
 
-    torchmetrics accumulates in float32 and gives NaN also for predictions that vary little.
+    torchmetrics computes in float32 and returns NaN even for predictions that hardly vary.
     """
 
     full_state_update = False
@@ -66,7 +66,7 @@ class _Pearson(Metric):
 
 
 class _Spearman(_Pearson):
-    """Spearman's rho: Pearson's r of the ranks, equal values sharing their mean rank."""
+    """Spearman's rho: Pearson's r of the ranks; equal values share their mean rank."""
 
     def _values(self, values: Tensor) -> Tensor:
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
@@ -74,7 +74,7 @@ class _Spearman(_Pearson):
 
 
 METRICS: Mapping[str, Callable[[Task], Metric]] = {
-    # Micro: the share of right answers.
+    # Micro: the share of correct predictions.
     "accuracy": lambda task: MulticlassAccuracy(task.num_labels, average="micro"),
     "f1": lambda task: _F1(task.positive),
     "matthews": lambda task: _Matthews(),
@@ -84,9 +84,9 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """The metrics of a task, by name; 0.0 where undefined, as the correlation of constants.
+    """Return a task's metrics by name; an undefined one, as the correlation of constants, is 0.0.
 
-    Predictions (N,) and targets (N,) are class ids, or numbers in a regression.
+    Their predictions (N,) and targets (N,) are class ids, or numbers for a regression.
     """
     return MetricCollection(
         {name: METRICS[name](task) for name in task.metrics}, compute_groups=False

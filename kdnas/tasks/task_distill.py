@@ -1,4 +1,4 @@
-"""Task distillation: a classifier learns from a fine-tuned teacher, on the task's own rows."""
+"""Task distillation: train a classifier on a task's labels and on a fine-tuned teacher."""
 
 import itertools
 import math
@@ -22,23 +22,23 @@ from kdnas.system.errors import UserError, first_line
 from kdnas.tasks.finetune import FinetuneSettings, GLUEModule, classify
 from kdnas.tasks.tasks import Task, class_order, warn_of_names
 
-# Enough tokens for a map between two widths; the start takes a second.
+# Enough tokens to fit a linear map between two widths; takes a second.
 _BATCHES_TO_BEGIN_WITH = 32
 
 
 @dataclass(frozen=True)
 class TaskDistillSettings:
-    """What a fine-tuned teacher adds to fine-tuning.
+    """How a classifier learns from a fine-tuned teacher, beside the labels.
 
     The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``.
 
     Args:
-        temperature: that both distributions over the classes are softened by; a regression has
-            none.
-        soft_weight: share of the teacher's answers in what is learned beside the hidden states, 0
-            to 1.
-        hidden_weight: weight of the error of the last layer's hidden states, as a share of their
-            variance.
+        temperature: temperature of the softmax of student and teacher in the soft loss; a
+            regression ignores it.
+        soft_weight: weight of the loss against the teacher's outputs, 0 to 1; the loss against the
+            labels has the rest.
+        hidden_weight: weight of the error against the teacher's last hidden states, which is
+            measured as a share of their variance.
 
     Raises:
         UserError: a value is out of its range.
@@ -60,13 +60,15 @@ class TaskDistillSettings:
 
 
 def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-    """How far answers are from the teacher's: ``T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))``.
+    """Return the loss against the teacher's outputs, a scalar.
+
+    ``T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))``; for a regression, the mean squared
+    error.
 
     Args:
-        outputs: logits s, shape (B, C); or predictions of a regression, (B,), whose mean squared
-            error it then is.
-        teacher_outputs: the teacher's t, the same shape.
-        temperature: T; the factor keeps the size of the gradients.
+        outputs: logits s of the student, shape (B, C), or predictions of a regression, shape (B,).
+        teacher_outputs: outputs t of the teacher, the same shape.
+        temperature: T, above 0. The factor T^2 keeps the size of the gradients.
 
     Raises:
         ValueError: the shapes differ (they would broadcast silently).
@@ -86,15 +88,17 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
 
 
 def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-    """Error of hidden states over real tokens, as a share of the teacher's variance: ``|p - t|^2 / |t - mean t|^2``.
+    """Return the error of predicted hidden states, as a share of the teacher's variance.
+
+    ``sum_n |p_n - t_n|^2 / sum_n |t_n - mean t|^2`` over the real tokens n of the batch.
 
     Args:
-        predicted_BTH: from the student's states, shape (B, T, H).
-        teacher_BTH: the same shape.
+        predicted_BTH: p, the teacher's states as predicted from the student's, shape (B, T, H).
+        teacher_BTH: t, the teacher's states, the same shape.
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar: 0 where they are equal, 1 where the mean of the batch is predicted.
+        A float32 scalar: 0 if both are equal, 1 if the batch's mean is predicted for every token.
 
     Raises:
         ValueError: the shapes differ.
@@ -106,7 +110,7 @@ def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> 
 
 
 def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistillSettings) -> Tensor:
-    """The sum that is trained on: ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
+    """Return the loss: ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
     return (
         (1 - settings.soft_weight) * label
         + settings.soft_weight * soft
@@ -115,14 +119,18 @@ def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistill
 
 
 class TaskDistillModule(GLUEModule):
-    """A classifier in training beside a fine-tuned teacher, which answers the same rows.
+    """Lightning module that trains a classifier on labels and on a fine-tuned teacher.
 
-    Its first arguments are those of ``GLUEModule``. Logs the three parts of the loss too:
+    The teacher runs on the same rows. A linear projection, trained too, maps the student's last
+    hidden states to the teacher's width. Logs what ``GLUEModule`` logs, and the parts of the loss:
     ``train/label``, ``train/soft`` and ``train/hidden``.
 
     Args:
-        teacher: fine-tuned on the same task; no submodule, and never changed.
-        distill: what counts how much.
+        classifier: as for ``GLUEModule``.
+        task: as for ``GLUEModule``.
+        settings: as for ``GLUEModule``.
+        teacher: classifier that was fine-tuned on the same task; not a submodule, and not trained.
+        distill: weights of the parts of the loss, and temperature.
     """
 
     def __init__(
@@ -145,14 +153,14 @@ class TaskDistillModule(GLUEModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        """Let the projection begin as the best linear map, so that the classifier is not driven by a random one."""
+        """Initialise the projection by least squares: gradients through a random one would mislead."""
         self.teacher.to(self.device).eval()
         if not self.trainer.ckpt_path:
             self._begin_projection()
         super().on_fit_start()
 
     def on_fit_end(self) -> None:
-        """Leave the device to the next one."""
+        """Move the teacher to the CPU, which frees the device for the next fit."""
         self.teacher.to("cpu")
 
     def _begin_projection(self) -> None:
@@ -174,7 +182,7 @@ class TaskDistillModule(GLUEModule):
             self.projection.bias.copy_(weights[-1])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """What is trained on, of a batch."""
+        """Return the training loss of a batch, a scalar, and log its parts."""
         with torch.no_grad():
             theirs = classify(self.teacher, batch, True)
         ours = classify(self.classifier, batch, True)
@@ -197,16 +205,16 @@ def _last_state(answer: Any) -> Tensor:
 
 
 def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrainedModel:
-    """A teacher that was fine-tuned on a task, in eval mode and frozen.
+    """Load a teacher that was fine-tuned on a task, in eval mode and frozen.
 
     Args:
         source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
-        task: what it must have been fine-tuned on.
-        students: the encoders that shall learn from it; they must read text as the teacher does.
+        task: the task on which it must have been fine-tuned.
+        students: the encoders that will learn from it; their tokenizers must match the teacher's.
 
     Raises:
-        UserError: there is none, it has no trained head for this task, or it reads text in another
-            way.
+        UserError: there is no such model, it has no trained head for this task, its classes are in
+            another order, or its tokenizer does not match a student's.
     """
     found = find_teacher(source)
     config: Any = found.config
@@ -216,16 +224,16 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
     if not has_classifier(config):
         refused = f"is not fine-tuned: it has no head for {task.name!r}"
     elif config.problem_type == "multi_label_classification":
-        refused = "gives several labels at once: take a classifier of one"
+        refused = "predicts several labels at once: give a classifier that predicts one"
     elif config.num_labels != task.num_labels:
         refused = (
             f"has {config.num_labels} outputs, and {task.name!r} needs {task.num_labels}: "
-            "take one that was fine-tuned on it"
+            "give one that was fine-tuned on it"
         )
     elif order and order != sorted(order):
         refused = (
             f"has the classes {', '.join(names)}, and {task.name!r} has "
-            f"{', '.join(task.label_names)}: take one with the same order"
+            f"{', '.join(task.label_names)}: give one with the same order"
         )
     if refused:
         raise UserError(f"{source!r} {refused}.")

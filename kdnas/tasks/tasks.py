@@ -1,4 +1,4 @@
-"""Labelled tasks: the nine of GLUE in one table, and any labelled text beside them."""
+"""Labelled tasks: the nine GLUE tasks, and tasks from any labelled text."""
 
 import hashlib
 import json
@@ -28,15 +28,15 @@ class Task:
     """A task: which columns are read, what is predicted and how it is scored.
 
     Args:
-        name: GLUE's name on the hub, or the name of the file or folder.
-        columns: the one or two text columns; the target is always ``label``.
-        num_labels: number of classes; 1 is a regression.
-        metrics: keys of ``scores.METRICS``; the score is their mean, over all splits that are
+        name: the GLUE name on the hub, or the name of the file or folder.
+        columns: the one or two text columns; the label column is always ``label``.
+        num_labels: number of classes; 1 means regression.
+        metrics: keys of ``scores.METRICS``; the score is their mean over all splits that are
             scored.
-        label_names: names of the classes, where they have any.
+        label_names: names of the classes, in the order of their ids; () if they have none.
         validations: the splits that are scored.
-        positive: the class for F1.
-        original: the names of columns in GLUE's own tsv files, where they differ.
+        positive: id of the class for which F1 is computed.
+        original: maps columns to their names in GLUE's own tsv files, if these differ.
     """
 
     name: str
@@ -88,17 +88,22 @@ _TABLE = (
     Task("wnli", ("sentence1", "sentence2"), label_names=("not_entailment", "entailment")),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TABLE}
-# The only tsv file of GLUE's own without a header.
+# CoLA is the only task whose tsv files, as GLUE publishes them, have no header.
 _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
-    """For each class of a task its place among a classifier's, by name; None if one is missing."""
+    """Match the classes of a task by name to a classifier's.
+
+    Returns:
+        For each class of the task, its position in ``names``; None if a class is not found, the
+        names are not unique, or the task has none.
+    """
 
     def plain(name: str) -> str:
-        return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT is not_entailment
+        return re.sub(r"[\s_-]+", " ", name).casefold()  # NOT-ENTAILMENT equals not_entailment
 
-    for spell in (str, plain):  # exact names first, for there may be Spam and spam
+    for spell in (str, plain):  # exact names first: there may be both Spam and spam
         ours, theirs = ([spell(name) for name in side] for side in (task.label_names, names))
         are_unique = all(len(set(side)) == len(side) for side in (ours, theirs))
         if ours and set(ours) <= set(theirs) and are_unique:
@@ -107,14 +112,16 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by their order though both sides have names."""
+    """Warn that classes are matched by position, if both the task and ``source`` name theirs."""
     if task.label_names and not all(name.startswith("LABEL_") for name in names):
-        said = "The classes of %r are called %s: they are taken for %s of %r, in this order."
+        said = (
+            "The classes of %r (%s) have other names than %s of %r: they are matched by position."
+        )
         log.warning(said, source, ", ".join(names), ", ".join(task.label_names), task.name)
 
 
 def warn_of_head(task: Task, config: Any, source: str) -> None:
-    """Warn that a checkpoint's head is another task's: it is replaced, or fine-tuned further."""
+    """Warn if the head of a checkpoint is for another task: it is replaced, or fine-tuned further."""
     if not has_classifier(config):
         return
     names = class_names(config)
@@ -131,8 +138,8 @@ class LoadedTask:
 
     Args:
         task: what is predicted and how it is scored.
-        train: the training rows, as columns: ``task.columns`` and ``label``.
-        validations: the rows that are scored, likewise, for each of ``task.validations``.
+        train: the training rows: maps each of ``task.columns``, and ``label``, to a list of values.
+        validations: the rows that are scored, in the same form, for each of ``task.validations``.
     """
 
     task: Task
@@ -146,15 +153,21 @@ class LoadedTask:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all rows in their order, wherever they are loaded from."""
+        """SHA-256 of all rows in their order, independent of the format they were read from."""
         rows = json.dumps([self.train, *self.validations.values()])
         return hashlib.sha256(rows.encode()).hexdigest()
 
     def for_classifier(self, config: Any, source: str) -> "LoadedTask":
-        """The same rows, their labels numbered as the classifier ``source`` numbers its classes.
+        """Return the task with labels renumbered to the class ids of a classifier.
+
+        Classes are matched by name; if that fails and their numbers are equal, by position.
+
+        Args:
+            config: config of the classifier.
+            source: name of the classifier in messages.
 
         Raises:
-            UserError: the classifier has another number of classes, and these are not among them.
+            UserError: names do not match, and the classifier has another number of outputs.
         """
         names = class_names(config)
         order = class_order(self.task, names)
@@ -183,10 +196,13 @@ class LoadedTask:
         return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
-        """The training rows alone, with a share held out for scores, to choose settings on.
+        """Return a task to choose settings on: the training rows alone, with a share held out.
+
+        Args:
+            share: share of the distinct texts that is held out and scored.
 
         Raises:
-            UserError: there are too few rows, or a class is only among the held-out rows.
+            UserError: there are too few rows, or a class occurs only in held-out rows.
         """
         train, held_out = part(self.train, self.task.columns, share)
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
@@ -198,9 +214,15 @@ class LoadedTask:
         return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write ``<folder>/<name of the task>``, which ``load_task`` reads.
+        """Write a sample of the task to ``<folder>/<name of the task>``, for ``load_task``.
 
-        It has at most so many rows of a split (or one a class), spread evenly over the labels.
+        Args:
+            folder: where the folder of the task is made.
+            most: largest number of rows per split (raised to the number of classes if that is
+                more); rows are drawn evenly over the labels.
+
+        Returns:
+            The folder of the task.
         """
         from datasets import ClassLabel, Features, Value
 
@@ -218,19 +240,20 @@ class LoadedTask:
 
 
 def load_task(source: str) -> LoadedTask:
-    """Load a task from a folder, or one of GLUE's from the hub.
+    """Load a task from a folder, or a GLUE task from the hub.
 
     Args:
-        source: a folder with ``train`` and ``validation`` (or ``dev``) as parquet, csv or tsv files
-            (``validation_matched`` and ``validation_mismatched`` for MNLI), or a key of ``TASKS``,
-            which is loaded from the hub. A folder with such a name (``stsb`` or ``STS-B``) has
-            GLUE's columns, as on the hub or in GLUE's own tsv files. Any other has ``sentence``,
-            ``text``, or ``sentence1`` and ``sentence2``, and ``label``: see ``load_labelled``.
+        source: a key of ``TASKS``, which is loaded from the hub, or a folder with ``train`` and
+            ``validation`` (or ``dev``) as parquet, csv or tsv files (for MNLI,
+            ``validation_matched`` and ``validation_mismatched``). A folder named like a GLUE task
+            (``stsb`` or ``STS-B``) must have the columns of that task, as on the hub or in GLUE's
+            own tsv files. Any other folder must have ``sentence``, ``text``, or ``sentence1`` and
+            ``sentence2``, and ``label`` (see ``load_labelled``).
 
     Raises:
         HubAway: the hub does not answer.
         UserError: there is no such task; a file or column is missing, unreadable or empty; or a
-            text or a label is not what the task needs.
+            text or label has the wrong type.
     """
     if not os.path.isdir(source):  # Path("") would be the current folder
         if os.path.isfile(source):
@@ -242,7 +265,7 @@ def load_task(source: str) -> LoadedTask:
             )
         if source not in TASKS:
             hint = nearest(source, TASKS, True)
-            raise UserError(f"The task {source!r} is no folder, and no task of GLUE.{hint}")
+            raise UserError(f"The task {source!r} is neither a folder nor a GLUE task.{hint}")
         return _loaded(TASKS[source], *_download(TASKS[source]), source)
 
     folder = Path(source).resolve()
@@ -263,21 +286,21 @@ def load_labelled(
 ) -> LoadedTask:
     """Load any labelled text as a task.
 
-    Labels that are fractional numbers make a regression, scored like STS-B. Whole numbers and text
-    make a classification, scored by its accuracy, with the classes of the training rows. Text and a
-    ``ClassLabel`` of the library ``datasets`` give the classes names.
+    A label column of floating-point numbers makes a regression, scored like STS-B. Whole numbers or
+    text make a classification, scored by accuracy, with the classes of the training rows. Text
+    labels, or a ``ClassLabel`` of the library ``datasets``, give the classes their names.
 
     Args:
-        data: a parquet, csv or tsv file, of which a share is held out and scored (equal texts stay
-            together), or a folder with ``train`` and ``validation`` (or ``dev``) as such files.
-        text_columns: the one column of text, or the two of pairs.
+        data: a folder with ``train`` and ``validation`` (or ``dev``) as parquet, csv or tsv files,
+            or one such file, of which a share is held out and scored (equal texts stay together).
+        text_columns: the text column, or the two columns of a pair.
         label_column: the column of labels.
-        held_out: share of the rows of a single file.
+        held_out: share of a single file's distinct texts that is held out.
 
     Raises:
-        UserError: there is no such file or column; a split is empty; a text is no string; a label
-            is neither text nor a finite number, or no training row has it; or there is only one
-            class.
+        UserError: there is no such file or column; a split is empty; a text is not a string; a
+            label is neither text nor a finite number, or does not occur in the training rows; or
+            there is only one class.
     """
     if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
@@ -294,7 +317,7 @@ def load_labelled(
         name = path.resolve().name
         files = [find_file(path, "train"), find_file(path, "validation", "dev")]
     else:
-        name = path.stem.strip(".") or "data"  # the name of a folder
+        name = path.stem.strip(".") or "data"  # it must be able to name a folder
         files = [path]
     tables = [read_table(file, text_columns) for file in files]
 
@@ -317,7 +340,7 @@ def load_labelled(
 
 
 def _class_names(table: pa.Table, column: str) -> list[str]:
-    """The names of a ``ClassLabel`` of ``datasets``, in order; none of another column."""
+    """Return the class names of a ``datasets.ClassLabel`` column, in order; [] for other columns."""
     if b"huggingface" not in (table.schema.metadata or {}):
         return []
     from datasets import ClassLabel, Features
@@ -329,7 +352,10 @@ def _class_names(table: pa.Table, column: str) -> list[str]:
 def _number_classes(
     task: Task, train: Columns, validation: Columns, source: str, order: Sequence[str]
 ) -> Task:
-    """Number the labels in place, by ``order`` where they are in it; the task with its classes."""
+    """Replace labels by class ids, in place, and return the task with its classes.
+
+    Ids follow ``order``, class names; numbers come before text, and labels not in ``order`` last.
+    """
     place = {name: number for number, name in enumerate(order)}
     classes = sorted(
         set(train["label"]),
@@ -352,7 +378,7 @@ def _number_classes(
 def _loaded(
     task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str
 ) -> LoadedTask:
-    """One of GLUE's tasks from its tables."""
+    """Check the tables of a GLUE task, and return the task with their rows."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
         names = {name: name for name in (*task.columns, "label")}
@@ -402,7 +428,7 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
 
 
 def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
-    """The columns of a table, checked; ``names`` maps our names to the table's."""
+    """Check the columns of a table and return them; ``names`` maps our names to the table's."""
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:
         there = ", ".join(table.column_names)
@@ -417,7 +443,7 @@ def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) 
     if task.num_labels == 0 and (class_names := _class_names(table, names["label"])):
         named = dict(enumerate(class_names))
         columns["label"] = [named.get(label, label) for label in columns["label"]]
-    if task.label_names:  # GLUE's own files name the classes
+    if task.label_names:  # labels in GLUE's own files are class names
         ids: dict[Any, int] = {name: number for number, name in enumerate(task.label_names)}
         columns["label"] = [
             ids[label] if isinstance(label, str) and label in ids else label
@@ -454,5 +480,5 @@ def _refuse_unseen(train: Columns, validation: Columns, source: str) -> None:
     if unknown:
         raise UserError(
             f"The validation rows of {source!r} have the label {unknown[0]!r}, which no training "
-            "row has: give some, or leave it out."
+            "row has: add training rows with it, or leave these rows out."
         )

@@ -88,8 +88,8 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
         ("--trainer.accelerator=abacus", "invalid accelerator name: `accelerator='abacus'`"),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0: give at least 1"),
         ("--trainer.val_check_interval=1000", "`val_check_interval` (1000) must be less than"),
-        ("--optimizer=Adam", "It would replace the recipe's optimizer and all its rates"),
-        ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer and all its rates"),
+        ("--optimizer=Adam", "It would replace the recipe's optimizer: set the recipe's"),
+        ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer: set the recipe's"),
         ("--data.text=nowhere.txt", "'nowhere.txt'"),
         ("--trainer.overfit_batches=7", "overfit_batches is 7: give --trainer.limit_train_batches"),
     ],
@@ -106,7 +106,7 @@ def test_an_untrained_student_is_not_measured(
     command: str, fit_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([command, "--config", str(fit_config)], capsys)
-    assert "ckpt_path is missing" in error and "give that of a fit" in error
+    assert "ckpt_path is missing" in error and "give the checkpoint of a fit" in error
 
 
 def test_the_data_of_a_fit_is_named_as_in_a_search_and_a_fit_that_never_validates_says_so(
@@ -339,7 +339,8 @@ def test_a_fit_that_slurm_queues_again_goes_through_and_another_in_its_job_repla
     student = (saved.parent / "encoder" / "model.safetensors").read_bytes()
     error = refused([*fit, "--model.arch.hidden_size=32"], capsys)
     assert (
-        "version_4711/config.yaml' is of a fit with another model.arch.hidden_size: give" in error
+        "version_4711/config.yaml' belongs to a fit with another model.arch.hidden_size: give"
+        in error
     )
     assert (
         saved.parent / "encoder" / "model.safetensors"

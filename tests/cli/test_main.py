@@ -174,7 +174,7 @@ def test_help_of_a_command_teaches_units_and_defaults(
         "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)"
         in shown
     )
-    assert "disk budget for one of them, in GB" in shown
+    assert "largest size of a cache, in GB" in shown
 
 
 def test_every_config_is_parsed_from_any_folder(
@@ -509,7 +509,7 @@ def test_force_new_takes_the_next_free_name(
     monkeypatch.setattr("kdnas.commands.run.search", stopped)
     for taken in ("kdnas", "kdnas-2", "kdnas-3"):
         assert main([*search, "--force-new"]) == 130
-        told = f"the same command goes on from here, with --name {taken} for --force-new."
+        told = f"run the same command again to resume, with --name {taken} in place of --force-new."
         assert told in capsys.readouterr().err
         (tmp_path / "logs" / taken).mkdir(parents=True)
     assert main(search) == 130
@@ -527,7 +527,7 @@ def test_force_new_counts_where_nothing_is_begun_too(
     )
     (tmp_path / "mine").mkdir()
     assert main(["run", *KNOWN, f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
-    assert names == ["mine-2"] and "Begun anew" not in caplog.text
+    assert names == ["mine-2"] and "Started anew" not in caplog.text
 
 
 def test_under_torchrun_a_search_is_refused(
@@ -707,7 +707,7 @@ def test_a_signal_stops_a_search_in_one_line_and_its_trial_goes_on_under_its_num
     (os.killpg if to_group else os.kill)(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert error.endswith("\nkdnas: interrupted; the same command goes on from here.\n")
+    assert error.endswith("\nkdnas: interrupted; run the same command again to resume.\n")
     assert "Traceback" not in error
     assert psutil.wait_procs(children, timeout=60)[1] == []
     (trial,) = read_study(run / "study.db", "kdnas").trials

@@ -296,7 +296,7 @@ def test_any_labelled_text_has_the_same_table(command, tmp_path, capsys, columns
             [f"LABEL_{i}" for i in range(8)],
             "has a head of another task (outputs: 8; 'rte' needs 2): it is replaced.",
         ),
-        (["negative", "positive"], "are called negative, positive: they are taken for"),
+        (["negative", "positive"], "(negative, positive) have other names than "),
         (["entailment", "not_entailment"], ""),
         (["LABEL_0", "LABEL_1"], ""),
     ],

@@ -285,7 +285,7 @@ def test_what_a_stage_has_done_before_ctrl_c_is_not_done_again(
         with monkeypatch.context() as patch:
             patch.setattr(f"kdnas.commands.run.{last_call}", interrupt)
             assert main(command) == 130
-        assert "the same command goes on from here" in capsys.readouterr().err
+        assert "run the same command again to resume" in capsys.readouterr().err
         assert not (run / "manifest.json").exists()
     results = {path: path.stat().st_mtime_ns for path in run.rglob("result.json")}
     assert len(results) >= 2 + 1 + 5 + 1
@@ -753,7 +753,7 @@ def test_a_run_has_a_grid_and_the_help_of_the_teacher_that_it_has_fine_tuned(
     cut = json.loads((glue / "layer_cut" / "model" / "config.json").read_text())
     assert (cut["num_hidden_layers"], cut["hidden_size"]) == (2, 64), "the most within the budget"
     report = " ".join((glue.parent / "report.html").read_text().split())
-    assert "The fine-tuned teacher helped the student." in report
+    assert "The student learned from the fine-tuned teacher too." in report
 
 
 def test_rows_of_a_task_that_changed_are_noticed(

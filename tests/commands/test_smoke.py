@@ -68,7 +68,7 @@ def test_a_smoke_run_goes_through_every_stage_and_leaves_nothing(
     assert stages == ["reading", "search", "full KD", "fine-tuning", "export", "report", "in all"]
     last = shown.splitlines()[-1]
     assert (
-        last.startswith("Start the real one with:  kdnas run --teacher=") and "secret" not in last
+        last.startswith("Start the real run with:  kdnas run --teacher=") and "secret" not in last
     )
     assert "--smoke" not in last
 
@@ -91,7 +91,7 @@ def test_a_smoke_run_that_fails_keeps_what_it_made_and_one_that_is_stopped_does_
         monkeypatch.setattr(smoke, "run_stages", fail)
         assert main([*command, "--smoke"]) == code
         shown = capsys.readouterr()
-        assert "goes on from here" not in shown.err, "it begins anew"
+        assert "again to resume" not in shown.err, "it begins anew"
         kept = set(tmp_path.iterdir()) - before
         assert [path.name in shown.out.replace("\n", "") for path in kept] == [True] * (code == 3)
         before |= kept

@@ -406,9 +406,9 @@ def tag_tokens(source: Path) -> None:
     ("spoil", "reason"),
     [
         (tag_tokens, "the head of BertForTokenClassification would be lost"),
-        (give_several_labels, "it gives several labels at once: give a classifier of one"),
+        (give_several_labels, "it predicts several labels at once: give a classifier that"),
         (remove_tokenizer, "has no tokenizer"),
-        (give_other_inputs, "its tokenizer gives 'bbox', which no encoder here reads"),
+        (give_other_inputs, "its tokenizer returns 'bbox', which is not supported"),
         (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
         (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
         (shutil.rmtree, "."),

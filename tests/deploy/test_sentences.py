@@ -151,7 +151,7 @@ def test_a_teacher_that_names_a_class_of_another_package_is_refused_not_imported
     modules = json.loads((teacher / "modules.json").read_text())
     modules[2]["type"] = "this.s"  # the standard library's module that prints when it is imported
     (teacher / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="is no sentence encoder that can be read"):
+    with pytest.raises(UserError, match="is not a sentence encoder that can be loaded"):
         add_sentence_files(*parts)
     assert "this" not in sys.modules
 
@@ -163,7 +163,7 @@ def test_a_teacher_that_pools_in_another_way_is_refused(parts, teacher: Path) ->
         "pooling_mode_max_tokens": True,
     }
     (teacher / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    with pytest.raises(UserError, match="pools by 'max': mean and cls can be exported"):
+    with pytest.raises(UserError, match="pools by 'max': only mean and cls can be exported"):
         add_sentence_files(*parts)
 
 
@@ -199,7 +199,10 @@ def test_what_is_missing_is_named_before_anything_is_computed(
             tmp_path / "colours" / f"{name}.parquet",
         )
     assert main([*command, f"--task={tmp_path / 'colours'}"]) == 2
-    assert "The task 'colours' has no pairs with a number" in capsys.readouterr().err
+    assert (
+        "The task 'colours' has no pairs of sentences with a number as label"
+        in capsys.readouterr().err
+    )
     there = importlib.util.find_spec
     absent = "sentence_transformers"
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else there(n))

@@ -304,7 +304,7 @@ def test_the_leaders_of_each_episode_are_told_and_what_a_controller_predicted(tm
         ["3", "trial 3: 0.7000", "trial 4: 0.5500", "trial 3: 0.7000"],
     ]
     assert "predicted 0.6500" in html
-    assert "controller expected" not in write_report(run, every_kind()).read_text()
+    assert "controller predicted" not in write_report(run, every_kind()).read_text()
 
 
 def test_the_headline_is_computed_from_the_final_figures(html):
@@ -386,7 +386,7 @@ def test_a_trial_that_was_measured_on_a_busy_machine_is_marked():
 @pytest.mark.parametrize(
     ("student", "said"),
     [
-        ({"score": 0.6}, "A random start of its shape scores as high"),
+        ({"score": 0.6}, "A random start of the same shape scores as high"),
         ({"latency_iqr_ms": 0.5}, "The machine is busy"),
         ({"score": 0.7}, "The student does not beat the layer cut, which took"),
         ({"score": 0.5}, "The student does not beat the static vectors and the layer cut,"),
@@ -446,7 +446,7 @@ def test_what_was_asked_is_said(tmp_path):
     assert f"Distil it on all rows, export it kdnas run --config {run.config}" in text
     assert f"tensorboard --logdir {run.folder}" in text
     assert "n_trials: 3" in text
-    assert "But for the date, of the machine that wrote this page. search ended" in text
+    assert "what machine and software wrote this page. search ended" in text
     assert re.search(
         r"processor \S.* Python 3\.\d+\.\d+ kdnas \S+ torch \d\S* transformers \d\S* optuna \d\S*",
         text,

@@ -77,7 +77,7 @@ def test_verify_finds_every_change_and_names_it(damage, faults, run, capsys):
     shown = capsys.readouterr()
     assert shown.out.splitlines() == faults
     assert (
-        shown.err.startswith(f"kdnas: {str(run.folder)!r} is not as it was made")
+        shown.err.startswith(f"kdnas: {str(run.folder)!r} does not match its manifest")
         and shown.err.count("\n") == 1
     )
 
@@ -113,7 +113,7 @@ def test_a_whole_run_is_told_by_name_and_by_folder(run, capsys):
     for place in (["a", f"--root={run.root}"], [str(run.folder)]):
         assert main(["verify", *place]) == 0
         assert capsys.readouterr().out.startswith(
-            f"2 files of {str(run.folder)!r} are as they were made.\n"
+            f"2 files of {str(run.folder)!r} match its manifest.\n"
         )
 
 

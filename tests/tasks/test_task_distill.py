@@ -216,7 +216,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     model.config.problem_type = "multi_label_classification"
     model.save_pretrained(names)
     with pytest.raises(
-        UserError, match="names' gives several labels at once: take a classifier of one"
+        UserError, match="names' predicts several labels at once: give a classifier that"
     ):
         load_task_teacher(str(names), rte, STUDENT)
     other = make_tokenizer()
@@ -238,7 +238,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         (["LABEL_0", "LABEL_1"], ""),
         (
             ["yes", "no"],
-            "are called yes, no: they are taken for entailment, not_entailment of 'rte', in this order",
+            "(yes, no) have other names than entailment, not_entailment of 'rte': they are matched",
         ),
     ],
 )

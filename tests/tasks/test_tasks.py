@@ -183,7 +183,7 @@ def test_a_task_that_is_not_in_the_cache_is_told_with_a_remedy():
 def test_what_is_neither_folder_nor_task_is_refused_with_the_nearest_name(source):
     with pytest.raises(
         UserError,
-        match=rf"task '{source}' is no folder.*(Did you mean 'stsb'|Choose from: cola, mnli)",
+        match=rf"task '{source}' is neither a folder.*(Did you mean 'stsb'|Choose from: cola, mnli)",
     ):
         load_task(source)
 
@@ -205,7 +205,7 @@ def test_a_missing_file_is_refused(tmp_path, split):
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     (write_task(tmp_path / "some") / "train.parquet").write_text("sentence,label\n")
-    with pytest.raises(UserError, match=r"some/train.parquet' is no parquet file"):
+    with pytest.raises(UserError, match=r"some/train.parquet' is not a readable parquet file"):
         load_task(str(tmp_path / "some"))
 
 
@@ -427,7 +427,7 @@ def test_no_data_another_format_a_broken_file_and_an_empty_split_are_refused(tmp
         ("latin.csv", b"review,stars\n\xe4,1\n"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}' is no csv file that can be read"):
+        with pytest.raises(UserError, match=f"{name}' is not a readable csv file"):
             load_labelled(str(tmp_path / name), ["review"], "stars")
     write_table(tmp_path / "train.csv", review=["a", "b"], stars=[1, 2])
     (tmp_path / "validation.csv").write_text("review,stars\n")
