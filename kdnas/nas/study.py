@@ -198,8 +198,13 @@ def _is_of_disk(error: BaseException) -> bool:
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether the study agrees with all results, and has no finished trial without a result."""
-    return _lacks(study, results) is None and not any(
+    """Whether the study agrees with all results, and is of no other search."""
+    return _is_of(study, results) and _lacks(study, results) is None
+
+
+def _is_of(study: Study, results: Mapping[int, Outcome]) -> bool:
+    """Whether the study maximises, and has no finished trial without a result."""
+    return study.direction == StudyDirection.MAXIMIZE and not any(
         trial.state.is_finished() and trial.params and trial.number not in results
         for trial in study.get_trials(deepcopy=False)
     )
@@ -240,11 +245,9 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
     """Refuse to replace somebody else's study of the same name in a shared database.
 
     Raises:
-        UserError: the study has finished trials that are not this run's.
+        UserError: the study minimises, or has finished trials that are not this run's.
     """
-    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    ours = all(trial.number in results or not trial.params for trial in finished)
-    if not isinstance(storage, Path) and not ours:
+    if not isinstance(storage, Path) and not _is_of(study, results):
         raise UserError(
             f"The database {without_password(storage)!r} holds another study "
             f"{study.study_name!r}: give another --name or --storage."

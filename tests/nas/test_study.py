@@ -183,6 +183,11 @@ def test_a_study_on_a_server_is_made_again_there_and_others_of_it_are_left_alone
     with pytest.raises(UserError, match="server.db' holds another study 'run'"):
         fake.open()
 
+    optuna.delete_study(storage=url, study_name="run")
+    optuna.create_study(storage=url, study_name="run", direction="minimize")
+    with pytest.raises(UserError, match="server.db' holds another study 'run'"):
+        fake.open()
+
 
 # Waiting
 
