@@ -393,7 +393,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ),
         ("--pruner=medium", "There is no pruner 'medium'"),
         ("--workers=-1", "workers is -1"),
-        ("--candidate_timeout=5", "candidate_timeout ends a process of this machine"),
+        ("--candidate_timeout=5", "candidate_timeout works by killing a worker process"),
         ("--time-budget=0", "time_budget is 0"),
         (
             "--space.hidden_size=[128]",
