@@ -799,7 +799,7 @@ def test_what_changes_no_result_may_change_before_its_stage(
     (run / "student").rename(tmp_path / "student")  # as if fine-tuning had not ended
     (run / "glue").mkdir()
     assert main([*changed, "--finetune.learning_rate=1e-5"]) == 2
-    told = f"go back to them, or delete '{run}/glue', and fine-tuning begins anew"
+    told = f"go back to them, or delete '{run}/glue' to fine-tune again"
     assert told in capsys.readouterr().err
     (run / "glue").rmdir()
     (tmp_path / "student").rename(run / "student")
