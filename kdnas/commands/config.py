@@ -439,8 +439,8 @@ class ExportConfig:
             file, or a folder.
         text_column: text column of ``data`` (two for pairs); without ``data``, that of ``text``.
         label_column: label column of ``data``.
-        text: text without labels on which graphs are compared if there is no task, and sentence
-            vectors always. For a run, its own text by default.
+        text: text without labels, to compare graphs if there is no task, and to compare sentence
+            vectors. For a run, its own text by default.
         length: number of tokens at which texts are cut; by default, as many as the student takes.
         license: license on the model card, by the hub's identifier, such as apache-2.0.
         hub_repo: hub repository to which the folder is pushed afterwards; a new one is private.
