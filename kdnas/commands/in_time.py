@@ -164,8 +164,8 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
     """Return what a search or a run will need, for ``--dry-run``.
 
     Returns:
-        The choice (None for a search, and for a run that ``in_time`` would not measure), and the
-        plan with it.
+        The choice, and the plan with it. The choice is None for a search, without a time budget,
+        with an executor, and for a run that was started without a choice.
     """
     choice = None
     if isinstance(config, RunConfig):
