@@ -574,7 +574,7 @@ def _show(results: dict[str, Any], run: Run, console: Console) -> None:
     for name, row in models.items():
         if row.get("gap_closed") is not None:
             show(
-                f"The teacher's help closes {row['gap_closed']:.0%} of the gap to the first: {name}."
+                f"The teacher's help closes {row['gap_closed']:.0%} of the gap to the first model: {name}."
             )
     busy = [
         name

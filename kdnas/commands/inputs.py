@@ -197,7 +197,7 @@ class RunContext:
 
 
 def states_folder(config: SearchConfig) -> Path:
-    """Return the folder of the teacher's states: ``states.folder``, or a folder beside all runs."""
+    """Return the folder of the teacher's states: ``states.folder``, or one beside the runs."""
     return Path(config.states.folder or Run(config.root, config.name).states)
 
 

@@ -71,9 +71,8 @@ def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
         hint = nearest(run.name, there) if there else " It holds no run: give another --root."
         raise UserError(f"There is no run {run.name!r} in {str(run.root)!r}.{hint}")
     config = read_yaml(run.config)
-    known = config.get(
-        "storage"
-    )  # for several runs, --storage is only for those that have a database
+    # Among several runs, --storage is only for those that have a database.
+    known = config.get("storage")
     asked = storage if known or is_only else None
     where, name = asked or known or run.study_db, str(config.get("name", run.name))
     return read_study(where, name, results_in(run.folder))

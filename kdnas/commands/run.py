@@ -232,9 +232,8 @@ def run_stages(
         end = time.monotonic() + 60 * (choice.minutes - choice.after_search)
     with _opened(config, console, seconds, choice) as context:
         run = context.run
-        run.manifest.unlink(
-            missing_ok=True
-        )  # of a search alone, or from before a stage was deleted
+        # It is of the search alone, or from before a stage's files were deleted.
+        run.manifest.unlink(missing_ok=True)
         with _timed(seconds, "search"):
             best = search_stage(context, end)
         with _timed(seconds, "full KD"):
@@ -312,7 +311,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
     open_states(context, "mini")  # before the live display: computing them shows a bar of its own
     if end is None:
         end = time.monotonic() + 60 * (config.time_budget or math.inf)
-    # By rule, the deepest shape comes first; without a budget nothing refuses one that is too slow.
+    # By rule the deepest shape comes first; without a budget nothing refuses one that is too slow.
     first = context.inputs.space.by_rule() if settings.budget != Budget() else ()
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
@@ -347,7 +346,7 @@ class SearchDisplay:
         self.study: Study  # set whenever the study is opened
         self._bar = progress.add_task("search", total=context.config.search.n_trials)
         self._told_busy = False
-        self._num_trained: int | None = None  # when the best ones were last shown
+        self._num_trained: int | None = None  # as the best ones were last shown
 
     def show(self, trial: FrozenTrial) -> None:
         """Show a trial that has ended."""
@@ -478,7 +477,7 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
 
 
 class Role(Contender):
-    """A model in a run's table; the run has one task, so the folder's name needs none."""
+    """A model in a run's table; the run has one task, so its folder is named by its role."""
 
     def folder(self, task: LoadedTask) -> str:
         return self.key
