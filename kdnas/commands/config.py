@@ -1,4 +1,4 @@
-"""What a search or a run is asked for: the settings of every part, under the names that YAML and options use."""
+"""Configs of the commands: each field is an option of the command line and a key in its YAML."""
 
 import dataclasses
 import itertools
@@ -22,14 +22,14 @@ from kdnas.training.trainer import TrainerSettings, class_path
 
 @dataclass(frozen=True)
 class SpaceSettings:
-    """Other values for some fields of the search space; null leaves what was derived from the teacher.
+    """Choices for the fields of the search space; null: the choices derived from the teacher.
 
     Args:
-        num_hidden_layers: layers.
-        num_attention_heads: heads a layer; each must divide every width.
+        num_hidden_layers: numbers of layers.
+        num_attention_heads: numbers of attention heads in a layer; each must divide every width.
         hidden_size: widths.
-        intermediate_size: widths of the feed-forward part.
-        hidden_act: activations, by transformers' names.
+        intermediate_size: widths between the two linear maps of the feed-forward part.
+        hidden_act: activations, by their names in transformers (``gelu``, ...).
     """
 
     num_hidden_layers: list[int] | None = None
@@ -41,18 +41,19 @@ class SpaceSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How many candidates, how long each, and what makes a good one.
+    """How many candidates are trained, how long, and how they are ranked.
 
     Args:
-        n_trials: distinct candidates to train in all; those that the pruner ends count.
-        num_epochs: of each candidate's mini-KD.
-        budget: hard limits that a student must keep.
-        alpha: exponent of the reward's latency factor; 0 ranks by loss alone, -0.06 gives half the
-            latency 4 %.
-        beta: latency, as a share of the teacher's, where that factor is 1; it cannot change a
-            ranking.
-        loss: of the reward: ``held_out``, after the last epoch; or ``train``, the mean of the last
-            epoch's training losses (the original).
+        n_trials: number of distinct candidates to train, counted over all starts of the search.
+            Candidates that the pruner stops count; those that are refused or fail do not.
+        num_epochs: epochs of each candidate's short distillation (mini-KD).
+        budget: hard limits; a student that breaks one is refused.
+        alpha: exponent of the latency factor in the reward, at most 0. 0 ranks by loss alone; with
+            -0.06, half the latency raises the reward by 4 %.
+        beta: latency, as a share of the teacher's, at which the latency factor is 1; it does not
+            change the ranking.
+        loss: the loss in the reward: ``held_out`` (on held-out rows, after the last epoch) or
+            ``train`` (the mean training loss of the last epoch, as in the original).
 
     Raises:
         UserError: a value is out of its range.
@@ -77,8 +78,9 @@ class SearchLatencySettings(LatencySettings):
     """How the latency of candidates is measured, and when.
 
     Args:
-        when: ``before_fit``, or ``after_fit``, in a callback; null: before where there is a budget,
-            for a student beyond it must cost nothing.
+        when: ``before_fit`` (before training) or ``after_fit`` (after training, in a callback).
+            null: before training if there is a budget, so that no time is spent on a student that
+            breaks it; otherwise after training.
     """
 
     when: Literal["before_fit", "after_fit"] | None = None
@@ -86,13 +88,13 @@ class SearchLatencySettings(LatencySettings):
 
 @dataclass(frozen=True)
 class FullKDSettings:
-    """The last distillation, of the best student on all training rows.
+    """Full KD: the distillation of the best student on all training rows.
 
     Args:
-        num_epochs: passes over the rows; 0, as ``full_kd: null``: none, and the candidate's own
+        num_epochs: passes over the rows. 0, or ``full_kd: null``: no full KD; the candidate's own
             weights are fine-tuned and exported.
-        from_candidate: go on from the weights and the optimizer's state of the search's candidate;
-            else begin again from the teacher.
+        from_candidate: continue from the candidate's weights and optimizer state; if false, start
+            again from the teacher.
     """
 
     num_epochs: int = 4
@@ -100,47 +102,50 @@ class FullKDSettings:
 
     def __post_init__(self) -> None:
         if self.num_epochs < 0:
-            raise UserError(f"full_kd.num_epochs is {self.num_epochs}: give at least 0 (0: none).")
+            raise UserError(
+                f"full_kd.num_epochs is {self.num_epochs}: give at least 0 (0: no full KD)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """What ``kdnas search`` is asked for.
+    """Options of ``kdnas search``.
 
     Args:
-        teacher: a folder, a name on the Hugging Face hub, or ``quickstart`` (all-MiniLM-L6-v2 from
-            the package index).
-        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, or ``quickstart``
-            (prose of the installed packages).
-        name: of the run; the same name again goes on where it was stopped.
-        root: the folder of all runs.
-        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or any
-            Optuna sampler by class path, with its init_args.
-        pruner: what ends candidates early, by their held-out loss after each epoch: none, median,
-            hyperband, or any Optuna pruner by class path, with its init_args.
-        workers: processes that train candidates, and later fine-tune models, at the same time on
-            this machine, each with its share of the cores and one GPU; null: one for each GPU, or
-            for each core, four at most; 0: all in this process, one at a time. Latency is measured
-            while the others hold still.
-        executor: where candidates train instead: ``dask://HOST:PORT`` of a Dask scheduler, whose
-            workers, on any machine, were started in this folder.
-        storage: SQLAlchemy URL of the study's database, to watch it from elsewhere; a file in the
-            run's folder by default.
-        candidate_timeout: minutes that a candidate may take; one that hangs is ended. null: no
-            limit.
-        time_budget: minutes of wall clock for the search; no candidate is begun later. null: no
-            limit.
-        seed: of the split, the search and the weights.
-        space: what students may be proposed; ``kdnas space`` shows it.
+        teacher: the teacher: a folder, a name on the Hugging Face hub, or ``quickstart``
+            (all-MiniLM-L6-v2 from the package index).
+        text: the training text: a parquet, jsonl, csv or txt file, a folder of such files, a data
+            set on the hub, or ``quickstart`` (prose from the installed packages).
+        name: name of the run and of its folder; if the run was stopped, the same name resumes it.
+        root: folder of all runs.
+        sampler: what proposes candidates: tpe, lstm, lstm-original, random, gp, nsgaii, or the
+            class path of any Optuna sampler, with its init_args.
+        pruner: what stops candidates early, by their held-out loss after each epoch: none, median,
+            hyperband, or the class path of any Optuna pruner, with its init_args.
+        workers: number of processes that train candidates, and later fine-tune models, in parallel
+            on this machine; each has its share of the cores and one GPU. null: one for each GPU or,
+            without a GPU, one for each core, at most four. 0: this process does everything, one job
+            at a time. While one process measures latency, the others pause.
+        executor: use a Dask cluster instead of processes on this machine: ``dask://HOST:PORT`` of
+            its scheduler. Its workers, on any machine, must have been started in this folder.
+        storage: SQLAlchemy URL of the study's database, to watch the study from elsewhere. null: an
+            SQLite file in the run's folder.
+        candidate_timeout: minutes that a candidate may take; one that takes longer is killed and
+            counts as failed. null: no limit.
+        time_budget: minutes of wall-clock time for the search; after that no candidate is started,
+            and running ones are finished. null: no limit.
+        seed: seed of the split, the search and the weights.
+        space: which students may be proposed; ``kdnas space`` shows them.
         data: how text becomes batches; its seed is ``seed``.
         recipe: how students are distilled.
-        search: how many candidates, and the budget.
+        search: how many candidates are trained, and how they are ranked.
         latency: how latency is measured.
-        states: where the teacher's states are kept.
+        states: where the teacher's hidden states are stored.
         trainer: device, precision, logger and callbacks.
 
     Raises:
-        UserError: a value is out of its range, or a part has another seed.
+        UserError: a value is out of its range, two options contradict each other, or a part has a
+            seed of its own.
     """
 
     teacher: str
@@ -164,15 +169,15 @@ class SearchConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.latency, SearchLatencySettings):  # from Python
+        if not isinstance(self.latency, SearchLatencySettings):  # plain settings, given from Python
             latency = SearchLatencySettings(**vars(self.latency))
             object.__setattr__(self, "latency", latency)
         if self.latency.when == "after_fit" and self.measures_first:
             raise UserError(
-                "latency.when is after_fit, but with a budget latency is measured before: leave one "
-                "of them out."
+                "latency.when is after_fit, but with a budget latency is measured before the fit: "
+                "leave out latency.when or the budget."
             )
-        for name in ("data", "finetune"):  # a run's; a search has none
+        for name in ("data", "finetune"):  # only a run has finetune
             part = getattr(self, name, None)
             if part and part.seed not in (type(part).seed, self.seed):
                 raise UserError(
@@ -182,8 +187,8 @@ class SearchConfig:
             raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")
         if self.candidate_timeout is not None and (self.workers == 0 or self.executor):
             raise UserError(
-                "candidate_timeout ends a process of this machine: give --workers 1 or more, and "
-                "no --executor."
+                "candidate_timeout works by killing a worker process of this machine: give "
+                "--workers 1 or more, and no --executor."
             )
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
@@ -191,21 +196,21 @@ class SearchConfig:
 
     @property
     def num_workers(self) -> int:
-        """``workers``, or what null stands for on this machine."""
+        """Number of processes: ``workers``, or this machine's default if that is None."""
         return usual_slots(self.trainer.accelerator) if self.workers is None else self.workers
 
     @property
     def measures_first(self) -> bool:
-        """Whether latency is measured before a candidate is trained, or after."""
+        """Whether latency is measured before a candidate is trained (else after)."""
         return self.search.budget != Budget() or self.latency.when == "before_fit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceConfig(SearchConfig):
-    """What ``kdnas space`` is asked for: a search, of which the teacher is enough.
+    """Options of ``kdnas space``: those of a search, of which only the teacher is required.
 
     Args:
-        text: not read; a search's YAML has it.
+        text: not read; it may be given because the YAML of a search has it.
     """
 
     text: str = ""
@@ -213,16 +218,18 @@ class SpaceConfig(SearchConfig):
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of fine-tuning to choose from, on a part of the training rows, with the first seed.
+    """Batch sizes and learning rates for fine-tuning; each model gets its best combination.
+
+    Combinations are compared with the first seed, and scored on a share of the training rows.
 
     Args:
-        batch_sizes: rows a step.
-        learning_rates: AdamW's peaks.
-        held_out: share of the training rows that a combination is scored on; those that are
-            reported stay unseen.
+        batch_sizes: numbers of rows in a step.
+        learning_rates: AdamW's peak learning rates.
+        held_out: share of the training rows that is held out to score combinations, above 0 and
+            below 1; the rows of the reported scores stay unseen.
 
     Raises:
-        UserError: a list is empty, or the share leaves nothing.
+        UserError: a list is empty, or a value is out of its range.
     """
 
     batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
@@ -232,7 +239,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "learning_rates"):
             if not getattr(self, name):
-                raise UserError(f"grid.{name} is {getattr(self, name)}: give one value at least.")
+                raise UserError(f"grid.{name} is {getattr(self, name)}: give at least one value.")
         if not 0 < self.held_out < 1:
             raise UserError(
                 f"grid.held_out is {self.held_out}: give a share above 0 and below 1, such as 0.1."
@@ -243,24 +250,25 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(SearchConfig):
-    """What ``kdnas run`` is asked for: a search, and what follows it.
+    """Options of ``kdnas run``: those of a search, and of the stages after it.
 
     Args:
         task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in
-            GLUE's layout, a GLUE name for the hub (``stsb``), or ``quickstart``. Without one, the
-            encoder is exported.
-        trial: the number of another candidate of this finished search, to take to the end: full KD,
-            fine-tuning, export and report become the run ``<name>-trial-<number>``.
-        task_distill: fine-tune the student with the help of the teacher that this run has
-            fine-tuned.
-        full_kd: the last distillation.
+            GLUE's layout, the name of a GLUE task on the hub (``stsb``), or ``quickstart``. Without
+            a task, the encoder is exported.
+        trial: number of another candidate that this search has trained, to use instead of the best
+            one: full KD, fine-tuning, export and report become the run ``<name>-trial-<number>``.
+        task_distill: while the student is fine-tuned, let it also learn from the teacher that this
+            run has fine-tuned.
+        full_kd: the distillation of the best student on all rows.
         grid: choose batch size and learning rate for each model first; ``--grid`` alone takes the
-            defaults.
+            default choices.
         finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
-        distill: what the teacher's help is.
-        time_budget: minutes of wall clock for the whole run. It first measures for some minutes
-            what it needs. If that is more, it lowers epochs of full KD, rows and candidates where
-            they are at their defaults, and last the epochs of fine-tuning. null: no limit.
+        distill: how the student learns from the fine-tuned teacher.
+        time_budget: minutes of wall-clock time for the whole run. The run first measures for some
+            minutes how long it will take. If that is too long, it lowers the epochs of full KD, the
+            rows and the candidates, and last the epochs of fine-tuning; it lowers only values that
+            are at their defaults. null: no limit.
     """
 
     time_budget: float | None = 120.0
@@ -274,9 +282,10 @@ class RunConfig(SearchConfig):
 
     @property
     def num_devices(self) -> int:
-        """What shares full KD: ``trainer.devices``, or all GPUs of this machine.
+        """Number of devices that share full KD: ``trainer.devices``, or all GPUs of this machine.
 
-        On a CPU threads are faster: each of several processes has an optimizer to run (LOG.md).
+        On a CPU it is 1 by default: threads of one process are faster than several processes, each
+        of which runs an optimizer of its own (LOG.md).
         """
         is_here = self.num_workers > 0 and not self.executor
         return self.trainer.devices or (num_gpus(self.trainer.accelerator) if is_here else 0) or 1
@@ -284,21 +293,22 @@ class RunConfig(SearchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
-    """What ``kdnas latency`` is asked for; of lists, every combination is measured.
+    """Options of ``kdnas latency``; it measures every combination of the values in lists.
 
     Args:
-        model: a teacher or a student, in any number: folders, names on the hub, or ``quickstart``.
-            The first is what others are compared with: the teacher. Of an exported folder the ONNX
-            files are measured as they are; else the shape alone counts, with a classification head.
-        backend: what runs them: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
-        batch: rows a batch.
-        length: tokens a row.
-        lengths: a jsonl file of real lengths, a number or ``{"length": number}`` a line, instead of
-            ``length``.
-        threads: CPU threads.
-        device: where torch runs the models: ``cpu``, ``cuda``, ``cuda:1``, ...
-        min_seconds: time to spend on each measurement, at least.
-        json: where the figures go; the picture lies beside it, as ``.png``.
+        model: models to measure (teachers or students): folders, names on the hub, or
+            ``quickstart``. The others are compared with the first, normally the teacher. Of an
+            exported folder, the ONNX backends measure its ONNX files. In all other cases only the
+            shape counts: weights are random, and a classification head is added.
+        backend: what runs the models: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
+        batch: numbers of rows in a batch.
+        length: numbers of tokens in a row.
+        lengths: a jsonl file of real row lengths to use instead of ``length``: a number or
+            ``{"length": number}`` on each line.
+        threads: numbers of CPU threads.
+        device: where the torch backends run the models: ``cpu``, ``cuda``, ``cuda:1``, ...
+        min_seconds: seconds to spend on each measurement, at least.
+        json: file for the figures; the picture is written beside it, as ``.png``.
     """
 
     model: list[str]
@@ -312,7 +322,7 @@ class LatencyConfig:
     json: str = "lightning_logs/latency.json"
 
     def settings(self) -> list[LatencySettings]:
-        """How each combination is measured."""
+        """Return the latency settings of each combination."""
         lengths = self.length[:1] if self.lengths else self.length
         found = []
         for values in itertools.product(self.backend, self.threads, self.batch, lengths):
@@ -325,40 +335,41 @@ class LatencyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GlueConfig:
-    """What ``kdnas glue`` is asked for: models to fine-tune on labelled tasks, in turn and with the same settings.
+    """Options of ``kdnas glue``, which fine-tunes models on labelled tasks with the same settings.
 
     Args:
-        model: a teacher or a student, in any number, ``--model`` once for each: folders or hub
-            names of encoders, or ``quickstart``. The first is what others are compared with: the
-            teacher.
-        task: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli), from the hub or from
-            folders below ``data``; or folders in GLUE's layout; once for each.
-        data: a folder of task folders; or, without a task, your own labelled text: a parquet, csv
-            or tsv file (a tenth of it is held out and scored), or a folder with train and
-            validation files.
-        text_column: of your own text; twice for pairs.
-        label_column: of your own text. Whole numbers and text are classes, fractional numbers a
-            regression.
-        distill_from: a classifier fine-tuned on the task: all models but the first (or the only
-            one) are trained with its help too, in rows of their own.
-        name: of the comparison; the same name again goes on, with more models, tasks or seeds if
-            asked for.
-        root: the folder of all runs.
-        seeds: how many seeds (0, 1, ...) of head, dropout and order; scores are their mean and
-            standard deviation.
-        workers: processes that fine-tune at the same time, each with its share of the cores and one
-            GPU; null: one for each GPU, or for each core, four at most; 0: this process does, one
-            model at a time.
+        model: models to fine-tune (teachers or students): folders or hub names of encoders, or
+            ``quickstart``; ``--model`` once for each. The others are compared with the first,
+            normally the teacher.
+        task: tasks, ``--task`` once for each: GLUE names (cola, mnli, mrpc, qnli, qqp, rte, sst2,
+            stsb, wnli), loaded from the hub or from folders in ``data``; or folders in GLUE's
+            layout.
+        data: a folder that holds a folder for each task. Without a task, your own labelled text: a
+            parquet, csv or tsv file (a tenth of its rows is held out and scored), or a folder with
+            train and validation files.
+        text_column: text column of your own labelled text; give two columns for pairs.
+        label_column: label column of your own labelled text. Whole numbers and text are classes;
+            fractional numbers make a regression.
+        distill_from: a classifier fine-tuned on the task. Every model but the first (or the only
+            one) is also trained with its help, which adds a row to the table.
+        name: name of the comparison and of its folder; the same name resumes it, also with more
+            models, tasks or seeds.
+        root: folder of all runs.
+        seeds: number of seeds (0, 1, ...), which set head, dropout and order of the rows; the table
+            shows the mean and standard deviation of the scores.
+        workers: number of processes that fine-tune in parallel, each with its share of the cores
+            and one GPU. null: one for each GPU or, without a GPU, one for each core, at most four.
+            0: this process does everything, one model at a time.
         grid: choose batch size and learning rate for each model and task first; ``--grid`` alone
-            takes the defaults.
-        finetune: how models are fine-tuned; its seed is each of ``seeds``.
-        distill: what the teacher's help is.
+            takes the default choices.
+        finetune: how models are fine-tuned; its seed is set by ``seeds``.
+        distill: how models learn from ``distill_from``.
         latency: how latency is measured.
         trainer: device, precision, logger and callbacks.
 
     Raises:
-        UserError: no model, no task, two sources of rows, or no seed; or fine-tuning has one of its
-            own.
+        UserError: there is no model, task or seed; a model or task is given twice; both a task and
+            a text column are given; or ``finetune.seed`` is given.
     """
 
     model: list[str]
@@ -393,7 +404,7 @@ class GlueConfig:
             )
         if self.finetune.seed != FinetuneSettings.seed:
             raise UserError(
-                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give their number "
+                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give --seeds NUMBER "
                 "instead."
             )
         if self.seeds < 1:
@@ -401,41 +412,42 @@ class GlueConfig:
 
     @property
     def num_workers(self) -> int:
-        """``workers``, or what null stands for on this machine."""
+        """Number of processes: ``workers``, or this machine's default if that is None."""
         return usual_slots(self.trainer.accelerator) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What ``kdnas export`` is asked for: ``--run NAME`` or ``--student FOLDER``.
+    """Options of ``kdnas export``; give either ``--run NAME`` or ``--student FOLDER``.
 
     Args:
-        run: name of a finished run, whose student it is.
-        student: instead of a run, the folder of any encoder or classifier with its tokenizer: what
-            ``glue`` and ``latency`` call a model.
-        root: the folder of all runs.
+        run: name of a run, whose student is exported.
+        student: instead of a run, a folder with any encoder or classifier and its tokenizer
+            (``glue`` and ``latency`` call it a model).
+        root: folder of all runs.
         format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its
             teacher's pooling, compared with the teacher on texts and, with ``--task stsb``, by
-            Spearman (``--as`` is the same).
-        output: the folder to write; by default ``student/`` of the run, or the student's with
-            ``-export``.
-        teacher: of ``student``: folder, hub name or ``quickstart``, for the card; it is checked
-            that the student can be its. A run knows its own.
-        task: labelled rows that the int8 graph is scored on: a folder, or a GLUE name; of a run,
-            its own by default.
-        data: the same from your own labelled text, as for ``kdnas glue``: a parquet, csv or tsv
+            Spearman correlation. ``--as`` is the same option.
+        output: folder to write. By default ``student/`` in the run's folder, or the student's
+            folder with ``-export`` added to its name.
+        teacher: teacher of ``student``: a folder, a hub name or ``quickstart``. The model card
+            names it, and a student that cannot be of this teacher is refused. For a run, it is
+            known.
+        task: labelled rows on which the int8 graph is scored: a folder or a GLUE name. For a run,
+            its own task by default.
+        data: your own labelled text instead of a task, as for ``kdnas glue``: a parquet, csv or tsv
             file, or a folder.
-        text_column: of ``data``, twice for pairs; else of ``text``.
-        label_column: of ``data``.
-        text: rows without labels for the same, where there is no task; of a run, its own by
-            default.
-        length: where texts are cut, in tokens; as many as the student takes by default.
-        license: for the card, by the hub's identifier, such as apache-2.0.
-        hub_repo: push the folder to this repository of the hub afterwards; a new one is private.
-        force: replace an earlier export that is there.
+        text_column: text column of ``data`` (two for pairs); without ``data``, that of ``text``.
+        label_column: label column of ``data``.
+        text: text without labels, to compare graphs if there is no task, and to compare sentence
+            vectors. For a run, its own text by default.
+        length: number of tokens at which texts are cut; by default, as many as the student takes.
+        license: license on the model card, by the hub's identifier, such as apache-2.0.
+        hub_repo: hub repository to which the folder is pushed afterwards; a new one is private.
+        force: replace an earlier export in the output folder.
 
     Raises:
-        UserError: labelled rows are given twice, or half.
+        UserError: both ``data`` and ``task`` are given, or ``data`` without ``text_column``.
     """
 
     run: str | None = None
@@ -465,18 +477,18 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What ``kdnas report`` is asked for: a run whose report is made anew, or several to compare.
+    """Options of ``kdnas report``: one run to write its report again, or several to compare.
 
     Args:
-        run: names of runs, finished or not; once for each.
-        root: the folder of all runs.
-        output: the page; by default ``report.html`` of the run or, of several, ``comparison.html``
-            in the root.
-        storage: SQLAlchemy URL of the studies' database, where the run's own config hides its
-            password.
+        run: names of runs, finished or not; ``--run`` once for each.
+        root: folder of all runs.
+        output: page to write. By default ``report.html`` in the run's folder or, for several runs,
+            ``comparison.html`` in ``root``.
+        storage: SQLAlchemy URL of the studies' database; needed if it has a password, which a run's
+            config hides.
 
     Raises:
-        UserError: no run, or one is given twice.
+        UserError: there is no run, or one is given twice.
     """
 
     run: list[str]
@@ -490,7 +502,13 @@ class ReportConfig:
 
 
 def as_plain(value: Any) -> Any:
-    """A config as YAML that gives it back: objects become ``class_path`` and ``init_args``."""
+    """Return a config as plain values for YAML, from which it can be read back.
+
+    An object becomes its ``class_path`` and ``init_args``, a class or a function its path.
+
+    Raises:
+        UserError: a value has no such form.
+    """
     if dataclasses.is_dataclass(value):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -506,7 +524,8 @@ def as_plain(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     if not hasattr(value, "__dict__"):
         raise UserError(
-            f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects of yours."
+            f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects "
+            "with attributes."
         )
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})

@@ -1,4 +1,4 @@
-"""One student by a call from Python: the full KD of ``kdnas run`` alone."""
+"""What ``kdnas.distill`` does: distil one student, as in the full KD of ``kdnas run``."""
 
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,11 @@ def distill(
     root: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Arguments and errors are those of ``kdnas.distill``; gives what ``distill_student`` gives."""
+    """Distil one student on all rows; arguments and errors are those of ``kdnas.distill``.
+
+    Returns:
+        What ``distill_student`` returns.
+    """
     if num_epochs < 1:
         raise UserError(f"num_epochs is {num_epochs}: give at least 1.")
     run = Run(root, name)
@@ -88,7 +92,7 @@ def distill(
         sweep(run.folder)
         last = run.folder / "last.ckpt"
         if not last.exists():
-            run.made_with.unlink(missing_ok=True)  # of one that is finished
+            run.made_with.unlink(missing_ok=True)  # settings of a finished distillation do not bind
         remedy = f"delete {str(last)!r}, or give another name"
         keep_settings(run.made_with, flat(asked), f"The distillation in {str(last)!r}", remedy)
         job = Job(run.folder, "distillation", train)

@@ -1,4 +1,4 @@
-"""Where a command's jobs run: in processes of this machine, or where Dask's workers are."""
+"""Opens the engine for a command's jobs, which run on this machine or on Dask workers."""
 
 from typing import Any
 
@@ -8,11 +8,16 @@ from kdnas.system.pool import warm_up
 
 
 def open_engine(workers: int, executor: str | None = None) -> Engine:
-    """An engine with ``workers`` slots on this machine, or one slot for each of Dask's workers.
+    """Open an engine with ``workers`` slots on this machine, or a slot for each Dask worker.
 
     Args:
-        workers: slots; 0: jobs run in this process.
-        executor: ``dask://HOST:PORT`` of a scheduler; its workers share the folder of all runs.
+        workers: number of slots; 0: jobs run in this process, one at a time.
+        executor: ``dask://HOST:PORT`` of a scheduler, whose workers must see the folder of all
+            runs; ``workers`` is then ignored. None: this machine.
+
+    Raises:
+        UserError: the executor is no such address, Dask is not installed, the scheduler does not
+            answer, or it has no workers.
     """
     if executor is None:
         if workers > 0:
@@ -25,14 +30,17 @@ def open_engine(workers: int, executor: str | None = None) -> Engine:
         from distributed import Client
     except ImportError as error:
         raise UserError(
-            f"executor is {executor!r}, and Dask is not installed: pip install '.[dask]'."
+            f"executor is {executor!r}, but Dask is not installed: pip install '.[dask]'."
         ) from error
     try:
         client: Any = Client(f"tcp://{address}", timeout="10s")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
-        raise UserError(f"executor is {executor!r}: {first_line(error)}.") from error
+        raise UserError(
+            f"executor is {executor!r}: cannot connect to the scheduler ({first_line(error)}); "
+            "start it, or correct the address."
+        ) from error
     num_workers = len(client.scheduler_info(n_workers=-1)["workers"])
     if not num_workers:
         client.close()
-        raise UserError(f"executor is {executor!r}, which has no workers: start some.")
+        raise UserError(f"executor is {executor!r}, which has no workers: start at least one.")
     return Engine(num_workers, client.get_executor(pure=False), client.close)

@@ -1,4 +1,4 @@
-"""``kdnas export``, and the last stage of a run: which student, rows and words on the card."""
+"""``kdnas export`` and a run's export: choose the student, the rows to check and the card."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from kdnas.system.signals import honest_signals
 from kdnas.system.yaml import read_yaml
 from kdnas.tasks.tasks import LoadedTask, load_labelled, load_task
 
-MOST_TOKENS = 128  # of rows that graphs are compared on, where no fine-tuning says
+MOST_TOKENS = 128  # tokens at which the rows for checks are cut, unless fine-tuning says
 FORMATS = ("transformers", "sentence-transformers")
 
 MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
@@ -40,21 +40,35 @@ MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is exported, with what, and what its files are compared on."""
+    """What to export and where, and the data for the card and the checks."""
 
     source: Path
     folder: Path
     card: dict[str, Any]
-    max_length: int  # of a task's rows
+    max_length: int  # tokens at which a task's rows are cut
     teacher: str | None
     task: str | None
     text: str | None
-    split: dict[str, Any]  # how a run split its text
+    split: dict[str, Any]  # arguments of load_corpus, to split the text as the run did
 
 
 @honest_signals()
 def export(config: ExportConfig, console: Console | None = None) -> Path:
-    """Export the student of a run, or any student, into one folder; say what was checked."""
+    """Export the student of a run, or any student, into one folder, and print what was checked.
+
+    Args:
+        config: options of ``kdnas export``.
+        console: where to print; None: the terminal.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: an option, the student, the teacher or the rows cannot be used; or the export
+            cannot be pushed.
+        ParityError: an exported file does not compute what the student computes.
+        HubAway: the Hugging Face hub does not answer.
+    """
     if (config.run is None) == (config.student is None):
         raise UserError(
             f"run is {config.run!r} and student is {config.student!r}: give one of the two."
@@ -72,7 +86,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         _check_teacher(choice.source, teacher)
     elif is_sentences:
         raise UserError(
-            "teacher is None: for sentence-transformers a student pools as its teacher; "
+            "teacher is None, but sentence-transformers needs the teacher's pooling: "
             "give --teacher."
         )
     if config.hub_repo:
@@ -139,9 +153,9 @@ def _of_folder(config: ExportConfig) -> _Choice:
 
 
 def _output(config: ExportConfig, choice: _Choice) -> Path:
-    """The folder to write: one that is new or empty, or an earlier export that may be replaced."""
+    """Return the output folder; if it has content, require an earlier export and ``--force``."""
     folder = Path(config.output) if config.output else choice.folder
-    if config.output and folder.is_symlink():  # it stays, and what it leads to is replaced
+    if config.output and folder.is_symlink():  # the link stays, and its target is replaced
         folder = folder.resolve()
     sweep(folder.parent, f".{folder.name}.*")
     if folder.resolve() == choice.source.resolve():
@@ -149,7 +163,7 @@ def _output(config: ExportConfig, choice: _Choice) -> Path:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if "checks" not in _manifest(folder):
-        raise UserError(f"{str(folder)!r} is there, and no earlier export: give another --output.")
+        raise UserError(f"{str(folder)!r} exists and is no earlier export: give another --output.")
     if not config.force:
         raise UserError(
             f"The folder {str(folder)!r} exists: give another --output, or --force to replace it."
@@ -177,7 +191,7 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """What the files are compared on."""
+    """Return the function that makes the rows for the checks; None: they use random words."""
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -190,13 +204,13 @@ def _rows(
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
-    """The texts that vectors are compared on: a corpus, or else the task's own sentences."""
+    """Return the texts on which sentence vectors are compared: a corpus, or a task's sentences."""
     check_sentences(task)
     if corpus is not None:
         return Sentences(teacher, corpus.train, corpus.held_out, task)
     if task is None:
         raise UserError(
-            "text and task are None: vectors are compared on texts; "
+            "text and task are None, but sentence vectors are compared on texts: "
             "give --text, or --task stsb, or both."
         )
     train, held_out = (
@@ -210,34 +224,44 @@ def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None)
 def _asking_the_hub(repo: str, if_away: str, if_refused: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # no token, no right, a bad name, no network
+    except Exception as error:  # no token, no permission, a bad name, no network
         refuse_away(error, f"Nothing was pushed to {repo!r}", if_away)
         raise UserError(f"Cannot push to {repo!r}: {first_line(error)}. {if_refused}.") from error
 
 
 def check_hub(repo: str) -> None:
-    """Refuse now, not after the export, where nobody is logged in."""
+    """Refuse before the export, not after it, if nobody is logged in to the hub.
+
+    Raises:
+        UserError: nobody is logged in.
+        HubAway: the hub does not answer.
+    """
     with _asking_the_hub(repo, "leave out --hub-repo", "Log in by `hf auth login`"):
         HfApi().whoami()
 
 
 def push(folder: Path, repo: str) -> str:
-    """Push a folder to the hub, into a private repository if it is new, and give the address."""
+    """Push a folder to a repository on the hub, and return its address; a new one is private.
+
+    Raises:
+        UserError: the hub refuses.
+        HubAway: the hub does not answer.
+    """
     there = f"export is in {str(folder)!r}"
-    with _asking_the_hub(repo, f"the {there}: `hf upload` pushes it too", f"The {there}"):
+    with _asking_the_hub(repo, f"the {there}; push it with `hf upload`", f"The {there}"):
         HfApi().create_repo(repo, private=True, exist_ok=True)
         address = str(HfApi().upload_folder(repo_id=repo, folder_path=folder))
     return address
 
 
 def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
-    """Export a run's student into ``student/``, and give what was checked."""
+    """Export a run's student into its folder ``student/``; return ``export_student``'s report."""
     source, card = _source_of(run), _run_card(run)
     return export_student(source, run.student, card=card, make_rows=make_rows)
 
 
 def is_exported(run: Run) -> bool:
-    """Whether ``student/`` is of the run's latest model, and not from before its fine-tuning."""
+    """Whether ``student/`` holds the run's latest model, not that from before fine-tuning."""
     made_from = _manifest(run.student).get("source_sha256")
     return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
@@ -247,26 +271,33 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeRows:
-    """A task's rows, cut as in fine-tuning."""
+    """Return a function that makes a task's rows for the checks, given a tokenizer.
+
+    Args:
+        task: the task with its rows.
+        length: tokens at which rows are cut, as in fine-tuning.
+        is_scored: whether the student is a classifier of the task; if not, its hidden states are
+            compared.
+    """
     return lambda tokenizer: task_rows(
         task, tokenizer, min(length, tokenizer.model_max_length), is_scored
     )
 
 
 def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
-    """Rows without labels."""
+    """Return a function that makes rows of texts, without labels, given a tokenizer."""
     return lambda tokenizer: text_rows(
         train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length)
     )
 
 
 def say(report: dict[str, Any], console: Console) -> None:
-    """Tell what was checked, as the card does."""
+    """Print what was checked, in the words of the model card."""
     show(
         console,
-        f"model.onnx equals torch to {report['max_abs_difference']:.1e}. It has "
-        f"{report['onnx_megabytes']:.1f} MB, model.int8.onnx ({report['int8']['method']}) "
-        f"{report['int8_megabytes']:.1f} MB.",
+        f"Outputs of model.onnx differ from torch's by at most {report['max_abs_difference']:.1e}. "
+        f"It has {report['onnx_megabytes']:.1f} MB; model.int8.onnx ({report['int8']['method']}) "
+        f"has {report['int8_megabytes']:.1f} MB.",
     )
     for title, lines in check_lines(report).items():
         for name, words in lines.items():
@@ -279,12 +310,12 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
             return source
     raise UserError(
         f"The run {run.name!r} in {str(run.root)!r} has no student yet: "
-        f"`kdnas run --name {run.name}` first."
+        f"finish `kdnas run --name {run.name}` first."
     )
 
 
 def _teacher_words(teacher: str) -> dict[str, str]:
-    """For the card: the name of a folder, or a link to the hub."""
+    """Return the card's fields for a teacher: its name and, if it is on the hub, ``base_model``."""
     if os.path.isdir(teacher) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", teacher):
         return {"teacher": Path(teacher).resolve().name}
     if teacher == QUICKSTART:
@@ -295,7 +326,7 @@ def _teacher_words(teacher: str) -> dict[str, str]:
 def _run_card(run: Run, is_encoder: bool = False, teacher: str | None = None) -> dict[str, Any]:
     config, sections = read_yaml(run.config), {}
     text, scores = config["text"], {}
-    if (run.glue / "results.json").exists() and not is_encoder:  # they are the classifier's
+    if (run.glue / "results.json").exists() and not is_encoder:  # scores are the classifier's
         results = read_json(run.glue / "results.json")
         task, models = results["task"], results["models"]
         row = models["student"]
@@ -321,19 +352,21 @@ def _run_card(run: Run, is_encoder: bool = False, teacher: str | None = None) ->
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student of another teacher, by family, inputs, sizes and the weights it names."""
+    """Refuse a student of another teacher, by family, inputs, sizes and the teacher's hash."""
     student, parent, name = load_student(source)[0].config, teacher.config, repr(teacher.name)
 
     def refused(why: str) -> UserError:
         return UserError(f"The student {str(source)!r} {why}: give its own --teacher.")
 
     if student.model_type != parent.model_type:
-        raise refused(f"({student.model_type}) is not of the teacher {name} ({parent.model_type})")
+        raise refused(
+            f"({student.model_type}) does not fit the teacher {name} ({parent.model_type})"
+        )
     refuse_other_inputs(find_teacher(str(source)), teacher)
     for field in ("num_hidden_layers", "hidden_size"):
         ours, theirs = getattr(student, field), getattr(parent, field)
         if ours > theirs:
-            raise refused(f"has {field} {ours}, its teacher {name} {theirs}")
+            raise refused(f"has {field} {ours}, but its teacher {name} only {theirs}")
     known = getattr(student, "teacher_sha256", None)
     if known and known != (found := teacher.sha256()):
         weights = f"(sha256 {known[:8]}) than those of {name} ({found[:8]})"

@@ -1,4 +1,4 @@
-"""A config on a few rows of its text and task."""
+"""Shrink a config to a few rows of its text and task, to try or to measure a run."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,10 +22,10 @@ AnyConfig = TypeVar("AnyConfig", bound=SearchConfig)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the user gave."""
+    """Numbers of rows in the user's text and task."""
 
-    num_rows: int  # usable rows of text; an estimate where only some were kept
-    num_train: int = 0  # labelled rows
+    num_rows: int  # usable rows of text; an estimate from the sample, if the text has more
+    num_train: int = 0  # labelled rows; 0 without a task
     num_validation: int = 0
 
 
@@ -36,10 +36,19 @@ def with_few_rows(
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """The same config on a few random rows of its text and task, and how many rows there are.
+    """Return the config on a few random rows of its text and task, and the sizes of the whole.
 
-    ``folder`` takes the rows, and is the new config's root, so the real one is not touched. There
-    are at most so many rows and bytes of text (a row counts as if it were cut), but two rows.
+    Args:
+        config: config of a search or a run.
+        folder: folder for the rows and for the new config's root, so that the real run is not
+            touched.
+        num_rows: largest number of rows of text.
+        num_bytes: largest number of bytes of text; a row counts as if it were cut at
+            ``max_length`` tokens. At least two rows are taken.
+        num_task_rows: largest number of labelled rows in each split.
+
+    Raises:
+        UserError: the text or the task cannot be read, or the text has fewer than two usable rows.
     """
     there = Run(config.root, config.name).text
     asked = config.task if isinstance(config, RunConfig) else None
@@ -72,14 +81,14 @@ def _few_rows(
     usable = {row: split for row, split in rows if row and row.strip()}
     if len(usable) < 2:
         raise UserError(
-            f"{text!r} has {len(usable)} usable rows among {len(rows):,}: "
-            f"is {config.data.column!r} right?"
+            f"{text!r} has {len(usable)} usable rows among {len(rows):,}, and at least 2 are needed: "
+            f"is {config.data.column!r} the right column?"
         )
-    longest = 4 * config.data.max_length  # bytes, of which a token has about four
+    longest = 4 * config.data.max_length  # in bytes; a token has about four
     sizes = accumulate(min(longest, len(row.encode())) for row in usable)
     num_chosen = max(2, sum(size <= num_bytes for size in sizes))
     texts, splits = list(usable)[:num_chosen], list(usable.values())[:num_chosen]
-    if len(set(splits)) == 1:  # too few rows for both parts: draw the parts anew
+    if len(set(splits)) == 1:  # all in one part, but both are needed: draw them anew
         splits = [None] * num_chosen
     table = pa.table({"text": texts, "split": splits})
     return table, Sizes(round(num_all * len(usable) / len(rows)))

@@ -1,4 +1,4 @@
-"""``kdnas glue``: models fine-tuned on labelled tasks with every seed, and what they reach."""
+"""``kdnas glue``: fine-tune models on labelled tasks, with several seeds, and compare scores."""
 
 import dataclasses
 import hashlib
@@ -47,12 +47,12 @@ from kdnas.training.trainer import TrainerSettings, own_random_numbers
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Labelled rows by where they come from, for a job to load.
+    """Loads the labelled rows of a task, in the process of a job.
 
     Args:
-        load: gives the task with its rows; goes through ``pickle``.
-        held_out: share of the training rows that is scored in place of those that are reported, to
-            choose settings by; None: the reported ones.
+        load: returns the task with its rows; must be picklable.
+        held_out: share of the training rows that is held out and scored, to choose settings. None:
+            the rows for reported scores are scored.
     """
 
     load: Callable[[], LoadedTask]
@@ -65,12 +65,12 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Help:
-    """A teacher that is fine-tuned on the same task, and helps.
+    """A teacher fine-tuned on the task, from which a model learns while it is fine-tuned.
 
     Args:
-        source: where it is.
-        settings: what its help is.
-        key: of the folders of those that it helps.
+        source: folder or hub name of the teacher.
+        settings: how the model learns from the teacher.
+        key: hash of both, for the folder names of the models that it helps.
     """
 
     source: str
@@ -88,9 +88,20 @@ def fine_tuning(
     help: Help | None = None,
     keep_model: bool = True,
 ) -> dict[str, Any]:
-    """The job of one fine-tuning: ``make`` gives the classifier, of so many outputs.
+    """Fine-tune one classifier on a task and score it, in the process of a job.
 
-    It gives what ``evaluate_glue`` gives; ``tokenizer`` is where the tokenizer is.
+    Args:
+        make: returns the classifier, given its number of outputs.
+        tokenizer: folder or hub name of the tokenizer.
+        source: loads the task.
+        settings: how the classifier is fine-tuned.
+        trainer: device and precision.
+        folder: folder for the results.
+        help: teacher to learn from; None: learn from the labels alone.
+        keep_model: whether to save the fine-tuned model.
+
+    Returns:
+        What ``evaluate_glue`` returns.
     """
     task = source()
     with own_random_numbers():
@@ -114,16 +125,16 @@ def fine_tuning(
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table.
+    """A model in the comparison, with a row in the table.
 
     Args:
-        name: as shown.
-        key: of its folder; another for other weights.
-        source: where its tokenizer is.
-        make: gives its classifier, of so many outputs; goes through ``pickle``.
+        name: name shown in the table.
+        key: name of its folder; other weights have another key.
+        source: folder or hub name of its tokenizer.
+        make: returns its classifier, given the number of outputs; must be picklable.
         shape: the same with random weights, to measure latency.
-        helpers: its help, by the task's name.
-        plain: the contender that it is without help.
+        helpers: for each task name, the teacher that helps it; empty without help.
+        plain: the contender for the same model without help; None if this one has none.
     """
 
     name: str
@@ -135,13 +146,18 @@ class Contender:
     plain: "Contender | None" = None
 
     def folder(self, task: LoadedTask) -> str:
-        """Of its runs on a task, below the comparison's."""
+        """Return the folder of its runs on a task, relative to the comparison's folder."""
         help = self.helpers.get(task.task.name)
         return f"{task.task.name}/{self.key}" + (f"-helped-{help.key}" if help else "")
 
 
 def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]) -> Contender:
-    """A pretrained encoder as a row of the table."""
+    """Return the contender for a pretrained encoder.
+
+    Raises:
+        UserError: there is no such encoder, or it takes fewer tokens than ``finetune.max_length``
+            or the settings of latency.
+    """
     found = find_teacher(source)
     if config.finetune.max_length > max_length(found.config):
         raise UserError(
@@ -162,7 +178,18 @@ def with_help(
     tasks: Sequence[LoadedTask],
     distill: TaskDistillSettings,
 ) -> list[Contender]:
-    """The same encoders, trained with the help of a teacher that was fine-tuned on the tasks."""
+    """Return contenders for the same encoders, trained with the help of a fine-tuned teacher.
+
+    Args:
+        plain: the contenders without help.
+        source: folder or hub name of the teacher, a classifier fine-tuned on the tasks.
+        tasks: the tasks, with their rows.
+        distill: how the encoders learn from the teacher.
+
+    Raises:
+        UserError: there is no such teacher, it has no trained head for a task, or it has another
+            tokenizer than an encoder.
+    """
     helpers = {}
     for task in tasks:
         teacher = load_task_teacher(source, task.task, *(find_teacher(one.source) for one in plain))
@@ -181,7 +208,7 @@ def _safe(name: str) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """One fine-tuning of a comparison."""
+    """One fine-tuning of a comparison: a contender on a task, with a seed or a grid's settings."""
 
     contender: Contender
     task: LoadedTask
@@ -190,7 +217,7 @@ class Fit:
     is_of_grid: bool
 
     def line(self) -> dict[str, Any]:
-        """What ``runs.jsonl`` says of it."""
+        """Return its line in ``runs.jsonl``, once it is finished."""
         kind = "grid" if self.is_of_grid else "run"
         head = {"kind": kind, "model": self.contender.name, "folder": str(self.job.folder)}
         return head | dict(read_json(self.job.result_file))
@@ -198,17 +225,18 @@ class Fit:
 
 @dataclass
 class Comparison:
-    """Contenders on tasks; every fine-tuning is done once, and goes on where it was stopped.
+    """Fine-tunes contenders on tasks; finished fine-tunings are kept, stopped ones resume.
 
     Args:
-        folder: takes ``<task>/<contender>/seed_0/`` (TensorBoard, ``result.json``, the first
-            seed's ``model/``), ``runs.jsonl`` with a line a run, and ``results.json``.
-        contenders: the first is what the others are compared with.
-        tasks: with their rows.
-        sources: of the tasks, in the same order.
-        seeds: by the name of their folder.
-        config: what was asked for.
-        engine: runs the fine-tunings.
+        folder: folder for ``<task>/<contender>/seed_0/`` (TensorBoard logs, ``result.json`` and,
+            for the first seed, ``model/``), for ``runs.jsonl`` (a line for each fine-tuning) and
+            for ``results.json``.
+        contenders: the models; the others are compared with the first.
+        tasks: the tasks, with their rows.
+        sources: what loads the tasks, in the same order.
+        seeds: the seeds, by the names of their folders.
+        config: settings of fine-tuning, grid, latency and Trainer.
+        engine: the engine that runs the fine-tunings.
         progress: a live display.
     """
 
@@ -222,13 +250,14 @@ class Comparison:
     progress: Progress
 
     def run(self) -> dict[str, Any]:
-        """Do what is missing, then measure latency, all in turn.
+        """Run the fine-tunings that are missing, then measure the latency of all models in turn.
 
         Returns:
-            What ``results.json`` holds: ``tasks`` and, for each contender, ``scores`` by task and
-            seed, ``average``, ``spread`` (standard deviation over seeds; None for one),
-            ``share_kept`` of the first's average, ``gap_closed`` (by the teacher's help, of the
-            distance to the first), latency, speed-up and parameters.
+            The content of ``results.json``: ``tasks``; the settings ``asked`` for; and ``models``,
+            which has for each contender ``scores`` by task and seed, their ``average``,
+            ``spread`` (standard deviation over seeds; None with one seed), ``share_kept`` (average
+            divided by the first's), ``gap_closed`` (only with help: the share of the distance to
+            the first that it closes; None if there is none), latency, speed-up and parameters.
         """
         asked, path = self._asked(), self.folder / "results.json"
         if path.is_file() and (known := dict(read_json(path)))["asked"] == asked:
@@ -247,10 +276,13 @@ class Comparison:
         return results
 
     def fine_tune(self) -> list[Fit]:
-        """Do what is missing, the grid first.
+        """Run the fine-tunings that are missing, those of the grid first.
 
         Returns:
-            All fine-tunings but the grid's: task by task, contender by contender.
+            All fine-tunings except the grid's, ordered by task, then contender, then seed.
+
+        Raises:
+            CandidateFailed: a fine-tuning failed (with a grid: all of a contender on a task).
         """
         grid = self._grid_fits()
         self._do(grid)
@@ -266,6 +298,7 @@ class Comparison:
         return fits
 
     def _asked(self) -> dict[str, Any]:
+        # All that the results depend on.
         names = ("grid", "trainer", "latency", "finetune")
         return {
             "folders": [one.folder(task) for one in self.contenders for task in self.tasks],
@@ -309,11 +342,11 @@ class Comparison:
         return found
 
     def _plain(self) -> list[Contender]:
-        """The contenders without help; what their grids chose is taken with help too."""
+        """Return the contenders without help; settings from their grids also hold with help."""
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """How a contender is fine-tuned on a task: as its grid chose, if there is one."""
+        """Return the settings for a contender on a task: its grid's best, if there is a grid."""
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name
@@ -331,7 +364,7 @@ class Comparison:
         return best.settings
 
     def _do(self, fits: Sequence[Fit]) -> None:
-        """Run what is not done; a point of the grid that fails is a result without a score."""
+        """Run unfinished fine-tunings; if one of a grid fails, its result has no score."""
         by_folder = {fit.job.folder: fit for fit in fits}
 
         def ended(job: Job) -> None:
@@ -339,7 +372,7 @@ class Comparison:
             (job.folder / "last.ckpt").unlink(missing_ok=True)
             if result["score"] is None:
                 self._say(
-                    f"{job.folder}: failed, not tried again while it is there: {result['failed']}"
+                    f"{job.folder}: failed, and not tried again while this folder exists: {result['failed']}"
                 )
             elif not fit.is_of_grid:
                 self._say(f"{job.title}: {result['score']:.3f}")
@@ -353,7 +386,7 @@ class Comparison:
             result = {"score": None, "failed": str(error), "settings": settings}
             write_json(job.result_file, result)
 
-        for is_helped in (False, True):  # a helper may be among those without help
+        for is_helped in (False, True):  # helped ones last: their teacher may be among the others
             jobs = [fit.job for fit in fits if bool(fit.contender.helpers) == is_helped]
             self.engine.run(jobs, JobBars(self.progress), ended, failed)
 
@@ -380,11 +413,11 @@ class Comparison:
         return rows
 
     def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
-        """Add to each contender's row its size, its latency, and what it is beside the first.
+        """Add latency, speed-up, share of the first's score and parameters to each row.
 
         Args:
-            rows: by the contender's name.
-            score: what share of the first's is kept.
+            rows: a row for each contender, by its name; changed in place.
+            score: the key of a row's score, from which ``share_kept`` is computed.
         """
         num_labels, distinct = self.tasks[0].task.num_labels, self._plain()
         with own_random_numbers():
@@ -407,7 +440,7 @@ class Comparison:
 
 
 def about_task(task: LoadedTask) -> dict[str, Any]:
-    """What ``results.json`` says of a task."""
+    """Return the description of a task for ``results.json``."""
     return {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),
@@ -426,7 +459,7 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def score_table(results: dict[str, Any]) -> Table:
-    """What ``Comparison.run`` gives, for the terminal: a row a model, a column a task."""
+    """Return the results of ``Comparison.run`` as a table: a row per model, a column per task."""
     tasks = [task["name"] for task in results["tasks"]]
     rows = []
     for name, row in results["models"].items():
@@ -446,16 +479,28 @@ def score_table(results: dict[str, Any]) -> Table:
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    """On two lines, so that five tasks fit 80 columns."""
+    """Return the text of a cell, on two lines, so that five tasks fit into 80 columns."""
     return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
 
 
 @honest_signals()
 def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
-    """Fine-tune models on tasks and show what each reaches, into ``<root>/<name>/``.
+    """Fine-tune models on tasks, show their scores, and write all into ``<root>/<name>/``.
 
-    The same call again goes on where it was stopped; runs that are finished are not done again.
-    Gives what ``Comparison.run`` gives.
+    If stopped, the same call resumes; finished fine-tunings are not repeated.
+
+    Args:
+        config: options of ``kdnas glue``.
+        console: where to print; None: the terminal.
+
+    Returns:
+        What ``Comparison.run`` returns.
+
+    Raises:
+        UserError: an option, a model or the rows cannot be used; or another process makes this
+            comparison.
+        CandidateFailed: a fine-tuning failed, for instance because a loss is not finite.
+        HubAway: the Hugging Face hub does not answer.
     """
     console = console or Console(markup=False)
     run = Run(config.root, config.name)
@@ -470,7 +515,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         open_engine(config.num_workers) as engine,
         live_progress(console) as progress,
     ):
-        run.manifest.unlink(missing_ok=True)  # until the end again
+        run.manifest.unlink(missing_ok=True)  # written again at the end
         sweep(run.folder)
         write_text(run.config, yaml.safe_dump(as_plain(config), sort_keys=False))
         seeds = {f"seed_{seed}": seed for seed in range(config.seeds)}
@@ -491,11 +536,11 @@ def _sources(config: GlueConfig) -> Iterator[TaskSource]:
         if config.data is None:
             yield TaskSource(partial(load_task, name))
         elif name not in TASKS:
-            raise UserError(f"The task {name!r} is none of GLUE.{nearest(name, TASKS, True)}")
+            raise UserError(f"The task {name!r} is no GLUE task.{nearest(name, TASKS, True)}")
         elif not (folder := Path(config.data, name)).is_dir():
             raise UserError(
-                f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder a "
-                "task."
+                f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder for "
+                "each task."
             )
         else:
             yield TaskSource(partial(load_task, str(folder)))
@@ -528,7 +573,9 @@ def _show(results: dict[str, Any], run: Run, console: Console) -> None:
     models = results["models"]
     for name, row in models.items():
         if row.get("gap_closed") is not None:
-            show(f"The teacher's help closes {row['gap_closed']:.0%} of the gap: {name}.")
+            show(
+                f"The teacher's help closes {row['gap_closed']:.0%} of the gap to the first model: {name}."
+            )
     busy = [
         name
         for name, row in models.items()
@@ -536,8 +583,8 @@ def _show(results: dict[str, Any], run: Run, console: Console) -> None:
     ]
     if busy:
         show(
-            f"The latency of {', '.join(busy)} spread by more than a tenth: `kdnas latency` "
-            "measures it again."
+            f"The latency of {', '.join(busy)} spread by more than a tenth: measure it again with "
+            "`kdnas latency`, while nothing else runs."
         )
     show(f"Every run: {run.folder / 'runs.jsonl'}")
     show(f"The models: {run.folder}/TASK/MODEL/seed_0/model")

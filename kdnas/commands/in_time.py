@@ -1,4 +1,4 @@
-"""A run that ends in time: what is lowered for it, in which order, and what was chosen."""
+"""The ``time_budget`` of a run: which settings are lowered so that it ends in time."""
 
 import time
 from collections.abc import Iterator
@@ -18,31 +18,33 @@ from kdnas.report.tables import show
 from kdnas.system.files import Run, read_json, write_json
 from kdnas.tasks.tasks import load_task
 
-# Of 18 MB of text, 2 million tokens, students learn all that tasks have shown (LOG.md).
+# Beyond 2 million tokens, 18 MB of text, scores on tasks have not risen any more (LOG.md).
 ENOUGH_TOKENS, FEWEST_TOKENS = 2_000_000, 200_000
-# What is lowered, and why just that; LOG.md has the figures.
+# The settings that may be lowered, and why; LOG.md has the figures.
 LEVERS = {
-    "full_kd.num_epochs": "after one or two epochs tasks gain nothing more",
-    "data.fraction": "each row costs a pass of the teacher and one of full KD",
-    "data.mini_fraction": "a sixth of the rows ranks candidates in the same order",
-    "pruner": "the better half of the candidates goes on after an epoch",
+    "full_kd.num_epochs": "after one or two epochs, scores on tasks rise no more",
+    "data.fraction": "each row costs a pass of the teacher, and one in each epoch of full KD",
+    "data.mini_fraction": "a sixth of the rows is enough to rank candidates in the same order",
+    "pruner": "only the better half of the candidates is trained beyond an epoch",
     "search.n_trials": "the ranking is noisy, so the last candidates matter least",
-    "finetune.num_epochs": "the last resort, for teacher and students alike, who all lose by it",
+    "finetune.num_epochs": "the last resort: it lowers the scores of teacher and students alike",
 }
-# A core trains at 50 to 80 GFLOP/s with the small matrices of students (LOG.md).
+# For an upper bound: FLOP/s of a core (students' small matrices run at 50 to 80 GFLOP/s, LOG.md),
+# and seconds before the first step of a candidate or a stage.
 SLOWEST_CORE, SLOWEST_START = 20e9, 60.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run is lowered to; it is kept with the run, which goes on with it.
+    """The lowered settings of a run; they are saved with the run, which resumes with them.
 
     Args:
-        minutes: that were left for the run when this was measured.
-        as_asked: minutes that it would need as it was asked for.
-        needed: minutes that it needs as it is.
-        after_search: those of full KD and what follows.
-        values: by the name of a lever, what was asked for, and what is done.
+        minutes: minutes that were left for the run after the measurement.
+        as_asked: minutes that the run would need with the settings that were asked for.
+        needed: minutes that it needs with the lowered settings.
+        after_search: minutes of these for full KD and the stages after it.
+        values: for each lowered setting, by its name in YAML, the value asked for and the chosen
+            one.
     """
 
     minutes: float
@@ -53,7 +55,7 @@ class Choice:
 
     @classmethod
     def of(cls, config: RunConfig, measured: Measured, minutes: float) -> "Choice":
-        """The choice for so many minutes."""
+        """Choose settings with which a run needs at most ``minutes``, or as few as possible."""
         chosen = cut_to(config, measured, minutes)
         values = {name: (value_of(config, name), value_of(chosen, name)) for name in LEVERS}
         plan = measured.plan(chosen)
@@ -67,7 +69,7 @@ class Choice:
 
     @classmethod
     def kept(cls, config: RunConfig) -> "Choice | None":
-        """The choice that the run was begun with."""
+        """Return the choice that was saved when the run started; None if there is none."""
         file = Run(config.root, config.name).choice
         if not file.exists():
             return None
@@ -76,11 +78,11 @@ class Choice:
         return cls(**found, values=values)
 
     def keep(self, run: Run) -> None:
-        """Write it down."""
+        """Save the choice in the run's folder."""
         write_json(run.choice, asdict(self))
 
     def of_config(self, config: RunConfig) -> RunConfig:
-        """The config as chosen; what is asked for otherwise by now stays as it is asked for."""
+        """Return the config with the chosen values; a setting that was changed since is kept."""
         return with_values(
             config,
             {
@@ -92,47 +94,64 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether the run ends in time."""
+        """Whether the run is expected to end in time."""
         return self.needed <= self.minutes
 
     def lines(self) -> Iterator[str]:
-        """For the terminal."""
+        """Yield the lines that explain the choice on the terminal."""
         if self.values:
-            yield f"As it is asked for, the run needs about {self.as_asked:.0f} minutes. Lowered:"
+            yield f"With these settings the run would need about {self.as_asked:.0f} minutes. Lowered:"
             for name, (asked, chosen) in self.values.items():
-                yield f"  {name} {chosen} for {asked}: {LEVERS[name]}"
-        yield f"It needs about {self.needed:.0f} minutes, and has {self.minutes:.0f}."
+                yield f"  {name} {chosen} instead of {asked}: {LEVERS[name]}"
+        yield f"The run needs about {self.needed:.0f} minutes and has {self.minutes:.0f}."
         if not self.fits:
             yield (
-                "That is not in time: give a larger --time-budget, or ask for less (what is not at "
-                "its default is not lowered)."
+                "That is not in time: give a larger --time-budget, or lower settings yourself (only "
+                "those at their defaults are lowered automatically)."
             )
 
 
 def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | None]:
-    """The config that ends in time: as it was chosen when the run was begun, or as it is now."""
+    """Lower the settings of a run so that it ends within its ``time_budget``.
+
+    The choice is made once, when the run starts, and used again when it resumes.
+
+    Args:
+        config: config of the run.
+        console: where to print what is lowered.
+
+    Returns:
+        The lowered config, and the choice. The choice is None, and the config unchanged, if the run
+        has no time budget, is certainly short enough, uses an executor or was started without a
+        choice.
+    """
     run, choice = Run(config.root, config.name), Choice.kept(config)
     if choice is None:
         if not _is_open(config) or rough_minutes(config) <= (config.time_budget or 0):
             return config, None
-        show(console, f"Time budget: {config.time_budget:g} minutes. Measuring some rows first.")
+        show(
+            console, f"Time budget: {config.time_budget:g} minutes. First a few rows are measured."
+        )
         choice, _ = choose(config)
         for line in choice.lines():
             show(console, line)
     elif choice.values and not run.manifest.exists():
         values = ", ".join(f"{name} {chosen}" for name, (_, chosen) in choice.values.items())
-        show(console, f"As chosen when it was begun, to end in time: {values}.")
+        show(console, f"Lowered when the run was started, to end in time: {values}.")
     return choice.of_config(config), choice
 
 
 def _is_open(config: RunConfig) -> bool:
-    """Whether a run is to end in time, and is not begun. What other machines do is not measured."""
+    """Whether a choice can be made: there is a time budget, and the run has not been started.
+
+    With an executor there is none: other machines are not measured.
+    """
     is_begun = Run(config.root, config.name).config.exists()
     return not (is_begun or config.time_budget is None or config.executor)
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
-    """Measure some rows, and choose; with the plan that follows."""
+    """Measure a few rows; return the choice for the time budget, and the plan with it."""
     assert config.time_budget is not None
     begin = time.monotonic()
     measured = measure(config)
@@ -142,7 +161,12 @@ def choose(config: RunConfig) -> tuple[Choice, Plan]:
 
 
 def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
-    """What a search or a run will need; of a run with what is chosen for it."""
+    """Return what a search or a run will need, for ``--dry-run``.
+
+    Returns:
+        The choice, and the plan with it. The choice is None for a search, without a time budget,
+        with an executor, and for a run that was started without a choice.
+    """
     choice = None
     if isinstance(config, RunConfig):
         choice = Choice.kept(config)
@@ -153,19 +177,19 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
 
 
 def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
-    """Lower some values of a config until it needs no more than so many minutes.
+    """Lower settings of a config until the run needs at most ``minutes``.
 
-    A value that is not at its default was asked for, and stays. Full KD's epochs are lowered first,
-    then rows beyond what students learn from, then rows, candidates and at last the epochs of
-    fine-tuning; the first config that fits is taken, or the lowest of all.
+    A setting that is not at its default was asked for, and is kept. The order is: epochs of full
+    KD, rows beyond those that students learn from, a candidate's rows, then other rows and
+    candidates. The epochs of fine-tuning come last; with one less, the others are lowered anew.
 
     Args:
-        config: what is asked for.
-        measured: on some rows.
-        minutes: for the whole run.
+        config: config of the run.
+        measured: what was measured on a few rows.
+        minutes: minutes for the whole run.
 
     Returns:
-        The config; the same where it fits.
+        The first config that fits, which is ``config`` itself if it does. If none fits, the lowest.
     """
     lowered = config
     for values in _options(config, measured):
@@ -176,7 +200,7 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
 
 def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
-    """What may be lowered together, from nothing to all."""
+    """Yield the settings to lower together, in the order of ``cut_to``: first none, last all."""
     enough, fewest = _shares(config, measured)
     first = [
         {"full_kd.num_epochs": 2},
@@ -204,7 +228,7 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
-    """Of the text: what is enough, with states that fit on the disk; and the fewest rows."""
+    """Return two shares of the text: one that is enough and whose states fit, and the least."""
     tokens, num_bytes = sum(measured.tokens), measured.teacher.num_bytes
     enough = min(1.0, ENOUGH_TOKENS / tokens)
     if config.states.max_gb:
@@ -213,7 +237,7 @@ def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
 
 
 def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
-    """Steps from one share of the text to another, each a fifth less."""
+    """Return steps from one share of the text down to another, each a fifth less."""
     shares = []
     while share > least:
         share = max(least, 0.8 * share)
@@ -222,7 +246,7 @@ def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
 
 
 def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
-    """Whether a value is at its default, and would be lowered."""
+    """Whether a setting is at its default, and ``value`` would lower it."""
     asked = value_of(config, name)
     if asked != value_of(RunConfig(teacher="", text=""), name):
         return False
@@ -230,7 +254,7 @@ def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
 
 
 def value_of(config: RunConfig, name: str) -> Any:
-    """A value by its name in YAML: ``data.fraction``."""
+    """Return a setting by its name in YAML, such as ``data.fraction``."""
     found: Any = config
     for part in name.split("."):
         found = getattr(found, part)
@@ -238,7 +262,7 @@ def value_of(config: RunConfig, name: str) -> Any:
 
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The config with some values, by their names."""
+    """Return the config with some settings changed, by their names in YAML."""
     for name, value in values.items():
         part, _, last = name.rpartition(".")
         changed = replace(getattr(config, part), **{last: value}) if part else value
@@ -247,12 +271,16 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def rough_minutes(config: RunConfig) -> float:
-    """An upper bound by counting FLOPs, for a slow machine; no step is made."""
+    """Return an upper bound of a run's minutes: its FLOPs on a slow machine; nothing is trained.
+
+    Raises:
+        UserError: an option, the teacher, the text or the task cannot be used.
+    """
     run, teacher, _, _ = validate(config)
     text, source = text_and_task(config.text, config.task, run.text)
     data, search, arch = config.data, config.search, arch_of(teacher.config)
     rows, num_rows = some_rows(text, data.column, 1_000)
-    # A token has four or five bytes of English.
+    # A token of English has four or five bytes; 3 is for an upper bound.
     few = sum(min(data.max_length, len((row or "").encode()) / 3) for row, _ in rows)
     tokens = data.fraction * num_rows * few / max(1, len(rows))
 

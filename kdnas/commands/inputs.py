@@ -1,4 +1,4 @@
-"""What the user gave, loaded and known to be good; and the run that is made of it."""
+"""Loads and checks what a search or a run is made from, and opens the run."""
 
 import itertools
 import json
@@ -54,9 +54,10 @@ from kdnas.training.precision import keep
 from kdnas.training.progress import live_progress
 from kdnas.training.trainer import TrainerSettings
 
-# kdnas.distillation.start.FromTeacher; with the same settings, another rule makes other students.
+# The rule of kdnas.distillation.start.FromTeacher, kept with a run's settings: a version of kdnas
+# with another rule would make other students from the same settings.
 BEGINS_AS = "the first layers and the last, copied and corrected, or narrowed"
-# How settings begin that change no result.
+# The settings that change no result, by the beginnings of their names.
 NO_RESULT = (
     "root states.folder states.max_gb trainer.accelerator trainer.devices trainer.logger "
     "data.num_workers sampler workers executor storage candidate_timeout time_budget"
@@ -65,7 +66,17 @@ NO_RESULT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user gave, loaded and known to be good; nothing of the run is written yet."""
+    """What a search or a run is made from, loaded and checked; nothing of the run is written yet.
+
+    Args:
+        config: options of the search or run.
+        run: paths of the run.
+        teacher: the teacher.
+        data: rows of text, after ``setup``.
+        task: the labelled task; None for a search, or a run without one.
+        space: which students may be proposed.
+        meter: measures latency.
+    """
 
     config: SearchConfig
     run: Run
@@ -77,37 +88,37 @@ class Inputs:
 
     @property
     def target_layers(self) -> list[int]:
-        """Every teacher layer that a student of the space can ask for: all share one cache."""
+        """The teacher layers that any student of the space may need: all share one cache."""
         depths = self.space.choices["num_hidden_layers"]
         num_layers = self.teacher.config.num_hidden_layers
         return needed_layers(self.config.recipe.objective, depths, num_layers)
 
     @property
     def states_settings(self) -> StatesSettings:
-        """With the folder that is used."""
+        """Settings of the stored states, with the folder filled in."""
         return replace(self.config.states, folder=str(states_folder(self.config)))
 
     @property
     def device(self) -> str:
-        """Where the teacher runs while its states are computed."""
+        """Device of the teacher while its states are computed: ``cuda`` or ``cpu``."""
         on_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
         return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
     def states(self, split: Split) -> TeacherStates:
-        """Those of a split and of the held-out rows, computed now if they are not there."""
+        """Return the teacher's states for a split and the held-out rows; compute missing ones."""
         data, layers = self.data.select(split), self.target_layers
         settings, precision = self.states_settings, self.config.trainer.precision
         return open_states(self.teacher, data, layers, settings, self.device, precision)
 
     @property
     def cache(self) -> StateCache:
-        """The stored states of the teacher; it may be empty still."""
+        """The cache of the teacher's states, which may still be empty."""
         of, precision = (self.teacher, self.data), self.config.trainer.precision
         return state_cache(*of, self.target_layers, self.states_settings, self.device, precision)
 
     @cached_property
     def bench(self) -> Bench:
-        """What all candidates share."""
+        """Everything that all candidates share; missing states of the teacher are computed."""
         search = self.config.search
         return Bench(
             teacher=self.teacher,
@@ -130,7 +141,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that is being made: of what, by what, and where its study is."""
+    """A run in progress: its inputs, its engine, its console and the place of its study."""
 
     inputs: Inputs
     engine: Engine
@@ -146,11 +157,11 @@ class RunContext:
         return self.inputs.run
 
     def study(self) -> Study:
-        """The study, as it is on the disk or in its database now."""
+        """Open the study as it is stored now; wait while its database does not answer."""
         return patiently(self.open_study, self.storage)
 
     def open_study(self) -> Study:
-        """The same, but what its store raises is raised."""
+        """Open the study without waiting: errors of its database are raised."""
         config = self.config
         sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
         results = results_in(self.run.folder)
@@ -174,24 +185,30 @@ class RunContext:
         return study
 
     def progress(self) -> Progress:
-        """A live display of all that runs."""
+        """Return a live display for the search and all running jobs."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        # Of all that was done: within the usual 30 seconds hardly a candidate ends.
+        # Speed is that since the start: within the usual 30 seconds hardly a candidate ends.
         return live_progress(self.console, *columns, speed_estimate_period=math.inf)
 
 
 def states_folder(config: SearchConfig) -> Path:
-    """Where the teacher's states are kept: beside all runs, unless the user says so."""
+    """Return the folder of the teacher's states: ``states.folder``, or one beside the runs."""
     return Path(config.states.folder or Run(config.root, config.name).states)
 
 
 def refuse_other_config(run: Run, config: SearchConfig) -> None:
-    """A name stands for one config, but for what changes no result, and stages not begun."""
+    """Refuse a config that differs from the one with which the run was started.
+
+    Settings may differ if they change no result, or belong to a stage that has not started.
+
+    Raises:
+        UserError: other settings differ, or the folder is a comparison's.
+    """
     if not run.config.exists():
         return
     run.refuse_other_kind(is_comparison=False)
@@ -202,21 +219,21 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     if not run.full_kd.exists():
         free.append("full_kd")
     of_stage = ("finetune.", "task", "grid", "distill.")
-    if not run.glue.exists() and not run.student.exists():  # what is exported stays
+    if not run.glue.exists() and not run.student.exists():  # an export is kept as it is
         free += of_stage
-    # Without a grid, there are no keys below it.
+    # A config without a grid has none of its keys: compare them all the same.
     both = known.keys() & asked.keys() | {key for key in known | asked if key.startswith("grid")}
     held = sorted(key for key in both if not key.startswith(tuple(free)))
     ours, theirs = ({key: plain.get(key) for key in held} for plain in (known, asked))
     is_stage_s = all(key.startswith(of_stage) for key in held if ours[key] != theirs[key])
-    remedy = f"give a new name, such as --name {run.name}-2 (--force-new does)"
+    remedy = f"give a new name, such as --name {run.name}-2 (--force-new chooses one)"
     if run.glue.exists() and not run.student.exists() and is_stage_s:
-        remedy = f"delete {str(run.glue)!r}, and fine-tuning begins anew with these, or {remedy}"
+        remedy = f"delete {str(run.glue)!r} to fine-tune again with these, or {remedy}"
     refuse_difference(ours, theirs, f"The run {run.name!r}", remedy)
 
 
 def is_finished(run: Run, config: Mapping[str, Any]) -> bool:
-    """Whether the last file of each stage that a config asks for is there."""
+    """Whether each stage that a config asks for has written its last file."""
     last = [run.best_student]
     if "full_kd" in config:
         last = [run.full_kd / "result.json", run.student, run.report]
@@ -226,13 +243,22 @@ def is_finished(run: Run, config: Mapping[str, Any]) -> bool:
 
 
 def _plain(config: SearchConfig) -> dict[str, Any]:
-    """As plain YAML, for everyone to read."""
+    """Return a config as plain values for YAML, without the password of its database."""
     plain: dict[str, Any] = as_plain(config)
     return plain | ({"storage": without_password(config.storage)} if config.storage else {})
 
 
 def check_place(config: SearchConfig) -> Run:
-    """The run, whose folders can be written and are no other config's; nothing is written."""
+    """Check the folders of a run: they can be written, and belong to no other config.
+
+    Nothing is written.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: a folder is refused.
+    """
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
     run.check_writable()
@@ -241,19 +267,28 @@ def check_place(config: SearchConfig) -> Run:
 
 
 def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
-    """Look at everything but text and task, cheapest first; nothing is written."""
+    """Check everything except text and task, the cheapest first; nothing is written.
+
+    Returns:
+        The run, the teacher, the search space and the meter of latency.
+
+    Raises:
+        UserError: an option, the teacher or a folder cannot be used, or no student can meet the
+            budget.
+        HubAway: the Hugging Face hub does not answer.
+    """
     run = check_place(config)
     config.trainer.check(has_ddp=isinstance(config, RunConfig) and config.executor is None)
-    if isinstance(config, RunConfig):  # it ends with an export
+    if isinstance(config, RunConfig):  # a run ends with an export
         check_onnx()
     _refuse_hidden_device(config)
     make_sampler(config.sampler), make_pruner(config.pruner)
     teacher = find_teacher(config.teacher)
-    _ = teacher.model  # refused here where it is not whole, before anything is made of its sizes
+    _ = teacher.model  # refuse a damaged teacher before its sizes are used
     space = space_of(config, teacher)
     _check_objective(config.recipe.objective, teacher, space)
     meter = LatencyMeter(teacher.config, config.latency)
-    if not run.trials_csv.exists():  # else the search is past it
+    if not run.trials_csv.exists():  # otherwise it was checked before
         _refuse_impossible_budget(config, teacher, space)
     most = max_length(teacher.config)
     if isinstance(config, RunConfig) and config.task and config.finetune.max_length > most:
@@ -265,14 +300,18 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
 
 
 def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
-    """What students may be proposed."""
+    """Return the search space: the teacher's, with the choices of ``config.space``."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 
 def load_inputs(config: SearchConfig, console: Console) -> Inputs:
-    """Load everything that the user gave, and see that it is good, before anything is trained.
+    """Load and check everything that the user gave, before anything is trained.
 
-    Nothing is written but the text's tokens, and the quickstart's text where that is asked for.
+    Only the text's tokens are written and, if it is asked for, the quickstart's text.
+
+    Raises:
+        UserError: something that the user gave cannot be used.
+        HubAway: the Hugging Face hub does not answer.
     """
     run, teacher, space, meter = validate(config)
     if config.storage:
@@ -308,11 +347,11 @@ def _load_rows(
 
 
 def task_path(run: Run, task: str | None) -> str | None:
-    """Where a run's labelled rows are."""
+    """Return the source of a run's labelled rows: a folder or a GLUE name; None without a task."""
     return text_and_task("", task, run.text)[1]
 
 
-_LOADED: list[tuple[str, Inputs]] = []  # what this process has loaded last
+_LOADED: list[tuple[str, Inputs]] = []  # the inputs loaded last in this process, with their key
 
 
 def _key(config: SearchConfig) -> str:
@@ -320,7 +359,7 @@ def _key(config: SearchConfig) -> str:
 
 
 def inputs_of(config: SearchConfig) -> Inputs:
-    """The inputs in a job's process, which loads them once for all of its jobs."""
+    """Return the inputs of a config, in the process of a job; it loads them once for all jobs."""
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
         meter = LatencyMeter(teacher.config, config.latency)
@@ -329,17 +368,26 @@ def inputs_of(config: SearchConfig) -> Inputs:
 
 
 def forget_inputs() -> None:
-    """Let go of what this process has loaded."""
+    """Release the inputs that this process has loaded."""
     _LOADED.clear()
 
 
 def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
-    """Hold the run to what it was made with, and write its config down."""
+    """Open a run, new or stopped, and write its config.
+
+    Args:
+        inputs: what the run is made from.
+        engine: the engine that runs its jobs.
+        console: where to print.
+
+    Raises:
+        UserError: the run was started with other settings, or its search is over.
+    """
     config, run = inputs.config, inputs.run
     run.folder.mkdir(parents=True, exist_ok=True)
     sweep(run.folder)
     content = _content(inputs)
-    remedy = f"give a new name, such as --name {run.name}-2 (--force-new does)"
+    remedy = f"give a new name, such as --name {run.name}-2 (--force-new chooses one)"
     keep_settings(run.made_with, content, f"The run {run.name!r}", remedy)
     _keep_matmuls(run)
     context = RunContext(inputs, engine, console, config.storage or run.study_db)
@@ -352,17 +400,17 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
     if is_done and run.best_student.exists() and not run.full_kd.exists():
         best = best_of(study, inputs.space).user_attrs["arch"]
         if StudentArch.from_yaml(run.best_student).to_dict() != best:
-            run.best_student.unlink()  # a prolonged search has not told yet who is the best now
+            run.best_student.unlink()  # written before the search was prolonged
     known = read_yaml(run.config) if run.config.exists() else {}
     asked = known | _plain(config)
     if asked != known or not run.best_student.exists() or not is_done:
-        run.manifest.unlink(missing_ok=True)  # until the end again
+        run.manifest.unlink(missing_ok=True)  # written again at the end
         write_text(run.config, yaml.safe_dump(asked, sort_keys=False))
     return context
 
 
 def _content(inputs: Inputs) -> dict[str, Any]:
-    """Everything that a candidate's reward depends on, as flat plain JSON."""
+    """Return everything that a candidate's reward depends on, as flat plain JSON."""
     config, rows = inputs.config, inputs.data.rows
     plain = {key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search")}
     trainer, default = as_plain(config.trainer), as_plain(TrainerSettings())
@@ -390,7 +438,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
 
 
 def _keep_matmuls(run: Run) -> None:
-    """Multiply in the precision that the run was begun with, whatever is faster here now."""
+    """Use the precision of matmuls with which the run was started, even if it is slower here."""
     path = run.folder / "cpu_matmuls.json"
     known = read_json(path) if path.exists() else None
     computed_in = keep(known)
@@ -399,7 +447,7 @@ def _keep_matmuls(run: Run) -> None:
 
 
 def _refuse_hidden_device(config: SearchConfig) -> None:
-    """Of several GPUs a job's process sees one, which is its first."""
+    """Refuse ``cuda:1`` and the like for workers: each sees only its own GPU, as number 0."""
     kind, _, number = config.latency.device.partition(":")
     if config.workers != 0 and number not in ("", "0"):
         raise UserError(
@@ -409,7 +457,7 @@ def _refuse_hidden_device(config: SearchConfig) -> None:
 
 
 def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:
-    """Look whether the fastest student of the space, the smallest too, is within the budget."""
+    """Refuse a budget that even the smallest student, which is the fastest, does not meet."""
     fastest = space.smallest()
     found = LatencyMeter(teacher.config, config.latency).glance(fastest)
     violation, reason = config.search.budget.violation(found)
@@ -421,7 +469,7 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
-    """Refuse an objective that a student of the space cannot be asked for; nothing is allocated."""
+    """Refuse an objective that does not work for a student of the space; allocates no weights."""
     depths = space.choices["num_hidden_layers"]
     needed_layers(objective, depths, teacher.config.num_hidden_layers)
     sizes = itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"])
@@ -436,7 +484,7 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
                 raise
             except Exception as error:  # the user's own class may raise anything
                 raise UserError(
-                    f"recipe.objective, {type(objective).__name__}, cannot be asked of {arch}: "
-                    f"{type(error).__name__}: {first_line(error)}; mend it, or leave such "
+                    f"recipe.objective, {type(objective).__name__}, does not work for {arch}: "
+                    f"{type(error).__name__}: {first_line(error)}; correct it, or leave such "
                     "students out of the space."
                 ) from error

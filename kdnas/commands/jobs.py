@@ -1,4 +1,4 @@
-"""The jobs of a run: functions of plain data that give plain data, and how they are asked for."""
+"""The jobs of a run: each ``..._job`` describes one, and the function after it does the work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdnas.system.pool import share_devices
 
 
 def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
-    """Mini-KD of one shape, for the trial of this number."""
+    """Return the job that trains one student by mini-KD, for the trial of this number."""
     minutes = config.candidate_timeout
     return Job(
         folder=Run(config.root, config.name).trial(number),
@@ -35,13 +35,13 @@ def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
 
 
 def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dict[str, Any]:
-    """Give an ``Outcome``."""
+    """Train and measure one candidate; return an ``Outcome`` as a dict."""
     inputs = inputs_of(config)
     return evaluate(inputs.bench, arch, inputs.run.trial(number)).to_dict()
 
 
 def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) -> Job:
-    """A share of the teacher's states, on the device of a slot."""
+    """Return the job that computes a share of the teacher's states, on the device of its slot."""
     folder = Run(config.root, config.name).folder / f"states_{share}"
     return Job(folder, "teacher states", compute_states, (config, split, share, num_shares))
 
@@ -49,7 +49,7 @@ def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) 
 def compute_states(
     config: SearchConfig, split: Split, share: int, num_shares: int
 ) -> dict[str, Any]:
-    """Give nothing: the states are in their cache."""
+    """Compute a share of the teacher's states into their cache; return an empty dict."""
     inputs = inputs_of(config)
     data, precision = inputs.data.select(split), config.trainer.precision
     build_share(inputs.cache, inputs.teacher, data, inputs.device, precision, share, num_shares)
@@ -57,7 +57,13 @@ def compute_states(
 
 
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
-    """Full KD of the best student, or of the search's candidate as it is."""
+    """Return the job of full KD, on one or several devices.
+
+    Args:
+        config: options of the run.
+        arch: the best student.
+        kept: files of its candidate's weights and optimizer state, by name.
+    """
     folder = Run(config.root, config.name).full_kd
     args, num_ranks = (config, arch, dict(kept)), config.num_devices
     if num_ranks == 1 or not config.full_kd.num_epochs:
@@ -66,13 +72,20 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
 
 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
-    """Give what ``distill_student`` gives."""
+    """Distil the best student on all rows; without full KD, save its candidate's weights.
+
+    Returns:
+        What ``distill_student`` returns; without full KD, with the candidate's loss and history.
+
+    Raises:
+        UserError: there is to be no full KD, and the candidate's weights do not exist.
+    """
     inputs, num_epochs = inputs_of(config), config.full_kd.num_epochs
     split: Split = "full" if num_epochs else "mini"
     tensors = {name: load_file(path) for name, path in kept.items()}
     if not num_epochs and WEIGHTS not in tensors:
         raise UserError(
-            "full_kd is null, but the candidate's weights are gone: give --full_kd.num_epochs 1 "
+            "full_kd is null, but the candidate's weights do not exist: give --full_kd.num_epochs 1 "
             "or more."
         )
     found = distill_student(
@@ -96,12 +109,12 @@ def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path])
 
 
 def export_job(config: RunConfig) -> Job:
-    """The run's student, as a folder to deploy."""
+    """Return the job that exports the run's student."""
     return Job(Run(config.root, config.name).folder / "export", "export", export_best, (config,))
 
 
 def export_best(config: RunConfig) -> dict[str, Any]:
-    """Give what was checked."""
+    """Export the run's student; return the report of ``export_student``."""
     inputs = inputs_of(config)
     if inputs.task:
         rows = rows_of_task(inputs.task, config.finetune.max_length)

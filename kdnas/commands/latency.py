@@ -1,4 +1,4 @@
-"""``kdnas latency``: models beside each other, by backend, batch, length and threads."""
+"""``kdnas latency``: compare models by backend, batch size, length and number of threads."""
 
 import logging
 import math
@@ -37,10 +37,19 @@ log = logging.getLogger(__name__)
 
 
 def latency_table(config: LatencyConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Measure every model in every combination, in turn: a table, a JSON file and a picture.
+    """Measure every model in every combination; show a table, and write a JSON file and a picture.
+
+    Args:
+        config: options of ``kdnas latency``.
+        console: where to print; None: the terminal.
 
     Returns:
-        The rows of the JSON file, as ``LatencyResult`` has them; ``length`` is null for a workload.
+        The rows of the JSON file, one for each model and combination, with the columns of
+        ``LatencyResult.table``. ``length`` is None if lengths come from a file.
+
+    Raises:
+        UserError: an option or a model cannot be used, or the files cannot be written.
+        HubAway: the Hugging Face hub does not answer.
     """
     combinations, path = config.settings(), Path(config.json)
     picture = _picture(config.json)
@@ -74,7 +83,7 @@ def latency_table(config: LatencyConfig, console: Console | None = None) -> list
 
 
 def _picture(json: str) -> Path:
-    """Where the picture goes, beside the JSON file; both can be written."""
+    """Return the path of the picture, beside the JSON file, if both can be written."""
     path = Path(json)
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
@@ -88,7 +97,7 @@ def _picture(json: str) -> Path:
 def _measured(
     models: Sequence[Teacher], deployed: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> list[dict[str, Any]]:
-    """A row of the JSON file for each model."""
+    """Measure the models in one combination; return a row of the JSON file for each."""
     latencies = measure_latency(deployed, settings)
     return [
         {
@@ -96,7 +105,7 @@ def _measured(
             "backend": settings.backend,
             "device": settings.device,
             "threads": settings.num_threads,
-            "batch": len(settings.batches()[0]),  # a workload may have fewer rows
+            "batch": len(settings.batches()[0]),  # a file of lengths may have fewer rows
             "length": None if settings.lengths else settings.length,
             "megabytes": _megabytes(one, settings),
             **asdict(latency),
@@ -107,7 +116,7 @@ def _measured(
 
 
 def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
-    """What a backend runs: an exported file where there is one, else the graph of this shape."""
+    """Return what a backend runs: an exported ONNX file, or the shape with random weights."""
     int8 = backend == "onnxruntime-int8"
     exported = Path(model.source) / (INT8 if int8 else ONNX)
     if backend in ON_ONNX and exported.is_file():
@@ -141,7 +150,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _backend(row: dict[str, Any]) -> str:
-    """With the device, unless the backend implies it."""
+    """Return the backend's name, with the device unless the backend implies it."""
     backend, device = row["backend"], row["device"]
     return backend if device in ("cpu", backend) else f"{backend}, {device}"
 
@@ -172,7 +181,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Medians with interquartile ranges, a line for each model, backend and number of threads."""
+    """Draw medians with interquartile ranges: a line per model, backend and number of threads."""
     shapes, names = list(dict.fromkeys(map(_shape, rows))), _names(rows)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Objects that are given from Python, written down for commands to read."""
+"""Writes objects that are given from Python (models, texts, tasks) to disk, for the commands."""
 
 import copy
 import hashlib
@@ -15,7 +15,19 @@ from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, 
 
 
 def as_paths(**asked: Any) -> dict[str, Any]:
-    """The settings of a command; for each object the folder below ``root`` that holds it."""
+    """Replace objects among a command's settings by folders in ``root``, to which they are written.
+
+    Paths and names stay as they are; so do settings that are no model, text or task.
+
+    Args:
+        asked: settings of the command.
+
+    Returns:
+        The settings, with text in place of objects and paths.
+
+    Raises:
+        UserError: a model has no tokenizer, a task lacks a split, or nothing can be written there.
+    """
     inputs = Path(asked.get("root", "lightning_logs"), INPUTS)
     writers = {"text": _write_text, "task": _write_task}
     writers |= dict.fromkeys(("teacher", "student", "model", "distill_from"), _write_model)
@@ -29,7 +41,7 @@ def as_paths(**asked: Any) -> dict[str, Any]:
 
 
 def _path(value: Any, inputs: Path, write: Callable[[Any, Path], str]) -> str:
-    """Where a thing is; an object is written into a folder named by the hash of its content."""
+    """Return a path or name as text; write an object to a folder named by its content's hash."""
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     check_writable(inputs, "root")
@@ -39,7 +51,7 @@ def _path(value: Any, inputs: Path, write: Callable[[Any, Path], str]) -> str:
         name = write(value, Path(temporary))
         content = _sha256(Path(temporary))
         place = inputs / f"{name}-{content[:12]}"
-        if not place.exists() or _sha256(place) != content:  # somebody has changed it
+        if not place.exists() or _sha256(place) != content:  # new, or changed since
             with new_folder(place) as folder:
                 for file in Path(temporary).iterdir():
                     file.rename(folder / file.name)
@@ -58,7 +70,7 @@ def _write_model(model: Any, folder: Path) -> str:
         raise UserError(f"A {type(model).__name__} has no tokenizer: give (model, tokenizer).")
     encoder, tokenizer = model[0], copy.deepcopy(model[1])
     arch = arch_of(encoder.config)
-    if tokenizer.is_fast:  # what it was last called with is no part of it
+    if tokenizer.is_fast:  # its last call's padding and truncation are still set
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     encoder.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a search or a run will need, estimated before it begins from a few steps on a few rows."""
+"""Estimates the time, disk and memory of a search or a run, from a few steps on a few rows."""
 
 import logging
 import resource
@@ -48,18 +48,19 @@ from kdnas.training.trainer import fit, make_trainer, own_random_numbers
 
 log = logging.getLogger(__name__)
 
-# Of the text: students start on a sample of 20,000 tokens. Small batches make many steps of them.
+# Limits of the sample of text: students are initialised from 20,000 tokens, and small batches would
+# make many steps of these.
 MOST_ROWS, MOST_TOKENS, MOST_STEPS = 2_000, 25_000, 16
 NUM_LOOKS = 12  # students whose latency is measured
-NUM_TASK_ROWS = 160  # of each split
-ROW_BYTES = 100  # in memory; text and tokens are in files
-# Mostly the tracing of the graph, whatever text and task are: 10 s for 4 x 384 (LOG.md).
+NUM_TASK_ROWS = 160  # labelled rows in each split
+ROW_BYTES = 100  # memory for a row, whose text and tokens are in files
+# Tracing the graph takes most of it, whatever the text and task: 10 s for 4 x 384 (LOG.md).
 EXPORT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage is expected to need, at most."""
+    """What one stage is expected to need at most: seconds, bytes on disk, bytes of memory."""
 
     name: str
     seconds: float
@@ -69,30 +70,30 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search or a run is expected to need from its beginning, and what is there."""
+    """What a search or a run is expected to need in all, and the free disk space."""
 
     stages: list[Stage]
-    free_bytes: int  # of the disk that it writes to
-    measured_on: str
-    gpu_bytes: int = 0  # the peak of these steps; 0 without a GPU
+    free_bytes: int  # on the disk that it writes to
+    measured_on: str  # what was measured, in words
+    gpu_bytes: int = 0  # peak of GPU memory in the measured steps; 0 without a GPU
 
     @property
     def minutes(self) -> float:
-        """Of all stages."""
+        """Minutes of all stages."""
         return sum(stage.seconds for stage in self.stages) / 60
 
     @property
     def minutes_after_search(self) -> float:
-        """Of full KD and what follows; reading, teacher and candidates come before."""
+        """Minutes after the first three stages, which are reading, teacher and candidates."""
         return sum(stage.seconds for stage in self.stages[3:]) / 60
 
     def table(self) -> Table:
-        """For the terminal: a row a stage."""
+        """Return the plan as a table with a row for each stage."""
         needed = sum(stage.disk_bytes for stage in self.stages)
         free = f"{self.free_bytes / 1e9:.2f} GB of the disk are free"
         caption = f"[red]Only {free}.[/red]" if needed > self.free_bytes else f"{free}."
         if self.gpu_bytes:
-            caption += f" Of the GPU a worker takes {self.gpu_bytes / 1e9:.1f} GB at least."
+            caption += f" A worker takes {self.gpu_bytes / 1e9:.1f} GB of GPU memory at least."
         in_all = Stage("in all", 60 * self.minutes, needed)
         rows = [
             {
@@ -103,26 +104,33 @@ class Plan:
             }
             for stage in [*self.stages, in_all]
         ]
-        table = text_table("What it will need, about", rows, words=["stage"])
+        table = text_table("What it will need (estimate)", rows, words=["stage"])
         table.caption = f"Measured on {self.measured_on}. {caption}"
         return table
 
 
 class Rates(NamedTuple):
-    """Seconds before the first step, and for each token or row that is trained on or scored."""
+    """Seconds of a fit: before its first step, per token or row trained on, and per one scored."""
 
     start: float
     train: float
     score: float
 
     def seconds(self, num_epochs: int, num_train: float, num_scored: float) -> float:
-        """Of a whole fit."""
+        """Seconds of a whole fit: ``start + num_epochs * (num_train * train + num_scored * score)``."""
         return self.start + num_epochs * (num_train * self.train + num_scored * self.score)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A search or a run on a few rows: config and sizes of the whole, and the few rows, loaded."""
+    """A few rows of a search or a run.
+
+    Args:
+        config: the config of the whole, without the user's logger and callbacks.
+        sizes: numbers of rows of the whole.
+        found: the few rows and the rest, loaded.
+        folder: temporary folder of everything that is written.
+    """
 
     config: SearchConfig
     sizes: Sizes
@@ -131,7 +139,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write the few rows into a folder, and load them; the user's own logger hears nothing."""
+        """Write a few rows into a folder and load them; the user's logger and callbacks are left out."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -139,27 +147,30 @@ class Sample:
 
     @property
     def num_slots(self) -> int:
-        """How many candidates are trained side by side."""
+        """Number of candidates that are trained in parallel."""
         return max(1, self.config.num_workers)
 
     @property
     def rows(self) -> TokenRows:
-        """The few rows."""
+        """The few rows, tokenised."""
         return self.found.data.rows
 
     @property
     def scale(self) -> float:
-        """How many times as many rows the whole text has."""
+        """Number of usable rows in the whole text, divided by that of the few rows."""
         return self.sizes.num_rows / len(self.rows)
 
     @property
     def few_tokens(self) -> tuple[int, int]:
-        """Tokens of the few training rows, and of the few held-out ones."""
+        """Numbers of tokens in the few training rows and in the few held-out rows."""
         data, lengths = self.found.data, self.rows.lengths
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
     def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
-        """Of the whole text, where the few rows cost so much; with this process's memory by now."""
+        """Return the cost of the whole text from the seconds and bytes that the few rows took.
+
+        Memory is this process's peak so far, and what the other rows add.
+        """
         num_kept = self.config.data.fraction * self.sizes.num_rows
         others = ROW_BYTES * max(0.0, num_kept - len(self.rows))
         return Cost(self.scale * seconds, self.scale * num_bytes, peak_memory() + others)
@@ -169,54 +180,54 @@ class Cost(NamedTuple):
     """What something takes."""
 
     seconds: float
-    num_bytes: float
-    memory: float
+    num_bytes: float  # on disk
+    memory: float  # in bytes
 
 
 class Looks(NamedTuple):
     """Latencies of some students."""
 
-    within: dict[StudentArch, ArchLatency]  # the budget, the fastest first; one at least
-    share: float  # of all students that the budget allows
-    seconds: float  # that a look takes
+    within: dict[StudentArch, ArchLatency]  # those within the budget, fastest first; at least one
+    share: float  # of measured students that are within the budget
+    seconds: float  # for one measurement
 
     def ends(self) -> list[StudentArch]:
-        """The fastest and the slowest; one where they are the same."""
+        """Return the fastest and the slowest student; only one if they are the same."""
         archs = list(self.within)
         return list(dict.fromkeys([archs[0], archs[-1]]))
 
 
 class Finetuning(NamedTuple):
-    """How fast teacher and student are fine-tuned, by the row, and what is kept of both."""
+    """How fast teacher and student are fine-tuned, by the row, and what that takes."""
 
     teacher: Rates
     student: Rates
-    num_bytes: float
-    memory: float
+    num_bytes: float  # on disk: the teacher, the student and baselines as large as the student
+    memory: float  # of a process, in bytes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few rows have shown: from it follows what any number of rows and epochs needs.
+    """What was measured on a few rows; ``plan`` estimates from it any number of rows and epochs.
 
     Args:
-        sizes: of the whole text and task.
+        sizes: numbers of rows of the whole text and task.
         about: what was measured, in words.
-        tokens: of the whole text, to learn from and held out.
-        reading: of the whole text, whatever share of it is kept.
-        tokenising: of the whole text.
-        teacher: one pass over the whole text, whose states are stored.
-        missing: share of these states that is not there yet.
-        looks: at students.
-        num_archs: students of the space.
-        rates: of some of them as candidates, with a worker's threads.
-        full: of the slowest of them, with all threads; nothing of a search.
-        finetuning: nothing without a task.
-        num_slots: workers.
-        num_parallel: candidates that train at the same time.
-        memory: of distillation, in a process.
-        free_bytes: of the disk.
-        gpu_bytes: the peak of these steps; 0 without a GPU.
+        tokens: numbers of training tokens and of held-out tokens in the whole text.
+        reading: seconds to read the whole text, whatever share of it is used.
+        tokenising: cost of tokenising the whole text.
+        teacher: cost of one pass of the teacher over the whole text, with its states stored.
+        missing: share of these states that is not stored yet.
+        looks: latencies of some students.
+        num_archs: number of students in the space.
+        rates: for the fastest and the slowest of them, rates of mini-KD with a worker's threads.
+        full: for the slowest of them, rates of full KD with all threads; None without full KD.
+        finetuning: rates of fine-tuning; None without a task.
+        num_slots: number of workers.
+        num_parallel: number of candidates that train at the same time.
+        memory: memory of a process that distils, in bytes.
+        free_bytes: free bytes on the disk.
+        gpu_bytes: peak of GPU memory in the measured steps, in bytes; 0 without a GPU.
     """
 
     sizes: Sizes
@@ -238,12 +249,12 @@ class Measured:
     gpu_bytes: int
 
     def tokens_of(self, config: SearchConfig) -> tuple[float, float]:
-        """Tokens to learn from, and held-out ones that are scored."""
+        """Return the numbers of training tokens, and of held-out tokens that are scored."""
         train, held_out = (config.data.fraction * tokens for tokens in self.tokens)
         return train, min(held_out, HELD_OUT_TOKENS)
 
     def plan(self, config: SearchConfig) -> Plan:
-        """What a config needs that differs in numbers of rows, epochs and candidates alone."""
+        """Return the plan for a config, which may differ only in rows, epochs and candidates."""
         before, of_full_kd = _teacher_stages(self, config)
         stages = [_reading_stage(self, config), before, _search(self, config)]
         if isinstance(config, RunConfig):
@@ -252,12 +263,22 @@ class Measured:
 
 
 def plan(config: SearchConfig) -> Plan:
-    """Measure two students on a few rows and scale it to the search or run; nothing is kept."""
+    """Measure two students on a few rows, and estimate what the search or run will need.
+
+    Nothing is kept on disk.
+
+    Raises:
+        UserError: something that the user gave cannot be used.
+    """
     return measure(config).plan(config)
 
 
 def measure(config: SearchConfig) -> Measured:
-    """Take a few rows through the stages; nothing is kept."""
+    """Run the stages on a few rows and measure them; nothing is kept on disk.
+
+    Raises:
+        UserError: something that the user gave cannot be used.
+    """
     check_place(config)
     with temporary_folder() as name, own_random_numbers():
         sample = Sample.take(config, Path(name))
@@ -269,13 +290,14 @@ def measure(config: SearchConfig) -> Measured:
         recipe, calibration = config.recipe, calibration_rows(sample.found.data)
         with threads(max(1, torch.get_num_threads() // sample.num_slots)):
             fastest, *slowest = looks.ends()
-            # Twice, for the first time computes what all students share.
+            # The fastest twice: the first time also computes what all students share.
             for arch in (fastest, fastest, *slowest):
                 rates[arch] = _distillation(sample, arch, states, calibration, recipe)
         best = looks.ends()[-1]  # nearly as slow as the budget allows
         if isinstance(config, RunConfig):
             if config.full_kd.num_epochs:
-                # It has all threads, and goes on from a candidate's weights.
+                # It has all threads. As it continues from a candidate's weights, it is not
+                # initialised from the teacher, which takes time: a random start stands for that.
                 recipe = replace(recipe, start=RandomStart())
                 full = _distillation(sample, best, states, calibration, recipe)
             finetuning = _finetunings(sample, config, best)
@@ -305,9 +327,12 @@ def measure(config: SearchConfig) -> Measured:
 
 
 def _reading(sample: Sample) -> tuple[float, Cost]:
-    """Seconds of reading, and what tokens and masks take; of many rows each core makes a share.
+    """Measure how the text is read and tokenised.
 
-    Finding the teacher does not take longer with more rows.
+    Returns:
+        The seconds to read the whole text, and the cost of its tokens and masks, of which each core
+        makes a share if there are many rows. The time to find the teacher does not grow with the
+        rows, and is left out.
     """
     data, folder = sample.found.data, str(sample.folder / "tokens")
     times = [time.perf_counter()]
@@ -327,9 +352,14 @@ def _reading(sample: Sample) -> tuple[float, Cost]:
 
 
 def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
-    """The teacher's states of the few rows, a pass over the whole, and what share is missing."""
+    """Measure the teacher's pass over the few rows.
+
+    Returns:
+        Its states of the few rows, the cost of a pass over the whole text, and the share of states
+        that is not in the cache yet.
+    """
     config, found = sample.config, sample.found
-    # The real cache, of which something may be there if the few rows are all.
+    # The real cache: if the few rows are the whole text, it may hold some of their states.
     real = replace(config.states, folder=str(states_folder(config)))
     of = found.teacher, found.data, found.target_layers
     rest = found.device, config.trainer.precision
@@ -343,7 +373,7 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
 
 
 def _looks(found: Inputs) -> Looks:
-    """Measure some students from all over the space."""
+    """Measure the latency of some random students of the space."""
     archs, budget = list(found.space), found.config.search.budget
     order = np.random.default_rng(found.config.seed).permutation(len(archs))
     begin = time.perf_counter()
@@ -381,7 +411,7 @@ def _finetuning(
     name: str,
     model: PreTrainedModel,
 ) -> Rates:
-    """How fast a model is fine-tuned, by the row."""
+    """Measure how fast a model is fine-tuned, by the row."""
 
     def finetune(timer: Timer) -> None:
         evaluate_glue(
@@ -406,7 +436,7 @@ def _distillation(
     calibration: CalibrationRows,
     recipe: Recipe,
 ) -> Rates:
-    """How fast a student is distilled, by the token."""
+    """Measure how fast a student is distilled, by the token."""
     found = sample.found
 
     def distil(timer: Timer) -> None:
@@ -419,7 +449,7 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time a fit of one epoch that trains and scores so many tokens or rows."""
+    """Time a fit of one epoch on ``num_train`` tokens or rows, which scores ``num_scored``."""
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)
@@ -435,9 +465,9 @@ def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:
-    """What the search needs of the teacher, and what full KD needs more.
+    """Return the teacher's stage for the search, and its further stages for full KD.
 
-    Where its states would be too large, it runs live.
+    If its states would take more than ``max_gb``, the teacher runs live.
     """
     cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
     of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
@@ -446,7 +476,7 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
         for value in (
             cost.num_bytes,
             measured.missing * cost.seconds,
-            cost.seconds / config.data.num_mask_variants,  # of one variant, an epoch
+            cost.seconds / config.data.num_mask_variants,  # an epoch needs one variant
         )
     )
     most_tokens = 1e9 * config.states.max_gb / token_bytes
@@ -469,7 +499,7 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
-    """As many as are asked for, or as the budget leaves."""
+    """Return the number of candidates: ``n_trials``, or fewer if the budget leaves fewer."""
     most = max(1, round(measured.looks.share * measured.num_archs))
     return min(config.search.n_trials, most)
 
@@ -479,7 +509,7 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
     num_trials = _num_trials(measured, config)
     num_looks = min(num_archs, num_trials / max(looks.share, 1 / num_archs))
 
-    # The longer a student's forward pass, the longer its step: most lie between those measured.
+    # A student's step grows with its latency, so its time is interpolated from those measured.
     times = {arch: latency.student.median_ms for arch, latency in looks.within.items()}
     train, held_out = measured.tokens_of(config)
     num_epochs, mini = config.search.num_epochs, config.data.mini_fraction * train
@@ -487,11 +517,11 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
     known = [times[arch] for arch in measured.rates]
     candidate = float(np.interp(list(times.values()), known, each).mean())
 
-    # While one measures latency, the others hold still.
+    # While one process measures latency, the others pause.
     seconds = num_trials * candidate / measured.num_parallel + num_looks * looks.seconds
     if config.time_budget is not None and not isinstance(config, RunConfig):
         seconds = min(seconds, 60 * config.time_budget + candidate)
-    # The best three are kept: weights, and twice as much that the optimizer knows of them.
+    # The best three are kept: their weights, and the optimizer's state, which is twice as large.
     largest = max(4 * latency.num_parameters for latency in looks.within.values())
     kept = min(3, num_trials) * 3 * largest
     memory = measured.num_slots * measured.memory
@@ -499,14 +529,14 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _later(measured: Measured, config: RunConfig) -> list[Stage]:
-    """What follows a search, whose best student is nearly as slow as the budget allows."""
+    """Return the stages after the search, for a student nearly as slow as the budget allows."""
     looks, fitting = measured.looks, measured.finetuning
     student_bytes = 4 * looks.within[looks.ends()[-1]].num_parameters
     stages = []
     if config.full_kd.num_epochs and measured.full:
         tokens = measured.tokens_of(config)
         seconds = measured.full.seconds(config.full_kd.num_epochs, *tokens)
-        # Weights, and a checkpoint while it lasts.
+        # Weights and, while it runs, a checkpoint of three times their size.
         stages.append(Stage("full KD", seconds, 4 * student_bytes, measured.memory))
     memory = measured.memory
     if fitting:
@@ -517,23 +547,23 @@ def _later(measured: Measured, config: RunConfig) -> list[Stage]:
             * rates.seconds(config.finetune.num_epochs, sizes.num_train, sizes.num_validation)
             for rates in (fitting.teacher, fitting.student)
         )
-        # The layer cut is about as fast as the student; the static vectors take nearly nothing.
+        # The layer cut is about as fast as the student; the static vectors take almost no time.
         seconds = max(one, (one + 3 * other) / measured.num_slots)
         memory = fitting.memory
         of_all = measured.num_slots * memory
         stages.append(Stage("fine-tuning", seconds, fitting.num_bytes, of_all))
-    # Weights and graph in float32, and int8.
+    # Weights and graph in float32, and the int8 graph.
     return [*stages, Stage("export", EXPORT_SECONDS, 2.25 * student_bytes, memory)]
 
 
 def peak_memory() -> int:
-    """Bytes that this process had in memory at its peak."""
+    """Return the peak memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
-    """Print a teacher's space: its choices, its size, and how fast its extremes are."""
+    """Print a teacher's search space: choices, size, and latency of its smallest and largest."""
     teacher = find_teacher(config.teacher)
     space = space_of(config, teacher)
     show(console, f"{len(space)} students of {config.teacher}: every combination of")
@@ -555,4 +585,4 @@ def show_space(config: SpaceConfig, console: Console) -> None:
         )
     console.print(text_table("", rows, words=["", "student"]))
     show(console, f"Latency: {measured_by(vars(config.latency))}.")
-    show(console, "`kdnas search --dry-run` says what a search of them will take.")
+    show(console, "`kdnas search --dry-run` estimates what a search of them will need.")

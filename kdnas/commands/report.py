@@ -1,4 +1,4 @@
-"""``kdnas report``: the report of a run made anew, or several runs beside each other."""
+"""``kdnas report``: write the report of one run again, or compare several runs on a page."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -18,7 +18,8 @@ from kdnas.system.files import Run, read_json
 from kdnas.system.manifest import renew
 from kdnas.system.yaml import flat, read_yaml
 
-# What a loss depends on: losses are of one scale only where all of it is equal.
+# The settings that a loss depends on, by the beginnings of their names: losses can be compared only
+# if all of these are equal.
 SCALE = (
     "begins as",
     "teacher",
@@ -31,13 +32,21 @@ SCALE = (
     "loss",
     "search.num_epochs",
 )
-REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")
-# Settings that change no result.
+REWARD = (*SCALE, "search.alpha", "search.beta", "latency.")  # the same for rewards
+# Settings that change no result, so their differences are not shown.
 NO_QUESTION = ("name", "root", "storage", "states.folder", "workers", "data.num_workers")
 
 
 def report(config: ReportConfig, console: Console) -> None:
-    """Write one run's report anew, or a page that compares several."""
+    """Write the report of one run again, or a page that compares several.
+
+    Args:
+        config: options of ``kdnas report``.
+        console: where to print.
+
+    Raises:
+        UserError: there is no such run, or its study cannot be read.
+    """
     runs = [Run(config.root, name) for name in config.run]
     for run in runs:
         run.refuse_links()
@@ -53,23 +62,24 @@ def report(config: ReportConfig, console: Console) -> None:
 
 def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
     if not run.config.is_file():
-        # A fit has a config too, but no study.
+        # The folder of a `kdnas fit` has a config too, but no study.
         there = sorted(
             path.parent.name
             for path in run.root.glob("*/config.yaml")
             if path.with_name("made_with.json").is_file()
         )
-        hint = nearest(run.name, there) if there else " There is none."
+        hint = nearest(run.name, there) if there else " It holds no run: give another --root."
         raise UserError(f"There is no run {run.name!r} in {str(run.root)!r}.{hint}")
     config = read_yaml(run.config)
-    known = config.get("storage")  # of several runs, one without has its own file
+    # Among several runs, --storage is only for those that have a database.
+    known = config.get("storage")
     asked = storage if known or is_only else None
     where, name = asked or known or run.study_db, str(config.get("name", run.name))
     return read_study(where, name, results_in(run.folder))
 
 
 def compare(runs: list[Run], studies: list[Study], output: Path, console: Console) -> Path:
-    """Write a page that holds two or more runs beside each other, and show its table."""
+    """Write a page that compares two or more runs, and show its table; return its path."""
     names = [run.name for run in runs]
     rows = [_row(run, study) for run, study in zip(runs, studies, strict=True)]
     configs = [flat(read_yaml(run.config)) for run in runs]
@@ -113,7 +123,11 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
 
 
 def _notes(unlike: list[dict[str, str]]) -> list[str]:
-    """Why losses or rewards of the runs cannot be compared."""
+    """Return why losses or rewards of the runs cannot be compared; nothing if they can.
+
+    Args:
+        unlike: rows of ``_differing``, of settings that rewards depend on.
+    """
     keys = [row["setting"] for row in unlike]
     notes = ["The runs have different teachers."] if "teacher" in keys else []
     if keys:
@@ -129,7 +143,13 @@ def _differing(
     settings: Sequence[Mapping[str, Any]],
     is_meant: Callable[[str], bool],
 ) -> list[dict[str, str]]:
-    """The settings that are not the same in all runs, a row each."""
+    """Return the settings that differ between runs, a row for each.
+
+    Args:
+        names: names of the runs.
+        settings: their settings, in the same order.
+        is_meant: whether a setting, by its name, is looked at.
+    """
     rows = []
     for key in dict.fromkeys(key for one in settings for key in one if is_meant(key)):
         values = [str(one.get(key, "-")) for one in settings]
@@ -139,7 +159,7 @@ def _differing(
 
 
 def _row(run: Run, study: Study) -> dict[str, str]:
-    """A run's best candidate after its mini-KD, and the last stages' figures, if they are there."""
+    """Return a run's row: its best candidate, and the figures of later stages if it has any."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}

@@ -1,4 +1,4 @@
-"""The whole job: search -> full KD -> fine-tuning -> export -> report. Each stage is done once."""
+"""The whole job: search -> full KD -> fine-tuning -> export -> report. No stage is repeated."""
 
 import logging
 import math
@@ -78,23 +78,38 @@ from kdnas.training.progress import JobBars
 
 log = logging.getLogger("kdnas")
 
-VECTORS = "vectors.safetensors"  # of the static baseline, while its fine-tunings last
+VECTORS = "vectors.safetensors"  # of the static baseline, kept until it is fine-tuned
 
 
 @own_precision()
 @honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> Run:
-    """Find the best student within the budget, into ``<root>/<name>/``."""
+    """Find the best student within the budget, and write it to ``<root>/<name>/``.
+
+    If stopped, the same call resumes.
+
+    Args:
+        config: options of ``kdnas search``.
+        console: where to print; None: the terminal.
+
+    Returns:
+        The run, whose ``best_student`` is the YAML of the best student's shape.
+
+    Raises:
+        UserError: something that the user gave cannot be used, or no candidate meets the budget.
+        CandidateFailed: every candidate failed, or the last ones all did.
+        OSError: the disk, the network, the hub or the study's database failed.
+    """
     with _opened(config, console or Console(markup=False), {}) as context:
         run, console = context.run, context.console
-        was_done = run.manifest.exists()  # then opening has left everything as it was
+        was_done = run.manifest.exists()  # opening deletes it if something is left to do
         best = search_stage(context)
         study = context.study()
         console.print(front_table(study))
         refused = sum(in_words(trial) == "refused" for trial in study.get_trials(deepcopy=False))
         if refused:
             console.print(
-                f"Refused for the budget, untrained: {refused}; the reasons are in "
+                f"Refused because of the budget, untrained: {refused}; the reasons are in "
                 f"{run.trials_csv}.",
                 soft_wrap=True,
             )
@@ -105,10 +120,22 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
 
 
 def run(config: RunConfig, console: Console | None = None) -> Run:
-    """The whole job, into ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
+    """Do the whole job, in ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
 
-    The same call again goes on where it was stopped; a finished run answers with its table and
-    changes nothing.
+    If stopped, the same call resumes. For a finished run it shows the table and changes nothing.
+
+    Args:
+        config: options of ``kdnas run``.
+        console: where to print; None: the terminal.
+
+    Returns:
+        The run, with the paths of its files.
+
+    Raises:
+        UserError: something that the user gave cannot be used, or no candidate meets the budget.
+        CandidateFailed: every candidate failed, or a fine-tuning did.
+        ParityError: an exported file does not compute what the student computes.
+        OSError: the disk, the network, the hub or the study's database failed.
     """
     console = console or Console(markup=False)
     if config.trial is not None:
@@ -121,12 +148,14 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     else:
         seconds = run_stages(config, console, choice)
         shown = ", ".join(f"{stage} {taken / 60:.1f}" for stage, taken in seconds.items())
-        console.print(f"Minutes: {shown}.", highlight=False, soft_wrap=True)
+        console.print(f"Minutes by stage: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
         console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
     else:
         if quality := agreement(read_json(run.full_kd / "result.json")):
-            console.print(f"Without a task: {quality}.", highlight=False, soft_wrap=True)
+            console.print(
+                f"The student was not fine-tuned; {quality}.", highlight=False, soft_wrap=True
+            )
     where = f"Report:   {run.report}", f"Student:  {run.student}", f"Run:      {run.folder}"
     console.print(*where, sep="\n", soft_wrap=True)
     console.print(f"Look at it with:  tensorboard --logdir {run.folder}", soft_wrap=True)
@@ -134,7 +163,21 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 
 def of_trial(config: RunConfig, number: int) -> RunConfig:
-    """A run whose search is one candidate of the search of ``config``, and done."""
+    """Make the run ``<name>-trial-<number>``, whose finished search has one candidate alone.
+
+    The candidate's result and weights are copied from the search of ``config``.
+
+    Args:
+        config: options of the run that has trained the candidate.
+        number: number of its trial.
+
+    Returns:
+        The config of the new run.
+
+    Raises:
+        UserError: no candidate of this number was trained to its end, or the search was made with
+            other settings.
+    """
     if chosen := Choice.kept(config):
         config = chosen.of_config(config)
     asked = {field.name: getattr(config, field.name) for field in fields(SearchConfig)}
@@ -170,9 +213,18 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
 def run_stages(
     config: RunConfig, console: Console, choice: Choice | None = None
 ) -> dict[str, float]:
-    """Run the stages that are not finished; give the seconds of each.
+    """Run the stages that are not finished.
 
-    No candidate is begun when the time of what follows the search would be missing.
+    With a choice that fits the time budget, the search starts no candidate in the time that the
+    later stages need.
+
+    Args:
+        config: options of the run.
+        console: where to print.
+        choice: what was chosen for the time budget; None: the search may take any time.
+
+    Returns:
+        The seconds that each stage took, by its name.
     """
     seconds: dict[str, float] = {}
     end = math.inf
@@ -180,7 +232,8 @@ def run_stages(
         end = time.monotonic() + 60 * (choice.minutes - choice.after_search)
     with _opened(config, console, seconds, choice) as context:
         run = context.run
-        run.manifest.unlink(missing_ok=True)  # of a search, or of what has lost a stage
+        # It is of the search alone, or from before a stage's files were deleted.
+        run.manifest.unlink(missing_ok=True)
         with _timed(seconds, "search"):
             best = search_stage(context, end)
         with _timed(seconds, "full KD"):
@@ -203,7 +256,7 @@ def _opened(
     seconds: dict[str, float],
     choice: Choice | None = None,
 ) -> Iterator[RunContext]:
-    """A run with its inputs and its engine, and nobody else's meanwhile."""
+    """Open a run with its inputs and its engine, and keep other processes from making it."""
     try:
         with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
@@ -225,17 +278,22 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """What its manifest says of how it was made."""
+    """Return what the manifest tells about how the run was made."""
     command = [without_password(argument) for argument in sys.argv]
     teacher = read_json(run.made_with)["teacher"]
     return {"name": run.name, "command": command, "gpu": gpu_name(), "teacher_sha256": teacher}
 
 
 def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
-    """Search, unless that is done, and write the best student down.
+    """Search, unless that is finished, and write the best student.
 
-    No candidate but the first is begun after ``end``, by ``time.monotonic``; where it is not given,
-    ``time_budget`` counts from now.
+    Args:
+        context: the run.
+        end: time, by ``time.monotonic``, after which no candidate is started; None:
+            ``time_budget`` minutes from now.
+
+    Returns:
+        The best student.
     """
     config, settings, run = context.config, context.config.search, context.run
     study = context.study()
@@ -250,10 +308,10 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
         context.console.print(
             f"Search: going on after {num_done} of {settings.n_trials} candidates."
         )
-    open_states(context, "mini")  # before the live display: building them shows its own bar
+    open_states(context, "mini")  # before the live display: computing them shows a bar of its own
     if end is None:
         end = time.monotonic() + 60 * (config.time_budget or math.inf)
-    # Without a budget the deepest would be far too slow.
+    # By rule the deepest shape comes first; without a budget nothing refuses one that is too slow.
     first = context.inputs.space.by_rule() if settings.budget != Budget() else ()
     lstm = lstm_of(config.sampler)
     exploration = lstm.exploration if lstm else None
@@ -281,17 +339,17 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
 
 
 class SearchDisplay:
-    """Tells of each trial as it ends: a line, a bar, the table of all, TensorBoard."""
+    """Shows each trial that ends: a line, the bar, ``trials.csv`` and TensorBoard."""
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
-        self.study: Study  # as it was opened last
+        self.study: Study  # set whenever the study is opened
         self._bar = progress.add_task("search", total=context.config.search.n_trials)
         self._told_busy = False
-        self._num_trained: int | None = None  # when the leaders were last shown
+        self._num_trained: int | None = None  # as the best ones were last shown
 
     def show(self, trial: FrozenTrial) -> None:
-        """Tell of a trial that has ended."""
+        """Show a trial that has ended."""
         console = self.context.console
         if "failed" in trial.user_attrs and console.quiet:
             log.warning(line(trial))
@@ -301,15 +359,15 @@ class SearchDisplay:
             self._told_busy = True
             log.warning(
                 "The machine is busy: the teacher's latency beside trial %d spread by more than a "
-                "tenth, and the budget and the reward go by it. Let nothing else run, or give a "
-                "new run more --latency.min_seconds.",
+                "tenth, and the budget and the reward depend on it. Let nothing else run, or start "
+                "a new run with more --latency.min_seconds.",
                 trial.number,
             )
         self._show_leaders()
         self.write_down()
 
     def _show_leaders(self) -> None:
-        """Who leads, at the end of each episode."""
+        """Show the best candidates at the end of each episode."""
         size = self.study.user_attrs["num_candidates"]
         ended = sorted(trained(self.study), key=lambda one: (one.datetime_complete, one.number))
         rewards = [(arch_of(trial), trial.value or 0.0) for trial in ended]
@@ -319,7 +377,7 @@ class SearchDisplay:
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
-        """Write what the study holds: the bar, the table of all trials, and the board."""
+        """Update the bar, ``trials.csv`` and TensorBoard, and delete all but the best weights."""
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
@@ -328,7 +386,7 @@ class SearchDisplay:
 
 
 def open_states(context: RunContext, split: Split) -> None:
-    """Compute what is missing of the teacher's states, by all GPUs of this machine."""
+    """Compute the missing states of the teacher, on all GPUs of this machine."""
     inputs, config = context.inputs, context.config
     num_shares = min(context.engine.num_slots, num_gpus(config.trainer.accelerator))
     cache, data = inputs.cache, inputs.data.select(split)
@@ -344,7 +402,7 @@ def open_states(context: RunContext, split: Split) -> None:
 
 
 def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Distil the best student on all rows, unless that is done."""
+    """Distil the best student on all rows, unless that is finished."""
     run, console = context.run, context.console
     last = run.full_kd / "last.ckpt"
     if (run.full_kd / "result.json").exists():
@@ -367,7 +425,11 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """What there is of the best candidate's weights and of its optimizer's state, by name."""
+    """Return the existing files of the best candidate's weights and optimizer state, by name.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     best = next(trial for trial in trained(context.study()) if arch_of(trial) == arch)
     kept = {}
     for name in KEPT:
@@ -375,19 +437,19 @@ def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
         known = best.user_attrs.get(f"{path.stem}_sha256")
         if not path.exists():
             context.console.print(
-                f"Full KD: beginning without {path}, which is not there.", soft_wrap=True
+                f"Full KD: starting without {path}, which does not exist.", soft_wrap=True
             )
         elif known in (None, file_sha256(path)):
             kept[name] = path
         else:
             raise UserError(
-                f"{str(path)!r} is damaged (its sha256 was {known}): delete it to begin without it."
+                f"{str(path)!r} is damaged (its sha256 was {known}): delete it to start without it."
             )
     return kept
 
 
 def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Fine-tune teacher, student, and what the student should beat, all alike."""
+    """Fine-tune teacher, student and baselines, all in the same way, unless that is finished."""
     folder, task = context.run.glue, context.inputs.task
     source = task_path(context.run, config.task)
     assert task is not None and source is not None
@@ -409,20 +471,20 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
         fits = comparison.fine_tune()
     rows = {fit.contender.name: dict(read_json(fit.job.result_file)) for fit in fits}
     comparison.measure_rows(rows, "score")
-    (folder / "static" / VECTORS).unlink(missing_ok=True)  # they are in its model/ too
+    (folder / "static" / VECTORS).unlink(missing_ok=True)  # model/ holds them too
     scored = {"num_validation": len(task.validation["label"])}
     write_json(folder / "results.json", {"task": about_task(task) | scored, "models": rows})
 
 
 class Role(Contender):
-    """A row of a run's table, which has one task."""
+    """A model in a run's table; the run has one task, so its folder is named by its role."""
 
     def folder(self, task: LoadedTask) -> str:
         return self.key
 
 
 def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str) -> list[Role]:
-    """The rows of the final table, the teacher first."""
+    """Return the models of the final table, the teacher first."""
     folder, teacher = context.run.glue, context.inputs.teacher
     kept = folder / "layer_cut" / "shape.yaml"
     if not kept.exists():
@@ -452,7 +514,10 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 
 
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
-    """As many teacher layers as the budget allows; without one, no slower than the student."""
+    """Return the teacher's shape with as many layers as the budget allows, but at least one.
+
+    Without a budget, it is as many as are no slower than the student.
+    """
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget
     if budget == Budget():
@@ -468,14 +533,14 @@ def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
 
 
 def export_stage(context: RunContext, config: RunConfig) -> None:
-    """Export the student, unless that is done."""
+    """Export the student, unless that is finished."""
     run, console = context.run, context.console
     if is_exported(run):
         console.print("Export: done.")
         return
     if run.student.exists():
         console.print(
-            f"Export: {run.student} is of another model than the run has now; it is made anew.",
+            f"Export: {run.student} holds another model than the run has now; it is exported again.",
             soft_wrap=True,
         )
     job = export_job(config)

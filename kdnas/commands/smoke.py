@@ -1,4 +1,4 @@
-"""A run on a few rows, by the real code, to see in a minute whether a long one would end well."""
+"""``kdnas run --smoke``: every stage on a few rows, to see in a minute whether a run works."""
 
 import shutil
 import tempfile
@@ -19,9 +19,18 @@ NUM_CANDIDATES = 2
 
 
 def smoke(config: RunConfig, console: Console) -> None:
-    """Go through every stage of a run on a few rows, in a folder that is removed again.
+    """Run every stage on a few rows, in a temporary folder, and show the seconds of each.
 
-    The budget is checked but not kept, so the candidates are the first that the sampler proposes.
+    If a stage fails, the folder is kept. The budget is checked, but candidates need not meet it:
+    they are the first that the sampler proposes.
+
+    Args:
+        config: options of the run.
+        console: where to print.
+
+    Raises:
+        UserError: something that the user gave cannot be used.
+        Exception: whatever else a stage raises.
     """
     validate(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
@@ -30,7 +39,7 @@ def smoke(config: RunConfig, console: Console) -> None:
     try:
         seconds = run_stages(_shrunk(config, folder), console)
     except Exception:
-        show(console, f"What the smoke run has made until then, kept until the next one: {folder}")
+        show(console, f"The smoke run failed; its files are kept until the next one: {folder}")
         raise
     except BaseException:
         shutil.rmtree(folder)
@@ -42,7 +51,7 @@ def smoke(config: RunConfig, console: Console) -> None:
     console.print(text_table("", rows, words=["stage"]))
     show(
         console,
-        f"Every stage works, on {NUM_ROWS} rows: the scores mean nothing, and nothing is kept.",
+        f"Every stage works. On {NUM_ROWS} rows the scores mean nothing, and no file is kept.",
     )
 
 

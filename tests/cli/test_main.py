@@ -363,8 +363,10 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     error = refused(
         [*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys
     )
-    assert "recipe.objective, HiddenStates, cannot be asked of 1 layer x 32 wide" in error
-    assert "KeyError: 'no width of 32'; mend it, or leave such students out of the space." in error
+    assert "recipe.objective, HiddenStates, does not work for 1 layer x 32 wide" in error
+    assert (
+        "KeyError: 'no width of 32'; correct it, or leave such students out of the space." in error
+    )
     assert not (tmp_path / "logs").exists()
 
 
@@ -393,7 +395,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ),
         ("--pruner=medium", "There is no pruner 'medium'"),
         ("--workers=-1", "workers is -1"),
-        ("--candidate_timeout=5", "candidate_timeout ends a process of this machine"),
+        ("--candidate_timeout=5", "candidate_timeout works by killing a worker process"),
         ("--time-budget=0", "time_budget is 0"),
         (
             "--space.hidden_size=[128]",

@@ -190,7 +190,7 @@ def test_a_grid_chooses_on_training_rows_for_each_model(command, tmp_path, monke
     assert main([*grid, "--seeds=2"]) == 0
     assert seen[10:] == [(16, 16)] * 2, "what failed is not tried again"
     assert [run for run in lines(tmp_path) if run["kind"] == "grid"] == points
-    told = "grid_8_0.5: failed, not tried again while it is there: the loss is nan"
+    told = "grid_8_0.5: failed, and not tried again while this folder exists: the loss is nan"
     assert capsys.readouterr().out.count(told) == 2
 
 
@@ -223,7 +223,7 @@ def test_a_point_of_a_grid_that_fails_does_so_alone_and_any_other_fine_tuning_en
         [("grid", None), ("grid", told), ("run", None)] * 2, key=str
     )
     shown = capsys.readouterr().out.replace("\n", "")
-    assert f"grid_16_0.001: failed, not tried again while it is there: {told}" in shown
+    assert f"grid_16_0.001: failed, and not tried again while this folder exists: {told}" in shown
     assert main([*command, "--seeds=1", "--finetune.batch_size=16", "--name=other"]) == 1
     assert capsys.readouterr().err == f"kdnas: {told}\n"
     assert main([*grid, "--grid.batch_sizes=[16]", "--name=third"]) == 1
@@ -349,7 +349,7 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
     [
         (
             ["--task=stsbb"],
-            "The task 'stsbb' is none of GLUE. Did you mean 'stsb'? Choose from: cola, mnli,",
+            "The task 'stsbb' is no GLUE task. Did you mean 'stsb'? Choose from: cola, mnli,",
         ),
         (["--task=xyz"], "Choose from: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."),
         (["--task=cola"], "cola' does not exist"),

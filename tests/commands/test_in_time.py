@@ -128,11 +128,15 @@ def test_a_run_is_cut_to_an_absurd_budget_says_so_and_goes_on_with_it(
         patch.setattr("kdnas.commands.run.full_kd_stage", interrupt)
         assert main([*command, "--time-budget=0.01"]) == 130
     shown = capsys.readouterr().out
-    for told in ("full_kd.num_epochs 1 for 4", "finetune.num_epochs 1 for 3", "not in time"):
+    for told in (
+        "full_kd.num_epochs 1 instead of 4",
+        "finetune.num_epochs 1 instead of 3",
+        "not in time",
+    ):
         assert told in shown
     monkeypatch.setattr(in_time, "choose", interrupt)  # nothing is measured again
     assert main([*command, "--time-budget=0.02"]) == 0
-    assert "As chosen when it was begun" in capsys.readouterr().out
+    assert "Lowered when the run was started" in capsys.readouterr().out
     saved = yaml.safe_load(run.config.read_text())
     assert (saved["full_kd"]["num_epochs"], saved["finetune"]["num_epochs"]) == (1, 1)
     assert read_json(run.full_kd / "result.json")["num_epochs"] == 1

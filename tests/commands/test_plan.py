@@ -97,7 +97,7 @@ def test_the_memory_of_a_gpu_is_told_where_one_was_used() -> None:
         plan.Plan([], 10**9, "few rows", gpu_bytes).table().caption
         for gpu_bytes in (0, 1_300_000_000)
     ]
-    assert captions[1] == f"{captions[0]} Of the GPU a worker takes 1.3 GB at least."
+    assert captions[1] == f"{captions[0]} A worker takes 1.3 GB of GPU memory at least."
 
 
 def test_the_budget_is_held_against_students_from_all_over_the_space(tiny_teacher: Path) -> None:

@@ -252,7 +252,7 @@ def test_an_export_of_another_model_is_made_anew(
     manifest = json.loads((run.student / "manifest.json").read_text())
     (run.student / "manifest.json").write_text(json.dumps(manifest | {"source_sha256": "another"}))
     assert main([*finished, f"--root={tmp_path}"]) == 0
-    told = "is of another model than the run has now; it is made anew"
+    told = "holds another model than the run has now; it is exported again"
     assert told in " ".join(capsys.readouterr().out.split())
     assert is_exported(run) and main(["verify", str(run.folder)]) == 0
 
@@ -454,7 +454,7 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
     monkeypatch.setattr("kdnas.commands.jobs.distill_best", interrupt)
     assert main(command) == 130
     told = re.findall(
-        "Full KD: beginning without (.*), which is not there", capsys.readouterr().out
+        "Full KD: starting without (.*), which does not exist", capsys.readouterr().out
     )
     assert [Path(path).name for path in told] == ["optimizer.safetensors"]
 
@@ -799,7 +799,7 @@ def test_what_changes_no_result_may_change_before_its_stage(
     (run / "student").rename(tmp_path / "student")  # as if fine-tuning had not ended
     (run / "glue").mkdir()
     assert main([*changed, "--finetune.learning_rate=1e-5"]) == 2
-    told = f"go back to them, or delete '{run}/glue', and fine-tuning begins anew"
+    told = f"go back to them, or delete '{run}/glue' to fine-tune again"
     assert told in capsys.readouterr().err
     (run / "glue").rmdir()
     (tmp_path / "student").rename(run / "student")

@@ -174,5 +174,7 @@ def test_the_quickstarts_text_is_not_made_in_the_real_run(
 def test_rows_that_cannot_be_used_are_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": " "}\n{"text": null}\n')
-    with pytest.raises(UserError, match="has 1 usable rows among 3: is 'text' right"):
+    with pytest.raises(
+        UserError, match="has 1 usable rows among 3, and at least 2 are needed: is 'text'"
+    ):
         few(RunConfig(teacher="t", text=str(path)), tmp_path / "few")
