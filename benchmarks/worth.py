@@ -127,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(args)
     most = None
     if arguments.quick:
-        arguments.speedups, arguments.seeds, arguments.tasks = [5.0], [0], ["stsb"]
+        arguments.speedups, arguments.seeds, arguments.tasks = [5.0], [0], ["sst2"]
         arguments.n_trials, arguments.epochs, most = 2, 1, 200
         arguments.folder = OUTPUT / "worth_quick"
     quieten()

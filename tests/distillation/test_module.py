@@ -258,10 +258,11 @@ def test_cached_and_live_states_give_the_same_loss(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("matmuls", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed")]
+    ("matmuls", "precision", "close"),
+    [("float32", "32-true", 1e-3), ("bfloat16", "bf16-mixed", 3e-3)],
 )
 def test_an_epoch_on_stored_states_is_one_on_the_live_teacher(
-    tmp_path, monkeypatch, matmuls, precision
+    tmp_path, monkeypatch, matmuls, precision, close
 ):
     monkeypatch.setenv(VARIABLE, matmuls)
     text = tmp_path / "rows.txt"
@@ -275,7 +276,7 @@ def test_an_epoch_on_stored_states_is_one_on_the_live_teacher(
         )
         fit(trainer(precision=precision), begun(module, data), data)
         ends.append(module.history[-1]["loss"])
-    assert ends[0] == pytest.approx(ends[1], rel=1e-3) and ends[0] != ends[1]
+    assert ends[0] == pytest.approx(ends[1], rel=close) and ends[0] != ends[1]
 
 
 @pytest.mark.parametrize("arch", [NARROW, SHORT])
