@@ -269,14 +269,14 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
 
         - ``number``, ``state``, and the five fields of the shape.
         - ``loss``, ``contextual_share``, ``sentence_r2``, ``latency_ms``, ``latency_iqr_ms``,
-          ``speedup``, ``num_parameters``, ``reward``, ``seconds``.
+            ``speedup``, ``num_parameters``, ``reward``, ``seconds``.
         - ``predicted_reward``: what an LSTM controller expected, if it picked the student for that.
         - ``episode``: number from 1. Trained candidates are counted in the order in which they
-          ended; an episode has as many as the study's attribute ``num_candidates`` says.
+            ended; an episode has as many as the study's attribute ``num_candidates`` says.
         - ``best_so_far``, ``episode_best``, ``previous_best``: the best rewards when this candidate
-          had ended: of all, of its episode, and of the whole episode before.
+            had ended: of all, of its episode, and of the whole episode before.
         - ``front``: the Pareto fronts that the student is on, of loss and latency or of loss and
-          size: ``latency``, ``parameters``, ``latency and parameters``, or missing.
+            size: ``latency``, ``parameters``, ``latency and parameters``, or missing.
         - ``reason``: why the candidate was not trained to the end.
     """
     rows = []

@@ -145,7 +145,7 @@ def test_a_run_that_is_a_link_is_refused(target, tmp_path, capsys):
     (tmp_path / "logs" / "b").mkdir(parents=True)
     link = tmp_path / "logs" / "a"
     link.symlink_to(target)
-    with pytest.raises(UserError, match=f"{link}' is a link to '{target}': name the run"):
+    with pytest.raises(UserError, match=f"{link}' is a link to '{target}': give the name"):
         Run(tmp_path / "logs", "a").check_writable()
     assert main(["report", "--run=a", f"--root={link.parent}"]) == 2
     assert capsys.readouterr().err.startswith(f"kdnas: '{link}' is a link to ")

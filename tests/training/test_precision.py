@@ -83,7 +83,7 @@ def test_what_is_gone_on_with_stays_as_it_was_begun(bf16_wins, monkeypatch, capl
         assert bf16_is_faster("cpu") == (begun_in == "bfloat16")
     assert (
         keep("float32") == "float32"
-        and "begun with matmuls in float32, not in bfloat16" in caplog.text
+        and "begun with matmuls in float32, and continues with them, not in bfloat16" in caplog.text
     )
 
 
