@@ -132,8 +132,8 @@ class SearchConfig:
             SQLite file in the run's folder.
         candidate_timeout: minutes that a candidate may take; one that takes longer is killed and
             counts as failed. null: no limit.
-        time_budget: minutes of wall-clock time for the search; after that no candidate is started,
-            and running ones are finished. null: no limit.
+        time_budget: minutes of wall-clock time for the search; after that no candidate is started
+            (but one is always trained), and running ones are finished. null: no limit.
         seed: seed of the split, the search and the weights.
         space: which students may be proposed; ``kdnas space`` shows them.
         data: how text becomes batches; its seed is ``seed``.

@@ -206,6 +206,11 @@ class Record:
                 f"{self._in_a_row[-1]}. Fix the cause; the same command then goes on with other candidates."
             )
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether a candidate was trained, or runs."""
+        return bool(tried(self.study) or self.running())
+
     def needs_more(self, n_trials: int) -> bool:
         """Whether to propose another candidate: not if there are enough, none is left, or all fail."""
         num_tried = len(tried(self.study))

@@ -62,14 +62,15 @@ def search(
             that the pruner ended count.
         show: called with each trial that has ended.
         watch: called with the running jobs, several times a second.
-        seconds: wall clock time; after it no candidate is started, but running ones are finished.
+        seconds: wall clock time; after it no candidate is started, unless none was trained yet.
+            Running ones are finished.
         first: shapes to propose before the sampler's, in order, until one is not refused.
 
     Returns:
         The best trial within the budget.
 
     Raises:
-        UserError: no candidate meets the budget, none was trained in time, or all were pruned.
+        UserError: no candidate meets the budget, or all were pruned.
         CandidateFailed: every candidate failed, or the last ten in a row; with the last reason.
     """
     record = Record(study, space, make_job, first)
@@ -82,11 +83,13 @@ def search(
                 record.answer_reports(trial)
             else:
                 _begin(record, trial, engine)
-        while engine.has_room and time.monotonic() < deadline and record.needs_more(n_trials):
+        while engine.has_room and record.needs_more(n_trials):
+            if time.monotonic() >= deadline and record.has_trained:
+                break
             _begin(record, record.ask(), engine)
         if not (record.running() or engine.jobs):
             record.refuse_failures(n_trials)
-            return best_of(study, space, seconds)
+            return best_of(study, space)
         for job, error in engine.wait():
             record.note(job, error)
             del error  # its frames hold the candidate's memory

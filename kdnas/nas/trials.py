@@ -170,16 +170,15 @@ def best_trial(study: Study) -> FrozenTrial | None:
     return study.get_trials(deepcopy=False)[best.user_attrs.get("twin_of", best.number)]
 
 
-def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> FrozenTrial:
+def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
     """Return the best candidate of a search that is over.
 
     Args:
         study: study of the search.
         space: search space of the study.
-        seconds: time that the search had; named if it was too short.
 
     Raises:
-        UserError: no candidate meets the budget, none was trained in time, or all were pruned.
+        UserError: no candidate meets the budget, or all were pruned.
         CandidateFailed: every candidate failed; with the last reason.
     """
     if (best := best_trial(study)) is not None:
@@ -191,12 +190,6 @@ def best_of(study: Study, space: SearchSpace, seconds: float = math.inf) -> Froz
         )
     if tried(study) and not trained(study):
         raise UserError("The pruner ended every candidate: give another pruner, or --pruner none.")
-    if len(known(study)) < len(space) and math.isfinite(seconds):
-        minutes = f"{seconds / 60:g}"
-        raise UserError(
-            f"No student within the budget was trained in {minutes} minutes: give a longer "
-            "time_budget."
-        )
     raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
 
 
