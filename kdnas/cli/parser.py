@@ -156,7 +156,10 @@ def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None
             if isinstance(value, Namespace):
                 _refuse_null(part, value, f"{name}.")
             elif value is not None:
-                raise UserError(f"{name} is {value!r:.40}: give its keys, or leave it out.")
+                raise UserError(
+                    f"{name} is {value!r:.40}, but it is a group of options: give {name}.OPTION, "
+                    "or leave it out."
+                )
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:

@@ -485,7 +485,7 @@ def test_a_value_that_the_parser_refuses_is_told_with_its_key_and_where_it_is_ex
     error = refused(["search", *KNOWN, given], capsys)
     key, told = name.removesuffix(".mappping"), "mappping" if "mappping" in name else value
     assert key in error and told.strip("[]") in error
-    assert "`kdnas search --help all` explains" in error or "give its keys" in error
+    assert "`kdnas search --help all` explains" in error or "it is a group of options" in error
 
 
 def test_a_long_message_of_the_parser_is_cut_but_keeps_the_key_and_the_value(
