@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdnas.system.errors import UserError
+from kdnas.training.precision import bf16_is_faster
 
 # Coefficients of polynomials a s + b s^3 + c s^5, applied to a singular value s one after the other.
 # Of all compositions of three such, this one is nearest to 1 on [0.005, 1]: between 0.5 and 1.5.
@@ -29,10 +30,11 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
         steps: coefficients a, b, c of each step.
 
     Returns:
-        The matrices, shape (B, M, N), in bfloat16.
+        The matrices, shape (B, M, N), in bfloat16 or, where that is slower, in float32.
     """
     is_tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
-    x = matrices_BMN.bfloat16()
+    is_bf16 = bf16_is_faster(matrices_BMN.device.type)
+    x = matrices_BMN.to(torch.bfloat16 if is_bf16 else torch.float32)
     x = x.mT.contiguous() if is_tall else x
     x = x / (MARGIN * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)
     for a, b, c in steps:

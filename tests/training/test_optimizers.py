@@ -15,6 +15,7 @@ from kdnas.training.optimizers import (
     is_layer_matrix,
     orthogonalised,
 )
+from kdnas.training.precision import DTYPES, VARIABLE
 
 
 def make() -> tuple[nn.Linear, JointOptimizer]:
@@ -47,6 +48,7 @@ def test_a_matrix_moves_alike_in_every_direction_by_the_size_of_adamws_step():
 
 def test_with_its_polynomials_and_margin_it_is_torchs(monkeypatch):
     monkeypatch.setattr(optimizers, "MARGIN", 1.0)
+    monkeypatch.setenv(VARIABLE, "bfloat16")  # as torch's
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 8), (24, 8), (8, 24), (8, 8)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -65,12 +67,16 @@ def test_with_its_polynomials_and_margin_it_is_torchs(monkeypatch):
         torch.testing.assert_close(parameter, its, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12)])
-def test_singular_values_end_near_1_and_their_vectors_stay(shape):
+def test_singular_values_end_near_1_and_their_vectors_stay(shape, precision, monkeypatch):
+    monkeypatch.setenv(VARIABLE, precision)
     torch.manual_seed(0)
     matrices = torch.randn(3, *shape)
     matrices[2] = torch.outer(matrices[2, :, 0], matrices[2, 0])  # all of its norm in one
-    found = orthogonalised(matrices).float()
+    found = orthogonalised(matrices)
+    assert found.dtype == DTYPES[precision]
+    found = found.float()
     u, before, vh = torch.linalg.svd(matrices, full_matrices=False)
     after = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)
     is_large = before > 0.005 * before.norm(dim=1, keepdim=True)
