@@ -200,7 +200,7 @@ class Record:
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
-        """Let the job of a trial go on or end, as the pruner decides, if it waits after an epoch."""
+        """Have the pruner decide whether a trial's job, which waits after an epoch, may go on."""
         job = self.job(frozen)
         reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
         for step, value in reports.items():

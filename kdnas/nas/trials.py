@@ -245,7 +245,9 @@ def line(trial: FrozenTrial) -> str:
 
 
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
-    """Whether one of a trial's latencies is unsteady, as ``is_unsteady`` defines it.
+    """Whether one of a trial's latencies is unsteady: its quartiles are far apart.
+
+    The interquartile range is then more than a tenth of the median.
 
     Args:
         trial: a trial whose latency was measured.

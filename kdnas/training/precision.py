@@ -98,7 +98,7 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Return an autocast context; ``autocast_dtype`` gives its precision from the same arguments."""
+    """Return an autocast context with the precision of ``autocast_dtype`` for these arguments."""
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
 
