@@ -82,16 +82,15 @@ class Run:
 
     @property
     def stillness(self) -> Path:
-        """Path of the lock by which nothing trains on this machine while latency is measured.
+        """Path of the lock by which nothing of this run trains here while latency is measured.
 
-        Each run has its own. The lock lies on a local disk, since it is taken at each training
-        step.
+        The lock lies on a local disk, since it is taken at each training step.
         """
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
 
     def check_writable(self) -> None:
-        """Check that the run's folder can be written to, so that training is not in vain.
+        """Check that the run's folder can be written to; to be called before training.
 
         No file is left behind.
 

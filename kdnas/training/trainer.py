@@ -304,7 +304,7 @@ class ClipFusedGradients(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Log at least once an epoch, even if an epoch has fewer steps than the logging interval."""
+        """Log at least once an epoch, also if an epoch is shorter than the logging interval."""
         trainer: Any = self.trainer
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.num_training_batches)
 
