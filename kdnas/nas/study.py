@@ -97,8 +97,8 @@ def open_study(
             from there, so that none gets the number of a trial that may still run.
 
     Raises:
-        UserError: the database is shared, and its study of this name has finished trials that are
-            not in ``results``.
+        UserError: ``storage`` is a URL, and the study of this name in that database minimises, or
+            has finished trials that are not in ``results``.
         Exception: one of ``STORE_ERRORS``: the database cannot be used; ``patiently`` tries again.
     """
     options: dict[str, Any] = {

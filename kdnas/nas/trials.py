@@ -119,18 +119,24 @@ def tried(study: Study) -> list[FrozenTrial]:
 
 
 def trained(study: Study) -> list[FrozenTrial]:
-    """Return the trials that were trained to the end, without those that repeat a shape."""
+    """Return the trials that were trained to the end.
+
+    Trials that repeat the shape of an earlier trial are left out.
+    """
     return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
 
 
 def failed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that failed, without those that repeat a shape."""
+    """Return the trials that failed.
+
+    Trials that repeat the shape of an earlier trial are left out.
+    """
     ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in ended if "failed" in trial.user_attrs and not is_repeated(trial)]
 
 
 def is_repeated(trial: FrozenTrial) -> bool:
-    """Whether a trial only repeats the shape and result of an earlier one."""
+    """Whether a trial only repeats the shape and result of an earlier trial."""
     return "twin_of" in trial.user_attrs
 
 
@@ -160,7 +166,13 @@ def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
 
 
 def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
-    """Whether ``n_trials`` candidates were trained or pruned, or the space has no more."""
+    """Whether a search is over: enough candidates were trained, or no shape is left.
+
+    Args:
+        study: study of the search.
+        space: search space of the study.
+        n_trials: number of candidates to train; those that the pruner ended count.
+    """
     ended = [trial for trial in known(study).values() if trial.state.is_finished()]
     return len(tried(study)) >= n_trials or len(ended) >= len(space)
 
@@ -182,7 +194,7 @@ def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
         space: search space of the study.
 
     Raises:
-        UserError: no candidate meets the budget, or all were pruned.
+        UserError: no candidate meets the budget, or the pruner ended every candidate.
         CandidateFailed: every candidate failed; the message has the last reason.
     """
     if (best := best_trial(study)) is not None:

@@ -309,7 +309,10 @@ def this_host() -> str:
 def owned(name: str) -> str:
     """Return a prefix for the name of a temporary file or folder.
 
-    It has this process's id, by which ``sweep`` recognises what a killed process has left.
+    The prefix has this process's id, by which ``sweep`` recognises what a killed process has left.
+
+    Args:
+        name: beginning of the prefix, such as the name that the file or folder gets in the end.
     """
     return f"{name}.{this_host()}-{os.getpid()}."
 
@@ -342,8 +345,8 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
 
     Args:
         folder: folder to search.
-        pattern: glob pattern of the temporary names, which begin as ``owned`` says. By default it
-            is that of hidden files and folders, also in subfolders.
+        pattern: glob pattern of the temporary files and folders; only those whose names have a
+            prefix from ``owned`` are removed. The default finds hidden ones, also in subfolders.
     """
     mine = re.compile(rf"\.?(.+)\.{re.escape(this_host())}-(\d+)\.\w+")
     home = folder.resolve()
@@ -445,7 +448,7 @@ def stamp(path: Path | os.DirEntry[str]) -> list[int]:
 def read_stamps(path: Path) -> dict[str, list[Any]]:
     """Read the stamps (see ``stamp``) of files whose content was checked by hashing.
 
-    As long as a file has that stamp, other processes need not hash it again.
+    As long as a file has the stamp that was read, it need not be hashed again.
 
     Args:
         path: JSON file that maps names of files to stamps.

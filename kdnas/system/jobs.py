@@ -1,7 +1,8 @@
 """Jobs: function calls whose results are files, so that they can run in other processes and resume.
 
 A job is done when ``result.json`` is in its folder. The file ``job.log`` has what the job printed.
-While a job runs, it and the engine communicate by further files in the folder:
+While a job runs, it and the engine (``kdnas.system.engine``) communicate by further files in the
+folder:
 
 - ``progress.json``: how far the job is.
 - ``threads``: number of threads that the job may use.
@@ -85,7 +86,7 @@ class Job:
 
 
 class Reporter:
-    """By this a running job exchanges messages with the engine, as files in the job's folder.
+    """Exchanges messages between a running job and the engine, by files in the job's folder.
 
     Args:
         folder: folder of the job.

@@ -99,7 +99,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Yield the files and links in a folder, without ``but``, locks, and hidden files and folders."""
+    """Yield the files and links in a folder, without ``but``, locks and hidden names."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(

@@ -10,7 +10,9 @@ from kdnas.system.files import read_json, write_json
 
 
 def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str) -> None:
-    """Write the settings of a folder to a file; if the file exists, refuse other settings.
+    """Write the settings that a folder is made with to a file; later, refuse other settings.
+
+    Settings are refused if the file exists and has other values.
 
     Args:
         path: path of the JSON file.

@@ -1,4 +1,4 @@
-"""Safe reading of YAML: duplicate keys, aliases that expand without bound, and objects are refused."""
+"""Safe reading of YAML: no duplicate keys, no aliases that expand without bound, no objects."""
 
 from collections.abc import Iterator
 from pathlib import Path

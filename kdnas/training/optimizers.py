@@ -179,8 +179,8 @@ class JointOptimizer(torch.optim.Optimizer):
         """Load the states of all optimizers.
 
         Raises:
-            UserError: the state has another number of optimizers, since it was saved on another
-                kind of device: on a GPU, no SparseAdam is used.
+            UserError: the state is that of another number of optimizers. This is so if it was saved
+                on another kind of device, since a GPU uses no SparseAdam.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise UserError(

@@ -174,7 +174,7 @@ def make_trainer(
     """Make a Trainer for one device, without progress bar and Lightning's own checkpoints.
 
     In a process that ``share_devices`` has started, the Trainer trains by DDP together with the
-    other processes that it has started.
+    other such processes.
 
     Args:
         settings: device, precision, logger and callbacks.
