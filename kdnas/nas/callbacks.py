@@ -167,7 +167,9 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs all three to TensorBoard's HPARAMS tab.
+    """Computes the reward from loss and latency, and logs it to TensorBoard's HPARAMS tab.
+
+    The tab also shows loss and latency, and the shape of the student.
 
     Args:
         loss: loss of the last epoch from which to compute the reward: ``held_out``, the loss on

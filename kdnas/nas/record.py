@@ -111,7 +111,7 @@ class Record:
         return self._make_job(trial.number, self.arch(trial))
 
     def twin(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Return the first trial with the shape of this one, running or ended; None: this one."""
+        """Return the first earlier trial with the same shape, running or ended; None: no such."""
         first = known(self.study).get(self.arch(trial))
         return first if first is not None and first.number < trial.number else None
 
@@ -144,7 +144,7 @@ class Record:
         self._write(trial, replace(outcome, attrs=attrs))
 
     def note(self, job: Job, error: BaseException | None) -> None:
-        """Write the reason as the result of a job's trial, if the job has ended with an error.
+        """Write that a job's trial has failed, and why, if the job has ended with an error.
 
         Nothing is written for a job that was asked to stop: its trial will be resumed.
 
@@ -238,8 +238,9 @@ class Record:
     def needs_more(self, n_trials: int) -> bool:
         """Whether to propose another candidate.
 
-        There is no other if ``n_trials`` candidates were trained or run, if all shapes were
-        proposed, or if ``MOST_FAILURES`` or ``MOST_IN_A_ROW`` is reached.
+        It is False if ``n_trials`` candidates were trained or are being trained, or if all shapes
+        were proposed. It is also False if the first ``MOST_FAILURES`` candidates or the last
+        ``MOST_IN_A_ROW`` all failed.
         """
         num_tried = len(tried(self.study))
         only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0

@@ -116,7 +116,8 @@ class PerTrialSeed(BaseSampler):
 class LSTMSampler(BaseSampler):
     """Proposes the point of the search space whose reward an LSTM predicts to be the highest.
 
-    The LSTM belongs to a controller, which is trained on the trials of the study.
+    The LSTM belongs to a controller, which is trained on the trials of the study, and which picks
+    the point of each new trial.
 
     A pick can also explore, instead of trusting the predictions; the controller says how. Trained
     candidates are counted in episodes of ``num_candidates``. The probability that a pick explores
@@ -126,8 +127,8 @@ class LSTMSampler(BaseSampler):
 
     The sampler keeps no state outside the study. The random draws for a trial are seeded by
     ``seed`` and the trial's number. So a resumed study proposes what an uninterrupted one would
-    have proposed, and parallel workers share what they learn. Parameters that are not categorical,
-    not in every trial, or whose choices change, are drawn uniformly and independently.
+    have proposed, and parallel workers learn from each other's trials. Parameters that are not
+    categorical, not in every trial, or whose choices change, are drawn uniformly and independently.
 
     The attribute ``predictions`` maps a trial's number to the predicted reward for which its point
     was picked. It lacks trials whose point was picked otherwise.

@@ -46,12 +46,12 @@ def search(
     seconds: float = math.inf,
     first: Iterable[StudentArch] = (),
 ) -> FrozenTrial:
-    """Search until ``n_trials`` distinct candidates are trained, time is up, or none is left.
+    """Search until ``n_trials`` candidates are trained, time is up, or no shape is left.
 
-    If the sampler proposes a shape again, the new trial gets the result of the earlier one, and a
-    shape that is not in the study is queued. If the training of a candidate raises an error, its
-    trial fails with the reason. Trials that a killed search has left are continued under their
-    numbers.
+    A candidate is a student of a shape that was not proposed before. If the sampler proposes a
+    shape again, the new trial gets the result of the earlier one, and a shape that is not in the
+    study is queued. If the training of a candidate raises an error, its trial fails with the
+    reason. Trials that a killed search has left are continued under their numbers.
 
     Args:
         study: study from ``open_study``.
@@ -69,10 +69,10 @@ def search(
             only if the budget has refused the one before.
 
     Returns:
-        The best trial within the budget.
+        The trial with the highest reward within the budget.
 
     Raises:
-        UserError: no candidate meets the budget, or all were pruned.
+        UserError: no candidate meets the budget, or the pruner ended every candidate.
         CandidateFailed: every candidate failed, or the last ten did; the message has the last
             reason.
     """
