@@ -39,9 +39,9 @@ class Budget:
             latency: latency and size of the student, and latency of the teacher.
 
         Returns:
-            The share by which the student exceeds a limit, and a text with its value and the
-            limit. Of several limits it is the one exceeded most. The share is relative to the
-            limit: 0.1 is 10 % beyond. Within all limits, the result is ``(0.0, "")``.
+            The share by which the student exceeds a limit, and a text with its value and the limit.
+                Of several limits it is the one exceeded most. The share is relative to the limit:
+                0.1 is 10 % beyond. Within all limits, the result is ``(0.0, "")``.
         """
         found = [(0.0, "")]
         if self.speedup is not None:

@@ -227,7 +227,7 @@ class Controller(nn.Module):
 
         Returns:
             The index of the picked point in the pool, and its predicted reward. Instead of the
-            reward it is None if the pick explores or is a uniform draw.
+                reward it is None if the pick explores or is a uniform draw.
         """
         explores = torch.rand((), generator=generator).item() < exploration
         if len(history) < 2:  # a model needs two rewards to compare
@@ -339,7 +339,7 @@ class RewardLSTM(Controller):
 
         Returns:
             For each point, the sequence of ``History.ranked`` with the point at its end; and the
-            rewards in the sequence, with 0 at its end.
+                rewards in the sequence, with 0 at its end.
         """
         # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))

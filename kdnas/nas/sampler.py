@@ -231,9 +231,9 @@ class LSTMSampler(BaseSampler):
 
         Returns:
             Four things. The points of all other trials. For the points whose constraints were
-            checked, whether they met the constraints. The rewards of the feasible points that were
-            trained to the end, negated if the study minimises. The number of points that were
-            trained to the end or ended by a pruner; the latter have no reward.
+                checked, whether they met the constraints. The rewards of the feasible points that
+                were trained to the end, negated if the study minimises. The number of points that
+                were trained to the end or ended by a pruner; the latter have no reward.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()

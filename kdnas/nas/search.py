@@ -119,8 +119,8 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
 
     Returns:
         The outcome: ``COMPLETE`` with a reward, or ``PRUNED``. If the budget was exceeded, the
-        reason is in ``attrs["refused"]``; if the pruner ended the fit, in
-        ``attrs["stopped_early"]``.
+            reason is in ``attrs["refused"]``; if the pruner ended the fit, in
+            ``attrs["stopped_early"]``.
 
     Raises:
         CandidateFailed: the candidate cannot be scored, for instance since its loss is NaN.

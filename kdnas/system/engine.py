@@ -110,7 +110,7 @@ class Engine:
 
         Returns:
             The jobs that have ended, each with its error, or None if it succeeded. Jobs that are
-            tried once more are not among them.
+                tried once more are not among them.
 
         Raises:
             OSError: a job failed by the disk or the network, so that other jobs would fail too.

@@ -84,7 +84,7 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
 
     Returns:
         ``" Did you mean 'x'?"`` if a choice is close, else ``" Choose from: a, b, c."``; with
-        ``always_list`` both, if a choice is close.
+            ``always_list`` both, if a choice is close.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)

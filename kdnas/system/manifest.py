@@ -115,8 +115,8 @@ def verify(folder: Path) -> tuple[int, list[str]]:
 
     Returns:
         The number of files in the manifest, and a line for each fault. A fault is a file that is
-        missing, has changed, has become a link or leads out of the folder, or is not in the
-        manifest. File names are quoted as by ``repr``, since they may be malicious.
+            missing, has changed, has become a link or leads out of the folder, or is not in the
+            manifest. File names are quoted as by ``repr``, since they may be malicious.
 
     Raises:
         UserError: there is no manifest, or it is not valid.

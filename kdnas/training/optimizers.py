@@ -200,7 +200,7 @@ class JointOptimizer(torch.optim.Optimizer):
 
         Returns:
             Tensors by names such as ``<parameter>/exp_avg``, where ``<parameter>`` is the
-            parameter's name in the module.
+                parameter's name in the module.
         """
         return {
             f"{name}/{key}": torch.as_tensor(value, dtype=torch.float32)
