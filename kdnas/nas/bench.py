@@ -18,26 +18,29 @@ from kdnas.training.trainer import TrainerSettings
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that is needed to train and score a candidate, besides its shape.
+    """What is needed to train a candidate and to score it, besides its shape.
+
+    A candidate is a student of one shape. It is trained briefly, which is called mini-KD.
 
     Args:
         teacher: the teacher of all candidates.
-        states: the teacher's hidden states of the rows.
+        states: the teacher's hidden states for the rows of ``data``.
         data: data module; candidates are trained on its ``mini`` split.
-        recipe: how to distil.
-        meter: measures the latency of a student and its teacher.
-        measures_first: measure latency and check the budget before the fit; False: measure after
-            it, and do not check the budget.
-        budget: hard limits; a candidate beyond them is not trained.
+        recipe: settings of the distillation, such as the objective.
+        meter: measures the latency of a student and of the teacher.
+        measures_first: measure latency and check the budget before the fit. False: measure latency
+            after the fit, and do not check the budget.
+        budget: hard limits on latency and size; a candidate beyond any of them is not trained.
         trainer: settings of each candidate's Trainer.
         num_epochs: epochs of a candidate's mini-KD.
-        loss: which loss the reward takes: ``held_out`` or ``train``.
-        alpha: exponent of the reward's latency factor.
-        beta: latency, as a share of the teacher's, at which that factor is 1.
-        seed: seed of every candidate, whatever was trained before it.
-        is_pruned: report to a pruner after each epoch.
-        stillness: lock between training and measuring on this machine: held for reading while a
-            candidate trains, for writing while latency is measured.
+        loss: loss from which the reward is computed: ``held_out``, the loss on held-out rows, or
+            ``train``, the mean training loss; both of the last epoch.
+        alpha: exponent of the latency factor in ``reward``.
+        beta: latency, as a share of the teacher's, at which the latency factor is 1.
+        seed: seed of the training of each candidate, the same for all.
+        is_pruned: report the held-out loss to the study's pruner after each epoch.
+        stillness: lock by which no candidate trains on this machine while latency is measured.
+            Training holds it for reading, measuring for writing.
     """
 
     teacher: Teacher
@@ -58,5 +61,5 @@ class Bench:
 
     @cached_property
     def calibration(self) -> CalibrationRows:
-        """Rows of the ``mini`` split with which students are initialised."""
+        """Rows of the ``mini`` split from which the initial weights of students are computed."""
         return calibration_rows(self.data.select("mini"))

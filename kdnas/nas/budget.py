@@ -33,9 +33,15 @@ class Budget:
                 raise UserError(f"The budget {name} is {value}: give a number above 0.")
 
     def violation(self, latency: ArchLatency) -> tuple[float, str]:
-        """Return by which share a student exceeds the limit that it misses most, and the reason.
+        """Compare a student with the limits.
 
-        The share is relative to the limit: 0.1 is 10 % beyond it; 0 or less is within all limits.
+        Args:
+            latency: latency and size of the student, and latency of the teacher.
+
+        Returns:
+            The share by which the student exceeds a limit, and a text with its value and the limit.
+                Of several limits it is the one exceeded most. The share is relative to the limit:
+                0.1 is 10 % beyond. Within all limits, the result is ``(0.0, "")``.
         """
         found = [(0.0, "")]
         if self.speedup is not None:
@@ -63,7 +69,7 @@ class Budget:
 
 
 def latency_attrs(latency: ArchLatency) -> dict[str, Any]:
-    """Return the attributes of a trial that a latency measurement gives; latencies in ms."""
+    """Return a latency measurement as user attributes of a trial; latencies are in ms."""
     return {
         "num_parameters": latency.num_parameters,
         "latency_ms": latency.student.median_ms,

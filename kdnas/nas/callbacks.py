@@ -1,4 +1,4 @@
-"""Callbacks of a candidate's fit: prune, make way for measurements, measure, compute the reward."""
+"""Callbacks of a candidate's fit: they end it early, measure latency and compute the reward."""
 
 import math
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from kdnas.nas.reward import reward
 from kdnas.system.errors import CandidateFailed
 from kdnas.system.jobs import Reporter
 
-# Training losses are read from the device once in so many steps: each read waits for it.
+# Number of steps after which their training losses are read: each read waits for the device.
 LOOK_STEPS = 10
 
 
 class TrainingLoss(pl.Callback):
-    """Records the mean training loss of the last epoch; fails if a loss is NaN or infinite.
+    """Records the mean training loss of the last epoch; ends the fit if a loss is NaN or infinite.
 
-    No later step would recover from that. Losses are checked once in ``LOOK_STEPS`` steps.
+    No later step would recover from such a loss. Losses are checked every ``LOOK_STEPS`` steps.
 
     Raises:
         CandidateFailed: in the fit, at a loss that is NaN or infinite.
@@ -38,7 +38,7 @@ class TrainingLoss(pl.Callback):
 
     @property
     def mean(self) -> float:
-        """Mean over the batches of the last epoch."""
+        """Mean training loss over the batches of the last epoch."""
         return math.fsum(self._losses) / len(self._losses)
 
     def on_train_epoch_start(self, *args: Any) -> None:
@@ -69,8 +69,8 @@ class TrainingLoss(pl.Callback):
 class PruneByHeldOutLoss(pl.Callback):
     """Reports ``1 - loss`` on held-out rows to the pruner after each epoch, and ends a pruned fit.
 
-    After the last epoch the pruner is not asked: it knows the loss alone, and a candidate that is
-    fully trained is better judged by its reward.
+    After the last epoch the pruner is not asked. The pruner knows the loss alone, while a candidate
+    that is fully trained can be judged by its reward.
 
     Args:
         reporter: passes the reports on to the search, which asks the pruner; None: no pruner.
@@ -98,11 +98,11 @@ class PruneByHeldOutLoss(pl.Callback):
 
 
 class HoldStill(pl.Callback):
-    """Holds the training lock, and releases it for a moment after each batch.
+    """Holds a lock while a candidate trains, and releases it for a moment after each batch.
 
-    In that moment another process can take the lock to measure latency while nothing trains.
-    Initialising the student takes seconds, in which the lock is released after the forward pass of
-    each module.
+    In that moment another process can take the lock, to measure latency while nothing trains.
+    Before the first batch, while the student is initialised, the lock is released after the forward
+    pass of each module.
 
     Use it as a context manager around the fit, and give it to the Trainer as a callback.
 
@@ -131,7 +131,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the lock for writing, so that nothing else trains or measures on this machine."""
+        """Hold the lock for writing: in the context, no other candidate trains on this machine."""
         self.lock.release()
         with self.lock.write_lock():
             yield
@@ -145,13 +145,15 @@ class HoldStill(pl.Callback):
 
 
 class LatencyAfterFit(pl.Callback):
-    """Measures the latency of the student and its teacher after the fit, into ``latency``.
+    """Measures the latency of the student and of its teacher after the fit.
 
-    If the meter has measured this shape before the fit, to check the budget, that result is reused.
+    The attribute ``latency`` then has the result. If the meter has measured the student's shape
+    before the fit, to check the budget, that result is reused.
 
     Args:
         meter: measures latency, on the device of its own settings.
-        still: callback that stops other training on this machine meanwhile.
+        still: callback by whose lock no other candidate trains on this machine while latency is
+            measured.
     """
 
     def __init__(self, meter: LatencyMeter, still: HoldStill) -> None:
@@ -165,15 +167,18 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs them to TensorBoard's HPARAMS tab.
+    """Computes the reward from loss and latency, and logs it to TensorBoard's HPARAMS tab.
+
+    The tab also shows loss and latency, and the shape of the student.
 
     Args:
-        loss: which loss of the last epoch to take: ``held_out``, or ``train``, the mean training
-            loss.
+        loss: loss of the last epoch from which to compute the reward: ``held_out``, the loss on
+            held-out rows, or ``train``, the mean training loss.
         training: callback that records the training loss.
-        latency: callback that has measured latency; it must come before this one.
-        alpha: exponent of the reward's latency factor.
-        beta: latency, as a share of the teacher's, at which that factor is 1.
+        latency: callback that measures latency; it must come before this one in the Trainer's
+            list.
+        alpha: exponent of the latency factor in ``reward``.
+        beta: latency, as a share of the teacher's, at which the latency factor is 1.
     """
 
     def __init__(

@@ -1,8 +1,12 @@
-"""Controllers: LSTMs that predict the reward of a point from the rewards of others. No Optuna.
+"""Controllers: LSTMs that predict the reward of a point from the rewards of other points.
 
-A point of the search space is a vector of F choice indices, one for each parameter. Shapes: F
-parameters, C features, T trained points, K judged points, P points of a pool, M members, B
-sequences, S tokens, H hidden units.
+A point of the search space is a vector of F choice indices, one for each parameter. A candidate is
+a point that is trained. Candidates are counted in episodes: an episode is a fixed number of
+consecutive candidates.
+
+Letters in the names of tensors: F parameters, C features, T trained points, K points whose
+constraints were checked, P points of a pool (those that may be proposed), M members of an ensemble,
+B sequences, S tokens (points of a sequence), H hidden units. Nothing here depends on Optuna.
 """
 
 import copy
@@ -22,13 +26,15 @@ State = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ModelRanking(Generic[Arch]):
-    """The best candidates at some point of an episode, each as a pair with its reward.
+    """The best candidates at some moment of an episode, each as a pair with its reward.
+
+    An episode is a fixed number of consecutive candidates.
 
     Args:
         episode: number of the episode, from 0.
-        global_best: best of all so far; None before the first.
-        episode_best: best of this episode so far; None at its beginning.
-        previous_best: best of the episode before; None in the first episode.
+        global_best: best of all candidates so far; None before the first candidate.
+        episode_best: best candidate of this episode so far; None before its first candidate.
+        previous_best: best candidate of the episode before; None in the first episode.
     """
 
     episode: int
@@ -40,14 +46,14 @@ class ModelRanking(Generic[Arch]):
     def of(
         cls, trained: Sequence[tuple[Arch, float]], num_candidates: int, episode: int | None = None
     ) -> "ModelRanking[Arch]":
-        """Rank the trained candidates; if two have the same reward, the earlier one leads.
+        """Rank the trained candidates; of two with the same reward, the earlier one is better.
 
         Args:
             trained: distinct candidates with their rewards (higher is better), in order of
                 training.
             num_candidates: number of candidates in an episode.
-            episode: rank as at the end of this episode; None: as of now, in the episode of the
-                next candidate.
+            episode: number of the episode at whose end to rank. None: rank now, in the episode of
+                the next candidate.
         """
         if episode is None:
             episode = len(trained) // num_candidates
@@ -67,9 +73,11 @@ class ModelRanking(Generic[Arch]):
 
 
 def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
-    """Return the share of picks that explore: ``1 - episode / (num_episodes - 1)``, at least 0.
+    """Return the probability that the next pick explores, instead of trusting the predictions.
 
-    It is 1 in the first episode and 0 from the last on; if there is only one episode, it is 0.
+    It is ``1 - episode / (num_episodes - 1)``, at least 0, for the next candidate's episode,
+    counted from 0. So it falls from 1 in the first episode to 0 in the last. If there is only one
+    episode, it is 0.
 
     Args:
         num_trained: number of distinct trained candidates so far.
@@ -83,8 +91,11 @@ def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) 
 def describe(values: Sequence[Any]) -> Tensor:
     """Return the features of each choice of a parameter, shape (choices, features), float32.
 
-    Numbers above 0 get one feature, their logarithm scaled to [-1, 1]; other choices get one-hot
-    vectors, and so do numbers that are all equal.
+    If all choices are numbers above 0, and not all equal, each has one feature: its logarithm,
+    scaled to [-1, 1] over the choices. Else the features of a choice are a one-hot vector.
+
+    Args:
+        values: the choices.
     """
     are_sizes = all(
         isinstance(value, int | float) and not isinstance(value, bool) and value > 0
@@ -97,7 +108,12 @@ def describe(values: Sequence[Any]) -> Tensor:
 
 
 def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
-    """Return the features (..., C) of points (..., F), given ``describe`` of each parameter."""
+    """Return the C features of each point, shape (..., C).
+
+    Args:
+        tables: for each of the F parameters, what ``describe`` returned for its choices.
+        points: choice indices, shape (..., F).
+    """
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
 
 
@@ -110,19 +126,20 @@ def likely_feasible(
 ) -> Tensor:
     """Predict which points of a pool may meet the constraints.
 
-    It is a logistic regression on the features, with a penalty of 0.05 times the squared weights,
-    fitted by Newton's method. Only unlikely points are left out: proposing an infeasible point
-    costs no training, while a good point that is never proposed is lost.
+    The predictor is a logistic regression on the points' features, with a penalty of 0.05 times the
+    squared weights, fitted by Newton's method. Only unlikely points are left out: proposing an
+    infeasible point costs no training, while a good point that is never proposed is lost.
 
     Args:
         choices: values of each parameter.
         known_KF: choice indices of points whose constraints were checked.
-        feasible_K: whether each of them met the constraints, bool.
-        pool_PF: choice indices of the pool.
-        least: smallest probability of a point that is kept; at most that of the likeliest point.
+        feasible_K: whether each point of ``known_KF`` met the constraints, bool.
+        pool_PF: choice indices of the points of the pool.
+        least: points with at least this predicted probability are kept; if there are none, the
+            likeliest point is kept.
 
     Returns:
-        Which points to keep, shape (P,), bool; at least one.
+        For each point of the pool, whether to keep it, shape (P,), bool; True for at least one.
     """
     tables = [describe(values) for values in choices]
     known_KC, pool_PC = (
@@ -145,7 +162,7 @@ class History:
     """The trained points, in order of training.
 
     Args:
-        points_TF: choice indices, int64.
+        points_TF: choice indices of the points, int64.
         rewards_T: rewards of the points, float32; higher is better.
         num_candidates: number of candidates in an episode.
     """
@@ -165,31 +182,34 @@ class History:
         return [best[0] if best else -1 for best in leaders]
 
     def candidates(self, episode: int) -> list[int]:
-        """Return the candidates of an episode so far, as indices of trained points."""
+        """Return the points that were trained in an episode so far, as rows of ``points_TF``."""
         start = episode * self.num_candidates
         return list(range(start, min(start + self.num_candidates, len(self))))
 
     def tokens(self, episode: int) -> list[int]:
-        """Return the tokens of ``EnsembleLSTM``: two leaders, then the episode's candidates so far.
+        """Return the points that ``EnsembleLSTM`` reads before it predicts a reward in an episode.
 
-        The leaders are the best of all episodes before this one, and the best of the episode just
-        before. All are indices of trained points; -1 stands for none.
+        They are the best point of all earlier episodes, the best of the episode just before, and
+        the points of this episode so far. Each is given by its row in ``points_TF``; -1: none.
         """
         return [*self._leaders(episode), *self.candidates(episode)]
 
     def ranked(self, episode: int) -> list[int]:
-        """Return the tokens of ``RewardLSTM``: two leaders, then the previous episode's candidates.
+        """Return the points that ``RewardLSTM`` reads before it predicts a reward in an episode.
 
-        The leaders are those of ``tokens``. In the first episode all entries are -1, for none.
+        They are the best point of all earlier episodes, the best of the episode just before, and
+        all points of the episode just before. Each is given by its row in ``points_TF``. In the
+        first episode all are -1, for none.
         """
         previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
         return [*self._leaders(episode), *previous]
 
 
 class Controller(nn.Module):
-    """Predicts rewards, and picks the next point from a pool.
+    """Predicts rewards, and picks the next point to train from a pool of points.
 
-    torch's global random number generator is left unchanged.
+    A pick either trusts the predictions or explores; each subclass says how it explores. torch's
+    global random number generator is left unchanged.
     """
 
     def propose(
@@ -206,8 +226,8 @@ class Controller(nn.Module):
             exploration: probability that this pick explores.
 
         Returns:
-            Index of the point in the pool, and its predicted reward; None if the pick explores or
-            is a uniform draw.
+            The index of the picked point in the pool, and its predicted reward. Instead of the
+                reward it is None if the pick explores or is a uniform draw.
         """
         explores = torch.rand((), generator=generator).item() < exploration
         if len(history) < 2:  # a model needs two rewards to compare
@@ -219,20 +239,27 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from at least two trained points, and score each point of the pool, shape (P,).
+        """Learn from the trained points, and score the points of a pool; the highest is picked.
 
-        The scores are predicted rewards, unless the pick explores.
+        Args:
+            history: at least two trained points.
+            pool_PF: choice indices of the points to score.
+            generator: source of all random draws.
+            explores: whether the pick explores; if not, the scores must be predicted rewards.
+
+        Returns:
+            The score of each point, shape (P,).
         """
         raise NotImplementedError
 
 
 class RewardLSTM(Controller):
-    """Controller of the original paper: one LSTM over embedded choices, kept through the search.
+    """Controller of Trivedi et al. 2023: one LSTM over embedded choices, for the whole search.
 
-    It reads the best of all candidates, the best of the previous episode, and all candidates of the
-    previous episode, each with its reward; then a candidate, whose reward it predicts. After each
-    episode it is trained, by squared error, on the candidates of all episodes so far. A pick that
-    explores is a uniform draw.
+    The LSTM reads the best point of all earlier episodes, the best of the previous episode, and all
+    points of the previous episode, each with its reward. Then it reads a new point, whose reward it
+    predicts. After each episode it is trained, by squared error, on the points of all episodes so
+    far. A pick that explores is a uniform draw.
 
     Its weights are not stored. A resumed search begins with the same initial weights and repeats
     the training of each past episode in turn.
@@ -242,7 +269,7 @@ class RewardLSTM(Controller):
         generator: source of the initial weights.
         embedding_size: size of the embedding of a choice.
         hidden_size: size of the LSTM's hidden state.
-        num_updates: steps of Adam after an episode.
+        num_updates: steps of Adam after each episode.
         learning_rate: learning rate of Adam.
 
     Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
@@ -281,7 +308,7 @@ class RewardLSTM(Controller):
         """Predict the reward of each sequence's last point, shape (B,).
 
         Args:
-            points_BSF: choice indices, counted from 1; 0 stands for none.
+            points_BSF: choice indices of the points, counted from 1; 0 stands for no point.
             rewards_BS: rewards of the points; 0 for the last, whose reward is predicted.
         """
         embedded = [table(points_BSF[..., place]) for place, table in enumerate(self.embeddings)]
@@ -303,7 +330,17 @@ class RewardLSTM(Controller):
 
     @staticmethod
     def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the arguments of ``forward`` for points of an episode, each with its context."""
+        """Return the arguments of ``forward`` that predict the rewards of points of an episode.
+
+        Args:
+            history: the trained points.
+            episode: number of the episode, from 0.
+            points_BF: choice indices of the points.
+
+        Returns:
+            For each point, the sequence of ``History.ranked`` with the point at its end; and the
+                rewards in the sequence, with 0 at its end.
+        """
         # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
         rewards_T = functional.pad(history.rewards_T, (0, 1))
@@ -314,7 +351,7 @@ class RewardLSTM(Controller):
         return points_BSF, functional.pad(rewards_BS, (0, 1))
 
     def _learn(self, history: History, num_episodes: int) -> None:
-        """Train on every candidate of the first ``num_episodes`` episodes."""
+        """Train on all points of the first ``num_episodes`` episodes."""
         episodes = [
             self.sequences(history, episode, history.points_TF[history.candidates(episode)])
             for episode in range(num_episodes)
@@ -332,21 +369,24 @@ class RewardLSTM(Controller):
 class EnsembleLSTM(Controller):
     """Controller of kdnas: an ensemble of linear models with small LSTMs.
 
-    A member predicts ``w . phi(point) + v . h``. phi is the vector of 1, the one-hot choices, the
-    features and their pairwise products; h is the hidden state of the member's LSTM after the
-    tokens of ``History.tokens`` and the point itself. Members differ in their initial weights and
-    in how they weigh each trained point (exponential draws, the Bayesian bootstrap), so they
-    disagree where little is known. They are trained on random sequences of all trained points, so
-    that each point is learned at many positions. The prediction is the mean of the members; a pick
-    that explores trusts one member, drawn at random (Thompson sampling). ``LSTMSampler`` makes a
-    new ensemble for each pick.
+    A member of the ensemble predicts ``w . phi(point) + v . h``, with weights w and v. phi is the
+    vector of 1, the one-hot choices, the features from ``describe``, and the products of each two
+    features. h is the hidden state of the member's LSTM after it has read the points of
+    ``History.tokens``, then the point itself.
+
+    Members differ in their initial weights and in how they weigh each trained point (exponential
+    draws, the Bayesian bootstrap), so they disagree where few points were trained. They are trained
+    on random sequences of trained points, so that each point is learned at many positions.
+
+    The predicted reward is the mean of the members' predictions. A pick that explores trusts one
+    member, drawn at random (Thompson sampling). ``LSTMSampler`` makes a new ensemble for each pick.
 
     Args:
         choices: values of each parameter.
         generator: source of the initial weights.
         num_members: number of members.
         hidden_size: size of each member's LSTM.
-        num_updates: steps of Adam for a pick.
+        num_updates: steps of Adam for each pick.
         learning_rate: learning rate of Adam.
 
     Source: Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", for ensembles as posterior
@@ -388,15 +428,16 @@ class EnsembleLSTM(Controller):
     def forward(
         self, points_MBSF: Tensor, before_MBS: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Predict the standardised reward of each token's point.
+        """Predict the standardised reward (mean 0, variance 1) of each point of some sequences.
 
         Args:
-            points_MBSF: choice indices.
-            before_MBS: standardised reward of the token before each; 0 before the first.
-            state: hidden and cell state of the LSTMs to start from, each (M, B, H); None: zeros.
+            points_MBSF: choice indices of the points.
+            before_MBS: standardised reward of the point before each point; 0 for the first.
+            state: hidden and cell state of the LSTMs before the first point, each (M, B, H); None:
+                zeros.
 
         Returns:
-            Predicted rewards (M, B, S), and the state after the last token.
+            Predicted rewards (M, B, S), and the hidden and cell state after the last point.
         """
         size = before_MBS.shape
         # Flattened over sequences and tokens: one matrix product for each member.

@@ -1,4 +1,4 @@
-"""Record: keeps a search's study and the result files of its trials in step."""
+"""Record: keeps the study of a search in agreement with the result files of its trials."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -24,24 +24,25 @@ from kdnas.system.errors import CandidateFailed, reason_of
 from kdnas.system.files import write_json
 from kdnas.system.jobs import Job, Stopped, progress_of
 
-# So many failures before the first success mean an error: the search stops and says why.
+# Number of failed candidates, before any success, at which the search stops and says why.
 MOST_FAILURES = 5
-# So many consecutive failures mean an error that is not the shapes', whatever succeeded before.
+# Number of consecutive failures at which it stops in any case: the error is not the shapes' then.
 MOST_IN_A_ROW = 10
 
 
 class Record:
-    """Asks a study for trials, and tells it how they ended.
+    """Asks a study for trials, and tells the study how they ended.
 
-    The result of a trial is its file ``result.json``; the study is told what that file says. So a
-    search can resume after any interruption: a trial that the study still calls running either has
-    a result, or has a running job, or is started again.
+    The result of a trial is the file ``result.json`` in the trial's folder; the study is told what
+    that file says. So a search can resume after any interruption. A trial that runs according to
+    the study either has a result, or has a running job, or its job is started again.
 
     Args:
         study: study from ``open_study``.
         space: search space of the study.
         make_job: makes the job of a trial, given its number and shape.
-        first: shapes to propose before the sampler's, in order, until one is not refused.
+        first: shapes to propose before those of the sampler. Each one after the first is proposed
+            only if the budget has refused the one before.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Record:
         self._is_pruned = not isinstance(study.pruner, NopPruner)
 
     def running(self) -> list[FrozenTrial]:
-        """Return the trials whose end the study was not told."""
+        """Return the trials that run according to the study, which may not know of their end."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def ask(self) -> FrozenTrial:
@@ -74,7 +75,10 @@ class Record:
         return self._frozen(trial.number)
 
     def _next_of_first(self) -> StudentArch | None:
-        """Return the next shape of ``first``; None if all were proposed, or one was not refused."""
+        """Return the next shape of ``first`` to propose; None if all were proposed.
+
+        It is also None if the budget has not refused the one that was proposed last.
+        """
         seen = known(self.study)
         for arch in self._first:
             if arch not in seen:
@@ -87,7 +91,7 @@ class Record:
         return self.study.get_trials(deepcopy=False)[number]
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
-        """Return the trial as one that can be written to, even if a killed search has left it."""
+        """Return a trial as one that can be written to, even if an earlier process has begun it."""
         if frozen.number not in self._trials:
             self._trials[frozen.number] = optuna.Trial(self.study, frozen._trial_id)
         return self._trials[frozen.number]
@@ -95,7 +99,8 @@ class Record:
     def arch(self, trial: FrozenTrial) -> StudentArch:
         """Return the shape of a trial.
 
-        If a search was killed between two suggestions, the remaining ones are made now.
+        If a search was killed before all parameters of the trial were suggested, the remaining
+        ones are suggested now.
         """
         if len(trial.params) < len(self.space.choices):
             return self.space.suggest(self._trial(trial))
@@ -106,12 +111,16 @@ class Record:
         return self._make_job(trial.number, self.arch(trial))
 
     def twin(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Return the first trial of the same shape, running or ended; None: this one is the first."""
+        """Return the first earlier trial with the same shape, running or ended; None: no such."""
         first = known(self.study).get(self.arch(trial))
         return first if first is not None and first.number < trial.number else None
 
     def queue_unseen(self, trial: FrozenTrial) -> None:
-        """Queue a shape that was not proposed yet, to replace this trial's; at most once a trial."""
+        """Queue a shape that was not proposed yet in the study, in place of a repeated one.
+
+        Args:
+            trial: trial with a shape that was proposed before; at most one shape is queued for it.
+        """
         trials = self.study.get_trials(deepcopy=False)
         is_queued = any(other.user_attrs.get("queued_for") == trial.number for other in trials)
         arch = None if is_queued else unseen(self.study, self.space, trial.number)
@@ -120,7 +129,13 @@ class Record:
             self.study.enqueue_trial(arch.to_dict(), user_attrs=attrs)
 
     def repeat(self, trial: FrozenTrial, twin: FrozenTrial) -> None:
-        """Write the result of the twin as that of a trial; ``FAIL`` if the twin has not ended."""
+        """Write the result of a trial that has the same shape as an earlier one.
+
+        Args:
+            trial: trial whose result to write.
+            twin: the earlier trial, whose result is copied; if it still runs, the result is
+                ``FAIL``.
+        """
         if twin.state.is_finished():
             outcome = Outcome.read(self.job(twin).result_file)
         else:
@@ -129,9 +144,13 @@ class Record:
         self._write(trial, replace(outcome, attrs=attrs))
 
     def note(self, job: Job, error: BaseException | None) -> None:
-        """Write a failed result with the reason, if a job has ended with an error.
+        """Write that a job's trial has failed, and why, if the job has ended with an error.
 
-        Nothing is written for a job that was asked to stop: its trial is not over.
+        Nothing is written for a job that was asked to stop: its trial will be resumed.
+
+        Args:
+            job: job that has ended.
+            error: error of the job; None: it succeeded.
         """
         if error is None or isinstance(error, Stopped) or job.is_done:
             return
@@ -153,7 +172,7 @@ class Record:
         write_json(self.job(trial).result_file, outcome.to_dict())
 
     def outcome(self, trial: FrozenTrial) -> Outcome | None:
-        """Return how a trial ended; None: it has not."""
+        """Return how a trial ended; None: it has not ended."""
         job = self.job(trial)
         return Outcome.read(job.result_file) if job.is_done else None
 
@@ -181,7 +200,7 @@ class Record:
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
-        """Answer a candidate that waits after an epoch: may it go on, or does the pruner end it?"""
+        """Have the pruner decide whether a trial's job, which waits after an epoch, may go on."""
         job = self.job(frozen)
         reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
         for step, value in reports.items():
@@ -193,11 +212,16 @@ class Record:
                 answers[trial.should_prune()].touch()
 
     def refuse_failures(self, n_trials: int) -> None:
-        """Fail if the last candidates all failed, instead of ending with the best before them.
+        """Raise an error if the search stopped because ten candidates in a row have failed.
+
+        Else it would seem to have ended with success, by the candidates before those ten.
+
+        Args:
+            n_trials: number of candidates to train.
 
         Raises:
             CandidateFailed: the last ten candidates failed, though others succeeded before, and the
-                search is not complete.
+                search has not trained ``n_trials`` candidates or all shapes.
         """
         is_over = is_complete(self.study, self.space, n_trials)
         if len(self._in_a_row) >= MOST_IN_A_ROW and tried(self.study) and not is_over:
@@ -208,11 +232,16 @@ class Record:
 
     @property
     def has_trained(self) -> bool:
-        """Whether a candidate was trained, or runs."""
+        """Whether a candidate was trained, or is being trained."""
         return bool(tried(self.study) or self.running())
 
     def needs_more(self, n_trials: int) -> bool:
-        """Whether to propose another candidate: not if there are enough, none is left, or all fail."""
+        """Whether to propose another candidate.
+
+        It is False if ``n_trials`` candidates were trained or are being trained, or if all shapes
+        were proposed. It is also False if the first ``MOST_FAILURES`` candidates or the last
+        ``MOST_IN_A_ROW`` all failed.
+        """
         num_tried = len(tried(self.study))
         only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0
         only_fails |= len(self._in_a_row) >= MOST_IN_A_ROW

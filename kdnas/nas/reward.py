@@ -15,11 +15,12 @@ def reward(
     """Return ``(1 - loss) * (latency_student / (beta * latency_teacher)) ** alpha``.
 
     A lower loss or a lower latency never lowers the reward. If ``loss > 1``, the first factor is
-    negative and the formula would prefer the slower student; the second factor is then inverted.
+    negative, and the formula would prefer the slower student. So the second factor is then
+    inverted.
 
     ``beta`` multiplies the reward by a constant (``beta ** -alpha``, or its inverse if ``loss >
-    1``) and cannot change a ranking. ``alpha`` weighs latency against loss: at -0.06, half the
-    latency is worth 4.2 % of ``1 - loss``.
+    1``) and cannot change a ranking. ``alpha`` weighs latency against loss: at -0.06, halving the
+    latency raises the reward as much as raising ``1 - loss`` by 4.2 %.
 
     Args:
         loss: error of the student; 0 is perfect.
@@ -35,8 +36,8 @@ def reward(
         UserError: a value is out of its range or not finite.
 
     Source: Trivedi et al. 2023, "Neural Architecture Search for Effective Teacher-Student Knowledge
-        Transfer in Language Models"; the form is MnasNet's (Tan et al. 2019, equation 2). The
-        original's code has beta = 0.6 ** 6.
+        Transfer in Language Models", whose code has beta = 0.6 ** 6. The form of the reward is
+        MnasNet's (Tan et al. 2019, equation 2).
     """
     if not math.isfinite(loss):
         raise UserError(f"loss is {loss}: a reward needs a finite one.")

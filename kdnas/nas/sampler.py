@@ -1,4 +1,4 @@
-"""Samplers that can be resumed, and the factories of samplers and pruners."""
+"""Samplers with which a study can be resumed, and functions that make samplers and pruners."""
 
 import hashlib
 import importlib
@@ -43,7 +43,7 @@ PRUNERS: Mapping[str, Spec] = {
 }
 
 
-# Points that are scored for a proposal; of a space that is no larger, all points are.
+# Number of points that are scored for a proposal; in a smaller space all points are scored.
 POOL_SIZE = 4096
 
 Point = tuple[int, ...]
@@ -62,8 +62,8 @@ class PerTrialSeed(BaseSampler):
     proposes what an uninterrupted one would have proposed.
 
     Args:
-        make: makes a sampler from a seed. The sampler must learn from the study alone, as TPE,
-            random and GP do.
+        make: makes a sampler from a seed. The sampler must have no memory besides the study, like
+            Optuna's TPE, random and GP samplers.
         seed: seed of the study.
     """
 
@@ -114,29 +114,31 @@ class PerTrialSeed(BaseSampler):
 
 
 class LSTMSampler(BaseSampler):
-    """Proposes the point with the highest reward as predicted by an LSTM controller.
+    """Proposes the point of the search space whose reward an LSTM predicts to be the highest.
 
-    The controller is trained on the study's own trials.
+    The LSTM belongs to a controller, which is trained on the trials of the study, and which picks
+    the point of each new trial.
 
-    Candidates come in episodes. The share of picks that explore falls from 1 in the first episode
-    to 0 in the last, and stays 0. A point that is in the study already, in any state, is proposed
-    again only if no other is left. From trials that broke a constraint the sampler learns which
-    points to avoid.
+    A pick can also explore, instead of trusting the predictions; the controller says how. Trained
+    candidates are counted in episodes of ``num_candidates``. The probability that a pick explores
+    falls from 1 in the first episode to 0 in the last, and stays 0. A point that is in the study
+    already, in any state, is proposed again only if no other is left. From trials that broke a
+    constraint the sampler learns which points to avoid.
 
-    It keeps no state outside the study, and seeds each trial by the seed and the trial's number. So
-    a resumed study proposes what an uninterrupted one would have proposed, and parallel workers
-    share what they learn. Parameters that are not categorical, not in every trial, or whose choices
-    change, are drawn uniformly and independently.
+    The sampler keeps no state outside the study. The random draws for a trial are seeded by
+    ``seed`` and the trial's number. So a resumed study proposes what an uninterrupted one would
+    have proposed, and parallel workers learn from each other's trials. Parameters that are not
+    categorical, not in every trial, or whose choices change, are drawn uniformly and independently.
 
-    ``predictions`` maps the number of a trial to its predicted reward, if that is why it was
-    picked.
+    The attribute ``predictions`` maps a trial's number to the predicted reward for which its point
+    was picked. It lacks trials whose point was picked otherwise.
 
     Args:
-        seed: seed of all draws.
+        seed: seed of all random draws.
         num_candidates: number of trained candidates in an episode.
-        num_episodes: number of episodes; in the last, and later, nothing explores.
+        num_episodes: number of episodes; from the last one on, no pick explores.
         controller: makes a controller from the choices of each parameter and a generator:
-            ``EnsembleLSTM``, or ``RewardLSTM``, the original's.
+            ``EnsembleLSTM``, or ``RewardLSTM``, that of Trivedi et al. 2023.
 
     Raises:
         UserError: ``num_candidates`` or ``num_episodes`` is below 1.
@@ -157,7 +159,11 @@ class LSTMSampler(BaseSampler):
         self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
-        """Return the share of picks that explore after ``num_tried`` candidates, pruned ones included."""
+        """Return the probability that the next pick explores.
+
+        Args:
+            num_tried: number of candidates that were trained to the end or ended by a pruner.
+        """
         return exploration_ratio(num_tried, self.num_candidates, self._num_episodes)
 
     def infer_relative_search_space(
@@ -165,9 +171,9 @@ class LSTMSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the categorical parameters that every trial has, with the same choices.
 
-        Unlike Optuna's intersection it includes pruned trials: if the budget has refused all trials
-        so far, the next one must still avoid them. Before any trial has ended, running and failed
-        ones define the space.
+        Unlike Optuna's intersection search space, this one includes pruned trials: if the budget
+        has refused all trials so far, the next trial must still avoid their points. If no trial is
+        complete or pruned, the running and failed trials are taken instead.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -216,13 +222,18 @@ class LSTMSampler(BaseSampler):
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
     ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
-        """Read the study.
+        """Read what the study knows, besides the trial to be sampled.
+
+        Args:
+            study: the study.
+            trial: trial to be sampled.
+            space: parameters whose choices make a point.
 
         Returns:
-            All its points; for points whose constraints were checked, whether they met them; the
-            rewards of feasible points that were trained (negated if the study minimises); and the
-            number of points that were tried, including those that a pruner ended, which have no
-            reward.
+            Four things. The points of all other trials. For the points whose constraints were
+                checked, whether they met the constraints. The rewards of the feasible points that
+                were trained to the end, negated if the study minimises. The number of points that
+                were trained to the end or ended by a pruner; the latter have no reward.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -263,7 +274,10 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
-    """Return a trial's choice indices; of a queued trial, those it was queued with; None if any are missing."""
+    """Return a trial's choice indices in ``space``; None if the trial lacks a parameter of it.
+
+    The parameters of a queued trial are those that it was queued with.
+    """
     params = trial.params | trial.system_attrs.get("fixed_params", {})
     try:
         return tuple(int(dist.to_internal_repr(params[name])) for name, dist in space.items())
@@ -274,10 +288,14 @@ def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Poi
 def _pool(
     sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator
 ) -> Tensor:
-    """Return the choice indices of points that may be proposed, (P, F).
+    """Return the choice indices of P points that may be proposed, (P, F).
 
-    Points of the first set in ``barred`` are left out. If nothing remains, the next set is tried
-    instead, and if that leaves nothing either, all points may be proposed.
+    Args:
+        sizes: number of choices of each of the F parameters.
+        barred: sets of points. The points of the first set are left out. If no point remains,
+            those of the next set are left out instead; if each set leaves no point, none are left
+            out.
+        generator: source of the draws from a space of more than ``POOL_SIZE`` points.
     """
     if math.prod(sizes) <= POOL_SIZE:
         pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
@@ -293,12 +311,14 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the original's controller: one ``RewardLSTM`` through the whole search.
+    """``LSTMSampler`` with the controller of Trivedi et al. 2023.
+
+    The controller is one ``RewardLSTM`` for the whole search.
 
     Args:
-        seed: seed of all draws.
+        seed: seed of all random draws.
         num_candidates: number of trained candidates in an episode.
-        num_episodes: number of episodes; in the last, and later, nothing explores.
+        num_episodes: number of episodes; from the last one on, no pick explores.
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
@@ -319,11 +339,11 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
     Args:
         spec: a key of ``SAMPLERS``, a class path, or a mapping with ``class_path`` and
             ``init_args``.
-        seed: seed of the study; a ``seed`` in ``init_args`` comes first.
+        seed: seed of the study; not used if ``init_args`` has a ``seed``.
 
     Raises:
         UserError: there is no such sampler, it needs numerical parameters (CMA-ES), or it does not
-            take these arguments.
+            take the ``init_args``.
     """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
     seed = arguments.pop("seed", seed)  # the same seed for every trial would propose the same
@@ -337,7 +357,11 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
 
 
 def lstm_of(spec: Spec) -> LSTMSampler | None:
-    """Make the sampler of a spec if it has an LSTM controller; None: it is another sampler."""
+    """Make a sampler if it is an ``LSTMSampler``, else return None.
+
+    Args:
+        spec: names the sampler, as in ``make_sampler``.
+    """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
     return _make(found, arguments, "sampler") if issubclass(found, LSTMSampler) else None
 
@@ -350,7 +374,7 @@ def make_pruner(spec: Spec) -> BasePruner:
             ``init_args``.
 
     Raises:
-        UserError: there is no such pruner, or it does not take these arguments.
+        UserError: there is no such pruner, or it does not take the ``init_args``.
     """
     found, arguments = _find(spec, PRUNERS, BasePruner, "pruner")
     return _make(found, arguments, "pruner")

@@ -46,32 +46,35 @@ def search(
     seconds: float = math.inf,
     first: Iterable[StudentArch] = (),
 ) -> FrozenTrial:
-    """Search until ``n_trials`` distinct candidates are trained, time is up, or none is left.
+    """Search until ``n_trials`` candidates are trained, time is up, or no shape is left.
 
-    If the sampler proposes a shape again, the trial gets the known result, and a new shape is
-    queued in its place. A candidate that raises becomes a failed trial with the reason. Trials that
-    a killed search has left are continued under their numbers.
+    A candidate is a student of a shape that was not proposed before. If the sampler proposes a
+    shape again, the new trial gets the result of the earlier one, and a shape that is not in the
+    study is queued. If the training of a candidate raises an error, its trial fails with the
+    reason. Trials that a killed search has left are continued under their numbers.
 
     Args:
         study: study from ``open_study``.
         space: shapes that may be proposed.
         engine: runs the candidates' jobs.
-        make_job: makes the job that trains a shape, given the trial's number and the shape; it
+        make_job: makes the job that trains a shape, given the trial's number and the shape; the job
             calls ``evaluate``.
-        n_trials: number of candidates to train, in all starts of the search together; candidates
-            that the pruner ended count.
+        n_trials: number of candidates to train. Those that were trained before an interruption
+            count, and so do those that the pruner ended.
         show: called with each trial that has ended.
         watch: called with the running jobs, several times a second.
-        seconds: wall clock time; after it no candidate is started, unless none was trained yet.
-            Running ones are finished.
-        first: shapes to propose before the sampler's, in order, until one is not refused.
+        seconds: wall clock time after which no candidate is started, unless none was trained yet.
+            Running candidates are finished.
+        first: shapes to propose before those of the sampler. Each one after the first is proposed
+            only if the budget has refused the one before.
 
     Returns:
-        The best trial within the budget.
+        The trial with the highest reward within the budget.
 
     Raises:
-        UserError: no candidate meets the budget, or all were pruned.
-        CandidateFailed: every candidate failed, or the last ten in a row; with the last reason.
+        UserError: no candidate meets the budget, or the pruner ended every candidate.
+        CandidateFailed: every candidate failed, or the last ten did; the message has the last
+            reason.
     """
     record = Record(study, space, make_job, first)
     deadline = time.monotonic() + seconds
@@ -97,7 +100,7 @@ def search(
 
 
 def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
-    """Start the job of a trial; if its shape was proposed before, reuse that result instead."""
+    """Start the job of a trial, or copy the result if an earlier trial has the same shape."""
     twin = record.twin(trial)
     if twin is None:
         engine.start(record.job(trial))
@@ -115,11 +118,12 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
         folder: folder of the trial, for logs, progress and the trained weights.
 
     Returns:
-        The outcome: ``COMPLETE`` with a reward; or ``PRUNED``, by the budget (``attrs`` has
-        ``refused``) or by the pruner (``stopped_early``).
+        The outcome: ``COMPLETE`` with a reward, or ``PRUNED``. If the budget was exceeded, the
+            reason is in ``attrs["refused"]``; if the pruner ended the fit, in
+            ``attrs["stopped_early"]``.
 
     Raises:
-        CandidateFailed: the candidate cannot be scored, as when its loss is not finite.
+        CandidateFailed: the candidate cannot be scored, for instance since its loss is NaN.
     """
     started, reporter = time.time(), Reporter(folder)
     attrs, violation, reason = {"arch": arch.to_dict()}, 0.0, ""

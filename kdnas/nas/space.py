@@ -1,4 +1,4 @@
-"""SearchSpace: the students to choose from, derived from the teacher's config."""
+"""SearchSpace: the shapes of students that a search may propose."""
 
 import itertools
 import math
@@ -19,27 +19,28 @@ MIN_HEAD_SIZE = 16  # dimensions of an attention head
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The values of each of a student's five fields; every combination is a valid student.
+    """The values of the five fields of ``StudentArch``; every combination is a valid student.
 
     Args:
-        choices: maps each field of ``StudentArch`` to its values.
+        choices: maps each field of ``StudentArch`` to its possible values.
     """
 
     choices: Mapping[str, list[Any]]
 
     @classmethod
     def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
-        """Make the default space: students no larger than the teacher in any dimension.
+        """Make the default space: students no larger than the teacher in any size.
 
         - Layers: 1 to 6, then 8, 10 and 12, then multiples of 4.
-        - Attention heads: the divisors of the teacher's number of heads, down to a quarter of it.
+        - Attention heads: the divisors of the teacher's number of heads, down to a quarter of that
+          number. Heads have at least 16 dimensions at the teacher's width.
         - Width (``hidden_size``): 2, 3, 4, 6 and 8 eighths of the teacher's, if every number of
           heads divides it into at least 16 dimensions a head (an even number for rotary positions).
         - Intermediate size: a quarter, a half and all of the teacher's.
         - Activation: the teacher's, and ReLU.
 
         Raises:
-            UserError: the teacher is too narrow for a head of 16.
+            UserError: the teacher has fewer than 16 dimensions, too few for one head.
         """
         teacher = arch_of(config)
         width, heads = teacher.hidden_size, teacher.num_attention_heads
@@ -75,13 +76,13 @@ class SearchSpace:
         """Return the space with other values for some fields.
 
         Args:
-            choices: maps fields of ``StudentArch`` to their new values; None: keep the old ones.
+            choices: maps fields of ``StudentArch`` to their new values; None: keep the old values.
             config: config of the teacher.
 
         Raises:
             UserError: a field has no value, a size is below 1 or above the teacher's, a number of
-                heads does not divide a width (or the family refuses it), or an activation is
-                unknown.
+                heads does not divide a width (or the teacher's model family does not allow the
+                two together), or an activation is unknown.
         """
         teacher = arch_of(config)
         others = {name: list(dict.fromkeys(v)) for name, v in choices.items() if v is not None}
@@ -111,24 +112,25 @@ class SearchSpace:
         return SearchSpace(chosen)
 
     def __len__(self) -> int:
-        """The number of students."""
+        """The number of students in the space."""
         return math.prod(map(len, self.choices.values()))
 
     def __iter__(self) -> Iterator[StudentArch]:
-        """Every student, the smallest first."""
+        """Every student; the field that is last in ``choices`` changes the fastest."""
         for values in itertools.product(*self.choices.values()):
             yield StudentArch(**dict(zip(self.choices, values, strict=True)))
 
     def suggest(self, trial: optuna.Trial) -> StudentArch:
-        """Return the student of a trial: each field is a categorical parameter of that name."""
+        """Suggest a student for a trial: each field becomes a categorical parameter of its name."""
         suggest = trial.suggest_categorical
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def by_rule(self) -> Iterator[StudentArch]:
         """Yield the shapes of a rule of thumb for good students (LOG.md), the deepest first.
 
-        They have half of the largest width and number of heads, a quarter of the largest
-        intermediate size (each the nearest value in the space), and the first activation.
+        There is one for each depth in the space. They have half of the largest width and number of
+        heads, a quarter of the largest intermediate size (or the value in the space that is nearest
+        to it), and the first activation.
         """
         parts = {"num_attention_heads": 2, "hidden_size": 2, "intermediate_size": 4}
         sizes = {
@@ -143,12 +145,12 @@ class SearchSpace:
             )
 
     def smallest(self) -> StudentArch:
-        """Return the fastest student: the smallest of every size, and ReLU if it is a choice."""
+        """Return the fastest student: the smallest value of every size, and ReLU if possible."""
         activations = self.choices["hidden_act"]
         return self._extreme(min, "relu" if "relu" in activations else activations[0])
 
     def largest(self) -> StudentArch:
-        """Return the largest student: the largest of every size, and the first activation."""
+        """Return the largest student: the largest value of every size, and the first activation."""
         return self._extreme(max, self.choices["hidden_act"][0])
 
     def _extreme(self, of: Callable[[list[int]], int], activation: str) -> StudentArch:

@@ -27,9 +27,9 @@ from kdnas.system.errors import StoreAway, UserError, first_line
 
 log = logging.getLogger(__name__)
 
-# What Optuna's calls raise if the database is locked, unreachable or damaged.
+# Errors that Optuna's calls raise if the database is locked, unreachable or damaged.
 STORE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.OperationalError)
-# A server that restarts is back in seconds, one that is moved in minutes.
+# A database server that restarts is back in seconds, one that is moved in minutes.
 PATIENCE_SECONDS = 600.0
 # SQLite's errors of a disk that is full, broken or read-only.
 DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY")
@@ -40,15 +40,15 @@ def patiently(attempt: Callable[[], T], storage: str | Path) -> T:
     """Call ``attempt``, and repeat it while the database fails, for at most ``PATIENCE_SECONDS``.
 
     Args:
-        attempt: the work with the study. Each call must open the study anew, and find the trials
-            that an earlier call has begun and not told.
-        storage: the database, as ``open_study`` takes it; named in messages.
+        attempt: the work with the study. Each call must open the study anew, and go on with the
+            trials that an earlier call has begun and whose end it has not told the study.
+        storage: path or URL of the database, as for ``open_study``; messages name it.
 
     Returns:
         What ``attempt`` returns.
 
     Raises:
-        StoreAway: the database has not answered for that long, or its disk has failed.
+        StoreAway: the database has failed for ``PATIENCE_SECONDS``, or its disk has failed.
     """
     first = 0.0
     while True:
@@ -80,23 +80,25 @@ def open_study(
     pruner: BasePruner | None = None,
     num_begun: int = 0,
 ) -> Study:
-    """Open or create a study that holds all results.
+    """Open a study, or create it, so that it holds the given results.
 
-    If the database does not hold them all, as after it was damaged or deleted, the study is rebuilt
-    from the results, with a warning. A replaced SQLite file is kept as ``study.db.replaced``.
+    If the study in the database lacks one of the results, as after the database was damaged or
+    deleted, the study is rebuilt from all results, with a warning. A replaced SQLite file is kept
+    as ``study.db.replaced``.
 
     Args:
         storage: path of an SQLite file, or SQLAlchemy URL of a database.
         name: name of the study.
         space: search space of the study.
-        results: outcomes of the finished trials, by number.
+        results: outcomes of the finished trials, by trial number.
         sampler: proposes shapes.
         pruner: ends candidates early; None: no pruner.
-        num_begun: number of trials that were begun, so that in a rebuilt study no new trial gets
-            the number of one that may still run.
+        num_begun: number of trials that were begun. In a rebuilt study, new trials are numbered
+            from there, so that none gets the number of a trial that may still run.
 
     Raises:
-        UserError: the database holds a study of this name with other trials.
+        UserError: ``storage`` is a URL, and the study of this name in that database minimises, or
+            has finished trials that are not in ``results``.
         Exception: one of ``STORE_ERRORS``: the database cannot be used; ``patiently`` tries again.
     """
     options: dict[str, Any] = {
@@ -172,12 +174,12 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of SQLAlchemy that Optuna has wrapped, or the error itself."""
+    """Return the error of SQLAlchemy that Optuna has wrapped in this one, or the error itself."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an SQLite file is damaged or not a database of Optuna's, so that waiting is useless."""
+    """Whether an error means that an SQLite file is damaged or is no database of Optuna's."""
     cause = _cause(error)
     name = _sqlite_name(cause)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", *DISK)):
@@ -188,17 +190,17 @@ def _is_damage(error: BaseException) -> bool:
 
 
 def _sqlite_name(cause: BaseException) -> str:
-    """Return SQLite's name of an error; ``""`` if it is not SQLite's."""
+    """Return SQLite's name of an error; ``""`` if the error is not SQLite's."""
     return getattr(getattr(cause, "orig", cause), "sqlite_errorname", "")
 
 
 def _is_of_disk(error: BaseException) -> bool:
-    """Whether the database's disk is full, broken or read-only, so that waiting is useless."""
+    """Whether an error means that the database's disk is full, broken or read-only."""
     return _sqlite_name(_cause(error)).startswith(DISK)
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether the study agrees with all results, and is of no other search."""
+    """Whether a study belongs to the search with these results, and holds them all."""
     return _is_of(study, results) and _lacks(study, results) is None
 
 
@@ -213,7 +215,8 @@ def _is_of(study: Study, results: Mapping[int, Outcome]) -> bool:
 def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
     """Return the number of the first trial whose result differs from the study; None: all agree.
 
-    A trial that still runs in the study agrees if it has the same shape: its end is told later.
+    A trial that runs according to the study agrees if it has the shape of the result: the study is
+    told of its end later.
 
     Raises:
         ValueError: the study does not maximise, so it is not a search's.
@@ -242,10 +245,10 @@ def _within(part: Mapping[Any, Any], whole: Mapping[Any, Any]) -> bool:
 
 
 def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | Path) -> None:
-    """Refuse to replace somebody else's study of the same name in a shared database.
+    """Refuse to replace the study of another search in a shared database.
 
     Raises:
-        UserError: the study minimises, or has finished trials that are not this run's.
+        UserError: the study minimises, or has finished trials that are not in ``results``.
     """
     if not isinstance(storage, Path) and not _is_of(study, results):
         raise UserError(
@@ -255,7 +258,7 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """Make the trial of an outcome; None: an empty failed trial, which keeps the number taken."""
+    """Make the trial that ended with an outcome; None: a failed trial without parameters."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}
@@ -282,13 +285,14 @@ def read_study(
     """Open a study without writing to its database.
 
     Args:
-        storage: the database, as ``open_study`` takes it.
+        storage: path or URL of the database, as for ``open_study``.
         name: name of the study.
-        results: known outcomes of its trials, by number, which the study must agree with; None: do
-            not compare.
+        results: known outcomes of trials, by trial number, with which the study must agree; None:
+            do not compare.
 
     Raises:
-        UserError: there is no such database or study, it cannot be read, or it lacks a result.
+        UserError: there is no such database or study, the database cannot be read, or the study
+            lacks one of the results.
     """
     shown = without_password(str(storage))
     try:
@@ -326,7 +330,7 @@ def check_reachable(url: str) -> None:
     """Check that a database can be reached, without writing to it.
 
     Args:
-        url: SQLAlchemy URL of the database; for SQLite, its folder must exist.
+        url: SQLAlchemy URL of the database. Of an SQLite file only the folder must exist.
 
     Raises:
         UserError: the server does not answer, the folder does not exist, the URL is not valid, or
@@ -355,7 +359,7 @@ def check_reachable(url: str) -> None:
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the URL of an SQLite file, with special characters of its path escaped."""
+    """Return the SQLAlchemy URL of an SQLite file, with special characters of the path escaped."""
     return URL.create("sqlite", database=str(path)).render_as_string()
 
 

@@ -40,19 +40,20 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: the content of its ``result.json``, which the study is told.
+    """How a trial ended: the content of its ``result.json``, from which the study is updated.
 
     Args:
         params: shape of the candidate, as ``StudentArch.to_dict`` gives it.
         state: state of the trial in Optuna: ``COMPLETE``, ``PRUNED`` (by the budget or the pruner)
             or ``FAIL``.
         value: reward of a ``COMPLETE`` trial; else None.
-        attrs: all that was measured; the reason under ``refused`` (by the budget),
-            ``stopped_early`` (by the pruner) or ``failed``, if any; under ``twin_of``, the number
-            of the trial that this one repeats.
-        constraints: ``budget`` -> share of the limit by which the student exceeds it; 0 or less:
-            within.
-        reports: what the pruner was told, by epoch: 1 - held-out loss.
+        attrs: all that was measured, by name. If the trial was not trained to the end, the reason
+            is under ``refused`` (by the budget), ``stopped_early`` (by the pruner) or ``failed``.
+            If an earlier trial has the same shape, whose result was copied, its number is under
+            ``twin_of``.
+        constraints: maps ``budget`` to the share by which the student exceeds a limit of the
+            budget; 0: it is within all limits.
+        reports: maps each epoch to 1 - held-out loss, as the pruner was told.
         started: start of the trial, in seconds since 1970.
         ended: end of the trial, in seconds since 1970.
     """
@@ -67,7 +68,7 @@ class Outcome:
     ended: float = 0.0
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether a study's trial ended with the same state and, if ``COMPLETE``, reward."""
+        """Whether a trial of a study has the same state and, if that is ``COMPLETE``, reward."""
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 
@@ -87,7 +88,7 @@ class Outcome:
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
+        """Return the fields as plain data for JSON."""
         return asdict(self)
 
 
@@ -108,30 +109,39 @@ def arch_of(trial: FrozenTrial) -> StudentArch:
 
 
 def tried(study: Study) -> list[FrozenTrial]:
-    """Return the trials of distinct candidates that were trained, to the end or until pruned."""
+    """Return the trials that were trained, to the end or until the pruner ended them.
+
+    Trials that repeat the shape of an earlier trial are left out.
+    """
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     attrs_of_none = {"twin_of", "refused"}
     return [trial for trial in ended if not attrs_of_none & trial.user_attrs.keys()]
 
 
 def trained(study: Study) -> list[FrozenTrial]:
-    """Return the trials of distinct candidates that were trained to the end."""
+    """Return the trials that were trained to the end.
+
+    Trials that repeat the shape of an earlier trial are left out.
+    """
     return [trial for trial in tried(study) if trial.state == TrialState.COMPLETE]
 
 
 def failed(study: Study) -> list[FrozenTrial]:
-    """Return the trials of distinct candidates that failed."""
+    """Return the trials that failed.
+
+    Trials that repeat the shape of an earlier trial are left out.
+    """
     ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in ended if "failed" in trial.user_attrs and not is_repeated(trial)]
 
 
 def is_repeated(trial: FrozenTrial) -> bool:
-    """Whether a trial only repeats the shape and result of an earlier one."""
+    """Whether a trial only repeats the shape and result of an earlier trial."""
     return "twin_of" in trial.user_attrs
 
 
 def known(study: Study) -> dict[StudentArch, FrozenTrial]:
-    """Map each shape that was proposed to its first trial, ended or not."""
+    """Map each shape that was proposed to the first trial that has it, ended or not."""
     first: dict[StudentArch, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
         if len(trial.params) == len(ARCH) and not is_repeated(trial):
@@ -140,12 +150,12 @@ def known(study: Study) -> dict[StudentArch, FrozenTrial]:
 
 
 def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
-    """Draw a shape that was neither proposed nor queued; None: there is none.
+    """Draw a shape that was neither proposed nor queued; None: no such shape is left.
 
     Args:
         study: study of the search.
         space: search space of the study.
-        number: number of a trial, the seed of the draw.
+        number: seed of the draw, such as the number of a trial.
     """
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
@@ -156,13 +166,19 @@ def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
 
 
 def is_complete(study: Study, space: SearchSpace, n_trials: int) -> bool:
-    """Whether ``n_trials`` distinct candidates were tried, or the space has no more."""
+    """Whether a search is over: enough candidates were trained, or no shape is left.
+
+    Args:
+        study: study of the search.
+        space: search space of the study.
+        n_trials: number of candidates to train; those that the pruner ended count.
+    """
     ended = [trial for trial in known(study).values() if trial.state.is_finished()]
     return len(tried(study)) >= n_trials or len(ended) >= len(space)
 
 
 def best_trial(study: Study) -> FrozenTrial | None:
-    """Return the best candidate within the budget so far; None: there is none."""
+    """Return the trial with the highest reward within the budget so far; None: there is none."""
     try:
         best = study.best_trial
     except ValueError:  # raised by Optuna if no trial is complete and feasible
@@ -171,15 +187,15 @@ def best_trial(study: Study) -> FrozenTrial | None:
 
 
 def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
-    """Return the best candidate of a search that is over.
+    """Return the trial with the highest reward within the budget, of a search that is over.
 
     Args:
         study: study of the search.
         space: search space of the study.
 
     Raises:
-        UserError: no candidate meets the budget, or all were pruned.
-        CandidateFailed: every candidate failed; with the last reason.
+        UserError: no candidate meets the budget, or the pruner ended every candidate.
+        CandidateFailed: every candidate failed; the message has the last reason.
     """
     if (best := best_trial(study)) is not None:
         return best
@@ -194,7 +210,7 @@ def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
 
 
 def begun(study: Study) -> list[FrozenTrial]:
-    """Return the trials that were proposed, without those that only wait in the queue."""
+    """Return the trials that have begun, without those that only wait in the study's queue."""
     trials = study.get_trials(deepcopy=False)
     return [t for t in trials if t.state != TrialState.WAITING and (t.params or t.user_attrs)]
 
@@ -210,7 +226,11 @@ def in_words(trial: FrozenTrial) -> str:
 
 
 def reason_in(attrs: Mapping[str, Any]) -> str | None:
-    """Return why a trial was not trained to the end, from its attributes; None: it was."""
+    """Return why a trial was not trained to the end; None: it was, or it still runs.
+
+    Args:
+        attrs: user attributes of the trial.
+    """
     if "twin_of" in attrs:
         return f"same shape as trial {attrs['twin_of']}"
     return attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed")
@@ -237,12 +257,13 @@ def line(trial: FrozenTrial) -> str:
 
 
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
-    """Whether one of a trial's latencies is unsteady: it spreads by more than a tenth.
+    """Whether one of a trial's latencies is unsteady: its quartiles are far apart.
+
+    The interquartile range is then more than a tenth of the median.
 
     Args:
         trial: a trial whose latency was measured.
-        whose: which latencies to look at: ``""`` for the student's, ``"teacher_"`` for its
-            teacher's.
+        whose: latencies to check: ``""`` for the student's, ``"teacher_"`` for the teacher's.
     """
     get = trial.user_attrs.get
     return any(
@@ -252,22 +273,25 @@ def has_spread(trial: FrozenTrial, *whose: str) -> bool:
 
 
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
-    """Return a table with a row for each trial, as in ``trials.csv``.
+    """Return a table with a row for each trial of a search, as in ``trials.csv``.
 
     Args:
         study: study of a search, finished or not. Trials that only wait in the queue are left out.
 
     Returns:
-        The columns below. Values that are not known, as of a running trial, are missing.
+        The columns below. Values that are not known, as those of a running trial, are missing.
 
-        - ``number``, ``state``, and the five fields of the shape.
+        - ``number`` and ``state`` of the trial, and the five fields of ``StudentArch``.
         - ``loss``, ``contextual_share``, ``sentence_r2``, ``latency_ms``, ``latency_iqr_ms``,
             ``speedup``, ``num_parameters``, ``reward``, ``seconds``.
-        - ``predicted_reward``: what an LSTM controller expected, if it picked the student for that.
-        - ``episode``: number from 1. Trained candidates are counted in the order in which they
-            ended; an episode has as many as the study's attribute ``num_candidates`` says.
-        - ``best_so_far``, ``episode_best``, ``previous_best``: the best rewards when this candidate
-            had ended: of all, of its episode, and of the whole episode before.
+        - ``predicted_reward``: the reward that an LSTM sampler predicted, if it proposed the
+            student for that reward.
+        - ``episode``: number, from 1, of the candidate's episode. Trained candidates are counted in
+            the order in which they ended; an episode is ``num_candidates`` of them, which is an
+            attribute of the study.
+        - ``best_so_far``: best reward of all candidates up to this one.
+        - ``episode_best``: best reward of this candidate's episode up to this candidate.
+        - ``previous_best``: best reward of the whole episode before this candidate's.
         - ``front``: the Pareto fronts that the student is on, of loss and latency or of loss and
             size: ``latency``, ``parameters``, ``latency and parameters``, or missing.
         - ``reason``: why the candidate was not trained to the end.
@@ -298,14 +322,14 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
 
 
 def front(frame: pd.DataFrame, size: str) -> pd.Index:
-    """Return the Pareto front: trained candidates that no other beats in both loss and size.
+    """Return the Pareto front: trained candidates that no other beats in both loss and cost.
 
     Args:
         frame: table from ``trials_frame``.
-        size: column of the size, such as ``latency_ms`` or ``num_parameters``.
+        size: column with the cost: ``latency_ms`` or ``num_parameters``.
 
     Returns:
-        The index labels of their rows, the smallest first.
+        The index labels of the candidates' rows, the cheapest candidate first.
     """
     trained = frame[_is_trained(frame)].sort_values([size, "loss"])
     return trained.index[trained["loss"] < trained["loss"].cummin().shift(fill_value=math.inf)]
@@ -317,5 +341,9 @@ def _is_trained(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:
-    """Return which rows of ``trials_frame`` only repeat an earlier trial, as booleans."""
+    """Return whether each row of a table only repeats an earlier trial.
+
+    Args:
+        frame: table from ``trials_frame``.
+    """
     return frame["reason"].fillna("").str.startswith("same shape")

@@ -19,10 +19,15 @@ MOST_KEPT = 3
 def save_weights(
     module: HiddenStateDistillModule, trainer: pl.Trainer, folder: Path
 ) -> dict[str, str]:
-    """Write a module's weights and its optimizer's state.
+    """Write the weights of a candidate and the state of its optimizer, each to a file.
+
+    Args:
+        module: module of the candidate, after its fit.
+        trainer: Trainer of the fit, which has the optimizer.
+        folder: folder of the trial.
 
     Returns:
-        The SHA-256 of each file, as ``weights_sha256`` and ``optimizer_sha256``.
+        The SHA-256 of the two files, as ``weights_sha256`` and ``optimizer_sha256``.
     """
     optimizer: Any = trainer.optimizers[0]
     hashes = {}

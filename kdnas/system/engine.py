@@ -1,4 +1,4 @@
-"""Engine: runs jobs in parallel and reports how each ended."""
+"""Engine: runs jobs (function calls with results in files) in parallel, and reports their ends."""
 
 import logging
 import signal
@@ -24,8 +24,8 @@ from kdnas.system.signals import notice_signals
 
 log = logging.getLogger("kdnas")
 
-# Seconds in which a job must end after it was asked to stop; then it is killed. Whoever sends us a
-# signal may kill this process ten seconds later.
+# Seconds in which a job must end after it was asked to stop; then it is killed. Whoever sends this
+# process a signal may kill it ten seconds later.
 STOP_SECONDS = 5.0
 # Errors by which executors say that a job's process has died: pebble, concurrent.futures, Dask.
 DEATHS = ("ProcessExpired", "BrokenProcessPool", "KilledWorker")
@@ -38,18 +38,19 @@ class JobDied(RuntimeError):
 class Engine:
     """Runs jobs, ``num_slots`` at a time, in processes of this machine or in an executor.
 
-    Each slot is a process with its share of the cores and, if there are GPUs, one of them. With
+    A job is a function call whose result is a file (``kdnas.system.jobs``). On this machine each
+    slot is a process with its share of the cores and, if there are GPUs, one GPU. With
     ``num_slots`` 0 jobs run one at a time in a thread of this process: for a debugger, a notebook
     or a test.
 
-    If the process of a job dies, the job is tried once more in a new one. A job that ran out of
-    memory beside others is tried once more when no other job runs.
+    If the process of a job dies, the job is tried once more in a new process. A job that ran out of
+    memory while other jobs ran is tried once more alone.
 
     Args:
-        num_slots: number of jobs at a time.
-        executor: where jobs run instead of in processes of this machine, ``num_slots`` at a time:
-            one with the interface of ``concurrent.futures``, such as Dask's. Its workers must share
-            the jobs' folders. None: processes of this machine.
+        num_slots: number of jobs that run at a time.
+        executor: executor in which the jobs run, with the interface of ``concurrent.futures``, such
+            as Dask's. Its workers must be able to write to the jobs' folders. None: jobs run in
+            processes of this machine.
         close: called when the engine stops, to close the executor; None: nothing to close.
     """
 
@@ -65,7 +66,7 @@ class Engine:
         self._running: dict[Future[Any], Job] = {}
         self._died: set[Path] = set()  # folders of jobs whose first process died
         self._crowded: set[Path] = set()  # folders of jobs that ran out of memory beside others
-        self._alone: list[Job] = []  # those of them that wait until nothing else runs
+        self._alone: list[Job] = []  # jobs that ran out of memory, and wait until nothing else runs
         self._threads: dict[Path, str] = {}  # number of threads that each job was last told
         self._width = self.num_slots  # number of processes; fewer than slots if jobs are fewer
 
@@ -87,7 +88,7 @@ class Engine:
         return len(self._running) < self.num_slots and not is_alone
 
     def start(self, job: Job) -> None:
-        """Start a job; one that was stopped before resumes from its own checkpoint, if it has any."""
+        """Start a job; if it was stopped before and has a checkpoint, it resumes from there."""
         job.folder.mkdir(parents=True, exist_ok=True)
         tidy(job)
         self._threads.pop(job.folder, None)
@@ -105,13 +106,14 @@ class Engine:
         return self._pool.submit(run_job, job)
 
     def wait(self) -> list[tuple[Job, BaseException | None]]:
-        """Wait up to ``LOOK_SECONDS`` for jobs to end.
+        """Wait for running jobs to end, at most ``LOOK_SECONDS``.
 
         Returns:
-            The jobs that have ended, each with its error; None: it succeeded.
+            The jobs that have ended, each with its error, or None if it succeeded. Jobs that are
+                tried once more are not among them.
 
         Raises:
-            OSError: the disk or the network has failed, so that other jobs would fail too.
+            OSError: a job failed by the disk or the network, so that other jobs would fail too.
             KeyboardInterrupt: a signal has asked this process to end.
         """
         notice_signals()
@@ -149,14 +151,14 @@ class Engine:
         ended: Callable[[Job], object] = lambda job: None,
         failed: Callable[[Job, BaseException], object] | None = None,
     ) -> list[dict[str, Any]]:
-        """Run the jobs that are not done, and wait for all.
+        """Run those of the jobs that have no result yet, and wait until all are done.
 
         Args:
             jobs: jobs, in the order in which to start them.
             watch: called with the running jobs, several times a second.
-            ended: called with each job that is done, including those done in an earlier start.
-            failed: called with a job that failed and its error; it must write the job's result.
-                None: the first error is raised.
+            ended: called with each job that is done, also if it was done before this call.
+            failed: called with each job that failed, and with the job's error. It must write the
+                job's result. None: the first error is raised.
 
         Returns:
             The result of each job, in the order of ``jobs``.
@@ -204,7 +206,7 @@ class Engine:
                 self._close()
 
     def _renew(self, width: int) -> None:
-        """Close the processes, which frees their memory; later jobs get ``width`` new ones."""
+        """End the pool's processes, which frees memory; later jobs get ``width`` new processes."""
         if self._in_processes and self._pool is not None:
             self._pool.close()
             self._pool.join()
@@ -221,17 +223,17 @@ class Engine:
                 self._threads[job.folder] = each
 
     def _drop_broken_pool(self) -> None:
-        """Drop the pool if it is broken, as after a process died between two jobs."""
+        """Drop the pool if it is broken, as it is after a process died between two jobs."""
         if self._pool is not None and not self._pool.active:
             self._pool.stop()
             self._pool = None
 
 
 def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
-    """Return the error of a job as it is reported to the caller; None: it succeeded.
+    """Return the error of a job as ``Engine.wait`` reports it; None: the job succeeded.
 
     Raises:
-        OSError: the disk or the network has failed, which is not the job's fault.
+        OSError: the job failed by the disk or the network, and is not to blame.
     """
     if error is None:
         tidy(job)
@@ -245,7 +247,7 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Whether a job reported that it ran out of memory; a job whose process died does not count."""
+    """Whether an error says that a job ran out of memory; ``JobDied`` does not count."""
     return isinstance(error, Exception) and not isinstance(error, JobDied) and is_memory(error)
 
 

@@ -12,11 +12,11 @@ OUT_OF_MEMORY = "(?im)out of memory|can(no|.)t allocate memory|could not create 
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct; the command ends with exit code 2.
+    """A mistake that the user can correct; a command that raises it ends with exit code 2.
 
     Args:
-        message: one line that says what is wrong, the value, and what to do. Characters that cannot
-            be printed, as in the name of a file, are shown as Python escapes.
+        message: one line that says what is wrong, the wrong value, and what to do. Characters that
+            cannot be printed, as in the name of a file, are shown as Python escapes.
     """
 
     def __init__(self, message: str) -> None:
@@ -24,15 +24,21 @@ class UserError(ValueError):
 
 
 class CandidateFailed(RuntimeError):
-    """A candidate that cannot be scored: its trial fails with this reason, and the search goes on."""
+    """A candidate of a search cannot be scored.
+
+    Its trial fails with the message as the reason, and the search goes on.
+    """
 
 
 class DeviceFailed(CandidateFailed):
-    """A candidate's GPU has failed; its process ends, and the candidate is tried again in another."""
+    """The GPU of a candidate has failed.
+
+    The process that trains the candidate ends, and the candidate is tried again in another process.
+    """
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason that is recorded for a candidate that raised this error."""
+    """Return the text that is recorded as the reason why a candidate failed with this error."""
     if isinstance(error, CandidateFailed):
         return str(error)
     if is_memory(error):
@@ -56,7 +62,10 @@ def is_device_failure(error: Exception) -> bool:
 
 
 class ParityError(RuntimeError):
-    """An exported file computes something else than the model; nothing is exported, exit code 1."""
+    """An exported file computes something else than its model.
+
+    Nothing is exported then, and the command ends with exit code 1.
+    """
 
 
 def tell(message: str) -> None:
@@ -75,7 +84,7 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
 
     Returns:
         ``" Did you mean 'x'?"`` if a choice is close, else ``" Choose from: a, b, c."``; with
-        ``always_list`` both, if a choice is close.
+            ``always_list`` both, if a choice is close.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)
@@ -93,18 +102,23 @@ class StoreAway(OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, to quote in our own; its class name if it has no text.
+    """Return the first line of another library's error, to quote it in a message of kdnas.
 
-    If the first line ends with a colon, the second is added.
+    If the first line ends with a colon, the second line is added. If the error has no text, its
+    class name is returned.
     """
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first.rstrip(".")
 
 
 def as_raised(error: OSError) -> OSError:
-    """Return the OSError that a worker of a DataLoader raised.
+    """Return the OSError that a worker of a DataLoader raised, with its ``errno``.
 
-    torch re-raises it without its number, as text below a traceback. Other errors are returned as they are.
+    In the main process, torch raises an OSError without ``errno``, with the worker's traceback as
+    text. Other errors are returned as they are.
+
+    Args:
+        error: error as the main process has raised it.
     """
     if error.errno is not None or not str(error).startswith("Caught "):
         return error
@@ -114,7 +128,7 @@ def as_raised(error: OSError) -> OSError:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, then its context or cause, then that one's, and so on."""
+    """Yield an error, then its context (or else its cause), then the context of that, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # a cause raised again is its own cause
         seen.add(id(error))

@@ -1,4 +1,4 @@
-"""The paths of a run, and writing of files and folders that appear whole or not at all."""
+"""The paths of a run, and functions to write files and folders that appear whole or not at all."""
 
 import errno
 import hashlib
@@ -33,12 +33,12 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 class Run:
-    """The paths of a run, in its folder ``<root>/<name>/``.
+    """The paths of a run, which is in the folder ``<root>/<name>/``.
 
-    A stage is done when its last file exists: ``best_student.yaml`` (search),
-    ``full_kd/result.json``, ``glue/results.json``, the folder ``student/`` (export) and
-    ``report.html``. Each of them appears whole or not at all. The run is done when all of them and
-    ``manifest.json`` exist.
+    A run has five stages, and a stage is done when its last file exists: ``best_student.yaml``
+    (search), ``full_kd/result.json`` (full KD), ``glue/results.json`` (fine-tuning), the folder
+    ``student/`` (export) and ``report.html`` (report). Each of these appears whole or not at all.
+    The run is done when these and ``manifest.json`` exist.
 
     Args:
         root: folder of all runs, normally ``lightning_logs``.
@@ -82,30 +82,30 @@ class Run:
 
     @property
     def stillness(self) -> Path:
-        """Path of the lock between training and latency measurements of this run on this machine.
+        """Path of the lock by which nothing of this run trains here while latency is measured.
 
-        It lies on a local disk, since it is taken at each step.
+        The lock lies on a local disk, since it is taken at each training step.
         """
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
 
     def check_writable(self) -> None:
-        """Check that the run's folder can be written to; call it before training, not after.
+        """Check that the run's folder can be written to; to be called before training.
 
         No file is left behind.
 
         Raises:
-            UserError: no file can be made in the folder, or in the nearest parent that exists; the
-                folder is a link; or a link in it leads out of it.
+            UserError: no file can be made in the folder (or, if it does not exist, in its nearest
+                parent that does); the folder is a link; or a link in the folder leads out of it.
         """
         self.refuse_links()
         check_writable(self.folder, "--root")
 
     def refuse_links(self) -> None:
-        """Refuse a run with links that lead out of it, so that nothing outside is changed or deleted.
+        """Refuse a run's folder with links that lead out of it, so that no file outside is changed.
 
         Raises:
-            UserError: the folder is a link, or one in it leads out of it.
+            UserError: the folder is itself a link, or contains a link to a place outside it.
         """
         if os.path.islink(self.folder):
             raise UserError(
@@ -122,13 +122,14 @@ class Run:
 
     @contextmanager
     def alone(self, remedy: str) -> Iterator[None]:
-        """Hold the run's lock, so that no two processes work on the same run.
+        """Hold the run's lock in the context, so that no two processes work on the same run.
 
         Args:
-            remedy: what the user can do if the lock is held, as the end of the error message.
+            remedy: what the user can do if another process holds the lock, as the end of the error
+                message.
 
         Raises:
-            UserError: another process works on the run; it is named.
+            UserError: another process works on the run; the message names the process.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path := self.folder / "run.lock")
@@ -149,15 +150,15 @@ class Run:
             lock.release()
 
     def refuse_other_kind(self, is_comparison: bool) -> None:
-        """Refuse to use the folder of a search or run for a comparison, and the reverse.
+        """Refuse to use the folder of a search for a comparison of models, and the reverse.
 
-        The config of a comparison has ``model``; the others do not.
+        Only the ``config.yaml`` of a comparison has the key ``model``.
 
         Args:
-            is_comparison: the folder is to be used for a comparison.
+            is_comparison: the folder is to be used for a comparison; False: for a search.
 
         Raises:
-            UserError: the folder is of the other kind, or its config cannot be read.
+            UserError: the folder was used for the other, or its ``config.yaml`` cannot be read.
         """
         if self.config.exists() and ("model" in read_yaml(self.config)) != is_comparison:
             ours, theirs = (
@@ -177,14 +178,14 @@ def links_in(folder: Path) -> Iterator[Path]:
 
 
 def free_name(root: str | Path, name: str) -> str:
-    """Return the first of ``name``, ``name-2``, ``name-3``, ... that no run has.
+    """Return the first of ``name``, ``name-2``, ``name-3``, ... that is not the name of a run.
 
     Args:
         root: folder of all runs.
-        name: name of a run.
+        name: wanted name.
 
     Raises:
-        UserError: the name is not valid.
+        UserError: ``name`` is not valid for a run.
     """
     number = 1
     while Run(root, _numbered(name, number)).folder.exists():
@@ -206,7 +207,7 @@ def check_writable(folder: Path, option: str) -> None:
         option: option by which the user can give another folder, for the error message.
 
     Raises:
-        UserError: no file can be made there; with the place and the reason.
+        UserError: no file can be made; the message has the place and the reason.
     """
     place = folder
     try:
@@ -231,16 +232,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """Find the error of a full disk among an error and its causes; None: there is none.
+    """Return the error of a full disk among an error and its causes; None: there is none.
 
-    After a full disk, the clean-up may raise another error, as of a missing file.
+    When a disk is full, the clean-up may raise another error, such as that of a missing file.
     """
     found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
     return next(found, None)
 
 
 def room(error: OSError) -> str:
-    """Return text to append to an error's message: of a full disk, how much is free; else ``""``."""
+    """Return how much of a full disk is free, as text to append to the message of an error.
+
+    If the error is not that of a full disk, the text is ``""``.
+    """
     if error.errno not in FULL or not isinstance(error.filename, str):
         return ""
     place = nearest_folder(Path(error.filename).parent)  # new_folder may have removed it
@@ -249,7 +253,7 @@ def room(error: OSError) -> str:
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """Add a path to an OSError that has none, as that of a failed write."""
+    """Give a path to an OSError that is raised in the context without one, as by a failed write."""
     try:
         yield
     except OSError as error:
@@ -262,8 +266,8 @@ def placed(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file to write, so that readers see the old file or the whole new one, never a part.
 
-    Bytes go to a temporary file in the same folder, which is renamed to ``path`` at the end. After
-    an exception the old file is still there.
+    The context is given a temporary file in the same folder, which is renamed to ``path`` at the
+    end. After an exception the temporary file is removed, and an old file is still there.
 
     Raises:
         UserError: ``path`` is a folder, a pipe or a device.
@@ -289,10 +293,10 @@ def _sync(path: Path) -> None:
 
 
 def this_host() -> str:
-    """Return an identifier of the place in which process ids are unique.
+    """Return an identifier of the machine or container, in which process ids are unique.
 
-    It is made of the machine's name and, on Linux, its id and the namespace of process ids, since
-    machines can share a name, and containers a machine.
+    It is made of the machine's name and, on Linux, of the machine's id and the namespace of process
+    ids. Several machines can have the same name, and several containers can run on a machine.
     """
     host = platform.node()
     with suppress(OSError):
@@ -303,7 +307,13 @@ def this_host() -> str:
 
 
 def owned(name: str) -> str:
-    """Return a prefix for temporary names with this process's id, by which ``sweep`` finds leftovers."""
+    """Return a prefix for the name of a temporary file or folder.
+
+    The prefix has this process's id, by which ``sweep`` recognises what a killed process has left.
+
+    Args:
+        name: beginning of the prefix, such as the name that the file or folder gets in the end.
+    """
     return f"{name}.{this_host()}-{os.getpid()}."
 
 
@@ -329,14 +339,14 @@ def _removed_if_it_fails(temporary: Path, path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, pattern: str = "**/.*") -> None:
-    """Remove files and folders that killed processes of this machine have left half written.
+    """Remove temporary files and folders that killed processes of this machine have left.
 
-    A folder that was being replaced gets its old name back.
+    If a process was killed while it replaced a folder, the old folder gets its name back.
 
     Args:
-        folder: folder to look into.
-        pattern: glob pattern of the temporary names, which are made by ``owned``; by default hidden
-            names, also in subfolders.
+        folder: folder to search.
+        pattern: glob pattern of the temporary files and folders; only those whose names have a
+            prefix from ``owned`` are removed. The default finds hidden ones, also in subfolders.
     """
     mine = re.compile(rf"\.?(.+)\.{re.escape(this_host())}-(\d+)\.\w+")
     home = folder.resolve()
@@ -352,13 +362,16 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a temporary folder, removed with the object; those of killed processes are removed first."""
+    """Make a temporary folder, which is removed with the returned object.
+
+    Temporary folders that killed processes of kdnas have left are removed, too.
+    """
     sweep(Path(tempfile.gettempdir()), "kdnas.*")
     return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process with this id runs on this machine; a zombie does not."""
+    """Whether a process with this id runs on this machine; a zombie does not count."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -398,9 +411,13 @@ def read_json(path: Path) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dict of a JSON object; an ``object_pairs_hook`` that refuses a key given twice.
+    """Make the dict of a JSON object, in which no key may be given twice.
 
-    By itself ``json.loads`` would silently take the last value.
+    This is an ``object_pairs_hook`` for ``json.loads``, which by itself would silently take the
+    last value of such a key.
+
+    Args:
+        pairs: keys and values of the object.
 
     Raises:
         ValueError: a key is given twice.
@@ -420,15 +437,24 @@ def file_sha256(path: Path) -> str:
 
 
 def stamp(path: Path | os.DirEntry[str]) -> list[int]:
-    """Return a file's size in bytes and modification time in ns; if they change, so may its bytes."""
+    """Return a file's stamp: its size in bytes and its modification time in ns.
+
+    As long as the stamp is the same, the content of the file is taken to be the same.
+    """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def read_stamps(path: Path) -> dict[str, list[Any]]:
-    """Read the stamps of files whose bytes were checked, by name; empty if the file is gone or damaged.
+    """Read the stamps (see ``stamp``) of files whose content was checked by hashing.
 
-    Written after hashing, they save other processes from hashing the same files again.
+    As long as a file has the stamp that was read, it need not be hashed again.
+
+    Args:
+        path: JSON file that maps names of files to stamps.
+
+    Returns:
+        The content of ``path``; empty if ``path`` is missing or damaged.
     """
     try:
         return dict(read_json(path))
@@ -437,10 +463,13 @@ def read_stamps(path: Path) -> dict[str, list[Any]]:
 
 
 class KeptFile(io.FileIO):
-    """A file that is read in pieces, also after it was deleted; closed with its last reference."""
+    """An open file that is read in pieces, also after its name was deleted.
+
+    It is closed when Python deletes the object.
+    """
 
     def piece(self, start: int, size: int) -> bytes:
-        """Read ``size`` bytes from byte ``start``; safe in several processes and threads at once."""
+        """Read ``size`` bytes from byte ``start``; processes and threads may do so at once."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:
@@ -451,8 +480,9 @@ class KeptFile(io.FileIO):
 def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that appears whole or not at all.
 
-    Fill the temporary folder that is yielded; at the end it is renamed to ``path``, in place of a
-    folder that is there. After an exception it is removed, and the old folder is still there.
+    The context is given a temporary folder to fill. At the end the temporary folder is renamed to
+    ``path``, and replaces an old folder of that name. After an exception the temporary folder is
+    removed, and the old folder is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
@@ -474,7 +504,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap the names of two folders; if the second rename fails, the first is undone."""
+    """Swap the names of two folders; if that fails midway, ``other`` gets its name back."""
     aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:
@@ -486,7 +516,11 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Shorten paths to the fewest last parts that tell them apart, such as ``a/student``, ``b/student``."""
+    """Shorten paths to as few of their last parts as tell them apart.
+
+    For example, ``x/a/student`` and ``x/b/student`` become ``a/student`` and ``b/student``. If two
+    paths are equal, all are returned as they are.
+    """
     parts = [Path(source).parts for source in sources]
     longest = max(map(len, parts), default=1)
     ends = [["/".join(part[-length:]) for part in parts] for length in range(1, longest + 1)]

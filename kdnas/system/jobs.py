@@ -1,8 +1,13 @@
 """Jobs: function calls whose results are files, so that they can run in other processes and resume.
 
-A job is done when ``result.json`` is in its folder. Other files there are ``job.log``, what the job
-printed; and, while it runs, ``progress.json``, how far it is; ``threads``, how many it may use;
-``stop``, which asks it to end; and ``go_on_<step>`` or ``prune_<step>``, the pruner's answers.
+A job is done when ``result.json`` is in its folder. The file ``job.log`` has what the job printed.
+While a job runs, it and the engine (``kdnas.system.engine``) communicate by further files in the
+folder:
+
+- ``progress.json``: how far the job is.
+- ``threads``: number of threads that the job may use.
+- ``stop``: its existence asks the job to end.
+- ``go_on_<step>`` or ``prune_<step>``: the pruner's answer to the job's report at a step.
 """
 
 import errno
@@ -32,7 +37,7 @@ from kdnas.system.files import write_json
 
 log = logging.getLogger("kdnas")
 
-# Seconds between two looks at the running jobs.
+# Seconds between two checks of the running jobs.
 LOOK_SECONDS = 0.1
 # Errors of the disk or the network, for which no job is to blame.
 DISK_ERRORS = {
@@ -57,9 +62,9 @@ class Job:
 
     Args:
         folder: folder of ``result.json`` and of everything else that the job writes.
-        title: name of the job on the screen.
+        title: name of the job, as shown to the user.
         call: function at the top level of a module; it returns JSON data for ``result.json``.
-        args: arguments of the call; they must be picklable.
+        args: arguments of ``call``; they must be picklable.
         timeout: seconds that the job may take in a process of this machine; None: no limit.
     """
 
@@ -81,7 +86,7 @@ class Job:
 
 
 class Reporter:
-    """A job's side of the exchange with the engine, by files in its folder, while it runs.
+    """Exchanges messages between a running job and the engine, by files in the job's folder.
 
     Args:
         folder: folder of the job.
@@ -96,8 +101,8 @@ class Reporter:
         """Add values to ``progress.json``, which is written at most twice a second.
 
         Args:
-            at_once: write it now in any case.
-            **known: JSON values by name; earlier ones are kept.
+            at_once: write the file now in any case.
+            **known: JSON values by name; values under other names are kept.
         """
         self._known |= known
         if at_once or time.monotonic() > self._told + 0.5:
@@ -115,13 +120,13 @@ class Reporter:
         """End the job if it was asked to stop.
 
         Raises:
-            Stopped: it was.
+            Stopped: the job was asked to stop.
         """
         if self.is_asked_to_stop:
             raise Stopped
 
     def take_threads(self) -> None:
-        """Have torch use as many threads as the engine has written to ``threads``, if any."""
+        """Have torch use as many threads as the file ``threads`` says, if it exists."""
         import torch
 
         with suppress(OSError, ValueError):
@@ -130,7 +135,7 @@ class Reporter:
                 torch.set_num_threads(told)
 
     def may_go_on(self, step: int) -> bool:
-        """Wait for the pruner's answer to the report of a step; False: the job must end.
+        """Wait for the pruner's answer to the job's report at a step; False: the job must end.
 
         Raises:
             Stopped: the job was asked to stop while it waited.
@@ -144,7 +149,7 @@ class Reporter:
 
 
 def progress_of(folder: Path) -> dict[str, Any]:
-    """Return the values that a job has reported so far; empty if it has reported none."""
+    """Return the values that the job with this folder has reported so far; empty: none."""
     try:
         return dict(json.loads((folder / "progress.json").read_text()))
     except (OSError, ValueError):
@@ -159,13 +164,13 @@ def is_disk_failure(error: BaseException) -> bool:
 
 
 def run_job(job: Job) -> None:
-    """Make the call of a job and write its result.
+    """Make the call of a job, and write what it returns to the job's ``result.json``.
 
     Raises:
-        UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: as the call does.
-        OSError: as the call does, without the parts that cannot be pickled.
+        UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: the call raised it.
+        OSError: the call or the writing raised it; parts that cannot be pickled are left out.
+        DeviceFailed: the call raised another exception, which means that the GPU has failed.
         CandidateFailed: the call raised any other exception, whose text is the reason.
-        DeviceFailed: that exception means that the GPU has failed.
     """
     failure: Exception
     try:
@@ -186,7 +191,7 @@ def run_job(job: Job) -> None:
 
 
 def tidy(job: Job) -> None:
-    """Remove the files by which a job and the engine have communicated."""
+    """Remove the files by which a job and the engine have communicated; the result is kept."""
     for pattern in ("stop", "threads", "progress.json", "go_on_*", "prune_*"):
         for old in job.folder.glob(pattern):
             old.unlink()

@@ -1,4 +1,7 @@
-"""``manifest.json``: the files of a finished run, fit, comparison or export with their hashes, and their check."""
+"""Write ``manifest.json``, a list of the files of a folder with their hashes, and check it.
+
+A finished run, fit, comparison or export has one.
+"""
 
 import os
 import platform
@@ -23,9 +26,10 @@ def version(library: str) -> str | None:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write ``manifest.json``: every file of a folder with size and SHA-256, and the library versions.
+    """Write the ``manifest.json`` of a folder.
 
-    Write it last: files that are added later are not in it.
+    It has the size and SHA-256 of every file in the folder, and the versions of libraries. Write it
+    last: files that are added to the folder later are not in it.
 
     Args:
         folder: folder whose files to list.
@@ -41,13 +45,13 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def renew(path: Path) -> None:
-    """Update the manifests of all folders around a path after kdnas has rewritten it.
+    """Update the manifests of the folders that contain a path, after kdnas has rewritten the path.
 
-    Entries of other files stay as they are, so a file that somebody else has changed is still
-    reported by ``verify``. Folders without a manifest of kdnas are skipped.
+    Entries of files outside the path stay as they are, so ``verify`` still reports such a file if
+    somebody has changed it. Folders without a manifest of kdnas are skipped.
 
     Args:
-        path: path of the file, or of the folder with everything in it.
+        path: path of a rewritten file, or of a folder whose content was rewritten.
     """
     path = path.resolve()
     made = [path]
@@ -67,7 +71,7 @@ def renew(path: Path) -> None:
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
-    """Read a manifest of kdnas; None: it is missing, damaged (``verify`` reports that) or not kdnas's."""
+    """Read a manifest; None: the file is missing or damaged, or kdnas has not written it."""
     try:
         values = _read(path) if os.path.isfile(path) else {}
     except (UserError, OSError):
@@ -95,7 +99,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Yield the files and links of a folder, without ``but``, locks and hidden (half-written) files."""
+    """Yield the files and links in a folder, without ``but``, locks and hidden names."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(
@@ -110,8 +114,9 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     """Compare a folder with its manifest; files outside the folder are never read.
 
     Returns:
-        The number of files in the manifest, and a line for each file that is missing, changed, a
-        link, or not in the manifest. Names are quoted as by ``repr``, since they may be malicious.
+        The number of files in the manifest, and a line for each fault. A fault is a file that is
+            missing, has changed, has become a link or leads out of the folder, or is not in the
+            manifest. File names are quoted as by ``repr``, since they may be malicious.
 
     Raises:
         UserError: there is no manifest, or it is not valid.

@@ -1,4 +1,4 @@
-"""Import modules of the current folder if a class path of the user names them, and no others."""
+"""Make modules of the current folder importable, but only those named in the user's settings."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# Environment variable with the folder and the names of the modules, for this process's children.
+# Environment variable with the folder and the names of its modules that may be imported, for this process's children.
 _NAMED = "KDNAS_MODULES"
 _DOTTED = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
@@ -25,14 +25,15 @@ class _NamedModules(MetaPathFinder):
 
 
 def name_modules(values: Iterable[Any]) -> None:
-    """Allow the import of modules of the current folder that class paths in these values name.
+    """Allow the import of the modules of the current folder that are named in some settings.
 
-    Installed modules come first. No other module of the folder can be imported, by this process or
-    its children: a library that tries to import an optional package must not run a file that
-    happens to have its name.
+    An installed module of the same name has precedence. No other module of the current folder can
+    be imported by this process or its children: a library that tries to import an optional package
+    must not run a file that happens to have the package's name.
 
     Args:
-        values: settings, nested or not; texts such as ``my_module.MyClass`` name a module.
+        values: settings, nested or not; a class path in them, such as ``my_module.MyClass``, names
+            the module ``my_module``.
     """
     names = {
         found[1]
@@ -45,13 +46,13 @@ def name_modules(values: Iterable[Any]) -> None:
 
 
 def find_named_modules() -> None:
-    """Install the finder of the modules that this process, or its parent, has named."""
+    """Let this process import the modules that it, or its parent, gave to ``name_modules``."""
     if not any(isinstance(finder, _NamedModules) for finder in sys.meta_path):
         sys.meta_path.append(_NamedModules())
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Yield every text among the values of nested settings."""
+    """Yield every string among the values of nested settings, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

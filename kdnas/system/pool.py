@@ -1,4 +1,7 @@
-"""The processes in which jobs run on this machine, forked from one that has imported everything."""
+"""The processes in which jobs run on this machine: a pool, forked from a fork server.
+
+A slot is the place of one job in a pool, with its share of the cores and its GPU, if there are any.
+"""
 
 import gc
 import logging
@@ -36,13 +39,13 @@ _at_work: list[Path] = []  # folder of the job that this process runs, if any
 def warm_up(module: str | None = None) -> None:
     """Start the fork server, from which the processes of pools are forked.
 
-    It blocks the signals to end: terminals and schedulers send them to the whole process group, but
-    the main process alone decides what they mean. Its output is discarded, since it would print a
-    traceback if the process that asked for a fork has just ended.
+    The fork server blocks the signals in ``TERMINATIONS``: terminals and schedulers send them to
+    the whole process group, but the main process alone decides what to do. The output of the fork
+    server is discarded, since it prints a traceback if the process that asked for a fork has ended.
 
     Args:
-        module: name of a module that the fork server imports first, so that forked processes have
-            it; None: none.
+        module: name of a module that the fork server imports first, so that forked processes need
+            not import it; None: no module.
     """
     start_resource_tracker()  # the fork server would start it and thereby unblock SIGTERM
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)
@@ -65,7 +68,8 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
 
     Args:
         num_slots: number of processes.
-        own_gpu: each process sees only one GPU; False: each sees all GPUs of this machine's slots.
+        own_gpu: each process sees only one GPU. False: each process sees all GPUs, even if this
+            process is itself in a slot and sees one.
 
     Returns:
         A ``pebble.ProcessPool``.
@@ -82,10 +86,11 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
 
 
 def usual_slots(accelerator: str) -> int:
-    """Return the default number of slots: one for each GPU, else one for each core up to ``MOST_SLOTS``.
+    """Return the default number of jobs that run at a time.
 
-    On CPUs, parallel jobs of one thread get more done than one job of several threads (LOG.md).
-    More than ``MOST_SLOTS`` would give a sampler fewer results to learn from, and take more memory.
+    It is one for each GPU. Without a GPU it is one for each core, up to ``MOST_SLOTS``: parallel
+    jobs of one thread get more done than one job of several threads (LOG.md). With more jobs at a
+    time, a sampler would know fewer results when it proposes the next, and memory might run out.
 
     Args:
         accelerator: accelerator of Lightning's Trainer, such as ``auto`` or ``cpu``.
@@ -103,7 +108,10 @@ def num_gpus(accelerator: str) -> int:
 
 
 def num_threads(num_slots: int) -> int:
-    """Return a slot's share of the cores and threads that this process may use, at least 1."""
+    """Return how many threads each of ``num_slots`` processes may use, at least 1.
+
+    They share the cores that this process may use, or its threads in torch if those are fewer.
+    """
     return max(1, _num_cores() // num_slots)
 
 
@@ -120,10 +128,11 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
     """Initialise a process of a pool: it ends with its parent, and sees the GPU of its slot.
 
     Args:
-        num_slots: slots among which the GPUs are shared out; 0: the process sees all GPUs.
-        environment: environment of the parent.
-        threads: number of threads to use.
-        start_method: method by which the process starts its own children.
+        num_slots: number of slots among which the GPUs are shared out; 0: the process sees all
+            GPUs.
+        environment: environment variables of the parent.
+        threads: number of threads that the process may use.
+        start_method: method of ``multiprocessing`` by which the process starts its own children.
     """
     import torch
 
@@ -152,7 +161,7 @@ def _end_with_parent() -> None:
     """Kill this process when the main process ends.
 
     ``die_with_parent`` is not enough: for the kernel, the parent is the fork server, which lives as
-    long as any of its processes.
+    long as any process that was forked from it.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -161,7 +170,7 @@ def _end_with_parent() -> None:
 
 
 def _take_slot(num_slots: int) -> int:
-    """Take the first slot that no living process of this pool has, and keep it until the end."""
+    """Return the first slot that no other living process of this pool has, and keep it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     for slot in range(num_slots):
@@ -180,7 +189,8 @@ _taken: list[FileLock] = []
 def _end_unless_at_work(number: int, frame: Any) -> None:
     """End at SIGTERM, unless a job is running that was not asked to stop.
 
-    Such a SIGTERM was sent to the whole process group; the main process will ask the job to stop.
+    While such a job runs, a SIGTERM comes from somebody who sent it to the whole process group; the
+    main process will then ask the job to stop.
     """
     if not _at_work or (_at_work[0] / "stop").exists():
         os._exit(0)
@@ -191,7 +201,7 @@ def run_in_process(job: Job, level: int) -> None:
 
     Args:
         job: job to run.
-        level: level of the log.
+        level: level of the logger ``kdnas``.
     """
     import torch
 
@@ -211,7 +221,7 @@ def run_in_process(job: Job, level: int) -> None:
 
 @contextmanager
 def _at_work_in(folder: Path) -> Iterator[None]:
-    """Survive a SIGTERM to the process group, and write what is printed to ``job.log``."""
+    """In the context, survive a SIGTERM, and append what is printed to ``job.log`` in a folder."""
     _at_work[:] = [folder]
     try:
         with _output_into(folder / "job.log"):
@@ -225,7 +235,8 @@ def share_devices(
 ) -> dict[str, Any]:
     """Make a job's call in several processes that train together by DDP, each with a device.
 
-    If one of them raises or dies, the others are ended, since they would wait for it forever.
+    If a process raises an error or dies, the other processes are ended, since they would wait for
+    it forever.
 
     Args:
         num_ranks: number of processes.
@@ -234,11 +245,11 @@ def share_devices(
         args: arguments of the call; they must be picklable.
 
     Returns:
-        The result of the call in rank 0.
+        What the call has returned in the process of rank 0.
 
     Raises:
         ProcessExpired: a process has died.
-        Exception: the first exception that the call raised.
+        Exception: the first exception that the call raised in any process.
     """
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
@@ -285,7 +296,7 @@ def _run_rank(
 
 @contextmanager
 def _output_into(path: Path) -> Iterator[None]:
-    """Append what this process prints to a file, including the output of native code."""
+    """In the context, append what this process prints to a file, also what native code prints."""
     for output in (sys.stdout, sys.stderr):
         output.flush()
     kept = [os.dup(stream) for stream in (1, 2)]

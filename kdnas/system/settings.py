@@ -10,17 +10,21 @@ from kdnas.system.files import read_json, write_json
 
 
 def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str) -> None:
-    """Write the settings of a folder to a file; if the file exists, refuse other settings.
+    """Write the settings that a folder is made with to a file; later, refuse other settings.
+
+    Settings are refused if the file exists and has other values.
 
     Args:
         path: path of the JSON file.
         asked: the settings, a flat mapping of JSON values.
-        whose: what has these settings, as the subject of an error message, such as ``The run 'x'``.
-        remedy: what the user can do instead of going back to the old settings, as the end of the
-            message.
+        whose: what was made with the settings in the file, as the subject of the error message,
+            such as ``The run 'x'``.
+        remedy: what the user can do instead of going back to the settings in the file, as the end
+            of the error message.
 
     Raises:
-        UserError: a setting differs from the file; each is named with both values.
+        UserError: a setting differs from the file; the message names all that differ, each with
+            both values.
     """
     plain = json.loads(json.dumps(asked))
     if path.exists():
@@ -32,10 +36,17 @@ def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str)
 def refuse_difference(
     known: Mapping[str, Any], asked: Mapping[str, Any], whose: str, remedy: str
 ) -> None:
-    """Refuse settings that differ from known ones; for the rest see ``keep_settings``.
+    """Refuse settings that differ from those with which something was made.
+
+    Args:
+        known: settings with which it was made.
+        asked: settings that are wanted now.
+        whose: what was made, as the subject of the error message.
+        remedy: what the user can do instead of going back to ``known``, as the end of the error
+            message.
 
     Raises:
-        UserError: a setting differs; each is named with both values.
+        UserError: a setting differs; the message names all that differ, each with both values.
     """
     shown = [
         f"{key}: {known.get(key)!r} there, {asked.get(key)!r} now"

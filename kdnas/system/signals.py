@@ -1,4 +1,4 @@
-"""Signals as exceptions that no library swallows, and the exit codes after them."""
+"""Exceptions for the signals that ask a process to end, and the exit codes for them."""
 
 import ctypes
 import signal
@@ -11,11 +11,17 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, or SIGUSR1, by which Slurm warns of the end of a job; treated as Ctrl-C, exit code 143."""
+    """SIGTERM or SIGUSR1 has come, which is treated as Ctrl-C, but with exit code 143.
+
+    Slurm can be told to send SIGUSR1 some time before it ends a job.
+    """
 
 
 class HungUp(Terminated):
-    """SIGHUP: the terminal is gone; exit code 129. Not raised under ``nohup``, which ignores it."""
+    """SIGHUP has come: the terminal is gone. The exit code is 129.
+
+    Under ``nohup`` this is not raised, since SIGHUP is ignored there.
+    """
 
 
 TERMINATIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -23,22 +29,26 @@ _asked: list[type[KeyboardInterrupt]] = []  # signals since the outermost honest
 
 
 def stop_of(number: int) -> type[KeyboardInterrupt]:
-    """Return the exception class for the number of a signal."""
+    """Return the exception class for a signal, given the signal's number."""
     known = {signal.SIGINT: KeyboardInterrupt, signal.SIGHUP: HungUp}
     return known.get(signal.Signals(number), Terminated)
 
 
 def exit_code(stop: type[BaseException]) -> int:
-    """Return the exit code after a signal: 130 for Ctrl-C, 129 for SIGHUP, 143 for others."""
+    """Return the exit code for the exception of a signal.
+
+    It is 129 for ``HungUp``, 143 for ``Terminated``, and 130 for a KeyboardInterrupt by Ctrl-C.
+    """
     if issubclass(stop, HungUp):
         return 129
     return 143 if issubclass(stop, Terminated) else 130
 
 
 def notice_signals() -> None:
-    """Raise the exception of an earlier signal again, in case it was swallowed.
+    """Raise the exception of an earlier signal again, in case that exception was swallowed.
 
-    Python prints and ignores exceptions in finalisers, and a signal may arrive in one.
+    Python prints and ignores exceptions in finalisers (``__del__``), and a signal may arrive while
+    a finaliser runs.
 
     Raises:
         KeyboardInterrupt: a signal has asked this process to end.
@@ -56,7 +66,8 @@ def die_with_parent() -> None:
 def start_resource_tracker() -> None:
     """Start Python's resource tracker so that it survives signals to the whole process group.
 
-    Started later, by whatever needs it first, it would ignore only SIGINT and SIGTERM.
+    If the tracker were started later, by whatever needs it first, it would survive only SIGINT and
+    SIGTERM.
     """
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)  # the tracker inherits this
     try:
@@ -67,14 +78,15 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def honest_signals() -> Iterator[None]:
-    """Turn signals to end into KeyboardInterrupt in the main thread.
+    """In the context, turn signals that ask this process to end into exceptions.
 
-    By itself, Lightning would turn them into SystemExit. Signals that already have a handler, or
-    are ignored, are left alone.
+    The signals are SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP; the exceptions are raised in the
+    main thread. Lightning by itself would turn such signals into SystemExit. Signals that already
+    have a handler, or are ignored, are left alone.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; ``Terminated`` after SIGTERM or SIGUSR1, ``HungUp`` after
-            SIGHUP.
+        KeyboardInterrupt: after Ctrl-C; its subclass ``Terminated`` after SIGTERM or SIGUSR1,
+            ``HungUp`` after SIGHUP.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # a slow import
 

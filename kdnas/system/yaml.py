@@ -1,4 +1,4 @@
-"""Safe reading of YAML: no duplicate keys, no alias bombs, no objects."""
+"""Safe reading of YAML: no duplicate keys, no aliases that expand without bound, no objects."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +19,14 @@ NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that would load as something else than its reader expects, or is too large.
+    """Refuse YAML that is too large, or loads as something else than a person who reads it expects.
 
-    The text is parsed, but no objects are made.
+    The text is parsed, but no objects are made from it.
 
     Raises:
         yaml.YAMLError: the text is not valid YAML; a key is given twice; a value contains itself,
-            or a NUL, which no file name can have; or the text has too many characters, levels, or
-            values once its aliases are expanded.
+            or a NUL character, which no file name can have; or the text has too many characters,
+            too many levels, or too many values when its aliases are expanded.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
@@ -39,12 +39,12 @@ def check_yaml(text: str) -> None:
 
 
 def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node, int]) -> int:
-    """Count the nodes below and with a node, with all aliases expanded.
+    """Return the number of nodes of a tree, with all aliases expanded.
 
     Args:
-        node: node to count.
-        above: ancestors of the node, the root first.
-        known: counts of nodes that were visited before; new ones are added.
+        node: root of the tree; it counts, too.
+        above: ancestors of ``node``, the root of the document first.
+        known: maps nodes that were visited before to their counts; new counts are added.
     """
     where = f"line {node.start_mark.line + 1}"
     if node in above:
@@ -96,13 +96,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise UserError if a path is a folder, a pipe or a device; reading the latter might never end."""
+    """Refuse a path that is a folder, a pipe or a device.
+
+    To read a pipe or a device might never end.
+
+    Raises:
+        UserError: the path exists, but is no regular file.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"{str(path)!r} is a folder, a pipe or a device: give a file.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names, as on the command line."""
+    """Flatten nested settings, so that ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``.
+
+    Args:
+        values: the settings.
+        prefix: text before each name in the result.
+    """
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= (

@@ -41,7 +41,8 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 class WholeFiles(TorchCheckpointIO):
     """Writes checkpoints so that readers see the old file or the whole new one.
 
-    Lightning's own way goes through a temporary folder, which may be on another file system.
+    Lightning itself writes to a temporary folder first, which may be on another file system, so
+    that the file cannot simply be renamed.
     """
 
     def save_checkpoint(
@@ -54,14 +55,16 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class KeepLast(pl.Callback):
-    """Writes a checkpoint after each epoch, every few minutes, and when the job is asked to stop.
+    """Writes a checkpoint after each epoch, every few minutes, and when its job is asked to stop.
 
-    The states of the random generators are saved too. With a ``ResumableLoader``, a fit that was
-    stopped and resumed so ends with the same weights as an uninterrupted one.
+    The job is the function call that makes the fit (``kdnas.system.jobs``). The states of the
+    random generators are saved too. So, with a ``ResumableLoader``, a fit that was stopped and
+    resumed ends with the same weights as an uninterrupted one.
 
     Args:
         path: path of the checkpoint, in the folder of the job.
-        every_seconds: largest time between two checkpoints, in seconds: what a kill can cost.
+        every_seconds: largest time between two checkpoints, in seconds. If the process is killed,
+            at most this much training is lost.
 
     Raises:
         Stopped: in the fit, after the checkpoint, if the job was asked to stop.

@@ -12,16 +12,17 @@ _torch_dropout = F.dropout
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Replace ``torch.nn.functional.dropout``; on a CPU, ``p`` is rounded to a multiple of 1/256.
+    """Do what ``torch.nn.functional.dropout`` does, but faster on a CPU.
 
     On a CPU torch draws one random number for each value, which took a tenth of the time of
-    fine-tuning (LOG.md). Here one byte is drawn for each value, eight at a time.
+    fine-tuning (LOG.md). Here one random byte is drawn for each value, eight bytes at a time. So
+    ``p`` is rounded to a multiple of 1/256.
 
     Args:
         input: tensor of any shape.
-        p: probability that a value is set to 0; the others are scaled by ``1 / (1 - p)``.
+        p: probability that a value is set to 0; the other values are scaled by ``1 / (1 - p)``.
         training: False: the input is returned as it is.
-        inplace: change the input; torch's own function does that.
+        inplace: change the input itself, by torch's own function.
     """
     num_dropped = round(256 * p)
     if not training or inplace or input.device.type != "cpu" or num_dropped in (0, 256):
@@ -33,6 +34,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 @contextmanager
 def fast_dropout() -> Iterator[None]:
-    """Make all models use ``dropout``, whether they call torch's function or its module."""
+    """In the context, all models use ``dropout``, whether they call torch's function or module."""
     with patch.object(F, "dropout", dropout):
         yield

@@ -1,4 +1,4 @@
-"""Release memory that earlier work has left."""
+"""Release memory that earlier fits still hold."""
 
 import ctypes
 import gc
@@ -6,17 +6,17 @@ import sys
 
 
 def release_memory() -> None:
-    """Release the memory of earlier work.
+    """Release the memory of earlier fits.
 
-    A Trainer and its module refer to each other, so only the garbage collector frees them; and
-    glibc keeps freed memory.
+    A Trainer and its module refer to each other, so only the garbage collector frees them. The
+    memory that is freed is then returned to the operating system.
     """
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Return the freed memory that glibc keeps to the operating system."""
+    """Return memory to the operating system that was freed but that glibc has kept."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
         trim(0)

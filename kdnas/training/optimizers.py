@@ -1,4 +1,4 @@
-"""Muon for matrices, Adam by rows for word embeddings, and several optimizers as one."""
+"""Muon for matrices, sparse Adam for word embeddings, and several optimizers as one."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +23,11 @@ Polynomials = Sequence[tuple[float, float, float]]
 def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
     """Orthogonalise matrices: keep their singular vectors, and bring the singular values near 1.
 
-    ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` for each step, after division by the norm.
+    Each matrix X is divided by its Frobenius norm. Then each step sets
+    ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
 
     Args:
-        matrices_BMN: matrices of one shape, (B, M, N).
+        matrices_BMN: B matrices of one shape, (B, M, N).
         steps: coefficients a, b, c of each step.
 
     Returns:
@@ -46,7 +47,8 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon: moves each matrix by its orthogonalised momentum, so that all directions move alike.
 
-    ``W <- (1 - lr * weight_decay) W - 0.2 * lr * sqrt(max(M, N)) * orthogonalised(momentum)``
+    A step sets a matrix W of shape (M, N) to
+    ``(1 - lr * weight_decay) W - 0.2 * lr * sqrt(max(M, N)) * orthogonalised(momentum)``.
 
     Matrices of one shape are orthogonalised together, in three steps where ``torch.optim.Muon``
     takes five (LOG.md). With one seed and one learning rate of AdamW, the held-out loss of a small
@@ -54,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     difference was within the noise.
 
     Args:
-        groups: parameter groups of matrices, each with ``lr``.
+        groups: parameter groups that hold only matrices, each group with its ``lr``.
         weight_decay: weight decay of all matrices.
         steps: coefficients for ``orthogonalised``.
 
@@ -99,10 +101,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def take_rows(model: PreTrainedModel) -> None:
-    """Make the gradient of a model's word embeddings sparse: it then has only the rows of the batch.
+    """Make the gradient of a model's word embeddings sparse: only words of the batch have rows.
 
-    On a CPU, updating the whole table takes a fifth of a step of eight sentences (LOG.md). Sparse
-    gradients need ``torch.optim.SparseAdam``, which leaves other rows and their state unchanged.
+    On a CPU, updating the whole embedding table takes a fifth of a training step of eight sentences
+    (LOG.md). A sparse gradient needs ``torch.optim.SparseAdam``, which leaves the rows of other
+    words, and their optimizer states, unchanged.
     """
     table = model.get_input_embeddings()
     if isinstance(table, nn.Embedding):
@@ -110,17 +113,20 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a word embedding table whose gradient is sparse by ``take_rows``."""
+    """Whether a parameter is the model's word embedding table, made sparse by ``take_rows``."""
     table = model.get_input_embeddings()
     return isinstance(table, nn.Embedding) and table.sparse and parameter is table.weight
 
 
 def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make a SparseAdam without momentum, for tables with sparse gradients; each group has ``lr``.
+    """Make a SparseAdam without momentum, for embedding tables with sparse gradients.
 
-    In a dense Adam, momentum goes on moving a word while later batches do not have it, ten times as
-    far as in the word's own step. A sparse Adam moves it only in the steps of its own batches, so
-    that such a step has to do it all.
+    In a dense Adam, momentum goes on moving the row of a word in later steps whose batches lack the
+    word: in total ten times as far as in the step of its own batch. SparseAdam moves the row only
+    in steps whose batch has the word. Without momentum, that step makes the whole move.
+
+    Args:
+        groups: parameter groups that hold only such tables, each group with its ``lr``.
     """
     return torch.optim.SparseAdam(groups, betas=(0.0, 0.999))
 
@@ -159,7 +165,7 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all optimizers; the closure, if any, is called once, and its loss returned."""
+        """Step all optimizers; the closure, if given, is called once, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -175,8 +181,8 @@ class JointOptimizer(torch.optim.Optimizer):
         """Load the states of all optimizers.
 
         Raises:
-            UserError: the state has another number of optimizers, as on another kind of device: a
-                GPU uses no Adam by rows.
+            UserError: the state is that of another number of optimizers. This is so if it was saved
+                on another kind of device, since a GPU uses no SparseAdam.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise UserError(
@@ -189,7 +195,15 @@ class JointOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the state of each parameter, float32, by names such as ``<parameter>/exp_avg``."""
+        """Return the optimizer state of each parameter as float32 tensors.
+
+        Args:
+            module: module whose parameters these optimizers train.
+
+        Returns:
+            Tensors by names such as ``<parameter>/exp_avg``, where ``<parameter>`` is the
+                parameter's name in the module.
+        """
         return {
             f"{name}/{key}": torch.as_tensor(value, dtype=torch.float32)
             for name, parameter in module.named_parameters()
@@ -198,14 +212,15 @@ class JointOptimizer(torch.optim.Optimizer):
         }
 
     def load_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Load the state that ``tensors`` returned; the learning rates stay as they are.
+        """Load an optimizer state that the method ``tensors`` returned; learning rates are kept.
 
         Args:
-            module: module whose parameters are trained here.
-            tensors: state from ``tensors``, of a module of the same shape.
+            module: module whose parameters these optimizers train.
+            tensors: the state, of a module of the same shape.
 
         Raises:
-            UserError: a tensor belongs to no parameter that is trained here, or has another shape.
+            UserError: a tensor belongs to no parameter that these optimizers train, or has another
+                shape than its parameter.
         """
         parts = {
             parameter: part
@@ -227,6 +242,12 @@ class JointOptimizer(torch.optim.Optimizer):
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon may train a parameter: a matrix in ``student`` that is no embedding table."""
+    """Whether Muon may train a parameter: it must be a matrix of a student's layers.
+
+    Args:
+        name: name of the parameter in a module that has the student as ``student``. Names of
+            embedding tables are recognised, and refused.
+        parameter: the parameter.
+    """
     is_table = re.search("embedding|attention_bias", name)
     return parameter.ndim == 2 and name.startswith("student.") and not is_table

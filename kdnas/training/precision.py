@@ -21,18 +21,19 @@ def bf16_is_faster(device_type: str) -> bool:
     """Whether a linear layer takes less time in bfloat16 than in float32.
 
     On CPUs either can be faster. AMD's Zen 4 and Xeons with AMX are faster in bfloat16; a Xeon
-    whose virtual machine hides AMX is half as fast in it (LOG.md). On other devices bfloat16 is
-    taken to be faster, without measuring.
+    whose virtual machine hides AMX is half as fast in bfloat16 as in float32 (LOG.md). On other
+    devices bfloat16 is taken to be faster, without measuring.
 
-    The answer is measured once and stored in the environment variable ``KDNAS_CPU_MATMULS``
-    (``bfloat16`` or ``float32``), so that all ranks and workers agree: a teacher's states differ
-    between precisions. A user can also set the variable.
+    For a CPU, the faster precision is measured once and stored in the environment variable
+    ``KDNAS_CPU_MATMULS`` (``bfloat16`` or ``float32``). So all processes of a command use the same
+    one, which they must, since a teacher's hidden states differ between precisions. A user can also
+    set the variable.
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: the variable has another value.
+        UserError: ``KDNAS_CPU_MATMULS`` has another value.
     """
     if device_type != "cpu":
         return True
@@ -45,10 +46,11 @@ def bf16_is_faster(device_type: str) -> bool:
 
 
 def keep(begun_in: str | None) -> str:
-    """Continue in the precision in which the work was begun, even if the other is faster here.
+    """Continue interrupted work in the precision in which it was begun, even if slower here.
 
     Args:
-        begun_in: ``bfloat16`` or ``float32``; None: the work begins now.
+        begun_in: precision in which the work was begun, ``bfloat16`` or ``float32``; None: the work
+            begins now.
 
     Returns:
         The precision of matrix products on a CPU from now on: ``bfloat16`` or ``float32``.
@@ -64,7 +66,7 @@ def keep(begun_in: str | None) -> str:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Restore the precision at the end, so that ``keep`` has no effect on later work."""
+    """Undo the effect of ``keep`` when the context ends, so that later work is not affected."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -76,9 +78,9 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Return the seconds of a linear layer in each precision.
+    """Return the seconds that a linear layer takes in each precision.
 
-    It is the least of several rounds, so that other work on the machine hardly matters.
+    They are the least of several rounds, so that other work on the machine hardly matters.
     """
     with torch.random.fork_rng(devices=[]):
         given = {
@@ -96,7 +98,7 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Return a context in which matrix products are in ``autocast_dtype``."""
+    """Return an autocast context with the precision of ``autocast_dtype`` for these arguments."""
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
 
@@ -106,15 +108,15 @@ def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
-        precision: the Trainer's. On a GPU, ``32-true`` and ``64-true`` rule out bfloat16; on a CPU
-            it is ignored, and ``bf16_is_faster`` decides.
+        precision: ``precision`` of Lightning's Trainer. On a GPU, ``32-true`` and ``64-true`` rule
+            out bfloat16. On a CPU this argument is ignored, and ``bf16_is_faster`` decides.
     """
     is_refused = device_type != "cpu" and precision in ("32-true", "64-true")
     return torch.bfloat16 if bf16_is_faster(device_type) and not is_refused else torch.float32
 
 
 def trainer_precision(accelerator: str) -> str:
-    """Return the faster precision for a Trainer with this accelerator: bf16-mixed or 32-true."""
+    """Return the faster ``precision`` for a Trainer on an accelerator: bf16-mixed or 32-true."""
     if accelerator == "auto" and not torch.accelerator.is_available():
         accelerator = "cpu"
     return "bf16-mixed" if bf16_is_faster(accelerator) else "32-true"

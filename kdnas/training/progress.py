@@ -26,20 +26,26 @@ LINE_SECONDS = 60.0
 def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
     """Make a display of progress bars, which vanish at the end.
 
-    stdout and stderr are redirected to appear above the bars, but not in a notebook: there, rich
-    would call itself to flush a line without an end.
+    What is written to stdout and stderr meanwhile appears above the bars. In a notebook it is not
+    redirected: there, rich would call itself without an end when it flushes an unfinished line.
+
+    Args:
+        console: console on which to show the bars.
+        *columns: columns of the display.
+        **options: further arguments of ``rich.progress.Progress``.
     """
     options |= dict.fromkeys(("redirect_stdout", "redirect_stderr"), not console.is_jupyter)
     return Progress(*columns, console=console, transient=True, **options)
 
 
 class EpochLines(pl.Callback):
-    """Writes a line with the time left each minute, and the held-out loss after a long epoch.
+    """Writes a line each minute with the time left, and after a long epoch one with the loss.
 
-    An epoch is long if a minute has passed since the validation before.
+    An epoch is long if at least a minute has passed since the last validation, or since the start
+    of the fit. The loss is the held-out loss.
 
     Args:
-        description: what is being fitted, as the line begins.
+        description: what is being fitted, as the beginning of each line.
         write: called with each line; None: write nothing.
     """
 
@@ -83,10 +89,10 @@ class EpochLines(pl.Callback):
 
 
 class ProgressFile(pl.Callback):
-    """Reports how far a job's fit is, for the display of the main process.
+    """Reports how far a fit is to the main process, which displays it.
 
     Args:
-        reporter: reporter of the job.
+        reporter: reporter of the job that makes the fit.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -117,10 +123,10 @@ class ProgressFile(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Ends a fit without checkpoints as soon as its job is asked to stop.
+    """Ends a fit as soon as its job is asked to stop, without writing a checkpoint.
 
     Args:
-        reporter: reporter of the job.
+        reporter: reporter of the job that makes the fit.
 
     Raises:
         Stopped: in the fit, if the job was asked to stop.
@@ -137,12 +143,13 @@ class StopWhenAsked(pl.Callback):
 
 
 class JobBars:
-    """Shows the running jobs: on a terminal by a bar for each, else by a line for each a minute.
+    """Shows how far the running jobs are: on a terminal or in a notebook by a bar for each job.
 
-    Call it often with the jobs that run now.
+    Elsewhere it prints a line for each job every minute. Call the object often, with the jobs that
+    run at that moment.
 
     Args:
-        progress: live display from ``live_progress``; it may show other bars, too.
+        progress: live display from ``live_progress``; the display may have other bars, too.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -185,7 +192,10 @@ class JobBars:
 
 
 class SayWhatGoesOn(pl.Callback):
-    """Tells how to resume a fit that has stopped: the newest checkpoint, and the option for it."""
+    """Says how to resume a fit that an exception has ended: by ``--ckpt_path`` and a checkpoint.
+
+    It names the newest checkpoint that the Trainer's ``ModelCheckpoint`` callbacks have written.
+    """
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

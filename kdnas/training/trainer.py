@@ -1,4 +1,4 @@
-"""Making and running Lightning's Trainer: settings, logger, callbacks and checkpoints."""
+"""Makes and runs Lightning's Trainer: settings, logger, callbacks and checkpoints."""
 
 import math
 import os
@@ -74,12 +74,12 @@ class TrainerSettings:
         """Check that Trainers with these settings can be made on this machine.
 
         Args:
-            has_ddp: several devices may share a fit.
+            has_ddp: several devices may share a fit by DDP.
 
         Raises:
-            UserError: there is no such accelerator, there are fewer devices, several are asked for
-                but not possible here, a logger or a callback cannot be made, or a launcher such as
-                torchrun has started several processes.
+            UserError: there is no such accelerator, there are fewer devices than asked for, several
+                are asked for although ``has_ddp`` is False, the logger or a callback cannot be
+                made, or a launcher such as torchrun has started several processes.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
@@ -111,9 +111,11 @@ class TrainerSettings:
 
 
 def class_path(make: Callable[..., Any]) -> str:
-    """Return the class path of what a factory makes: a class, a function, or a partial of one.
+    """Return the class path of the object that a callable makes.
 
-    The first argument of a partial may be the class, as in jsonargparse's partials.
+    Args:
+        make: a class, a function, or a ``functools.partial`` of either. The first argument of a
+            partial may be the class, as in the partials that jsonargparse makes.
     """
     parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
     made: Any = next((part for part in parts if isinstance(part, type)), parts[0])
@@ -121,7 +123,13 @@ def class_path(make: Callable[..., Any]) -> str:
 
 
 def _make(make: Callable[..., Any], folder: Path) -> Any:
-    """Make a logger or callback for a fit; ``{folder}`` in its text arguments is the fit's folder."""
+    """Make a logger or callback for a fit.
+
+    Args:
+        make: makes the object; in the string arguments of a ``functools.partial``, ``{folder}`` is
+            replaced by ``folder``.
+        folder: folder of the fit.
+    """
     arguments = make.keywords if isinstance(make, partial) else {}
     in_folder = {
         name: value.replace("{folder}", str(folder))
@@ -135,10 +143,10 @@ def refuse_strategy(name: str) -> None:
     """Refuse strategies that shard the student: Muon and the gradient norm need whole matrices.
 
     Args:
-        name: name of a Lightning strategy, or of its class.
+        name: name of a Lightning strategy, such as ``ddp``, or of the strategy's class.
 
     Raises:
-        UserError: the strategy is neither DDP nor that of a single device.
+        UserError: the strategy is neither DDP nor for a single device.
     """
     if name not in (
         "auto",
@@ -152,7 +160,7 @@ def refuse_strategy(name: str) -> None:
 
 
 def without_tensorflow() -> None:
-    """Keep TensorBoard from importing TensorFlow, or a file of that name in the current folder."""
+    """Keep TensorBoard from importing TensorFlow, or a ``tensorflow.py`` of the current folder."""
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 
@@ -165,14 +173,16 @@ def make_trainer(
 ) -> pl.Trainer:
     """Make a Trainer for one device, without progress bar and Lightning's own checkpoints.
 
-    In a process that ``share_devices`` has started, it trains by DDP with the other processes.
+    In a process that ``share_devices`` has started, the Trainer trains by DDP together with the
+    other such processes.
 
     Args:
         settings: device, precision, logger and callbacks.
         folder: folder for TensorBoard's event files and other output of loggers and callbacks.
         num_epochs: number of passes over the training rows.
         callbacks: further callbacks, called after those of the settings.
-        resume: keep the event files of an interrupted fit, which is resumed; False: delete them.
+        resume: an interrupted fit will be resumed, so keep its event files. False: delete the event
+            files of earlier fits.
     """
     without_tensorflow()
     precision: Any = (
@@ -221,13 +231,13 @@ def fit(
     """Call ``trainer.fit`` with fast dropout, after releasing the memory of earlier fits.
 
     Args:
-        trainer: Trainer.
+        trainer: Trainer to use.
         module: module to train.
-        data: data module.
+        data: data module to train it on.
         **options: further arguments of ``trainer.fit``.
 
     Raises:
-        OSError: a write failed; the error names a path.
+        OSError: a file could not be written; the error always has a path as ``filename``.
     """
     release_memory()
     with placed(Path(trainer.log_dir or trainer.default_root_dir)), fast_dropout():
@@ -242,21 +252,22 @@ def fit_resumable(
     data: pl.LightningDataModule,
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Fit a module, with checkpoints in ``folder/last.ckpt``; after a stop, the same call resumes.
+    """Fit a module, with checkpoints in ``folder/last.ckpt``.
 
-    The caller deletes the checkpoint when it has stored the result.
+    If the checkpoint exists, the fit resumes from it. So, after an interruption, repeat the call.
+    The caller must delete the checkpoint once the result of the fit is stored.
 
     Args:
         settings: device, precision, logger and callbacks.
-        folder: folder of the job.
+        folder: folder of the job that makes the fit.
         num_epochs: number of passes over the training rows.
         module: module to train.
-        data: data module.
-        callbacks: further callbacks.
+        data: data module to train it on.
+        callbacks: further callbacks, called after those of the settings.
 
     Raises:
         UserError: the checkpoint is damaged, or was written by another version of kdnas.
-        Stopped: the job was asked to stop; the checkpoint is up to date.
+        Stopped: the job was asked to stop; a checkpoint was written before the fit ended.
     """
     last = folder / "last.ckpt"
     resume = last.exists()
@@ -274,7 +285,8 @@ def fit_resumable(
 class ClipFusedGradients(pl.LightningModule):
     """A LightningModule that clips gradients also for fused optimizers in mixed precision.
 
-    Lightning refuses that, since float16 gradients are scaled. bfloat16 needs no scaling.
+    Lightning itself refuses to clip these, since float16 gradients are scaled. With bfloat16,
+    gradients need no scaling.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -292,7 +304,7 @@ class ClipFusedGradients(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Log at least once an epoch, even if it has fewer steps than the logging interval."""
+        """Log at least once an epoch, also if an epoch is shorter than the logging interval."""
         trainer: Any = self.trainer
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.num_training_batches)
 
