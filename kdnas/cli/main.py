@@ -44,7 +44,7 @@ options by TAB.
 
 _DRY_RUN = "measure a few steps, print the time, disk and memory that it will need, and stop"
 _SMOKE = "try every stage on 64 rows, in about a minute; keep the files only if a stage fails"
-FORCE_NEW = "start anew, as NAME-2, NAME-3, ... if the name is taken"
+FORCE_NEW = "start a new run, as NAME-2, NAME-3, ... if the name is taken"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _print_usage()
             return 0
         if args[0] not in COMMANDS:
-            raise UserError(f"{args[0]!r} is no command.{nearest(args[0], COMMANDS)}")
+            raise UserError(f"{args[0]!r} is not a command.{nearest(args[0], COMMANDS)}")
         if args[1:] in (["-h"], ["--help"]):
             print(short_page(args[0]), end="")
             return 0
@@ -240,7 +240,7 @@ def _new(config: Any, is_begun: bool) -> Any:
 
     name = free_name(config.root, config.name)
     _new_names.append(name)
-    log.log(logging.INFO if is_begun else logging.DEBUG, "Started anew as %s.", name)
+    log.log(logging.INFO if is_begun else logging.DEBUG, "Started a new run, %s.", name)
     return dataclasses.replace(config, name=name)
 
 
@@ -348,7 +348,7 @@ def _verify(args: Sequence[str]) -> None:
         print(*faults, sep="\n")
         raise UserError(
             f"{str(folder)!r} does not match its manifest ({counted(len(faults), 'fault')}): "
-            "restore it from a copy, or make it anew."
+            "restore it from a copy, or make it again."
         )
     print(f"{num_files} files of {str(folder)!r} match its manifest.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")

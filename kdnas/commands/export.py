@@ -163,7 +163,9 @@ def _output(config: ExportConfig, choice: _Choice) -> Path:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if "checks" not in _manifest(folder):
-        raise UserError(f"{str(folder)!r} exists and is no earlier export: give another --output.")
+        raise UserError(
+            f"{str(folder)!r} exists and is not an earlier export: give another --output."
+        )
     if not config.force:
         raise UserError(
             f"The folder {str(folder)!r} exists: give another --output, or --force to replace it."

@@ -536,7 +536,7 @@ def _sources(config: GlueConfig) -> Iterator[TaskSource]:
         if config.data is None:
             yield TaskSource(partial(load_task, name))
         elif name not in TASKS:
-            raise UserError(f"The task {name!r} is no GLUE task.{nearest(name, TASKS, True)}")
+            raise UserError(f"The task {name!r} is not a GLUE task.{nearest(name, TASKS, True)}")
         elif not (folder := Path(config.data, name)).is_dir():
             raise UserError(
                 f"The folder {str(folder)!r} does not exist: {config.data!r} must hold a folder for "

@@ -75,7 +75,7 @@ class LatencySettings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UserError(
-                f"backend of latency is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
+                f"latency.backend is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
             )
         if self.backend in ON_ONNX:
             check_onnx()
@@ -84,21 +84,22 @@ class LatencySettings:
         devices = _devices()
         if self.device not in devices:
             raise UserError(
-                f"torch sees no device {self.device!r} for latency.{nearest(self.device, devices)}"
+                f"latency.device is {self.device!r}, which torch does not see."
+                f"{nearest(self.device, devices)}"
             )
         if self.backend in ON_ONNX and self.device != "cpu":
             raise UserError(
-                f"backend {self.backend} of latency runs on the CPU, not on {self.device!r}."
+                f"latency.backend is {self.backend}, which runs on the CPU, not on {self.device!r}."
             )
         for name, least in (("batch_size", 1), ("length", 2), ("num_threads", 1)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 1 << 31:
                 raise UserError(
-                    f"{name} of latency is {value!r}: give a whole number of at least {least}."
+                    f"latency.{name} is {value!r}: give a whole number of at least {least}."
                 )
         if not 0 < self.min_seconds < math.inf:
             raise UserError(
-                f"min_seconds of latency is {self.min_seconds!r}: give a time above 0, such as 0.5."
+                f"latency.min_seconds is {self.min_seconds!r}: give a time above 0, such as 0.5."
             )
 
     def batches(self) -> list[list[int]]:
@@ -297,9 +298,7 @@ def _read_lengths(name: str) -> list[int]:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
         values = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"lengths of latency: cannot read {name!r}: {first_line(error)}."
-        ) from error
+        raise UserError(f"latency.lengths: cannot read {name!r}: {first_line(error)}.") from error
     rows: list[Any] = [
         value.get("length") if isinstance(value, dict) else value for value in values
     ]
@@ -307,7 +306,7 @@ def _read_lengths(name: str) -> list[int]:
     if wrong or not rows:
         found = f"has {wrong[0]!r}" if wrong else "is empty"
         raise UserError(
-            f"lengths of latency: {name!r} {found}: "
+            f"latency.lengths: {name!r} {found}: "
             'each line must be a whole number above 0, or {"length": 17}.'
         )
     return rows
@@ -320,7 +319,7 @@ def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
     if asked > longest:
         where = f" in {settings.lengths!r}" if settings.lengths else ""
         raise UserError(
-            f"length of latency is {asked}{where}, but this {config.model_type} takes {longest} "
+            f"latency.length is {asked}{where}, but this {config.model_type} takes {longest} "
             "tokens at most: give a smaller length."
         )
 

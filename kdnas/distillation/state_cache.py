@@ -318,7 +318,7 @@ class StateCache:
                 digest = hashlib.file_digest(file, lambda: self._digest(prefix))
             if digest.hexdigest() == path.name.split(".")[1]:
                 return path.name
-            log.warning("%s is damaged; its states are computed anew.", path)
+            log.warning("%s is damaged; its states are computed again.", path)
             path.unlink()
         return None
 

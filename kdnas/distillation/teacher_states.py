@@ -313,7 +313,7 @@ def _read_measured(
     except (UserError, KeyError, TypeError, AttributeError):
         pass
     if has_lock:  # warn only once
-        log.warning("%s is damaged; it is measured anew.", path)
+        log.warning("%s is damaged; it is measured again.", path)
     return None
 
 

@@ -68,7 +68,7 @@ class StudentArch:
         for name in values:
             if name not in names:
                 raise UserError(
-                    f"{name!r} is no field of a student architecture.{nearest(name, names)}"
+                    f"{name!r} is not a field of a student architecture.{nearest(name, names)}"
                 )
         missing = [name for name in _SIZES if name not in values]
         if missing:

@@ -28,13 +28,13 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises anything
         raise UserError(
-            f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to begin anew."
+            f"{str(path)!r} is damaged or holds more than tensors ({first_line(error)}): delete it to start over."
         ) from error
     if (
         not isinstance(found, dict)
         or not {"state_dict", "pytorch-lightning_version"} <= found.keys()
     ):
-        raise UserError(f"{str(path)!r} is no checkpoint of a fit: delete it to begin anew.")
+        raise UserError(f"{str(path)!r} is not a checkpoint of a fit: delete it to start over.")
     return found
 
 

@@ -187,7 +187,7 @@ class JointOptimizer(torch.optim.Optimizer):
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise UserError(
                 "The checkpoint has other optimizers, as are used on another kind of device: continue "
-                "on such a device, or delete the checkpoint to begin anew."
+                "on such a device, or delete the checkpoint to start over."
             )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)

@@ -275,7 +275,7 @@ def fit_resumable(
         kept = check_checkpoint(last).get("callbacks", {}).get(KeepLast.__qualname__, {})
         if kept.get("format") != KeepLast.FORMAT:
             raise UserError(
-                f"{str(last)!r} was written by another version of kdnas: delete it to begin anew."
+                f"{str(last)!r} was written by another version of kdnas: delete it to start over."
             )
     told = ProgressFile(Reporter(folder))
     trainer = make_trainer(settings, folder, num_epochs, [*callbacks, told, KeepLast(last)], resume)

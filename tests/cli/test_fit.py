@@ -470,7 +470,7 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
     for found, words in (
         (theirs, "The checkpoint is of another student or objective: "),
-        ({"state_dict": {}}, "is no checkpoint of a fit"),
+        ({"state_dict": {}}, "is not a checkpoint of a fit"),
     ):
         torch.save(found, checkpoint)
         assert words in refused(

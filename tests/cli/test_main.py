@@ -288,7 +288,7 @@ with Progress(console=Console(force_terminal=True)) as progress:
 def test_module_is_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "kdnas", "serch"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "kdnas: 'serch' is no command. Did you mean 'search'?\n"
+    assert done.stderr == "kdnas: 'serch' is not a command. Did you mean 'search'?\n"
 
 
 def test_a_class_may_be_in_a_file_of_the_current_folder(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
             "--space.hidden_act=[rellu]",
             "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?",
         ),
-        ("--latency.length=4000", "length of latency is 4000"),
+        ("--latency.length=4000", "latency.length is 4000"),
         ("--latency.device=tpu", "'tpu'"),
         ("--trainer.devices=2", "trainer.devices is 2: only full KD of `kdnas run`"),
         ("--trainer.devices=0", "trainer.devices is 0: give at least 1."),
@@ -429,7 +429,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--root=/dev/null/logs", "/dev/null/logs"),
         ("--root=/proc/kdnas", "Cannot write to '/proc/kdnas/kdnas'"),
         ("--states.folder=/proc/states", "Cannot write to '/proc/states'"),
-        (f"--latency.batch_size={10**30}", f"batch_size of latency is {10**30}"),
+        (f"--latency.batch_size={10**30}", f"latency.batch_size is {10**30}"),
         ("--data.max_lenght=9", "Did you mean 'max_length'?"),
         ("--dta.max_length=9", "Did you mean 'data'?"),
         ("--task=stsb", "--task is an option of `kdnas run`."),
@@ -529,7 +529,7 @@ def test_force_new_counts_where_nothing_is_begun_too(
     )
     (tmp_path / "mine").mkdir()
     assert main(["run", *KNOWN, f"--root={tmp_path}", "--name=mine", "--force-new", look]) == 0
-    assert names == ["mine-2"] and "Started anew" not in caplog.text
+    assert names == ["mine-2"] and "Started a new run" not in caplog.text
 
 
 def test_under_torchrun_a_search_is_refused(

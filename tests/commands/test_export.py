@@ -112,7 +112,7 @@ def test_an_export_that_a_killed_process_had_set_aside_is_there_again(
     aside.mkdir()
     (aside / "model.onnx").touch()
     assert export(student, f"--output={tmp_path / 'deployed'}") == 2
-    assert "deployed' exists and is no earlier export" in capsys.readouterr().err
+    assert "deployed' exists and is not an earlier export" in capsys.readouterr().err
     assert (tmp_path / "deployed" / "model.onnx").exists() and not aside.exists()
 
 
@@ -186,7 +186,9 @@ def test_force_replaces_nothing_but_an_export(
     for output in (run, tmp_path / "logs", tmp_path / "file"):
         assert export(student, f"--output={output}", "--force") == 2
         shown = capsys.readouterr().err
-        assert f"{str(output)!r} exists and is no earlier export: give another --output." in shown
+        assert (
+            f"{str(output)!r} exists and is not an earlier export: give another --output." in shown
+        )
     assert exported == []
 
 

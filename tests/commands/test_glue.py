@@ -349,7 +349,7 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
     [
         (
             ["--task=stsbb"],
-            "The task 'stsbb' is no GLUE task. Did you mean 'stsb'? Choose from: cola, mnli,",
+            "The task 'stsbb' is not a GLUE task. Did you mean 'stsb'? Choose from: cola, mnli,",
         ),
         (["--task=xyz"], "Choose from: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."),
         (["--task=cola"], "cola' does not exist"),
@@ -363,11 +363,11 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
             "text_column is ['review'], but the task 'rte' has columns of its own",
         ),
         (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
-        (["--latency.length=99"], "length of latency is 99"),
+        (["--latency.length=99"], "latency.length is 99"),
         (["--latency.lengths=/nowhere.jsonl"], "/nowhere.jsonl"),
         (
             ["--latency.lengths=long.jsonl"],
-            "length of latency is 99 in 'long.jsonl', but this bert takes 40 tokens",
+            "latency.length is 99 in 'long.jsonl', but this bert takes 40 tokens",
         ),
         (["--finetune.batch_size=0"], "batch_size is 0"),
         (["--grid.batch_sizes=[]"], "grid.batch_sizes is []"),

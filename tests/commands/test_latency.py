@@ -199,15 +199,15 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--threads=0", "num_threads of latency is 0"),
-        ("--batch=0", "batch_size of latency is 0"),
+        ("--threads=0", "latency.num_threads is 0"),
+        ("--batch=0", "latency.batch_size is 0"),
         ("--batch=x", "batch"),
-        ("--length=41", "length of latency is 41, but this bert takes 40 tokens"),
-        ("--backend=onnx", "backend of latency is 'onnx'"),
-        ("--device=tpu", "torch sees no device 'tpu'"),
+        ("--length=41", "latency.length is 41, but this bert takes 40 tokens"),
+        ("--backend=onnx", "latency.backend is 'onnx'"),
+        ("--device=tpu", "latency.device is 'tpu'"),
         ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),
         ("--model=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
-        ("--min-seconds=0", "min_seconds of latency is 0"),
+        ("--min-seconds=0", "latency.min_seconds is 0"),
         ("--modell=x", "Did you mean 'model'?"),
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
         (
@@ -240,7 +240,7 @@ def test_cuda_without_a_gpu_and_a_folder_without_weights_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert main(["latency", f"--model={student}", "--backend=cuda", "--length=16"]) == 2
-    assert "torch sees no device 'cuda'" in capsys.readouterr().err
+    assert "latency.device is 'cuda'" in capsys.readouterr().err
     (student / "model.safetensors").unlink()
     assert main(["latency", f"--model={student}", "--length=16"]) == 2
     assert f"{str(student)!r} has no weights" in capsys.readouterr().err

@@ -432,7 +432,7 @@ def test_what_full_kd_goes_on_from_is_looked_at_and_never_run(
         (lambda path: torch.save(payload, path), "holds more than tensors"),
         (lambda path: path.write_bytes(pickle.dumps(payload, 2)), "holds more than tensors"),
         (lambda path: path.write_bytes(b"PK\3\4 cut"), "is damaged"),
-        (lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint of a fit"),
+        (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of a fit"),
         (lambda path: torch.save(of_another, path), "was written by another version of kdnas"),
     ):
         save(run / "full_kd/last.ckpt")

@@ -198,20 +198,20 @@ def test_a_model_can_be_measured_on_a_gpu_and_trained_afterwards():
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):
-    with pytest.raises(UserError, match=f"{name} of latency is {value!r}"):
+    with pytest.raises(UserError, match=f"latency.{name} is {value!r}"):
         LatencySettings(**{name: value})
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "warp", ""])
 def test_a_device_that_torch_does_not_see_is_refused(device):
-    with pytest.raises(UserError, match=f"torch sees no device {device!r}"):
+    with pytest.raises(UserError, match=f"latency.device is {device!r}, which torch does not see"):
         LatencySettings(device=device)
 
 
 def test_without_a_gpu_cuda_is_refused_and_the_devices_are_named(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(
-        UserError, match="torch sees no device 'cuda' for latency. Choose from: cpu."
+        UserError, match="latency.device is 'cuda', which torch does not see. Choose from: cpu."
     ):
         LatencySettings(device="cuda")
 
@@ -232,11 +232,11 @@ def test_a_batch_longer_than_the_model_is_refused_with_both_numbers(any_teacher:
     longest = max_length(config)
     settings = LatencySettings(length=longest + 1)
     with pytest.raises(
-        UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"
+        UserError, match=f"latency.length is {longest + 1}, .* takes {longest} tokens"
     ):
         measure_latency([build_classifier(config)], settings)
     with pytest.raises(
-        UserError, match=f"length of latency is {longest + 1}, .* takes {longest} tokens"
+        UserError, match=f"latency.length is {longest + 1}, .* takes {longest} tokens"
     ):
         LatencyMeter(config, settings)
 
@@ -432,7 +432,7 @@ def test_a_long_workload_is_sampled_and_a_short_one_is_one_batch(tmp_path: Path)
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path: Path, text, message):
     path = tmp_path / "lengths.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match=rf"lengths of latency: .*{message}"):
+    with pytest.raises(UserError, match=rf"latency.lengths: .*{message}"):
         LatencySettings(lengths=str(path)).batches()
     with pytest.raises(UserError, match="cannot read '/nowhere.jsonl'"):
         LatencySettings(lengths="/nowhere.jsonl").batches()
@@ -441,7 +441,7 @@ def test_a_file_of_lengths_that_is_none_is_refused(tmp_path: Path, text, message
 def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_teacher: Path):
     lengths_file.write_text("5\n41\n")
     with pytest.raises(
-        UserError, match="length of latency is 41 in .*lengths.jsonl', .* takes 40 tokens"
+        UserError, match="latency.length is 41 in .*lengths.jsonl', .* takes 40 tokens"
     ):
         LatencyMeter(
             AutoConfig.from_pretrained(tiny_teacher), LatencySettings(lengths=str(lengths_file))
@@ -450,11 +450,11 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
     with pytest.raises(
-        UserError, match="backend of latency is 'onnx'. Choose from: cuda, onnxruntime"
+        UserError, match="latency.backend is 'onnx'. Choose from: cuda, onnxruntime"
     ):
         LatencySettings(backend="onnx")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    with pytest.raises(UserError, match="torch sees no device 'cuda' for latency"):
+    with pytest.raises(UserError, match="latency.device is 'cuda', which torch does not see"):
         LatencySettings(backend="cuda")
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
@@ -462,6 +462,6 @@ def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert LatencySettings(backend="cuda").device == "cuda"
     with pytest.raises(
-        UserError, match="backend onnxruntime of latency runs on the CPU, not on 'cuda'"
+        UserError, match="latency.backend is onnxruntime, which runs on the CPU, not on 'cuda'"
     ):
         LatencySettings(backend="onnxruntime", device="cuda")

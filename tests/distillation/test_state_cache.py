@@ -257,7 +257,7 @@ def test_a_damaged_shard_is_found_and_computed_again_alone(folder, damage, first
     cache, asked = build(folder)
     assert asked == sum((rows_in(before[name]) for name in touched), Counter())
     assert shards(folder) == before
-    assert ("is damaged; its states are computed anew" in caplog.text) is (damage != "deleted")
+    assert ("is damaged; its states are computed again" in caplog.text) is (damage != "deleted")
     check(cache)
 
 

@@ -208,7 +208,7 @@ def test_damaged_statistics_are_measured_anew(teacher, data, states, damage, tmp
     path.write_text(damage(before))
     assert path.read_text() != before
     assert open_states(teacher, data, LAYERS, StatesSettings(str(folder))).stats == states.stats
-    assert caplog.text.count("is damaged; it is measured anew") == 1 and path.read_text() == before
+    assert caplog.text.count("is damaged; it is measured again") == 1 and path.read_text() == before
 
 
 def test_statistics_of_another_key_are_not_used(teacher, data, states, tmp_path):

@@ -98,11 +98,11 @@ def test_a_dict_may_leave_out_the_activation_only():
     [
         (
             "num_layers",
-            "'num_layers' is no field of a student architecture. Did you mean 'num_hidden_layers'?",
+            "'num_layers' is not a field of a student architecture. Did you mean 'num_hidden_layers'?",
         ),
-        ("hidden_sise", "'hidden_sise' is no field .* Did you mean 'hidden_size'"),
-        ("zzz", "'zzz' is no field .* Choose from: hidden_act, hidden_size"),
-        (1, "1 is no field .* Choose from: hidden_act"),
+        ("hidden_sise", "'hidden_sise' is not a field .* Did you mean 'hidden_size'"),
+        ("zzz", "'zzz' is not a field .* Choose from: hidden_act, hidden_size"),
+        (1, "1 is not a field .* Choose from: hidden_act"),
     ],
 )
 def test_an_unknown_field_is_named_with_the_nearest(name, message):

@@ -557,7 +557,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
     study.optimize(falling, n_trials=3)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
     assert study.trials[0].params["x"] == 7
-    with pytest.raises(UserError, match="is no pruner"):
+    with pytest.raises(UserError, match="is not a pruner"):
         make_pruner(patient | {"init_args": {"wrapped_pruner": fixed, "patience": 0}})
 
 
@@ -583,9 +583,9 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_sampler,
             "optuna.pruners.NopPruner",
-            "is no sampler: give the class path of an Optuna sampler",
+            "is not a sampler: give the class path of an Optuna sampler",
         ),
-        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is no sampler"),
+        (make_sampler, {"class_path": "optuna.samplers.TPESampler", "args": 1}, "is not a sampler"),
         (
             make_sampler,
             {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}},
@@ -594,9 +594,9 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_sampler,
             {"class_path": "optuna.samplers.TPESampler", "init_args": [1]},
-            "is no sampler",
+            "is not a sampler",
         ),
-        (make_sampler, {"class_path": "tpe", "init_args": [1]}, "is no sampler"),
+        (make_sampler, {"class_path": "tpe", "init_args": [1]}, "is not a sampler"),
         (make_pruner, "medium", "There is no pruner 'medium'"),
         (
             make_pruner,

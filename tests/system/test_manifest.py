@@ -157,7 +157,7 @@ def test_a_link_is_one_that_stays_within_and_leads_where_it_led(run, tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": {"a": 1}}', '{"files": []}'])
 def test_what_is_no_manifest_is_refused(content, run):
     run.manifest.write_text(content)
-    with pytest.raises(UserError, match="manifest.json' is no manifest"):
+    with pytest.raises(UserError, match="manifest.json' is not a manifest"):
         verify(run.folder)
     run.manifest.unlink()
     with pytest.raises(UserError, match="logs/a' has no manifest.json"):

@@ -56,7 +56,7 @@ def test_a_module_that_a_class_path_names_runs_and_no_other(place, text_file, ti
     args = [f"--teacher={tiny_teacher}", "--text=rows.txt", f"--config={config}"]
     ran, said = run(place, SCRIPT, "search", *args, "--latency.length=99")
     assert ran == ["my_package.other", "my_kd"]
-    assert "length of latency is 99" in said
+    assert "latency.length is 99" in said
 
 
 @pytest.mark.slow

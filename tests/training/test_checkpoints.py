@@ -108,10 +108,10 @@ def test_what_is_no_checkpoint_or_damaged_is_refused_by_name(tmp_path):
     assert check_checkpoint(last)["global_step"] == 3
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f"^'{last}' is damaged .*: delete it to begin anew"):
+    with pytest.raises(UserError, match=f"^'{last}' is damaged .*: delete it to start over"):
         check_checkpoint(last)
     torch.save({"state_dict": {}}, last)
-    with pytest.raises(UserError, match=f"^'{last}' is no checkpoint of a fit: delete it"):
+    with pytest.raises(UserError, match=f"^'{last}' is not a checkpoint of a fit: delete it"):
         check_checkpoint(last)
     torch.save({"state_dict": fail, "pytorch-lightning_version": "2"}, last)
     with pytest.raises(UserError, match=f"^'{last}' is damaged or holds more than tensors"):
