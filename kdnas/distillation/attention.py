@@ -19,9 +19,9 @@ class AttentionMaps(Objective):
     """Kullback-Leibler divergence of the student's attention maps from the teacher's.
 
     ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its
-    head a, real tokens n and m. S is the map of the student's head, P that of the teacher's head from
-    which the student's head was initialised. This objective preserves the attention between two
-    sentences, which pair tasks need and which training on hidden states alone erodes (LOG.md).
+    head a, real tokens n and m. S is the map of the student's head, P that of the teacher's head
+    from which the student's head was initialised. This objective preserves the attention between
+    two sentences, which pair tasks need and which training on hidden states alone erodes (LOG.md).
 
     Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean
         squared error of logits, as in MiniLM (Wang et al. 2020, section 3.1).
