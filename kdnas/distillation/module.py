@@ -257,7 +257,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:
-        """Run the student on a batch; return a view of its states and one of the teacher's states."""
+        """Run the student on a batch; return a view of its states and one of the teacher's."""
         assert self.states is not None, "setup() sets it"
         # In train mode the attention maps would have dropout.
         is_eager = self.student.config._attn_implementation == "eager"
@@ -320,7 +320,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
-        """Return texts and their sentence vectors, (B, H): means of the last layer's real tokens."""
+        """Return texts and their sentence vectors, (B, H): means of the last layer's states."""
         states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
         view = View(self.student, cast(Batch, batch), states)
         return batch["texts"], view.pooled(view.mask_BT)
@@ -361,7 +361,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return each term's mean error, and metrics of the lowest mean error on each teacher layer."""
+        """Return each term's mean error, and metrics of the lowest one on each teacher layer."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -377,7 +377,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Return the values with which errors on a teacher layer are compared, such as its variance."""
+        """Return the reference values, such as the variance, for errors on a teacher layer."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 

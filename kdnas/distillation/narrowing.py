@@ -94,9 +94,9 @@ def narrow(
 
     A student layer is made from one teacher layer (``kept_layers``), and replaces it and the
     teacher layers behind it that are left out. Let x be the teacher's stream, and B (H_t, H_s) the
-    principal components of x before the first and after the last of each student layer's teacher
-    layers, rotated to be free of the mean that a layer norm removes. The student's stream z is to
-    be ``B^T x``.
+    principal components of x over the embedding output and the outputs of the last teacher layers
+    that student layers replace. B is rotated to be free of the mean that a layer norm removes. The
+    student's stream z is to be ``B^T x``.
 
     Student layers are fitted in order. A layer's query, key and value maps are the ridge regression
     on z of the queries, keys and values of the kept teacher heads: those that change x most. The
@@ -287,7 +287,7 @@ class _Narrowing:
             z = self._layer(number, source, end, heads[number], z)
 
     def _basis(self, layers: list[int]) -> Tensor:
-        """Return principal components (H_t, H_s) of the stream after these layers, weighted alike."""
+        """Return the stream's principal components (H_t, H_s), all these layers weighted alike."""
         width = self.ours.hidden_size
         total = torch.stack([self.stream.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
@@ -309,7 +309,7 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Return for each source the numbers of the heads that change the stream most, ascending."""
+        """Return for each source the heads that change the stream most, in ascending order."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
@@ -348,7 +348,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit a student layer's attention, and return the student's stream after the attention norm."""
+        """Fit a student layer's attention, and return the student's stream after its norm."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -364,7 +364,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Set key maps to 0: in a head larger than the teacher's, no unused dimension may add a score."""
+        """Set key maps to 0: dimensions beyond the teacher's head size must not change scores."""
         for linear in self._score_maps(layer, "key"):
             linear.weight.zero_()
             if linear.bias is not None:
@@ -451,7 +451,7 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """Return a teacher layer's queries or keys: of tokens, then of relative positions if any."""
+        """Return a teacher layer's queries or keys: of tokens, then of any relative positions."""
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
@@ -634,7 +634,7 @@ class _Positions(_Narrowing):
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the map for tokens and, if any, the one for distances, which may be the same map."""
+        """Return the map for tokens and, if there is one, the map for distances (maybe the same)."""
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
         if not attention.relative_attention:
@@ -795,7 +795,7 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Return for each depth a mask of its tokens, (N,); a batch's rows go to the depths in turn."""
+        """Return for each depth a mask of its tokens, (N,); rows go to the depths in turn."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 
@@ -821,7 +821,7 @@ class _Linear(NamedTuple):
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy outputs ``of`` of the map ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
+    """Copy outputs ``of`` of map ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor
