@@ -634,7 +634,7 @@ class _Positions(_Narrowing):
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the map for tokens and, if there is one, the map for distances (maybe the same)."""
+        """Return the map for tokens and, if any, the map for distances, maybe the same map."""
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
         if not attention.relative_attention:

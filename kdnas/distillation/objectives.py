@@ -64,7 +64,7 @@ class View:
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
-        """Return a layer's hidden states of all tokens, (B, T, H); those of padding are arbitrary."""
+        """Return a layer's hidden states of all tokens, (B, T, H), arbitrary for padding."""
         if layer not in self._padded:
             states_NH = self._real[layer]
             padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
@@ -178,7 +178,7 @@ class Objective(ABC):
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """Return the teacher layers that students of these depths need, ascending, and the last layer.
+    """Return the teacher layers that students of these depths need, and the last one, ascending.
 
     Raises:
         UserError: the objective asks for a layer that the teacher does not have.

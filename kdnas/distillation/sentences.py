@@ -70,10 +70,10 @@ class SentenceSimilarity(Objective):
     """Squared difference between the student's and the teacher's similarities of rows in a batch.
 
     Let s_i and t_i be the means of the student's and of the teacher's last real-token states of row
-    i. The error of row i is the mean over the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``,
-    divided by the variance of the teacher's cosines. There is no projection, so the student's own vectors can be searched by
-    cosine, as the teacher's can. This is the only objective whose errors depend on which rows share
-    a batch.
+    i. The error of row i is the mean over the other rows j of ``(cos(s_i, s_j) - cos(t_i,
+    t_j))^2``, divided by the variance of the teacher's cosines. There is no projection, so the
+    student's own vectors can be searched by cosine, as the teacher's can. This is the only
+    objective whose errors depend on which rows share a batch.
 
     Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
     """
@@ -120,8 +120,8 @@ class PairComparison(Objective):
     small head on the student's last [CLS] state predicts ``|u - v|`` (each dimension standardised)
     and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. The
     objective needs rows that are pairs (``data.pair_share``), and trains [CLS], without labels, for
-    what fine-tuning on pairs needs. It works best for teachers whose mean states carry meaning, such as
-    sentence encoders.
+    what fine-tuning on pairs needs. It works best for teachers whose mean states carry meaning,
+    such as sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -148,7 +148,7 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Return the indices of the pairs, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
+        """Return indices of pairs, (P,), and the pairs' ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
         paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]
