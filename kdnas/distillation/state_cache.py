@@ -285,7 +285,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return for each prefix of file names in the folder the stamps of its files (usually one)."""
+        """Return the stamps of all shard files: shard's prefix -> file name -> stamp."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -319,7 +319,7 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the undamaged one of a shard's files, if any, and remove damaged ones; needs the lock."""
+        """Return the undamaged one of a shard's files; remove damaged ones (under the lock)."""
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
             with path.open("rb") as file:

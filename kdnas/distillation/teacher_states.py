@@ -97,7 +97,7 @@ class LiveTeacher:
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Compute the states of a batch's real tokens: for each layer (N, H), on the batch's device."""
+        """Compute the states of a batch's real tokens on its device: for each layer (N, H)."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
