@@ -58,7 +58,7 @@ class StudentArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the five fields as plain values, which torch.load reads with ``weights_only=True``."""
+        """Return the fields as plain values, which torch.load reads with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod

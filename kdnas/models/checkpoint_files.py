@@ -85,7 +85,7 @@ def check_files(name: str, folder: Path) -> Shapes:
 
     Raises:
         UserError: there is no tokenizer, there are no weights, or the weights are truncated, lie
-            in another folder or hold code.
+            in another folder or could run code.
     """
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
         raise UserError(f"{name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
@@ -151,10 +151,7 @@ def _shapes_of(path: Path) -> Shapes:
 
 
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Refuse a config with a size above every tensor's, or over twice the weights' parameters.
-
-    The other sizes of the config are in its number of parameters.
-    """
+    """Refuse a config with a size above every tensor's, or over twice the weights' parameters."""
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
     for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):

@@ -25,7 +25,10 @@ class LayerMapping(ABC):
 
     @abstractmethod
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
-        """Return the teacher layers that the student layer ``layer`` learns from, in any order."""
+        """Return the teacher layers that the student layer ``layer`` learns from.
+
+        The projection of the student layer's states predicts these layers in this order.
+        """
 
     def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
         """Return the teacher layers that each student layer learns from.
