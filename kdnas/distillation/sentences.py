@@ -148,7 +148,7 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Return the indices of pairs, (P,), and ``|u - v|`` and ``cos(u, v)`` of each, (P, H + 1)."""
+        """Return the pairs' indices, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
         second = teacher.batch["token_type_ids"].bool()
         paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]
