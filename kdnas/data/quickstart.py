@@ -92,7 +92,7 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
 
 def _package_names() -> re.Pattern[str]:
-    """Return a pattern of package names, also within words (NumpyVersion), and whole-word aliases."""
+    """Return a pattern of package names, also within words (NumpyVersion), and of whole aliases."""
     aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len)
     names, longest_first = "|".join(PACKAGES), "|".join(reversed(aliases))
     return re.compile(rf"{names}|(?<![a-z])(?:{longest_first})(?![a-z])", re.IGNORECASE)
@@ -214,7 +214,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    """Return a paragraph on one line, without markup, cut at a sentence end within 400 characters."""
+    """Return a paragraph on one line, without markup, cut to whole sentences (400 characters)."""
     text = " ".join(paragraph.split())
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)
