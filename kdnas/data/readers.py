@@ -254,7 +254,7 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield some rows at a time; ValueError if the parquet file unpacks to far more than its size."""
+    """Yield some rows at a time; refuse a parquet file that unpacks to far more than its size."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
@@ -273,7 +273,7 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
 
 
 def check_table(path: Path, has_header: bool = True) -> None:
-    """Refuse a table with too many or equal column names, or that unpacks to far more than its size.
+    """Refuse a table with too many or equal column names, or that unpacks to far more bytes.
 
     Args:
         path: a parquet, csv or tsv file.

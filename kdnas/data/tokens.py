@@ -3,8 +3,8 @@
 The folder is created complete or not at all. Each ``.bin`` file holds values of all rows, one row
 after the other: ``lengths.bin`` the number of tokens (int64), ``second_starts.bin`` the index at
 which the second sentence begins (int64), ``hashes.bin`` (uint64) and ``splits.bin`` (uint8) the
-``hashes`` and ``splits`` of a ``Corpus``, and ``variant00.bin``, ``variant01.bin``, ... the token ids
-under the row's mask of that number (int32).
+``hashes`` and ``splits`` of a ``Corpus``, and ``variant00.bin``, ``variant01.bin``, ... the token
+ids under the row's mask of that number (int32).
 
 ``about.<hash of its content>.json`` has the hash of all ``.bin`` files, and the folder's name,
 which is the hash of everything that the rows depend on: a folder that was renamed is not used.
