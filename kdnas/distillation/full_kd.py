@@ -37,7 +37,7 @@ def distill_student(
     weights: dict[str, Tensor] | None = None,
     optimizer: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Distil a student and write it into ``folder/encoder``; after a stop, repeat the call.
+    """Distil a student and write it into ``folder/encoder``; repeat a stopped call to resume.
 
     Args:
         teacher: the teacher to learn from.
@@ -47,11 +47,11 @@ def distill_student(
             module's split.
         states: the teacher's hidden states of the module's rows.
         trainer: device, precision, logger and callbacks.
-        num_epochs: passes over the rows; with 0, the student is saved untrained.
+        num_epochs: passes over the training rows; with 0, the student is saved untrained.
         folder: folder for TensorBoard logs, ``encoder/`` and, until the end, ``last.ckpt``.
         seed: seed of the initial weights that are not made from the teacher's.
-        weights: weights to continue from, those of a search's candidate after its short training;
-            None: initialise the student from the teacher.
+        weights: state dict of a ``HiddenStateDistillModule`` to continue from, that of a search's
+            candidate; None: initialise the student from the teacher.
         optimizer: state of the optimizer of that candidate, to continue from.
 
     Returns:

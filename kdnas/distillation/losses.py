@@ -112,7 +112,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """Return how much of what context adds to a teacher layer's states the student has learned.
+    """Return the share of a teacher layer's dependence on context that the student has learned.
 
     ``1 - (mse - mse_teacher) / (mse_context_free - mse_teacher)``. 0: the student predicts the
     states no better than a look-up table of words does. 1: as well as the teacher. Negative: worse

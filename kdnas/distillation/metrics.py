@@ -147,7 +147,11 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:
-    """Return a remark if the last held-out loss is over 1 % above the best epoch's, else ``""``."""
+    """Return a remark if the last held-out loss is over 1 % above the best epoch's, else ``""``.
+
+    Args:
+        history: ``epoch`` (from 0) and held-out ``loss`` of each epoch, in order.
+    """
     best = min(history, key=lambda row: row["loss"])
     if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:
         return ""

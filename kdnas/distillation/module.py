@@ -122,7 +122,7 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """Return training rows of the data's split to calibrate students on, the same on all ranks."""
+    """Return training rows of the data's split to initialise students on, the same on all ranks."""
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
 
 
@@ -136,7 +136,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     The teacher is not a submodule, so ``parameters()``, checkpoints and DDP do not include it.
     ``setup`` sets ``self.states``, which maps a batch to the teacher's states, unless it is set
-    already: a search sets ``self.states`` once for all its students. It also sets
+    already: a search sets ``self.states`` once for all its students. The search also sets
     ``self.calibration``, the rows on which the students are initialised.
 
     Args:
@@ -231,7 +231,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Initialise the student from the teacher, and the criterion from both; once only."""
+        """Initialise the student from the teacher, and the criterion from both, if not yet done."""
         if self.started is not None:
             return
         release_memory()  # memory that reading the text has left allocated

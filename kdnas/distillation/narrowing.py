@@ -92,19 +92,18 @@ def narrow(
 ) -> tuple[tuple[int, ...], ...]:
     """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    A student layer is made from one teacher layer (``kept_layers``), and replaces it and the
-    teacher layers behind it that are left out. Let x be the teacher's stream, and B (H_t, H_s) the
-    principal components of x over the embedding output and the outputs of the last teacher layers
-    that student layers replace. B is rotated to be free of the mean that a layer norm removes. The
-    student's stream z is to be ``B^T x``.
+    A student layer is made from one teacher layer (``kept_layers``). It replaces a group of teacher
+    layers: that one and the layers behind it that are left out. Let x be the teacher's stream, and
+    B (H_t, H_s) the principal components of x after the embeddings and after each group, rotated to
+    be free of the mean that a layer norm removes. The student's stream z is to be ``B^T x``.
 
     Student layers are fitted in order. A layer's query, key and value maps are the ridge regression
     on z of the queries, keys and values of the kept teacher heads: those that change x most. The
     output maps, of attention and of the feed-forward part, are the ridge regression of ``sigma B^T
     norm(x) - z``, where sigma is the standard deviation that the teacher's layer norm divides by.
     The layer norms get a scale and a shift for each dimension. The output map of the feed-forward
-    part is fitted to x behind the left-out layers, and so replaces these layers as far as a linear
-    map can. Families other than BERT differ in some steps (``_STEPS``).
+    part is fitted to x after the group, and so replaces the left-out layers as far as a linear map
+    can. Families other than BERT differ in some steps (``_STEPS``).
 
     If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
     copied, and least squares correct each copied map.
@@ -131,8 +130,8 @@ class TeacherStream:
     """A teacher's hidden states on the calibration rows, shared by all of its students.
 
     Args:
-        states: layer -> hidden states after it, (N, H_t), in float16; -1: the embedding output, in
-            float32.
+        states: layer -> hidden states after that layer, (N, H_t), in float16; -1: the embedding
+            output, in float32.
         scales: for each norm that ends a layer, the standard deviation that it divides by, (N, 1).
         is_raw: whether the states are taken before a norm (pre-norm families).
     """
@@ -584,7 +583,7 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """Steps that keep the same heads in all layers: those with the largest sum of changes."""
+    """Steps that keep the same heads in all layers: those that change the stream most in all."""
 
     def _importance(self, sources: list[int]) -> Tensor:
         importance = super()._importance(sources)
@@ -607,7 +606,8 @@ class _DistancesSameWidth(_SameWidth, _Distances):
 class _Positions(_Narrowing):
     """Steps for DeBERTa, whose scores also use queries and keys of relative distances.
 
-    These are made from a table that all layers share, which is projected into the student's basis.
+    Those queries and keys are made from a table of distances that all layers share. The table is
+    projected into the student's basis.
     If there is a convolution beside the first layer, a narrower student's convolution is
     initialised to nearly 0. Its output goes through an activation, dimension by dimension, so the
     teacher's convolution cannot be expressed in another basis.
@@ -759,8 +759,8 @@ class _OneLayer(_OneSetOfHeads):
 
     A depth is one of the passes through the shared layer; each has its share of the calibration
     rows. The layer's inputs are first the teacher's stream in the student's basis, and then the
-    student's own stream at each depth. The depths replace equally many teacher layers, because one
-    layer cannot do much at one depth and little at another (LOG.md).
+    student's own stream at each depth. The depths replace about equally many teacher layers, because
+    one layer cannot do much at one depth and little at another (LOG.md).
     """
 
     def _kept(self) -> list[int]:

@@ -195,7 +195,7 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error between projected student states and teacher states, as in KD-NAS.
+    """Mean squared error of projected student states to teacher states, as in the original KD-NAS.
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
     and a teacher layer j that it learns from, and over real tokens n. var_j is the variance of

@@ -52,7 +52,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """The errors of the token probe at which the contextual share is 0 and 1.
+    """The errors of the token probe at which the ``contextual_share`` is 0 and 1.
 
     The token probe is a ``RidgeProbe`` of the teacher's last layer.
 
@@ -97,7 +97,7 @@ class LiveTeacher:
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Compute the states of a batch's real tokens on its device: for each layer (N, H)."""
+        """Compute each layer's states (N, H) of a batch's real tokens, on the batch's device."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """Return a loader's batch with stored states and the indices of real tokens, in advance.
+        """Return a batch of a loader together with stored states and the indices of real tokens.
 
         Args:
             batch: a batch on the CPU.
