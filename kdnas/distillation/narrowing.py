@@ -759,8 +759,8 @@ class _OneLayer(_OneSetOfHeads):
 
     A depth is one of the passes through the shared layer; each has its share of the calibration
     rows. The layer's inputs are first the teacher's stream in the student's basis, and then the
-    student's own stream at each depth. The depths replace about equally many teacher layers, because
-    one layer cannot do much at one depth and little at another (LOG.md).
+    student's own stream at each depth. All depths replace about as many teacher layers, because one
+    layer cannot do much at one depth and little at another (LOG.md).
     """
 
     def _kept(self) -> list[int]:

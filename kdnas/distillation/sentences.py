@@ -70,9 +70,9 @@ class SentenceSimilarity(Objective):
     """Squared difference between the student's and the teacher's similarities of rows in a batch.
 
     Let s_i and t_i be the means of row i's real-token states in the last layer of the student and
-    of the teacher. The error of row i is the mean over the other rows j of ``(cos(s_i, s_j) - cos(t_i,
-    t_j))^2``, divided by the variance of the teacher's cosines. There is no projection, so the
-    student's own vectors can be searched by cosine, as the teacher's can. This is the only
+    of the teacher. The error of row i is the mean over the other rows j of ``(cos(s_i, s_j) -
+    cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. There is no projection, so
+    the student's own vectors can be searched by cosine, as the teacher's can. This is the only
     objective whose errors depend on which rows share a batch.
 
     Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
@@ -118,10 +118,10 @@ class PairComparison(Objective):
 
     Let u and v be the means of the teacher's last-layer states over the first and the second
     sentence. A small head on the student's last-layer [CLS] state predicts ``|u - v|`` (each
-    dimension standardised) and ``cos(u, v)`` (standardised). The error is the mean of both mean squared errors. The
-    objective needs rows that are pairs (``data.pair_share``), and trains [CLS], without labels, for
-    what fine-tuning on pairs needs. It works best for teachers whose mean states carry meaning,
-    such as sentence encoders.
+    dimension standardised) and ``cos(u, v)`` (standardised). The error is the mean of both mean
+    squared errors. The objective needs rows that are pairs (``data.pair_share``), and trains [CLS],
+    without labels, for what fine-tuning on pairs needs. It works best for teachers whose mean
+    states carry meaning, such as sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:

@@ -387,9 +387,7 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Load a checkpoint as a classifier; a pooler or head that it lacks gets random weights.
-
-    So does a pooler or head whose shapes in the checkpoint do not fit.
+    """Load a checkpoint as a classifier; a missing or unfitting pooler or head is random.
 
     Raises:
         UserError: a tensor is not finite, or all zero.

@@ -74,7 +74,7 @@ class Family:
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
-    """Return ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T): one of ``parts`` terms of scores."""
+    """Return one of ``parts`` terms of scores: ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T)."""
     return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
 
 
@@ -116,7 +116,7 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """Return the student's hidden size as embedding width, if the teacher's two are equal."""
+    """Return a new embedding width, the student's hidden size, if the teacher's two are equal."""
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
     return {}
@@ -280,7 +280,7 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Return a classifier's class names, in the order of its outputs (ids may start at 1)."""
+    """Return a classifier's class names, in the order of its outputs (the config's ids may start at 1)."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
