@@ -1,8 +1,8 @@
 """Rows of text, each either a training row or a held-out row.
 
 All hash values, from 0 to 2^64 - 1, form a circle, on which the hash of a row's text is the row's
-position. A seed rotates the circle, and the rows on the first arc after the rotation are held out.
-A sentence pair is made of a row and the next row on the circle. So the pairs are the same for every
+position. A seed rotates the circle, and the rows in the first part of the rotated circle are held
+out. A sentence pair is made of a row and the next row on the circle. So the pairs are the same for every
 seed and every share of held-out rows.
 """
 
@@ -206,7 +206,7 @@ def draw_held_out(
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into
             ``SPLITS``.
-        shares: what ``shares`` returns: a number in [0, 1) for each row.
+        shares: the result of the function ``shares``: a number in [0, 1) for each row.
         fraction: a row for which the source has no split is held out if its number in ``shares`` is
             below this.
     """

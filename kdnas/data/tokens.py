@@ -65,7 +65,7 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """Return the batch with the indices of its real tokens and pairs; this saves later device syncs."""
+    """Return the batch with the indices of its real tokens and pairs, to save device syncs."""
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
@@ -171,7 +171,7 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Return whether a folder holds complete, undamaged rows that match the hash in the folder's name.
+    """Return whether a folder's rows are complete, undamaged and match the hash in its name.
 
     If files changed since they were last hashed, a caller that holds the folder's lock
     (``has_lock``) hashes them again. Without the lock, such a folder counts as not whole.

@@ -280,7 +280,7 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Return a classifier's class names, in the order of its outputs (the config's ids may start at 1)."""
+    """Return a classifier's class names, in the order of its outputs (whose ids may start at 1)."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
