@@ -2,8 +2,8 @@
 
 All hash values, from 0 to 2^64 - 1, form a circle, on which the hash of a row's text is the row's
 position. A seed rotates the circle, and the rows in the first part of the rotated circle are held
-out. A sentence pair is made of a row and the next row on the circle. So the pairs are the same for every
-seed and every share of held-out rows.
+out. A sentence pair is made of a row and the next row on the circle. So the pairs are the same for
+every seed and every share of held-out rows.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
 The stream is what flows from layer to layer: the hidden states of the real tokens. The maps are
 fitted on calibration rows, some training rows. "Flat" tensors hold the N real tokens of all
-calibration rows one after the other. Shapes: B rows, T padded tokens,
-H_t and H_s the widths of teacher and student, L layers, A heads, D dimensions of a head.
+calibration rows one after the other. Shapes: B rows, T padded tokens, H_t and H_s the widths of
+teacher and student, L layers, A heads, D dimensions of a head.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
