@@ -1,9 +1,9 @@
 """Rows of text, each either a training row or a held-out row.
 
-The hash of a row's text is the row's position on a circle, whatever the seed. The seed rotates the
-circle, and the held-out rows are those on the first arc after the rotation. A sentence pair is made
-of a row and the next one on the circle, so the pairs are the same for every seed and every share
-of held-out rows.
+All hash values, from 0 to 2^64 - 1, form a circle, on which the hash of a row's text is the row's
+position. A seed rotates the circle, and the rows in the first part of the rotated circle are held
+out. A sentence pair is made of a row and the next row on the circle. So the pairs are the same for
+every seed and every share of held-out rows.
 """
 
 import hashlib
@@ -36,7 +36,13 @@ SplitArray = npt.NDArray[np.uint8]
 
 
 class Texts(Sequence[str]):
-    """Rows of UTF-8 text in a file, found by byte offsets and sizes; each is read when indexed."""
+    """Rows of UTF-8 text that stay in a file: a row is read when it is indexed.
+
+    Args:
+        file: the file, which holds nothing but the texts of rows.
+        starts: byte offset of each row in the file.
+        sizes: number of bytes of each row.
+    """
 
     def __init__(self, file: KeptFile, starts: IntArray, sizes: IntArray) -> None:
         self._file = file
@@ -56,7 +62,7 @@ class Texts(Sequence[str]):
         return self._file.piece(int(self._starts[place]), int(self._sizes[place])).decode()
 
     def take(self, places: IntArray) -> "Texts":
-        """Return the rows at these positions, in this order."""
+        """Return the rows with the numbers ``places``, in that order."""
         return Texts(self._file, self._starts[places], self._sizes[places])
 
 
@@ -67,7 +73,8 @@ class Corpus:
     Args:
         texts: the rows, in the order of the source.
         hashes: the hash of each row's text, uint64.
-        splits: the split that the source gives each row, as an index into ``SPLITS``, uint8.
+        splits: the value of the source's column ``split`` for each row, as an index into
+            ``SPLITS``, uint8 (0 where the source says nothing).
         is_held_out: True for the rows that no student is trained on.
         dropped: how many rows were left out, by reason: ``empty`` or ``duplicate``.
     """
@@ -100,9 +107,9 @@ def load_corpus(
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
-    Where a column ``split`` says ``train`` or ``held_out``, it decides. All other rows are drawn by
-    a hash of their text and the seed, so that neither their order nor other rows matter. Each part
-    gets at least one row.
+    Where the source has a column ``split`` that says ``train`` or ``held_out`` of a row, the column
+    decides. For any other row, a hash of its text and the seed decide, so that neither the order of
+    rows nor other rows matter. There is at least one training row and one held-out row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -110,8 +117,8 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
-        fraction: share of the rows to keep, above 0, drawn by the hash of their text; the first
-            two rows of each split are always kept.
+        fraction: share of the rows to keep, above 0, drawn by the hash of their text. Always kept
+            are the first two rows of ``train``, of ``held_out`` and of rows without a split.
         seed: seed of the draw of held-out rows.
         folder: folder of the unnamed temporary file that holds the rows until the corpus is
             deleted; by default the system's temporary folder.
@@ -183,7 +190,10 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return the position of each row on the circle after the seed has rotated it, in [0, 1)."""
+    """Return each row's position, in [0, 1), on the circle of hashes, rotated by the seed.
+
+    The module's docstring explains the circle.
+    """
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
 
@@ -191,12 +201,14 @@ def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
 def draw_held_out(
     splits: SplitArray, shares: npt.NDArray[np.float64], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Return for each row whether it is held out; each part gets at least one row.
+    """Return for each row whether it is held out; at least one row is, and at least one is not.
 
     Args:
-        splits: the split that the source gives each row, as an index into ``SPLITS``.
-        shares: the position of each row on the circle, in [0, 1).
-        fraction: rows without a given split are held out if their position is below this.
+        splits: the value of the source's column ``split`` for each row, as an index into
+            ``SPLITS``.
+        shares: the result of the function ``shares``: a number in [0, 1) for each row.
+        fraction: a row for which the source has no split is held out if its number in ``shares`` is
+            below this.
     """
     undecided = np.flatnonzero(splits == SPLITS.index(None))
     fewest = int(not (splits == SPLITS.index("held_out")).any())
@@ -210,7 +222,15 @@ def draw_held_out(
 
 
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
-    """Return for each row the number of the next row on the circle with the same given split."""
+    """Return for each row the number of the row with the next higher hash and the same split.
+
+    After the row with the highest hash of a split comes the row with its lowest.
+
+    Args:
+        splits: the value of the source's column ``split`` for each row, as an index into
+            ``SPLITS``.
+        hashes: the hash of each row's text.
+    """
     order = np.lexsort((hashes, splits))
     following = np.empty_like(order)
     for group in np.split(order, np.flatnonzero(np.diff(splits[order])) + 1):

@@ -1,4 +1,8 @@
-"""The data module that turns text into masked token batches for mini-KD, full KD and scoring."""
+"""The data module that turns text into batches of masked tokens.
+
+Mini-KD trains each candidate of a search on some of the training rows, full KD trains a student on
+all training rows, and students are scored on held-out rows.
+"""
 
 import copy
 import hashlib
@@ -212,7 +216,7 @@ class KDDataModule(ResumableDataModule):
         )
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return the hash of everything that the tokenised rows depend on; the seed is not part."""
+        """Return the hash of all that the tokenised rows depend on, such as text and tokenizer."""
         settings = {name: getattr(self.settings, name) for name in OF_ROWS}
         parts = [
             FORMAT,
@@ -228,7 +232,7 @@ class KDDataModule(ResumableDataModule):
     def _whole_folder(self, tokenizer: PreTrainedTokenizerBase) -> Path:
         """Return the folder of tokenised rows, after making it if it does not exist.
 
-        If the text cannot be used, folders that this call created are removed.
+        If the text cannot be used, the folders that this call created are removed.
         """
         made = [path for path in (self.folder, self.folder.parent) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +250,10 @@ class KDDataModule(ResumableDataModule):
             raise
 
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the tokenised rows, one process at a time; resume after a killed process."""
+        """Write the tokenised rows into ``folder``, and continue what a killed process has begun.
+
+        Other processes that call this wait until the rows are written.
+        """
         lock = self.folder / f"{folder.name}.lock"
         pieces = self.folder / f"{folder.name}.pieces"
         with FileLock(lock):
@@ -277,7 +284,7 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Write the missing pieces, with one process per core."""
+        """Tokenise and write the pieces that ``folder`` lacks, with one process per core."""
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,
@@ -332,7 +339,7 @@ class KDDataModule(ResumableDataModule):
     ) -> Iterator[tuple[list[int], int]]:
         """Yield for each row its token ids and the index at which its second sentence begins.
 
-        Without a second sentence, the index is the row's length.
+        For a row without a second sentence, the index is the number of its tokens.
         """
         # Cut the text first: a tokenizer makes all tokens of a long row before it truncates them.
         most = CHARACTERS_A_TOKEN * self.settings.max_length
@@ -365,9 +372,9 @@ class KDDataModule(ResumableDataModule):
             yield from (encoded[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Return a function that gives the sentence pair for a sample id, or None for a single row.
+        """Return a function from a row's number to its sentence pair; None: the row stays single.
 
-        A row is paired with the next one on the circle of hashes.
+        A row is paired with the row of the next higher hash (``next_on_circle``).
         """
         share, texts = self.settings.pair_share, corpus.texts
         following = next_on_circle(corpus.splits, corpus.hashes)
@@ -382,18 +389,19 @@ class KDDataModule(ResumableDataModule):
         return make
 
     def select(self, split: Split) -> "KDDataModule":
-        """Return a copy with another split, which shares the tokenised rows and masks."""
+        """Return a copy of this module for ``split``, with the same tokenised rows and masks."""
         other = copy.copy(self)
         other.split = split
         return other
 
     @cached_property
     def _parts(self) -> tuple[IntArray, IntArray]:
-        """Sample ids of the training rows and of the held-out rows, in the order of draws.
+        """Numbers of the training rows and of the held-out rows, each by increasing ``shares``.
 
-        A row is paired with the next one on the circle of hashes. At the end of the training arc,
-        and of the held-out arc, the next row belongs to the other part. So the last row of each arc
-        is left out, unless it is the only row of its part.
+        Rows whose split the source gives are spread evenly among the other rows, which are drawn.
+        A row is paired with the row of the next higher hash. For the last drawn training row this
+        is a held-out row, and the other way round. So, if there are pairs, the last drawn row of
+        each kind is left out, unless it is the only row of its kind.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -416,22 +424,23 @@ class KDDataModule(ResumableDataModule):
         return parts[0], parts[1]
 
     def train_ids(self) -> IntArray:
-        """Return the sample ids of this split; ``mini`` is a seeded draw from ``full``."""
+        """Return the numbers of the training rows: all of them, or for ``mini`` a seeded draw."""
         train, _ = self._parts
         share = 1.0 if self.split == "full" else self.settings.mini_fraction
         return np.sort(train[: max(1, round(share * len(train)))])
 
     def held_out_ids(self) -> IntArray:
-        """Return the sample ids of held-out rows to score students on: at most a million tokens.
+        """Return the numbers of the held-out rows to score students on: at most a million tokens.
 
-        They are the same for both splits. The limit keeps scoring, after each epoch, short.
+        These rows are the same for ``mini`` and ``full``. The limit keeps scoring, after each
+        epoch, short.
         """
         _, drawn = self._parts
         num_drawn = int((self.rows.lengths[drawn].cumsum() <= HELD_OUT_TOKENS).sum())
         return np.sort(drawn[: max(1, num_drawn)])
 
     def draw_order(self) -> IntArray:
-        """Return all sample ids in the order of use: held-out rows, training rows, unused rows."""
+        """Return the numbers of all rows: rows to score on, training rows, then unused rows."""
         train, _ = self._parts
         asked = np.concatenate([self.held_out_ids(), train])
         others = np.ones(len(self.rows), dtype=bool)
@@ -439,7 +448,12 @@ class KDDataModule(ResumableDataModule):
         return np.concatenate([asked, np.flatnonzero(others)])
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
-        """Return a loader of batches of these rows; each rank gets its share of every batch."""
+        """Return a loader of batches of some rows; each rank gets its share of every batch.
+
+        Args:
+            sample_ids: numbers of the rows.
+            shuffle: whether the order of rows and their masks change with each epoch.
+        """
         settings = self.settings
         sampler = LengthGroupedBatches(
             self.rows.padded_lengths,
@@ -473,7 +487,7 @@ class KDDataModule(ResumableDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[str]:
-        """Return a loader of the held-out rows of text, neither masked nor paired."""
+        """Return a loader of all held-out rows with their texts, neither masked nor paired."""
         settings = self.settings
         tokenizer = find_teacher(self.teacher).tokenizer
 
@@ -494,7 +508,7 @@ class KDDataModule(ResumableDataModule):
 
 
 class Piece(NamedTuple):
-    """A range of rows that are tokenised together, and the file they are written to."""
+    """A range of rows that one process tokenises, and the file (``path``) to write them to."""
 
     path: Path
     rows: range

@@ -28,14 +28,15 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 class LengthGroupedBatches(DistributedSampler[Any]):
     """A batch sampler: rows of similar length within a token budget, divided among the ranks.
 
-    Yields (mask variant, sample ids). All ranks together see the same rows in a step, whatever
-    their number. It is a DistributedSampler so that Lightning keeps it and sets its epoch.
+    For each batch it yields the number of the mask to use and the numbers of this rank's rows. In a
+    step, all ranks together see the same rows, however many ranks there are. The class is a
+    DistributedSampler so that Lightning keeps it and sets its epoch.
 
     Args:
         padded_lengths: padded length of every row of the dataset, in tokens.
-        sample_ids: the rows to use, each once an epoch over all ranks.
+        sample_ids: numbers of the rows to use; in an epoch, each row goes to one rank, once.
         batch_tokens: largest number of tokens in a batch of all ranks, padding included; exceeded
-            only where there would be fewer rows than ranks.
+            only where the batch would have fewer rows than there are ranks.
         shuffle: use another order and another mask each epoch; otherwise sort the rows by padded
             length and use mask 0.
         num_variants: number of masks of each row.
@@ -111,7 +112,8 @@ class LengthGroupedBatches(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that resumes within an epoch; its state is the number of batches yielded.
 
-    The order of rows must depend on the epoch alone, as in ``LengthGroupedBatches``.
+    The order in which its sampler yields rows must depend on the number of the epoch alone, as in
+    ``LengthGroupedBatches``.
     """
 
     trainer: pl.Trainer | None = None  # its limit_train_batches may end an epoch early
@@ -120,14 +122,17 @@ class ResumableLoader(DataLoader[Any]):
     _num_to_skip = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of batches yielded in this epoch (0 at its end), and of ranks."""
+        """Return ``num_given``, the number of batches yielded in this epoch, and ``num_ranks``.
+
+        At the end of an epoch ``num_given`` is 0.
+        """
         limit = math.inf if self.trainer is None else self.trainer.num_training_batches
         is_within = self._num_given < min(len(self), limit)
         num_ranks = getattr(self.sampler, "num_ranks", 1)
         return {"num_given": self._num_given if is_within else 0, "num_ranks": num_ranks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Set how many batches the next epoch skips, because they were used before the stop.
+        """Make the next epoch skip the batches that were used before the checkpoint was written.
 
         Raises:
             UserError: the state was saved by another number of processes, whose batches differ.
@@ -162,7 +167,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
-    """Yield batches; a thread loads and prepares each while the previous one is in use."""
+    """Yield ``prepare(batch)`` for each batch; a thread makes it while the last one is in use."""
 
     def fetch() -> list[T]:
         return [prepare(batch) for batch in itertools.islice(batches, 1)]
@@ -177,8 +182,8 @@ def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
 def outlive_signals(index: int) -> None:
     """Make a DataLoader worker ignore termination signals, and end when its main process ends.
 
-    A signal to the process group reaches both. If a worker died first, torch would raise an error
-    in the main process, which then could not write a checkpoint.
+    A signal to the process group reaches the worker and the main process. If the worker died first,
+    torch would raise an error in the main process, which then could not write a checkpoint.
     """
     if sys.platform in ("darwin", "win32"):
         return  # these systems do not tell who sent a signal
@@ -213,15 +218,16 @@ def _is_child_of(parent: multiprocessing.process.BaseProcess) -> bool:
 class ResumableDataModule(pl.LightningDataModule):
     """A data module that saves its position within the epoch in checkpoints.
 
-    Lightning saves the states of loaders too, but cannot restore them if a learning-rate schedule
-    asks for the number of steps: then it creates the loader before it reads the state.
+    Lightning saves the states of loaders too. But if a learning-rate schedule asks for the number
+    of steps, Lightning creates the loader before it reads the loader's state, and does not restore
+    that state.
     """
 
     _train_loader: ResumableLoader | None = None
     _loader_state: dict[str, int] | None = None
 
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
-        """Return the given training loader, set to resume where a checkpoint was written."""
+        """Return the training loader, set to resume where the checkpoint, if any, was written."""
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None

@@ -1,4 +1,8 @@
-"""BERT's masking; the mask of a row depends only on seed, sample id and mask variant."""
+"""BERT's masking of rows of token ids.
+
+Three numbers determine a row's mask: the seed, the row's number in the corpus (``sample_id``) and
+the number of the mask among the row's masks (``variant``).
+"""
 
 from enum import IntEnum
 
@@ -9,7 +13,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Draw(IntEnum):
-    """The kinds of random draws for a row; each kind has independent random numbers."""
+    """The kinds of random draws for a row; the random numbers of each kind are independent."""
 
     MASK = 0
     WHETHER_MASKED = 1
@@ -17,7 +21,16 @@ class Draw(IntEnum):
 
 
 def row_generator(draw: Draw, seed: int, sample_id: int, variant: int = 0) -> np.random.Generator:
-    """Return a random generator that the arguments determine; other arguments are independent."""
+    """Return a random generator that the arguments determine.
+
+    Generators of different arguments are independent of each other.
+
+    Args:
+        draw: what the random numbers are for.
+        seed: seed, below 2^32.
+        sample_id: the row's number in the corpus.
+        variant: number of the mask among the row's masks, from 0.
+    """
     # Philox is a counter-based generator: two keys give independent streams without any warm-up.
     # Without the dtype, numpy makes floats of a large and a small number, and keys collide.
     key = np.array([seed << 32 | variant, draw << 60 | int(sample_id)], dtype=np.uint64)
@@ -31,7 +44,7 @@ class Masker:
         mask_token_id: id of the mask token.
         vocab_size: random tokens are drawn from ``0 .. vocab_size - 1``.
         special_ids: ids that are never chosen ([CLS], [SEP], padding).
-        probability: share of the tokens that is chosen, special ones aside, 0 to 1.
+        probability: probability, 0 to 1, that a token is chosen if it is not special.
         seed: seed of the masks.
 
     Source: Devlin et al. 2019, "BERT", section 3.1, task 1.
@@ -52,7 +65,7 @@ class Masker:
         self.seed = seed
 
     def __call__(self, input_ids: IntArray, sample_id: int, variant: int = 0) -> IntArray:
-        """Return the masked copy of a row, shape (length,); it depends only on the arguments.
+        """Return a masked copy of a row, (length,), determined by the arguments and the seed.
 
         Args:
             input_ids: token ids, (length,).

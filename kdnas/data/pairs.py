@@ -1,7 +1,7 @@
 """Sentence pairs made from paragraphs, which resemble the inputs of sentence-pair tasks.
 
-Only pairs use a teacher's attention from one sentence to the other. A student distilled on single
-rows alone never uses that attention, and unlearns what it has inherited of it.
+Only on sentence pairs does a teacher attend from one sentence to the other. A student whose initial
+weights are the teacher's, and which is distilled on single rows alone, unlearns this attention.
 """
 
 import re
@@ -16,14 +16,14 @@ _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]]))\s+""")
 def make_pair(text: str, other: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """Make a sentence pair from a paragraph.
 
-    35 % of the pairs are two neighbouring pieces of the paragraph, 30 % are pieces of two unrelated
-    rows, and 35 % are a sentence and a corrupted copy of it, in random order. Pieces have random
-    lengths.
+    35 % of the pairs are two neighbouring pieces of the paragraph, 30 % are a piece of the
+    paragraph and a piece of an unrelated text, and 35 % are a sentence of the paragraph and a
+    corrupted copy of that sentence, in random order. A piece is a run of words of random length.
 
     Args:
         text: the paragraph.
-        other: an unrelated row.
-        rng: random generator; its state and the texts determine the pair.
+        other: an unrelated text.
+        rng: random generator; its state and the two texts determine the pair.
 
     Returns:
         The two sentences, or None if ``text`` has fewer than ``MIN_WORDS`` words.
@@ -59,9 +59,9 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
 def _neighbours(
     words: list[str], sentences: list[list[str]], rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """Return some words before and after a random sentence end.
+    """Return some of the words just before, and of those just after, a random sentence end.
 
-    If there is only one sentence, it is cut between any two of its words.
+    If there is only one sentence, a random gap between two words stands for the sentence end.
     """
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))
@@ -70,7 +70,10 @@ def _neighbours(
 
 
 def _corrupted(sentence: list[str], words: list[str], rng: np.random.Generator) -> list[str]:
-    """Return a copy with words dropped or replaced by random ``words``, rotated half the time."""
+    """Return a copy of ``sentence`` with some words dropped, and some replaced by random ``words``.
+
+    Half of the copies are also rotated: a random number of first words is moved to the end.
+    """
     drops = rng.random(len(sentence)) < rng.uniform(0, 0.5)
     copy = [word for word, drop in zip(sentence, drops, strict=True) if not drop] or sentence[:1]
     replaces = rng.random(len(copy)) < rng.uniform(0, 0.3)

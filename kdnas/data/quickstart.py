@@ -39,7 +39,7 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Replace ``quickstart`` as text or task by a path in ``folder``, and make the files there."""
+    """Return text and task; ``quickstart`` is replaced by the path of files made in ``folder``."""
     if QUICKSTART not in (text, task):
         return text, task
     path = build_quickstart_text(folder)
@@ -52,15 +52,17 @@ def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str |
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
     """Write an English text and a task from the docstrings of installed packages.
 
-    Sources are parsed, never imported. Whole modules are held out, with 12 % of the rows. No two
-    rows differ only in case, punctuation, digits or names of packages.
+    Sources are parsed, never imported. 12 % of the rows are held out, and no module has both
+    training rows and held-out rows. No two rows differ only in case, punctuation, digits or names
+    of packages.
 
-    The task, in GLUE's layout, asks which package a paragraph is from. Package names in its
-    paragraphs are replaced by "package". If all three files exist, nothing is written.
+    The task, in GLUE's layout, asks which package a paragraph is from. Package names in the task's
+    paragraphs are replaced by "package". If all files exist already, nothing is written.
 
     Args:
-        folder: folder to write, all files at once: ``text.parquet`` (columns text, package, module,
-            split), ``which_package/train.parquet`` and ``which_package/validation.parquet``.
+        folder: folder of the files, which appear all at once: ``text.parquet`` (columns text,
+            package, module, split), ``which_package/train.parquet`` and
+            ``which_package/validation.parquet``.
         rows_per_package: how many rows to take from each package, at least 2.
 
     Returns:
@@ -90,7 +92,7 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
 
 def _package_names() -> re.Pattern[str]:
-    """Return a pattern for package names, also within words (NumpyVersion), and whole aliases."""
+    """Return a pattern of package names, also within words (NumpyVersion), and of whole aliases."""
     aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len)
     names, longest_first = "|".join(PACKAGES), "|".join(reversed(aliases))
     return re.compile(rf"{names}|(?<![a-z])(?:{longest_first})(?![a-z])", re.IGNORECASE)
@@ -130,7 +132,10 @@ def _root(package: str) -> Path:
 def _package_rows(
     package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
 ) -> list[dict[str, str]]:
-    """Return rows of one package, module by module in a hashed order; the first are held out."""
+    """Return rows of one package, module by module in a hashed order; the first are held out.
+
+    Only paragraphs for which ``is_new`` returns True become rows.
+    """
     modules = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -153,7 +158,7 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """Return a table with equally many examples of each label, as many as the rarest label has."""
+    """Return a table of (text, package), with as many of each package as the rarest package has."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)
@@ -209,7 +214,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    """Return a paragraph on one line, without markup, cut to the sentences in 400 characters."""
+    """Return a paragraph on one line, without markup, cut to whole sentences (400 characters)."""
     text = " ".join(paragraph.split())
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)

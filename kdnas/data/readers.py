@@ -38,7 +38,7 @@ PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Iterator[Row]:
-    """Yield the text and the split of every row of a source, in order.
+    """Yield every row of a source, in order: its text, and what its column ``split`` says.
 
     Args:
         text: a file, a folder, or the name of a data set on the Hugging Face hub.
@@ -55,7 +55,7 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """Return at most ``most`` random rows, the same in each call, and the number of all rows."""
+    """Return at most ``most`` random rows, always the same, and the number of a source's rows."""
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -71,8 +71,8 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
 def text_sha256(text: str, column: str, known: Path) -> str:
     """Return the hash of a source: of its files' bytes, or of a hub data set's fingerprint.
 
-    ``known`` is a JSON file that keeps the hashes of files. A file is hashed by one process, and
-    again only if its size or time of change differs.
+    The JSON file ``known`` keeps each file's hash, size and time of change. One process hashes a
+    file while others wait. The file is hashed again only if its size or time of change is new.
     """
     files = _files(text)
     if files is None:
@@ -254,7 +254,7 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield some rows at a time; raise ValueError if the file unpacks to far more than its size."""
+    """Yield some rows at a time; refuse a parquet file that unpacks to far more than its size."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
@@ -273,7 +273,7 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
 
 
 def check_table(path: Path, has_header: bool = True) -> None:
-    """Refuse a table with too many columns, duplicate column names, or too large unpacked data.
+    """Refuse a table with too many or equal column names, or that unpacks to far more bytes.
 
     Args:
         path: a parquet, csv or tsv file.
@@ -318,7 +318,7 @@ def _hub(name: str, column: str) -> Any:
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """Return the columns to read; if ``column`` is missing all, which the message then lists."""
+    """Return the columns to read: all if ``column`` is missing, for the message that lists them."""
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

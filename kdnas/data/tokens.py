@@ -1,14 +1,18 @@
 """Rows of token ids in a folder: made once from a text, shared by every worker and rank.
 
-The folder is created complete or not at all. For all rows, one after the other, it holds
-``lengths.bin`` and ``second_starts.bin`` (int64), ``hashes.bin`` (uint64) and ``splits.bin``
-(uint8) as in a ``Corpus``, and the masked token ids of each mask variant, ``variant00.bin``, ...
-(int32). ``about.<hash of its content>.json`` has the hash of all these files, and the folder's
-name, which is the hash of everything the rows depend on: a folder that was renamed is not used.
-``checked.json`` has the stamps (size, time of change) of the files when they were last hashed.
+The folder is created complete or not at all. Each ``.bin`` file holds values of all rows, one row
+after the other: ``lengths.bin`` the number of tokens (int64), ``second_starts.bin`` the index at
+which the second sentence begins (int64), ``hashes.bin`` (uint64) and ``splits.bin`` (uint8) the
+``hashes`` and ``splits`` of a ``Corpus``, and ``variant00.bin``, ``variant01.bin``, ... the token
+ids under the row's mask of that number (int32).
 
-Several processes write the rows in pieces of some thousand, which are then joined. A piece is
-complete or does not exist, so work that was killed resumes.
+``about.<hash of its content>.json`` has the hash of all ``.bin`` files, and the folder's name,
+which is the hash of everything that the rows depend on: a folder that was renamed is not used.
+``checked.json`` has the stamps (size, time of change) that the ``.bin`` files had when they were
+last hashed.
+
+Several processes write the rows in files of some thousand rows (pieces), which are then joined. A
+piece is complete or does not exist, so work that was killed resumes.
 """
 
 import hashlib
@@ -61,7 +65,7 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """Return the batch with the indices of its real tokens and pairs, which saves device syncs."""
+    """Return the batch with the indices of its real tokens and pairs, to save device syncs."""
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
@@ -73,7 +77,7 @@ def real_tokens(batch: Mapping[str, Any]) -> Tensor:
 
 
 def pairs(batch: Mapping[str, Any]) -> Tensor:
-    """Return the indices of the rows that have a second sentence, shape (P,)."""
+    """Return the indices of a batch's rows that have a second sentence, shape (P,)."""
     if "pairs" in batch:
         return cast(Tensor, batch["pairs"])
     return cast(Tensor, batch["token_type_ids"]).any(1).nonzero()[:, 0]
@@ -87,16 +91,16 @@ def write_piece(
     num_variants: int = 1,
     masked_share: float = 1.0,
 ) -> None:
-    """Mask some rows and write them into a piece file.
+    """Mask some rows and write them into one file, a piece.
 
     Args:
         path: the file to write.
         rows: for each row its token ids, special tokens included, and the index at which its second
             sentence begins (the row's length if there is none).
         masker: masks the rows.
-        first: sample id of the first row.
+        first: number of the first row in the corpus.
         num_variants: number of masks for each row.
-        masked_share: share of the rows that is masked at all, drawn for each mask.
+        masked_share: share of the rows that is masked at all, drawn anew for each of a row's masks.
     """
     lengths, second_starts = [], []
     variants: list[list[IntArray]] = [[] for _ in range(num_variants)]
@@ -131,13 +135,14 @@ def join_pieces(
     dropped: dict[str, int],
     num_variants: int = 1,
 ) -> None:
-    """Join pieces of rows, in this order, and write all files of a folder of tokenised rows.
+    """Join pieces of rows, in the given order, and write all files of a folder of tokenised rows.
 
     Args:
         folder: an empty folder.
-        pieces: files of ``write_piece``.
+        pieces: files that ``write_piece`` wrote.
         hashes: hash of each row's text.
-        splits: the split that the source gives each row, as an index into ``SPLITS``.
+        splits: the value of the source's column ``split`` for each row, as an index into
+            ``SPLITS``.
         key: name that the folder will get.
         dropped: how many rows of the text were left out, by reason.
         num_variants: number of masks of each row.
@@ -166,10 +171,10 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Return whether a folder holds complete, undamaged rows that belong to its name.
+    """Return whether a folder's rows are complete, undamaged and match the hash in its name.
 
-    Files that changed since they were last hashed are hashed again by the process that holds the
-    lock (``has_lock``); for others the answer is False.
+    If files changed since they were last hashed, a caller that holds the folder's lock
+    (``has_lock``) hashes them again. Without the lock, such a folder counts as not whole.
     """
     about, checked = _read_about(folder), folder / "checked.json"
     if about is None or about["key"] != folder.name:
@@ -187,7 +192,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Return the content of the ``about`` file, or None if its name does not match its content."""
+    """Return the content of the ``about`` file; None if there is none that matches its own name."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             about = dict(json.loads(content))
@@ -212,10 +217,17 @@ def _sha256(folder: Path) -> str:
 
 
 class TokenRows(Dataset[Batch]):
-    """The dataset of rows that ``join_pieces`` wrote, indexed by (mask variant, sample ids).
+    """The dataset of the rows in a folder that ``join_pieces`` wrote.
 
-    An item is a whole batch. ``sha256`` is the hash of everything that a model sees: text,
-    tokenizer, truncation, pairs, masks and order.
+    It is indexed by (number of the mask, numbers of the rows), and an item is a whole batch.
+    ``sha256`` is the hash of the ``.bin`` files, and so of everything that a model sees: text,
+    tokenizer, truncation, pairs, masks and order of rows.
+
+    Args:
+        folder: folder of the rows.
+        pad_token_id: id of the padding token.
+        max_length: largest padded length of a row, in tokens.
+        pad_to_max_length: pad every row to ``max_length``.
     """
 
     def __init__(
@@ -246,7 +258,7 @@ class TokenRows(Dataset[Batch]):
         return len(self.lengths)
 
     def masked(self, variant: int, sample_id: int) -> IntArray:
-        """Return the token ids of a row under one of its masks."""
+        """Return the token ids of the row ``sample_id`` under its mask number ``variant``."""
         size = np.dtype(np.int32).itemsize
         start = size * int(self._starts[sample_id])
         piece = self._files[variant].piece(start, size * int(self.lengths[sample_id]))

@@ -19,9 +19,9 @@ class AttentionMaps(Objective):
     """Kullback-Leibler divergence of the student's attention maps from the teacher's.
 
     ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its
-    head a, real tokens n and m. S is the map of a student's head, P that of the teacher's head from
-    which it was initialised. This objective preserves the attention between two sentences, which
-    pair tasks need and which training on hidden states alone erodes (LOG.md).
+    head a, real tokens n and m. S is the map of the student's head, P that of the teacher's head
+    from which the student's head was initialised. This objective preserves the attention between
+    two sentences, which pair tasks need and which training on hidden states alone erodes (LOG.md).
 
     Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean
         squared error of logits, as in MiniLM (Wang et al. 2020, section 3.1).
@@ -68,9 +68,9 @@ class AttentionRelations(Objective):
     """MiniLMv2's relations of queries, of keys and of values among themselves, in one layer.
 
     The loss is ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, averaged
-    over x = queries, keys and values, for the teacher's x_t and the student's x_s. These are split
-    into ``num_heads`` relation heads of size d, so widths and numbers of attention heads can
-    differ.
+    over x = queries, keys and values, for the teacher's x_t and the student's x_s. Each x is split
+    into ``num_heads`` relation heads, of size d_t or d_s. So student and teacher can differ in
+    their widths and numbers of attention heads.
 
     Args:
         layer: the teacher's layer, from 0; negative counts from the end. The student's layer is

@@ -9,14 +9,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def _every(trainer: pl.Trainer) -> int:
-    """Return the number of steps between two logs; only at logs the device is waited for."""
+    """Return the number of steps between two logs; only a log waits for the device."""
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 class StudentCurves(pl.Callback):
-    """Logs the highest learning rate, tokens per second and, once, a description of the student.
+    """Logs the learning rate, the tokens per second and, once, a description of the student.
 
-    Tokens are the real tokens on all devices, without padding; validation time does not count.
+    The learning rate is the highest of all parameter groups. Tokens are the real tokens on all
+    devices, without padding; validation time does not count.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -37,25 +37,28 @@ def distill_student(
     weights: dict[str, Tensor] | None = None,
     optimizer: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Distil a student and write it into ``folder/encoder``; if stopped, the same call resumes.
+    """Distil a student and write it into ``folder/encoder``; repeat a stopped call to resume.
 
     Args:
         teacher: the teacher to learn from.
         arch: shape of the student.
         recipe: objective, initialisation and learning rates.
-        data: data module after ``setup``; the student learns from the rows of its split.
-        states: the teacher's hidden states of these rows.
+        data: data module after ``setup``; the student learns from the training rows of the
+            module's split.
+        states: the teacher's hidden states of the module's rows.
         trainer: device, precision, logger and callbacks.
-        num_epochs: passes over the rows; with 0, the student is saved untrained.
+        num_epochs: passes over the training rows; with 0, the student is saved untrained.
         folder: folder for TensorBoard logs, ``encoder/`` and, until the end, ``last.ckpt``.
-        seed: seed of the weights that are not made from the teacher's.
-        weights: a candidate's weights to continue from; None: initialise from the teacher.
-        optimizer: state of the candidate's optimizer, to continue from.
+        seed: seed of the initial weights that are not made from the teacher's.
+        weights: state dict of a ``HiddenStateDistillModule`` to continue from, that of a search's
+            candidate; None: initialise the student from the teacher.
+        optimizer: state of the optimizer of that candidate, to continue from.
 
     Returns:
-        The content of ``result.json``: ``arch``, ``num_parameters``, ``loss``,
-        ``contextual_share``, ``sentence_r2``, ``seconds``, ``num_rows``, ``num_epochs``,
-        ``history`` (a row for each epoch), and, on held-out rows, ``sentence_agreement``.
+        A dictionary for ``result.json``: ``arch``, ``num_parameters``, ``seconds``, ``num_rows``
+        and ``num_epochs``; ``history``, the held-out metrics after each epoch; the metrics after
+        the last epoch, ``loss``, ``contextual_share`` and ``sentence_r2``; and, with at least
+        ``FEWEST_ROWS`` held-out rows, the two figures of ``sentence_agreement``.
     """
     started = time.monotonic()
     with own_random_numbers():

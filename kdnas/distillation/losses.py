@@ -1,4 +1,8 @@
-"""Losses and linear maps, as pure functions. Shapes: N real tokens, H the teacher's width."""
+"""Losses and linear maps, as pure functions.
+
+Shapes: B rows, T padded tokens, N real tokens, H the teacher's width, A heads, D dimensions of a
+head.
+"""
 
 import math
 from typing import Any
@@ -33,7 +37,8 @@ def within_half(states: Tensor) -> Tensor:
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
     """Return the squared error: mean over dimensions, sum over tokens; a float32 scalar.
 
-    Divided by N it is the mean squared error. Sums can be added over batches of different sizes.
+    Divided by N, the sum is the mean squared error. Sums can be added over batches of different
+    sizes.
 
     Raises:
         ValueError: the shapes differ.
@@ -48,20 +53,23 @@ def _refuse_other_shapes(one: Tensor, other: Tensor) -> None:
 
 
 def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the attention ``softmax_m(q(n) k(m)^T / sqrt(D))``, (B, A, T, T); 0 at padding m."""
+    """Return each token n's attention to tokens m, (B, A, T, T); 0 where m is padding.
+
+    It is ``softmax_m(q(n) k(m)^T / sqrt(D))``.
+    """
     return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 at padding m."""
+    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 where m is padding."""
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return KL(teacher's attention || student's), mean over heads, sum over real tokens.
 
-    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for the teacher's map P and the
-    student's S.
+    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for real tokens n and m, the
+    teacher's map P_a and the student's map S_a of head a.
 
     Args:
         map_BATT: attention maps of the student, shape (B, A, T, T), 0 where m is padding.
@@ -69,8 +77,9 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar. In training it is computed in the precision of the maps (the error in
-        bfloat16 is about 4e-4 a token); without a gradient, as on held-out rows, in float32.
+        A float32 scalar. In training, the divergence is computed in the precision of the maps (the
+        error in bfloat16 is about 4e-4 a token); without a gradient, as on held-out rows, in
+        float32.
 
     Raises:
         ValueError: the shapes differ.
@@ -83,7 +92,7 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
 
 
 class _Divergence(torch.autograd.Function):
-    """KL divergence in few passes over large maps, in their precision; 4 x as fast as autograd."""
+    """KL divergence in few passes over large maps, in the maps' precision; 4 x autograd's speed."""
 
     LEAST = 1e-30  # in place of 0, which has no logarithm
 
@@ -103,16 +112,17 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """Return how much of what context adds in a teacher layer the student has learned.
+    """Return the share of a teacher layer's dependence on context that the student has learned.
 
-    ``1 - (MSE - MSE_t) / (MSE_context_free - MSE_t)``. 0: no more than a look-up table of words. 1:
-    equal to the teacher. Negative: less than the table.
+    ``1 - (mse - mse_teacher) / (mse_context_free - mse_teacher)``. 0: the student predicts the
+    states no better than a look-up table of words does. 1: as well as the teacher. Negative: worse
+    than the table.
 
     Args:
-        mse: error of predicting the teacher layer from the student.
-        mse_context_free: error of predicting it from the teacher's embedding output, by the best
-            linear map.
-        mse_teacher: error of predicting it from itself; above 0 if that map is regularised.
+        mse: mean squared error of predicting the layer's states from the student's, linearly.
+        mse_context_free: error of the best linear map from the teacher's embedding output.
+        mse_teacher: error of the map from the layer's states to themselves; above 0 if that map is
+            regularised.
     """
     span = mse_context_free - mse_teacher
     return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
@@ -125,20 +135,21 @@ def ridge_map(
     prior_DH: Tensor | None = None,
     has_constant: bool = True,
 ) -> Tensor:
-    """The linear map, with a constant, that best predicts targets from inputs.
+    """Return the linear map, with a constant, that best predicts targets from inputs.
 
-    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W - P|^2``; the constant is not
-    shrunk.
+    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W - P|^2`` for inputs X and targets
+    Y. The constant, the last row of W, is not shrunk.
 
     Args:
-        inputs_ND: shape (N, D).
-        targets_NH: shape (N, H).
+        inputs_ND: X, shape (N, D).
+        targets_NH: Y, shape (N, H).
         strength: weight of the shrinkage, relative to the mean variance of the inputs.
         prior_DH: P, what the map is shrunk to, shape (D, H); None: 0.
-        has_constant: whether there is one; else it is 0, and the variance is taken around 0.
+        has_constant: whether the map has a constant; if not, the last row of W is 0, and the
+            variance of X is taken around 0.
 
     Returns:
-        W, shape (D + 1, H), in float64; the last row is the constant.
+        W, shape (D + 1, H), in float64.
     """
     # Products of centred float32 numbers are exact enough, and ten times faster than those of
     # float64.

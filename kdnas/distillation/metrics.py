@@ -18,7 +18,7 @@ TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """Sums and numbers of the errors of each term of the loss."""
+    """Mean and number of the errors of each term of the loss, over all batches and ranks."""
 
     full_state_update = False
 
@@ -37,18 +37,18 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Return each term's mean error (0 if the count is 0) and count, shape (2, terms)."""
+        """Return each term's mean error (0 if there are none) and number of errors, (2, terms)."""
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
 class RidgeProbe(Metric):
     """Error of the best linear map from a student's hidden states to its teacher's.
 
-    The map is fitted on one half of the batches and measured on the other; the first batch is cut
-    in two, so one is enough. Only sums of products are stored: with X of shape (n, D + 1),
-    its last column 1, and Y of shape (n, H), ``W = argmin |X W - Y|^2 + strength * mean diagonal *
-    |W|^2`` on the first half and ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n H)`` on the
-    second.
+    The map is fitted on every other batch and measured on the others; the first batch is cut in
+    two, so one batch is enough. Let X, (n, D + 1), hold the student's states and a last column of
+    1, and Y, (n, H), the teacher's. The map is ``W = argmin |X W - Y|^2 + strength * mean diagonal
+    of X'X * |W|^2`` on the first half of the rows, and the error is ``MSE = (tr Y'Y - 2 tr W'X'Y +
+    tr W'X'X W) / (n H)`` on the second. So only sums of products are stored.
 
     Args:
         num_inputs: D, the student's width.
@@ -147,7 +147,11 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:
-    """Return a remark if the held-out loss was lower before the last epoch, else ``""``."""
+    """Return a remark if the last held-out loss is over 1 % above the best epoch's, else ``""``.
+
+    Args:
+        history: ``epoch`` (from 0) and held-out ``loss`` of each epoch, in order.
+    """
     best = min(history, key=lambda row: row["loss"])
     if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:
         return ""

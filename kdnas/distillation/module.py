@@ -130,14 +130,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
     """Lightning module that trains a student on its teacher's hidden states of masked inputs.
 
     ``loss = sum_k w_k e_k / s_k`` over the objective's terms k, with mean error e_k, weight w_k,
-    and s_k the variance of the teacher layer if the term is scaled, else 1. The held-out loss, from
-    which a candidate's reward is computed, is the weighted mean of the terms by which students can
-    be ranked (``Term.compares``), or of all terms if there are none.
+    and s_k the variance of the term's teacher layer if the term is scaled, else 1. The held-out
+    loss, from which a search computes the reward of a student, is the weighted mean of the terms by
+    which students can be ranked (``Term.compares``), or of all terms if no term is such.
 
     The teacher is not a submodule, so ``parameters()``, checkpoints and DDP do not include it.
-    ``setup`` sets ``self.states``, which maps a batch to the teacher's states. A search sets it
-    itself, once for all candidates, and with it ``self.calibration``, the rows on which students
-    are initialised.
+    ``setup`` sets ``self.states``, which maps a batch to the teacher's states, unless it is set
+    already: a search sets ``self.states`` once for all its students. The search also sets
+    ``self.calibration``, the rows on which the students are initialised.
 
     Args:
         teacher: a folder, a hub name or ``quickstart``.
@@ -231,7 +231,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Initialise the student from the teacher, and the criterion from both; do so only once."""
+        """Initialise the student from the teacher, and the criterion from both, if not yet done."""
         if self.started is not None:
             return
         release_memory()  # memory that reading the text has left allocated
@@ -247,7 +247,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Save the student with the teacher's tokenizer; its config records the teacher's hash."""
+        """Save the student and the teacher's tokenizer; the config records the teacher's hash."""
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -257,7 +257,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:
-        """Run the student on a batch; return views of its states and of the teacher's."""
+        """Run the student on a batch; return a view of its states and one of the teacher's."""
         assert self.states is not None, "setup() sets it"
         # In train mode the attention maps would have dropout.
         is_eager = self.student.config._attn_implementation == "eager"
@@ -320,13 +320,13 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
-        """Return texts and their sentence vectors (B, H), the means of the last layer's states."""
+        """Return texts and their sentence vectors, (B, H): means of the last layer's states."""
         states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
         view = View(self.student, cast(Batch, batch), states)
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the held-out metrics of the student, and those of each term and teacher layer."""
+        """Return the student's held-out metrics, and metrics of each term and teacher layer."""
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
@@ -361,7 +361,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return the error of each term, and the lowest error on each teacher layer."""
+        """Return each term's mean error, and metrics of the lowest one on each teacher layer."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -377,12 +377,16 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Return the variance and the context-free error of a teacher layer."""
+        """Return the reference values, such as the variance, for errors on a teacher layer."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Return the terms' weights in the loss, (terms,), divided by the LayerStats field."""
+        """Return the terms' weights in the loss, (terms,).
+
+        A scaled term's weight is divided by a variance of its layer: the field ``scale`` of the
+        layer's ``LayerStats``.
+        """
         weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)
             if term.scaled and term.layer is not None

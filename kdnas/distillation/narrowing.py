@@ -1,8 +1,9 @@
 """A smaller student is made from its teacher's layers, one linear map at a time, by least squares.
 
-The stream is what flows from layer to layer: the hidden states of the real tokens. "Flat" tensors
-hold the N real tokens of all calibration rows one after the other. Shapes: B rows, T padded tokens,
-H_t and H_s the widths of teacher and student, L layers, A heads, D dimensions of a head.
+The stream is what flows from layer to layer: the hidden states of the real tokens. The maps are
+fitted on calibration rows, some training rows. "Flat" tensors hold the N real tokens of all
+calibration rows one after the other. Shapes: B rows, T padded tokens, H_t and H_s the widths of
+teacher and student, L layers, A heads, D dimensions of a head.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +30,13 @@ ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Initialise a student's embeddings so that they give the teacher's in another basis.
+    """Initialise a student's embeddings: their output is nearly the teacher's times ``basis_TS``.
 
-    Layer norm is gamma * centred(x) / std(x) + beta. gamma and the centring are linear, so they go
-    into the embedding tables; the student's gamma is then one number, how much smaller the
-    projected vectors are than the centred ones. If a linear map follows the tables (ALBERT,
-    ELECTRA), tables are copied and the map is projected. If the widths are equal, all is copied.
+    Layer norm is gamma * centred(x) / std(x) + beta. The teacher's gamma and centring are linear,
+    so they go into the student's embedding tables. The student's gamma is then the same number in
+    all dimensions: the mean ratio of the std of a word in the student's table to that in the
+    teacher's. If a linear map follows the tables (ALBERT, ELECTRA), tables are copied and the map
+    is projected. If student and teacher have the same width, all is copied.
 
     Args:
         student: the student, changed in place.
@@ -75,8 +77,9 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
     """Return the names of embedding parameters that are trained as copies of the teacher's.
 
-    Those are tables with a linear map behind them. Others may be copies too, but the parts behind
-    them are not, so they are trained like new parameters (LOG.md).
+    These are the parameters of embeddings with a linear map behind the tables. Without that map,
+    embeddings may be copies too, but the layers behind them are not. So such embeddings are trained
+    like new parameters (LOG.md).
     """
     if embedding_mapping(student) is None:
         return frozenset()
@@ -89,15 +92,18 @@ def narrow(
 ) -> tuple[tuple[int, ...], ...]:
     """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    Let x_l be the teacher's stream after layer l, and B (H_t, H_s) its principal components over
-    all layers l at which student layers end, rotated to be free of the mean that a layer norm
-    removes. The student's stream z is to be ``B^T x``. For each student layer, in order: its query,
-    key and value maps are the ridge regression on z of the queries, keys and values of the kept
-    teacher heads; its output maps are the ridge regression of ``sigma B^T norm(x) - z``, where
-    sigma is the scale that the teacher's layer norm divides by; its layer norms get a scale and a
-    shift for each dimension. If teacher layers are left out, the layer's second output map is
-    fitted to the input of the next kept layer, and so replaces them as far as a linear map can.
-    Other families than BERT differ in some steps (``_STEPS``).
+    A student layer is made from one teacher layer (``kept_layers``). It replaces a group of teacher
+    layers: that one and the layers behind it that are left out. Let x be the teacher's stream, and
+    B (H_t, H_s) the principal components of x after the embeddings and after each group, rotated to
+    be free of the mean that a layer norm removes. The student's stream z is to be ``B^T x``.
+
+    Student layers are fitted in order. A layer's query, key and value maps are the ridge regression
+    on z of the queries, keys and values of the kept teacher heads: those that change x most. The
+    output maps, of attention and of the feed-forward part, are the ridge regression of ``sigma B^T
+    norm(x) - z``, where sigma is the standard deviation that the teacher's layer norm divides by.
+    The layer norms get a scale and a shift for each dimension. The output map of the feed-forward
+    part is fitted to x after the group, and so replaces the left-out layers as far as a linear map
+    can. Families other than BERT differ in some steps (``_STEPS``).
 
     If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
     copied, and least squares correct each copied map.
@@ -105,8 +111,8 @@ def narrow(
     Args:
         student: the student, changed in place.
         teacher: the teacher, of the same family.
-        rows: rows to calibrate on; 20,000 tokens are enough for a width of 192, and three times as
-            many are a little better (LOG.md).
+        rows: calibration rows; 20,000 tokens are enough for a student of width 192, and three
+            times as many are a little better (LOG.md).
 
     Returns:
         For each student layer, the teacher's heads that its heads were made from.
@@ -124,8 +130,8 @@ class TeacherStream:
     """A teacher's hidden states on the calibration rows, shared by all of its students.
 
     Args:
-        states: layer -> hidden states after it, (N, H_t), in float16; -1: the embedding output, in
-            float32.
+        states: layer -> hidden states after that layer, (N, H_t), in float16; -1: the embedding
+            output, in float32.
         scales: for each norm that ends a layer, the standard deviation that it divides by, (N, 1).
         is_raw: whether the states are taken before a norm (pre-norm families).
     """
@@ -136,10 +142,10 @@ class TeacherStream:
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """Return the covariance of the states after a layer, of trace 1: (H_t, H_t), float64.
+        """Return the covariance of the states after a layer, scaled to trace 1, (H_t, H_t).
 
-        For raw states, it is the second moment of the normed states: the mean is not subtracted,
-        because the maps behind the norm have no bias that could restore it.
+        For raw states (``is_raw``) it is the second moment of the normed states. The mean is not
+        subtracted, because the maps behind the norm have no bias that could restore the mean.
         """
         if layer not in self._covariances:
             states = self.states[layer].float()
@@ -153,7 +159,7 @@ class TeacherStream:
 
     @classmethod
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
-        """Compute the teacher's stream by one pass over the rows."""
+        """Compute the teacher's stream by one pass over the calibration rows."""
         _, embedded = _embedded(teacher, rows)
         norms = _last_norms(teacher)
         num_layers, is_raw = teacher.config.num_hidden_layers, family_of(teacher.config).norm_first
@@ -196,7 +202,7 @@ def _last_norms(teacher: Any) -> list[nn.Module]:
 
 
 class CalibrationRows(list[Batch]):
-    """Rows to calibrate on; they cache a teacher's hidden states, which all its students share."""
+    """Calibration rows that cache a teacher's hidden states, which all its students share."""
 
     def __init__(self, rows: Iterable[Batch]) -> None:
         super().__init__(rows)
@@ -280,7 +286,7 @@ class _Narrowing:
             z = self._layer(number, source, end, heads[number], z)
 
     def _basis(self, layers: list[int]) -> Tensor:
-        """Return principal components (H_t, H_s) of the stream, each layer weighted alike."""
+        """Return the stream's principal components (H_t, H_s), all these layers weighted alike."""
         width = self.ours.hidden_size
         total = torch.stack([self.stream.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
@@ -302,7 +308,7 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Return for each layer the teacher's heads that change the stream most, ascending."""
+        """Return for each source the heads that change the stream most, in ascending order."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
@@ -317,8 +323,12 @@ class _Narrowing:
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
         """Fit one student layer, and return the student's stream after it.
 
-        ``source`` is the teacher layer it is made from; it is fitted to the teacher's stream after
-        layer ``end``.
+        Args:
+            number: number of the student layer.
+            source: the teacher layer from which the student layer is made.
+            end: the teacher layer to whose output the student layer's output is fitted.
+            heads: the heads of ``source`` to keep.
+            z: the student's stream before the layer.
         """
         layer = self.layers[number]
         names, part = self.names, layer.get_submodule
@@ -337,7 +347,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit the attention of a student layer, and return the stream after the attention norm."""
+        """Fit a student layer's attention, and return the student's stream after its norm."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -353,7 +363,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Set the key maps to 0: unused dimensions of a larger head must not change the scores."""
+        """Set key maps to 0: dimensions beyond the teacher's head size must not change scores."""
         for linear in self._score_maps(layer, "key"):
             linear.weight.zero_()
             if linear.bias is not None:
@@ -368,7 +378,7 @@ class _Narrowing:
         return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the linear maps of a layer that make queries, or keys."""
+        """Return the linear maps of a layer that make its queries or keys (``part``)."""
         return [_Linear(*attention_part(self.family, layer, part))]
 
     def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -390,7 +400,7 @@ class _Narrowing:
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """Return the outputs of the intermediate map that belong to these neurons."""
+        """Return the numbers of the intermediate map's outputs that belong to these neurons."""
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
@@ -440,7 +450,7 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """Return a teacher layer's queries or keys: of tokens, then of relative positions."""
+        """Return a teacher layer's queries or keys: of tokens, then of any relative positions."""
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
@@ -503,7 +513,7 @@ class _Narrowing:
         return _best_factors(query, key, size)
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return where in a head of ``size`` the dimensions of a teacher's query or key go."""
+        """Return for each dimension of a teacher's query or key its place in a head of ``size``."""
         return torch.arange(their_size)
 
 
@@ -573,7 +583,7 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """Steps that keep the same heads in all layers: those that change the stream most overall."""
+    """Steps that keep the same heads in all layers: those that change the stream most in all."""
 
     def _importance(self, sources: list[int]) -> Tensor:
         importance = super()._importance(sources)
@@ -594,11 +604,13 @@ class _DistancesSameWidth(_SameWidth, _Distances):
 
 
 class _Positions(_Narrowing):
-    """Steps for DeBERTa, whose scores also use queries and keys of a shared table of distances.
+    """Steps for DeBERTa, whose scores also use queries and keys of relative distances.
 
-    The table is projected into the student's basis. If there is a convolution beside the first
-    layer, a narrower student's is initialised to nearly 0: its output goes through an activation,
-    dimension by dimension, so it cannot be expressed in another basis.
+    Those queries and keys are made from a table of distances that all layers share. The table is
+    projected into the student's basis.
+    If there is a convolution beside the first layer, a narrower student's convolution is
+    initialised to nearly 0. Its output goes through an activation, dimension by dimension, so the
+    teacher's convolution cannot be expressed in another basis.
     """
 
     def _shared(self, heads: list[list[int]]) -> None:
@@ -622,7 +634,7 @@ class _Positions(_Narrowing):
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the map for tokens and the one for distances, which may be the same."""
+        """Return the map for tokens and, if any, the map for distances, maybe the same map."""
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
         if not attention.relative_attention:
@@ -677,10 +689,11 @@ class _PositionsSameWidth(_SameWidth, _Positions):
 class _NormFirst(_Narrowing):
     """Steps for ModernBERT, which is pre-norm, and has gates and rotary positions.
 
-    The stream itself is never normed, so each part is fitted to what the teacher's part adds, in
-    the student's basis. The scales of norms go into the maps behind them. Dimensions i and i + D/2
-    of a head are a complex number, rotated by ``theta ** (-2 i / D)`` from token to token; in a
-    smaller head, teacher dimensions with the nearest rotation are reduced to one.
+    The stream itself is never normed, so each part is fitted to the difference between the
+    teacher's stream after the part, in the student's basis, and the student's stream before it. The
+    scales of norms go into the maps behind the norms. Dimensions i and i + D/2 of a head are a
+    complex number, rotated by ``theta ** (-2 i / D)`` from token to token. For a smaller head, the
+    teacher's complex numbers with nearly the same rotation are reduced to one.
     """
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
@@ -744,9 +757,10 @@ class _NormFirstSameWidth(_SameWidth, _NormFirst):
 class _OneLayer(_OneSetOfHeads):
     """Steps for ALBERT, whose one shared layer is fitted to the work of all depths at once.
 
-    Each depth has its share of the rows. The layer's inputs are first the teacher's stream in the
-    student's basis, and then the student's own stream at each depth. The depths are evenly spread,
-    because one layer cannot do much at one depth and little at another (LOG.md).
+    A depth is one of the passes through the shared layer; each has its share of the calibration
+    rows. The layer's inputs are first the teacher's stream in the student's basis, and then the
+    student's own stream at each depth. All depths replace about as many teacher layers, because one
+    layer cannot do much at one depth and little at another (LOG.md).
     """
 
     def _kept(self) -> list[int]:
@@ -781,7 +795,7 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Return for each depth a mask of its tokens, (N,); the rows of a batch take turns."""
+        """Return for each depth a mask of its tokens, (N,); rows go to the depths in turn."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 
@@ -807,7 +821,7 @@ class _Linear(NamedTuple):
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy the outputs ``of`` one linear map ``to`` outputs of another, times ``factor``."""
+    """Copy outputs ``of`` of map ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor
@@ -844,10 +858,16 @@ def fit_linear(
     strength: float = 3e-2,
     adds: bool = False,
 ) -> Tensor:
-    """Set a linear map to the ridge regression, and return its output.
+    """Set a linear map to the ridge regression of targets on inputs, and return its output.
 
-    Of a head with more outputs than targets only the first ones are set. With ``adds`` it is shrunk
-    to what the map was, and not to 0.
+    Args:
+        linear: the map, changed in place; its outputs are those of ``num_heads`` heads.
+        inputs: shape (N, D).
+        targets: shape (N, any); if a head has more outputs than targets, only its first outputs are
+            set.
+        num_heads: number of heads.
+        strength: weight of the shrinkage, as in ``ridge_map``.
+        adds: shrink to what the map was, not to 0.
     """
     outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
@@ -861,7 +881,7 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return two factors of at most ``rank`` columns with the product nearest ``left right^T``."""
+    """Return a and b, of at most ``rank`` columns, with ``a b^T`` nearest to ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)

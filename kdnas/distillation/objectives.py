@@ -64,7 +64,7 @@ class View:
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
-        """Return a layer's hidden states of all tokens, (B, T, H); padding has arbitrary ones."""
+        """Return a layer's hidden states of all tokens, (B, T, H), arbitrary for padding."""
         if layer not in self._padded:
             states_NH = self._real[layer]
             padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
@@ -86,7 +86,11 @@ class View:
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
-        """Return queries, keys or values of a layer's chosen heads, (B, A, T, H / num_heads)."""
+        """Return a layer's queries, keys or values (``part``), (B, A, T, H / num_heads).
+
+        The layer's map is divided into ``num_heads`` heads, of which only the ``chosen`` are
+        returned (by default all).
+        """
         module = self.family.layers(self.model)[layer]
         weight, bias = attention_part(self.family, module, part)
         if chosen is not None:
@@ -124,12 +128,13 @@ class Term:
     Args:
         name: name in the logs.
         weight: weight in the loss, relative to the other terms.
-        layer: the teacher layer whose states are compared, if the term is a squared error of them.
-        scaled: whether the error is divided by that layer's variance.
-        compares: whether students can be ranked by the term. False if it depends on which layers a
-            student has, because some are easier to learn. (True for hidden states of mapped layers,
-            as in the original, although only LastLayer and LearnedMapping set the same task for
-            every student.)
+        layer: the teacher layer whose states are compared, if the term is a squared error of
+            states.
+        scaled: whether the error is divided by the variance of ``layer``.
+        compares: whether students can be ranked by the term. False if the error depends on which
+            teacher layers a student is made from, because some are easier to learn. (True for
+            hidden states of mapped layers, as in the original KD-NAS, although only LastLayer and
+            LearnedMapping set the same task for every student.)
     """
 
     name: str
@@ -146,10 +151,16 @@ class Criterion(nn.Module):
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """Return for each term the sum of its errors and their number (of tokens or rows)."""
+        """Return for each term the sum of its errors and the number of tokens or rows summed."""
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        """Initialise parameters from states of the initialised student; by default do nothing."""
+        """Initialise the criterion's parameters; by default do nothing.
+
+        Args:
+            started: how the student was initialised.
+            students: a view of the initialised student for each calibration batch.
+            teachers: a view of the teacher for each of these batches.
+        """
 
 
 class Objective(ABC):
@@ -157,7 +168,7 @@ class Objective(ABC):
 
     @abstractmethod
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        """Return the teacher layers whose states are needed; -1 is the embedding output."""
+        """Return the teacher layers whose states the criterion needs; -1: the embedding output."""
 
     @abstractmethod
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
@@ -167,7 +178,7 @@ class Objective(ABC):
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """Return the teacher layers that students of these depths need, ascending; always the last.
+    """Return the teacher layers that students of these depths need, and the last one, ascending.
 
     Raises:
         UserError: the objective asks for a layer that the teacher does not have.
@@ -184,11 +195,12 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error between projected student states and teacher states, as in the original.
+    """Mean squared error of projected student states to teacher states, as in the original KD-NAS.
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
-    and one of its teacher layers j, and real tokens n. Each student layer has its own linear
-    projection H_s -> k * H_t, for its k teacher layers together.
+    and a teacher layer j that it learns from, and over real tokens n. var_j is the variance of
+    teacher layer j. Each student layer has its own linear projection H_s -> k * H_t, for the k
+    teacher layers that it learns from.
 
     Args:
         mapping: which teacher layers each student layer learns from.
@@ -270,10 +282,10 @@ class _HiddenStates(Criterion):
 class LearnedMapping(Objective):
     """Squared errors on every teacher layer, each with a learned mixture of student layers.
 
-    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j and
-    student layers i. ``p_j = softmax(a_j)`` is trained with the student. The mixture is over the
-    student's layers, so no teacher layer can be left out for an easier one, and all students have
-    the same task.
+    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j,
+    student layers i and real tokens n. var_j is the variance of teacher layer j. ``p_j =
+    softmax(a_j)`` is trained with the student. The mixture is over the student's layers, so no
+    teacher layer can be left out for an easier one, and all students have the same task.
 
     Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
     """

@@ -27,7 +27,7 @@ class Started:
         copied: names of the student's parameters that were copied from the teacher; they are
             trained at lower learning rates.
         heads: for each student layer, the teacher's heads from which its heads were made; None:
-            they were not made from the teacher's.
+            the student's heads were not made from the teacher's.
     """
 
     copied: frozenset[str] = frozenset()
@@ -44,11 +44,11 @@ class Start(ABC):
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Initialise a student from its teacher; ``rows`` are training rows to calibrate on."""
+        """Initialise a student from its teacher; ``rows`` are training rows to fit maps on."""
 
 
 class RandomStart(Start):
-    """Keep the student's random weights, as the original does."""
+    """Keep the student's random weights, as the original KD-NAS does."""
 
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
@@ -60,7 +60,8 @@ class FromEmbeddings(Start):
     """Initialise only the embeddings, by projecting the teacher's; layers stay random.
 
     The projection is on the first H_s principal components (H_s: the student's width) of the
-    teacher's embedding output over its vocabulary. If the widths are equal, tables are copied.
+    teacher's embedding output over its vocabulary. If student and teacher have the same width, the
+    embeddings are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -85,10 +86,10 @@ class FromTeacher(Start):
 
     Other students are made by ``narrow``: the residual stream is projected on its principal
     components, the heads and neurons that change it most are kept, and every linear map is fitted
-    by least squares: from the student's own stream on ``rows`` to the output of the teacher's part.
-    So each part corrects the errors of the parts before it. A student as wide as its teacher keeps
-    the stream, and copies those heads and neurons; least squares then correct each copied map for
-    dropped heads, neurons and layers.
+    by least squares: from the student's own stream on training rows to the output of the teacher's
+    part. So each part corrects the errors of the parts before it. A student as wide as its teacher
+    keeps the stream, and the kept heads and neurons are copied; least squares then correct each
+    copied map for dropped heads, neurons and layers.
 
     Raises:
         UserError: a size of the student is larger than its teacher's.
@@ -122,7 +123,7 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
     """Return the first principal components of the teacher's embedding output over its vocabulary.
 
-    They are the orthonormal columns of a float32 matrix of shape (H_t, width).
+    The components are the orthonormal columns of a float32 matrix of shape (H_t, width).
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
@@ -139,7 +140,7 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
     """Copy embeddings and layers to a student that differs from its teacher at most in depth.
 
-    ``kept_layers`` chooses the layers.
+    ``kept_layers`` chooses the teacher's layers.
     """
     family = family_of(teacher.config)
     layers, sources = family.layers(student), family.layers(teacher)

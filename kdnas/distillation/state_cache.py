@@ -2,13 +2,14 @@
 
 A cache is a folder of shards. A shard holds the states of rows of similar length: an array (L, T)
 of records of H numbers, for L layers and T real tokens. The rows that a search needs have shards of
-their own; shards of other rows are computed when those rows are first needed.
+their own; the shards of other rows are computed when those rows are first needed.
 
-The folder's name is the hash of everything that the states depend on. A shard's file name holds its
-place (mask variant and number), and the hash of folder, place and content. So each shard can be
-checked by itself, without an index: one that is missing, truncated, damaged, misplaced or from
-another cache is computed again. ``checked.json`` has the stamps (size, time of change) of the
-shards that one process has checked, so that other processes need not read them for that.
+The folder's name is the hash of everything that the states depend on. A shard's file name holds
+the shard's place (the number of the mask, called variant, and the number of the shard), and the
+hash of folder, place and content. So each shard can be checked by itself, without an index: a shard
+that is missing, truncated, damaged, misplaced or from another cache is computed again.
+``checked.json`` has the stamps (size, time of change) of the shards that one process has checked,
+so that other processes need not read these shards to check them.
 """
 
 import errno
@@ -69,7 +70,7 @@ def cache_key(
         rows: the rows whose states are stored.
         layers: the stored teacher layers, ascending.
         precision: precision of the stored numbers.
-        order: all row numbers, in the order in which they are needed; by default ascending.
+        order: numbers of all rows, in the order in which they are needed; by default ascending.
         computed_in: precision of the teacher's matmuls, which depends on the machine; bfloat16
             changes a state by more than the rounding of float16.
     """
@@ -127,12 +128,12 @@ class StateCache:
     """The teacher's hidden states of every row and mask variant, in a folder of shards.
 
     Args:
-        folder: ``<teacher_states>/<cache_key>``.
+        folder: the cache's folder, named after the ``cache_key``.
         rows: the rows whose states are stored.
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
         precision: precision of the stored numbers.
-        order: all row numbers, in the order in which they are needed; by default ascending.
+        order: numbers of all rows, in the order in which they are needed; by default ascending.
     """
 
     def __init__(
@@ -220,7 +221,14 @@ class StateCache:
     ) -> None:
         """Compute one of ``num_shares`` shares of the missing shards, for a later ``build``.
 
-        The process that starts several processes for this must hold the folder's ``lock``.
+        The process that starts a process for each share must hold the folder's ``lock``.
+
+        Args:
+            teacher: function from a batch to the states (N, H) of each stored layer.
+            batch_tokens: largest number of tokens in a batch, padding included.
+            row_ids: numbers of the rows that are needed.
+            share: number of this share, from 0.
+            num_shares: number of shares.
         """
         there = {path.name.partition(".")[0] for path in self.folder.glob("variant*.bin")}
         for place in self._places(row_ids)[share::num_shares]:
@@ -277,7 +285,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return for each existing shard, by its prefix, the stamps of its files (usually one)."""
+        """Return the stamps of all shard files: shard's prefix -> file name -> stamp."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -290,7 +298,7 @@ class StateCache:
         return found
 
     def _checked(self, places: Iterable[Place]) -> dict[Place, str | None]:
-        """Return the names of shards that are unchanged since a process checked them, else None."""
+        """Return each shard's file name, or None if the file changed since a process checked it."""
         checked, found = read_stamps(self.folder / CHECKED), self._stamps()
 
         def name_of(place: Place) -> str | None:
@@ -311,7 +319,7 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the shard's undamaged file, and remove damaged ones; the caller holds the lock."""
+        """Return the undamaged one of a shard's files; remove damaged ones (under the lock)."""
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
             with path.open("rb") as file:

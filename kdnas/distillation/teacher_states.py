@@ -52,7 +52,9 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """The two probe errors that mark contextual shares of 0 and 1, on the teacher's last layer.
+    """The errors of the token probe at which the ``contextual_share`` is 0 and 1.
+
+    The token probe is a ``RidgeProbe`` of the teacher's last layer.
 
     Args:
         context_free: error of the layer predicted from the teacher's embedding output (share 0).
@@ -95,7 +97,7 @@ class LiveTeacher:
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Compute the states of a batch's real tokens: for each layer (N, H), on its device."""
+        """Compute each layer's states (N, H) of a batch's real tokens, on the batch's device."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -109,7 +111,15 @@ StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or 
 
 @dataclass(eq=False)
 class TeacherStates:
-    """The teacher's states of some layers, stored or live, and their reference values."""
+    """The teacher's states of some layers, stored or live, and reference values for errors.
+
+    Args:
+        source: gives the states of a batch.
+        layers: teacher layers that ``source`` has, ascending.
+        hidden_size: width of the teacher.
+        stats: layer -> reference values for errors on that layer.
+        ends: reference values of the contextual share.
+    """
 
     source: StateSource
     layers: list[int]
@@ -118,7 +128,10 @@ class TeacherStates:
     ends: ShareEnds
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Return layer -> states (N, H) of real tokens, on its device; default: all layers."""
+        """Return layer -> states of a batch's real tokens, (N, H), on the batch's device.
+
+        By default, these are the states of all ``self.layers``.
+        """
         layers = self.layers if layers is None else layers
         ahead = batch.get("states", {})
         if ahead.keys() >= set(layers):
@@ -128,7 +141,7 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """Add stored states and the indices of real tokens to a loader's batch, in advance.
+        """Return a batch of a loader together with stored states and the indices of real tokens.
 
         Args:
             batch: a batch on the CPU.
@@ -195,7 +208,7 @@ def open_states(
         precision: the Trainer's precision; with 32-true, the teacher is in float32 on a GPU too.
 
     Raises:
-        UserError: the disk has too little room for a cache within the budget.
+        UserError: the cache is within ``settings.max_gb``, but the disk has too little room for it.
     """
     cache = state_cache(teacher, data, layers, settings, device, precision)
     source = _build(cache, LiveTeacher(teacher.model, precision), data, settings, device)
@@ -217,7 +230,7 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """Return the cache, built for the needed rows, or the live teacher if over budget."""
+    """Return the cache, built for the needed rows; if that is over budget, the live teacher."""
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -248,7 +261,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return the function from a batch to its states for a cache, and the tokens of a batch."""
+    """Return the first two arguments of ``cache.build``: the teacher, and the tokens of a batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -288,7 +301,7 @@ def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) 
 
 
 def _sha256(path: Path, value: Any) -> str:
-    """Hash the measured values with the path, which names the cache's key and the rows."""
+    """Hash the measured values and their path, which has the cache's key and the number of rows."""
     bound = [path.parent.name, path.name, value]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -329,7 +342,7 @@ def measure(
     data: KDDataModule,
     device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
-    """Measure the reference values of a student's errors, the same for every split and rank.
+    """Measure reference values for students' errors, the same for every split and rank.
 
     Args:
         model: the teacher's encoder.
@@ -371,8 +384,9 @@ def _stats(
 ) -> dict[int, LayerStats]:
     """Measure the variance of each layer, and the error of its best context-free predictor.
 
-    The predictor is fitted on about ``STATS_TOKENS`` tokens of the ``mini`` training rows, whatever
-    the split, and measured on as many tokens of held-out rows.
+    The predictor is a linear map from the embedding output. It is fitted on about ``STATS_TOKENS``
+    tokens of the ``mini`` training rows, whatever the split of ``data``, and measured on as many
+    tokens of held-out rows.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):
@@ -400,14 +414,17 @@ def _stats(
 
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
-    """Return batches of about ``num_tokens`` real tokens from these rows, the same on all ranks."""
+    """Return batches of some of the rows ``sample_ids``, the same on all ranks.
+
+    The batches together have about ``num_tokens`` real tokens, or fewer if the rows have fewer.
+    """
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
     return [data.rows[index] for index in _batches(data, chosen)]
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """Return batches as the loader of held-out rows makes them, but all on this rank."""
+    """Return batches of rows as the loader of held-out rows makes them, but all on this rank."""
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

@@ -58,7 +58,7 @@ class StudentArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the five fields as plain values, loadable with ``weights_only=True``."""
+        """Return the fields as plain values, which torch.load reads with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
@@ -83,7 +83,7 @@ class StudentArch:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "StudentArch":
-        """Read an architecture from a file of ``to_yaml``."""
+        """Read an architecture from a file that ``to_yaml`` wrote."""
         return cls.from_dict(read_yaml(path))
 
 
@@ -92,9 +92,9 @@ def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
 
     For a student of L_s layers and a teacher of L_t these are ``0, ..., L_s - 2`` and ``L_t - 1``;
     a student of one layer is made from layer 0. Attention between two sentences needs consecutive
-    layers: with four evenly spread layers of half the width, a student keeps a third less of its
-    teacher's STS-B score. For two to four of six layers, ending with the teacher's last layer makes
-    a better student than ending with the next consecutive one (LOG.md).
+    layers: made from four evenly spread layers, a student of half the width keeps a third less of
+    its teacher's STS-B score. Of a teacher of six layers, students of two to four layers are better
+    if they end with the teacher's last layer than with the next consecutive one (LOG.md).
 
     Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer
     models": symmetric dropping keeps bottom and top layers. How many of each is measured here.

@@ -1,7 +1,7 @@
 """Checks of a checkpoint's files, made before any weight is read.
 
-The files are not trusted: they may not refer to files elsewhere, to code or to the hub, and the
-sizes that they state are compared with the tensors that they hold.
+The files are not trusted: they may not refer to files in other folders, to code or to the hub,
+and the sizes in the config are compared with the tensors in the weights.
 """
 
 import json
@@ -59,7 +59,7 @@ def read_config(path: Path) -> PreTrainedConfig:
 
     Raises:
         UserError: the family is not supported.
-        ValueError: a number is absurdly large, or the config refers to files elsewhere.
+        ValueError: a number is absurdly large, or the config refers to other files.
         Exception: any other error, if the file is broken.
     """
     values = _read_json(path)
@@ -151,7 +151,7 @@ def _shapes_of(path: Path) -> Shapes:
 
 
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Refuse a config with a size that no tensor has, or over twice the weights' parameters."""
+    """Refuse a config with a size above every tensor's, or over twice the weights' parameters."""
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
     for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
@@ -171,7 +171,7 @@ def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
 
 
 def _num_parameters(config: PreTrainedConfig) -> int:
-    """Count an encoder's parameters without allocating them; 0 if the config is no encoder's."""
+    """Count an encoder's parameters without allocating them; 0 if none can be built."""
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, **find_family(config.model_type).build)

@@ -130,7 +130,7 @@ class Teacher:
     def sha256(self) -> str:
         """Return the hash of all that the teacher's hidden states depend on.
 
-        These are its parameters, and its config without fields for training, heads and labels.
+        These are the parameters, and the config without fields for training, heads and labels.
         """
         common = PreTrainedConfig().to_dict().keys()
         config = {
@@ -182,11 +182,14 @@ def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def find_teacher(name: str) -> Teacher:
-    """Find a teacher, and refuse a model that cannot be one before any weight is read.
+    """Find a teacher and check it; a model that cannot serve as a teacher is refused.
 
     Args:
         name: ``quickstart`` (all-MiniLM-L6-v2 from the package index), a folder, or a name on the
             Hugging Face hub.
+
+    Returns:
+        The teacher's config and tokenizer; its weights are read later, by ``Teacher.load``.
 
     Raises:
         HubAway: the hub does not answer.
@@ -300,7 +303,7 @@ def _quickstart_folder() -> str:
 
 
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
-    """Build an encoder of the teacher's family and of this shape, with random weights."""
+    """Build an encoder of the teacher's family and of the shape ``arch``, with random weights."""
     return build_encoder(student_config(teacher_config, arch))
 
 
@@ -326,8 +329,9 @@ def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
     """Run a model; ``hidden_states`` of the output are the embeddings' and each layer's, (B, T, H).
 
-    With ``maps`` the output also has ``attentions``, (B, A, T, T) for each layer, which needs eager
-    attention. A mask is passed only if there is padding: attention is faster without one.
+    With ``maps``, which needs eager attention, the output also has ``attentions``, (B, A, T, T) for
+    each layer. A mask is passed to the model only if there is padding: attention is faster without
+    a mask.
     """
     inputs = _embedding_inputs(model, batch)
     if has_padding(batch):
@@ -340,14 +344,14 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
 
 
 def has_padding(batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch has padding; for a batch of ``located``, without a device sync."""
+    """Return whether a batch has padding; with its ``real_tokens``, this needs no device sync."""
     if "real_tokens" in batch:
         return len(batch["real_tokens"]) < batch["input_ids"].numel()
     return not bool(batch["attention_mask"].all())
 
 
 def embed(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return ``encode(model, batch).hidden_states[0]``, (B, T, H), without running any layer."""
+    """Return the embedding output, (B, T, H): ``hidden_states[0]`` of ``encode``."""
     states = model.embeddings(**_embedding_inputs(model, batch))  # type: ignore[operator]
     mapping = embedding_mapping(model)
     return states if mapping is None else mapping(states)
@@ -373,7 +377,7 @@ def embedding_norm(model: PreTrainedModel) -> Any:
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Build an encoder and classification head with random weights; 1 label means regression."""
+    """Build an encoder with a classification head, randomly initialised; 1 label: regression."""
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     config.problem_type = None
@@ -383,7 +387,7 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Load a checkpoint as a classifier; without a fitting pooler or head, these start at random.
+    """Load a checkpoint as a classifier; a missing or unfitting pooler or head is random.
 
     Raises:
         UserError: a tensor is not finite, or all zero.
@@ -403,5 +407,5 @@ def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count a model's parameters; those shared by several layers count once."""
+    """Count a model's parameters; a parameter that several layers share counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -22,9 +22,9 @@ from kdnas.system.errors import UserError, nearest
 class LayerNames:
     """Names of the linear maps and layer norms within a transformer layer.
 
-    If query, key and value have the same name, they are the thirds of one map, in this order. An
-    intermediate map with twice as many outputs as ``output`` has inputs is gated: the second half
-    of its outputs are the gates.
+    If ``query``, ``key`` and ``value`` are the same name, they are the thirds of one map, in this
+    order. If the map ``intermediate`` has twice as many outputs as the map ``output`` has inputs,
+    the second half of these outputs are gates for the first half.
     """
 
     query: str = "attention.self.query"
@@ -74,7 +74,7 @@ class Family:
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
-    """Return ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T); ``parts`` such terms make a score."""
+    """Return one of ``parts`` terms of scores: ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T)."""
     return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
 
 
@@ -116,7 +116,7 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """Keep the teacher's embedding width, unless it equals the teacher's hidden size."""
+    """Return a new embedding width, the student's hidden size, if the teacher's two are equal."""
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
     return {}
@@ -236,7 +236,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a config."""
+    """Return the family of the model that a config describes."""
     return find_family(config.model_type)
 
 
@@ -280,12 +280,12 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Return a classifier's class names, in the order of its outputs (ids may start at 1)."""
+    """Return a classifier's class names, in the order of its outputs (whose ids may start at 1)."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
-    """Write class names, in the order of the classifier's outputs, into its config."""
+    """Write class names, in the order of the classifier's outputs, into the classifier's config."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
 
@@ -325,7 +325,7 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
     """Return a student's config: the teacher's with the student's shape.
 
     Vocabulary, positions, padding id and eps stay the teacher's; fields that depend on the shape
-    follow it. An activation that transformers does not know is refused.
+    change with it. An activation that transformers does not know is refused.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:

@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face hub: no answer is told apart from a mistake of the user."""
+"""Errors of the Hugging Face hub: a hub that does not answer, or a mistake of the user."""
 
 import errno
 import socket

@@ -25,10 +25,13 @@ class LayerMapping(ABC):
 
     @abstractmethod
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
-        """Return the teacher layers of one student layer, in the order of concatenation."""
+        """Return the teacher layers that the student layer ``layer`` learns from.
+
+        The projection of the student layer's states predicts these layers in this order.
+        """
 
     def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
-        """Return the teacher layers of every student layer.
+        """Return the teacher layers that each student layer learns from.
 
         Returns:
             L_s tuples of numbers of teacher layers.
@@ -61,8 +64,8 @@ class Last(LayerMapping):
 class Skip(LayerMapping):
     """Map student layer i to every k-th teacher layer: ``i * floor(L_t / L_s)``.
 
-    The original implementation has this rule in its README; its code uses ``floor(i * L_t / L_s)``.
-    They differ where a teacher of 12 layers has a student of 5, or of 7 to 10.
+    The original implementation of KD-NAS has this rule in its README; its code uses ``floor(i * L_t
+    / L_s)``. For a teacher of 12 layers, the two differ for students of 5, or of 7 to 10 layers.
     """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ class Skip(LayerMapping):
 
 
 class LastAndSkip(LayerMapping):
-    """Map each student layer to two teacher layers, by ``Last`` and ``Skip``, like the original."""
+    """Map each student layer to two teacher layers, by ``Last`` and ``Skip``, as in KD-NAS."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         sizes = (layer, num_student, num_teacher)
