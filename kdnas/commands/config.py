@@ -53,7 +53,7 @@ class SearchSettings:
         beta: latency, as a share of the teacher's, at which the latency factor is 1; it does not
             change the ranking.
         loss: the loss in the reward: ``held_out`` (on held-out rows, after the last epoch) or
-            ``train`` (the mean training loss of the last epoch, as in the original).
+            ``train`` (the mean training loss of the last epoch, as in the original KD-NAS).
 
     Raises:
         UserError: a value is out of its range.

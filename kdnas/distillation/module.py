@@ -78,7 +78,7 @@ class Recipe:
         weight_decay: weight decay of matrices; on a CPU not of the word embeddings.
         warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
             rest.
-        constant_rate: no warm-up and no decay, as in the original.
+        constant_rate: no warm-up and no decay, as in the original KD-NAS.
         dropout: train the student with its dropout (small students underfit anyway; off by
             default).
 
