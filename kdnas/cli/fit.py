@@ -96,7 +96,7 @@ class FlatData(KDDataModule):
 
 
 class KDCLI(LightningCLI):
-    """The Lightning CLI for one command, with defaults of kdnas; a fit writes the student at last."""
+    """The Lightning CLI for one command, with defaults of kdnas; a fit also writes the student."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
         self.command = command

@@ -127,7 +127,10 @@ def _shipped(name: str) -> str:
 
 
 def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Rewrite list options as the parser reads them: ``--batch 1 8``: ``--batch=[1] --batch+=[8]``."""
+    """Rewrite list options as the parser reads them.
+
+    For instance, ``--batch 1 8`` becomes ``--batch=[1] --batch+=[8]``.
+    """
     lists = {
         f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
     }
