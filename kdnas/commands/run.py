@@ -382,7 +382,7 @@ class SearchDisplay:
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
-        """Update the bar, ``trials.csv`` and TensorBoard; keep the weights of the best trials only."""
+        """Update the bar, ``trials.csv`` and TensorBoard; keep the best trials' weights only."""
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))

@@ -185,9 +185,9 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
     """Time the forward pass of each model, in alternation, so that a drift of the machine cancels.
 
     Models run in eval mode and inference mode, without autocast, with an attention mask. There are
-    several rounds. In each round every model makes an untimed pass, and then runs for at least a tenth of
-    ``min_seconds``. The first round is a warm-up and is dropped. On a GPU, the time of a pass is
-    measured between two CUDA events.
+    several rounds. In each round every model makes an untimed pass, and then runs for at least a
+    tenth of ``min_seconds``. The first round is a warm-up and is dropped. On a GPU, the time of a
+    pass is measured between two CUDA events.
 
     Args:
         models: torch models with a Hugging Face ``config``, or ONNX files with their

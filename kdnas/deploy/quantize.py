@@ -142,7 +142,7 @@ def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
 def compare(
     exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
 ) -> dict[str, float]:
-    """Return the ``cosine`` of two graphs' outputs; for a task also ``score`` and ``int8_score``."""
+    """Return the ``cosine`` of two graphs' outputs, and a task's ``score`` and ``int8_score``."""
     found = outputs(int8, batches)
     expected = outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}
