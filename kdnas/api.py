@@ -102,10 +102,9 @@ class GlueResult:
             over seeds; ``average``, the mean over tasks; ``spread``, the standard deviation of
             ``average`` over seeds; ``share_kept``, ``average`` divided by the first model's;
             ``latency_ms`` and ``latency_iqr_ms`` (median and interquartile range); ``speedup`` over
-            the first model; ``num_parameters``. With ``distill_from``, the rows of models that
-            learned from this classifier also have ``gap_closed``: how much of the gap in
-            ``average`` to the first model they close, beside the same model trained on the labels
-            alone (1: all of it).
+            the first model; ``num_parameters``. With ``distill_from``, each model that learned from
+            this classifier also has ``gap_closed``: its gain in ``average`` over the same model
+            without this help, divided by the gap of that model to the first one (1: all of it).
         folder: folder of the comparison, with ``runs.jsonl`` (a line for each fine-tuning).
     """
 
@@ -122,7 +121,8 @@ class LatencyResult:
             and length. Columns: ``model``, ``backend``, ``device``, ``threads``, ``batch``,
             ``length``, ``megabytes``, ``median_ms``, ``iqr_ms`` (interquartile range), ``p95_ms``,
             ``tokens_per_second``, ``sequences_per_second``, ``speedup`` over the first model.
-        json: a file with the same figures. Their picture has the same name, but ends with ``.png``.
+        json: a file with the same figures. A picture of them is in the same folder, under the same
+            name with the suffix ``.png``.
     """
 
     table: DataFrame
@@ -197,10 +197,10 @@ def search(
 
     The same call again resumes a search that was stopped, and returns the result of a finished one.
 
-    By default candidates (students on trial) are trained in this process, and a crash in native
-    code ends it. With ``workers=N`` they are trained in N other processes, and the search goes on
-    after such a crash. These processes import the calling script, so its call of ``search`` must
-    then be below ``if __name__ == "__main__":``.
+    By default candidates (the students that are tried) are trained in this process, and a crash in
+    native code ends it. With ``workers=N`` they are trained in N other processes, and the search
+    goes on after such a crash. As these processes import the calling script, its calls must then be
+    below ``if __name__ == "__main__":``.
 
     A model or text that is given as an object is written to ``inputs/`` in ``root``, the folder of
     all runs.
@@ -308,7 +308,7 @@ def distill(
         teacher: as for ``search``.
         text: as for ``search``.
         arch: the student's shape, or the result of a search.
-        num_epochs: passes over the rows.
+        num_epochs: passes over the training rows.
         recipe: objective, initial weights and learning rates; None: ``Recipe()``.
         data: how text becomes batches; None: ``DataSettings()``.
         states: where the teacher's hidden states are stored; None: ``StatesSettings()``.
@@ -461,7 +461,7 @@ def _config(kind: Any, **settings: Any) -> Any:
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a result of class ``kind`` from ``values``, of which it needs those of its fields."""
+    """Build a result of class ``kind`` from those ``values`` whose keys are its fields."""
     return kind(**{name: values[name] for name in signature(kind).parameters})
 
 

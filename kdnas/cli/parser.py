@@ -289,7 +289,7 @@ def values_in(args: Sequence[str]) -> Iterator[Any]:
 def refuse_pipes(values: Iterable[Any]) -> None:
     """Refuse pipes and devices as values of options.
 
-    The parser would open one as a YAML file if its option is a group of options.
+    For a group of options, such as ``--search``, the parser would open the value as a YAML file.
 
     Raises:
         UserError: a value is a pipe or a device; the message names the first such value.

@@ -36,7 +36,7 @@ def with_few_rows(
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """Return the config on a few random rows of its text and task, and the full numbers of rows.
+    """Return the config on a few random rows of its text and task, and the sizes of text and task.
 
     Args:
         config: config of a search or a run.

@@ -210,7 +210,7 @@ def _safe(name: str) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """One fine-tuning of a comparison: a contender on a task, with a seed or a grid's settings."""
+    """One fine-tuning of a comparison: a contender on a task, with one seed or one grid point."""
 
     contender: Contender
     task: LoadedTask
@@ -351,7 +351,7 @@ class Comparison:
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """Return a contender's settings on a task: the best of ``grid``, if that has any."""
+        """Return a contender's settings on a task: the config's or, with a grid, its best point."""
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name
@@ -484,7 +484,7 @@ def score_table(results: dict[str, Any]) -> Table:
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    """Return the text of a cell, on two lines, so that five tasks fit into 80 columns."""
+    """Return mean and spread as the text of a cell, on two lines: five tasks fit 80 columns."""
     return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
 
 

@@ -82,7 +82,10 @@ class Choice:
         write_json(run.choice, asdict(self))
 
     def of_config(self, config: RunConfig) -> RunConfig:
-        """Return the config with the chosen values, unless the user has changed a setting since."""
+        """Return the config with the chosen values.
+
+        A setting whose value in ``config`` is no longer the one asked for at the choice is kept.
+        """
         return with_values(
             config,
             {
@@ -114,7 +117,7 @@ class Choice:
 def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | None]:
     """Lower the settings of a run so that it ends within its ``time_budget``.
 
-    The choice is made once, when the run starts, and used again when it resumes.
+    The settings to lower are chosen once, when the run starts, and used again when it resumes.
 
     Args:
         config: config of the run.
@@ -151,7 +154,7 @@ def _is_open(config: RunConfig) -> bool:
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
-    """Measure a few rows; return the choice for the time budget, and the plan with it."""
+    """Measure a few rows; return the lowered settings for the time budget, and their plan."""
     assert config.time_budget is not None
     begin = time.monotonic()
     measured = measure(config)
@@ -164,8 +167,9 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
     """Return what a search or a run will need, for ``--dry-run``.
 
     Returns:
-        The choice, and the plan with it. The choice is None for a search, without a time budget,
-        with an executor, and for a run that was started without a choice.
+        The choice (the lowered settings), and the plan with these settings. The choice is None for
+        a search, without a time budget, with an executor, and for a run that was started without a
+        choice.
     """
     choice = None
     if isinstance(config, RunConfig):

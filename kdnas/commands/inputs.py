@@ -66,7 +66,7 @@ NO_RESULT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a search or a run, loaded and checked; its own folder is not written yet.
+    """The inputs of a search or a run, loaded and checked; the run's folder is not written yet.
 
     Args:
         config: options of the search or run.
@@ -301,7 +301,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
 
 
 def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
-    """Return the search space: the teacher's, with the choices of ``config.space``."""
+    """Return the search space that the teacher gives, but with the choices in ``config.space``."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 

@@ -131,8 +131,8 @@ def _measured(
 def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
     """Return what a backend runs: an ONNX file, or a torch model.
 
-    An ONNX backend runs the ONNX file of an exported folder. In all other cases the model's shape
-    gets random weights.
+    If ``model`` is from an exported folder, an ONNX backend runs the folder's ONNX file. What runs
+    in all other cases has the model's shape, but random weights.
     """
     int8 = backend == "onnxruntime-int8"
     exported = Path(model.source) / (INT8 if int8 else ONNX)

@@ -157,7 +157,7 @@ class Sample:
 
     @property
     def scale(self) -> float:
-        """Number of usable rows in the whole text, divided by that of the few rows."""
+        """Number of usable rows in the whole text, divided by the number of the few rows."""
         return self.sizes.num_rows / len(self.rows)
 
     @property

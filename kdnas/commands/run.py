@@ -101,7 +101,7 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
 
     Raises:
         UserError: something that the user gave cannot be used, or no candidate meets the budget.
-        CandidateFailed: every candidate failed, or the last ones all did.
+        CandidateFailed: every candidate failed, or the last ten all did.
         OSError: the disk, the network, the hub or the study's database failed.
     """
     with _opened(config, console or Console(markup=False), {}) as context:
@@ -167,9 +167,10 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 
 def of_trial(config: RunConfig, number: int) -> RunConfig:
-    """Make the run ``<name>-trial-<number>``, whose finished search has one candidate alone.
+    """Make the run ``<name>-trial-<number>`` from one candidate of the search of ``config``.
 
-    The candidate's result and weights are copied from the search of ``config``.
+    The candidate's result and weights are copied. So the new run counts as searched, with this
+    candidate as the only one.
 
     Args:
         config: options of the run that has trained the candidate.
@@ -521,7 +522,7 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
     """Return the teacher's shape with as many layers as the budget allows, but at least one.
 
-    Without a budget, the number of layers is the largest that is no slower than the student.
+    Without a budget, it has the most layers with which it is no slower than the student ``arch``.
     """
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget

@@ -155,7 +155,7 @@ class LoadedTask:
 
     @property
     def validation(self) -> Columns:
-        """The rows of the validation split; where a task has several, of the first of them."""
+        """The rows of the first validation split; every task but MNLI has only one."""
         return self.validations[self.task.validations[0]]
 
     @cached_property
