@@ -35,15 +35,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best student of a search; ``distill`` takes it in place of a shape.
+    """The best student of a search; ``distill`` takes this result in place of a student's shape.
 
     Args:
         arch: the student's shape.
-        trial: the number of its trial in ``trials.csv``.
-        reward: the value that the search maximises.
-        loss: the objective's loss on held-out rows, after the short training of candidates.
-        contextual_share: how much of what context adds the student knows. 0: no more than a look-up
-            table of words; 1: equal to the teacher; negative: less than the table.
+        trial: the number of the student's trial in ``trials.csv``.
+        reward: the student's reward, which is the value that the search maximises.
+        loss: the objective's loss on held-out rows, after the student's short distillation in the
+            search.
+        contextual_share: how much the student has learned of what context adds in the teacher's
+            last layer. 0: no more than the teacher's embeddings predict linearly; 1: all of it;
+            negative: less than the embeddings predict.
         latency_ms: median latency of encoder and classification head, in milliseconds.
         speedup: the teacher's latency divided by the student's.
         num_parameters: parameters of encoder and classification head.
@@ -63,15 +65,16 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Student:
-    """A distilled student. All functions here accept it as a model.
+    """A distilled student. It can be given wherever a function of this module takes a model.
 
     Args:
         model: a transformers encoder, without a head, in eval mode on the CPU.
         tokenizer: the teacher's tokenizer.
         arch: the student's shape.
         loss: the objective's loss on held-out rows.
-        contextual_share: how much of what context adds the student knows. 0: no more than a look-up
-            table of words; 1: equal to the teacher; negative: less than the table.
+        contextual_share: how much the student has learned of what context adds in the teacher's
+            last layer. 0: no more than the teacher's embeddings predict linearly; 1: all of it;
+            negative: less than the embeddings predict.
         num_parameters: parameters of the model.
         folder: folder of the distillation, with TensorBoard's curves.
     """
@@ -85,7 +88,7 @@ class Student:
     folder: Path
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the model and its tokenizer as a Hugging Face folder."""
+        """Write the model and its tokenizer into ``folder``, in the format of Hugging Face."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -95,12 +98,14 @@ class GlueResult:
     """Scores of models that were fine-tuned on labelled tasks.
 
     Args:
-        table: a row for each model. Columns: ``model``; a column for each task, the mean score over
-            seeds; ``average`` over tasks; its ``spread`` (standard deviation over seeds);
-            ``share_kept`` of the first model's average; ``latency_ms`` and ``latency_iqr_ms``;
-            ``speedup`` over the first model; ``num_parameters``; with ``distill_from``,
-            ``gap_closed``, the share of a student's gap to the first model that its help closes.
-        folder: folder of the comparison, with ``runs.jsonl``.
+        table: a row for each model. Columns: ``model``; for each task, a column with the mean score
+            over seeds; ``average``, the mean over tasks; ``spread``, the standard deviation of
+            ``average`` over seeds; ``share_kept``, ``average`` divided by the first model's;
+            ``latency_ms`` and ``latency_iqr_ms`` (median and interquartile range); ``speedup`` over
+            the first model; ``num_parameters``. With ``distill_from``, each model that learned from
+            this classifier also has ``gap_closed``: its gain in ``average`` over the same model
+            without this help, divided by the gap of that model to the first one (1: all of it).
+        folder: folder of the comparison, with ``runs.jsonl`` (a line for each fine-tuning).
     """
 
     table: DataFrame
@@ -109,14 +114,15 @@ class GlueResult:
 
 @dataclass(frozen=True, eq=False)
 class LatencyResult:
-    """Latencies of models that were measured in turn.
+    """Latencies of models, which were measured alternately on one machine.
 
     Args:
-        table: a row for each model and combination of settings. Columns: ``model``, ``backend``,
-            ``device``, ``threads``, ``batch``, ``length``, ``megabytes``, ``median_ms``, ``iqr_ms``
-            (interquartile range), ``p95_ms``, ``tokens_per_second``, ``sequences_per_second``,
-            ``speedup`` over the first model.
-        json: a file with the same figures; a picture of them is beside it, as ``.png``.
+        table: a row for each model with each combination of backend, device, threads, batch size
+            and length. Columns: ``model``, ``backend``, ``device``, ``threads``, ``batch``,
+            ``length``, ``megabytes``, ``median_ms``, ``iqr_ms`` (interquartile range), ``p95_ms``,
+            ``tokens_per_second``, ``sequences_per_second``, ``speedup`` over the first model.
+        json: a file with the same figures. A picture of them is in the same folder, under the same
+            name with the suffix ``.png``.
     """
 
     table: DataFrame
@@ -130,14 +136,17 @@ class ExportResult:
     Args:
         folder: weights, tokenizer, ``model.onnx``, ``model.int8.onnx``, ``predict.py`` and a model
             card.
-        max_abs_difference: largest difference between outputs of ``model.onnx`` and of torch.
-        int8: ``method`` (``dynamic`` or ``static``), ``rows`` (a description of the rows that were
-            compared), ``cosine`` between the outputs of ``model.int8.onnx`` and ``model.onnx``
-            and, with a task, their scores ``int8_score`` and ``score``.
+        max_abs_difference: largest absolute difference between the outputs of ``model.onnx`` and
+            those of the student in torch.
+        int8: the comparison of the graphs ``model.int8.onnx`` and ``model.onnx``: ``method`` of
+            quantisation (``dynamic`` or ``static``), ``rows`` (a description of the rows that both
+            got), ``cosine`` between the outputs and, with a task, the scores ``int8_score`` and
+            ``score``.
         latency: a row for each ``batch`` and ``length``, with ``torch_ms``, ``onnx_ms`` and
             ``int8_ms``, in milliseconds on one CPU thread.
-        sentences: for an export for sentence-transformers, ``cosine`` to the teacher's vectors and,
-            with a task, ``spearman`` and ``teacher_spearman``; else None.
+        sentences: for an export for sentence-transformers, ``cosine`` between the student's and the
+            teacher's sentence vectors and, with a task, the Spearman correlations ``spearman`` of
+            the student and ``teacher_spearman``; else None.
     """
 
     folder: Path
@@ -153,15 +162,15 @@ class RunResult:
 
     Args:
         best: the best student of the search.
-        loss: the student's loss on held-out rows after full KD.
-        contextual_share: how much of what context adds the student knows after full KD (1: equal to
-            the teacher).
-        table: a row for each fine-tuned model, with ``score``, ``share_kept`` of the teacher's
-            score, ``latency_ms``, ``speedup`` and ``num_parameters``. The models are ``teacher``,
-            ``student`` and the baselines ``random`` (the student's shape from a random start),
-            ``static`` (no layers) and ``layer_cut`` (the teacher with fewer layers). None without a
-            task.
-        export: the student to deploy.
+        loss: the student's loss on held-out rows after full KD, the final distillation on all
+            training rows.
+        contextual_share: the same as in ``SearchResult``, but after full KD.
+        table: a row for each fine-tuned model, with ``score``, ``share_kept`` (``score`` divided by
+            the teacher's), ``latency_ms``, ``speedup`` over the teacher and ``num_parameters``. The
+            models are ``teacher``, ``student`` and three baselines: ``random`` (the student's shape
+            with random initial weights), ``static`` (the teacher's token vectors, without layers)
+            and ``layer_cut`` (the teacher with fewer layers). Without a task, ``table`` is None.
+        export: the exported student, to deploy.
         folder: folder of the run, with ``report.html``.
     """
 
@@ -186,27 +195,32 @@ def search(
 ) -> SearchResult:
     """Find the best student within a budget, as ``kdnas search`` does.
 
-    The same call again resumes the search, or returns the result of a finished one.
+    The same call again resumes a search that was stopped, and returns the result of a finished one.
 
-    Candidates are trained in this process, which a crash in native code would end. With
-    ``workers=N`` they are trained in N other processes, and the search survives a crash; these
-    import the calling script, whose calls must then be below ``if __name__ == "__main__":``. Models
-    and texts that are given as objects are written to ``inputs/`` in ``root``, the folder of all
-    runs.
+    By default candidates (the students that are tried) are trained in this process, and a crash in
+    native code ends it. With ``workers=N`` they are trained in N other processes, and the search
+    goes on after such a crash. As these processes import the calling script, its calls must then be
+    below ``if __name__ == "__main__":``.
+
+    A model or text that is given as an object is written to ``inputs/`` in ``root``, the folder of
+    all runs.
 
     Args:
-        teacher: a folder, a hub name, ``quickstart``, a pair ``(model, tokenizer)`` of transformers
-            objects, or a ``Student``.
-        text: a parquet, jsonl, csv or txt file, a folder of them, a hub data set, a
-            ``datasets.Dataset``, or a list of texts.
-        speedup: least speed-up over the teacher: teacher's latency divided by student's. None: no
-            limit.
-        latency_ms: largest latency, in milliseconds. None: no limit.
-        num_parameters: largest number of parameters. None: no limit.
-        n_trials: number of distinct candidates to train in all.
+        teacher: a folder, a name on the Hugging Face hub, ``quickstart`` (all-MiniLM-L6-v2), a pair
+            ``(model, tokenizer)`` of transformers objects, or a ``Student``.
+        text: a parquet, jsonl, csv or txt file, a folder of such files, a data set on the hub,
+            ``quickstart`` (prose of the installed packages), a ``datasets.Dataset``, or a list of
+            texts.
+        speedup: least speed-up of a student: the teacher's latency divided by the student's. None:
+            no limit.
+        latency_ms: a student's largest latency, in milliseconds. None: no limit.
+        num_parameters: a student's largest number of parameters. None: no limit.
+        n_trials: number of distinct candidates to train; a resumed search counts those that it has
+            trained before.
         num_epochs: epochs of the short distillation (mini-KD) of each candidate.
-        settings: other fields of ``SearchConfig``, such as ``name``, ``root`` and ``workers``. A
-            ``SearchSettings`` as ``search`` takes the place of the five arguments above.
+        settings: other fields of ``SearchConfig``, such as ``name``, ``root`` and ``workers``. If
+            the field ``search`` (a ``SearchSettings``) is given, it takes the place of ``speedup``,
+            ``latency_ms``, ``num_parameters``, ``n_trials`` and ``num_epochs``.
 
     Returns:
         The best student.
@@ -235,19 +249,20 @@ def search(
 def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -> RunResult:
     """Search, distil, fine-tune, export and report in one run, as ``kdnas run`` does.
 
-    The same call again resumes the run, or returns the results of a finished one.
+    The same call again resumes a run that was stopped, and returns the results of a finished one.
 
     Args:
         teacher: as for ``search``.
         text: as for ``search``.
-        task: a labelled task to fine-tune on: a folder, a GLUE name, or a ``datasets.DatasetDict``
-            with ``train`` and ``validation``. None: the encoder is distilled and exported without
-            fine-tuning.
+        task: a labelled task to fine-tune on: a folder in GLUE's layout (``train.parquet``,
+            ``validation.parquet``), the name of a GLUE task, ``quickstart``, or a
+            ``datasets.DatasetDict`` with ``train`` and ``validation``. None: the student is
+            distilled and exported as an encoder, without fine-tuning.
         settings: ``speedup``, ``latency_ms``, ``num_parameters``, ``n_trials`` and ``num_epochs``
             as for ``search``, and other fields of ``RunConfig``, such as ``name``.
 
     Returns:
-        The student's figures, and its folder.
+        The figures of the student and the baselines, the exported student, and the run's folder.
 
     Raises:
         UserError: an argument or an input is wrong, which is found before anything is trained; the
@@ -283,26 +298,27 @@ def distill(
     root: str | PathLike[str] = "lightning_logs",
     seed: int = 0,
 ) -> Student:
-    """Distil one student on all training rows, as the full KD of ``kdnas run`` does.
+    """Distil one student on all training rows, as the final distillation of ``kdnas run`` does.
 
-    After Ctrl-C the same call resumes. While a distillation is unfinished, a call with its name and
-    other settings is refused: give another name, or delete ``last.ckpt`` in its folder.
+    After Ctrl-C the same call resumes. While a distillation is unfinished, a call with the same
+    name but different settings is refused: give another name, or delete ``last.ckpt`` in the folder
+    ``<root>/<name>``.
 
     Args:
         teacher: as for ``search``.
         text: as for ``search``.
         arch: the student's shape, or the result of a search.
-        num_epochs: passes over the rows.
-        recipe: objective, start and learning rates; None: ``Recipe()``.
+        num_epochs: passes over the training rows.
+        recipe: objective, initial weights and learning rates; None: ``Recipe()``.
         data: how text becomes batches; None: ``DataSettings()``.
-        states: where the teacher's states are stored; None: ``StatesSettings()``.
+        states: where the teacher's hidden states are stored; None: ``StatesSettings()``.
         trainer: device and precision; None: ``TrainerSettings()``.
         name: name of the folder in ``root`` that gets logs, checkpoint and encoder.
         root: the folder of all runs.
-        seed: seed of the weights that are not copied from the teacher.
+        seed: seed of the initial weights that are not made from the teacher's.
 
     Returns:
-        The student; write it to a folder with its ``save_pretrained``.
+        The student; its ``save_pretrained`` writes it to a folder.
 
     Raises:
         UserError: an argument or an input is wrong, which is found before anything is trained; the
@@ -342,13 +358,14 @@ def glue(
 ) -> GlueResult:
     """Fine-tune models on labelled tasks and score them, as ``kdnas glue`` does.
 
-    The same call again resumes the comparison, or returns the results of a finished one.
+    The same call again resumes a comparison that was stopped, and returns the results of a finished
+    one.
 
     Args:
-        models: models, each given like the teacher of ``search``. The others are compared with the
-            first.
-        task: a task as for ``run``, or a list of tasks. None: give ``data`` and ``text_column``
-            instead, your own labelled text.
+        models: models, each given like ``teacher`` of ``search``. The first is the one with which
+            all others are compared.
+        task: a task as for ``run``, or a list of tasks. None: fine-tune on your own labelled text,
+            which ``data`` (a file or folder) and ``text_column`` in ``settings`` name.
         settings: other fields of ``GlueConfig``, such as ``seeds``, ``root`` and ``workers``.
 
     Returns:
@@ -357,7 +374,7 @@ def glue(
     Raises:
         UserError: an argument or an input is wrong, which is found before anything is trained; the
             message says what to change.
-        CandidateFailed: a loss is not finite.
+        CandidateFailed: the loss of a fine-tuning is not finite.
     """
     from pandas import DataFrame
 
@@ -377,16 +394,18 @@ def glue(
 
 
 def latency(models: Sequence[Model], **settings: Any) -> LatencyResult:
-    """Measure the latency of models in turn, as ``kdnas latency`` does.
+    """Measure the latency of models, one beside the other, as ``kdnas latency`` does.
 
     Args:
-        models: models, each given like the teacher of ``search``. The others are compared with the
-            first.
-        settings: other fields of ``LatencyConfig``, such as ``backend=["torch"]``, ``batch=[1, 8]``
-            and ``length=[128]``. Every combination of such lists is measured.
+        models: models, each given like ``teacher`` of ``search``. The first is the one with which
+            all others are compared.
+        settings: other fields of ``LatencyConfig``. Several are lists, such as
+            ``backend=["torch"]``, ``batch=[1, 8]`` and ``length=[128]``; every combination of their
+            values is measured.
 
     Returns:
-        For each combination a row per model, in the order of ``models``.
+        A table and its JSON file. For each combination of values the table has a row per model, in
+        the order of ``models``.
 
     Raises:
         UserError: an argument or a model is wrong; the message says what to change.
@@ -406,9 +425,9 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
 
     Args:
         student: a folder, a pair ``(model, tokenizer)`` of transformers objects, or a ``Student``.
-            None: give ``run``, the name of a finished run, whose student is exported.
-        settings: other fields of ``ExportConfig``, such as ``output``, ``force`` and, as for
-            ``run``, ``teacher``, ``text`` and ``task``.
+            None: pass ``run=<name of a finished run>``, whose student is then exported.
+        settings: other fields of ``ExportConfig``, such as ``output`` and ``force``. The fields
+            ``teacher``, ``text`` and ``task`` take what the function ``run`` takes.
 
     Returns:
         The folder, and the results of its checks.
@@ -416,7 +435,8 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
     Raises:
         UserError: an argument or the student is wrong; nothing is exported, and the message says
             what to change.
-        ParityError: an exported file computes something else than the student; nothing is exported.
+        ParityError: an exported file gives different outputs from the student's; nothing is
+            exported.
     """
     from kdnas.commands.config import ExportConfig
     from kdnas.commands.export import export as export_student
@@ -427,7 +447,7 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
 
 
 def _config(kind: Any, **settings: Any) -> Any:
-    """Build the config of a search or a run."""
+    """Build a config of class ``kind`` from the arguments of ``search`` or ``run``."""
     from kdnas.commands.config import SearchSettings
     from kdnas.commands.objects import as_paths
     from kdnas.nas.budget import Budget
@@ -441,12 +461,12 @@ def _config(kind: Any, **settings: Any) -> Any:
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a result of class ``kind`` from the values of its fields, ignoring others."""
+    """Build a result of class ``kind`` from those ``values`` whose keys are its fields."""
     return kind(**{name: values[name] for name in signature(kind).parameters})
 
 
 def _best(made: Run) -> SearchResult:
-    """Return the best student of a finished search."""
+    """Return the best student of ``made``, a run whose search is finished."""
     from kdnas.models.arch import StudentArch
     from kdnas.nas.trials import results_in
 
@@ -461,7 +481,7 @@ def _best(made: Run) -> SearchResult:
 
 
 def _exported(folder: Path) -> ExportResult:
-    """Read the result of an export from its manifest."""
+    """Return the result of an export, read from the manifest in the exported folder."""
     from pandas import DataFrame, Series
 
     from kdnas.system.files import MANIFEST, read_json

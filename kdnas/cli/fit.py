@@ -1,4 +1,4 @@
-"""``kdnas fit``, ``validate``, ``test`` and ``predict``: the Lightning CLI, and the files it writes."""
+"""``kdnas fit``, ``validate``, ``test`` and ``predict``: the Lightning CLI and its output files."""
 
 import logging
 import os
@@ -96,7 +96,7 @@ class FlatData(KDDataModule):
 
 
 class KDCLI(LightningCLI):
-    """The Lightning CLI for one command, with our defaults; after a fit, it writes the student."""
+    """The Lightning CLI for one command, with defaults of kdnas; a fit also writes the student."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
         self.command = command
@@ -118,7 +118,7 @@ class KDCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the Trainer's method, and defaults that the parser cannot find."""
+        """Add the options of the Trainer's method, and those defaults that are objects."""
         skipped: set[str | int] = {*self.subcommands()[self.command], "return_predictions"}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
         # The teacher's tokenizer reads the data.
@@ -126,7 +126,7 @@ class KDCLI(LightningCLI):
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the options, and refuse settings that Lightning accepts but that do not work here."""
+        """Parse the options, and refuse settings that Lightning accepts but kdnas cannot use."""
         assert isinstance(args, list)
         self.config = parse(parser, args)
         trainer = self.config.trainer
@@ -202,7 +202,7 @@ class KDCLI(LightningCLI):
         return trainer
 
     def save_student(self) -> None:
-        """Write the student of a finished fit beside its curves, and then the manifest."""
+        """Write the student of a finished fit into the fit's folder, and then the manifest."""
         trainer = self.trainer
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         own = own_folder(trainer)
@@ -227,7 +227,7 @@ class KDCLI(LightningCLI):
         log.info("The vectors of %s held-out rows: %s", f"{len(table):,}", path)
 
     def renew_curves(self) -> None:
-        """Update a fit's manifest for curves that ``validate`` or ``test`` added to its folder."""
+        """Update the manifest of a folder to which ``validate`` or ``test`` has added curves."""
         own = own_folder(self.trainer)
         if own is not None and self.trainer.is_global_zero:
             for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
@@ -239,7 +239,7 @@ def _is_quiet() -> bool:
 
 
 def own_folder(trainer: pl.Trainer) -> Path | None:
-    """Return the folder that the first logger makes for this fit alone; None if it is shared.
+    """Return the folder that the first logger makes for this fit; None if other fits share it.
 
     All ranks must call this, as Lightning broadcasts the folder's name.
     """
@@ -266,17 +266,17 @@ def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
 
 
 class SaveConfigOnce(SaveConfigCallback):
-    """Writes a fit's config to its folder, unless the same config is there already.
+    """Writes a fit's config to the fit's folder, unless the same config is there already.
 
-    On Slurm the folder is named by the job's number, so a requeued job finds its own folder again,
-    and so does a second fit of the same job.
+    It may be there on Slurm, where the folder is named by the job's number: a requeued job finds
+    the folder of its first start, and a second fit in one job finds that of the first fit.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare the config with one that is in the folder already, and write it if there is none.
+        """Write the config to the fit's folder; if a config is there already, compare it instead.
 
         Raises:
-            UserError: the folder belongs to a fit with other settings.
+            UserError: the config in the folder has other settings.
         """
         path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
         differing: list[str] | None = None

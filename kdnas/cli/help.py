@@ -1,6 +1,6 @@
 """Help pages and shell completions, shown without importing torch.
 
-A page in ``pages/`` begins with a part that is written by hand: summary, examples, most used
+A page in ``pages/`` begins with its head, which is written by hand: summary, examples, most used
 options. The output of the command's parser follows. Options that several commands share are in
 ``search.txt`` and ``lightning.txt``, which a page includes by a line in MkDocs' syntax.
 ``WRITE_PAGES=1 pytest tests/cli/test_help.py`` rewrites the parsers' parts and ``options.txt``,
@@ -20,7 +20,7 @@ _TWO_SCREENS = 60  # lines
 
 
 def short_page(command: str) -> str:
-    """Return the help page of a command, or only its head if it is longer than two screens."""
+    """Return the help page of a command; if it is longer than two screens, only the page's head."""
     whole = page(command)
     if whole.count("\n") <= _TWO_SCREENS:
         return whole
@@ -28,7 +28,7 @@ def short_page(command: str) -> str:
 
 
 def head(command: str) -> str:
-    """Return the part of a page that is written by hand."""
+    """Return the head of a command's help page: the part that is written by hand."""
     return re.split("\n\n(?:positional arguments|options):\n", page(command))[0]
 
 

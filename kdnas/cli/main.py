@@ -51,13 +51,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: command and options; None: those of the process.
+        args: command and options; None: the arguments of this process.
 
     Returns:
-        The exit code. 0: success. 1: training failed, memory ran out, or an exported file computes
-        something else than its model. 2: an error of the user's, with a message that says what to
-        change. 3: disk, network or hub failed. 130 after Ctrl-C, 143 after SIGTERM, 129 after
-        SIGHUP.
+        The exit code. 0: success. 1: training failed, memory ran out, or an exported file gives
+        different outputs from the student's. 2: an error of the user's, with a message that says
+        what to change. 3: disk, network or hub failed. 130 after Ctrl-C, 143 after SIGTERM, 129
+        after SIGHUP.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -152,7 +152,10 @@ def _set_log_level(args: list[str]) -> list[str]:
 
 
 def set_environment() -> None:
-    """Set environment variables of the libraries that the user has not set; call before imports."""
+    """Set environment variables for torch and other libraries, before these are imported.
+
+    A variable that the user has set is kept.
+    """
     # Waiting torch threads spin for milliseconds, so that one busy core makes a step seven times
     # slower. Without any spinning, small matmuls wait for threads to wake up (LOG.md).
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -192,7 +195,7 @@ _new_names: list[str] = []  # names chosen by --force-new
 
 
 def _quieten(*loggers: str) -> None:
-    """Silence the libraries' messages and the given loggers, which would hide our own lines."""
+    """Silence messages of libraries, and the given loggers: they would hide the lines of kdnas."""
     # Import first: importing sets log levels.
     from transformers.utils import logging as transformers_logging
 
@@ -214,7 +217,10 @@ def _quieten(*loggers: str) -> None:
 
 
 def _console(is_answer: bool = False) -> Any:
-    """Return the console for progress, which ``--quiet`` silences, or for a command's answer."""
+    """Return the console for progress, which ``--quiet`` silences.
+
+    With ``is_answer``, return the console for a command's answer, which is always shown.
+    """
     from rich.console import Console
 
     return Console(markup=False, quiet=not (is_answer or log.isEnabledFor(logging.INFO)))
@@ -235,7 +241,10 @@ def _plan(config: Any) -> None:
 
 
 def _new(config: Any, is_begun: bool) -> Any:
-    """Return the config under a free name, and log it (at debug level unless ``is_begun``)."""
+    """Return the config with a name that is free, and log this name.
+
+    ``is_begun`` tells whether a run now begins under the name; if not, the log is at debug level.
+    """
     from kdnas.system.files import free_name
 
     name = free_name(config.root, config.name)

@@ -1,4 +1,7 @@
-"""Parse options and YAML into the configs of ``kdnas.commands.config``; errors take one line."""
+"""Parse options and YAML into the configs of ``kdnas.commands.config``.
+
+An error becomes a message of one line.
+"""
 
 import json
 import os
@@ -27,7 +30,10 @@ _ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that may 
 
 
 def default_objects() -> dict[str, Any]:
-    """Return the recipe's default objects as class paths: the parser cannot write them as YAML."""
+    """Return the default objects of ``Recipe`` (objective and initial weights) as class paths.
+
+    They become defaults of the parser, which could not write the objects themselves as YAML.
+    """
     from kdnas.commands.config import as_plain  # imports torch, which takes seconds
     from kdnas.distillation.module import Recipe
 
@@ -41,12 +47,13 @@ def read_config(
 
     Args:
         config_class: the dataclass of the config; its fields are the options.
-        command: the command, for messages.
-        args: the options.
-        flags: further options without value, which are not part of the config, with their help.
+        command: name of the command, such as ``run``.
+        args: the options, with their values.
+        flags: options without a value that are not part of the config: maps each one's name to its
+            help text.
 
     Returns:
-        The config, and for each flag whether it was given.
+        The config, and for each name in ``flags`` whether this option was given.
 
     Raises:
         UserError: an option or a value is wrong.
@@ -89,8 +96,10 @@ def read_config(
 def normalize(args: Sequence[str]) -> list[str]:
     """Replace ``-`` in option names by ``_``, and ``configs/NAME.yaml`` by a shipped config's path.
 
+    A file ``configs/NAME.yaml`` in the current folder goes before the shipped config.
+
     Raises:
-        UserError: there is no such shipped config.
+        UserError: neither this folder nor kdnas has a ``configs/NAME.yaml``.
     """
     found: list[str] = []
     is_config = False
@@ -118,7 +127,10 @@ def _shipped(name: str) -> str:
 
 
 def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Rewrite list options as the parser reads them: ``--batch 1 8``: ``--batch=[1] --batch+=[8]``."""
+    """Rewrite list options as the parser reads them.
+
+    For instance, ``--batch 1 8`` becomes ``--batch=[1] --batch+=[8]``.
+    """
     lists = {
         f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
     }
@@ -145,7 +157,16 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
 
 
 def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None:
-    """Refuse null if a field cannot be None, and a value in place of keys: the parser takes both."""
+    """Refuse two mistakes that the parser accepts.
+
+    The first is ``null`` for a field that cannot be None. The second is a single value, such as
+    ``search: 3``, for a field that is a group of options.
+
+    Args:
+        config_class: the dataclass of the config or, in the recursion, of a group of options.
+        values: the parsed values of its fields.
+        prefix: beginning of the fields' names in messages, such as ``search.``.
+    """
     hints = get_type_hints(config_class)
     for field in fields(config_class):
         name, value = prefix + field.name, values.get(field.name)
@@ -189,7 +210,7 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
     """Refuse options and YAML keys that a command does not have, before torch is imported.
 
     Raises:
-        UserError: there is such an option or key; the message has the nearest name.
+        UserError: the command has no such option or key; the message has the nearest name.
     """
     options = known_options()
     takes = options[command] + (options["run"] if command in ("search", "space") else [])
@@ -211,7 +232,10 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:
-    """Return the fields that ``RunConfig`` has beyond a search's config; [] for other classes."""
+    """Return the fields that ``RunConfig`` has and ``config_class``, a search's config, has not.
+
+    For a class that is no search's config, return an empty list.
+    """
     from kdnas.commands.config import RunConfig, SearchConfig
 
     if not issubclass(config_class, SearchConfig):
@@ -221,7 +245,10 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
 
 
 def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of options, and the keys of YAML files: each in words, and by itself."""
+    """Yield each option among the arguments, and each key of the YAML files that they name.
+
+    Each comes as a pair: in words for messages (``option --seed``), and as a bare name (``seed``).
+    """
     for arg, path in _with_config(args):
         if path is not None:
             for key in flat(read_yaml(path)):
@@ -232,7 +259,7 @@ def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
-    """Yield each argument with the YAML file that it names, or None."""
+    """Yield each argument with the YAML file that it names; with None if it names none."""
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
@@ -242,7 +269,11 @@ def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
 
 
 def values_in(args: Sequence[str]) -> Iterator[Any]:
-    """Yield the values of options, and the content of YAML files and YAML values among them."""
+    """Yield the value of each argument: an option's text or, if this is YAML, what it contains.
+
+    For a YAML file after ``--config``, and for a value that begins with ``{`` or ``[``, that is the
+    content as Python objects.
+    """
     for arg, path in _with_config(normalize(args)):
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         if path is not None:
@@ -256,10 +287,12 @@ def values_in(args: Sequence[str]) -> Iterator[Any]:
 
 
 def refuse_pipes(values: Iterable[Any]) -> None:
-    """Refuse pipes and devices as values: the parser opens the value of a group as a YAML file.
+    """Refuse pipes and devices as values of options.
+
+    For a group of options, such as ``--search``, the parser would open the value as a YAML file.
 
     Raises:
-        UserError: there is such a value; the message names the first.
+        UserError: a value is a pipe or a device; the message names the first such value.
     """
     for value in strings_in(list(values)):
         if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
@@ -268,7 +301,7 @@ def refuse_pipes(values: Iterable[Any]) -> None:
 
 @cache
 def refuse_ambiguous_yaml() -> None:
-    """Let jsonargparse read only YAML that ``check_yaml`` accepts, without ambiguous values."""
+    """Let jsonargparse refuse YAML with ambiguous values, which ``check_yaml`` finds."""
     parse_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:

@@ -39,7 +39,7 @@ def distill(
     root: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Distil one student on all rows; arguments and errors are those of ``kdnas.distill``.
+    """Distil one student on all rows; arguments and errors are as for ``kdnas.distill``.
 
     Returns:
         What ``distill_student`` returns.

@@ -16,8 +16,8 @@ def open_engine(workers: int, executor: str | None = None) -> Engine:
             runs; ``workers`` is then ignored. None: this machine.
 
     Raises:
-        UserError: the executor is no such address, Dask is not installed, the scheduler does not
-            answer, or it has no workers.
+        UserError: the executor is no address of the form ``dask://HOST:PORT``, Dask is not
+            installed, or the scheduler does not answer or has no workers.
     """
     if executor is None:
         if workers > 0:

@@ -1,4 +1,4 @@
-"""``kdnas export`` and a run's export: choose the student, the rows to check and the card."""
+"""``kdnas export`` and a run's export: choose the student, the rows for checks and the card."""
 
 import os
 import re
@@ -40,7 +40,7 @@ MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
 @dataclass(frozen=True)
 class _Choice:
-    """What to export and where, and the data for the card and the checks."""
+    """What to export and where, and the data for the model card and the checks."""
 
     source: Path
     folder: Path
@@ -54,7 +54,7 @@ class _Choice:
 
 @honest_signals()
 def export(config: ExportConfig, console: Console | None = None) -> Path:
-    """Export the student of a run, or any student, into one folder, and print what was checked.
+    """Export the student of a run, or any student, into one folder, and print its checks' results.
 
     Args:
         config: options of ``kdnas export``.
@@ -66,7 +66,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     Raises:
         UserError: an option, the student, the teacher or the rows cannot be used; or the export
             cannot be pushed.
-        ParityError: an exported file does not compute what the student computes.
+        ParityError: an exported file gives different outputs from the student's.
         HubAway: the Hugging Face hub does not answer.
     """
     if (config.run is None) == (config.student is None):
@@ -153,7 +153,7 @@ def _of_folder(config: ExportConfig) -> _Choice:
 
 
 def _output(config: ExportConfig, choice: _Choice) -> Path:
-    """Return the output folder; if it has content, require an earlier export and ``--force``."""
+    """Return the output folder; if it has content, this must be an export, and ``force`` be set."""
     folder = Path(config.output) if config.output else choice.folder
     if config.output and folder.is_symlink():  # the link stays, and its target is replaced
         folder = folder.resolve()
@@ -193,7 +193,7 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """Return the function that makes the rows for the checks; None: they use random words."""
+    """Return the function that makes the rows for the checks; None: check on random words."""
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -263,7 +263,7 @@ def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
 
 
 def is_exported(run: Run) -> bool:
-    """Whether ``student/`` holds the run's latest model, not that from before fine-tuning."""
+    """Whether the run's latest model is in ``student/``, not the model from before fine-tuning."""
     made_from = _manifest(run.student).get("source_sha256")
     return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
@@ -279,7 +279,7 @@ def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeR
         task: the task with its rows.
         length: tokens at which rows are cut, as in fine-tuning.
         is_scored: whether the student is a classifier of the task; if not, its hidden states are
-            compared.
+            compared, not its scores.
     """
     return lambda tokenizer: task_rows(
         task, tokenizer, min(length, tokenizer.model_max_length), is_scored
@@ -294,7 +294,7 @@ def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
 
 
 def say(report: dict[str, Any], console: Console) -> None:
-    """Print what was checked, in the words of the model card."""
+    """Print the results of an export's checks, in the words of the model card."""
     show(
         console,
         f"Outputs of model.onnx differ from torch's by at most {report['max_abs_difference']:.1e}. "
@@ -354,7 +354,7 @@ def _run_card(run: Run, is_encoder: bool = False, teacher: str | None = None) ->
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student of another teacher, by family, inputs, sizes and the teacher's hash."""
+    """Refuse a student whose family, inputs, sizes or kept teacher hash do not fit the teacher."""
     student, parent, name = load_student(source)[0].config, teacher.config, repr(teacher.name)
 
     def refused(why: str) -> UserError:

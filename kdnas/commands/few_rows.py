@@ -36,12 +36,12 @@ def with_few_rows(
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """Return the config on a few random rows of its text and task, and the sizes of the whole.
+    """Return the config on a few random rows of its text and task, and the sizes of text and task.
 
     Args:
         config: config of a search or a run.
-        folder: folder for the rows and for the new config's root, so that the real run is not
-            touched.
+        folder: folder for the rows and for the ``root`` of the new config, so that the folder of
+            the real run is not touched.
         num_rows: largest number of rows of text.
         num_bytes: largest number of bytes of text; a row counts as if it were cut at
             ``max_length`` tokens. At least two rows are taken.

@@ -52,7 +52,7 @@ class TaskSource:
     Args:
         load: returns the task with its rows; must be picklable.
         held_out: share of the training rows that is held out and scored, to choose settings. None:
-            the rows for reported scores are scored.
+            the validation rows are scored.
     """
 
     load: Callable[[], LoadedTask]
@@ -70,7 +70,8 @@ class Help:
     Args:
         source: folder or hub name of the teacher.
         settings: how the model learns from the teacher.
-        key: hash of both, for the folder names of the models that it helps.
+        key: hash of the teacher's weights and of ``settings``; it is a part of the name of the
+            model's folder.
     """
 
     source: str
@@ -129,12 +130,13 @@ class Contender:
 
     Args:
         name: name shown in the table.
-        key: name of its folder; other weights have another key.
-        source: folder or hub name of its tokenizer.
-        make: returns its classifier, given the number of outputs; must be picklable.
-        shape: the same with random weights, to measure latency.
-        helpers: for each task name, the teacher that helps it; empty without help.
-        plain: the contender for the same model without help; None if this one has none.
+        key: name of the model's folder; for different weights, ``contender`` makes different keys.
+        source: folder or hub name of the model's tokenizer.
+        make: returns the model as a classifier, given the number of outputs; must be picklable.
+        shape: like ``make``, but with random weights, to measure latency.
+        helpers: for each task, by its name, the fine-tuned teacher from which the model also
+            learns; empty if it learns from the labels alone.
+        plain: if the model has helpers, the contender for the same model without them; else None.
     """
 
     name: str
@@ -146,7 +148,7 @@ class Contender:
     plain: "Contender | None" = None
 
     def folder(self, task: LoadedTask) -> str:
-        """Return the folder of its runs on a task, relative to the comparison's folder."""
+        """Return the folder of the model on a task, relative to the comparison's folder."""
         help = self.helpers.get(task.task.name)
         return f"{task.task.name}/{self.key}" + (f"-helped-{help.key}" if help else "")
 
@@ -178,10 +180,10 @@ def with_help(
     tasks: Sequence[LoadedTask],
     distill: TaskDistillSettings,
 ) -> list[Contender]:
-    """Return contenders for the same encoders, trained with the help of a fine-tuned teacher.
+    """Return contenders for the encoders of ``plain`` that also learn from a fine-tuned teacher.
 
     Args:
-        plain: the contenders without help.
+        plain: the contenders that learn from the labels alone.
         source: folder or hub name of the teacher, a classifier fine-tuned on the tasks.
         tasks: the tasks, with their rows.
         distill: how the encoders learn from the teacher.
@@ -208,7 +210,7 @@ def _safe(name: str) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """One fine-tuning of a comparison: a contender on a task, with a seed or a grid's settings."""
+    """One fine-tuning of a comparison: a contender on a task, with one seed or one grid point."""
 
     contender: Contender
     task: LoadedTask
@@ -217,7 +219,7 @@ class Fit:
     is_of_grid: bool
 
     def line(self) -> dict[str, Any]:
-        """Return its line in ``runs.jsonl``, once it is finished."""
+        """Return the line of this fine-tuning in ``runs.jsonl``, once it is finished."""
         kind = "grid" if self.is_of_grid else "run"
         head = {"kind": kind, "model": self.contender.name, "folder": str(self.job.folder)}
         return head | dict(read_json(self.job.result_file))
@@ -231,10 +233,10 @@ class Comparison:
         folder: folder for ``<task>/<contender>/seed_0/`` (TensorBoard logs, ``result.json`` and,
             for the first seed, ``model/``), for ``runs.jsonl`` (a line for each fine-tuning) and
             for ``results.json``.
-        contenders: the models; the others are compared with the first.
+        contenders: the models; all others are compared with the first.
         tasks: the tasks, with their rows.
-        sources: what loads the tasks, in the same order.
-        seeds: the seeds, by the names of their folders.
+        sources: what loads each task in the process of a job, in the order of ``tasks``.
+        seeds: each seed, by the name of its folder.
         config: settings of fine-tuning, grid, latency and Trainer.
         engine: the engine that runs the fine-tunings.
         progress: a live display.
@@ -255,9 +257,11 @@ class Comparison:
         Returns:
             The content of ``results.json``: ``tasks``; the settings ``asked`` for; and ``models``,
             which has for each contender ``scores`` by task and seed, their ``average``,
-            ``spread`` (standard deviation over seeds; None with one seed), ``share_kept`` (average
-            divided by the first's), ``gap_closed`` (only with help: the share of the distance to
-            the first that it closes; None if there is none), latency, speed-up and parameters.
+            ``spread`` (standard deviation over seeds; None with one seed), ``share_kept``
+            (``average`` divided by the first contender's), latency, speed-up and parameters. A
+            contender with a helping teacher also has ``gap_closed``: the gain in ``average`` that
+            the help brings, divided by the gap of the same model without help to the first
+            contender (None if there is no gap).
         """
         asked, path = self._asked(), self.folder / "results.json"
         if path.is_file() and (known := dict(read_json(path)))["asked"] == asked:
@@ -282,7 +286,8 @@ class Comparison:
             All fine-tunings except the grid's, ordered by task, then contender, then seed.
 
         Raises:
-            CandidateFailed: a fine-tuning failed (with a grid: all of a contender on a task).
+            CandidateFailed: a fine-tuning failed; or, of a grid, all those of one contender on one
+                task did.
         """
         grid = self._grid_fits()
         self._do(grid)
@@ -342,11 +347,11 @@ class Comparison:
         return found
 
     def _plain(self) -> list[Contender]:
-        """Return the contenders without help; settings from their grids also hold with help."""
+        """Return each model without help; what its grid chooses is used with help too."""
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """Return the settings for a contender on a task: its grid's best, if there is a grid."""
+        """Return a contender's settings on a task: the config's or, with a grid, its best point."""
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name
@@ -364,7 +369,7 @@ class Comparison:
         return best.settings
 
     def _do(self, fits: Sequence[Fit]) -> None:
-        """Run unfinished fine-tunings; if one of a grid fails, its result has no score."""
+        """Run unfinished fine-tunings; if one of a grid fails, write its result without a score."""
         by_folder = {fit.job.folder: fit for fit in fits}
 
         def ended(job: Job) -> None:
@@ -413,7 +418,7 @@ class Comparison:
         return rows
 
     def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
-        """Add latency, speed-up, share of the first's score and parameters to each row.
+        """Add latency, speed-up, share of the first contender's score and parameters to each row.
 
         Args:
             rows: a row for each contender, by its name; changed in place.
@@ -479,13 +484,13 @@ def score_table(results: dict[str, Any]) -> Table:
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    """Return the text of a cell, on two lines, so that five tasks fit into 80 columns."""
+    """Return mean and spread as the text of a cell, on two lines: five tasks fit 80 columns."""
     return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
 
 
 @honest_signals()
 def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
-    """Fine-tune models on tasks, show their scores, and write all into ``<root>/<name>/``.
+    """Fine-tune models on tasks, show their scores, and write all results into ``<root>/<name>/``.
 
     If stopped, the same call resumes; finished fine-tunings are not repeated.
 
@@ -497,8 +502,8 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         What ``Comparison.run`` returns.
 
     Raises:
-        UserError: an option, a model or the rows cannot be used; or another process makes this
-            comparison.
+        UserError: an option, a model or the rows cannot be used; or another process is working on
+            the comparison of this name.
         CandidateFailed: a fine-tuning failed, for instance because a loss is not finite.
         HubAway: the Hugging Face hub does not answer.
     """

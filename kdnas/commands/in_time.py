@@ -39,10 +39,10 @@ class Choice:
     """The lowered settings of a run; they are saved with the run, which resumes with them.
 
     Args:
-        minutes: minutes that were left for the run after the measurement.
+        minutes: minutes of the time budget that were left after the measurement on a few rows.
         as_asked: minutes that the run would need with the settings that were asked for.
         needed: minutes that it needs with the lowered settings.
-        after_search: minutes of these for full KD and the stages after it.
+        after_search: the part of ``needed`` that the stages after the search take.
         values: for each lowered setting, by its name in YAML, the value asked for and the chosen
             one.
     """
@@ -82,7 +82,10 @@ class Choice:
         write_json(run.choice, asdict(self))
 
     def of_config(self, config: RunConfig) -> RunConfig:
-        """Return the config with the chosen values; a setting that was changed since is kept."""
+        """Return the config with the chosen values.
+
+        A setting whose value in ``config`` is no longer the one asked for at the choice is kept.
+        """
         return with_values(
             config,
             {
@@ -114,7 +117,7 @@ class Choice:
 def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | None]:
     """Lower the settings of a run so that it ends within its ``time_budget``.
 
-    The choice is made once, when the run starts, and used again when it resumes.
+    The settings to lower are chosen once, when the run starts, and used again when it resumes.
 
     Args:
         config: config of the run.
@@ -144,14 +147,14 @@ def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | No
 def _is_open(config: RunConfig) -> bool:
     """Whether a choice can be made: there is a time budget, and the run has not been started.
 
-    With an executor there is none: other machines are not measured.
+    With an executor no choice can be made: other machines are not measured.
     """
     is_begun = Run(config.root, config.name).config.exists()
     return not (is_begun or config.time_budget is None or config.executor)
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
-    """Measure a few rows; return the choice for the time budget, and the plan with it."""
+    """Measure a few rows; return the lowered settings for the time budget, and their plan."""
     assert config.time_budget is not None
     begin = time.monotonic()
     measured = measure(config)
@@ -164,8 +167,9 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
     """Return what a search or a run will need, for ``--dry-run``.
 
     Returns:
-        The choice, and the plan with it. The choice is None for a search, without a time budget,
-        with an executor, and for a run that was started without a choice.
+        The choice (the lowered settings), and the plan with these settings. The choice is None for
+        a search, without a time budget, with an executor, and for a run that was started without a
+        choice.
     """
     choice = None
     if isinstance(config, RunConfig):
@@ -179,9 +183,10 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
 def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
     """Lower settings of a config until the run needs at most ``minutes``.
 
-    A setting that is not at its default was asked for, and is kept. The order is: epochs of full
-    KD, rows beyond those that students learn from, a candidate's rows, then other rows and
-    candidates. The epochs of fine-tuning come last; with one less, the others are lowered anew.
+    A setting that is not at its default was asked for, and is kept. Settings are lowered in this
+    order: epochs of full KD, rows beyond ``ENOUGH_TOKENS`` (from which scores rise no more), the
+    rows of each candidate, then further rows and the number of candidates. The epochs of
+    fine-tuning come last: with one epoch less, all other settings are lowered again from the first.
 
     Args:
         config: config of the run.
@@ -189,7 +194,8 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
         minutes: minutes for the whole run.
 
     Returns:
-        The first config that fits, which is ``config`` itself if it does. If none fits, the lowest.
+        The first config that fits, which may be ``config`` itself. If none fits, the config with
+        all settings lowered as far as they may be.
     """
     lowered = config
     for values in _options(config, measured):
@@ -200,7 +206,7 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
 
 def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
-    """Yield the settings to lower together, in the order of ``cut_to``: first none, last all."""
+    """Yield sets of settings to lower, in the order of ``cut_to``: at first none, at last all."""
     enough, fewest = _shares(config, measured)
     first = [
         {"full_kd.num_epochs": 2},
@@ -228,7 +234,10 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
-    """Return two shares of the text: one that is enough and whose states fit, and the least."""
+    """Return two shares of the text: one with enough tokens, and the smallest to go down to.
+
+    The first is smaller if the teacher's states of it would take more than ``states.max_gb``.
+    """
     tokens, num_bytes = sum(measured.tokens), measured.teacher.num_bytes
     enough = min(1.0, ENOUGH_TOKENS / tokens)
     if config.states.max_gb:

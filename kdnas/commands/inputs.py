@@ -1,4 +1,4 @@
-"""Loads and checks what a search or a run is made from, and opens the run."""
+"""Loads and checks the inputs of a search or a run (teacher, text, task ...), and opens the run."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ NO_RESULT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a search or a run is made from, loaded and checked; nothing of the run is written yet.
+    """The inputs of a search or a run, loaded and checked; the run's folder is not written yet.
 
     Args:
         config: options of the search or run.
@@ -88,7 +88,7 @@ class Inputs:
 
     @property
     def target_layers(self) -> list[int]:
-        """The teacher layers that any student of the space may need: all share one cache."""
+        """The teacher layers that any student of the space may need; one cache has them all."""
         depths = self.space.choices["num_hidden_layers"]
         num_layers = self.teacher.config.num_hidden_layers
         return needed_layers(self.config.recipe.objective, depths, num_layers)
@@ -141,7 +141,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run in progress: its inputs, its engine, its console and the place of its study."""
+    """A run in progress: its inputs, engine and console, and where its Optuna study is stored."""
 
     inputs: Inputs
     engine: Engine
@@ -207,7 +207,8 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
     Settings may differ if they change no result, or belong to a stage that has not started.
 
     Raises:
-        UserError: other settings differ, or the folder is a comparison's.
+        UserError: a setting differs that may not; or the run's folder is that of a comparison,
+            which ``kdnas glue`` made.
     """
     if not run.config.exists():
         return
@@ -249,7 +250,7 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
 
 
 def check_place(config: SearchConfig) -> Run:
-    """Check the folders of a run: they can be written, and belong to no other config.
+    """Check that a run's folders can be written, and that it was not started with another config.
 
     Nothing is written.
 
@@ -257,7 +258,7 @@ def check_place(config: SearchConfig) -> Run:
         The run.
 
     Raises:
-        UserError: a folder is refused.
+        UserError: a folder cannot be written, or the run was started with another config.
     """
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
@@ -300,7 +301,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
 
 
 def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
-    """Return the search space: the teacher's, with the choices of ``config.space``."""
+    """Return the search space that the teacher gives, but with the choices in ``config.space``."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 
@@ -359,7 +360,7 @@ def _key(config: SearchConfig) -> str:
 
 
 def inputs_of(config: SearchConfig) -> Inputs:
-    """Return the inputs of a config, in the process of a job; it loads them once for all jobs."""
+    """Return the inputs of a config for a job; a process loads them once for all its jobs."""
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
         meter = LatencyMeter(teacher.config, config.latency)
@@ -376,12 +377,13 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
     """Open a run, new or stopped, and write its config.
 
     Args:
-        inputs: what the run is made from.
-        engine: the engine that runs its jobs.
+        inputs: the run's inputs.
+        engine: the engine that executes the run's jobs.
         console: where to print.
 
     Raises:
-        UserError: the run was started with other settings, or its search is over.
+        UserError: the run was started with other settings; or ``inputs`` asks to go on with a
+            search after which full KD has begun.
     """
     config, run = inputs.config, inputs.run
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +412,7 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
 
 
 def _content(inputs: Inputs) -> dict[str, Any]:
-    """Return everything that a candidate's reward depends on, as flat plain JSON."""
+    """Return everything that a candidate's reward depends on, as one flat dict of JSON values."""
     config, rows = inputs.config, inputs.data.rows
     plain = {key: as_plain(getattr(config, key)) for key in ("seed", "data", "recipe", "search")}
     trainer, default = as_plain(config.trainer), as_plain(TrainerSettings())
@@ -438,7 +440,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
 
 
 def _keep_matmuls(run: Run) -> None:
-    """Use the precision of matmuls with which the run was started, even if it is slower here."""
+    """Use the precision of CPU matmuls with which the run began, even if it is slower here."""
     path = run.folder / "cpu_matmuls.json"
     known = read_json(path) if path.exists() else None
     computed_in = keep(known)
@@ -447,7 +449,7 @@ def _keep_matmuls(run: Run) -> None:
 
 
 def _refuse_hidden_device(config: SearchConfig) -> None:
-    """Refuse ``cuda:1`` and the like for workers: each sees only its own GPU, as number 0."""
+    """Refuse ``cuda:1`` and the like for workers: a worker sees its own GPU alone, as number 0."""
     kind, _, number = config.latency.device.partition(":")
     if config.workers != 0 and number not in ("", "0"):
         raise UserError(
@@ -469,7 +471,7 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
-    """Refuse an objective that does not work for a student of the space; allocates no weights."""
+    """Refuse an objective that does not work for each student of the space; allocate no weights."""
     depths = space.choices["num_hidden_layers"]
     needed_layers(objective, depths, teacher.config.num_hidden_layers)
     sizes = itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"])

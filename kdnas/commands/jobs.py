@@ -1,4 +1,4 @@
-"""The jobs of a run: each ``..._job`` describes one, and the function after it does the work."""
+"""The jobs of a run: each ``..._job`` returns one, and the function after it does its work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdnas.system.pool import share_devices
 
 
 def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
-    """Return the job that trains one student by mini-KD, for the trial of this number."""
+    """Return the job that trains one student by mini-KD (a short distillation), for a trial."""
     minutes = config.candidate_timeout
     return Job(
         folder=Run(config.root, config.name).trial(number),
@@ -41,7 +41,7 @@ def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dic
 
 
 def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) -> Job:
-    """Return the job that computes a share of the teacher's states, on the device of its slot."""
+    """Return the job that computes one of ``num_shares`` parts of the teacher's states."""
     folder = Run(config.root, config.name).folder / f"states_{share}"
     return Job(folder, "teacher states", compute_states, (config, split, share, num_shares))
 
@@ -49,7 +49,7 @@ def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) 
 def compute_states(
     config: SearchConfig, split: Split, share: int, num_shares: int
 ) -> dict[str, Any]:
-    """Compute a share of the teacher's states into their cache; return an empty dict."""
+    """Compute one part of the teacher's states into their cache; return an empty dict."""
     inputs = inputs_of(config)
     data, precision = inputs.data.select(split), config.trainer.precision
     build_share(inputs.cache, inputs.teacher, data, inputs.device, precision, share, num_shares)
@@ -57,12 +57,13 @@ def compute_states(
 
 
 def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> Job:
-    """Return the job of full KD, on one or several devices.
+    """Return the job of full KD (distillation on all rows), on one or several devices.
 
     Args:
         config: options of the run.
-        arch: the best student.
-        kept: files of its candidate's weights and optimizer state, by name.
+        arch: the best student's shape.
+        kept: files of the weights and the optimizer state that the search kept of this student, by
+            name.
     """
     folder = Run(config.root, config.name).full_kd
     args, num_ranks = (config, arch, dict(kept)), config.num_devices
@@ -72,10 +73,10 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
 
 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
-    """Distil the best student on all rows; without full KD, save its candidate's weights.
+    """Distil the best student on all rows; without full KD, save its weights from the search.
 
     Returns:
-        What ``distill_student`` returns; without full KD, with the candidate's loss and history.
+        What ``distill_student`` returns; without full KD, with loss and history from the search.
 
     Raises:
         UserError: there is to be no full KD, and the candidate's weights do not exist.

@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def latency_table(config: LatencyConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Measure every model in every combination; show a table, and write a JSON file and a picture.
+    """Measure models, show a table of their latencies, and write a JSON file and a picture.
+
+    Every model is measured with every combination of backend, device, threads, batch size and
+    length.
 
     Args:
         config: options of ``kdnas latency``.
@@ -97,7 +100,17 @@ def _picture(json: str) -> Path:
 def _measured(
     models: Sequence[Teacher], deployed: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> list[dict[str, Any]]:
-    """Measure the models in one combination; return a row of the JSON file for each."""
+    """Measure every model with one combination of settings.
+
+    Args:
+        models: the models.
+        deployed: what the backend runs for each model, from ``_deploy``, in the order of
+            ``models``.
+        settings: the combination of backend, device, threads, batch size and length.
+
+    Returns:
+        A row of the JSON file for each model.
+    """
     latencies = measure_latency(deployed, settings)
     return [
         {
@@ -116,7 +129,11 @@ def _measured(
 
 
 def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
-    """Return what a backend runs: an exported ONNX file, or the shape with random weights."""
+    """Return what a backend runs: an ONNX file, or a torch model.
+
+    If ``model`` is from an exported folder, an ONNX backend runs the folder's ONNX file. What runs
+    in all other cases has the model's shape, but random weights.
+    """
     int8 = backend == "onnxruntime-int8"
     exported = Path(model.source) / (INT8 if int8 else ONNX)
     if backend in ON_ONNX and exported.is_file():

@@ -15,9 +15,10 @@ from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, 
 
 
 def as_paths(**asked: Any) -> dict[str, Any]:
-    """Replace objects among a command's settings by folders in ``root``, to which they are written.
+    """Write models, texts and tasks that are given as objects to folders below ``root``.
 
-    Paths and names stay as they are; so do settings that are no model, text or task.
+    Each object among the settings is replaced by the path of its folder. Models, texts and tasks
+    that are given as paths or names stay as they are, and so do all other settings.
 
     Args:
         asked: settings of the command.
@@ -26,7 +27,7 @@ def as_paths(**asked: Any) -> dict[str, Any]:
         The settings, with text in place of objects and paths.
 
     Raises:
-        UserError: a model has no tokenizer, a task lacks a split, or nothing can be written there.
+        UserError: a model has no tokenizer, a task lacks a split, or ``root`` cannot be written.
     """
     inputs = Path(asked.get("root", "lightning_logs"), INPUTS)
     writers = {"text": _write_text, "task": _write_task}

@@ -73,7 +73,7 @@ class Plan:
     """What a search or a run is expected to need in all, and the free disk space."""
 
     stages: list[Stage]
-    free_bytes: int  # on the disk that it writes to
+    free_bytes: int  # on the disk that the search or run writes to
     measured_on: str  # what was measured, in words
     gpu_bytes: int = 0  # peak of GPU memory in the measured steps; 0 without a GPU
 
@@ -110,25 +110,25 @@ class Plan:
 
 
 class Rates(NamedTuple):
-    """Seconds of a fit: before its first step, per token or row trained on, and per one scored."""
+    """Seconds of a fit and of its tokens (if it distils a student) or rows (if it fine-tunes)."""
 
-    start: float
-    train: float
-    score: float
+    start: float  # before the first step
+    train: float  # per token or row that is trained on
+    score: float  # per token or row that is scored
 
     def seconds(self, num_epochs: int, num_train: float, num_scored: float) -> float:
-        """Seconds of a whole fit: ``start + num_epochs * (num_train * train + num_scored * score)``."""
+        """Seconds of a fit: ``start + num_epochs * (num_train * train + num_scored * score)``."""
         return self.start + num_epochs * (num_train * self.train + num_scored * self.score)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A few rows of a search or a run.
+    """A few rows of the text and task of a search or a run.
 
     Args:
-        config: the config of the whole, without the user's logger and callbacks.
-        sizes: numbers of rows of the whole.
-        found: the few rows and the rest, loaded.
+        config: config of the whole search or run, without the user's logger and callbacks.
+        sizes: numbers of rows of the whole text and task.
+        found: the few rows, loaded, with the teacher, the search space and the meter of latency.
         folder: temporary folder of everything that is written.
     """
 
@@ -139,7 +139,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write a few rows into a folder and load them; the user's logger and callbacks are left out."""
+        """Write a few rows into a folder and load them."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -157,7 +157,7 @@ class Sample:
 
     @property
     def scale(self) -> float:
-        """Number of usable rows in the whole text, divided by that of the few rows."""
+        """Number of usable rows in the whole text, divided by the number of the few rows."""
         return self.sizes.num_rows / len(self.rows)
 
     @property
@@ -177,7 +177,7 @@ class Sample:
 
 
 class Cost(NamedTuple):
-    """What something takes."""
+    """What one step of the work takes."""
 
     seconds: float
     num_bytes: float  # on disk
@@ -185,20 +185,20 @@ class Cost(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """Latencies of some students."""
+    """Latencies of some students, drawn at random from the search space."""
 
     within: dict[StudentArch, ArchLatency]  # those within the budget, fastest first; at least one
     share: float  # of measured students that are within the budget
     seconds: float  # for one measurement
 
     def ends(self) -> list[StudentArch]:
-        """Return the fastest and the slowest student; only one if they are the same."""
+        """Return the fastest and the slowest student within the budget; only one if it is both."""
         archs = list(self.within)
         return list(dict.fromkeys([archs[0], archs[-1]]))
 
 
 class Finetuning(NamedTuple):
-    """How fast teacher and student are fine-tuned, by the row, and what that takes."""
+    """Seconds per row of fine-tuning the teacher and a student, and what fine-tuning takes."""
 
     teacher: Rates
     student: Rates
@@ -219,14 +219,16 @@ class Measured:
         teacher: cost of one pass of the teacher over the whole text, with its states stored.
         missing: share of these states that is not stored yet.
         looks: latencies of some students.
-        num_archs: number of students in the space.
-        rates: for the fastest and the slowest of them, rates of mini-KD with a worker's threads.
-        full: for the slowest of them, rates of full KD with all threads; None without full KD.
+        num_archs: number of students in the search space.
+        rates: for the fastest and the slowest student in ``looks``, rates of mini-KD (a candidate's
+            short distillation) with a worker's threads.
+        full: for the slowest student in ``looks``, rates of full KD (the best student's
+            distillation on all rows) with all threads; None without full KD.
         finetuning: rates of fine-tuning; None without a task.
         num_slots: number of workers.
         num_parallel: number of candidates that train at the same time.
         memory: memory of a process that distils, in bytes.
-        free_bytes: free bytes on the disk.
+        free_bytes: free bytes on the disk that the search or run writes to.
         gpu_bytes: peak of GPU memory in the measured steps, in bytes; 0 without a GPU.
     """
 
@@ -330,9 +332,9 @@ def _reading(sample: Sample) -> tuple[float, Cost]:
     """Measure how the text is read and tokenised.
 
     Returns:
-        The seconds to read the whole text, and the cost of its tokens and masks, of which each core
-        makes a share if there are many rows. The time to find the teacher does not grow with the
-        rows, and is left out.
+        The seconds to read the whole text, and the cost of making its tokens and masks. If there
+        are many rows, the cores divide this work, which the cost takes into account. The time to
+        find the teacher does not grow with the rows, and is left out.
     """
     data, folder = sample.found.data, str(sample.folder / "tokens")
     times = [time.perf_counter()]
@@ -355,8 +357,8 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
     """Measure the teacher's pass over the few rows.
 
     Returns:
-        Its states of the few rows, the cost of a pass over the whole text, and the share of states
-        that is not in the cache yet.
+        The teacher's states of the few rows, the cost of a pass over the whole text, and the share
+        of states that is not in the cache yet.
     """
     config, found = sample.config, sample.found
     # The real cache: if the few rows are the whole text, it may hold some of their states.
@@ -373,7 +375,7 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
 
 
 def _looks(found: Inputs) -> Looks:
-    """Measure the latency of some random students of the space."""
+    """Measure the latency of some random students of the search space."""
     archs, budget = list(found.space), found.config.search.budget
     order = np.random.default_rng(found.config.seed).permutation(len(archs))
     begin = time.perf_counter()
@@ -411,7 +413,7 @@ def _finetuning(
     name: str,
     model: PreTrainedModel,
 ) -> Rates:
-    """Measure how fast a model is fine-tuned, by the row."""
+    """Measure the seconds per row of fine-tuning a model."""
 
     def finetune(timer: Timer) -> None:
         evaluate_glue(
@@ -436,7 +438,7 @@ def _distillation(
     calibration: CalibrationRows,
     recipe: Recipe,
 ) -> Rates:
-    """Measure how fast a student is distilled, by the token."""
+    """Measure the seconds per token of distilling a student."""
     found = sample.found
 
     def distil(timer: Timer) -> None:
@@ -465,9 +467,9 @@ def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:
-    """Return the teacher's stage for the search, and its further stages for full KD.
+    """Return the stage of the teacher's passes for the search, and further such stages for full KD.
 
-    If its states would take more than ``max_gb``, the teacher runs live.
+    If its states would take more than ``max_gb``, the teacher runs live: again in each epoch.
     """
     cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
     of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
@@ -563,7 +565,7 @@ def peak_memory() -> int:
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
-    """Print a teacher's search space: choices, size, and latency of its smallest and largest."""
+    """Print a teacher's search space: choices, size, and its smallest and largest student."""
     teacher = find_teacher(config.teacher)
     space = space_of(config, teacher)
     show(console, f"{len(space)} students of {config.teacher}: every combination of")

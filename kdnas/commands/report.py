@@ -126,7 +126,7 @@ def _notes(unlike: list[dict[str, str]]) -> list[str]:
     """Return why losses or rewards of the runs cannot be compared; nothing if they can.
 
     Args:
-        unlike: rows of ``_differing``, of settings that rewards depend on.
+        unlike: what ``_differing`` returned for the settings that rewards depend on.
     """
     keys = [row["setting"] for row in unlike]
     notes = ["The runs have different teachers."] if "teacher" in keys else []
@@ -147,8 +147,8 @@ def _differing(
 
     Args:
         names: names of the runs.
-        settings: their settings, in the same order.
-        is_meant: whether a setting, by its name, is looked at.
+        settings: settings of each run, in the order of ``names``.
+        is_meant: returns, given the name of a setting, whether to compare this setting.
     """
     rows = []
     for key in dict.fromkeys(key for one in settings for key in one if is_meant(key)):
@@ -159,7 +159,7 @@ def _differing(
 
 
 def _row(run: Run, study: Study) -> dict[str, str]:
-    """Return a run's row: its best candidate, and the figures of later stages if it has any."""
+    """Return a run's row: its best candidate, and the figures of the later stages that it has."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}

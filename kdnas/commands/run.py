@@ -1,4 +1,8 @@
-"""The whole job: search -> full KD -> fine-tuning -> export -> report. No stage is repeated."""
+"""The whole job: search -> full KD -> fine-tuning -> export -> report.
+
+A stage that is finished is not done again when a run resumes. Full KD is the distillation of the
+search's best student on all training rows.
+"""
 
 import logging
 import math
@@ -93,11 +97,11 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
         console: where to print; None: the terminal.
 
     Returns:
-        The run, whose ``best_student`` is the YAML of the best student's shape.
+        The run; ``best_student`` is the path of the YAML file with the best student's shape.
 
     Raises:
         UserError: something that the user gave cannot be used, or no candidate meets the budget.
-        CandidateFailed: every candidate failed, or the last ones all did.
+        CandidateFailed: every candidate failed, or the last ten all did.
         OSError: the disk, the network, the hub or the study's database failed.
     """
     with _opened(config, console or Console(markup=False), {}) as context:
@@ -122,7 +126,7 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
 def run(config: RunConfig, console: Console | None = None) -> Run:
     """Do the whole job, in ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
 
-    If stopped, the same call resumes. For a finished run it shows the table and changes nothing.
+    If stopped, the same call resumes. For a finished run it shows the results and changes nothing.
 
     Args:
         config: options of ``kdnas run``.
@@ -134,7 +138,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     Raises:
         UserError: something that the user gave cannot be used, or no candidate meets the budget.
         CandidateFailed: every candidate failed, or a fine-tuning did.
-        ParityError: an exported file does not compute what the student computes.
+        ParityError: an exported file gives different outputs from the student's.
         OSError: the disk, the network, the hub or the study's database failed.
     """
     console = console or Console(markup=False)
@@ -163,13 +167,14 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 
 def of_trial(config: RunConfig, number: int) -> RunConfig:
-    """Make the run ``<name>-trial-<number>``, whose finished search has one candidate alone.
+    """Make the run ``<name>-trial-<number>`` from one candidate of the search of ``config``.
 
-    The candidate's result and weights are copied from the search of ``config``.
+    The candidate's result and weights are copied. So the new run counts as searched, with this
+    candidate as the only one.
 
     Args:
         config: options of the run that has trained the candidate.
-        number: number of its trial.
+        number: number of the candidate's trial.
 
     Returns:
         The config of the new run.
@@ -215,13 +220,14 @@ def run_stages(
 ) -> dict[str, float]:
     """Run the stages that are not finished.
 
-    With a choice that fits the time budget, the search starts no candidate in the time that the
-    later stages need.
+    If the run fits its time budget by ``choice``, the search starts no candidate in the time that
+    the later stages need.
 
     Args:
         config: options of the run.
         console: where to print.
-        choice: what was chosen for the time budget; None: the search may take any time.
+        choice: the settings that were lowered for the time budget, with the expected minutes; None:
+            the search may take any time.
 
     Returns:
         The seconds that each stage took, by its name.
@@ -256,7 +262,7 @@ def _opened(
     seconds: dict[str, float],
     choice: Choice | None = None,
 ) -> Iterator[RunContext]:
-    """Open a run with its inputs and its engine, and keep other processes from making it."""
+    """Open a run with its inputs and its engine; no other process may work on it meanwhile."""
     try:
         with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
@@ -285,7 +291,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
-    """Search, unless that is finished, and write the best student.
+    """Search, unless the search is finished, and write the best student's shape to its file.
 
     Args:
         context: the run.
@@ -293,7 +299,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
             ``time_budget`` minutes from now.
 
     Returns:
-        The best student.
+        The best student's shape.
     """
     config, settings, run = context.config, context.config.search, context.run
     study = context.study()
@@ -339,7 +345,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
 
 
 class SearchDisplay:
-    """Shows each trial that ends: a line, the bar, ``trials.csv`` and TensorBoard."""
+    """Shows each trial that ends: on the console, in ``trials.csv`` and in TensorBoard."""
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
@@ -367,7 +373,7 @@ class SearchDisplay:
         self.write_down()
 
     def _show_leaders(self) -> None:
-        """Show the best candidates at the end of each episode."""
+        """Show the best candidates each time that a further ``num_candidates`` were trained."""
         size = self.study.user_attrs["num_candidates"]
         ended = sorted(trained(self.study), key=lambda one: (one.datetime_complete, one.number))
         rewards = [(arch_of(trial), trial.value or 0.0) for trial in ended]
@@ -377,7 +383,7 @@ class SearchDisplay:
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
-        """Update the bar, ``trials.csv`` and TensorBoard, and delete all but the best weights."""
+        """Update the bar, ``trials.csv`` and TensorBoard; keep the best trials' weights only."""
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
@@ -386,7 +392,7 @@ class SearchDisplay:
 
 
 def open_states(context: RunContext, split: Split) -> None:
-    """Compute the missing states of the teacher, on all GPUs of this machine."""
+    """Compute those teacher states of a split that are not stored yet, on all GPUs here."""
     inputs, config = context.inputs, context.config
     num_shares = min(context.engine.num_slots, num_gpus(config.trainer.accelerator))
     cache, data = inputs.cache, inputs.data.select(split)
@@ -402,7 +408,7 @@ def open_states(context: RunContext, split: Split) -> None:
 
 
 def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Distil the best student on all rows, unless that is finished."""
+    """Distil the best student on all rows, unless this distillation is finished."""
     run, console = context.run, context.console
     last = run.full_kd / "last.ckpt"
     if (run.full_kd / "result.json").exists():
@@ -425,7 +431,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """Return the existing files of the best candidate's weights and optimizer state, by name.
+    """Return the existing files of weights and optimizer state of the candidate ``arch``, by name.
 
     Raises:
         UserError: a file is damaged.
@@ -449,7 +455,7 @@ def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
 
 
 def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Fine-tune teacher, student and baselines, all in the same way, unless that is finished."""
+    """Fine-tune teacher, student and baselines, all in the same way, unless all are fine-tuned."""
     folder, task = context.run.glue, context.inputs.task
     source = task_path(context.run, config.task)
     assert task is not None and source is not None
@@ -477,7 +483,7 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
 
 
 class Role(Contender):
-    """A model in a run's table; the run has one task, so its folder is named by its role."""
+    """A model in a run's table, such as ``student``; its folder has this name alone."""
 
     def folder(self, task: LoadedTask) -> str:
         return self.key
@@ -516,7 +522,7 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
     """Return the teacher's shape with as many layers as the budget allows, but at least one.
 
-    Without a budget, it is as many as are no slower than the student.
+    Without a budget, it has the most layers with which it is no slower than the student ``arch``.
     """
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget
@@ -533,7 +539,7 @@ def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
 
 
 def export_stage(context: RunContext, config: RunConfig) -> None:
-    """Export the student, unless that is finished."""
+    """Export the student, unless its latest model is exported already."""
     run, console = context.run, context.console
     if is_exported(run):
         console.print("Export: done.")

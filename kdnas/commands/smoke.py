@@ -21,8 +21,8 @@ NUM_CANDIDATES = 2
 def smoke(config: RunConfig, console: Console) -> None:
     """Run every stage on a few rows, in a temporary folder, and show the seconds of each.
 
-    If a stage fails, the folder is kept. The budget is checked, but candidates need not meet it:
-    they are the first that the sampler proposes.
+    If a stage fails, the folder is kept. The run's budget is checked as usual, but the candidates
+    need not meet it: they are the first that the sampler proposes.
 
     Args:
         config: options of the run.

@@ -40,11 +40,12 @@ def model_card(
         tokenizer: the model's tokenizer.
         card: what the card says about the model: ``name``, ``teacher`` and ``sections``, which maps
             a title (``Scores``) to the rows of a table, ``{name: value}``. Optional:
-            ``base_model``, the teacher's name on the hub; ``text``, the text it was distilled on;
-            ``made``, ``searched and distilled``, ``distilled`` or ``exported`` (by default, as the
-            config suggests); ``license``, as the hub spells it; ``task`` and ``metrics``, the name
-            of the labelled task and the metrics that ``evaluate_glue`` measured on it.
-        report: the checks, as ``export_student`` returns them.
+            ``base_model``, the teacher's name on the hub; ``text``, the text on which the model was
+            distilled; ``made``, one of ``searched and distilled``, ``distilled`` and ``exported``
+            (by default ``distilled`` if the model's config has a teacher's hash, or else
+            ``exported``); ``license``, as the hub spells it; ``task`` and ``metrics``, the name of
+            the labelled task and the metrics that ``evaluate_glue`` measured on it.
+        report: the results of the checks, as ``export_student`` returns them.
     """
     output = output_name(model)
     kind, auto_class, pipeline_tag = "text encoder", "AutoModel", "feature-extraction"
@@ -99,7 +100,10 @@ def model_card(
 
 
 def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
-    """Convert metrics to the hub's form; MNLI's ``..._matched`` are of ``validation_matched``."""
+    """Convert metrics to the hub's form.
+
+    Metrics of MNLI that end with ``_matched`` are of its split ``validation_matched``, and so on.
+    """
     is_glue = task in TASKS
     for key, value in metrics.items():
         metric, *part = key.split("_")
@@ -115,7 +119,10 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
 
 
 def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what was measured on the exported files, as text: a title's rows ``{name: text}``."""
+    """Return the results of an export's checks as text: maps each title to its rows.
+
+    The rows of a title are ``{name: text}``.
+    """
     int8 = report["int8"]
     scores = {"model.int8.onnx, cosine to model.onnx": f"{int8['cosine']:.4f} ({int8['rows']})"}
     if "score" in int8:

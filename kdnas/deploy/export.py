@@ -76,15 +76,16 @@ def export_student(
     pooler).
 
     Args:
-        source: a Hugging Face folder with a tokenizer and a sequence classifier, if its config
-            names one, or else an encoder.
-        folder: the export. It is written, or replaced, as a whole once all checks have passed.
+        source: a Hugging Face folder with a tokenizer and a model, which is loaded as a sequence
+            classifier if the config names one, or else as an encoder.
+        folder: folder of the export. It is written, or replaced, as a whole once all checks have
+            passed.
         card: content of the model card, see ``model_card``.
-        make_rows: makes, from the tokenizer, the rows on which the int8 graph is chosen and
-            reported; None: random words.
-        length: longest text in tokens, longer ones are cut; None: the model's longest.
-        sentences: if given, the folder is one for sentence-transformers, with the pooling of this
-            teacher.
+        make_rows: makes, from the tokenizer, the rows on which the int8 graph is chosen, and those
+            on which it is then compared with the float32 graph; None: rows of random words.
+        length: number of tokens at which texts are cut; None: the most that the model takes.
+        sentences: the teacher of a sentence encoder, and texts to compare on. If given, the folder
+            can be loaded by sentence-transformers, and has this teacher's pooling.
         tolerance: largest allowed difference of an output between torch and onnxruntime.
         min_seconds: least time of each latency measurement, in seconds.
 
@@ -98,8 +99,8 @@ def export_student(
     Raises:
         UserError: model or tokenizer of the source cannot be loaded completely, or ``length`` is
             less than 2 or more than the model takes.
-        ParityError: a graph, ``predict.py`` or a sentence vector differs from the model by too
-            much.
+        ParityError: outputs of a graph, token ids of ``predict.py`` or sentence vectors differ too
+            much from those of the source's model and tokenizer.
     """
     model, tokenizer = load_student(source)
     if length is not None:
@@ -152,8 +153,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """Load the classifier or encoder of a folder, in float32 and eval mode, and its tokenizer.
 
     Raises:
-        UserError: model or tokenizer cannot be loaded completely, or the model has a head of
-            another kind.
+        UserError: model or tokenizer cannot be loaded completely, or the model has a head that is
+            no sequence classifier's.
     """
     here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -200,7 +201,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _parity_lengths(longest: int) -> list[int]:
-    """Return 1, 2, 3, 5, 8, 13, ... and ``longest``."""
+    """Return lengths to check: the Fibonacci numbers 1, 2, 3, 5, 8, ..., and ``longest``."""
     lengths, step = [1], 1
     while lengths[-1] + step < longest:
         lengths.append(lengths[-1] + step)
@@ -213,8 +214,8 @@ def _check_parity(
 ) -> float:
     """Return the largest difference between torch and onnxruntime on real tokens.
 
-    It is measured on single rows and on padded batches, from 1 token up to the longest rows that
-    ``MOST_SCORES`` allows. A difference above the tolerance raises ``ParityError``.
+    The difference is measured on single rows and on padded batches, from 1 token up to the longest
+    rows that ``MOST_SCORES`` allows. A difference above ``tolerance`` raises ``ParityError``.
     """
     output = output_name(model)
     session = open_session(path)

@@ -1,4 +1,4 @@
-"""Measure the latency of models as they are deployed: student and teacher in turn, on one machine."""
+"""Measure the latency of models as they are deployed, several in alternation on one machine."""
 
 import copy
 import json
@@ -113,7 +113,7 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """Return the hash of the file of lengths by its name in records; {} without a file."""
+        """Return ``{"latency.lengths_sha256": hash of the file of lengths}``; {} without a file."""
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}
@@ -146,7 +146,8 @@ def measured_by(how: Mapping[str, Any]) -> str:
     """Describe a measurement in words: ``torch on cpu, batch 1 x 128, 1 thread``.
 
     Args:
-        how: fields of ``LatencySettings``; those left out have their defaults.
+        how: maps names of fields of ``LatencySettings`` to values; a field that is left out has its
+            default.
     """
     how = {**asdict(LatencySettings()), **how}
     shape = f"batch {how['batch_size']} x {how['length']}"
@@ -157,7 +158,7 @@ def measured_by(how: Mapping[str, Any]) -> str:
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
-    """Return whether an interquartile range is so wide that the machine must have been busy."""
+    """Return whether the interquartile range ``iqr_ms`` is so wide that the machine was busy."""
     return iqr_ms > MOST_SPREAD * median_ms
 
 
@@ -182,19 +183,21 @@ class ArchLatency:
 
 
 def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
-    """Time the forward pass of each model, in turn, so that a drift of the machine cancels.
+    """Time the forward pass of each model, in alternation, so that a drift of the machine cancels.
 
-    Models run in eval mode and inference mode, without autocast, with an attention mask. In each
-    round every model runs for its share of ``min_seconds``, after an untimed pass; the first round
-    is a warm-up and is dropped. On a GPU, time is measured between two events on its stream.
+    Models run in eval mode and inference mode, without autocast, with an attention mask. There are
+    several rounds. In each round every model makes an untimed pass, and then runs for at least a
+    tenth of ``min_seconds``. The first round is a warm-up and is dropped. On a GPU, the time of a
+    pass is measured between two CUDA events.
 
     Args:
-        models: models with a Hugging Face ``config``, or ONNX files beside their ``config.json``.
-            For an onnxruntime backend, models are exported to ONNX first. They are not changed.
+        models: torch models with a Hugging Face ``config``, or ONNX files with their
+            ``config.json`` in the same folder. For an onnxruntime backend, torch models are first
+            exported to ONNX. No model is changed.
         settings: backend, device, batch, threads and time.
 
     Returns:
-        One latency for each model, in the same order.
+        One latency for each model, in the order of ``models``.
 
     Raises:
         UserError: rows are longer than a model takes.
@@ -225,7 +228,7 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
 
 
 class LatencyMeter:
-    """Measures the latency of student architectures beside one teacher, each once.
+    """Measures student architectures, each once, in alternation with the same teacher.
 
     Encoder and classification head have random weights, on which latency does not depend.
 
@@ -244,21 +247,24 @@ class LatencyMeter:
         self._known: dict[StudentArch, ArchLatency] = {}
 
     def remember(self, arch: StudentArch, value: ArchLatency) -> None:
-        """Use this value for an architecture from now on, instead of a measurement."""
+        """Use ``value`` for an architecture from now on, instead of a measurement."""
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """Return the latency of an architecture; it is measured at the first call only.
+        """Return the latency of an architecture; only the first call with it measures.
 
         Raises:
-            CandidateFailed: a median is 0 or not finite.
+            CandidateFailed: the median latency of student or teacher is 0 or not finite.
         """
         if arch not in self._known:
             self.remember(arch, self._measured(arch, self.settings))
         return self._known[arch]
 
     def glance(self, arch: StudentArch) -> ArchLatency:
-        """Return the remembered latency, or that of a quick measurement, which is not remembered."""
+        """Return the known latency of an architecture, or else measure for a short time.
+
+        The result of such a short measurement is not kept for ``measure``.
+        """
         seconds = min(GLANCE_SECONDS, self.settings.min_seconds)
         quick = replace(self.settings, min_seconds=seconds)
         return self._known.get(arch) or self._measured(arch, quick)
@@ -313,7 +319,7 @@ def _read_lengths(name: str) -> list[int]:
 
 
 def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    """Raise ``UserError`` if rows are longer than a model takes."""
+    """Raise ``UserError`` if the rows of ``settings`` are longer than a model takes."""
     longest = max_length(config)
     asked = max(map(max, settings.batches()))
     if asked > longest:
@@ -341,7 +347,7 @@ def _batch(
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use this number of threads within the block."""
+    """Let torch use ``number`` threads within the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -354,7 +360,7 @@ def threads(number: int) -> Iterator[None]:
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[Sequence[Callable[..., Any]]]:
-    """Yield, for each model, a function that runs it on a batch by the backend."""
+    """Yield a function for each model, which runs the model on a batch with the backend."""
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -381,7 +387,7 @@ def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[..
 
 @contextmanager
 def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Move models to the device, in eval mode, and restore place and mode afterwards."""
+    """Move models to the device, in eval mode; restore their device and mode afterwards."""
     # Outside of inference_mode: parameters that are moved within it cannot be trained afterwards.
     homes = [next(model.parameters()).device for model in models]
     modes = [(part, part.training) for model in models for part in model.modules()]
@@ -399,7 +405,8 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
     """Run a model for ``share`` seconds, after an untimed pass, and return the time of each pass.
 
-    Every batch runs equally often; times are in seconds.
+    ``turn`` has a function for each batch, which runs the model on this batch. Every batch runs
+    equally often. Times are in seconds.
     """
     turn[0]()
     times: list[float] = []
@@ -427,10 +434,11 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
-    """Summarise the times of all passes, in seconds.
+    """Summarise a model's ``times``, which are of all its passes, in seconds.
 
-    Median and 95th percentile are over all passes. The interquartile range is taken for each batch,
-    and averaged: batches of different lengths would widen it. Rates are from each batch's median.
+    Median and 95th percentile are over all passes. The interquartile range is taken for each batch
+    and then averaged, as different lengths of batches would widen a range over all passes. Tokens
+    and rows per second are computed from each batch's median time.
     """
     seconds = np.array(times).reshape(-1, len(lengths))
     median, most = np.percentile(1000 * seconds, (50, 95)).tolist()

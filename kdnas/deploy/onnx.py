@@ -36,7 +36,7 @@ def check_onnx() -> None:
 
 
 def output_name(model: PreTrainedModel) -> str:
-    """Return the name of the output: ``logits`` (classifier) or ``last_hidden_state`` (encoder)."""
+    """Return the name of a graph's output: ``logits`` (classifier) or ``last_hidden_state``."""
     return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
 
 
@@ -49,7 +49,7 @@ def random_batch(
         config: config of the model.
         lengths: number of real tokens of each row.
         names: inputs to make: ``input_ids``, ``attention_mask``, ``token_type_ids``. Token types
-            mark the second half of the rows if the model uses them, or else are 0.
+            are 1 in the second half of each row if the model uses them, and else 0 everywhere.
         seed: seed of the ids.
 
     Returns:
@@ -72,9 +72,9 @@ def random_batch(
 def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = INPUTS) -> None:
     """Write a model as an ONNX graph that takes any batch size and length.
 
-    Attention is exported in its eager form, as fused attention becomes twelve more nodes per layer,
-    with which onnxruntime takes 10 % longer. An Add before a layer norm becomes a Sum: onnxruntime
-    would fuse Add and norm into SkipLayerNormalization, which takes three times as long as the two.
+    Attention is exported in its eager form: fused attention would add twelve nodes per layer, with
+    which onnxruntime takes 10 % longer. An Add before a layer norm becomes a Sum: onnxruntime would
+    fuse an Add and its norm into SkipLayerNormalization, which takes three times as long as both.
 
     Args:
         model: a model in eval mode on the CPU; it is not changed.
@@ -115,8 +115,9 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
     Args:
         source: the float32 graph.
         target: the file to write.
-        calibration: batches from which the scales of activations are fixed (static quantisation);
-            None: they are computed anew for each batch (dynamic quantisation).
+        calibration: batches from which fixed scales of activations are computed (static
+            quantisation). None: the graph computes these scales for each batch (dynamic
+            quantisation).
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -166,7 +167,7 @@ def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
 
 
 def open_session(path: Path, num_threads: int = 0) -> Any:
-    """Open a graph in onnxruntime on the CPU; 0 threads mean as many as cores."""
+    """Open a graph in onnxruntime on the CPU; ``num_threads`` 0 means one thread for each core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -177,13 +178,13 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
 
 
 def config_beside(path: Path) -> PreTrainedConfig:
-    """Read the config in the folder of a graph."""
+    """Read ``config.json`` from the folder of the graph ``path``."""
     return read_config(path.parent / "config.json")
 
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """If native code fails on a graph that was cut off by a full disk, raise the disk's error."""
+    """If native code fails on a file that a full disk cut off, raise the error of the disk."""
     try:
         yield
     except OSError:
@@ -198,7 +199,7 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Silence warnings, and a logger below errors: exporter and quantiser report internals."""
+    """Silence warnings, and a logger's records below errors: they are internals of a library."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -57,7 +57,7 @@ class Predictor:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """Tokenise texts, or pairs of texts, to the graph's inputs, each of shape (texts, tokens)."""
+        """Tokenise texts, or pairs of texts; return the graph's inputs, each (texts, tokens)."""
         rows = self.tokenizer.encode_batch(list(texts))
         values = {
             "input_ids": [row.ids for row in rows],
@@ -84,8 +84,8 @@ class Predictor:
     def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Any]:
         """Return a prediction for each text or pair of texts.
 
-        It is ``{"label": ..., "probability": ...}`` for a classifier, a number for a regression, or
-        a list of numbers, the vector, for an encoder.
+        A prediction is ``{"label": ..., "probability": ...}`` for a classifier, a number for a
+        regression, or a list of numbers, the vector, for an encoder.
         """
         outputs = self(texts)
         if not any("ForSequenceClassification" in name for name in self.config["architectures"]):

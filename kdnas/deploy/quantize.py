@@ -1,4 +1,4 @@
-"""Choose the better int8 graph on some rows, and report on others how much it loses."""
+"""Choose the better of two int8 graphs on some rows, and measure its loss on other rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +26,15 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Batches of rows for the int8 graph; no row is in both lists.
+    """Batches of rows for the int8 graph; no row is in both ``choose`` and ``report``.
 
     Args:
-        choose: batches of training rows on which the graph is calibrated and chosen.
-        report: batches of validation or held-out rows on which it is reported.
+        choose: batches of training rows on which the int8 graph is calibrated and chosen.
+        report: batches of validation or held-out rows on which the chosen graph is compared with
+            the float32 graph.
         name: description of ``report`` for people.
-        task: the task that scores the outputs, and whose ``labels`` are in each batch; None:
-            outputs are only compared.
+        task: the task by which the outputs are scored, and whose ``labels`` are in each batch.
+            None: the outputs of the graphs are compared, but not scored.
     """
 
     choose: list[Feed] = field(repr=False)
@@ -45,14 +46,14 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """Draw at most 256 training rows to choose on, and 2,000 validation rows to report on.
+    """Draw at most 256 training rows, to choose the int8 graph on, and 2,000 validation rows.
 
     Args:
         task: the task with its rows.
         tokenizer: the student's tokenizer.
-        length: longest row in tokens; longer ones are cut.
-        is_scored: whether the student is a classifier of the task; if not, only outputs are
-            compared.
+        length: longest row in tokens; longer rows are cut.
+        is_scored: whether the student is a classifier of the task; if not, its outputs are
+            compared, but not scored.
     """
     data = GLUEDataModule(task, tokenizer, batch_size=BATCH_SIZE, max_length=length)
     data.setup()
@@ -73,7 +74,7 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """Draw at most 256 training texts to choose on, and 256 held-out texts to report on.
+    """Draw at most 256 training texts, to choose the int8 graph on, and 256 held-out texts.
 
     Texts longer than ``length`` tokens are cut.
     """
@@ -127,10 +128,10 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """Return the cosine of two graphs' outputs.
+    """Return the cosine of two graphs' outputs, which are lists of batches.
 
-    It is the mean over rows (an encoder's tokens); rows of fewer than 32 numbers (logits) are
-    compared as one long vector instead.
+    The cosine is the mean over rows of the outputs, which are an encoder's tokens. If a row has
+    fewer than 32 numbers, as logits have, all rows are joined into one long vector instead.
     """
     a, b = (torch.from_numpy(np.concatenate(list(parts))).double() for parts in (first, second))
     if a.shape[1] < 32:  # the angle between two vectors of few logits says little
@@ -141,7 +142,7 @@ def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
 def compare(
     exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
 ) -> dict[str, float]:
-    """Return the ``cosine`` of two graphs' outputs and, for a task, ``score`` and ``int8_score``."""
+    """Return the ``cosine`` of two graphs' outputs, and a task's ``score`` and ``int8_score``."""
     found = outputs(int8, batches)
     expected = outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}
@@ -152,29 +153,32 @@ def compare(
 
 
 def lost(result: Mapping[str, Any]) -> float:
-    """Return the share of the score that int8 loses; without a score, 1 less the cosine."""
+    """Return the share of the score that int8 loses, from what ``compare`` returned.
+
+    Without a score, return ``1 - cosine``.
+    """
     if "score" not in result:
         return 1 - result["cosine"]
     return (result["score"] - result["int8_score"]) / max(abs(result["score"]), 1e-9)
 
 
 def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
-    """Write an int8 graph with dynamic scales, or with static ones if these lose less.
+    """Write an int8 graph with dynamic scales of activations, or static ones if these lose less.
 
-    Static scales are tried only if dynamic ones lose more than 1 % on ``rows.choose``.
+    Static scales are tried only if dynamic scales lose more than 1 % on ``rows.choose``.
 
     Args:
         source: the float32 graph.
         target: the file to write.
-        rows: the rows on which the graph is chosen and reported.
+        rows: the rows on which the graph is chosen, and those on which it is then compared.
 
     Returns:
-        ``method`` (``dynamic`` or ``static``), ``rows`` (the name of the reported rows) and, on
-        these rows, ``cosine`` to the float32 graph and, for a task, ``score`` of the float32 graph
-        and ``int8_score``.
+        ``method`` (``dynamic`` or ``static``), ``rows`` (the name of ``rows.report``) and, measured
+        on ``rows.report``, ``cosine`` to the float32 graph and, for a task, ``score`` of the
+        float32 graph and ``int8_score``.
 
     Raises:
-        ParityError: on the reported rows, the cosine to the float32 graph is below 0.9.
+        ParityError: on ``rows.report``, the cosine to the float32 graph is below 0.9.
     """
     write_int8(source, target)
     method = "dynamic"

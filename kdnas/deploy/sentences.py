@@ -24,14 +24,14 @@ MOST_TEXTS = 1_000
 
 @dataclass(frozen=True)
 class Sentences:
-    """The teacher of a sentence encoder, and texts on which the two are compared.
+    """The teacher of a sentence encoder, and texts on which teacher and student are compared.
 
     Args:
-        teacher: a sentence encoder; the student gets its pooling.
-        train: texts to fit the linear map from the student's vectors to the teacher's.
-        held_out: texts on which the mapped vectors are compared.
-        task: pairs of sentences with a similarity, such as STS-B, on which both are scored; None:
-            neither is.
+        teacher: a sentence encoder, whose pooling the student gets.
+        train: texts to fit a linear map from the student's vectors to the teacher's.
+        held_out: texts on which the student's vectors, mapped, are compared with the teacher's.
+        task: pairs of sentences with a similarity, such as STS-B, on which student and teacher are
+            scored; None: they are not scored.
     """
 
     teacher: Teacher
@@ -56,9 +56,10 @@ def check_sentences(task: LoadedTask | None) -> None:
 def add_sentence_files(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sentences
 ) -> dict[str, Any]:
-    """Add what ``SentenceTransformer(folder)`` needs to an exported encoder, and compare it.
+    """Add to an exported encoder the files that ``SentenceTransformer(folder)`` needs.
 
-    These are ``modules.json`` and the configs of its modules, with the teacher's pooling.
+    They are ``modules.json`` and the configs of the modules that it lists, with the teacher's
+    pooling. Then compare the encoder's sentence vectors with the teacher's.
 
     Args:
         folder: the export, with model and tokenizer.
@@ -121,7 +122,7 @@ def add_sentence_files(
 
 
 def spearman(encoder: Any, task: LoadedTask) -> float:
-    """Return Spearman's correlation of label and cosine of the two sentences, on validation rows."""
+    """Return Spearman's correlation of labels and cosines of sentence pairs, on validation rows."""
     first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
     metrics = make_metrics(task.task)
     metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))

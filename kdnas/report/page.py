@@ -1,4 +1,4 @@
-"""Write report.html: the results of one run, in one file that opens from disk."""
+"""Write ``report.html``: the results of one run, in one file that needs no network."""
 
 import base64
 import hashlib
@@ -90,7 +90,7 @@ def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
 
     Args:
         results: content of ``glue/results.json``.
-        how: the fields of the run's ``LatencySettings``.
+        how: maps the names of fields of the run's ``LatencySettings`` to their values.
     """
     title = f"Fine-tuned on {results['task']['name']}"
     table = text_table(title, result_rows(results), words=["model"])
@@ -102,8 +102,10 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
     """Describe how well a student's sentence vectors agree with its teacher's, in words.
 
     Args:
-        full_kd: content of ``full_kd/result.json``; if the agreement was not measured, the text is
-            ``""``.
+        full_kd: content of ``full_kd/result.json``.
+
+    Returns:
+        The words; ``""`` if the agreement was not measured.
     """
     if "vector_cosine" not in full_kd:
         return ""
@@ -115,7 +117,11 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """Return warnings if the final figures, ``glue/results.json``, mean little: one per reason."""
+    """Return a warning for each reason why the final figures mean little.
+
+    Args:
+        results: the final figures, which are the content of ``glue/results.json``.
+    """
     models = results["models"]
     said = []
     if models["random"]["score"] >= models["student"]["score"]:
@@ -163,7 +169,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def stage_results(run: Run) -> tuple[Any, Any, Any]:
-    """Return the results of full KD, of fine-tuning and of the export; None for those not done."""
+    """Return the results of full KD, fine-tuning and export; None for a stage that is not done."""
     files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
@@ -182,11 +188,12 @@ def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
 def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     """Write the HTML page of a run; stages that have not run are left out.
 
-    On one machine, the same run gives the same bytes: the page's date is that of the last trial.
+    Written again on the same machine, the page has the same bytes: its date is that of the run's
+    last trial.
 
     Args:
         run: the run, which may be unfinished.
-        study: the Optuna study of its search.
+        study: the Optuna study of the run's search.
         output: the file to write; None: ``report.html`` in the folder of the run.
 
     Returns:
@@ -263,7 +270,7 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Return the best trials at the end of each episode, with their rewards, as rows of a table."""
+    """Return a table's rows: for each episode of the search, the best trials and their rewards."""
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:
@@ -317,7 +324,10 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which ``kdnas glue`` repeats a run's fine-tuning, without defaults."""
+    """Return the options that ``kdnas glue`` needs to repeat a run's fine-tuning.
+
+    Options that have their default in the run are left out.
+    """
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),
         "trainer": TrainerSettings(),
@@ -339,7 +349,10 @@ def _teacher_of(run: Run) -> dict[str, str]:
 
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
-    """Return when the search ended, and what machine writes the page (workers may use others)."""
+    """Return when the search ended, and the machine and packages with which the page is written.
+
+    Workers may have used other machines.
+    """
     dates = [trial.datetime_complete or trial.datetime_start for trial in trials]
     ended = max((date for date in dates if date), default=None)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,8 @@
-"""Draw a search: as SVG with tool tips for a page, and as images for TensorBoard."""
+"""Draw a search: as SVG with tool tips for a page, and as images for TensorBoard.
+
+A drawing (``Draw``) is a function that draws on given matplotlib axes. ``as_svg`` and ``as_figure``
+turn it into a picture.
+"""
 
 import io
 import re
@@ -41,7 +45,7 @@ STYLE = {
 
 
 def as_figure(draw: Draw) -> Figure:
-    """Return a matplotlib figure of a drawing, on white."""
+    """Return a matplotlib figure of a drawing, on a white background."""
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
         draw(figure.add_subplot())
@@ -49,11 +53,11 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """Return a drawing as SVG in the page's colours.
+    """Return a drawing as SVG, in which text and axes have the colour of the page's text.
 
     Args:
         label: description of the picture for screen readers.
-        draw: the drawing; a part with the gid ``tip:TEXT`` gets TEXT as its tool tip.
+        draw: the drawing; an artist in it whose gid is ``tip:TEXT`` gets TEXT as its tool tip.
     """
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
@@ -72,7 +76,7 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
     Args:
         frame: the trials, as from ``trials_frame``.
         best: number of the best trial, which is drawn as a star; None: there is none.
-        budget: the fields of ``Budget``, of which limits on latency are drawn.
+        budget: maps the names of fields of ``Budget`` to their values; limits on latency are drawn.
 
     Returns:
         The drawing, or None if no latency was measured.
@@ -111,7 +115,11 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
 
 
 def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
-    """Draw the candidates and Pareto fronts of several searches; ``frames`` are by run name."""
+    """Draw the candidates and Pareto fronts of several searches.
+
+    Args:
+        frames: maps the name of each run to its trials, as from ``trials_frame``.
+    """
 
     def draw(axes: Axes) -> None:
         _loss_by_latency(axes)
@@ -148,7 +156,14 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def predictions(frame: pd.DataFrame) -> Draw | None:
-    """Draw true rewards against those that an LSTM controller predicted; None if there are none."""
+    """Draw the trials' rewards against the rewards that an LSTM controller predicted for them.
+
+    Args:
+        frame: the trials, as from ``trials_frame``.
+
+    Returns:
+        The drawing, or None if no reward was predicted.
+    """
     known = frame[frame["predicted_reward"].notna() & frame["reward"].notna() & ~is_twin(frame)]
     ends = known[["predicted_reward", "reward"]].stack().agg(["min", "max"])
 
@@ -165,12 +180,12 @@ def predictions(frame: pd.DataFrame) -> Draw | None:
 
 
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
-    """Draw a value by epoch, in a line for each history; grey lines are thin.
+    """Draw a value by epoch, in several lines; grey lines are thin.
 
     Args:
         ylabel: name of the value for people.
-        name: key of the value in the rows of a history.
-        lines: name, history and colour of each line.
+        name: key of the value in the rows of a line.
+        lines: for each line its name, a row of values for each epoch, and its colour.
     """
 
     def draw(axes: Axes) -> None:
@@ -188,9 +203,9 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
 
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split candidates into those with a tool tip and the others.
+    """Split candidates into those that get a tool tip and those that get none.
 
-    With more than ``MOST_NAMED`` candidates, only those in ``kept`` get a tool tip.
+    With more than ``MOST_NAMED`` candidates, only those whose index is in ``kept`` get a tool tip.
     """
     named = candidates
     if len(candidates) > MOST_NAMED:

@@ -20,7 +20,7 @@ def show(console: Console, text: str) -> None:
 
 
 def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
-    """Format ``value * scale`` for a cell, by a format spec and a unit; ``-`` if it is missing."""
+    """Return ``value * scale`` by the format ``spec``, and the unit; ``-`` for a missing value."""
     return "-" if pd.isna(value) else f"{value * scale:{spec}}{unit}"
 
 
@@ -49,7 +49,7 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """Make a table of the best student, and of the Pareto fronts of loss and latency or size."""
+    """Make a table of the best student and the Pareto fronts of loss and latency, loss and size."""
     frame = trials_frame(study)
     best = best_trial(study)
     number = best.number if best else -1

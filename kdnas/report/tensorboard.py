@@ -19,21 +19,25 @@ from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 class SearchBoard:
     """Writes a search's progress as TensorBoard event files.
 
-    It is a context manager that is called with the study after each trial. A step is a trained
-    candidate, with the time at which it ended. Curves are ``search/reward``, ``search/loss`` and
-    ``search/latency_ms``; the best reward so far, ``search/best_reward``, of this episode,
-    ``search/episode_best``, and of the episode before, ``search/previous_best``; and
-    ``search/exploration_ratio`` if the sampler has one. The picture ``search/pareto`` is written
-    whenever the front changes, ``search/predictions`` at the end of each episode if the sampler
-    predicts rewards.
+    It is a context manager that is called with the study after each trial. A step of its curves is
+    a trained candidate, at the time at which the candidate's trial ended. An episode is a fixed
+    number of trained candidates in sequence. The curves are:
 
-    Older event files are removed and written anew from the study, so that a resumed search has one
-    curve.
+    - ``search/reward``, ``search/loss`` and ``search/latency_ms`` of the candidate;
+    - ``search/best_reward``, the best reward so far; ``search/episode_best``, that of this episode;
+      ``search/previous_best``, that of the episode before;
+    - ``search/exploration_ratio``, only with ``exploration``.
+
+    The picture ``search/pareto`` is written whenever the Pareto front changes. The picture
+    ``search/predictions`` is written at the end of each episode, if the sampler predicts rewards.
+
+    Older event files in the folder are removed, and their content is written again from the study,
+    so that a resumed search has one curve.
 
     Args:
         folder: folder of the event files.
         exploration: maps the number of candidates trained so far, pruned ones included, to the
-            share of picks that explore; None: the sampler has none.
+            share of the sampler's picks that explore; None: the sampler has no such share.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
@@ -54,7 +58,7 @@ class SearchBoard:
         self._writer.close()
 
     def __call__(self, study: Study) -> None:
-        """Write the candidates of the study that are not yet written."""
+        """Write those trained candidates of the study that are not written yet."""
         size = study.user_attrs.get("num_candidates", NUM_CANDIDATES)
         # Includes candidates that a pruner stopped: they count for the exploration ratio.
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]

@@ -1,4 +1,4 @@
-"""Check whether a run's figures can be trusted: whether repeated measurements agree."""
+"""Check whether a run's figures can be trusted, for instance whether two measurements agree."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ LEAST_AGREEMENT = 0.5  # least rank correlation of two rankings that agree
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to know before the student is used.
+    """The answer to one question about a run's figures, to know before the student is used.
 
     Args:
         name: a question.
@@ -42,15 +42,15 @@ def checks(
     exported: Mapping[str, Any] | None,
     budget: Budget = Budget(),
 ) -> list[Check]:
-    """Compare a run's figures with each other; checks of what was not measured are left out.
+    """Compare a run's figures with each other; a check whose figures were not measured is left out.
 
     Args:
         frame: the trials, as from ``trials_frame``.
         best: number of the best trial; None: there is none.
-        histories: for each trained candidate, by its number, a row of metrics per epoch.
+        histories: maps the trial number of each trained candidate to a row of metrics per epoch.
         full_kd: content of ``full_kd/result.json``; None: full KD has not finished.
         results: content of ``glue/results.json``; None: fine-tuning has not finished.
-        exported: the checks of the export; None: there is no export.
+        exported: the results of the export's checks, from its manifest; None: there is no export.
         budget: the budget of the search.
     """
     found = [_settled(histories)]
@@ -84,7 +84,7 @@ def _runner_up(frame: pd.DataFrame, row: pd.Series) -> Check | None:
 
 
 def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | None:
-    """Check whether the ranking still changed between first and last epoch of the short training."""
+    """Check whether the candidates' ranking changed from their first epoch to their last."""
     pairs = [(rows[0]["loss"], rows[-1]["loss"]) for rows in histories.values() if len(rows) > 1]
     losses = pd.DataFrame(pairs, dtype=float).dropna()
     if len(losses) < 3 or (losses.nunique() < 2).any():
@@ -146,7 +146,7 @@ def _latency(
 
 
 def is_busy(results: Mapping[str, Any]) -> bool:
-    """Return whether a latency in ``glue/results.json`` varied as on a busy machine."""
+    """Return whether any latency in ``glue/results.json`` varied as it does on a busy machine."""
     rows = results["models"].values()
     return any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in rows)
 

@@ -28,9 +28,9 @@ TOKENS_AT_ONCE = 1024
 class StaticForSequenceClassification(nn.Module):
     """Classifier without layers: a linear head on the mean of static token vectors.
 
-    It has the interface of a transformers classifier. For a pair, the head sees the mean of each
-    sentence, after a layer norm, and the elementwise product of the two; for a single sentence, the
-    second mean and the product are 0.
+    It has the interface of a transformers classifier. For a pair of sentences, the head sees the
+    mean of each sentence, after a layer norm, and the elementwise product of the two means. For a
+    single sentence, the second mean and the product are 0.
 
     Args:
         config: the config of the teacher, whose tokenizer is used.
@@ -56,7 +56,7 @@ class StaticForSequenceClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> SequenceClassifierOutput:
-        """Return logits, shape (B, num_labels); the last two arguments are accepted but ignored."""
+        """Return logits (B, num_labels); the arguments after ``attention_mask`` are ignored."""
         vectors_BTH = self.vectors(input_ids)
         ends_BT = input_ids == self.separator
         is_second_BT = ends_BT.cumsum(1) > 0
@@ -69,14 +69,14 @@ class StaticForSequenceClassification(nn.Module):
         return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token vectors, under the name that transformers gives this method."""
+        """Return the token vectors; transformers' classifiers have a method of this name."""
         return self.vectors
 
     def set_attn_implementation(self, name: str) -> None:
-        """Do nothing: there is no attention."""
+        """Do nothing: this classifier has no attention."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the weights only: with a config, the folder would be taken for an encoder."""
+        """Write the weights but no config: with one, the folder would be taken for an encoder's."""
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
@@ -84,10 +84,11 @@ class StaticForSequenceClassification(nn.Module):
 def token_vectors(teacher: Teacher) -> Tensor:
     """Return a static vector for each token of the teacher's vocabulary, shape (V, width).
 
-    For token id v it is ``log(1 + v) P' (h_v - mean h)``, scaled to a standard deviation of
-    ``SPREAD``. h_v is the teacher's last hidden state of the token alone, between [CLS] and [SEP];
-    P holds the first principal components of all h. The logarithm gives frequent tokens less
-    weight, as most vocabularies are sorted by frequency. The vectors of special tokens are 0.
+    The vector of token id v is ``log(1 + v) P' (h_v - mean h)``; all vectors together are scaled to
+    a standard deviation of ``SPREAD``. h_v is the teacher's last hidden state of token v in the
+    input [CLS] v [SEP]; P holds the first ``WIDTH`` principal components of all h. The logarithm
+    gives frequent tokens less weight, as most vocabularies are sorted by frequency. The vectors of
+    special tokens are 0.
 
     Source: Tulkens & van Dongen 2024, "Model2Vec: Fast State-of-the-Art Static Embeddings".
     """
@@ -120,7 +121,8 @@ def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequ
 
     Args:
         source: the teacher: a folder, a hub name or ``quickstart``.
-        kept: safetensors file of the vectors; if it does not exist, they are computed and written.
+        kept: safetensors file of the vectors; if there is no such file, the vectors are computed
+            and written to it.
         num_labels: number of outputs.
     """
     teacher = find_teacher(source)
@@ -138,7 +140,12 @@ def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequ
 def cut_classifier(source: str, arch: StudentArch, num_labels: int) -> PreTrainedModel:
     """Build a classifier from the teacher's first layers and its last, unchanged, and a new head.
 
-    ``kept_layers`` chooses the layers; embeddings and pooler are the teacher's too.
+    Embeddings and pooler are the teacher's too.
+
+    Args:
+        source: the teacher: a folder, a hub name or ``quickstart``.
+        arch: shape of the result; ``kept_layers`` chooses which layers to keep for its depth.
+        num_labels: number of outputs.
     """
     teacher = load_classifier(source, num_labels)
     cut = build_classifier(student_config(teacher.config, arch), num_labels)

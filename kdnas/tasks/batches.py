@@ -1,4 +1,4 @@
-"""Batches of a labelled task: rows of similar length together, padded to the longest of them."""
+"""Batches of a labelled task, of rows of similar length, each padded to its longest row."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order; Lightning's Trainer calls this before each."""
+        """Set the epoch, which decides the order; Lightning's Trainer does this before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class GLUEDataModule(ResumableDataModule):
         return self.resumable(self._loader(rows, sampler))
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
-        """Return a loader for each split that is scored."""
+        """Return a loader for each validation split; MNLI has two, every other task has one."""
         splits = [self.rows[split] for split in self.task.task.validations]
         by_length = [sorted(rows, key=lambda row: len(row["input_ids"])) for rows in splits]
         return [self._loader(rows) for rows in by_length]

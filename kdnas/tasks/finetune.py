@@ -87,12 +87,13 @@ class FinetuneSettings:
 
 
 def usual_learning_rate(config: PreTrainedConfig) -> float:
-    """Return a learning rate by size: ``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``.
+    """Return the learning rate for a model of this size.
 
-    It is 5e-5 for BERT-base, and 3.5e-4 for 4 layers of width 192.
+    ``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``: 5e-5 for BERT-base, and 3.5e-4 for
+    4 layers of width 192.
 
     Source: Yang et al. 2022, "Tensor Programs V" (width), Yang et al. 2023, "Tensor Programs VI"
-    (depth); ``LOG.md`` compares it with a grid of rates.
+    (depth); ``LOG.md`` compares this rule with a grid of rates.
     """
     width, depth = config.hidden_size, config.num_hidden_layers
     return 5e-5 * 768 / width * math.sqrt(12 / depth)
@@ -104,7 +105,7 @@ def classify(
     """Run a classifier on a batch, without passing it the labels.
 
     Token types are passed only if the model uses them. With ``states``, the output has
-    ``hidden_states``, the embeddings' and each layer's, (B, T, H).
+    ``hidden_states``: the output of the embeddings and of each layer, each of shape (B, T, H).
     """
     unread = {"labels"} if marks_pairs(classifier.config) else {"labels", "token_type_ids"}
     inputs = {name: value for name, value in batch.items() if name not in unread}
@@ -114,10 +115,10 @@ def classify(
 class GLUEModule(ClipFusedGradients):
     """Lightning module that fine-tunes a classifier.
 
-    The loss is the cross entropy, or the mean squared error for a regression. Logs ``train/loss``,
-    ``val/loss``, ``val/<metric>`` for each of the task's metrics, and ``val/score``, the mean of
-    the metrics. For MNLI, ``val/loss`` and ``val/<metric>`` come twice, with ``_matched`` and
-    ``_mismatched`` appended.
+    The loss is the cross entropy, or the mean squared error for a regression. The module logs
+    ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and
+    ``val/score``, the mean of the metrics. For MNLI, which has two validation splits, ``val/loss``
+    and ``val/<metric>`` come twice, with ``_matched`` and ``_mismatched`` appended.
 
     Args:
         classifier: a transformers model for sequence classification, with ``task.num_labels``
@@ -168,9 +169,9 @@ class GLUEModule(ClipFusedGradients):
         return self.label_loss(self(batch), batch["labels"])
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss against labels (B,): cross entropy, or the regression's squared error.
+        """Return the loss of ``outputs``, from ``forward``, against the labels (B,).
 
-        ``outputs`` are what ``forward`` returns.
+        It is the cross entropy, or the mean squared error for a regression.
         """
         return (
             F.mse_loss(outputs, labels.float())
@@ -198,7 +199,7 @@ class GLUEModule(ClipFusedGradients):
     def validation_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch to the loss and the metrics of its split.
+        """Add a batch to the loss and the metrics of its validation split, ``dataloader_idx``.
 
         Raises:
             CandidateFailed: the loss is not finite.
@@ -216,7 +217,7 @@ class GLUEModule(ClipFusedGradients):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics over all rows, and their mean, the score."""
+        """Log the metrics over all rows of each split, and the score, which is their mean."""
         values: dict[str, float] = {}
         for suffix, metrics in zip(self.suffixes, self.metrics, strict=True):
             values |= {f"{name}{suffix}": float(value) for name, value in metrics.compute().items()}
@@ -267,10 +268,12 @@ class _History(pl.Callback):
 def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
 ) -> None:
-    """Write a fine-tuning's settings and the hash of its rows to its folder, or check those there.
+    """Write a fine-tuning's settings and the hash of its rows to ``made_with.json`` in ``folder``.
+
+    If this file exists, compare it with the settings and rows instead.
 
     Raises:
-        UserError: the folder was begun with other rows or settings.
+        UserError: the file has other settings, or the hash of other rows.
     """
     trained = {name: getattr(trainer_settings, name) for name in ("precision", "gradient_clip_val")}
     asked = {"task": task.task.name, "task_sha256": task.sha256, **trained, **asdict(settings)}
@@ -292,17 +295,19 @@ def evaluate_glue(
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
-    The score is that after the last epoch. The best epoch's score would be chosen on the very rows
-    for which it is reported.
+    The score is that after the last epoch. The score of the best epoch would be too high, as that
+    epoch would be chosen on the very rows that are scored.
 
     Args:
-        classifier: its weights are trained in place; afterwards it is in eval mode, on the CPU.
+        classifier: the classifier, whose weights are trained in place; afterwards it is in eval
+            mode, on the CPU.
         tokenizer: the classifier's tokenizer.
         task: the task with its rows.
         settings: how the classifier is trained.
         folder: folder of the fine-tuning. It gets TensorBoard's logs, ``model/`` (classifier and
-            tokenizer) and, at the end, ``result.json``. If that exists already, it is returned and
-            nothing is trained; if ``last.ckpt`` exists, training resumes from it.
+            tokenizer) and, at the end, ``result.json``. If the folder has a ``result.json``
+            already, its content is returned and nothing is trained. If it has a ``last.ckpt``,
+            training resumes from this checkpoint.
         trainer_settings: device and precision.
         callbacks: further Lightning callbacks, such as a progress bar.
         make_module: makes the module that trains the classifier; None: ``GLUEModule``.
@@ -316,8 +321,8 @@ def evaluate_glue(
         ``gradient_clip_val`` as requested, and ``trained_in``, the precision that was used.
 
     Raises:
-        UserError: the model takes fewer than ``settings.max_length`` tokens, or the folder was
-            begun with another task or other settings.
+        UserError: the model takes fewer than ``settings.max_length`` tokens, or the fine-tuning in
+            the folder was started with another task or other settings.
         CandidateFailed: a loss is not finite.
         KeyboardInterrupt: Ctrl-C.
     """

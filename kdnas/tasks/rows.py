@@ -20,10 +20,15 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
 def find_file(folder: Path, *splits: str) -> Path:
-    """Return the file of the first split that has one, as ``.parquet``, ``.csv`` or ``.tsv``.
+    """Return the path of a split's file, which ends with ``.parquet``, ``.csv`` or ``.tsv``.
+
+    Args:
+        folder: folder of the task.
+        splits: names that the split may have, such as ``validation`` and ``dev``; the first of
+            which there is a file is taken.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     paths = [folder / f"{split}{suffix}" for split in splits for suffix in SUFFIXES]
     for path in paths:
@@ -45,11 +50,11 @@ def read_table(
             newlines, and an empty field is null; or a tsv file in GLUE's format, in which quotes
             mean nothing and a tab always ends a field.
         text_columns: columns that are read as text, even if they look like numbers.
-        header: column names for a tsv file without a header: one whose first row has none of
-            ``text_columns``.
+        header: column names for a tsv file without a header line, whose first row thus has none of
+            ``text_columns``; empty if a tsv file always has a header.
 
     Raises:
-        UserError: the file has another suffix, or cannot be read.
+        UserError: the file's suffix is none of ``SUFFIXES``, or the file cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -120,7 +125,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """Draw at most ``most`` row numbers, evenly over the labels; the draw is always the same."""
+    """Draw at most ``most`` row numbers, evenly over the labels; each call draws the same."""
     order = np.random.default_rng(0).permutation(len(labels))
     drawn = pd.Series(labels).iloc[order]
     turns = drawn.groupby(drawn).cumcount()

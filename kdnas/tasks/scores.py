@@ -1,4 +1,4 @@
-"""The metrics of labelled tasks: those of torchmetrics, but 0.0 if a metric is undefined."""
+"""The metrics of labelled tasks, from torchmetrics, but 0.0 where a metric is undefined."""
 
 from collections.abc import Callable, Mapping
 
@@ -84,9 +84,9 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """Return a task's metrics by name; an undefined one, as the correlation of constants, is 0.0.
+    """Return a task's metrics by name; an undefined value, as a constant's correlation, is 0.0.
 
-    Their predictions (N,) and targets (N,) are class ids, or numbers for a regression.
+    The metrics take predictions (N,) and targets (N,): class ids, or numbers for a regression.
     """
     return MetricCollection(
         {name: METRICS[name](task) for name in task.metrics}, compute_groups=False

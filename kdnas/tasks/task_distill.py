@@ -1,4 +1,4 @@
-"""Task distillation: train a classifier on a task's labels and on a fine-tuned teacher."""
+"""Task distillation: a classifier learns from a task's labels and from a fine-tuned teacher."""
 
 import itertools
 import math
@@ -110,7 +110,7 @@ def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> 
 
 
 def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistillSettings) -> Tensor:
-    """Return the loss: ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
+    """Return ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
     return (
         (1 - settings.soft_weight) * label
         + settings.soft_weight * soft
@@ -119,11 +119,11 @@ def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistill
 
 
 class TaskDistillModule(GLUEModule):
-    """Lightning module that trains a classifier on labels and on a fine-tuned teacher.
+    """Lightning module that trains a classifier, the student, on labels and a fine-tuned teacher.
 
     The teacher runs on the same rows. A linear projection, trained too, maps the student's last
-    hidden states to the teacher's width. Logs what ``GLUEModule`` logs, and the parts of the loss:
-    ``train/label``, ``train/soft`` and ``train/hidden``.
+    hidden states to the teacher's width. The module logs what ``GLUEModule`` logs, and the parts of
+    the loss: ``train/label``, ``train/soft`` and ``train/hidden``.
 
     Args:
         classifier: as for ``GLUEModule``.
@@ -153,7 +153,7 @@ class TaskDistillModule(GLUEModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        """Initialise the projection by least squares: gradients through a random one would mislead."""
+        """Fit the projection by least squares: a random one would give misleading gradients."""
         self.teacher.to(self.device).eval()
         if not self.trainer.ckpt_path:
             self._begin_projection()
@@ -182,7 +182,7 @@ class TaskDistillModule(GLUEModule):
             self.projection.bias.copy_(weights[-1])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the training loss of a batch, a scalar, and log its parts."""
+        """Return the training loss of a batch, a scalar, and log the parts of the loss."""
         with torch.no_grad():
             theirs = classify(self.teacher, batch, True)
         ours = classify(self.classifier, batch, True)
@@ -209,8 +209,9 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
 
     Args:
         source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
-        task: the task on which it must have been fine-tuned.
-        students: the encoders that will learn from it; their tokenizers must match the teacher's.
+        task: the task on which the teacher must have been fine-tuned.
+        students: the encoders that will learn from the teacher; their tokenizers must match its
+            tokenizer.
 
     Raises:
         UserError: there is no such model, it has no trained head for this task, its classes are in

@@ -31,12 +31,12 @@ class Task:
         name: the GLUE name on the hub, or the name of the file or folder.
         columns: the one or two text columns; the label column is always ``label``.
         num_labels: number of classes; 1 means regression.
-        metrics: keys of ``scores.METRICS``; the score is their mean over all splits that are
-            scored.
+        metrics: keys of ``kdnas.tasks.scores.METRICS``; the score is the mean of these metrics over
+            all validation splits.
         label_names: names of the classes, in the order of their ids; () if they have none.
-        validations: the splits that are scored.
+        validations: names of the validation splits, which are scored; only MNLI has two.
         positive: id of the class for which F1 is computed.
-        original: maps columns to their names in GLUE's own tsv files, if these differ.
+        original: maps columns to their names in GLUE's own tsv files, if these names differ.
     """
 
     name: str
@@ -93,11 +93,11 @@ _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
-    """Match the classes of a task by name to a classifier's.
+    """Match the classes of a task by name to the classes of a classifier, whose names are given.
 
     Returns:
         For each class of the task, its position in ``names``; None if a class is not found, the
-        names are not unique, or the task has none.
+        names are not unique, or the task's classes have no names.
     """
 
     def plain(name: str) -> str:
@@ -112,7 +112,13 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by position, if both the task and ``source`` name theirs."""
+    """Warn that classes are matched by position, if the task and the classifier both name them.
+
+    Args:
+        task: the task.
+        names: class names of the classifier.
+        source: name of the classifier, for the message.
+    """
     if task.label_names and not all(name.startswith("LABEL_") for name in names):
         said = (
             "The classes of %r (%s) have other names than %s of %r: they are matched by position."
@@ -121,7 +127,7 @@ def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
 
 
 def warn_of_head(task: Task, config: Any, source: str) -> None:
-    """Warn if the head of a checkpoint is for another task: it is replaced, or fine-tuned further."""
+    """Warn if a checkpoint has a head whose outputs or class names are not those of the task."""
     if not has_classifier(config):
         return
     names = class_names(config)
@@ -139,7 +145,8 @@ class LoadedTask:
     Args:
         task: what is predicted and how it is scored.
         train: the training rows: maps each of ``task.columns``, and ``label``, to a list of values.
-        validations: the rows that are scored, in the same form, for each of ``task.validations``.
+        validations: for each split in ``task.validations``, its rows, in the same form as
+            ``train``; they are scored.
     """
 
     task: Task
@@ -148,26 +155,28 @@ class LoadedTask:
 
     @property
     def validation(self) -> Columns:
-        """The rows of the first split that is scored."""
+        """The rows of the first validation split; every task but MNLI has only one."""
         return self.validations[self.task.validations[0]]
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of all rows in their order, independent of the format they were read from."""
+        """SHA-256 of all rows in their order; the format of their files does not change it."""
         rows = json.dumps([self.train, *self.validations.values()])
         return hashlib.sha256(rows.encode()).hexdigest()
 
     def for_classifier(self, config: Any, source: str) -> "LoadedTask":
         """Return the task with labels renumbered to the class ids of a classifier.
 
-        Classes are matched by name; if that fails and their numbers are equal, by position.
+        Classes are matched by name. If that fails, but task and classifier have equally many
+        classes, they are matched by position.
 
         Args:
             config: config of the classifier.
             source: name of the classifier in messages.
 
         Raises:
-            UserError: names do not match, and the classifier has another number of outputs.
+            UserError: the class names do not match, and the classifier has more or fewer classes
+                than the task.
         """
         names = class_names(config)
         order = class_order(self.task, names)
@@ -196,7 +205,7 @@ class LoadedTask:
         return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
-        """Return a task to choose settings on: the training rows alone, with a share held out.
+        """Return a task to choose settings on, whose validation split is held-out training rows.
 
         Args:
             share: share of the distinct texts that is held out and scored.
@@ -218,8 +227,8 @@ class LoadedTask:
 
         Args:
             folder: where the folder of the task is made.
-            most: largest number of rows per split (raised to the number of classes if that is
-                more); rows are drawn evenly over the labels.
+            most: largest number of rows per split, but at least the number of classes; rows are
+                drawn evenly over the labels.
 
         Returns:
             The folder of the task.
@@ -340,7 +349,7 @@ def load_labelled(
 
 
 def _class_names(table: pa.Table, column: str) -> list[str]:
-    """Return the class names of a ``datasets.ClassLabel`` column, in order; [] for other columns."""
+    """Return the class names of a ``datasets.ClassLabel`` column; [] for any other column."""
     if b"huggingface" not in (table.schema.metadata or {}):
         return []
     from datasets import ClassLabel, Features
@@ -354,7 +363,8 @@ def _number_classes(
 ) -> Task:
     """Replace labels by class ids, in place, and return the task with its classes.
 
-    Ids follow ``order``, class names; numbers come before text, and labels not in ``order`` last.
+    Labels that are numbers get the first ids, then text labels. Text labels follow ``order``, a
+    list of class names; those that it lacks come last, sorted.
     """
     place = {name: number for number, name in enumerate(order)}
     classes = sorted(
@@ -428,7 +438,14 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
 
 
 def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
-    """Check the columns of a table and return them; ``names`` maps our names to the table's."""
+    """Check the columns of a table and return them.
+
+    Args:
+        task: the task.
+        table: the rows of one split.
+        names: maps each name that a column has in the result to its name in ``table``.
+        where: which rows these are, for messages.
+    """
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:
         there = ", ".join(table.column_names)
