@@ -110,8 +110,9 @@ def wide_teacher(tmp_path_factory):
         "hidden_size": 384,
         "num_hidden_layers": 6,
         "num_attention_heads": 12,
-        "intermediate_size": 768,
+        "intermediate_size": 1536,
         "max_position_embeddings": 130,
+        "initializer_range": 0.02,
     }
     return save_teacher(tmp_path_factory.mktemp("wide") / "teacher", **sizes)
 

@@ -43,7 +43,7 @@ options by TAB.
 """
 
 _DRY_RUN = "measure a few steps, print the time, disk and memory that it will need, and stop"
-_SMOKE = "try every stage on 64 rows, in about a minute; keep the files only if a stage fails"
+_SMOKE = "try every stage on 64 rows, in a minute or two; keep the files only if a stage fails"
 FORCE_NEW = "start a new run, as NAME-2, NAME-3, ... if the name is taken"
 
 

@@ -5,6 +5,7 @@ An error becomes a message of one line.
 
 import json
 import os
+import re
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -193,6 +194,10 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         return parser.parse_args(args)
     except (ArgumentError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split()).rstrip(".")
+        if missing := re.search(r"following arguments are required: ([\w, ]+)", message):
+            message = ", ".join(f"--{name} is missing" for name in missing[1].split(", "))
+        elif absent := re.fullmatch(r'Parser key "config": File does not exist: (.+)', message):
+            message = f"There is no config {absent[1]!r}"
         # The message begins with the option and ends with the value: cut the middle.
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"
@@ -228,6 +233,8 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
             raise UserError(f"There is no {what}. {why}")
         siblings = ours if group else {one.partition(".")[0] for one in known}
         hint = nearest(last, {one.partition(".")[0] for one in siblings})
+        if full := [one for one in known if one.endswith(f".{last}")]:  # its group was left out
+            hint = f" Did you mean {' or '.join(sorted(full))}?"
         raise UserError(f"There is no {what}.{hint}")
 
 

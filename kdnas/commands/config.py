@@ -134,9 +134,9 @@ class SearchConfig:
             counts as failed. null: no limit.
         time_budget: minutes of wall-clock time for the search; after that no candidate is started
             (but one is always trained), and running ones are finished. null: no limit.
-        seed: seed of the split, the search and the weights.
+        seed: seed of the split, the masks, the search and the weights.
         space: which students may be proposed; ``kdnas space`` shows them.
-        data: how text becomes batches; its seed is ``seed``.
+        data: how text becomes batches; ``seed`` sets its seed.
         recipe: how students are distilled.
         search: how many candidates are trained, and how they are ranked.
         latency: how latency is measured.
@@ -263,12 +263,12 @@ class RunConfig(SearchConfig):
         full_kd: the distillation of the best student on all rows.
         grid: choose batch size and learning rate for each model first; ``--grid`` alone takes the
             default choices.
-        finetune: how teacher, student and baselines are fine-tuned; its seed is ``seed``.
+        finetune: how teacher, student and baselines are fine-tuned; ``seed`` sets its seed.
         distill: how the student learns from the fine-tuned teacher.
-        time_budget: minutes of wall-clock time for the whole run. The run first measures for some
-            minutes how long it will take. If that is too long, it lowers the epochs of full KD, the
-            rows and the candidates, and last the epochs of fine-tuning; it lowers only values that
-            are at their defaults. null: no limit.
+        time_budget: minutes of wall-clock time for the whole run. Unless a count of FLOPs says that
+            the run fits, it first measures for some minutes how long it will take. If that is too
+            long, it lowers the epochs of full KD, the rows and the candidates, and last the epochs
+            of fine-tuning; it lowers only values that are at their defaults. null: no limit.
     """
 
     time_budget: float | None = 120.0
@@ -362,7 +362,7 @@ class GlueConfig:
             0: this process does everything, one model at a time.
         grid: choose batch size and learning rate for each model and task first; ``--grid`` alone
             takes the default choices.
-        finetune: how models are fine-tuned; its seed is set by ``seeds``.
+        finetune: how models are fine-tuned; ``seeds`` sets its seed.
         distill: how models learn from ``distill_from``.
         latency: how latency is measured.
         trainer: device, precision, logger and callbacks.

@@ -106,7 +106,10 @@ class Choice:
             yield f"With these settings the run would need about {self.as_asked:.0f} minutes. Lowered:"
             for name, (asked, chosen) in self.values.items():
                 yield f"  {name} {chosen} instead of {asked}: {LEVERS[name]}"
-        yield f"The run needs about {self.needed:.0f} minutes and has {self.minutes:.0f}."
+        yield (
+            f"The run needs about {self.needed:.0f} minutes; {self.minutes:.0f} are left of its "
+            "--time-budget."
+        )
         if not self.fits:
             yield (
                 "That is not in time: give a larger --time-budget, or lower settings yourself (only "

@@ -154,7 +154,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
         shown = ", ".join(f"{stage} {taken / 60:.1f}" for stage, taken in seconds.items())
         console.print(f"Minutes by stage: {shown}.", highlight=False, soft_wrap=True)
     if (run.glue / "results.json").exists():
-        console.print(result_table(read_json(run.glue / "results.json"), vars(config.latency)))
+        results = read_json(run.glue / "results.json")
+        console.print(result_table(results, vars(config.latency), config.search.budget))
     else:
         if quality := agreement(read_json(run.full_kd / "result.json")):
             console.print(

@@ -36,6 +36,10 @@ def smoke(config: RunConfig, console: Console) -> None:
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"
     sweep(place, f"{name}.*")
     folder = Path(tempfile.mkdtemp(dir=place, prefix=owned(name)))
+    show(
+        console,
+        f"Every stage on {NUM_ROWS} rows, whose scores mean nothing; files are in {folder} until the end.",
+    )
     try:
         seconds = run_stages(_shrunk(config, folder), console)
     except Exception:
@@ -51,7 +55,7 @@ def smoke(config: RunConfig, console: Console) -> None:
     console.print(text_table("", rows, words=["stage"]))
     show(
         console,
-        f"Every stage works. On {NUM_ROWS} rows the scores mean nothing, and no file is kept.",
+        f"Every stage works. On {NUM_ROWS} rows the scores mean nothing. No file is kept.",
     )
 
 

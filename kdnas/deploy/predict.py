@@ -112,8 +112,13 @@ def main(args: Sequence[str]) -> int:
     flags = [arg for arg in args if arg.startswith("--")]
     texts = [arg for arg in args if not arg.startswith("--")]
     is_pair = "--pair" in flags
-    if not set(flags) <= {"--int8", "--pair"} or not texts or (is_pair and len(texts) != 2):
-        print(__doc__, file=sys.stderr)
+    wrong = ""
+    if unknown := set(flags) - {"--int8", "--pair"}:
+        wrong = f"There is no option {min(unknown)}.\n\n"
+    elif is_pair and len(texts) != 2:
+        wrong = f"--pair needs two texts, not {len(texts)}.\n\n"
+    if wrong or not texts:
+        print(wrong + (__doc__ or ""), file=sys.stderr)
         return 2
     predictor = Predictor(int8="--int8" in flags)
     for prediction in predictor.predict([(texts[0], texts[1])] if is_pair else texts):

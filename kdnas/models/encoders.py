@@ -232,7 +232,7 @@ def _load_config(name: str, source: str) -> PreTrainedConfig:
             raise UserError(f"{name!r} cannot be used. {error}") from error
         except Exception as error:  # a broken config raises anything
             raise UserError(f"{name!r} has a bad config.json: {first_line(error)}.") from error
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1:
         raise UserError(f"There is no folder {name!r}: give one, a hub name, or {QUICKSTART!r}.")
     if_none = f"give a folder, another name, or {QUICKSTART!r}"
     with from_hub(f"There is no folder {name!r} here", source, "model", "a folder", if_none):

@@ -44,7 +44,7 @@ from kdnas.report.pictures import (
     predictions,
 )
 from kdnas.report.tables import as_text, shape_text, text_table
-from kdnas.report.trust import checks, is_busy
+from kdnas.report.trust import checks, is_busy, too_slow
 from kdnas.system.errors import counted
 from kdnas.system.files import MANIFEST, Run, read_json, write_text
 from kdnas.system.yaml import read_yaml
@@ -85,16 +85,19 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def result_table(results: Mapping[str, Any], how: Mapping[str, Any]) -> Table:
+def result_table(
+    results: Mapping[str, Any], how: Mapping[str, Any], budget: Budget = Budget()
+) -> Table:
     """Return ``result_rows`` as a table for the terminal.
 
     Args:
         results: content of ``glue/results.json``.
         how: maps the names of fields of the run's ``LatencySettings`` to their values.
+        budget: the budget of the search.
     """
     title = f"Fine-tuned on {results['task']['name']}"
     table = text_table(title, result_rows(results), words=["model"])
-    table.caption = " ".join([f"Latency: {measured_by(how)}.", *cautions(results)])
+    table.caption = " ".join([f"Latency: {measured_by(how)}.", *cautions(results, budget)])
     return table
 
 
@@ -116,14 +119,17 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
     )
 
 
-def cautions(results: Mapping[str, Any]) -> list[str]:
+def cautions(results: Mapping[str, Any], budget: Budget = Budget()) -> list[str]:
     """Return a warning for each reason why the final figures mean little.
 
     Args:
         results: the final figures, which are the content of ``glue/results.json``.
+        budget: the budget of the search.
     """
     models = results["models"]
     said = []
+    if reason := too_slow(results, budget):
+        said.append(f"The student kept the budget in the search, but was measured again: {reason}.")
     if models["random"]["score"] >= models["student"]["score"]:
         said.append(
             "A random start of the same shape scores as high, so this task does not show "
@@ -137,7 +143,7 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
             "which took no search and no distillation."
         )
     if is_busy(results):
-        said.append(f"{BUSY} To measure again, run `kdnas latency`.")
+        said.append(f"{BUSY} The report has the command to measure again.")
     return said
 
 
@@ -244,7 +250,7 @@ def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
         results=results,
         result_rows=results and result_rows(results),
         unfinished=unfinished(run, config),
-        cautions=cautions(results) if results else [],
+        cautions=cautions(results, Budget(**budget)) if results else [],
         agreement=agreement(full_kd) if full_kd and not results else None,
         measured_by=measured_by(config.get("latency", {})),
         pareto=draw_pareto and as_svg("Loss against latency of every candidate", draw_pareto),
