@@ -77,10 +77,8 @@ def main(args: Sequence[str] | None = None) -> None:
     }
     if "--quick" in args:  # its fine-tuning takes minutes
         defaults["--only"] = [f"{SHAPES[0]}-ours"]
-    given = [
-        word for name, values in defaults.items() if name not in args for word in (name, *values)
-    ]
-    quality.main([*args, *given])
+    before = [word for name, values in defaults.items() for word in (name, *values)]
+    quality.main([*before, *args])  # what is given last holds
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def export(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder:
 
 def run_of(folder: Path, backend: str) -> Callable[[], Any]:
     """One pass of an exported folder; no code of kdnas."""
-    ids = np.random.default_rng(1).integers(1000, 20_000, size=(1, LENGTH))
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    ids = np.random.default_rng(1).integers(vocab_size, size=(1, LENGTH))
     batch = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),

@@ -27,6 +27,14 @@ CONFIG_HELP = (
     "configs/NAME.yaml in this folder, the one shipped with kdnas is used."
 )
 _LONGEST_MESSAGE = 400
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "NoneType": "null",
+    "list": "a list",
+    "bool": "true or false",
+}
 _ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that may come without value
 
 
@@ -197,7 +205,15 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         if missing := re.search(r"following arguments are required: ([\w, ]+)", message):
             message = ", ".join(f"--{name} is missing" for name in missing[1].split(", "))
         elif absent := re.fullmatch(r'Parser key "config": File does not exist: (.+)', message):
-            message = f"There is no config {absent[1]!r}"
+            message = f"There is no config {absent[1]}"
+        elif wrong := re.match(r'Parser key "([^"]+)": (?:Does not validate|Expected a)', message):
+            value = re.search(r"(?:Given value|Got value): (.*)", message)
+            kinds = re.findall(
+                r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message
+            )
+            wanted = [_KINDS.get(kind, kind) for pair in kinds for kind in pair if kind]
+            if value and wanted:
+                message = f"{wrong[1]} is {value[1]!r}: give {' or '.join(dict.fromkeys(wanted))}"
         # The message begins with the option and ends with the value: cut the middle.
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-100:]}"

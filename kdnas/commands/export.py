@@ -273,7 +273,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeRows:
-    """Return a function that makes a task's rows for the checks, given a tokenizer.
+    """Return a function that makes, from a tokenizer, the rows for the checks of the int8 graph.
 
     Args:
         task: the task with its rows.

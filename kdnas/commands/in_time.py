@@ -69,7 +69,7 @@ class Choice:
 
     @classmethod
     def kept(cls, config: RunConfig) -> "Choice | None":
-        """Return the choice that was saved when the run started; None if there is none."""
+        """Return the settings that were lowered when the run started; None if none were saved."""
         file = Run(config.root, config.name).choice
         if not file.exists():
             return None

@@ -110,7 +110,7 @@ class Plan:
 
 
 class Rates(NamedTuple):
-    """Seconds of a fit and of its tokens (if it distils a student) or rows (if it fine-tunes)."""
+    """Seconds before a fit's first step, and seconds per token (to distil) or per row (to fine-tune)."""
 
     start: float  # before the first step
     train: float  # per token or row that is trained on

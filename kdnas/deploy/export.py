@@ -81,8 +81,8 @@ def export_student(
         folder: folder of the export. It is written, or replaced, as a whole once all checks have
             passed.
         card: content of the model card, see ``model_card``.
-        make_rows: makes, from the tokenizer, the rows on which the int8 graph is chosen, and those
-            on which it is then compared with the float32 graph; None: rows of random words.
+        make_rows: makes two sets of rows from the tokenizer: one to choose the best of several int8
+            graphs, and one to compare that graph with the float32 graph; None: random words.
         length: number of tokens at which texts are cut; None: the most that the model takes.
         sentences: the teacher of a sentence encoder, and texts to compare on. If given, the folder
             can be loaded by sentence-transformers, and has this teacher's pooling.
@@ -92,8 +92,8 @@ def export_student(
     Returns:
         ``max_abs_difference`` (between torch and onnxruntime), ``onnx_megabytes``,
         ``int8_megabytes`` and ``safetensors_megabytes`` (of 10^6 bytes), ``opset``, ``int8`` (see
-        ``write_best_int8``), ``latency`` (rows of ``batch``, ``length`` and, on one CPU thread,
-        ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``, ``sentences`` (see
+        ``write_best_int8``), ``latency`` (a list of measurements on one CPU thread, each with
+        ``batch``, ``length``, ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``, ``sentences`` (see
         ``add_sentence_files``).
 
     Raises:

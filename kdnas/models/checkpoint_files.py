@@ -194,7 +194,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     content = path.read_text(encoding="utf-8")
     values = json.loads(content, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
-        raise ValueError(f"it holds a {type(values).__name__}, not an object")
+        raise ValueError(f"the file holds a {type(values).__name__}, not a JSON object")
     return values
 
 

@@ -117,7 +117,9 @@ def token_vectors(teacher: Teacher) -> Tensor:
 
 
 def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequenceClassification:
-    """Build a classifier on the teacher's ``token_vectors``.
+    """Build the baseline without layers: a classifier of the mean of fixed vectors, one per token.
+
+    The vectors are the teacher's ``token_vectors``.
 
     Args:
         source: the teacher: a folder, a hub name or ``quickstart``.

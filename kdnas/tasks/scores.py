@@ -38,7 +38,8 @@ class _Matthews(BinaryMatthewsCorrCoef):
 class _Pearson(Metric):
     """Pearson's r in float64, as in scipy, but 0.0 if it is undefined.
 
-    torchmetrics computes in float32 and returns NaN even for predictions that hardly vary.
+    torchmetrics computes in float32, and returns NaN for constant and for nearly constant
+    predictions.
     """
 
     full_state_update = False
