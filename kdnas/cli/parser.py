@@ -212,7 +212,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
                 r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message
             )
             wanted = [_KINDS.get(kind, kind) for pair in kinds for kind in pair if kind]
-            if value and wanted:
+            if value and wanted and message.count(" - ") in (0, len(kinds)):
                 message = f"{wrong[1]} is {value[1]!r}: give {' or '.join(dict.fromkeys(wanted))}"
         # The message begins with the option and ends with the value: cut the middle.
         if len(message) > _LONGEST_MESSAGE:
@@ -249,8 +249,9 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
             raise UserError(f"There is no {what}. {why}")
         siblings = ours if group else {one.partition(".")[0] for one in known}
         hint = nearest(last, {one.partition(".")[0] for one in siblings})
-        if full := [one for one in known if one.endswith(f".{last}")]:  # its group was left out
-            hint = f" Did you mean {' or '.join(sorted(full))}?"
+        full = sorted(one for one in known if one.endswith(f".{last}"))
+        if full and not any(one.startswith(last) for one in siblings):  # its group was left out
+            hint = f" Did you mean {' or '.join(full)}?"
         raise UserError(f"There is no {what}.{hint}")
 
 

@@ -388,7 +388,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
             "--sampler=optuna.samplers.TPESampler2",
             "There is no sampler 'optuna.samplers.TPESampler2'",
         ),
-        ("--sampler=optuna.pruners.NopPruner", "is no sampler"),
+        ("--sampler=optuna.pruners.NopPruner", "is not a sampler"),
         (
             '--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}',
             "does not take",
