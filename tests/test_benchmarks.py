@@ -4,9 +4,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +17,7 @@ from kdnas.commands.config import RunConfig, as_plain
 from kdnas.data.datamodule import DataSettings, KDDataModule
 from kdnas.distillation.attention import AttentionMaps
 from kdnas.distillation.module import HiddenStateDistillModule, Recipe
-from kdnas.distillation.objectives import HiddenStates, View, needed_layers
+from kdnas.distillation.objectives import HiddenStates, needed_layers
 from kdnas.distillation.start import Started
 from kdnas.distillation.teacher_states import (
     LayerStats,
@@ -36,8 +34,7 @@ from kdnas.nas.trials import Outcome
 from kdnas.system.files import write_json
 from kdnas.tasks.finetune import FinetuneSettings
 from kdnas.tasks.tasks import load_task
-from kdnas.training.trainer import TrainerSettings, fit, make_trainer
-from tests.conftest import make_rows, save_teacher, write_task
+from tests.conftest import save_teacher, write_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -540,84 +537,6 @@ def test_what_is_around_a_candidates_parts_is_the_rest_of_its_seconds():
     assert row["whole"] == pytest.approx(row["training"] + row["Trainer and process"])
 
 
-def test_a_variant_has_its_schedule_and_ends_as_the_average_of_its_steps(
-    tiny_teacher, data, tmp_path
-):
-    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
-    seen: list[tuple[float, torch.Tensor]] = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            weight = next(module.student.parameters()).detach().clone()
-            seen.append((trainer.optimizers[0].param_groups[0]["lr"], weight))
-
-    average = variants.Averaged(0.5)
-    trainer = make_trainer(
-        TrainerSettings("cpu"),
-        tmp_path / "fit",
-        2,
-        [Watch(), variants.Shaped(lambda done: 0.25), average],
-    )
-    fit(trainer, module, data)
-    rates = [rate for rate, _ in seen]
-    assert len(rates) > 10 and rates[-3:] == pytest.approx(3 * [0.25 * max(rates)]), (
-        "after the warm-up"
-    )
-    mean = seen[0][1]
-    for _, weight in seen:
-        mean = torch.lerp(mean, weight, 0.5)
-    assert torch.allclose(next(module.student.parameters()), mean, atol=1e-6)
-    assert not torch.equal(mean, seen[-1][1])
-
-
-def test_the_first_epoch_may_go_from_short_rows_to_long_ones(tiny_teacher, data, tmp_path):
-    lengths: dict[int, list[int]] = {0: [], 1: []}
-
-    class Watch(pl.Callback):
-        def on_train_batch_start(self, trainer, module, batch, number):
-            lengths[trainer.current_epoch].append(batch["input_ids"].shape[1])
-
-    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, states=StatesSettings(max_gb=0))
-    fit(
-        make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 2, [Watch(), variants.ShortFirst()]),
-        module,
-        data,
-    )
-    assert (
-        len(set(lengths[0])) > 2
-        and lengths[0] == sorted(lengths[0])
-        and lengths[1] != sorted(lengths[1])
-    )
-    assert sorted(lengths[0]) == sorted(lengths[1])
-
-
-def test_the_residual_is_what_the_embeddings_do_not_know():
-    numbers = np.random.default_rng(0)
-    embedding, residual = numbers.normal(size=(2, 400, 4))
-    last, states = embedding @ numbers.normal(size=(4, 4)) + 3 + residual, residual[:, :3] + 0.1
-    batch: Any = {"attention_mask": torch.ones(1, 400)}
-    ours, theirs = (
-        SimpleNamespace(num_hidden_layers=1, hidden_size=3),
-        SimpleNamespace(num_hidden_layers=2, hidden_size=4),
-    )
-    student = View(None, batch, real={0: torch.tensor(states).float()})
-    teacher = View(
-        None, batch, real={-1: torch.tensor(embedding).float(), 1: torch.tensor(last).float()}
-    )
-    criterion = variants._Residual(ours, theirs)
-    criterion.fit(Started(), [student], [teacher])
-    ((error, count),) = criterion(student, teacher)
-
-    def beyond(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        inputs = np.c_[inputs, np.ones(len(inputs))]
-        return targets - inputs @ np.linalg.lstsq(inputs, targets, rcond=None)[0]
-
-    target = beyond(embedding, last)
-    expected = np.square(beyond(states, target)).mean() / target.var(0).mean()
-    assert count == 400 and 0.1 < expected < 0.5
-    assert float(error.detach()) / count == pytest.approx(expected, rel=1e-2)
-
-
 @pytest.mark.parametrize("is_there", [True, False])
 def test_shares_kept_are_of_the_teacher_that_is_there(is_there, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
@@ -673,49 +592,3 @@ def test_the_recipe_of_fit_is_the_default():
     config = common.read_config("fit")
     assert as_plain(config.recipe) == as_plain(Recipe())
     assert config.data == DataSettings()
-
-
-def test_words_give_way_to_their_neighbours(tiny_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "TEACHER", str(tiny_teacher))
-    rows, splits = make_rows(60), ["train"] * 50 + ["validation"] * 10
-    text = variants.write_rows({"text": rows, "split": splits}, tmp_path / "rows.parquet")
-    found = pq.read_table(variants.with_neighbours(text, [], tmp_path)).to_pydict()
-    assert found["split"] == splits and found["text"][50:] == rows[50:]
-    teacher = find_teacher(str(tiny_teacher))
-    vocabulary = {
-        word: index for word, index in teacher.tokenizer.get_vocab().items() if len(word) > 2
-    }
-    embeddings = teacher.model.get_input_embeddings().weight.detach().numpy()
-    before, after = (" ".join(part[:50]).split() for part in (rows, found["text"]))
-    replaced = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    assert 0.1 < len(replaced) / len(before) < 0.2
-
-    def closeness(one: str, other: str) -> float:
-        a, b = embeddings[vocabulary[one]], embeddings[vocabulary[other]]
-        return a @ b / np.sqrt(a @ a * (b @ b))
-
-    for old, new in replaced:
-        nearer = [
-            word
-            for word in vocabulary
-            if word.isalpha() and closeness(old, word) > closeness(old, new) + 1e-6
-        ]
-        assert len(nearer) <= 8 and old in nearer
-
-
-@pytest.mark.parametrize("name", ["residual", "upper"])
-def test_an_objective_of_the_variants_alone_trains(name, tiny_teacher, data, tmp_path):
-    recipe = Recipe(**variants.VARIANTS[name].recipe)
-    module = HiddenStateDistillModule(str(tiny_teacher), ARCH, recipe, StatesSettings(max_gb=0))
-    fit(make_trainer(TrainerSettings("cpu"), tmp_path / "fit", 1), module, data)
-    assert [row["loss"] > 0 for row in module.history] == [True]
-
-
-def test_a_student_narrowed_from_a_wider_one_has_its_heads(tiny_teacher, data):
-    wider = HiddenStateDistillModule(str(tiny_teacher), StudentArch(2, 2, 48, 64), Recipe())
-    wider.states = open_states(wider._teacher, data, wider.target_layers, StatesSettings(max_gb=0))
-    wider.begin(data)
-    wider.started = Started(heads=((1, 5), (3, 4)))
-    student, rows = build_student(wider._teacher.config, ARCH), [data.rows[0, data.train_ids()]]
-    found = variants.Narrowed(wider)(student, wider._teacher.model, rows)
-    assert found.heads == ((1, 5), (3, 4)) and not found.copied
