@@ -5,9 +5,10 @@ where it was stopped. Without it, the product's own search loop runs on the tabl
 evaluations until the best reward so far is within 1 % of the table's best, regret by evaluations, and wall seconds a
 proposal. Without a budget the best of the table is the teacher's own shape, a corner that is easily found; so the same
 with budgets (``--speedup``), where refused students cost nothing, as in the product. Searches are paired by seed where
-two samplers are compared. Then the same for pruners, on the held-out losses
-after each epoch: the share of the training seconds that they save, and the best reward that they lose. A candidate that
-a pruner ended is never the best, as in the product.
+two samplers are compared. Before that, without any search: the rank of the shape by rule, the first candidate of a
+search with a budget, among all students within each of several budgets. At last the same for pruners, on the held-out
+losses after each epoch: the share of the training seconds that they save, and the best reward that they lose. A
+candidate that a pruner ended is never the best, as in the product.
 
     python benchmarks/samplers.py --make --text train.parquet     the table, about an hour and a half on two cores
     python benchmarks/samplers.py                                 the replays
@@ -70,6 +71,7 @@ PRUNERS = ("median", "hyperband")
 MOST_TRIALS = 60
 PRUNED_TRIALS = 20  # the default search's
 WITHIN = 0.01
+RULE_BUDGETS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
 def make(chosen: Any, console: Console) -> None:
@@ -302,7 +304,28 @@ def main(args: Sequence[str] | None = None) -> None:
     for pruner, by, seed in track(settings, "pruned searches", console=console, transient=True):
         run = replay(table, space, "tpe", seed, pruner, by, PRUNED_TRIALS, chosen.speedup[0])
         pruned.setdefault(pruner if pruner == "none" else f"{pruner}, by {by}", []).append(run)
-    show(found, pruned, console, chosen.json)
+    show(show_rule(table, space, console), found, pruned, console, chosen.json)
+
+
+def show_rule(
+    table: dict[StudentArch, Known], space: SearchSpace, console: Console
+) -> list[dict[str, Any]]:
+    """Table of how good the shape by rule is within each budget, and its rows."""
+    shown = Table("budget", "students", "shape by rule", "rank", "reward", "best", "regret")
+    rows = []
+    for budget in RULE_BUDGETS:
+        rewards = [known.reward for known in table.values() if known.speedup >= budget]
+        within = (arch for arch in space.by_rule() if table[arch].speedup >= budget)
+        if (arch := next(within, None)) is None:
+            continue
+        reward, best = table[arch].reward, max(rewards)
+        rank = 1 + sum(other > reward for other in rewards)
+        row = {"budget": budget, "students": len(rewards), "arch": arch.to_dict(), "rank": rank}
+        rows.append(row | {"reward": reward, "best": best, "regret": (best - reward) / best})
+        figures = (f"{reward:.3f}", f"{best:.3f}", f"{rows[-1]['regret']:.1%}")
+        shown.add_row(f"{budget:g}x", str(len(rewards)), str(arch), str(rank), *figures)
+    console.print(shown)
+    return rows
 
 
 def show_pruners(pruned: dict[str, list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
@@ -384,6 +407,7 @@ def show_samplers(
 
 
 def show(
+    rule: list[dict[str, Any]],
     found: dict[str, dict[str, list[dict[str, Any]]]],
     pruned: dict[str, list[dict[str, Any]]],
     console: Console,
@@ -395,7 +419,14 @@ def show(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
-        {"machine": machine(), "rows": rows, "runs": found, "pruners": pruners, "pruned": pruned},
+        {
+            "machine": machine(),
+            "rule": rule,
+            "rows": rows,
+            "runs": found,
+            "pruners": pruners,
+            "pruned": pruned,
+        },
     )
     figure, all_axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), squeeze=False)
     for axes, (name, by_sampler) in zip(all_axes[0], found.items(), strict=True):

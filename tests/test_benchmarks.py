@@ -410,6 +410,27 @@ def test_pruners_are_shown_beside_none():
     assert median["regret"] == pytest.approx(0.25) and median["lost"] == pytest.approx((0.2, 0.2))
 
 
+def test_the_rule_s_shape_has_a_rank_within_each_budget():
+    deepest = max(SMALL_SPACE.by_rule(), key=lambda arch: arch.num_hidden_layers)
+    table = {
+        arch: samplers.Known(
+            reward=0.5 if arch == deepest else 0.4,
+            losses=[0.5],
+            seconds=1.0,
+            speedup=3.0 if arch.num_hidden_layers == 2 else 5.0,
+        )
+        for arch in SMALL_SPACE
+    }
+    rows = samplers.show_rule(table, SMALL_SPACE, Console(quiet=True))
+    assert [(row["budget"], row["rank"]) for row in rows] == [(2, 1), (3, 1), (4, 1), (5, 1)]
+    assert [row["arch"]["num_hidden_layers"] for row in rows] == [2, 2, 1, 1]
+    table[next(arch for arch in table if arch.num_hidden_layers == 1)] = samplers.Known(
+        1.0, [0.0], 1.0, 5.0
+    )
+    first, *_ = samplers.show_rule(table, SMALL_SPACE, Console(quiet=True))
+    assert (first["rank"], first["regret"]) == (2, 0.5)
+
+
 def test_a_table_that_is_not_made_is_named(tmp_path):
     with pytest.raises(SystemExit, match="no.gz is not there: make it by --make"):
         samplers.main(["--table", str(tmp_path / "no.gz")])
