@@ -14,6 +14,7 @@ from kdnas.commands.plan import Measured, Plan, measure
 from kdnas.data.quickstart import text_and_task
 from kdnas.data.readers import some_rows
 from kdnas.models.families import arch_of
+from kdnas.nas.budget import Budget
 from kdnas.report.tables import show
 from kdnas.system.files import Run, read_json, write_json
 from kdnas.tasks.tasks import load_task
@@ -26,7 +27,7 @@ LEVERS = {
     "data.fraction": "each row costs a pass of the teacher, and one in each epoch of full KD",
     "data.mini_fraction": "a sixth of the rows is enough to rank candidates in the same order",
     "pruner": "only the better half of the candidates is trained beyond an epoch",
-    "search.n_trials": "the ranking is noisy, so the last candidates matter least",
+    "search.n_trials": "the first candidate, the shape by rule, is seldom far from the best",
     "finetune.num_epochs": "the last resort: it lowers the scores of teacher and students alike",
 }
 # For an upper bound: FLOP/s of a core (students' small matrices run at 50 to 80 GFLOP/s, LOG.md),
@@ -188,7 +189,7 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
     A setting that is not at its default was asked for, and is kept. Settings are lowered in this
     order: epochs of full KD, rows beyond ``ENOUGH_TOKENS`` (from which scores rise no more), the
-    rows of each candidate, then further rows and the number of candidates. The epochs of
+    rows of each candidate and the number of candidates, then further rows. The epochs of
     fine-tuning come last: with one epoch less, all other settings are lowered again from the first.
 
     Args:
@@ -216,16 +217,15 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
         *_fewer_rows(1.0, enough),
         {"full_kd.num_epochs": 1},
         {"data.mini_fraction": 0.2, "pruner": "median"},
-        {"data.mini_fraction": 0.15},
-        {"data.mini_fraction": 0.1},
-        *_fewer_rows(enough, max(fewest, enough / 2)),
-        {"search.n_trials": 16},
-        *_fewer_rows(max(fewest, enough / 2), max(fewest, enough / 4)),
         {"search.n_trials": 12},
+        {"data.mini_fraction": 0.1},
+        {"search.n_trials": 6},
+        *_fewer_rows(enough, max(fewest, enough / 4)),
     ]
     last = [
+        # Without a budget, no candidate is the shape by rule.
+        {"search.n_trials": 6 if config.search.budget == Budget() else 1},
         *_fewer_rows(max(fewest, enough / 4), fewest),
-        {"search.n_trials": 8},
         {"data.mini_fraction": 0.05},
     ]
     epochs = config.finetune.num_epochs if measured.finetuning else 1

@@ -46,7 +46,14 @@ def test_full_kds_epochs_go_first_and_fine_tuning_last() -> None:
     assert lowered(as_asked - 1) == {"full_kd.num_epochs"}
     assert "finetune.num_epochs" not in lowered(200)
     assert lowered(1) == LEVERS.keys()
-    assert value_of(cut_to(CONFIG, MEASURED, 1), "search.n_trials") >= 8
+
+
+def test_candidates_go_before_rows_and_the_shape_by_rule_stays() -> None:
+    chosen = [cut_to(CONFIG, MEASURED, minutes) for minutes in range(300, 0, -10)]
+    assert {one.search.n_trials for one in chosen if one.data.fraction < 1} == {6}
+    within = replace(CONFIG, search=SearchSettings(budget=Budget(speedup=4.0)))
+    few, least = (cut_to(within, MEASURED, minutes) for minutes in (120, 1))
+    assert (few.search.n_trials, least.search.n_trials) == (6, 1)
 
 
 def test_of_a_large_text_no_more_is_read_than_students_learn_from() -> None:
