@@ -31,7 +31,7 @@ class TermErrors(Metric):
         self.add_state("counts", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add a batch: each loss term's sum of errors and number of errors, both of shape (terms,)."""
+        """Add a batch's sum and number of errors of each loss term, both of shape (terms,)."""
         # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
