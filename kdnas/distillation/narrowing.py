@@ -851,7 +851,7 @@ class _Linear(NamedTuple):
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy outputs ``of`` of the map ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
+    """Copy outputs ``of`` of linear ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor

@@ -101,7 +101,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into ``packed``, an array of N records with the dtype ``record_of``."""
+    """Write hidden states (N, H) into ``packed``, an array of N records of ``record_of``'s dtype."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
@@ -176,7 +176,7 @@ class StateCache:
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return the size of those shards of these rows (default: all rows) that are not built yet."""
+        """Return the size of the shards of these rows (default: all rows) that are not yet built."""
         found = self._stamps()
         return self._size(
             place for place in self._places(row_ids) if self._prefix(place) not in found
@@ -239,7 +239,7 @@ class StateCache:
                 self._write(place, self._compute(place, teacher, batch_tokens, buffer))
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Read a batch's hidden states from disk: for each layer (N, H), float16, real tokens, on the CPU.
+        """Read the hidden states of a batch's N real tokens: for each layer (N, H) in float16.
 
         Raises:
             OSError: a shard was removed or truncated since ``build``.
@@ -287,7 +287,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return size and modification time of all shard files: shard prefix -> file name -> stamp."""
+        """Return shard -> file name -> stamp (size and modification time) of all shard files."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -314,7 +314,7 @@ class StateCache:
         return {place: name_of(place) for place in places}
 
     def _note_checked(self) -> None:
-        """Record which shard files are undamaged, for other processes; call it only with the lock held."""
+        """Record for other processes which shard files are undamaged; the caller holds the lock."""
         found = {name: at for names in self._stamps().values() for name, at in names.items()}
         known = read_stamps(self.folder / CHECKED)
         known |= {name: found[name] for name in self._names.values() if name in found}
@@ -325,7 +325,7 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the name of a shard's undamaged file, and delete damaged ones; None: no undamaged file.
+        """Return the name of a shard's undamaged file, or None; delete its damaged files.
 
         Call it only with the folder's lock held.
         """
@@ -378,7 +378,7 @@ class StateCache:
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray
     ) -> list[np.ndarray]:
-        """Compute a shard's hidden states into ``buffer``, (L, any T); return the used part, per layer."""
+        """Compute a shard's hidden states into ``buffer``; return the used part for each layer."""
         variant, shard = place
         row_ids = self._shard_rows[shard]
         states = [layer_states[: self._num_tokens(place)] for layer_states in buffer]

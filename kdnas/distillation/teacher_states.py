@@ -91,14 +91,14 @@ class StatesSettings:
 
 
 class LiveTeacher:
-    """Computes the teacher's hidden states by running its encoder on each batch, without storing them."""
+    """Computes the teacher's hidden states on each batch, instead of reading stored ones."""
 
     def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
         self.model, self.precision = model, precision
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Return for each layer the hidden states (N, H) of a batch's real tokens, on its device."""
+        """Return for each layer the hidden states (N, H) of a batch's N real tokens."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """Add the stored hidden states and the indices of the real tokens to a batch of a DataLoader.
+        """Add the stored hidden states and the indices of real tokens to a batch.
 
         Args:
             batch: a batch on the CPU.
@@ -231,7 +231,7 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """Build the cache for the needed rows and return it; if larger than ``max_gb``, return ``live``."""
+    """Return ``cache``, built for the needed rows, or ``live`` if ``max_gb`` is too little."""
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -262,7 +262,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return arguments for ``cache.build``: a function from batch to states, and tokens per batch."""
+    """Return arguments of ``cache.build``: a function from batch to states, tokens per batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -295,7 +295,7 @@ def build_share(
 
 
 def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
-    """Return whether states of needed rows are still to be computed and fit in ``settings.max_gb``."""
+    """Return whether the needed states are within ``max_gb`` and some are not stored yet."""
     row_ids = _needed(data)
     is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb
     return is_within and cache.num_missing_bytes(row_ids) > 0
@@ -316,7 +316,7 @@ def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -
 def _read_measured(
     path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """Read reference values that were stored by ``measure``; None if the file is missing or damaged."""
+    """Read stored results of ``measure``; None if the file is missing or damaged."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(path, found):
