@@ -37,7 +37,7 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Return each loss term's mean error (0 without errors) and number of errors, (2, terms)."""
+        """Return each loss term's mean error (0 if none) and number of errors, (2, terms)."""
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 

@@ -101,7 +101,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into ``packed``, an array of N records of ``record_of``'s dtype."""
+    """Write hidden states (N, H) into an array of N records of the dtype of ``record_of``."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
@@ -176,7 +176,7 @@ class StateCache:
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return the size of the shards of these rows (default: all rows) that are not yet built."""
+        """Return the size of those shards of these rows (default: all) that are not yet built."""
         found = self._stamps()
         return self._size(
             place for place in self._places(row_ids) if self._prefix(place) not in found

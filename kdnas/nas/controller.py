@@ -127,8 +127,8 @@ def likely_feasible(
     """Predict which points of a pool may meet the constraints.
 
     The predictor is a logistic regression on the points' features, with a penalty of 0.05 times the
-    squared weights, fitted by Newton's method. Only unlikely points are left out: proposing an
-    infeasible point costs no training, while a good point that is never proposed is lost.
+    squared weights, fitted by Newton's method. Only unlikely points are dropped: proposing an
+    infeasible point costs no training, but a dropped good point is lost.
 
     Args:
         choices: values of each parameter.
@@ -208,8 +208,8 @@ class History:
 class Controller(nn.Module):
     """Predicts rewards, and picks the next point to train from a pool of points.
 
-    A pick either trusts the predictions or explores; each subclass says how it explores. torch's
-    global random number generator is left unchanged.
+    A pick either takes the highest prediction or explores; each subclass explores in its own way.
+    torch's global random number generator is left unchanged.
     """
 
     def propose(
@@ -226,8 +226,8 @@ class Controller(nn.Module):
             exploration: probability that this pick explores.
 
         Returns:
-            The index of the picked point in the pool, and its predicted reward. Instead of the
-                reward it is None if the pick explores or is a uniform draw.
+            The index of the picked point in the pool, and its predicted reward; None instead of the
+            reward if the pick explores or is a uniform draw.
         """
         explores = torch.rand((), generator=generator).item() < exploration
         if len(history) < 2:  # a model needs two rewards to compare
@@ -239,7 +239,7 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from the trained points, and score the points of a pool; the highest is picked.
+        """Train on the history and score the points of a pool; the highest score is picked.
 
         Args:
             history: at least two trained points.
@@ -261,8 +261,8 @@ class RewardLSTM(Controller):
     predicts. After each episode it is trained, by squared error, on the points of all episodes so
     far. A pick that explores is a uniform draw.
 
-    Its weights are not stored. A resumed search begins with the same initial weights and repeats
-    the training of each past episode in turn.
+    The LSTM's weights are not stored. A resumed search repeats the training of all past episodes
+    from the same initial weights.
 
     Args:
         choices: values of each parameter.
@@ -378,8 +378,9 @@ class EnsembleLSTM(Controller):
     draws, the Bayesian bootstrap), so they disagree where few points were trained. They are trained
     on random sequences of trained points, so that each point is learned at many positions.
 
-    The predicted reward is the mean of the members' predictions. A pick that explores trusts one
-    member, drawn at random (Thompson sampling). ``LSTMSampler`` makes a new ensemble for each pick.
+    The predicted reward is the mean of the members' predictions. A pick that explores uses one
+    random member's predictions instead (Thompson sampling). ``LSTMSampler`` makes a new ensemble
+    for each pick.
 
     Args:
         choices: values of each parameter.

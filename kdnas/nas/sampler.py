@@ -50,7 +50,7 @@ Point = tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:
-    """Hash the parts into a seed below 2 ** 32."""
+    """Return a seed below 2 ** 32, the hash of the parts."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -119,19 +119,19 @@ class LSTMSampler(BaseSampler):
     The LSTM belongs to a controller, which is trained on the trials of the study, and which picks
     the point of each new trial.
 
-    A pick can also explore, instead of trusting the predictions; the controller says how. Trained
-    candidates are counted in episodes of ``num_candidates``. The probability that a pick explores
-    falls from 1 in the first episode to 0 in the last, and stays 0. A point that is in the study
-    already, in any state, is proposed again only if no other is left. From trials that broke a
-    constraint the sampler learns which points to avoid.
+    A pick can also explore, in a way that depends on the controller. Trained candidates are counted
+    in episodes of ``num_candidates``. The probability that a pick explores falls from 1 in the
+    first episode to 0 in the last, and then stays 0. A point that is already in the study is
+    proposed again only if no other is left. The sampler learns to avoid points that would break a
+    constraint.
 
     The sampler keeps no state outside the study. The random draws for a trial are seeded by
     ``seed`` and the trial's number. So a resumed study proposes what an uninterrupted one would
     have proposed, and parallel workers learn from each other's trials. Parameters that are not
     categorical, not in every trial, or whose choices change, are drawn uniformly and independently.
 
-    The attribute ``predictions`` maps a trial's number to the predicted reward for which its point
-    was picked. It lacks trials whose point was picked otherwise.
+    The attribute ``predictions`` maps a trial's number to its predicted reward. Trials whose point
+    was not picked by a prediction are missing.
 
     Args:
         seed: seed of all random draws.
@@ -171,9 +171,9 @@ class LSTMSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the categorical parameters that every trial has, with the same choices.
 
-        Unlike Optuna's intersection search space, this one includes pruned trials: if the budget
-        has refused all trials so far, the next trial must still avoid their points. If no trial is
-        complete or pruned, the running and failed trials are taken instead.
+        Unlike Optuna's ``IntersectionSearchSpace``, pruned trials count: if all trials so far
+        exceeded the budget, the next one must still avoid their points. If no trial is complete or
+        pruned, running and failed trials are used instead.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -222,7 +222,7 @@ class LSTMSampler(BaseSampler):
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
     ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
-        """Read what the study knows, besides the trial to be sampled.
+        """Return the points and rewards of all trials in the study but the one to be sampled.
 
         Args:
             study: the study.
@@ -230,10 +230,10 @@ class LSTMSampler(BaseSampler):
             space: parameters whose choices make a point.
 
         Returns:
-            Four things. The points of all other trials. For the points whose constraints were
-                checked, whether they met the constraints. The rewards of the feasible points that
-                were trained to the end, negated if the study minimises. The number of points that
-                were trained to the end or ended by a pruner; the latter have no reward.
+            Four values: the points of all other trials; for points whose constraints were checked,
+            whether they met the constraints; the rewards of feasible points that were trained to
+            the end, negated if the study minimises; and the number of points that were trained to
+            the end or pruned.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -292,9 +292,8 @@ def _pool(
 
     Args:
         sizes: number of choices of each of the F parameters.
-        barred: sets of points. The points of the first set are left out. If no point remains,
-            those of the next set are left out instead; if each set leaves no point, none are left
-            out.
+        barred: sets of points to leave out, in order of preference: the first set is used that
+            leaves at least one point, or else none.
         generator: source of the draws from a space of more than ``POOL_SIZE`` points.
     """
     if math.prod(sizes) <= POOL_SIZE:
@@ -357,10 +356,10 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
 
 
 def lstm_of(spec: Spec) -> LSTMSampler | None:
-    """Make a sampler if it is an ``LSTMSampler``, else return None.
+    """Return the sampler that ``spec`` names if it is an ``LSTMSampler``, else None.
 
     Args:
-        spec: names the sampler, as in ``make_sampler``.
+        spec: names the sampler, as for ``make_sampler``.
     """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
     return _make(found, arguments, "sampler") if issubclass(found, LSTMSampler) else None
@@ -386,8 +385,8 @@ def _find(
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     if "class_path" not in spec:  # e.g. --sampler.num_candidates without --sampler
         raise UserError(
-            f"{kind} is {dict(spec)}, which names no {kind}: give it with its settings, as in "
-            f"--{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
+            f"{kind} has the settings {dict(spec)} but no class_path, so the {kind} is unknown: "
+            f"give --{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
         )
     path, arguments = spec["class_path"], spec.get("init_args") or {}
     short = known.get(path, path) if isinstance(path, str) else str(path)
@@ -403,11 +402,13 @@ def _find(
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(
-            f"{spec!r} is not a {kind}: give the class path of an Optuna {kind}, and its init_args."
+            f"{spec!r} does not name a {kind}: give the class_path of an Optuna {kind}, and its "
+            "init_args."
         )
     if issubclass(found, CmaEsSampler):  # it would also store a pickle in the database
         raise UserError(
-            f"The sampler {found.__name__} needs numerical parameters, but a student's are categorical: choose another."
+            f"The sampler {found.__name__} needs numerical parameters, but a student's parameters "
+            "are categorical: choose another sampler."
         )
     return found, {**short.get("init_args", {}), **arguments}
 

@@ -46,7 +46,7 @@ def bf16_is_faster(device_type: str) -> bool:
 
 
 def keep(begun_in: str | None) -> str:
-    """Continue interrupted work in the precision in which it was begun, even if slower here.
+    """Set the precision of CPU matrix products to that of interrupted work, even if slower here.
 
     Args:
         begun_in: precision in which the work was begun, ``bfloat16`` or ``float32``; None: the work
@@ -66,7 +66,7 @@ def keep(begun_in: str | None) -> str:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Undo the effect of ``keep`` when the context ends, so that later work is not affected."""
+    """Context manager that restores, at its end, a precision that ``keep`` has changed."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -78,9 +78,9 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Return the seconds that a linear layer takes in each precision.
+    """Time a linear layer in each precision; return the seconds by precision.
 
-    They are the least of several rounds, so that other work on the machine hardly matters.
+    The least of several rounds is taken, so that other work on the machine hardly matters.
     """
     with torch.random.fork_rng(devices=[]):
         given = {
