@@ -190,7 +190,7 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return a number in [0, 1) for each row, from its hash and the seed: small numbers are held out.
+    """Return a number in [0, 1) per row, from its hash and the seed; the lowest are held out.
 
     All hashes form a circle, which the seed rotates; the number is the row's position on it.
     """

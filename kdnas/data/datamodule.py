@@ -214,7 +214,7 @@ class KDDataModule(ResumableDataModule):
         )
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return the hash of everything that determines the tokenised rows, such as text and tokenizer."""
+        """Return the hash of all that determines the tokenised rows: text, tokenizer, settings."""
         settings = {name: getattr(self.settings, name) for name in OF_ROWS}
         parts = [
             FORMAT,
@@ -282,7 +282,7 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Tokenise the pieces (ranges of rows) that are not yet in ``folder``, one process per core."""
+        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, with one process per core."""
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,

@@ -55,7 +55,7 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """Return at most ``most`` random rows, the same at each call, and the source's number of rows."""
+    """Return up to ``most`` random rows (the same at each call) and the source's number of rows."""
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -103,7 +103,7 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """Context manager that turns an OSError into a UserError saying that ``text`` cannot be read."""
+    """Context manager that turns an OSError into a UserError: ``text`` cannot be read."""
     try:
         yield
     except OSError as error:

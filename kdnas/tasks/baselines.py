@@ -76,7 +76,7 @@ class StaticForSequenceClassification(nn.Module):
         """Do nothing: this classifier has no attention."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the weights without a ``config.json``, with which the folder would look like an encoder."""
+        """Write the weights alone: with a ``config.json`` the folder would look like an encoder."""
         save_file(self.state_dict(), folder / "model.safetensors")
 
 

@@ -141,7 +141,7 @@ class GLUEModule(ClipFusedGradients):
         self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
 
     def on_fit_start(self) -> None:
-        """Turn dropout on: ``from_pretrained`` returns models in eval mode, and Lightning keeps it."""
+        """Turn dropout on: ``from_pretrained`` gives eval mode, which Lightning does not change."""
         self.train()
 
     def setup(self, stage: str | None = None) -> None:
@@ -169,7 +169,7 @@ class GLUEModule(ClipFusedGradients):
         return self.label_loss(self(batch), batch["labels"])
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of outputs against labels: cross entropy, or a regression's squared error.
+        """Return the loss against the labels: cross entropy, or squared error for a regression.
 
         Args:
             outputs: result of ``forward``.

@@ -154,7 +154,7 @@ class TaskDistillModule(GLUEModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        """Initialise the projection by least squares: a random one would give misleading gradients."""
+        """Fit the projection by least squares: a random one would give misleading gradients."""
         self.teacher.to(self.device).eval()
         if not self.trainer.ckpt_path:
             self._begin_projection()

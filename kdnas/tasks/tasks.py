@@ -209,7 +209,7 @@ class LoadedTask:
         return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
-        """Return a task for choosing hyperparameters: its validation rows are held-out training rows.
+        """Return a task to choose hyperparameters on: it is validated on held-out training rows.
 
         Args:
             share: share of the distinct texts that is held out and scored.
@@ -227,7 +227,7 @@ class LoadedTask:
         return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write a sample of the task's rows to ``<folder>/<task name>``, in the format of ``load_task``.
+        """Write a sample of the task's rows to ``<folder>/<task name>``, for ``load_task``.
 
         Args:
             folder: where the folder of the task is made.
