@@ -186,8 +186,8 @@ def _task_and_corpus(
     columns = [] if config.data else config.text_column
     if len(columns) > (1 if choice.text else 0):
         raise UserError(
-            f"text_column is {columns}, but without --data FILE only one column can be given, together "
-            "with --text FILE."
+            f"text_column is {columns}, but without --data FILE only one column can be given, "
+            "together with --text FILE."
         )
     task = load_task(choice.task) if choice.task and not config.data else None
     if config.data:

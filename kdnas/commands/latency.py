@@ -91,8 +91,7 @@ def _picture(json: str) -> Path:
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
         raise UserError(
-            f"json is {json!r}, which is a folder or a .png file: give a file "
-            "that ends with .json."
+            f"json is {json!r}, which is a folder or a .png file: give a file that ends with .json."
         )
     check_writable(path.parent, "--json")
     return picture

@@ -523,8 +523,8 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
     """Return the shape of the layer-cut baseline: the teacher with fewer layers, within the budget.
 
-    Without a budget, it has the most layers with which it is no slower than the student ``arch``. It
-    has at least one layer.
+    Without a budget, it has the most layers with which it is no slower than the student ``arch``,
+    but at least one.
     """
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget

@@ -185,9 +185,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model, info = factory.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"the weights lack {missing[0]!r} and {len(missing) - 1} other tensors"
-            )
+            raise ValueError(f"the weights lack {missing[0]!r} (and {len(missing) - 1} more)")
         refuse_unused(str(source), info["unexpected_keys"])
         refuse_no_values(str(source), model)
         # If a folder has no tokenizer, transformers returns an empty one.

@@ -114,7 +114,7 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """Return ``{"latency.lengths_sha256": hash}`` of the file ``lengths``; {} without a file."""
+        """Return ``{"latency.lengths_sha256": hash of the file}``; {} without such a file."""
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}

@@ -94,13 +94,13 @@ def check_files(name: str, folder: Path) -> Shapes:
             in another folder or could run code.
     """
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
-        raise UserError(f"{name!r} has no tokenizer: put its {TOKENIZERS[0]} into {str(folder)!r}.")
+        raise UserError(f"{name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
     for path in folder.glob("tokenizer_config.json"):
         names = _read_checked(path).get("fast_tokenizer_files") or []
         _refuse_elsewhere(path, names if isinstance(names, list) else [names])
     files = _weight_files(folder)
     if not files:
-        raise UserError(f"{name!r} has no weights: put its {SAFE} into {str(folder)!r}.")
+        raise UserError(f"{name!r} has no weights: put {SAFE} into {str(folder)!r}.")
     shapes: Shapes = {}
     for path in files:
         shapes |= _shapes_of(path)

@@ -106,7 +106,7 @@ def test_an_untrained_student_is_not_measured(
     command: str, fit_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([command, "--config", str(fit_config)], capsys)
-    assert "ckpt_path is missing" in error and "give the checkpoint of a fit" in error
+    assert "ckpt_path is missing" in error and "give a checkpoint of `kdnas fit`" in error
 
 
 def test_the_data_of_a_fit_is_named_as_in_a_search_and_a_fit_that_never_validates_says_so(
@@ -469,7 +469,7 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     }
     theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
     for found, words in (
-        (theirs, "The checkpoint is of another student or objective: "),
+        (theirs, "The checkpoint does not fit this student and loss: "),
         ({"state_dict": {}}, "is not a checkpoint of a fit"),
     ):
         torch.save(found, checkpoint)

@@ -212,11 +212,11 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
         (
             "--json=a.png",
-            "json is 'a.png', the picture's name or a folder's: give a file that ends with .json",
+            "json is 'a.png', which is a folder or a .png file: give a file that ends with .json",
         ),
-        ("--json=", "json is '', the picture's name or a folder's"),
-        ("--json=.", "json is '.', the picture's name or a folder's"),
-        ("--json=/proc", "json is '/proc', the picture's name or a folder's"),
+        ("--json=", "json is '', which is a folder or a .png file"),
+        ("--json=.", "json is '.', which is a folder or a .png file"),
+        ("--json=/proc", "json is '/proc', which is a folder or a .png file"),
     ],
 )
 def test_bad_input_gets_one_line_and_measures_nothing(

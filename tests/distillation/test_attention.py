@@ -221,7 +221,7 @@ def test_relation_heads_that_do_not_divide_a_width_are_refused(teacher, num_head
     student = make(teacher, hidden_size=width)
     undivided = width if num_heads < 1 or width % num_heads else 64
     with pytest.raises(
-        UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"
+        UserError, match=f"the width {undivided} cannot be split into {num_heads} relation heads"
     ):
         AttentionRelations(num_heads=num_heads).criterion(student, teacher)
 

@@ -115,5 +115,7 @@ def test_a_custom_mapping_that_names_a_layer_that_is_not_there_is_refused(layer)
         def layers(self, student_layer, num_student_layers, num_teacher_layers):
             return (0, layer)
 
-    with pytest.raises(UserError, match=rf"teacher layer {layer}: there are 0 to 5"):
+    with pytest.raises(
+        UserError, match=rf"teacher layer {layer}, but the teacher has only layers 0 to 5"
+    ):
         Custom()(2, 6)

@@ -275,7 +275,7 @@ def test_some_failures_after_a_success_end_nothing_but_many_in_a_row_end_the_sea
     fake = make(fail, special={ONE: end_well})
     fake.queue(ONE)
     for start in (1, 2):  # the next start tries others, in case what failed is mended
-        told = f"The last {MOST_IN_A_ROW} candidates failed; the last one: the loss is nan"
+        told = f"The last {MOST_IN_A_ROW} candidates failed, the last one with: the loss is nan"
         with pytest.raises(CandidateFailed, match=told):
             fake.search(2)
         assert len(failed(fake.open())) == start * MOST_IN_A_ROW

@@ -514,7 +514,7 @@ def test_what_fails_before_its_first_checkpoint_starts_afresh(teacher, task, tmp
 def test_a_loss_that_is_not_finite_fails_with_its_reason(teacher, task, tmp_path):
     model = classifier(teacher)
     nn.init.constant_(model.classifier.weight, float("nan"))
-    with pytest.raises(CandidateFailed, match="The loss of 'words' is nan at step 0"):
+    with pytest.raises(CandidateFailed, match="The training loss of task 'words' is nan at step 0"):
         evaluate(model, task, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -525,7 +525,9 @@ def test_a_loss_that_is_not_finite_in_validation_alone_fails_too(teacher, task, 
 
     model = classifier(teacher)
     model.classifier.register_forward_hook(spoil)
-    with pytest.raises(CandidateFailed, match="The loss of 'words' is (nan|inf) at step 4"):
+    with pytest.raises(
+        CandidateFailed, match="The training loss of task 'words' is (nan|inf) at step 4"
+    ):
         evaluate(model, task, tmp_path / "run")
 
 

@@ -223,7 +223,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     other.add_tokens(["unheard"])
     with pytest.raises(
         UserError,
-        match="'a student' does not read text as .*fits' does: its tokenizer has other tokens",
+        match="'a student' reads text differently from its teacher .*fits': its tokenizer has other tokens",
     ):
         load_task_teacher(
             str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other)
