@@ -345,7 +345,7 @@ class Comparison:
         return found
 
     def _plain(self) -> list[Contender]:
-        """Return the models without a helping teacher; the grid is run for these only."""
+        """Return the models without a helping teacher; only they are tried on the grid."""
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
@@ -419,7 +419,7 @@ class Comparison:
         return rows
 
     def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
-        """Add latency, speed-up, number of parameters and share of the first score to each row.
+        """Add latency, speed-up, number of parameters and the share of the first score to each row.
 
         Args:
             rows: a row for each contender, by its name; changed in place.

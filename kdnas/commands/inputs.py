@@ -118,7 +118,7 @@ class Inputs:
 
     @cached_property
     def bench(self) -> Bench:
-        """What all candidates share; first, the teacher's missing hidden states are computed."""
+        """What all candidates share; the teacher's missing hidden states are computed first."""
         search = self.config.search
         return Bench(
             teacher=self.teacher,

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def minutes_after_search(self) -> float:
-        """Minutes of the stages after reading, the teacher's hidden states and the candidates."""
+        """Minutes of the stages after the search, from full KD on."""
         return sum(stage.seconds for stage in self.stages[3:]) / 60
 
     def table(self) -> Table:
@@ -139,7 +139,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write a few rows into a folder and load them."""
+        """Write a few rows of the text and the task into a folder, and load them."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -152,17 +152,17 @@ class Sample:
 
     @property
     def rows(self) -> TokenRows:
-        """The few rows, tokenised."""
+        """The sample's rows, tokenised."""
         return self.found.data.rows
 
     @property
     def scale(self) -> float:
-        """Number of usable rows in the whole text, divided by the number of the few rows."""
+        """Number of usable rows in the whole text, divided by the number of rows in the sample."""
         return self.sizes.num_rows / len(self.rows)
 
     @property
     def few_tokens(self) -> tuple[int, int]:
-        """Numbers of tokens in the few training rows and in the few held-out rows."""
+        """Numbers of tokens in the sample's training rows and in its held-out rows."""
         data, lengths = self.found.data, self.rows.lengths
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
@@ -451,7 +451,7 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time a fit of one epoch on ``num_train`` tokens or rows, which scores ``num_scored``."""
+    """Time one epoch of a fit: it trains on ``num_train`` tokens or rows, scores ``num_scored``."""
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)

@@ -291,7 +291,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
-    """Search, unless the search is finished, and write the best student's shape to its file.
+    """Search, unless finished, and write the best student's shape to ``best_student.yaml``.
 
     Args:
         context: the run.
@@ -345,7 +345,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
 
 
 class SearchDisplay:
-    """Shows each trial that ends: on the console, in ``trials.csv`` and in TensorBoard."""
+    """Shows each finished trial of a search: on the console, in ``trials.csv``, in TensorBoard."""
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
@@ -355,7 +355,7 @@ class SearchDisplay:
         self._num_trained: int | None = None  # as the best ones were last shown
 
     def show(self, trial: FrozenTrial) -> None:
-        """Show a trial that has ended."""
+        """Show a finished trial of the search."""
         console = self.context.console
         if "failed" in trial.user_attrs and console.quiet:
             log.warning(line(trial))
@@ -408,7 +408,7 @@ def open_states(context: RunContext, split: Split) -> None:
 
 
 def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Distil the best student on all rows, unless this distillation is finished."""
+    """Distil the best student on all rows (full KD), unless this is finished."""
     run, console = context.run, context.console
     last = run.full_kd / "last.ckpt"
     if (run.full_kd / "result.json").exists():

@@ -110,7 +110,7 @@ class LengthGroupedBatches(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that resumes within an epoch, after the batches that were already yielded.
+    """A DataLoader that can resume within an epoch, after the batches that it has already yielded.
 
     The sampler's order must depend only on the number of the epoch, as in ``LengthGroupedBatches``.
     """

@@ -363,7 +363,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return each term's mean error, and metrics of the lowest error on each teacher layer."""
+        """Return metrics: each loss term's mean error, and each teacher layer's lowest error."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):

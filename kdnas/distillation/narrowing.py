@@ -249,7 +249,7 @@ class _LayerRun(NamedTuple):
 class _Narrowing:
     """Implements ``narrow`` (initialise by least squares) for a student narrower than its teacher.
 
-    ``z`` is the student's hidden states, (N, H_s); N counts the tokens of the calibration rows.
+    ``z`` is the student's hidden states, (tokens, width).
     """
 
     adds = False  # whether least squares correct the map that is there, or replace it
@@ -289,7 +289,7 @@ class _Narrowing:
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        """Fit the student's layers, first to last; z: its embedding output, (N, H_s)."""
+        """Fit the student's layers, first to last; z: its embedding output, (tokens, width)."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
 
@@ -310,7 +310,7 @@ class _Narrowing:
         return components @ beside_mean.to(components.device).T
 
     def _embeddings(self) -> Tensor:
-        """Initialise the student's embeddings, and return their output, (N, H_s)."""
+        """Initialise the student's embeddings, and return their output, (tokens, width)."""
         start_embeddings(self.student, self.teacher, self.basis)
         before, z = _embedded(self.student, self.rows)
         if embedding_mapping(self.student) is not None:
@@ -325,21 +325,21 @@ class _Narrowing:
         return most.sort(dim=1).values.tolist()
 
     def _importance(self, sources: list[int]) -> Tensor:
-        """Return how much the heads of these teacher layers change the hidden states, (L, A)."""
+        """Return how much each head of these teacher layers changes the hidden states, (L, A)."""
         return torch.stack([self._moved(source) for source in sources])
 
     def _shared(self, heads: list[list[int]]) -> None:
         """Fit parameters that all layers of a model share; most families have none."""
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit one student layer, and return the student's hidden states after it, (N, H_s).
+        """Fit one student layer, and return the student's hidden states after it, (tokens, width).
 
         Args:
             number: number of the student layer.
             source: number of the teacher layer from which the student layer is made.
             end: number of the teacher layer whose output the student layer's output should match.
             heads: numbers of the heads of ``source`` to keep.
-            z: the student's hidden states before the layer, (N, H_s).
+            z: the student's hidden states before the layer, (tokens, width).
         """
         layer = self.layers[number]
         names, part = self.names, layer.get_submodule
@@ -358,7 +358,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit a student layer's attention and its norm; return their output, (N, H_s)."""
+        """Fit a student layer's attention and its norm; return their output, (tokens, width)."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -535,7 +535,7 @@ class _Narrowing:
 
 
 class _SameWidth(_Narrowing):
-    """Implements ``narrow`` for a student as wide as its teacher: copy maps, then correct them.
+    """Implements ``narrow`` for a student as wide as its teacher: copies maps and corrects them.
 
     ``narrow`` initialises a student from its teacher by least squares.
     """
@@ -650,7 +650,7 @@ class _Positions(_Narrowing):
         return after if number or conv is None else self._convolution(conv, end, z, after)
 
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
-        """Initialise the convolution; return the student's hidden states after it, (N, H_s)."""
+        """Initialise the convolution; return the student's states after it, (tokens, width)."""
         for parameter in conv.conv.parameters():
             parameter.mul_(1e-4)  # weights that are all 0 would be refused as damaged
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
@@ -825,7 +825,7 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Share the rows among the passes of ALBERT's layer; return a token mask (N,) per pass."""
+        """Share the rows among the passes of ALBERT's layer; return one token mask per pass."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 

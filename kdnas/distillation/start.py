@@ -38,7 +38,7 @@ class Start(ABC):
     """Base class of the ways to initialise a student's weights."""
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
-        """Raise a UserError if this student cannot be initialised so; by default do nothing."""
+        """Raise a UserError if the student's shape does not allow it; by default do nothing."""
 
     @abstractmethod
     def __call__(

@@ -166,8 +166,8 @@ def _shapes_of(path: Path) -> Shapes:
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
     """Raise an error if config.json does not fit the weights.
 
-    No tensor has a size of the config, or the config describes over twice as many parameters as the
-    weights have.
+    It does not fit if no tensor has a size that the config names, or if the config describes over
+    twice as many parameters as the weights have.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields

@@ -114,7 +114,7 @@ class Teacher:
         if wrong:
             raise UserError(
                 f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, or its shape differs "
-                f"from config.json ({len(wrong) - 1} more tensors are wrong): use a complete "
+                f"from config.json (and {len(wrong) - 1} more tensors): use a complete "
                 "checkpoint."
             )
         refuse_unused(self.name, info["unexpected_keys"])

@@ -242,12 +242,12 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of the model that a config describes."""
+    """Return the ``Family`` (BERT, RoBERTa, ...) of a model's config."""
     return find_family(config.model_type)
 
 
 def find_family(model_type: Any) -> Family:
-    """Return the family for a config's ``model_type``; raise a UserError if there is none."""
+    """Return the ``Family`` for a config's ``model_type``; raise a UserError if there is none."""
     if str(model_type) not in FAMILIES:
         raise UserError(
             f"The model family {model_type!r} is not supported: give an encoder ({titles()})."

@@ -24,7 +24,7 @@ LOOK_STEPS = 10
 
 
 class TrainingLoss(pl.Callback):
-    """Records the mean training loss of the last epoch; ends the fit if a loss is NaN or infinite.
+    """Callback that records the last epoch's mean loss; ends the fit at a NaN or infinite loss.
 
     Losses are checked every ``LOOK_STEPS`` steps.
 
@@ -98,7 +98,7 @@ class PruneByHeldOutLoss(pl.Callback):
 
 
 class HoldStill(pl.Callback):
-    """Holds a lock while a candidate trains, and releases it for a moment after each batch.
+    """Callback that holds a lock during training, and releases it briefly after each batch.
 
     Another process can then take the lock, to measure latency while nothing trains. Before the
     first batch, while the student is initialised, the lock is released after the forward pass of
@@ -146,7 +146,7 @@ class HoldStill(pl.Callback):
 
 
 class LatencyAfterFit(pl.Callback):
-    """Measures the latency of the student and of its teacher after the fit.
+    """Callback that measures the latency of student and teacher after the fit.
 
     The result is the attribute ``latency``. A measurement from before the fit (to check the budget)
     is reused.
@@ -167,7 +167,7 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs it to TensorBoard's HPARAMS tab.
+    """Callback that computes the reward from loss and latency, for TensorBoard's HPARAMS tab.
 
     The tab also shows loss and latency, and the shape of the student.
 

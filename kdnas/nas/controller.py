@@ -46,7 +46,7 @@ class ModelRanking(Generic[Arch]):
     def of(
         cls, trained: Sequence[tuple[Arch, float]], num_candidates: int, episode: int | None = None
     ) -> "ModelRanking[Arch]":
-        """Rank the trained candidates; of two with the same reward, the earlier one is better.
+        """Find the best candidates: of all, of an episode and of the episode before.
 
         Args:
             trained: distinct candidates with their rewards (higher is better), in order of
@@ -73,7 +73,7 @@ class ModelRanking(Generic[Arch]):
 
 
 def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
-    """Return the probability that the next pick explores, instead of trusting the predictions.
+    """Return the probability that the next pick explores instead of taking the best prediction.
 
     It is ``1 - episode / (num_episodes - 1)``, at least 0, for the next candidate's episode,
     counted from 0. So it falls from 1 in the first episode to 0 in the last. If there is only one
@@ -111,7 +111,7 @@ def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
     """Return the C features of each point, shape (..., C).
 
     Args:
-        tables: for each of the F parameters, what ``describe`` returned for its choices.
+        tables: for each of the F parameters, the result of ``describe`` for its choices.
         points: choice indices, shape (..., F).
     """
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
@@ -159,7 +159,7 @@ def likely_feasible(
 
 @dataclass(frozen=True)
 class History:
-    """The trained points, in order of training.
+    """The trained points (student shapes as choice indices), in order of training.
 
     Args:
         points_TF: choice indices of the points, int64.
@@ -190,7 +190,8 @@ class History:
         """Return the points that ``EnsembleLSTM`` reads before it predicts a reward in an episode.
 
         They are the best point of all earlier episodes, the best of the episode just before, and
-        the points of this episode so far. Each is given by its row in ``points_TF``; -1: none.
+        the points of this episode so far. Each is given by its row in ``points_TF``, the array of
+        all trained points; -1: none.
         """
         return [*self._leaders(episode), *self.candidates(episode)]
 
@@ -198,15 +199,15 @@ class History:
         """Return the points that ``RewardLSTM`` reads before it predicts a reward in an episode.
 
         They are the best point of all earlier episodes, the best of the episode just before, and
-        all points of the episode just before. Each is given by its row in ``points_TF``. In the
-        first episode all are -1, for none.
+        all points of the episode just before. Each is given by its row in ``points_TF``, the array
+        of all trained points. In the first episode all are -1, for none.
         """
         previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
         return [*self._leaders(episode), *previous]
 
 
 class Controller(nn.Module):
-    """Predicts rewards, and picks the next point to train from a pool of points.
+    """Predicts rewards, and picks the next point (student shape) to train from a pool of points.
 
     A pick either takes the highest prediction or explores; each subclass explores in its own way.
     torch's global random number generator is left unchanged.
@@ -351,7 +352,7 @@ class RewardLSTM(Controller):
         return points_BSF, functional.pad(rewards_BS, (0, 1))
 
     def _learn(self, history: History, num_episodes: int) -> None:
-        """Train on all points of the first ``num_episodes`` episodes."""
+        """Train the LSTM on all points of the first ``num_episodes`` episodes."""
         episodes = [
             self.sequences(history, episode, history.points_TF[history.candidates(episode)])
             for episode in range(num_episodes)

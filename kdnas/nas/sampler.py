@@ -159,7 +159,7 @@ class LSTMSampler(BaseSampler):
         self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
-        """Return the probability that the next pick explores.
+        """Return the probability that the next pick explores, instead of taking the best prediction.
 
         Args:
             num_tried: number of candidates that were trained to the end or ended by a pruner.
@@ -366,7 +366,7 @@ def lstm_of(spec: Spec) -> LSTMSampler | None:
 
 
 def make_pruner(spec: Spec) -> BasePruner:
-    """Make a pruner.
+    """Make the Optuna pruner that ``spec`` names.
 
     Args:
         spec: a key of ``PRUNERS``, a class path, or a mapping with ``class_path`` and

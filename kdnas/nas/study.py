@@ -203,12 +203,12 @@ def _is_of_disk(error: BaseException) -> bool:
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether a study is of the search with these results, and holds all of them."""
+    """Whether a study belongs to the search with these results, and holds all of them."""
     return _is_of(study, results) and _lacks(study, results) is None
 
 
 def _is_of(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether the study maximises, and all its finished trials are in ``results``."""
+    """Whether the study maximises and all its finished trials are in ``results``."""
     return study.direction == StudyDirection.MAXIMIZE and not any(
         trial.state.is_finished() and trial.params and trial.number not in results
         for trial in study.get_trials(deepcopy=False)

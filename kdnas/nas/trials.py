@@ -68,7 +68,7 @@ class Outcome:
     ended: float = 0.0
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether a trial of a study has this outcome's state and, if ``COMPLETE``, its reward."""
+        """Whether a study's trial has the same state as this outcome and, if ``COMPLETE``, reward."""
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 
@@ -104,7 +104,7 @@ def num_begun(folder: Path) -> int:
 
 
 def arch_of(trial: FrozenTrial) -> StudentArch:
-    """Return the shape of a trial."""
+    """Return the student shape of a trial."""
     return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
 
 
@@ -329,7 +329,7 @@ def _is_trained(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:
-    """Return whether each row of a table only repeats an earlier trial.
+    """Return for each row of a table whether it only repeats an earlier trial.
 
     Args:
         frame: table from ``trials_frame``.

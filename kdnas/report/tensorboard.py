@@ -23,9 +23,9 @@ class SearchBoard:
     curves is a trained candidate, in the order in which trials ended. An episode is a fixed number
     of trained candidates in sequence. The curves are:
 
-    - ``search/reward``, ``search/loss`` and ``search/latency_ms`` of the candidate; -
-    ``search/best_reward``, the best so far; ``search/episode_best``, the best of this episode;
-    ``search/previous_best``, the best of the previous episode;
+    - ``search/reward``, ``search/loss`` and ``search/latency_ms`` of the candidate;
+    - ``search/best_reward``, the best so far; ``search/episode_best``, the best of this episode;
+      ``search/previous_best``, the best of the previous episode;
     - ``search/exploration_ratio``, only with ``exploration``.
 
     The picture ``search/pareto`` is written whenever the Pareto front changes. The picture

@@ -53,7 +53,7 @@ DISK_ERRORS = {
 
 
 class Stopped(Exception):
-    """A job has ended because it was asked to stop."""
+    """Raised in a job that was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        """Path of the result, which exists once the job is done."""
+        """Path of the job's ``result.json``, which exists once the job is done."""
         return self.folder / "result.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether the result exists."""
+        """Whether the job's ``result.json`` exists."""
         return self.result_file.is_file()
 
 

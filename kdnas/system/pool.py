@@ -109,7 +109,7 @@ def num_gpus(accelerator: str) -> int:
 def num_threads(num_slots: int) -> int:
     """Return how many threads each of ``num_slots`` processes may use, at least 1.
 
-    They share the cores that this process may use, or its threads in torch if those are fewer.
+    The processes share the cores of this process, or its torch threads if these are fewer.
     """
     return max(1, _num_cores() // num_slots)
 

@@ -251,7 +251,7 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """Records the score after each epoch, and all metrics after the last."""
+    """Callback that records the score after each epoch, and all metrics after the last."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

@@ -116,7 +116,7 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by position, if the task and the classifier both name them.
+    """Warn that classes are matched by position although task and classifier both name them.
 
     Args:
         task: the task.
@@ -144,7 +144,7 @@ def warn_of_head(task: Task, config: Any, source: str) -> None:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its rows.
+    """A labelled task with its rows.
 
     Args:
         task: what is predicted and how it is scored.

@@ -153,7 +153,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimizers that Lightning, schedules and checkpoints see as one.
+    """Several optimizers as one, for Lightning, learning-rate schedules and checkpoints.
 
     Args:
         parts: the optimizers, each with its own parameters.

@@ -123,7 +123,7 @@ class ProgressFile(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Ends a fit as soon as its job is asked to stop, without writing a checkpoint.
+    """Callback that ends a fit without a checkpoint as soon as its job is asked to stop.
 
     Args:
         reporter: reporter of the job that makes the fit.
