@@ -393,7 +393,7 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         if not self.model or len(set(self.model)) < len(self.model):
-            raise UserError(f"model is {self.model}: give at least one, without duplicates.")
+            raise UserError(f"model is {self.model}: give at least one model, each once.")
         if len(set(self.task)) < len(self.task):
             raise UserError(f"task is {self.task}: give no duplicates.")
         if self.task and self.text_column:
@@ -500,7 +500,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if not self.run or len(set(self.run)) < len(self.run):
-            raise UserError(f"run is {self.run}: give at least one, without duplicates.")
+            raise UserError(f"run is {self.run}: give at least one run, each once.")
 
 
 def as_plain(value: Any) -> Any:

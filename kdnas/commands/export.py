@@ -370,7 +370,8 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
 
     if student.model_type != parent.model_type:
         raise refused(
-            f"({student.model_type}) does not fit the teacher {name} ({parent.model_type})"
+            f"({student.model_type}) is of another family than the teacher {name} "
+            f"({parent.model_type})"
         )
     refuse_other_inputs(find_teacher(str(source)), teacher)
     for field in ("num_hidden_layers", "hidden_size"):

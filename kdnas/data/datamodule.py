@@ -192,7 +192,7 @@ class KDDataModule(ResumableDataModule):
         if settings.max_length > longest:
             raise UserError(
                 f"max_length is {settings.max_length}: "
-                f"the teacher {self.teacher!r} takes at most {longest} tokens."
+                f"the teacher {self.teacher!r} takes at most {longest} tokens: give at most that."
             )
         tokenizer = teacher.tokenizer
         folder = self._whole_folder(tokenizer)

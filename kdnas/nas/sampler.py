@@ -427,5 +427,5 @@ def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | No
         return found(**arguments)
     except Exception as error:  # each class raises its own errors
         raise UserError(
-            f"The {kind} {found.__name__} does not take {arguments}: {first_line(error)}."
+            f"The {kind} {found.__name__} cannot be created with {arguments}: {first_line(error)}."
         ) from error

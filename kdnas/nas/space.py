@@ -101,8 +101,8 @@ class SearchSpace:
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
                 raise UserError(
-                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, "
-                    "which does not divide it: give widths that every number of heads divides."
+                    f"space.num_attention_heads has {heads}, which does not divide the {width} in "
+                    "space.hidden_size: give widths that every number of heads divides."
                 )
             check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:

@@ -302,8 +302,8 @@ def read_study(
         url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise UserError(
-                f"There is no study in {shown!r}: no search was begun there. If it has another database, "
-                "give its --storage."
+                f"There is no study in {shown!r}: no search was started there. If the search uses "
+                "another database, give its --storage."
             )
         there = url.render_as_string(hide_password=False)
         database = RDBStorage(

@@ -195,12 +195,12 @@ def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
         return best
     if failed(study) and not tried(study):
         raise CandidateFailed(
-            f"Every candidate failed; the last one: {failed(study)[-1].user_attrs['failed']}. "
+            f"Every candidate failed, the last one with: {failed(study)[-1].user_attrs['failed']}. "
             "Failed candidates are not tried again: fix the cause, then run with --force-new."
         )
     if tried(study) and not trained(study):
         raise UserError("The pruner ended every candidate: give another pruner, or --pruner none.")
-    raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
+    raise UserError(f"None of the {len(space)} students meets the budget: raise its limits.")
 
 
 def begun(study: Study) -> list[FrozenTrial]:

@@ -99,8 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {str(path)!r}: {said.rstrip('.')}.") from error
     if not isinstance(values, dict):
         raise UserError(
-            f"{str(path)!r} must contain a YAML mapping of names to values, but contains something "
-            "else."
+            f"{str(path)!r} holds no mapping: write names with values, such as 'seed: 1'."
         )
     return values
 

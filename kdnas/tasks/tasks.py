@@ -317,7 +317,7 @@ def load_labelled(
     """
     if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
-            f"text_columns is {', '.join(map(repr, text_columns)) or 'empty'} and label_column is "
+            f"text_column is {', '.join(map(repr, text_columns)) or 'empty'} and label_column is "
             f"{label_column!r}: give one or two text columns, and another label column."
         )
     path = Path(data)

@@ -111,7 +111,7 @@ class TrainerSettings:
                     _make(make, Path(folder))
                 except Exception as error:  # the class may be the user's own
                     raise UserError(
-                        f"{class_path(make)} cannot be made: {first_line(error)}."
+                        f"{class_path(make)} cannot be created: {first_line(error)}."
                     ) from error
 
 

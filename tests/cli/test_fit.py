@@ -480,7 +480,7 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     error = refused(
         [command, "--config", str(fit_config), "--ckpt_path=memory://evil.ckpt"], capsys
     )
-    assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
+    assert "ckpt_path is 'memory://evil.ckpt', but this file does not exist" in error
     assert not (tmp_path / "ran").exists()
 
 

@@ -392,7 +392,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--sampler=optuna.pruners.NopPruner", "is not a sampler"),
         (
             '--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}',
-            "does not take",
+            "cannot be created with",
         ),
         ("--pruner=medium", "There is no pruner 'medium'"),
         ("--workers=-1", "workers is -1"),
@@ -420,7 +420,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--trainer.callbacks+=nowhere.Mine", "No module named 'nowhere'"),
         (
             "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: x, mode: up}}]",
-            "EarlyStopping cannot be made: `mode` can be min, max, got up.",
+            "EarlyStopping cannot be created: `mode` can be min, max, got up.",
         ),
         ("--trainer.accelerator=tpu-9", "accelerator is 'tpu-9'"),
         ("--teacher=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),

@@ -480,7 +480,10 @@ def test_a_student_of_another_teacher_is_refused(
 ) -> None:
     other = save_teacher(tmp_path / "other", "roberta")
     assert export(student, f"--teacher={other}") == 2
-    assert f"(bert) does not fit the teacher {str(other)!r} (roberta)" in capsys.readouterr().err
+    assert (
+        f"(bert) is of another family than the teacher {str(other)!r} (roberta)"
+        in capsys.readouterr().err
+    )
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
     assert export(student, f"--teacher={shorter}") == 2
     assert (

@@ -394,7 +394,7 @@ def test_bad_input_gets_one_line_and_makes_nothing(
 def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(
     command, tmp_path, capsys
 ):
-    assert "without duplicates" in refused([*command, f"--model={command[2]}"], capsys)
+    assert "each once" in refused([*command, f"--model={command[2]}"], capsys)
     bare = [option for option in command if not option.startswith(("--task", "--data"))]
     assert "There is no task" in refused(bare, capsys)
     folder = tmp_path / "data" / "rte"

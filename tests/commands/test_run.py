@@ -1174,7 +1174,7 @@ def test_a_candidate_that_hangs_is_ended_after_its_time(
     options = ["--space.num_hidden_layers=[1]", "--recipe.start=faulty_starts.Faulty"]
     options += ["--workers=1", "--candidate_timeout=0.2"]
     assert main(of_search(command, *TWO_STUDENTS, *options)) == 1
-    told = "Every candidate failed; the last one: it took longer than 0.2 minutes."
+    told = "Every candidate failed, the last one with: it took longer than 0.2 minutes."
     assert told in capsys.readouterr().err
     (hung,) = map(int, fault_log.read_text().split())
     assert not is_alive(hung)

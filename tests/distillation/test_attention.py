@@ -203,7 +203,8 @@ def test_the_heads_are_those_that_the_start_gave_and_are_kept_in_a_checkpoint(te
 
 def test_more_heads_than_the_teacher_are_refused(teacher):
     with pytest.raises(
-        UserError, match="num_attention_heads is 4, the teacher has 2: give the student at most"
+        UserError,
+        match="the student has 4 attention heads .*, the teacher only 2: give the student at most",
     ):
         AttentionMaps().criterion(make(teacher, num_attention_heads=4), teacher)
 

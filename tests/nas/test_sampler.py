@@ -593,7 +593,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_sampler,
             {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}},
-            "TPESampler does not take",
+            "TPESampler cannot be created with",
         ),
         (
             make_sampler,
@@ -605,7 +605,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_pruner,
             {"class_path": "optuna.pruners.PercentilePruner"},
-            "PercentilePruner does not take",
+            "PercentilePruner cannot be created with",
         ),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_space_is_narrowed_and_widened():
         ),
         (
             {"hidden_size": [100]},
-            "space.hidden_size has 100 and space.num_attention_heads 3, which does not divide it",
+            "space.num_attention_heads has 3, which does not divide the 100 in space.hidden_size",
         ),
         ({"hidden_act": ["swoosh"]}, "space.hidden_act has 'swoosh', which is unknown"),
     ],

@@ -253,7 +253,7 @@ def test_a_config_that_maps_nothing_is_told_what_it_must_be(content, tmp_path, c
     (tmp_path / "config.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "config.yaml")]) == 2
     told = (
-        f"{str(tmp_path / 'config.yaml')!r} must contain a YAML mapping of names to values, "
-        "but contains something else."
+        f"{str(tmp_path / 'config.yaml')!r} holds no mapping: "
+        "write names with values, such as 'seed: 1'."
     )
     assert capsys.readouterr().err == f"kdnas: {told}\n"

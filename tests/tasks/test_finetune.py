@@ -560,7 +560,9 @@ def test_the_least_settings_are_taken():
 
 def test_more_tokens_than_the_model_takes_are_refused_at_the_start(tmp_path, task):
     model = classifier(save_teacher(tmp_path / "teacher"))
-    with pytest.raises(UserError, match="max_length is 128: this model takes at most 40 tokens"):
+    with pytest.raises(
+        UserError, match="max_length is 128, but this model takes at most 40 tokens"
+    ):
         evaluate(model, task, tmp_path / "run", FinetuneSettings())
     evaluate(model, task, tmp_path / "run", SETTINGS)  # nothing was written down of the first try
 
