@@ -159,7 +159,7 @@ class LSTMSampler(BaseSampler):
         self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
-        """Return the probability that the next pick explores, instead of taking the best prediction.
+        """Return the probability that the next pick explores instead of taking the best prediction.
 
         Args:
             num_tried: number of candidates that were trained to the end or ended by a pruner.

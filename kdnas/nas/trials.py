@@ -68,7 +68,7 @@ class Outcome:
     ended: float = 0.0
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether a study's trial has the same state as this outcome and, if ``COMPLETE``, reward."""
+        """Whether a study's trial has this outcome's state and, if it is ``COMPLETE``, reward."""
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 

@@ -124,8 +124,8 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{str(folder)!r} has no manifest.json: a run or export there is not finished, or there "
-            "is none."
+            f"{str(folder)!r} has no manifest.json: a run or export there is not finished, or "
+            "there is none."
         )
     files = _read(path)["files"]
     faults = []

@@ -42,7 +42,8 @@ def bf16_is_faster(device_type: str) -> bool:
         os.environ[VARIABLE] = min(DTYPES, key=lambda name: seconds[DTYPES[name]])
     if (given := os.environ[VARIABLE]) not in DTYPES:
         raise UserError(
-            f"The environment variable {VARIABLE} is {given!r}: set bfloat16 or float32, or unset it."
+            f"The environment variable {VARIABLE} is {given!r}: "
+            "give bfloat16 or float32, or unset it."
         )
     return given == "bfloat16"
 

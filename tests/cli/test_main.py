@@ -402,7 +402,10 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
             "--space.hidden_size=[128]",
             "space.hidden_size has 128: give values from 1 to the teacher's 64",
         ),
-        ("--space.hidden_size=[33]", "space.hidden_size has 33 and space.num_attention_heads 2"),
+        (
+            "--space.hidden_size=[33]",
+            "space.num_attention_heads has 2, which does not divide the 33",
+        ),
         ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
         (
             "--space.hidden_act=[rellu]",

@@ -91,5 +91,5 @@ def test_what_the_environment_gives_is_taken_or_refused(bf16_wins, monkeypatch):
     monkeypatch.setenv(VARIABLE, "float32")
     assert not bf16_is_faster("cpu") and bf16_is_faster("cuda")
     monkeypatch.setenv(VARIABLE, "float16")
-    with pytest.raises(UserError, match="KDNAS_CPU_MATMULS is 'float16': set bfloat16 or float32"):
+    with pytest.raises(UserError, match="KDNAS_CPU_MATMULS is 'float16': give bfloat16 or float32"):
         bf16_is_faster("cpu")
