@@ -48,7 +48,7 @@ def check_sentences(task: LoadedTask | None) -> None:
         )
     if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
         raise UserError(
-            f"The task {task.task.name!r} is not sentence pairs with a number as label: give "
+            f"The task {task.task.name!r} has no sentence pairs with a number as label: give "
             "--task stsb, or no task."
         )
 

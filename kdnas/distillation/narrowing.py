@@ -247,7 +247,7 @@ class _LayerRun(NamedTuple):
 
 
 class _Narrowing:
-    """Implements ``narrow`` (initialise by least squares) for a student narrower than its teacher.
+    """Steps to initialise a student that is narrower than its teacher, by least squares.
 
     ``z`` is the student's hidden states, (tokens, width).
     """
@@ -421,13 +421,13 @@ class _Narrowing:
         return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
-        """Return the targets for the output and for the input of the student's attention norm."""
+        """Return least-squares targets for a student layer's attention norm: output and input."""
         run = self._run(source)
         scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
         return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
 
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
-        """Return the targets for the output and for the input of the student layer's last norm.
+        """Return least-squares targets for a student layer's last norm: output and input.
 
         They are computed from the teacher's hidden states after layer ``end``.
         """
@@ -489,7 +489,7 @@ class _Narrowing:
         return torch.cat(contexts).float()
 
     def _moved(self, source: int) -> Tensor:
-        """Return the variance of what each head's values add to the hidden states, (heads,)."""
+        """Return the variance that each head's values add to the hidden states, (heads,)."""
         num_heads = self.theirs.num_attention_heads
         weight, _ = attention_part(self.family, self.sources[source], "value")
         out = self._part(source, self.names.attention_output).weight
@@ -535,9 +535,9 @@ class _Narrowing:
 
 
 class _SameWidth(_Narrowing):
-    """Implements ``narrow`` for a student as wide as its teacher: copies maps and corrects them.
+    """Steps to initialise a student that is as wide as its teacher: copy maps, then correct them.
 
-    ``narrow`` initialises a student from its teacher by least squares.
+    The corrections are fitted by least squares.
     """
 
     adds = True
@@ -603,7 +603,7 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """Variant of ``narrow`` that keeps the same heads in all layers.
+    """Steps to initialise a student from its teacher, with the same heads kept in all layers.
 
     They are the heads that change the hidden states most, summed over layers.
     """
@@ -614,7 +614,7 @@ class _OneSetOfHeads(_Narrowing):
 
 
 class _Distances(_OneSetOfHeads):
-    """Variant of ``narrow`` for MPNet, whose layers share one table of position biases per head."""
+    """Steps to initialise an MPNet student, whose layers share one table of position biases."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         models: tuple[Any, Any] = (self.student, self.teacher)
@@ -623,13 +623,13 @@ class _Distances(_OneSetOfHeads):
 
 
 class _DistancesSameWidth(_SameWidth, _Distances):
-    """Variant of ``narrow`` for an MPNet student as wide as its teacher."""
+    """Steps to initialise an MPNet student that is as wide as its teacher."""
 
 
 class _Positions(_Narrowing):
-    """Variant of ``narrow`` for DeBERTa, with queries and keys of relative positions.
+    """Steps to initialise a DeBERTa student, which has queries and keys of relative positions.
 
-    These are made from a table of position embeddings that all layers share. The table is projected
+    They are made from a table of position embeddings that all layers share. The table is projected
     to the student's width. Some DeBERTa models have a convolution beside the first layer. A
     narrower student's convolution starts near 0: an activation follows it in each dimension, so it
     cannot be projected like a linear map.
@@ -693,7 +693,7 @@ class _Positions(_Narrowing):
 
 
 class _PositionsSameWidth(_SameWidth, _Positions):
-    """Variant of ``narrow`` for a DeBERTa student as wide as its teacher."""
+    """Steps to initialise a DeBERTa student that is as wide as its teacher."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
@@ -712,7 +712,7 @@ class _PositionsSameWidth(_SameWidth, _Positions):
 
 
 class _NormFirst(_Narrowing):
-    """Variant of ``narrow`` for ModernBERT, which is pre-norm, with gates and rotary positions.
+    """Steps to initialise a ModernBERT student: pre-norm, with gates and rotary positions.
 
     Hidden states between layers are not normed. So the output of each part (attention,
     feed-forward) is fitted to the teacher's hidden states after the part, projected to the
@@ -780,11 +780,11 @@ class _NormFirst(_Narrowing):
 
 
 class _NormFirstSameWidth(_SameWidth, _NormFirst):
-    """Variant of ``narrow`` for a ModernBERT student as wide as its teacher."""
+    """Steps to initialise a ModernBERT student that is as wide as its teacher."""
 
 
 class _OneLayer(_OneSetOfHeads):
-    """Variant of ``narrow`` for ALBERT, whose one shared layer is applied ``depth`` times.
+    """Steps to initialise an ALBERT student, whose one shared layer is applied ``depth`` times.
 
     The layer is fitted to all of its passes at once; each pass uses its own part of the calibration
     rows. In the first round its inputs are the teacher's hidden states, projected to the student's
@@ -831,7 +831,7 @@ class _OneLayer(_OneSetOfHeads):
 
 
 class _OneLayerSameWidth(_SameWidth, _OneLayer):
-    """Variant of ``narrow`` for an ALBERT student as wide as its teacher."""
+    """Steps to initialise an ALBERT student that is as wide as its teacher."""
 
 
 # model_type -> steps for a student that is narrower than its teacher, and for one as wide

@@ -114,10 +114,10 @@ class PerTrialSeed(BaseSampler):
 
 
 class LSTMSampler(BaseSampler):
-    """Proposes the point of the search space whose reward an LSTM predicts to be the highest.
+    """Optuna sampler: proposes the student shape with the highest reward predicted by an LSTM.
 
-    The LSTM belongs to a controller, which is trained on the trials of the study, and which picks
-    the point of each new trial.
+    The LSTM is trained on the trials of the study. It is part of a controller, which picks the
+    point (student shape) of each new trial.
 
     A pick can also explore, in a way that depends on the controller. Trained candidates are counted
     in episodes of ``num_candidates``. The probability that a pick explores falls from 1 in the

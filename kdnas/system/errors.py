@@ -98,7 +98,7 @@ def counted(number: int, thing: str) -> str:
 
 
 class StoreAway(OSError):
-    """The study's database did not answer for too long, or its disk has failed."""
+    """The database of the Optuna study did not answer for too long, or its disk has failed."""
 
 
 def first_line(error: BaseException) -> str:

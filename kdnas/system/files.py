@@ -364,7 +364,7 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a ``TemporaryDirectory``; temporary folders of killed kdnas processes are removed."""
+    """Return a ``TemporaryDirectory``, after removing those that killed kdnas processes left."""
     sweep(Path(tempfile.gettempdir()), "kdnas.*")
     return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 

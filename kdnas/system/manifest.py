@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise UserError(f"{str(path)!r} is not a manifest: it lists no files.")
+        raise UserError(f"{str(path)!r} is not a manifest of kdnas: it lists no files.")
     return dict(values)
 
 

@@ -200,7 +200,7 @@ def test_what_is_missing_is_named_before_anything_is_computed(
         )
     assert main([*command, f"--task={tmp_path / 'colours'}"]) == 2
     assert (
-        "The task 'colours' is not sentence pairs with a number as label" in capsys.readouterr().err
+        "The task 'colours' has no sentence pairs with a number as label" in capsys.readouterr().err
     )
     there = importlib.util.find_spec
     absent = "sentence_transformers"
