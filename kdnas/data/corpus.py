@@ -107,9 +107,9 @@ def load_corpus(
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
-    Where the source has a column ``split`` that says ``train`` or ``held_out`` of a row, the column
-    decides. For any other row, a hash of its text and the seed decide, so that neither the order of
-    rows nor other rows matter. There is at least one training row and one held-out row.
+    If a row's column ``split`` is ``train`` or ``held_out``, this decides. Otherwise a hash of the
+    row's text and the seed decide, whatever the other rows are. There is at least one training row
+    and one held-out row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -117,8 +117,8 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
-        fraction: share of the rows to keep, above 0, drawn by the hash of their text. Always kept
-            are the first two rows of ``train``, of ``held_out`` and of rows without a split.
+        fraction: share of the rows to keep, above 0, drawn by the hash of their text. The first two
+            rows of each kind (``train``, ``held_out``, no split) are always kept.
         seed: seed of the draw of held-out rows.
         folder: folder of the unnamed temporary file that holds the rows until the corpus is
             deleted; by default the system's temporary folder.

@@ -84,8 +84,8 @@ class DataSettings:
         mini_fraction: share of the training rows for each search candidate, above 0 and below 1.
         max_length: tokens of a row, special tokens included; longer rows are cut.
         batch_tokens: largest number of tokens in a batch, padding included.
-        pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length;
-            slower.
+        pad_to_max_length: pad every row to ``max_length``, so that rows of any length share a
+            batch; slower.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words
             never do. Pairs and masks are the same for every seed.
         mask_probability: share of a masked row's tokens that is masked, 0 to 1.

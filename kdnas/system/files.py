@@ -82,7 +82,7 @@ class Run:
 
     @property
     def stillness(self) -> Path:
-        """Path of the lock that pauses this run's training here while latency is measured.
+        """Path of the lock that pauses training on this machine while latency is measured.
 
         The lock is on a local disk, because it is taken at each training step.
         """
