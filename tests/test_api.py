@@ -157,7 +157,7 @@ def test_the_folder_of_a_run_takes_no_distillation(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("teacher: t\n")
     with pytest.raises(
-        UserError, match="mine' is the folder of a search or a comparison: give another name"
+        UserError, match="mine' was made by a search or a comparison: give another name"
     ):
         api.distill(
             str(tiny_teacher),

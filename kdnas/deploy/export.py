@@ -240,7 +240,7 @@ def _check_parity(
             largest = difference.max().item()
             if not largest <= tolerance:  # NaN too
                 raise ParityError(
-                    f"The {output} of the ONNX graph differs from torch's by {largest:.3g} at "
+                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} at "
                     f"batch size {size} and length {length}, but only {tolerance:g} is allowed."
                 )
             worst = max(worst, largest)

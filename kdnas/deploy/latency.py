@@ -305,9 +305,7 @@ def _read_lengths(name: str) -> list[int]:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
         values = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"The file latency.lengths cannot be read, {name!r}: {first_line(error)}."
-        ) from error
+        raise UserError(f"latency.lengths: cannot read {name!r}: {first_line(error)}.") from error
     rows: list[Any] = [
         value.get("length") if isinstance(value, dict) else value for value in values
     ]

@@ -402,8 +402,7 @@ def _find(
     is_one = isinstance(found, type) and issubclass(found, base)
     if not is_one or set(spec) - {"class_path", "init_args"} or not isinstance(arguments, Mapping):
         raise UserError(
-            f"{spec!r} does not name a {kind}: give the class_path of an Optuna {kind}, and its "
-            "init_args."
+            f"{spec!r} is not a {kind}: give the class path of an Optuna {kind}, and its init_args."
         )
     if issubclass(found, CmaEsSampler):  # it would also store a pickle in the database
         raise UserError(

@@ -71,7 +71,9 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
     by_class = "lightning.pytorch.strategies.FSDPStrategy"
     for strategy, name in (("fsdp", "fsdp"), (by_class, "FSDPStrategy")):
         error = refused([*fit, strategy], capsys)
-        assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
+        assert (
+            f"strategy is '{name}', but each device must hold a whole student: give 'ddp'" in error
+        )
     assert list(tmp_path.iterdir()) == [fit_config]
 
 
@@ -91,7 +93,10 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
         ("--optimizer=Adam", "It would replace the recipe's optimizer: set the recipe's"),
         ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer: set the recipe's"),
         ("--data.text=nowhere.txt", "'nowhere.txt'"),
-        ("--trainer.overfit_batches=7", "overfit_batches is 7: give --trainer.limit_train_batches"),
+        (
+            "--trainer.overfit_batches=7",
+            "overfit_batches is 7, which kdnas does not support: give --trainer.limit_train_batches",
+        ),
     ],
 )
 def test_what_a_fit_cannot_take_gets_one_line_and_leaves_no_folder(

@@ -360,7 +360,9 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     error = refused(
         [*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys
     )
-    assert "recipe.objective, HiddenStates, does not work for 1 layer x 32 wide" in error
+    assert (
+        "recipe.objective, HiddenStates, does not work for the student 1 layer x 32 wide" in error
+    )
     assert (
         "KeyError: 'no width of 32'. Correct it, or exclude such students by --space options."
         in error
@@ -409,11 +411,11 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
         (
             "--space.hidden_act=[rellu]",
-            "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?",
+            "space.hidden_act has 'rellu', which transformers does not know. Did you mean 'relu'?",
         ),
         ("--latency.length=4000", "latency.length is 4000"),
         ("--latency.device=tpu", "'tpu'"),
-        ("--trainer.devices=2", "trainer.devices is 2: only full KD of `kdnas run`"),
+        ("--trainer.devices=2", "trainer.devices is 2, but only full KD of `kdnas run`"),
         ("--trainer.devices=0", "trainer.devices is 0: give at least 1."),
         ("--trainer.logger=CSVLoger", "CSVLoger"),
         (
@@ -427,7 +429,7 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ),
         ("--trainer.accelerator=tpu-9", "accelerator is 'tpu-9'"),
         ("--teacher=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
-        ("--teacher=nobody/nothing", "There is no folder 'nobody/nothing' here, nor"),
+        ("--teacher=nobody/nothing", "There is no folder 'nobody/nothing' here, and"),
         ("--text=/nowhere.txt", "/nowhere.txt"),
         ("--name=../elsewhere", "'../elsewhere'"),
         ("--root=/dev/null/logs", "/dev/null/logs"),

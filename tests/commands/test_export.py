@@ -421,14 +421,14 @@ def test_what_was_exported_before_fine_tuning_is_of_another_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "run is None and student is None: give one of the two"),
-        (["--run=x", "--student=y"], "run is 'x' and student is 'y': give one of the two"),
+        ([], "run is None and student is None: give exactly one of the two"),
+        (["--run=x", "--student=y"], "run is 'x' and student is 'y': give exactly one of the two"),
         (["--run=nowhere"], "The run 'nowhere' in 'lightning_logs' has no student yet"),
         (["--run=../x"], "'../x'"),
         (["--task=/nowhere"], "'/nowhere'"),
         (["--text=/nowhere.txt"], "/nowhere.txt"),
         (["--teacher=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
-        (["--length=41"], "length is 41: the student"),
+        (["--length=41"], "length is 41, but the student"),
         (["--length=long"], "length"),
         (
             ["--data=reviews.csv"],

@@ -202,7 +202,7 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--threads=0", "latency.num_threads is 0"),
         ("--batch=0", "latency.batch_size is 0"),
         ("--batch=x", "batch"),
-        ("--length=41", "latency.length is 41, but this bert takes 40 tokens"),
+        ("--length=41", "latency.length is 41, but this bert model takes at most 40 tokens"),
         ("--backend=onnx", "latency.backend is 'onnx'"),
         ("--device=tpu", "latency.device is 'tpu'"),
         ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),

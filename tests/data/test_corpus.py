@@ -224,7 +224,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         ),
         ("rows.jsonl", b"{}\n", r"no column 'text' \(row 1\).*none"),
         ("rows.jsonl", b'{"text": "one"}\n{"text": 7}\n', r"has the int 7 in column 'text', row 2"),
-        ("rows.jsonl", b'{"text": ["one"]}\n', r"has list \['one'\] in column 'text', row 1"),
+        ("rows.jsonl", b'{"text": ["one"]}\n', r"has the list \['one'\] in column 'text', row 1"),
         (
             "rows.jsonl",
             b'{"text": "one"}\n\n{"text": "tw',
@@ -249,7 +249,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.csv",
             b"text\none\ntwo, three\n",
-            r"rows.csv' cannot be read at row 2 \(more fields than the header",
+            r"rows.csv' cannot be read at row 2 \(the row has more fields than the header",
         ),
         (
             "rows.csv",
@@ -260,7 +260,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.jsonl",
             b'{"text": "one", "split": "test"}\n',
-            r"rows.csv' has 'test' in row 1: give 'train' or",
+            r"' has 'test' in row 1: give 'train' or",
         ),
         (
             "rows.csv",
@@ -286,9 +286,9 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([b"one", b"two"], "has bytes b'one' in column 'text', row 1"),
-        ([1.5, 2.5], "has float 1.5 in column 'text', row 1"),
-        ([["one"], ["two"]], r"has list \['one'\] in column 'text', row 1"),
+        ([b"one", b"two"], "has the bytes b'one' in column 'text', row 1"),
+        ([1.5, 2.5], "has the float 1.5 in column 'text', row 1"),
+        ([["one"], ["two"]], r"has the list \['one'\] in column 'text', row 1"),
     ],
 )
 def test_parquet_columns_of_other_types_are_refused(tmp_path, values, message):

@@ -163,7 +163,7 @@ def test_a_teacher_that_pools_in_another_way_is_refused(parts, teacher: Path) ->
         "pooling_mode_max_tokens": True,
     }
     (teacher / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    with pytest.raises(UserError, match="pools by 'max': only mean and cls can be exported"):
+    with pytest.raises(UserError, match="pools by 'max', but only mean and cls can be exported"):
         add_sentence_files(*parts)
 
 

@@ -104,7 +104,7 @@ def test_the_rule_of_the_original_s_code_differs_at_12_layers_for_5_and_7_to_10(
 @pytest.mark.parametrize("num_student", [0, 13])
 def test_a_student_without_layers_or_deeper_than_its_teacher_is_refused(mapping, num_student):
     with pytest.raises(
-        UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"
+        UserError, match=rf"{num_student} layers .* a teacher of 12 layers: give it 1 to 12"
     ):
         mapping(num_student, 12)
 

@@ -260,11 +260,11 @@ def test_a_target_of_a_regression_that_is_no_number_is_refused(tmp_path, value):
 @pytest.mark.parametrize(
     "name, labels, message",
     [
-        ("cola", [0, 2], "labels 0, 2: every label from 0 to 1"),
-        ("cola", [1], "labels 1: every label from 0 to 1"),
+        ("cola", [0, 2], "labels 0, 2, but must have every label from 0 to 1"),
+        ("cola", [1], "labels 1, but must have every label from 0 to 1"),
         ("some", [0], "have the label 0: give two classes or more"),
-        ("sst2", [0, 1, 2], "labels 0, 1, 2: every label from 0 to 1"),
-        ("sst2", [-1, 0, 1], "labels -1, 0, 1: every label from 0 to 1"),
+        ("sst2", [0, 1, 2], "labels 0, 1, 2, but must have every label from 0 to 1"),
+        ("sst2", [-1, 0, 1], "labels -1, 0, 1, but must have every label from 0 to 1"),
     ],
 )
 def test_training_labels_that_make_no_classification_are_refused(tmp_path, name, labels, message):
@@ -397,7 +397,7 @@ def test_own_train_and_validation_files_are_taken_as_they_are(tmp_path):
             "stars",
             "have the label 'same': give two classes or more",
         ),
-        ({"review": ["same"] * 60}, ["review"], "stars", "60 rows with 1 distinct texts"),
+        ({"review": ["same"] * 60}, ["review"], "stars", "60 rows have only 1 distinct texts"),
         (
             {"stars": [f"label {i}" for i in range(60)]},
             ["review"],
