@@ -226,7 +226,7 @@ class Fit:
 
 @dataclass
 class Comparison:
-    """Fine-tunes models (contenders) on tasks; a second call skips what is finished.
+    """Fine-tunes models (contenders) on tasks and compares them; finished work is not repeated.
 
     Args:
         folder: folder for ``<task>/<contender>/seed_0/`` (TensorBoard logs, ``result.json`` and,

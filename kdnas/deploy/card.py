@@ -103,7 +103,7 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
     """Convert a task's metrics to the ``model-index`` format of the Hugging Face hub.
 
     Metrics of MNLI that end with ``_matched`` belong to its split ``validation_matched``;
-    ``_mismatched`` likewise.
+    ``_mismatched`` to ``validation_mismatched``.
     """
     is_glue = task in TASKS
     for key, value in metrics.items():

@@ -45,7 +45,7 @@ STYLE = {
 
 
 def as_figure(draw: Draw) -> Figure:
-    """Return a matplotlib figure, on a white background, of a function that draws on axes."""
+    """Return a matplotlib figure, on a white background, of a drawing function."""
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
         draw(figure.add_subplot())
@@ -53,11 +53,11 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """Return SVG of a function that draws on matplotlib axes, in the text colour of the page.
+    """Return the SVG of a drawing, with text and axes in the text colour of the HTML page.
 
     Args:
         label: description of the picture for screen readers.
-        draw: the drawing function; an artist in it whose gid is ``tip:TEXT`` gets TEXT as its tool
+        draw: function that draws on matplotlib axes; an artist whose gid is ``tip:TEXT`` gets TEXT as its tool
             tip.
     """
     file = io.StringIO()

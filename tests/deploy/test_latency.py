@@ -453,7 +453,8 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
     with pytest.raises(
-        UserError, match="latency.backend is 'onnx'. Choose from: cuda, onnxruntime"
+        UserError,
+        match="latency.backend is 'onnx', which is unknown. Choose from: cuda, onnxruntime",
     ):
         LatencySettings(backend="onnx")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
