@@ -13,7 +13,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Draw(IntEnum):
-    """What random numbers of a row are used for; each kind has an independent generator."""
+    """The purposes of a row's random numbers; each purpose has an independent generator."""
 
     MASK = 0
     WHETHER_MASKED = 1

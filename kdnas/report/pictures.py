@@ -57,8 +57,8 @@ def as_svg(label: str, draw: Draw) -> Markup:
 
     Args:
         label: description of the picture for screen readers.
-        draw: function that draws on matplotlib axes; an artist whose gid is ``tip:TEXT`` gets TEXT as its tool
-            tip.
+        draw: function that draws on matplotlib axes; an artist whose gid is ``tip:TEXT`` gets the
+            tool tip TEXT.
     """
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
