@@ -310,14 +310,15 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the controller of Trivedi et al. 2023.
+    """The LSTM sampler of Trivedi et al. 2023, the original KD-NAS.
 
-    The controller is one ``RewardLSTM`` for the whole search.
+    It uses one ``RewardLSTM`` for the whole search, where ``LSTMSampler`` makes new LSTMs for each
+    proposal.
 
     Args:
         seed: seed of all random draws.
         num_candidates: number of trained candidates in an episode.
-        num_episodes: number of episodes; from the last one on, no pick explores.
+        num_episodes: number of episodes; from the last one on, the sampler no longer explores.
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:

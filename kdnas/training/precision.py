@@ -26,8 +26,8 @@ def bf16_is_faster(device_type: str) -> bool:
 
     For a CPU, the faster precision is measured once and stored in the environment variable
     ``KDNAS_CPU_MATMULS`` (``bfloat16`` or ``float32``). So all processes of a command use the same
-    one, which they must, since a teacher's hidden states differ between precisions. A user can also
-    set the variable.
+    precision; otherwise they would compute different hidden states. A user can also set the
+    variable.
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
