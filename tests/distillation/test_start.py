@@ -216,7 +216,7 @@ def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
     ("sizes", "message"),
     [
         ({"hidden_size": 128}, "hidden_size is 128, but its teacher's only 64"),
-        ({"intermediate_size": 129}, "intermediate_size is 129, above the teacher's 128"),
+        ({"intermediate_size": 129}, "intermediate_size is 129, but its teacher's only 128"),
         ({"num_attention_heads": 4}, "num_attention_heads is 4, but its teacher's only 2"),
         ({"num_hidden_layers": 5}, "num_hidden_layers is 5, but its teacher's only 4"),
         (

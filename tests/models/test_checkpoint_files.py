@@ -110,7 +110,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, dtype, folder):
         state["encoder.layer.2.output.dense.bias"] = torch.full((64,), value, dtype=dtype)
 
     edit_weights(folder, spoil)
-    assert "have NaN or infinity in 'encoder.layer.2.output.dense.bias'." in refused(folder)
+    assert (
+        "have NaN or infinity in 'encoder.layer.2.output.dense.bias': use another checkpoint."
+        in refused(folder)
+    )
     with pytest.raises(UserError, match="NaN or infinity"):
         load_classifier(folder, 2)
 
