@@ -268,8 +268,8 @@ class RunConfig(SearchConfig):
             uses the default choices.
         finetune: how teacher, student and baselines are fine-tuned; ``seed`` sets its seed.
         distill: how the student learns from the fine-tuned teacher.
-        time_budget: minutes of wall-clock time for the whole run. If an estimate from FLOPs may
-            exceed them, the run first measures its speed for some minutes. If it would take too
+        time_budget: minutes of wall-clock time for the whole run. Unless it is surely short enough
+            (by its FLOPs), the run first measures its speed for some minutes. If it would take too
             long, it lowers the epochs of full KD, the rows, the candidates and last the epochs of
             fine-tuning, but only values that are at their defaults. null: no limit.
     """

@@ -355,7 +355,7 @@ class SearchDisplay:
         self._num_trained: int | None = None  # as the best ones were last shown
 
     def show(self, trial: FrozenTrial) -> None:
-        """Show a finished trial of the search."""
+        """Show a finished trial: on the console, in ``trials.csv`` and in TensorBoard."""
         console = self.context.console
         if "failed" in trial.user_attrs and console.quiet:
             log.warning(line(trial))

@@ -319,7 +319,7 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Return, per teacher layer, the heads that change the hidden states most; ascending."""
+        """Return for each teacher layer the heads that change the hidden states most, ascending."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
@@ -414,7 +414,7 @@ class _Narrowing:
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """Return the indices of these feed-forward neurons among the intermediate outputs."""
+        """Return the indices of these neurons in the output of the intermediate linear map."""
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:

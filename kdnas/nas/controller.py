@@ -331,16 +331,16 @@ class RewardLSTM(Controller):
 
     @staticmethod
     def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the arguments of ``forward`` that predict the rewards of points of an episode.
+        """Return the arguments of ``forward`` with which it predicts the rewards of these points.
 
         Args:
             history: the trained points.
-            episode: number of the episode, from 0.
+            episode: number of the episode in which to predict, from 0.
             points_BF: choice indices of the points.
 
         Returns:
-            For each point, the sequence of ``History.ranked`` with the point at its end; and the
-                rewards in the sequence, with 0 at its end.
+            Two arrays, with a row for each point: the trained points of ``History.ranked``,
+            followed by the point; and the rewards of the trained points, followed by 0.
         """
         # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))

@@ -214,7 +214,7 @@ class Record:
     def refuse_failures(self, n_trials: int) -> None:
         """Raise an error if the search stopped because the last ten candidates failed.
 
-        Without it, the search would seem successful because of earlier candidates.
+        Without this error, earlier candidates would make the search seem successful.
 
         Args:
             n_trials: number of candidates to train.

@@ -245,8 +245,8 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may train a parameter: it must be a matrix of a student's layers.
 
     Args:
-        name: name of the parameter in a module that has the student as ``student``. Names of
-            embedding tables are recognised, and refused.
+        name: name of the parameter in a module that has the student as ``student``. For an
+            embedding table, recognised by its name, the result is False.
         parameter: the parameter.
     """
     is_table = re.search("embedding|attention_bias", name)
